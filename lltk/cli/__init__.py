@@ -1,0 +1,1 @@
+"""The `lltk` command: one file a sub-command, thin."""

@@ -1,0 +1,118 @@
+"""From a recipe to a Program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.graph.passes import Pass, run_passes
+from lltk.graph.program import Program
+from lltk.graph.recipe import Recipe
+from lltk.models import wan22
+from lltk.models.checkpoint import check_weights, load_checkpoint, load_lora
+from lltk.models.configs import named_config, validate_config
+from lltk.passes import make_pass
+
+Observer = Callable[[Program], None]
+
+
+def transform(
+    recipe: Recipe,
+    *,
+    weights: bool = True,
+    stop_after: str | None = None,
+    disable: Collection[str] = (),
+    observe: Observer | None = None,
+) -> Program:
+    """Capture the recipe's model and run its passes.
+
+    Args:
+        recipe: what to make.
+        weights: whether to load ``model.checkpoint``; without, parameters stay meta tensors.
+        stop_after: the last pass to run.
+        disable: passes to leave out.
+        observe: called with the Program after capture and after each pass.
+
+    Raises:
+        ValueError: the recipe, its checkpoint or the order of passes does not fit.
+    """
+    steps = plan(recipe, stop_after, disable)
+    config, loaded = _model(recipe, weights)
+    dtype = getattr(torch, recipe.model.dtype)
+    program = wan22.captured(config, recipe.program, recipe.geometry, dtype)
+    if loaded is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}
+        check_weights(loaded, shapes, str(recipe.model.checkpoint))
+        program.weights = loaded
+        if recipe.model.lora is not None:
+            program.weights = program.weights | load_lora(recipe.model.lora)
+    if observe is not None:
+        observe(program)
+    return run_passes(program, steps, observe)
+
+
+def plan(recipe: Recipe, stop_after: str | None, disable: Collection[str]) -> list[Pass[Any]]:
+    """The recipe's passes, configured, less those left out."""
+    steps = recipe.steps()
+    names = [name for name, _ in steps]
+    for wanted in [*disable, *([stop_after] if stop_after else [])]:
+        if wanted not in names:
+            raise ValueError(f"{wanted!r} is not in the recipe's passes: {', '.join(names)}")
+    if stop_after is not None:
+        steps = steps[: names.index(stop_after) + 1]
+    return [make_pass(name, options) for name, options in steps if name not in disable]
+
+
+def with_weights(program: Program, weights: Mapping[str, Tensor]) -> Program:
+    """The Program with other weights.
+
+    Args:
+        program: left as it is.
+        weights: a state dict of the captured model or of the Program itself.
+
+    Raises:
+        ValueError: missing, unexpected, misshapen or non-finite tensors.
+    """
+    own = dict(weights)
+    if own.keys() != program.weights.keys():
+        own = program.map_state(own)
+    shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}
+    check_weights(own, shapes, "weights")
+    return replace(program, weights=own)
+
+
+def _model(recipe: Recipe, weights: bool) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """The model's configuration, and its weights if they are wanted."""
+    section = recipe.model
+    named = section.config
+    config = named_config(named) if isinstance(named, str) else named
+    config = None if config is None else validate_config(config, "model.config")
+    if section.lora is not None and "lora" not in dict(recipe.steps()):
+        raise ValueError("model.lora: the recipe's passes have no lora; add it, or drop the file")
+    if not weights:
+        if config is None:
+            raise ValueError("model.config: name one; without weights there is no file to read it")
+        return config, None
+    if section.checkpoint is None:
+        raise ValueError(
+            "model.checkpoint: the recipe names no weights; set model.checkpoint=PATH, "
+            "or transform without weights (--no-weights)"
+        )
+    checkpoint = load_checkpoint(section.checkpoint, ema=section.ema)
+    stated = checkpoint.config and validate_config(checkpoint.config, section.checkpoint)
+    if config is None and not stated:
+        raise ValueError(
+            f"model.config: {section.checkpoint} ({checkpoint.layout}) states no configuration; "
+            "name one in the recipe"
+        )
+    if config is not None and stated and config != stated:
+        differing = sorted(key for key in config if config[key] != stated[key])
+        raise ValueError(
+            f"model.config: differs from {section.checkpoint} in {', '.join(differing)}; "
+            "remove it from the recipe to take the file's"
+        )
+    return config or dict(stated or {}), dict(checkpoint.weights)

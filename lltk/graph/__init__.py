@@ -1,0 +1,1 @@
+"""Programs, capture, stages and their verifiers, the pass contract and its runner."""

@@ -1,0 +1,63 @@
+"""Attention as captured: found by module path, read and written token-major."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lltk.graph.edit import Builder, calls, module_of
+from lltk.graph.passes import Report
+from lltk.graph.program import Program
+
+aten = torch.ops.aten
+_SWAP = [0, 2, 1, 3]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention; ``q``, ``k``, ``v`` and ``result`` are [batch, tokens, heads, head dim]."""
+
+    layer: int
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    result: fx.Node
+
+
+def find_attention(
+    program: Program, graph: fx.Graph, template: str, report: Report
+) -> Iterator[Attention]:
+    """Attentions in modules of ``template``, layer by layer; what does not fit is reported."""
+    for node in calls(graph, aten.scaled_dot_product_attention.default):
+        layer = program.spec.layer_of(module_of(node), template)
+        if layer is None:
+            report.miss(node, f"is not in {template}")
+        elif len(node.args) != 3 or node.kwargs:
+            report.miss(node, "has a mask, dropout or scale")
+        else:
+            q, k, v = (_swapped(argument) for argument in node.args)
+            result = next((u for u in node.users if _swapped(u) is node), None)
+            if q is None or k is None or v is None or result is None:
+                report.miss(node, f"its operands are not permuted by {_SWAP}")
+            else:
+                yield Attention(layer, node, q, k, v, result)
+
+
+def _swapped(node: object) -> fx.Node | None:
+    """The node that a [0, 2, 1, 3] permutation reads."""
+    if isinstance(node, fx.Node) and node.target is aten.permute.default:
+        source, order = node.args
+        if order == _SWAP and isinstance(source, fx.Node):
+            return source
+    return None
+
+
+def attend(build: Builder, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+    """Dense attention of token-major operands, token-major result."""
+    heads_first = (build(aten.permute.default, t, _SWAP) for t in (q, k, v))
+    out = build(aten.scaled_dot_product_attention.default, *heads_first)
+    return build(aten.permute.default, out, _SWAP)

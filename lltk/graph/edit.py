@@ -1,0 +1,204 @@
+"""What passes need to read and change a graph, its metadata kept right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
+
+from lltk.graph.program import Program
+
+aten = torch.ops.aten
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy that shares nothing but metadata values."""
+    copy = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        made[node] = copy.node_copy(node, made.__getitem__)
+    return copy
+
+
+def module_of(node: fx.Node) -> str:
+    """Dotted path of the module the node came from."""
+    return str(node.meta.get("module", ""))
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of the node's value."""
+    return tuple(int(size) for size in node.meta["val"].shape)
+
+
+def calls(graph: fx.Graph, target: Any) -> list[fx.Node]:
+    """Calls of one operator, in order."""
+    return list(graph.find_nodes(op="call_function", target=target))
+
+
+def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """The input called ``name``."""
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target == name:
+            return node
+    have = ", ".join(str(n.target) for n in graph.find_nodes(op="placeholder"))
+    raise ValueError(f"no input {name!r}; the graph has: {have}")
+
+
+def output(graph: fx.Graph) -> fx.Node:
+    """The output node; its one argument is a dict of named values."""
+    (node,) = graph.find_nodes(op="output")
+    return node
+
+
+def rename_placeholder(node: fx.Node, name: str) -> None:
+    """Give an input another name in the contract."""
+    node.target = name
+    node._rename(name)
+
+
+def add_input(graph: fx.Graph, name: str, like: Tensor) -> fx.Node:
+    """A new input after the existing ones; ``like`` gives shape and dtype (data ignored)."""
+    inputs = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(inputs[-1]):
+        node = graph.placeholder(name)
+    with FakeTensorMode():
+        node.meta = {"val": _empty(like), "module": ""}
+    return node
+
+
+def _empty(like: Tensor) -> Tensor:
+    """A tensor of ``like``'s shape, strides and dtype, made under the mode in force."""
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+
+
+def create_call(
+    graph: fx.Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    name: str | None = None,
+) -> fx.Node:
+    """A call named after its operator."""
+    name = name or getattr(target, "_opname", None)
+    return graph.create_node("call_function", target, args, dict(kwargs), name=name)
+
+
+class Builder:
+    """Inserts nodes at one place, under one module path."""
+
+    def __init__(self, graph: fx.Graph, module: str) -> None:
+        self.graph = graph
+        self.module = module
+
+    def __call__(self, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+        node = create_call(self.graph, target, args, kwargs, name)
+        node.meta = {"module": self.module}
+        return node
+
+    def attribute(self, target: str) -> fx.Node:
+        """A ``get_attr`` node for a parameter or constant."""
+        node = self.graph.create_node("get_attr", target, name=target.replace(".", "_"))
+        node.meta = {"module": self.module}
+        return node
+
+
+@contextmanager
+def building(before: fx.Node, module: str | None = None) -> Iterator[Builder]:
+    """Insert before a node, under its module path unless another is given."""
+    with before.graph.inserting_before(before):
+        yield Builder(before.graph, module_of(before) if module is None else module)
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Let every user of ``old`` read ``new``, and drop ``old``; a value keeps its metadata."""
+    new.meta.setdefault("val", old.meta["val"])
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def is_impure(node: fx.Node) -> bool:
+    """Whether dead-code elimination must keep the node: inputs, the output and mutations.
+
+    Unlike fx's own rule this lets random-tagged but functional calls (attention) go.
+    """
+    if node.op in ("placeholder", "output"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def prune(graph: fx.Graph) -> int:
+    """Remove dead nodes; returns how many."""
+    before = len(graph.nodes)
+    graph.eliminate_dead_code(is_impure_node=is_impure)
+    return before - len(graph.nodes)
+
+
+def drop_unused_inputs(graph: fx.Graph) -> list[str]:
+    """Remove inputs that nothing reads; returns their names."""
+    unused = [n for n in graph.find_nodes(op="placeholder") if not n.users]
+    for node in unused:
+        graph.erase_node(node)
+    return [str(node.target) for node in unused]
+
+
+def sort_topologically(graph: fx.Graph) -> None:
+    """Move nodes, as few as need be, so that each follows its inputs."""
+    placed: set[fx.Node] = set()
+    anchor = graph._root
+    pending = list(reversed(graph.nodes))
+    while pending:
+        node = pending[-1]
+        waiting = [source for source in node.all_input_nodes if source not in placed]
+        if waiting and node not in placed:
+            pending.extend(waiting)
+            continue
+        pending.pop()
+        if node not in placed:
+            placed.add(node)
+            anchor.append(node)
+            anchor = node
+
+
+def infer(program: Program, graph: fx.Graph) -> None:
+    """Recompute every node's fake value from the inputs' and parameters'.
+
+    Raises:
+        ValueError: a call does not fit its arguments; names the node and its module.
+    """
+    mode = FakeTensorMode()
+    values: dict[fx.Node, Any] = {}
+    with mode, torch.no_grad():
+        for node in graph.nodes:
+            values[node] = _infer_node(program, node, values)
+            node.meta["val"] = values[node]
+
+
+def _infer_node(program: Program, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    if node.op == "placeholder":
+        return _empty(node.meta["val"])
+    if node.op == "get_attr":
+        name = str(node.target)
+        if name in program.weights:
+            return torch.empty(program.weights[name].shape, dtype=program.run_dtype(name))
+        constant = program.constants[name]
+        return torch.empty(constant.shape, dtype=constant.dtype)
+    args = map_arg(node.args, values.__getitem__)
+    if node.op == "output":
+        return None
+    if node.op == "call_module":
+        returned = output(program.regions[args[0]].graph).args[0]
+        assert isinstance(returned, Sequence)
+        return tuple(_empty(n.meta["val"]) for n in returned)
+    kwargs = map_arg(node.kwargs, values.__getitem__)
+    try:
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        where = f"{node.name} ({module_of(node) or 'root'}): {node.target}"
+        raise ValueError(f"{where} does not fit its arguments: {error}") from error

@@ -1,0 +1,145 @@
+"""A Program as a torch module that runs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from lltk.graph.program import Program
+
+
+class Block(nn.Module):
+    """Owns one layer's parameters and runs the shared regions with them.
+
+    FSDP shards it and gradient checkpointing wraps it; the regions hold no parameters.
+    """
+
+    def __init__(self, regions: dict[str, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.recompute = False
+        self._regions = regions
+        self._parameters_of: dict[str, tuple[Callable[[Any], Tensor], ...]] = {}
+
+    def bind(self, region: str, parameters: Iterable[str]) -> None:
+        """Say which of its parameters a region takes, in order."""
+        self._parameters_of[region] = tuple(operator.attrgetter(name) for name in parameters)
+
+    def forward(self, region: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run a region on ``inputs`` with this layer's parameters."""
+        if self.recompute and torch.is_grad_enabled():
+            result: tuple[Tensor, ...] = checkpoint(self._run, region, *inputs, use_reentrant=False)
+            return result
+        return self._run(region, *inputs)
+
+    def _run(self, region: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+        parameters = (get(self) for get in self._parameters_of[region])
+        result: tuple[Tensor, ...] = self._regions[region](*inputs, *parameters)
+        return result
+
+
+class ProgramModule(nn.Module):
+    """Runs a Program's graphs over one set of parameters named as diffusers names them.
+
+    ``module("step", hidden_states=…)`` returns the graph's outputs by name.
+    """
+
+    def __init__(self, program: Program, device: torch.device, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self._regions: dict[str, Callable[..., Any]] = {
+            name: fx.GraphModule(nn.Module(), region.graph, class_name=name)
+            for name, region in program.regions.items()
+        }
+        self._graphs: dict[str, Callable[..., dict[str, Tensor]]] = {}
+        self.blocks_by_path = self._make_blocks(program)
+        for name, tensor in program.weights.items():
+            run_dtype = program.run_dtype(name)
+            if dtype is not None and tensor.is_floating_point():
+                run_dtype = dtype
+            trains = program.trainable is None or name in program.trainable
+            value = tensor.to(device=device, dtype=run_dtype)
+            parameter = nn.Parameter(value, requires_grad=trains and value.is_floating_point())
+            _assign(self, name, parameter)
+        for name, tensor in program.constants.items():
+            _assign(self, name, tensor.to(device))
+        for name, graph in program.graphs.items():
+            made = fx.GraphModule(self, graph, class_name=name)
+            self._graphs[name] = type(made).forward
+
+    def _make_blocks(self, program: Program) -> dict[str, Block]:
+        blocks: dict[str, Block] = {}
+        for graph in program.graphs.values():
+            for node in graph.find_nodes(op="call_module"):
+                owner, region = str(node.target), str(node.args[0])
+                if owner not in blocks:
+                    blocks[owner] = Block(self._regions)
+                    _assign(self, owner, blocks[owner])
+                blocks[owner].bind(region, program.regions[region].parameters)
+        return blocks
+
+    def forward(self, graph: str, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run a named graph."""
+        return self._graphs[graph](self, **inputs)
+
+    @property
+    def blocks_in_order(self) -> list[Block]:
+        """The owners, first layer first."""
+        return list(self.blocks_by_path.values())
+
+    def checkpoint_blocks(self) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for block in self.blocks_by_path.values():
+            block.recompute = True
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the regions; layers that share one share its code.
+
+        The prologue, which runs once a prompt, stays as it is.
+
+        Args:
+            options: for torch.compile.
+        """
+        for name, region in self._regions.items():
+            if not name.startswith("prologue"):
+                self._regions[name] = torch.compile(region, **options)
+
+
+def instantiate(
+    program: Program, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> ProgramModule:
+    """Make a Program runnable; its own weights are cast, never changed.
+
+    Args:
+        program: at any stage, with real weights.
+        device: where it runs.
+        dtype: one dtype for every parameter instead of the Program's (for checks in float64).
+
+    Raises:
+        ValueError: the weights are absent.
+    """
+    absent = [name for name, tensor in program.weights.items() if tensor.is_meta]
+    if absent:
+        raise ValueError(
+            f"the program has no weights ({len(absent)} absent, first {absent[0]}); transform it "
+            "from a recipe with model.checkpoint, or load them with with_weights"
+        )
+    return ProgramModule(program, torch.device(device), dtype)
+
+
+def _assign(root: nn.Module, name: str, value: nn.Module | Tensor) -> None:
+    """Put a module, parameter or buffer at a dotted path."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    if isinstance(value, nn.Module):
+        root.add_module(leaf, value)
+    elif isinstance(value, nn.Parameter):
+        root.register_parameter(leaf, value)
+    else:
+        root.register_buffer(leaf, value, persistent=False)

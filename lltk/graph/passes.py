@@ -1,0 +1,188 @@
+"""The pass contract and the runner."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from enum import Enum
+from typing import ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, fx
+
+from lltk.graph.edit import copy_graph, infer, module_of, prune
+from lltk.graph.program import LogEntry, Program
+from lltk.graph.stages import Stage
+from lltk.graph.verify import verify
+
+
+class PassConfig(BaseModel):
+    """Base of every pass's configuration: frozen, unknown keys forbidden."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Numerics(Enum):
+    """What a pass may do to results."""
+
+    BITWISE = "bitwise"
+    """Every output keeps its bits."""
+    ROUNDING = "rounding"
+    """The same function, its sums in another order."""
+    CHANGING = "changing"
+    """Another function."""
+
+
+class Report:
+    """What a pass rewrote, and what it looked at but left, with the reason."""
+
+    def __init__(self) -> None:
+        self.matches: Counter[str] = Counter()
+        self.misses: list[str] = []
+
+    def match(self, kind: str, count: int = 1) -> None:
+        """Count a rewrite."""
+        self.matches[kind] += count
+
+    def miss(self, node: fx.Node, reason: str) -> None:
+        """Note why a candidate was left alone."""
+        self.misses.append(f"{node.name} ({module_of(node) or 'root'}): {reason}")
+
+
+C = TypeVar("C", bound=PassConfig)
+
+
+class Pass(ABC, Generic[C]):
+    """One rewrite of a Program.
+
+    A subclass says in its docstring what changes, with a before/after sketch, and sets:
+
+    Attributes:
+        Config: its configuration.
+        version: raised when the same configuration gives another result.
+        reads: stages it accepts.
+        leaves: stage of its result, or None to keep the stage.
+        kinds: kinds of Program it is for.
+        numerics: what it may do to results.
+        optional: whether matching nothing is allowed.
+    """
+
+    Config: type[C]
+    version: ClassVar[int] = 1
+    reads: ClassVar[tuple[Stage, ...]]
+    leaves: ClassVar[Stage | None] = None
+    kinds: ClassVar[tuple[str, ...]] = ("train", "score", "stream")
+    numerics: ClassVar[Numerics]
+    optional: ClassVar[bool] = False
+
+    def __init__(self, config: C | None = None) -> None:
+        self.config = self.Config() if config is None else config
+
+    @property
+    def name(self) -> str:
+        """Its name in recipes: the file it lives in."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def requires(self, program: Program) -> None:  # noqa: B027 (an empty default)
+        """Check the input; ValueError with the remedy."""
+
+    @abstractmethod
+    def apply(self, program: Program, report: Report) -> None:
+        """Rewrite the program in place."""
+
+    def ensures(self, program: Program) -> None:  # noqa: B027 (an empty default)
+        """Check the result; a failure is a defect of the pass."""
+
+    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """State dict from before the pass → after it. The default moves nothing."""
+        return dict(state)
+
+    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """State dict from after the pass → before it. The default moves nothing."""
+        return dict(state)
+
+
+def run_passes(
+    program: Program,
+    steps: Iterable[Pass[PassConfig]],
+    observe: Callable[[Program], None] | None = None,
+) -> Program:
+    """Apply passes in order to a copy of ``program``.
+
+    Args:
+        program: left as it is.
+        steps: passes, configured.
+        observe: called after each pass with the program so far.
+
+    Raises:
+        ValueError: a pass does not fit the program or matches nothing.
+    """
+    program = replace(
+        program,
+        graphs={name: copy_graph(graph) for name, graph in program.graphs.items()},
+        weights=dict(program.weights),
+        constants=dict(program.constants),
+        regions=dict(program.regions),
+        log=list(program.log),
+        passes=list(program.passes),
+    )
+    for step in steps:
+        run_pass(program, step)
+        if observe is not None:
+            observe(program)
+    return program
+
+
+def run_pass(program: Program, step: Pass[PassConfig]) -> None:
+    """Apply one pass in place: requires → apply → infer → verify → ensures → record."""
+    start, before = time.perf_counter(), program.count_ops()
+    _check_order(program, step)
+    step.requires(program)
+    report = Report()
+    step.apply(program, report)
+    if not report.matches and not step.optional:
+        nearest = "; ".join(report.misses[:3]) or "the graphs hold no candidate for it"
+        raise ValueError(
+            f"{step.name}: matched nothing: {nearest}. Remove it from the recipe's passes, "
+            "or run it where its pattern still stands"
+        )
+    for _, graph in program.every_graph():
+        prune(graph)
+        infer(program, graph)
+        graph.lint()
+    program.stage = program.stage if step.leaves is None else step.leaves
+    verify(program)
+    step.ensures(program)
+    program.passes.append(step)
+    program.log.append(
+        LogEntry(
+            name=step.name,
+            version=step.version,
+            config=step.config.model_dump(mode="json"),
+            stage=program.stage,
+            numerics=step.numerics.value,
+            matches=dict(report.matches),
+            ops_before=before,
+            ops_after=program.count_ops(),
+            seconds=time.perf_counter() - start,
+        )
+    )
+
+
+def _check_order(program: Program, step: Pass[PassConfig]) -> None:
+    done = ", ".join(entry.name for entry in program.log) or "none"
+    if program.kind not in step.kinds:
+        raise ValueError(
+            f"{step.name}: is for {' and '.join(step.kinds)} programs, this one is for "
+            f"{program.kind}; remove it from the recipe's passes"
+        )
+    if program.stage not in step.reads:
+        wanted = " or ".join(str(stage) for stage in step.reads)
+        move = "earlier" if program.stage > max(step.reads) else "later"
+        raise ValueError(
+            f"{step.name}: reads a {wanted} program, this one is {program.stage} (passes so far: "
+            f"{done}); move it {move} in the recipe's passes"
+        )

@@ -1,0 +1,151 @@
+"""A Program: named graphs over one parameter set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from lltk.graph.geometry import Geometry, Kind
+from lltk.graph.spec import ModelSpec
+from lltk.graph.stages import Stage
+
+if TYPE_CHECKING:
+    from lltk.graph.passes import Pass
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one input or output."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, value: Tensor) -> TensorSpec:
+        return cls(tuple(int(size) for size in value.shape), value.dtype)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Inputs and outputs of a graph by name."""
+
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class Region:
+    """One block graph shared by layers.
+
+    Attributes:
+        graph: placeholders for ``inputs`` then ``parameters``; returns a tuple.
+        inputs: activation names, in call order.
+        parameters: names relative to the owning module, in call order.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """What one pass did.
+
+    Attributes:
+        name, version, config: the pass as it ran.
+        stage: the stage it left.
+        numerics: what it may do to results (`Numerics`).
+        matches: what it rewrote, counted by kind.
+        ops_before, ops_after: nodes over all graphs and regions.
+        seconds: wall time.
+    """
+
+    name: str
+    version: int
+    config: dict[str, Any]
+    stage: Stage
+    numerics: str
+    matches: dict[str, int]
+    ops_before: int
+    ops_after: int
+    seconds: float
+
+
+@dataclass
+class Program:
+    """A set of named graphs over one parameter set.
+
+    Attributes:
+        kind: what it is for.
+        spec: the model's names and sizes.
+        geometry: chunk, window, sink, resolution.
+        dtype: compute dtype; `run_dtype` says what each parameter is cast to for running.
+        graphs: by name; inputs are placeholders, the output is a dict of named values, parameters
+            and constants are ``get_attr`` nodes under diffusers' names.
+        weights: parameters under diffusers' names, real (in their file's dtypes) or meta.
+        constants: tensors that follow from the configuration and are not saved.
+        regions: block graphs shared by layers, from the regional stage on.
+        trainable: parameters that train, or None for all.
+        stage, log, passes: how far it is and what brought it there.
+    """
+
+    kind: Kind
+    spec: ModelSpec
+    geometry: Geometry
+    dtype: torch.dtype
+    graphs: dict[str, fx.Graph]
+    weights: dict[str, Tensor]
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    regions: dict[str, Region] = field(default_factory=dict)
+    trainable: frozenset[str] | None = None
+    stage: Stage = Stage.CAPTURED
+    log: list[LogEntry] = field(default_factory=list)
+    passes: list[Pass[Any]] = field(default_factory=list)
+
+    def run_dtype(self, name: str) -> torch.dtype:
+        """Dtype parameter ``name`` is cast to for running (its stored dtype is left alone)."""
+        stored = self.weights[name].dtype
+        if not stored.is_floating_point:
+            return stored
+        parts = name.split(".")
+        return torch.float32 if any(kept in parts for kept in self.spec.keep_fp32) else self.dtype
+
+    def every_graph(self) -> Iterator[tuple[str, fx.Graph]]:
+        """Named graphs, then regions."""
+        yield from self.graphs.items()
+        for name, region in self.regions.items():
+            yield name, region.graph
+
+    def count_ops(self) -> int:
+        """Calls over all graphs and regions."""
+        return sum(
+            node.op.startswith("call") for _, graph in self.every_graph() for node in graph.nodes
+        )
+
+    def contract(self, graph: str) -> Contract:
+        """Inputs and outputs of a named graph."""
+        nodes = self.graphs[graph].nodes
+        inputs = {n.name: TensorSpec.of(n.meta["val"]) for n in nodes if n.op == "placeholder"}
+        (output,) = (n for n in nodes if n.op == "output")
+        return Contract(
+            inputs, {k: TensorSpec.of(v.meta["val"]) for k, v in output.args[0].items()}
+        )
+
+    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The captured model's state dict → this Program's."""
+        mapped = dict(state)
+        for step in self.passes:
+            mapped = step.map_state(mapped)
+        return mapped
+
+    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This Program's state dict → the captured model's."""
+        mapped = dict(state)
+        for step in reversed(self.passes):
+            mapped = step.unmap_state(mapped)
+        return mapped

@@ -1,0 +1,150 @@
+"""Recipes: YAML files that say which model, at which sizes, through which passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lltk.graph.geometry import Geometry, Kind
+
+
+class ModelSection(BaseModel):
+    """Which weights, and how they run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: str | dict[str, Any] | None = Field(
+        None, description="a named configuration, or WanTransformer3DModel's arguments"
+    )
+    checkpoint: str | None = Field(None, description="weights: a directory or file")
+    ema: bool = Field(False, description="take the averaged weights of a LongLive file")
+    lora: str | None = Field(None, description="adapter weights for the lora pass: a file")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="compute dtype; stored weights keep theirs"
+    )
+
+
+class Recipe(BaseModel):
+    """A resolved recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    program: Kind = Field(description="train, score or stream")
+    model: ModelSection
+    geometry: Geometry
+    passes: list[str | dict[str, dict[str, Any] | None]] = Field(
+        description="pass names in order, or {name: {option: value}}"
+    )
+
+    @field_validator("passes")
+    @classmethod
+    def _one_pass_an_entry(cls, entries: list[Any]) -> list[Any]:
+        for entry in entries:
+            if isinstance(entry, dict) and len(entry) != 1:
+                raise ValueError(f"write one pass an entry, not {sorted(entry)}")
+        return entries
+
+    def steps(self) -> list[tuple[str, dict[str, Any]]]:
+        """(pass name, options) in order."""
+        steps = []
+        for entry in self.passes:
+            name, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+            steps.append((name, options or {}))
+        return steps
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain data."""
+        return self.model_dump(mode="json")
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe, what it extends, and overrides.
+
+    Args:
+        path: YAML file; ``extends: other.yaml`` is relative to it.
+        overrides: ``key.path=value`` with a YAML value.
+
+    Raises:
+        ValueError: unreadable, unknown or misfit keys; names the key and the nearest.
+    """
+    data = _read(path, ())
+    for override in overrides:
+        _override(data, override)
+    return parse_recipe(data, str(path))
+
+
+def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+    """Check plain data as a recipe; ``where`` is named in errors."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {explain(error, Recipe)}") from error
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise ValueError(f"{path}: extends itself through {' → '.join(p.name for p in seen)}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: is not a mapping of recipe keys")
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    return _merge(_read(path.parent / parent, (*seen, path)), data)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old, value) if both and old is not None else value
+    return merged
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"--set {override}: write key.path=value")
+    *parents, leaf = path.strip().split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ValueError(f"--set {override}: {parent} holds a value, not keys")
+    data[leaf] = yaml.safe_load(text)
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """A pydantic error as one line a finding, unknown keys with the nearest known one."""
+    lines = []
+    for finding in error.errors():
+        path = [str(part) for part in finding["loc"]]
+        if finding["type"] == "extra_forbidden":
+            known = _fields_at(model, path[:-1])
+            near = get_close_matches(path[-1], known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"unknown key {'.'.join(path)!r}; {hint}")
+        else:
+            message = finding["msg"].removeprefix("Value error, ")
+            prefix = "" if finding["type"] == "value_error" else f"{'.'.join(path)}: "
+            lines.append(f"{prefix}{message}")
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return list(model.model_fields)
+        model = annotation
+    return list(model.model_fields)

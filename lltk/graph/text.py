@@ -1,0 +1,199 @@
+"""Graphs as text: one line a node, read back by `parse`.
+
+The text is a subset of Python: inputs with their types, one annotated assignment a call, a
+comment where the module path changes::
+
+    def step(x: f32[1, 8, 4]):
+        # blocks.0.ffn
+        linear: f32[1, 8, 4] = aten.linear.default(x, self['blocks.0.ffn.weight'])
+        return {'sample': linear}
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lltk.graph.edit import module_of
+
+_DTYPES = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "f8e4m3": torch.float8_e4m3fn,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "u8": torch.uint8,
+    "b8": torch.bool,
+}
+_SHORT = {dtype: short for short, dtype in _DTYPES.items()}
+
+
+def type_text(value: Any) -> str:
+    """``f32[1, 8, 4]`` for a tensor, a tuple of those for several."""
+    if isinstance(value, Tensor):
+        return f"{_SHORT[value.dtype]}[{', '.join(str(int(s)) for s in value.shape)}]"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(type_text(item) for item in value)},)"
+    return "None"
+
+
+def print_graph(graph: fx.Graph, name: str) -> str:
+    """The graph as text; equal text means equal graphs up to constants' values."""
+    inputs = graph.find_nodes(op="placeholder")
+    parameters = ", ".join(f"{n.name}: {type_text(n.meta['val'])}" for n in inputs)
+    lines = [f"def {name}({parameters}):"]
+    module = None
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        if node.op == "output":
+            lines.append(f"    return {_argument(node.args[0])}")
+            continue
+        if module_of(node) != module:
+            module = module_of(node)
+            lines.append(f"    # {module or 'root'}")
+        arguments = [_argument(a) for a in node.args]
+        arguments += [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
+        call = f"{target_name(node)}({', '.join(arguments)})"
+        lines.append(f"    {node.name}: {type_text(node.meta.get('val'))} = {call}")
+    return "\n".join(lines) + "\n"
+
+
+def target_name(node: fx.Node) -> str:
+    """What a node calls: ``aten.linear.default``, ``lltk.rope_table.default``, a function's path."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    if node.target is operator.getitem:
+        return "getitem"
+    if node.op == "call_module":
+        return f"self[{node.target!r}]"
+    return (
+        f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"
+    )
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"self[{str(value.target)!r}]" if value.op == "get_attr" else value.name
+    if isinstance(value, list):
+        return f"[{', '.join(_argument(v) for v in value)}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(_argument(v) for v in value)},)" if value else "()"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k!r}: {_argument(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, torch.device):
+        return repr(str(value))
+    return repr(value)
+
+
+def parse(text: str, values: Mapping[str, Tensor] | None = None) -> fx.Graph:
+    """Read `print_graph`'s text back; operators come from ``torch.ops`` alone, nothing is run.
+
+    Args:
+        text: one graph.
+        values: tensors for ``self['name']``, whose shapes and dtypes become metadata.
+
+    Raises:
+        ValueError: not such a text, or an operator that is not registered.
+    """
+    (function,) = ast.parse(text).body
+    if not isinstance(function, ast.FunctionDef):
+        raise ValueError("graph text starts with 'def name(...):'")
+    return _Parser(text.splitlines(), values or {}).graph(function)
+
+
+class _Parser:
+    def __init__(self, lines: list[str], values: Mapping[str, Tensor]) -> None:
+        self.lines = lines
+        self.values = values
+        self.out = fx.Graph()
+        self.nodes: dict[str, fx.Node] = {}
+        self.module = ""
+
+    def graph(self, function: ast.FunctionDef) -> fx.Graph:
+        for argument in function.args.args:
+            node = self.out.placeholder(argument.arg)
+            node.meta = {"val": self._type(argument.annotation), "module": ""}
+            self.nodes[argument.arg] = node
+        for statement in function.body:
+            self._enter_module(statement.lineno)
+            if isinstance(statement, ast.Return):
+                assert statement.value is not None
+                self.out.output(self._value(statement.value))
+            elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                self._assign(statement.target.id, statement)
+            else:
+                raise ValueError(f"line {statement.lineno}: expected 'name: type = operator(...)'")
+        return self.out
+
+    def _enter_module(self, line: int) -> None:
+        previous = self.lines[line - 2].strip() if line > 1 else ""
+        if previous.startswith("#"):
+            path = previous.removeprefix("#").strip()
+            self.module = "" if path == "root" else path
+
+    def _assign(self, name: str, statement: ast.AnnAssign) -> None:
+        call = statement.value
+        if not isinstance(call, ast.Call):
+            raise ValueError(f"line {statement.lineno}: expected a call")
+        args = tuple(self._value(a) for a in call.args)
+        kwargs = {str(k.arg): self._value(k.value) for k in call.keywords}
+        target = self._target(ast.unparse(call.func))
+        node = self.out.create_node("call_function", target, args, kwargs, name=name)
+        node.meta = {"val": self._type(statement.annotation), "module": self.module}
+        self.nodes[name] = node
+
+    @staticmethod
+    def _target(name: str) -> Any:
+        if name == "getitem":
+            return operator.getitem
+        found: Any = torch.ops
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if not isinstance(found, torch._ops.OpOverload):
+            raise ValueError(f"{name} is not an operator of torch.ops")
+        return found
+
+    def _attribute(self, name: str) -> fx.Node:
+        if name not in self.nodes:
+            node = self.out.create_node("get_attr", name, name=name.replace(".", "_"))
+            node.meta = {"val": self.values.get(name), "module": name.rpartition(".")[0]}
+            self.nodes[name] = node
+        return self.nodes[name]
+
+    def _value(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Name(id):
+                if id not in self.nodes:
+                    raise ValueError(f"line {node.lineno}: {id!r} is read before it is assigned")
+                return self.nodes[id]
+            case ast.Subscript(ast.Name("self"), ast.Constant(name)):
+                return self._attribute(str(name))
+            case ast.Attribute(ast.Name("torch"), attribute):
+                return getattr(torch, attribute)
+            case ast.List(items):
+                return [self._value(item) for item in items]
+            case ast.Tuple(items):
+                return tuple(self._value(item) for item in items)
+            case ast.Dict(keys, items):
+                names = [ast.literal_eval(key) for key in keys if key is not None]
+                return dict(zip(names, map(self._value, items), strict=True))
+        return ast.literal_eval(node)
+
+    def _type(self, node: ast.expr | None) -> Any:
+        match node:
+            case ast.Subscript(ast.Name(short), sizes) if short in _DTYPES:
+                size = ast.literal_eval(sizes)
+                return torch.empty(size, dtype=_DTYPES[short], device="meta")
+            case ast.List([]):
+                return None
+            case ast.Tuple(items):
+                return tuple(self._type(item) for item in items)
+        return None

@@ -1,0 +1,129 @@
+"""One verifier per stage, run after every pass. A failure is a defect of the pass before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from lltk.graph.edit import module_of, output
+from lltk.graph.program import Program
+from lltk.graph.stages import Stage
+
+aten = torch.ops.aten
+
+_NO_OPS = {
+    aten._assert_tensor_metadata.default: "a metadata check",
+    aten.type_as.default: "a data-free dependency (type_as)",
+    aten.to.dtype_layout: "a cast with a layout",
+}
+CAUSAL_GRAPHS = {"train": {"train"}, "score": {"score"}, "stream": {"prologue", "step", "commit"}}
+
+
+def verify(program: Program) -> None:
+    """Check what every stage up to the program's promises.
+
+    Raises:
+        ValueError: names the node, its module and what the stage requires.
+    """
+    for name, graph in program.every_graph():
+        _check_attributes(program, name, graph)
+    for stage, check in _CHECKS.items():
+        if program.stage >= stage:
+            check(program)
+
+
+def _check_attributes(program: Program, name: str, graph: fx.Graph) -> None:
+    known = program.weights.keys() | program.constants.keys()
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in known:
+            raise ValueError(f"{name}: {node.target} is neither a weight nor a constant")
+    if name in program.graphs:
+        values = output(graph).args[0]
+        if not isinstance(values, dict):
+            raise ValueError(f"{name}: the output is {type(values).__name__}, not named values")
+        inputs = {str(n.target) for n in graph.find_nodes(op="placeholder")}
+        mutated = any(is_mutation(node) for node in graph.nodes)
+        if not values and not mutated:
+            raise ValueError(f"{name}: gives nothing and writes nothing")
+        if both := inputs & values.keys():
+            raise ValueError(f"{name}: {sorted(both)} name an input and an output")
+
+
+def is_mutation(node: fx.Node) -> bool:
+    """Whether the call writes to one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def _canonical(program: Program) -> None:
+    for name, graph in program.every_graph():
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            what = _NO_OPS.get(node.target)
+            if is_mutation(node) and not str(node.target).startswith("lltk."):
+                what = "a mutation"
+            elif node.target is aten.to.dtype and _same_dtype(node):
+                what = "a cast that changes nothing"
+            elif "device" in node.kwargs:
+                what = f"a fixed device ({node.kwargs['device']})"
+            if what:
+                raise ValueError(
+                    f"{name}: {node.name} ({module_of(node) or 'root'}) is {what}; "
+                    "a canonical graph has none"
+                )
+
+
+def _same_dtype(node: fx.Node) -> bool:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    value: Tensor = source.meta["val"]
+    return value.dtype == node.meta["val"].dtype
+
+
+def _causal(program: Program) -> None:
+    wanted = CAUSAL_GRAPHS[program.kind]
+    if program.graphs.keys() != wanted:
+        raise ValueError(
+            f"a causal {program.kind} program has the graphs {sorted(wanted)}, "
+            f"this one has {sorted(program.graphs)}"
+        )
+    for name, graph in program.every_graph():
+        for node in graph.find_nodes(
+            op="call_function", target=aten.scaled_dot_product_attention.default
+        ):
+            layer = program.spec.layer_of(module_of(node), program.spec.self_attention)
+            if layer is not None:
+                raise ValueError(
+                    f"{name}: {node.name} ({module_of(node)}) still attends to every frame"
+                )
+
+
+def _regional(program: Program) -> None:
+    called = set()
+    for name, graph in program.graphs.items():
+        for node in graph.nodes:
+            inside = program.spec.layer_of(module_of(node))
+            if node.op == "call_module":
+                called.add(node.args[0])
+                region = program.regions.get(str(node.args[0]))
+                if region is None or len(node.args) != 1 + len(region.inputs):
+                    raise ValueError(f"{name}: {node.name} does not fit region {node.args[0]}")
+            elif node.op == "call_function" and inside is not None and not is_outer(node):
+                raise ValueError(f"{name}: {node.name} ({module_of(node)}) is outside its region")
+    if unused := program.regions.keys() - called:
+        raise ValueError(f"no graph calls the regions {sorted(unused)}")
+
+
+def is_outer(node: fx.Node) -> bool:
+    """Whether the node stays outside its layer's region: page writes, and reads of its results."""
+    return is_mutation(node) or any(s.op == "call_module" for s in node.all_input_nodes)
+
+
+_CHECKS: dict[Stage, Callable[[Program], None]] = {
+    Stage.CANONICAL: _canonical,
+    Stage.CAUSAL: _causal,
+    Stage.REGIONAL: _regional,
+}

@@ -1,0 +1,1 @@
+"""The `lltk::` ops, one folder each: reference, op and kernels."""

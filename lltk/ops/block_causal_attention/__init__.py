@@ -1,0 +1,1 @@
+"""Block-causal attention for scoring and teacher forcing."""

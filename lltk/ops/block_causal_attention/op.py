@@ -1,0 +1,58 @@
+"""``lltk::block_causal_attention`` and its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.ops.block_causal_attention import reference
+
+
+@torch.library.custom_op("lltk::block_causal_attention", mutates_args=())
+def block_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool
+) -> Tensor:
+    """See `reference.block_causal_attention`."""
+    return reference.block_causal_attention(q, k, v, chunk_tokens, teacher_forcing)
+
+
+@block_causal_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool) -> Tensor:
+    torch._check(q.shape[1] % (chunk_tokens * (2 if teacher_forcing else 1)) == 0)
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("lltk::block_causal_attention_backward", mutates_args=())
+def block_causal_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.block_causal_attention_backward`."""
+    return reference.block_causal_attention_backward(grad, q, k, v, chunk_tokens, teacher_forcing)
+
+
+@block_causal_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, ctx.chunk_tokens, ctx.teacher_forcing = inputs
+    ctx.save_for_backward(q, k, v)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = block_causal_attention_backward(
+        grad, *ctx.saved_tensors, ctx.chunk_tokens, ctx.teacher_forcing
+    )
+    return (*grads, None, None)
+
+
+block_causal_attention.register_autograd(_backward, setup_context=_save)
+
+
+OVERLOAD = torch.ops.lltk.block_causal_attention.default
+"""The op as a graph node's target."""

@@ -1,0 +1,73 @@
+"""Block-causal attention over whole clips, for scoring and teacher forcing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.paged_attention.reference import attention, attention_backward
+
+
+def attended(chunks: int, teacher_forcing: bool) -> list[list[int]]:
+    """The chunks that each chunk attends to, in order.
+
+    Without teacher forcing chunk i attends to chunks ≤ i. With it the sequence is [clean; noisy],
+    half of ``chunks`` each: clean i attends to clean ≤ i, noisy i to clean < i and to itself.
+    """
+    if not teacher_forcing:
+        return [list(range(i + 1)) for i in range(chunks)]
+    half = chunks // 2
+    clean = [list(range(i + 1)) for i in range(half)]
+    return clean + [[*range(i), half + i] for i in range(half)]
+
+
+def spans(seen: list[int], chunk_tokens: int) -> list[slice]:
+    """Token ranges of runs of neighbouring chunks."""
+    runs: list[slice] = []
+    for chunk in seen:
+        start, stop = chunk * chunk_tokens, (chunk + 1) * chunk_tokens
+        if runs and runs[-1].stop == start:
+            start = runs.pop().start
+        runs.append(slice(start, stop))
+    return runs
+
+
+def block_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool
+) -> Tensor:
+    """softmax(q kᵀ / √D) v over the chunks `attended`; no L×L matrix is held.
+
+    Args:
+        q, k, v: [B, L, H, D]; L is a whole number of chunks (an even one with teacher forcing).
+        chunk_tokens: tokens of a chunk.
+        teacher_forcing: whether the sequence is [clean; noisy].
+
+    Returns:
+        [B, L, H, D] in ``q``'s dtype.
+    """
+    parts = []
+    for row, seen in enumerate(attended(q.shape[1] // chunk_tokens, teacher_forcing)):
+        runs = spans(seen, chunk_tokens)
+        keys, values = (torch.cat([t[:, run] for run in runs], dim=1) for t in (k, v))
+        own = slice(row * chunk_tokens, (row + 1) * chunk_tokens)
+        parts.append(attention(q[:, own], keys, values))
+    return torch.cat(parts, dim=1)
+
+
+def block_causal_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `block_causal_attention`, summed over chunks in float32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grad_, q_, k_, v_ = (t.to(wide) for t in (grad, q, k, v))
+    dq, dk, dv = (torch.zeros_like(t) for t in (q_, k_, v_))
+    for row, seen in enumerate(attended(q.shape[1] // chunk_tokens, teacher_forcing)):
+        runs = spans(seen, chunk_tokens)
+        keys, values = (torch.cat([t[:, run] for run in runs], dim=1) for t in (k_, v_))
+        own = slice(row * chunk_tokens, (row + 1) * chunk_tokens)
+        dq[:, own], dkeys, dvalues = attention_backward(grad_[:, own], q_[:, own], keys, values)
+        sizes = [run.stop - run.start for run in runs]
+        for total, part in ((dk, dkeys), (dv, dvalues)):
+            for run, piece in zip(runs, part.split(sizes, dim=1), strict=True):
+                total[:, run] += piece
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

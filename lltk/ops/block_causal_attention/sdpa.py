@@ -1,0 +1,25 @@
+"""Block-causal attention as one dense scaled_dot_product_attention a chunk; differentiable."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lltk.ops.block_causal_attention.reference import attended, spans
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool) -> Tensor:
+    """`reference.block_causal_attention`; every chunk attends densely to the keys it may see."""
+    queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))
+    parts = []
+    for row, seen in enumerate(attended(q.shape[1] // chunk_tokens, teacher_forcing)):
+        runs = spans(seen, chunk_tokens)
+        parts.append(
+            F.scaled_dot_product_attention(
+                queries[:, :, row * chunk_tokens : (row + 1) * chunk_tokens],
+                torch.cat([keys[:, :, run] for run in runs], dim=2),
+                torch.cat([values[:, :, run] for run in runs], dim=2),
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2)

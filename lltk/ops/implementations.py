@@ -1,0 +1,90 @@
+"""Which implementations an ``lltk::`` op has, and what each needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op.
+
+    Attributes:
+        op: the op, as ``paged_attention``.
+        name: what recipes call it.
+        where: ``module:function`` of the callable with the op's signature.
+        devices: device types it runs on.
+        differentiable: whether gradients pass through it.
+        module: a Python module it needs beyond torch.
+    """
+
+    op: str
+    name: str
+    where: str
+    devices: tuple[str, ...]
+    differentiable: bool = True
+    module: str | None = None
+
+    def load(self) -> Callable[..., Any]:
+        """The callable."""
+        module, _, function = self.where.partition(":")
+        found: Callable[..., Any] = getattr(import_module(module), function)
+        return found
+
+    def missing(self, device: torch.device) -> str | None:
+        """What the device or installation lacks to run it, or None."""
+        if device.type not in self.devices:
+            return f"runs on {' and '.join(self.devices)}, not on {device.type}"
+        if self.module is not None and find_spec(self.module) is None:
+            return f"needs the package {self.module}"
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device is visible"
+        return None
+
+
+_ANY = ("cpu", "cuda")
+_Paged = partial(Implementation, "paged_attention")
+_Causal = partial(Implementation, "block_causal_attention")
+_OPS = "lltk.ops."
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    _Paged("reference", _OPS + "paged_attention.op:paged_attention", _ANY),
+    _Paged("sdpa", _OPS + "paged_attention.sdpa:sdpa", _ANY),
+    _Paged("cudnn", _OPS + "paged_attention.sdpa:cudnn", ("cuda",)),
+    _Causal("reference", _OPS + "block_causal_attention.op:block_causal_attention", _ANY),
+    _Causal("sdpa", _OPS + "block_causal_attention.sdpa:sdpa", _ANY),
+    _Causal("flex", _OPS + "block_causal_attention.flex:flex", ("cuda",), module="triton"),
+)
+
+
+def ops_with_choices() -> Iterator[str]:
+    """Ops that `lower` chooses an implementation for."""
+    yield from dict.fromkeys(choice.op for choice in IMPLEMENTATIONS)
+
+
+def overload(op: str) -> torch._ops.OpOverload:
+    """The op as a graph node's target."""
+    found: torch._ops.OpOverload = import_module(f"lltk.ops.{op}.op").OVERLOAD
+    return found
+
+
+def find_implementation(op: str, name: str) -> Implementation:
+    """The implementation of ``op`` called ``name``.
+
+    Raises:
+        ValueError: there is none; lists those there are.
+    """
+    choices = {choice.name: choice for choice in IMPLEMENTATIONS if choice.op == op}
+    if name not in choices:
+        near = get_close_matches(name, choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{op} has no implementation {name!r} (it has {', '.join(choices)}){hint}")
+    return choices[name]

@@ -1,0 +1,1 @@
+"""Attention over committed pages and the chunk in flight."""

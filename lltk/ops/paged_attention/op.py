@@ -1,0 +1,66 @@
+"""``lltk::paged_attention`` and its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.ops.paged_attention import reference
+
+
+@torch.library.custom_op("lltk::paged_attention", mutates_args=())
+def paged_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
+) -> Tensor:
+    """See `reference.paged_attention`."""
+    return reference.paged_attention(q, k, v, k_pages, v_pages, table)
+
+
+@paged_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor) -> Tensor:
+    torch._check(k.shape[0] == k_pages.shape[0] and k.shape[2:] == k_pages.shape[3:])
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("lltk::paged_attention_backward", mutates_args=())
+def paged_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.paged_attention_backward`."""
+    return reference.paged_attention_backward(grad, q, k, v, k_pages, v_pages, table)
+
+
+@paged_attention_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*paged_attention_backward(grad, *ctx.saved_tensors), None, None, None)
+
+
+paged_attention.register_autograd(_backward, setup_context=_save)
+
+
+OVERLOAD = torch.ops.lltk.paged_attention.default
+"""The op as a graph node's target."""

@@ -1,0 +1,26 @@
+"""Paged attention through torch's scaled_dot_product_attention; differentiable in q, k and v."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lltk.ops.paged_attention.reference import gather
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
+) -> Tensor:
+    """`reference.paged_attention`, by the backend torch picks for the device."""
+    keys, values = gather(k, k_pages, table), gather(v, v_pages, table)
+    heads_first = (t.transpose(1, 2) for t in (q, keys, values))
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+def cudnn(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
+) -> Tensor:
+    """`reference.paged_attention` by cuDNN alone: an error where cuDNN cannot run it."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v, k_pages, v_pages, table)

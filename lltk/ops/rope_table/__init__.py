@@ -1,0 +1,1 @@
+"""Rotary tables from frame positions."""

@@ -1,0 +1,29 @@
+"""``lltk::rope_table``: no gradient flows to positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.rope_table import reference
+
+
+@torch.library.custom_op("lltk::rope_table", mutates_args=())
+def rope_table(
+    positions: Tensor, height: int, width: int, head_dim: int, theta: float
+) -> tuple[Tensor, Tensor]:
+    """See `reference.rope_table`."""
+    return reference.rope_table(positions, height, width, head_dim, theta)
+
+
+@rope_table.register_fake
+def _(
+    positions: Tensor, height: int, width: int, head_dim: int, theta: float
+) -> tuple[Tensor, Tensor]:
+    shape = (1, positions.shape[0] * height * width, 1, head_dim)
+    cos = positions.new_empty(shape, dtype=torch.float32)
+    return cos, torch.empty_like(cos)
+
+
+OVERLOAD = torch.ops.lltk.rope_table.default
+"""The op as a graph node's target."""

@@ -1,0 +1,24 @@
+"""``lltk::write_page``: the only op that changes a page."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.write_page import reference
+
+
+@torch.library.custom_op("lltk::write_page", mutates_args=("pages",))
+def write_page(pages: Tensor, value: Tensor, slot: Tensor) -> None:
+    """See `reference.write_page`."""
+    reference.write_page(pages, value, slot)
+
+
+@write_page.register_fake
+def _(pages: Tensor, value: Tensor, slot: Tensor) -> None:
+    batch, _, tokens, heads, width = pages.shape
+    torch._check(tuple(value.shape) == (batch, tokens, heads, width))
+
+
+OVERLOAD = torch.ops.lltk.write_page.default
+"""The op as a graph node's target."""

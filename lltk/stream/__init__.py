@@ -1,0 +1,1 @@
+"""Streaming: session, pages, shot script, sampler, decode pipeline and runtimes."""

@@ -1,0 +1,383 @@
+"""Read and write the transformer's weights and LoRA adapters in the layouts that people have."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import uuid
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lltk.models.configs import config_from_wan, validate_config
+from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, detect, few
+
+_STEM = "diffusion_pytorch_model"
+_INDEX = f"{_STEM}.safetensors.index.json"
+_PICKLES = (".pt", ".pth")
+_LORA_CONFIG = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights as a file holds them.
+
+    Attributes:
+        weights: tensors under lltk's names (diffusers'), on the CPU, mapped from the file, with its
+            shapes, dtypes and values.
+        config: for a transformer, its checked diffusers configuration; for an adapter, its PEFT
+            configuration (``r``, ``lora_alpha``, …); None where the file carries none.
+        layout: the name, in `WEIGHT_LAYOUTS` or `LORA_LAYOUTS`, under which it saves back.
+    """
+
+    weights: dict[str, Tensor]
+    config: dict[str, Any] | None
+    layout: str
+
+
+def load_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
+    """Read a transformer; what `path` is, and its layout, are found out from the names in it.
+
+    Args:
+        path: a diffusers folder (or a pipeline's, with ``transformer/``), an original Wan folder, a
+            ``.safetensors`` file, or a ``.pt``/``.pth`` state dict or LongLive checkpoint.
+        ema: take a LongLive checkpoint's ``generator_ema`` instead of its ``generator``.
+
+    Raises:
+        ValueError: the path does not exist, its content is damaged, is no Wan transformer, or is a
+            pickle of anything but tensors and plain values (which is not read).
+    """
+    path, config = Path(path), None
+    if path.is_dir():
+        path = path / "transformer" if (path / "transformer").is_dir() else path
+        config = _read_config(path / "config.json")
+        path = _weight_file(path)
+    content = _read(path)
+    key = "generator_ema" if ema else "generator"
+    if key not in content and (ema or "generator_ema" in content or "generator_lora" in content):
+        raise ValueError(
+            f"{path}: has no {key}, only {few(map(str, content))}; load it with ema={not ema}, or "
+            "an adapter with load_lora"
+        )
+    weights, layout = _rename(content.get(key, content), WEIGHT_LAYOUTS, str(path))
+    return Checkpoint(weights, config, layout)
+
+
+def save_checkpoint(
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    layout: str,
+    config: Mapping[str, Any] | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Write a transformer whole or not at all; tensors keep their dtypes and values.
+
+    Args:
+        path: a new or empty folder for ``diffusers``, a ``.safetensors`` file for ``wan``, a
+            ``.pt`` file for ``longlive``. An existing file is replaced.
+        weights: tensors under diffusers' names.
+        layout: a name in `WEIGHT_LAYOUTS`.
+        config: the diffusers configuration; needed by, and written for, ``diffusers`` only.
+        max_shard_size: bytes above which a diffusers folder is sharded.
+    """
+    path = Path(path)
+    state = _state(weights, WEIGHT_LAYOUTS, layout, path)
+    if layout == "longlive":
+        _save_pickle({"generator": state}, path)
+    elif layout == "wan":
+        _save_safetensors(state, path)
+    elif config is None:
+        raise ValueError(f"{path}: a diffusers folder needs a configuration; pass config")
+    else:
+        _save_folder(state, validate_config(config, str(path)), path, max_shard_size)
+
+
+def load_lora(path: str | Path) -> Checkpoint:
+    """Read an adapter: LongLive's ``.pt`` (the student's), or PEFT's or diffusers' safetensors.
+
+    Names are the module's path plus ``.lora_A.weight`` [rank, in] or ``.lora_B.weight``
+    [out, rank]. Raises ValueError as `load_checkpoint` does.
+    """
+    path = Path(path)
+    content = _read(path)
+    weights, layout = _rename(content.get("generator_lora", content), LORA_LAYOUTS, str(path))
+    return Checkpoint(weights, _read_lora_config(path), layout)
+
+
+def save_lora(
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    layout: str,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter: a ``.pt`` file for ``longlive``, else a ``.safetensors`` file.
+
+    `layout` is a name in `LORA_LAYOUTS`; `config`, the PEFT configuration, goes into the file's
+    metadata as diffusers writes it. ``longlive`` files have no place for it and mean a scale of 1.
+    """
+    path = Path(path)
+    state = _state(weights, LORA_LAYOUTS, layout, path)
+    if layout != "longlive":
+        prefix = "transformer." if layout == "diffusers" else ""
+        notes = json.dumps({prefix + k: v for k, v in (config or {}).items()}, default=list)
+        _save_safetensors(state, path, {_LORA_CONFIG: notes} if config else {})
+    elif config and config.get("lora_alpha") != config.get("r"):
+        raise ValueError(
+            f"{path}: lora_alpha {config.get('lora_alpha')} is not r {config.get('r')}, but this "
+            "layout means a scale of 1; multiply lora_B by lora_alpha / r, or use another layout"
+        )
+    else:
+        _save_pickle({"generator_lora": state}, path)
+
+
+def check_weights(
+    weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Raise ValueError unless `weights` are exactly those of `expected` (name → shape), all finite.
+
+    `where` is the file or model that the message names.
+    """
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    misshapen = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    _compare(found, expected, misshapen, where, "use the weights or the configuration of one model")
+    broken = [name for name, weight in weights.items() if not _finite(weight)]
+    if broken:
+        raise ValueError(
+            f"{where}: {broken[0]} holds NaN or infinity ({len(broken)} of {len(weights)} tensors "
+            "do); use a checkpoint from before the run diverged"
+        )
+
+
+def _finite(weight: Tensor) -> bool:
+    # aminmax hands NaN on, but takes neither one-byte floats nor empty tensors.
+    wide = weight.float() if weight.dtype.itemsize == 1 else weight
+    return not wide.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(wide))
+
+
+def _compare(
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    misshapen: list[str],
+    where: str,
+    remedy: str,
+) -> None:
+    kinds = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "misshapen": misshapen,
+    }
+    problems = [f"{len(names)} {kind} ({few(names)})" for kind, names in kinds.items() if names]
+    if problems:
+        raise ValueError(f"{where}: weights {', '.join(problems)}; {remedy}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of one file, or of the shards of one index."""
+    if not path.exists():
+        raise ValueError(f"{path}: does not exist; check the path")
+    if path.suffix == ".json":
+        return _read_shards(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in _PICKLES:
+        return _read_pickle(path)
+    raise ValueError(f"{path}: not a .safetensors, .pt or .pth file; convert it to safetensors")
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or cut short ({error}); download it again") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    remedy = "download it again, or convert it to safetensors where you trust it"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # Reading compares the checksum: the unpickler never meets a damaged pickle.
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    archive.read(name)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: refused unread: a pickle of more than plain tensors; {remedy}"
+        ) from error
+    except (zipfile.BadZipFile, OSError, RuntimeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: refused unread: damaged, or not written by torch.save ({error}); {remedy}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: holds a {type(content).__name__}, not a state dict; save model.state_dict()"
+        )
+    return content
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{index}: no weight_map of names to files; download it again")
+    weights: dict[str, Any] = {}
+    for shard in sorted(set(files.values())):
+        file = index.parent / Path(shard).name
+        if not file.is_file():
+            raise ValueError(f"{index}: shard {shard} is missing; download it beside the index")
+        listed = {name: shard for name in files if files[name] == shard}
+        part = _read_safetensors(file)
+        _compare(part, listed, [], f"{file}: against {index.name}", "download both again")
+        weights.update(part)
+    return weights
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _parse(path.read_bytes(), path)
+
+
+def _parse(text: str | bytes, where: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: damaged JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: its JSON is not an object; download it again")
+    return content
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    config = _read_json(path)
+    read = config_from_wan if config.get("_class_name") == "WanModel" else validate_config
+    return read(config, str(path))
+
+
+def _read_lora_config(path: Path) -> dict[str, Any] | None:
+    beside = path.with_name("adapter_config.json")
+    if path.name == "adapter_model.safetensors" and beside.exists():
+        return _read_json(beside)
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(_LORA_CONFIG)
+    if text is None:
+        return None
+    return {key.removeprefix("transformer."): v for key, v in _parse(text, path).items()}
+
+
+def _weight_file(folder: Path) -> Path:
+    for pattern in ("*.safetensors.index.json", "*.safetensors"):
+        found = sorted(folder.glob(pattern))
+        usual = folder / pattern.replace("*", _STEM)
+        if usual in found or len(found) == 1:
+            return usual if usual in found else found[0]
+        if found:
+            raise ValueError(
+                f"{folder}: {len(found)} files ({few(file.name for file in found)}) and none is "
+                f"{usual.name}; name one of them, or restore the missing index"
+            )
+    raise ValueError(f"{folder}: no .safetensors file; name a folder or file that holds weights")
+
+
+def _rename(state: Any, layouts: Mapping[str, Layout], where: str) -> tuple[dict[str, Tensor], str]:
+    if not isinstance(state, dict):
+        raise ValueError(f"{where}: its weights are a {type(state).__name__}, not a state dict")
+    other = [
+        f"{key} ({type(value).__name__})"
+        for key, value in state.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
+    if other:
+        raise ValueError(
+            f"{where}: {len(other)} entries are not named tensors: {few(other)}; remove them"
+        )
+    layout = detect(state, layouts, where)
+    names = layout.read(state, where)
+    return {names[key]: value.detach() for key, value in state.items()}, layout.name
+
+
+def _state(
+    weights: Mapping[str, Tensor], layouts: Mapping[str, Layout], layout: str, path: Path
+) -> dict[str, Tensor]:
+    if layout not in layouts:
+        raise ValueError(f"{path}: layout {layout!r} is not known; use one of {', '.join(layouts)}")
+    names = layouts[layout].write(weights, str(path))
+    return {names[key]: _alone(value) for key, value in weights.items()}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous on the CPU, with no more storage than its own."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+@contextmanager
+def _whole(path: Path, *suffixes: str) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place if the body succeeds."""
+    if suffixes and path.suffix not in suffixes:
+        raise ValueError(f"{path}: this layout is a {' or '.join(suffixes)} file; rename it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def _save_pickle(content: dict[str, dict[str, Tensor]], path: Path) -> None:
+    # Given a path, torch.save would write the temporary name into the archive.
+    with _whole(path, *_PICKLES) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+
+
+def _save_safetensors(
+    state: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    with _whole(path, ".safetensors") as temporary:
+        save_file(state, temporary, {"format": "pt", **(metadata or {})})
+
+
+def _save_folder(
+    state: dict[str, Tensor], config: dict[str, Any], path: Path, max_shard_size: int
+) -> None:
+    from diffusers import __version__
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: exists and is not an empty folder; name a new one")
+    split = split_torch_state_dict_into_shards(
+        state, filename_pattern=_STEM + "{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    notes = {"_class_name": "WanTransformer3DModel", "_diffusers_version": __version__}
+    with _whole(path) as temporary:
+        temporary.mkdir()
+        for name, keys in split.filename_to_tensors.items():
+            save_file({key: state[key] for key in keys}, temporary / name, {"format": "pt"})
+        if split.is_sharded:
+            _write_json(temporary / _INDEX, index)
+        _write_json(temporary / "config.json", config | notes)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,0 +1,142 @@
+"""Configurations of diffusers' WanTransformer3DModel: named ones, and the check of any other."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from lltk.models.layouts import few
+
+_MODEL = "WanTransformer3DModel"
+_IMAGE_KEYS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+# What an original Wan configuration says, and what it may say for diffusers to describe it.
+_FROM_WAN: Mapping[str, str] = {
+    "num_heads": "num_attention_heads",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+} | {k: k for k in ("ffn_dim", "num_layers", "freq_dim", "text_dim", "eps", "patch_size")}
+_WAN_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "model_type": ("t2v", "ti2v"),
+    "window_size": ([-1, -1],),
+    "qk_norm": (True,),
+    "cross_attn_norm": (True,),
+}
+
+
+def _config(**sizes: int) -> Mapping[str, Any]:
+    shared = {
+        "patch_size": (1, 2, 2),
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "rope_max_seq_len": 1024,
+    }
+    return MappingProxyType(shared | dict.fromkeys(_IMAGE_KEYS) | sizes)
+
+
+CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "wan22_5b": _config(
+            num_attention_heads=24,
+            attention_head_dim=128,
+            in_channels=48,
+            out_channels=48,
+            text_dim=4096,
+            freq_dim=256,
+            ffn_dim=14336,
+            num_layers=30,
+        ),
+        "tiny": _config(
+            num_attention_heads=4,
+            attention_head_dim=32,
+            in_channels=16,
+            out_channels=16,
+            text_dim=64,
+            freq_dim=64,
+            ffn_dim=512,
+            num_layers=4,
+        ),
+    }
+)
+
+
+def named_config(name: str) -> dict[str, Any]:
+    """A fresh copy of the configuration called `name`; ValueError with a suggestion otherwise."""
+    if name not in CONFIGS:
+        close = difflib.get_close_matches(name, CONFIGS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(CONFIGS)}"
+        raise ValueError(f"model configuration {name!r} is not known; {hint}")
+    return dict(CONFIGS[name])
+
+
+def validate_config(config: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
+    """`config` with diffusers' defaults filled in, without diffusers' own notes (``_…`` keys).
+
+    ValueError where its class, keys or types are not those of `WanTransformer3DModel`, or where it
+    asks for an image branch, which lltk does not cover.
+    """
+    from diffusers import WanTransformer3DModel
+
+    if config.get("_class_name", _MODEL) != _MODEL:
+        raise ValueError(
+            f"{where}: _class_name is {config['_class_name']!r}, not {_MODEL}; "
+            "use the folder of a Wan transformer"
+        )
+    parameters = inspect.signature(WanTransformer3DModel).parameters
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    _no_extra(given, parameters, where)
+    full = {
+        key: _typed(key, given.get(key, parameter.default), parameter.default, where)
+        for key, parameter in parameters.items()
+    }
+    image = [f"{key}={full[key]!r}" for key in _IMAGE_KEYS if full[key] is not None]
+    if image:
+        raise ValueError(
+            f"{where}: {', '.join(image)}: lltk does not cover image branches; use a text-to-video "
+            "model, or TI2V, which takes its image as the first latent frame"
+        )
+    return full
+
+
+def config_from_wan(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The diffusers configuration that an original Wan ``config.json`` describes.
+
+    ValueError as in `validate_config`, and where a size is missing.
+    """
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    _no_extra(given, {**_FROM_WAN, **_WAN_FIXED, "dim": None, "text_len": None}, where)
+    for key, covered in _WAN_FIXED.items():
+        if given.get(key, covered[0]) not in covered:
+            raise ValueError(f"{where}: {key} is {given[key]!r}; lltk covers only {covered}")
+    sizes = {k: given.get(k) for k in ("dim", "num_heads", "ffn_dim", "num_layers", "in_dim")}
+    missing = [key for key, size in sizes.items() if type(size) is not int or size < 1]
+    if missing or given["dim"] % given["num_heads"]:
+        raise ValueError(
+            f"{where}: {few(missing) or 'dim'} is not a size; an original Wan configuration needs "
+            f"{', '.join(sizes)}, and dim a multiple of num_heads"
+        )
+    renamed = {new: given[old] for old, new in _FROM_WAN.items() if old in given}
+    head_dim = given["dim"] // given["num_heads"]
+    return validate_config(renamed | {"attention_head_dim": head_dim}, where)
+
+
+def _no_extra(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    extra = sorted(given.keys() - known.keys())
+    if extra:
+        raise ValueError(
+            f"{where}: a model diffusers cannot describe: {_MODEL} takes no {few(extra)}; "
+            "use the model without these parts, or remove the keys if they mean nothing"
+        )
+
+
+def _typed(key: str, value: Any, default: Any, where: str) -> Any:
+    if isinstance(default, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if default is not None and type(value) is not type(default):
+        raise ValueError(f"{where}: {key} is {value!r}; write a {type(default).__name__}")
+    return value

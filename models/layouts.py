@@ -1,0 +1,145 @@
+"""The names of a Wan transformer's weights in each checkpoint layout, as pure key maps.
+
+lltk's own names are diffusers' (``blocks.0.attn1.to_q.weight``; for LoRA, the module's path plus
+``.lora_A.weight`` or ``.lora_B.weight``). A `Layout` maps a file's keys to them and back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+_WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+_ADAPTER = re.compile(r"\.(lora_[AB])\.default\.weight$")
+_BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]*)\.")
+
+
+def few(names: Iterable[str]) -> str:
+    """The first three names, with an ellipsis where there are more."""
+    listed = list(names)
+    return ", ".join(listed[:3]) + (", …" if len(listed) > 3 else "")
+
+
+def _lookup(table: Mapping[str, str], key: str) -> str | None:
+    block = _BLOCK.match(key)
+    if block is None:
+        return None if key.startswith("blocks.") else table.get(key)
+    name = table.get("blocks.#." + key[block.end() :])
+    return name and name.replace("#", block[1])
+
+
+def _strict(names: Mapping[str, str | None], where: str, required: str) -> dict[str, str]:
+    unmapped = [key for key, name in names.items() if name is None]
+    if unmapped:
+        raise ValueError(
+            f"{where}: {len(unmapped)} of {len(names)} keys are not {required}: {few(unmapped)}; "
+            "remove them, or use a model without image or control branches"
+        )
+    count = Counter(names.values())
+    twice = [key for key, name in names.items() if count[name] > 1]
+    if twice:
+        raise ValueError(
+            f"{where}: {len(twice)} keys share a name once their wrapper prefixes are stripped: "
+            f"{few(twice)}; keep one of each"
+        )
+    return {key: name for key, name in names.items() if name is not None}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way of naming weights: `prefix`, then a key that `table` maps to lltk's own name.
+
+    ``blocks.#.`` in `table` stands for every block. Wrapper segments (``_orig_mod.`` and its like)
+    and PEFT's ``.default`` are read past, never written.
+    """
+
+    name: str
+    prefix: str
+    table: Mapping[str, str]
+
+    def own_name(self, key: str) -> str | None:
+        """lltk's name of one key, or None where this layout has no such key."""
+        key = _ADAPTER.sub(r".\1.weight", _WRAPPERS.sub("", key))
+        return _lookup(self.table, key[len(self.prefix) :]) if key.startswith(self.prefix) else None
+
+    def read(self, keys: Iterable[str], where: str) -> dict[str, str]:
+        """Map a file's keys to lltk's names; ValueError names `where` and the keys without one."""
+        names = {key: self.own_name(key) for key in keys}
+        return _strict(names, where, f"of the layout {self.name!r}")
+
+    def write(self, keys: Iterable[str], where: str) -> dict[str, str]:
+        """Map lltk's names to a file's keys; ValueError names `where` and the names without one."""
+        inverse = {own: key for key, own in self.table.items()}
+        names = {own: _lookup(inverse, own) for own in keys}
+        return {
+            own: self.prefix + key for own, key in _strict(names, where, "lltk's names").items()
+        }
+
+
+def detect(keys: Iterable[str], layouts: Mapping[str, Layout], where: str) -> Layout:
+    """The layout that knows the most of `keys`; ValueError where none knows any."""
+    listed = list(keys)
+    known = {
+        name: sum(layout.own_name(key) is not None for key in listed)
+        for name, layout in layouts.items()
+    }
+    best = max(known, key=known.__getitem__)
+    if not known[best]:
+        raise ValueError(
+            f"{where}: none of its {len(listed)} keys ({few(listed)}) is of a known layout "
+            f"({', '.join(layouts)}); use the file of a Wan transformer"
+        )
+    return layouts[best]
+
+
+_ATTENTION = {"self_attn": "attn1", "cross_attn": "attn2"}
+_LINEAR = {
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "blocks.#.ffn.0": "blocks.#.ffn.net.0.proj",
+    "blocks.#.ffn.2": "blocks.#.ffn.net.2",
+} | {
+    f"blocks.#.{wan}.{short}": f"blocks.#.{own}.{long}"
+    for wan, own in _ATTENTION.items()
+    for short, long in {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}.items()
+}
+_AFFINE = _LINEAR | {"patch_embedding": "patch_embedding", "blocks.#.norm3": "blocks.#.norm2"}
+_WAN = (
+    {
+        f"{wan}.{part}": f"{own}.{part}"
+        for wan, own in _AFFINE.items()
+        for part in ("weight", "bias")
+    }
+    | {
+        f"blocks.#.{wan}.{norm}.weight": f"blocks.#.{own}.{norm}.weight"
+        for wan, own in _ATTENTION.items()
+        for norm in ("norm_q", "norm_k")
+    }
+    | {
+        "head.modulation": "scale_shift_table",
+        "blocks.#.modulation": "blocks.#.scale_shift_table",
+    }
+)
+_LORA = {
+    f"{wan}.lora_{x}.weight": f"{own}.lora_{x}.weight" for wan, own in _LINEAR.items() for x in "AB"
+}
+_OWN = {own: own for own in _WAN.values()}
+_OWN_LORA = {own: own for own in _LORA.values()}
+
+WEIGHT_LAYOUTS: Mapping[str, Layout] = {
+    "diffusers": Layout("diffusers", "", _OWN),
+    "wan": Layout("wan", "", _WAN),
+    "longlive": Layout("longlive", "model.", _WAN),
+}
+LORA_LAYOUTS: Mapping[str, Layout] = {
+    "lltk": Layout("lltk", "", _OWN_LORA),
+    "diffusers": Layout("diffusers", "transformer.", _OWN_LORA),
+    "peft": Layout("peft", "base_model.model.", _OWN_LORA),
+    "longlive": Layout("longlive", "base_model.model.", _LORA),
+}

@@ -1,0 +1,111 @@
+"""Wan2.2's transformer as diffusers ships it: how to build and capture it, what passes may know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lltk.graph.capture import capture
+from lltk.graph.geometry import Geometry, Kind
+from lltk.graph.program import Program
+from lltk.graph.spec import ModelSpec
+
+STRIDE = (4, 16, 16)
+"""Video (frames, height, width) of one latent of Wan2.2's VAE."""
+
+
+def spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec of a WanTransformer3DModel configuration."""
+    from diffusers import WanTransformer3DModel
+
+    return ModelSpec(
+        layers=config["num_layers"],
+        heads=config["num_attention_heads"],
+        head_dim=config["attention_head_dim"],
+        channels=config["in_channels"],
+        text_dim=config["text_dim"],
+        patch=tuple(config["patch_size"]),
+        stride=STRIDE,
+        rope_theta=10000.0,
+        block="blocks.{layer}",
+        self_attention="blocks.{layer}.attn1",
+        cross_attention="blocks.{layer}.attn2",
+        rope="rope",
+        rope_tables=("rope.freqs_cos", "rope.freqs_sin"),
+        latent_input="hidden_states",
+        time_input="timestep",
+        text_input="encoder_hidden_states",
+        output="sample",
+        keep_fp32=tuple(WanTransformer3DModel._keep_in_fp32_modules),
+    )
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """The model, initialised as diffusers does."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(**config)
+
+
+def captured(
+    config: Mapping[str, Any], kind: Kind, geometry: Geometry, dtype: torch.dtype
+) -> Program:
+    """Capture the model at a geometry, without allocating its weights.
+
+    Args:
+        config: of WanTransformer3DModel.
+        kind: decides how many frames the captured forward holds.
+        geometry: sizes.
+        dtype: compute dtype; the modules that diffusers keeps in float32 stay there.
+
+    Returns:
+        A captured Program: graph ``forward``, meta weights in the configuration's dtypes, the
+        rotary tables as constants.
+    """
+    model_spec = spec(config)
+    from diffusers.models.attention_dispatch import attention_backend
+
+    frames = geometry.captured_frames(kind)
+    tokens = frames * geometry.frame_tokens(model_spec)
+    program = Program(kind, model_spec, geometry, dtype, graphs={}, weights={})
+
+    def run_dtype(name: str, parameter: Tensor) -> torch.dtype:
+        program.weights[name] = parameter
+        return program.run_dtype(name)
+
+    with attention_backend("native"):
+        graph, weights, buffers = capture(
+            lambda: build(config),
+            inputs={
+                model_spec.latent_input: (
+                    (geometry.batch, model_spec.channels, frames, *geometry.latent(model_spec)),
+                    dtype,
+                ),
+                model_spec.time_input: ((geometry.batch, tokens), torch.float32),
+                model_spec.text_input: (
+                    (geometry.batch, geometry.text_tokens, model_spec.text_dim),
+                    dtype,
+                ),
+            },
+            outputs=[model_spec.output],
+            run_dtype=run_dtype,
+            options={"return_dict": False},
+        )
+    tables = _rope_tables(config, model_spec)
+    program.graphs = {"forward": graph}
+    program.weights = weights
+    program.constants = {name: tables[name] for name in buffers}
+    return program
+
+
+def _rope_tables(config: Mapping[str, Any], model_spec: ModelSpec) -> dict[str, Tensor]:
+    """diffusers' rotary tables, which are not in its checkpoints."""
+    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+
+    rope = WanRotaryPosEmbed(
+        model_spec.head_dim, model_spec.patch, config.get("rope_max_seq_len", 1024)
+    )
+    return {f"{model_spec.rope}.{name}": table for name, table in rope.named_buffers()}

@@ -1,0 +1,97 @@
+"""The stream's commit: one clean pass that writes a chunk's K/V into a page."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from lltk.graph.edit import (
+    add_input,
+    building,
+    calls,
+    copy_graph,
+    drop_unused_inputs,
+    module_of,
+    output,
+    placeholder,
+    prune,
+    shape,
+)
+from lltk.graph.passes import Numerics, Pass, PassConfig, Report
+from lltk.graph.program import Program
+from lltk.graph.stages import Stage
+from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
+from lltk.ops.write_page.op import OVERLOAD as WRITE_PAGE
+
+aten = torch.ops.aten
+
+
+class Config(PassConfig):
+    """Nothing to configure."""
+
+
+class Commit(Pass[Config]):
+    """Derive the commit graph from the step: t = 0, K/V written to page ``slot``, nothing returned.
+
+    ::
+
+        paged_attention(q, k, v, k_pages_i, v_pages_i, table)
+            →  the same, and write_page(k_pages_i, k, slot), write_page(v_pages_i, v, slot)
+        return {"sample": …}  →  return {}, all that only it needed removed
+
+    The last block ends at its K/V, so its cross-attention inputs go. ``slot`` is int64 [1], on
+    the pages' device.
+    """
+
+    Config = Config
+    reads = (Stage.CANONICAL,)
+    leaves = Stage.CAUSAL
+    kinds = ("stream",)
+    numerics = Numerics.BITWISE
+
+    def requires(self, program: Program) -> None:
+        step = program.graphs.get("step")
+        if step is None or not calls(step, PAGED_ATTENTION):
+            raise ValueError(
+                "commit: there is no step over pages; put cached_step before it in the recipe"
+            )
+
+    def apply(self, program: Program, report: Report) -> None:
+        graph = copy_graph(program.graphs["step"])
+        slot = add_input(graph, "slot", torch.empty(1, dtype=torch.int64, device="meta"))
+        end = output(graph)
+        for node in calls(graph, PAGED_ATTENTION):
+            _, k, v, k_pages, v_pages, _ = node.args
+            with building(end, module_of(node)) as build:
+                build(WRITE_PAGE, k_pages, k, slot)
+                build(WRITE_PAGE, v_pages, v, slot)
+            report.match("pages", 2)
+        end.args = ({},)
+        _clean_time(graph, program.spec.time_input, program.spec.latent_input)
+        report.match("dead", prune(graph))
+        drop_unused_inputs(graph)
+        program.graphs["commit"] = graph
+
+    def ensures(self, program: Program) -> None:
+        last = program.spec.layers - 1
+        owner = program.spec.block.format(layer=last)
+        attention = program.spec.self_attention.format(layer=last)
+        read = {
+            str(node.target)
+            for node in program.graphs["commit"].find_nodes(op="get_attr")
+            if str(node.target).startswith(owner + ".")
+        }
+        wanted = {f"{attention}.{part}" for part in ("to_k", "to_v", "norm_k")}
+        extra = {n for n in read if n.rpartition(".")[0] not in wanted | {owner}}
+        assert not extra, f"the commit's last block still reads {sorted(extra)}"
+
+
+def _clean_time(graph: fx.Graph, time_name: str, latent_name: str) -> None:
+    """Replace the timestep input by zeros made on the latents' device."""
+    time, latents = placeholder(graph, time_name), placeholder(graph, latent_name)
+    first = next(node for node in graph.nodes if node in time.users)
+    with building(first, "") as build:
+        zeros = build(
+            aten.new_zeros.default, latents, list(shape(time)), dtype=time.meta["val"].dtype
+        )
+    time.replace_all_uses_with(zeros)

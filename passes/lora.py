@@ -1,0 +1,107 @@
+"""Low-rank adapters beside chosen linears."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from lltk.graph.edit import building, calls, module_of
+from lltk.graph.passes import Numerics, Pass, PassConfig, Report
+from lltk.graph.program import Program
+from lltk.graph.stages import Stage
+
+aten = torch.ops.aten
+BLOCK_LINEARS = r"blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
+
+
+class Config(PassConfig):
+    """Rank, scale and place of the adapters."""
+
+    rank: int = Field(128, ge=1, description="rank of every adapter")
+    alpha: float = Field(128.0, gt=0, description="an adapter's output is scaled by alpha / rank")
+    include: str = Field(BLOCK_LINEARS, description="modules that get one (whole-path regex)")
+    seed: int = Field(0, description="seed of the initial values of A (B starts at 0)")
+
+
+class Lora(Pass[Config]):
+    """Add a trainable low-rank adapter to linears; everything else is frozen.
+
+    ::
+
+        linear(x, W, b)  →  linear(x, W, b) + linear(linear(x, A), B) * (alpha / rank)
+
+    A is ``<module>.lora_A.weight`` [rank, in], B is ``<module>.lora_B.weight`` [out, rank], as PEFT
+    names them; A starts as PEFT's (Kaiming uniform, a = √5), B at 0, so that the function is kept.
+    """
+
+    Config = Config
+    reads = (Stage.CANONICAL, Stage.CAUSAL)
+    numerics = Numerics.BITWISE
+
+    def apply(self, program: Program, report: Report) -> None:
+        adapted: dict[str, tuple[int, int]] = {}
+        for graph in program.graphs.values():
+            for node in calls(graph, aten.linear.default):
+                module = _linear_module(node)
+                if re.fullmatch(self.config.include, module) is None:
+                    report.miss(node, f"{module} does not match include={self.config.include!r}")
+                    continue
+                adapted[module] = tuple(program.weights[f"{module}.weight"].shape)
+                self._adapt(node, module, report)
+        state = self.map_state(program.weights) if adapted else program.weights
+        program.weights = dict(state)
+        program.trainable = frozenset(n for n in program.weights if is_adapter(n))
+
+    def _adapt(self, node: fx.Node, module: str, report: Report) -> None:
+        following = node.next
+        with building(following, module_of(node)) as build:
+            down = build(
+                aten.linear.default, node.args[0], build.attribute(f"{module}.lora_A.weight")
+            )
+            up = build(aten.linear.default, down, build.attribute(f"{module}.lora_B.weight"))
+            scaled = build(aten.mul.Tensor, up, self.config.alpha / self.config.rank)
+            total = build(aten.add.Tensor, node, scaled)
+        node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+        report.match("linears")
+
+    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keep the base; add adapters that are absent, initialised."""
+        mapped = dict(state)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        for name, weight in state.items():
+            module, _, kind = name.rpartition(".")
+            if kind != "weight" or not re.fullmatch(self.config.include, module):
+                continue
+            a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+            if a not in state:
+                mapped[a] = _initial_a(weight, self.config.rank, generator)
+                mapped[b] = weight.new_zeros((weight.shape[0], self.config.rank))
+        return mapped
+
+    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Drop the adapters (merge them first with merge_lora to keep what they learned)."""
+        return {name: tensor for name, tensor in state.items() if not is_adapter(name)}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to a low-rank adapter."""
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
+def _linear_module(node: fx.Node) -> str:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return str(weight.target).removesuffix(".weight")
+
+
+def _initial_a(weight: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    value = weight.new_empty((rank, weight.shape[1]))
+    if weight.is_meta:
+        return value
+    bound = 1 / math.sqrt(weight.shape[1])
+    return value.uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,110 @@
+"""The train graph: [clean; noisy] of the same clip in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from lltk.graph.edit import (
+    Builder,
+    add_input,
+    building,
+    module_of,
+    placeholder,
+    rename_placeholder,
+    shape,
+)
+from lltk.graph.passes import Numerics, Pass, PassConfig, Report
+from lltk.graph.program import Program
+from lltk.graph.stages import Stage
+from lltk.passes.block_causal import rewrite_self_attention
+
+aten = torch.ops.aten
+
+
+class Config(PassConfig):
+    """Nothing to configure."""
+
+
+class TeacherForcing(Pass[Config]):
+    """Run a clip's clean and noisy latents as one sequence; predict for the noisy half.
+
+    ::
+
+        hidden_states: [B, C, 2F, h, w]  →  cat(clean: [B, C, F, h, w], noisy, dim=2)
+        timestep: [B, 2F], positions: [2F]  →  cat(0, timestep: [B, F]), cat(positions, positions)
+        attend(q, k, v)  →  lltk.block_causal_attention(q, k, v, chunk tokens, True)
+        head(x)  →  head(noisy half of x)
+
+    Clean chunks see clean chunks up to their own; a noisy chunk sees earlier clean chunks and
+    itself. Needs per-frame timesteps and frame positions.
+    """
+
+    Config = Config
+    reads = (Stage.CANONICAL,)
+    leaves = Stage.CAUSAL
+    kinds = ("train",)
+    numerics = Numerics.CHANGING
+
+    def requires(self, program: Program) -> None:
+        (graph,) = program.graphs.values()
+        time = placeholder(graph, program.spec.time_input)
+        have = {str(node.target) for node in graph.find_nodes(op="placeholder")}
+        if "positions" not in have or shape(time)[1] != 2 * program.geometry.frames:
+            raise ValueError(
+                "teacher_forcing: needs timesteps and positions per frame; put "
+                "per_frame_timesteps and frame_positions before it in the recipe's passes"
+            )
+
+    def apply(self, program: Program, report: Report) -> None:
+        (graph,) = program.graphs.values()
+        spec, frames = program.spec, program.geometry.frames
+        _noisy_head(program, graph, frames, report)
+        noisy = placeholder(graph, spec.latent_input)
+        clean = add_input(graph, "clean", noisy.meta["val"].narrow(2, 0, frames).contiguous())
+        _double(noisy, 2, lambda build: clean)
+        rename_placeholder(noisy, "noisy")
+        time = placeholder(graph, spec.time_input)
+        _double(time, 1, lambda build: build(aten.zeros_like.default, time))
+        positions = placeholder(graph, "positions")
+        _double(positions, 0, lambda build: positions)
+        report.match("inputs", 3)
+        rewrite_self_attention(program, "train", True, report)
+
+
+def _double(source: fx.Node, axis: int, other: Callable[[Builder], fx.Node]) -> None:
+    """Halve an input along ``axis``; its readers read ``other`` and it, joined."""
+    readers = [node for node in source.graph.nodes if node in source.users]
+    with building(readers[0], "") as build:
+        joined = build(aten.cat.default, [other(build), source], axis)
+    for reader in readers:
+        reader.replace_input_with(source, joined)
+    half = source.meta["val"].shape[axis] // 2
+    source.meta["val"] = source.meta["val"].narrow(axis, 0, half).contiguous()
+
+
+def _noisy_head(program: Program, graph: fx.Graph, frames: int, report: Report) -> None:
+    """After the last block keep the second half of the tokens and of what is per frame."""
+    spec = program.spec
+    blocks = {node for node in graph.nodes if spec.layer_of(module_of(node)) is not None}
+    head: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or node in blocks:
+            continue
+        from_blocks = [source for source in node.all_input_nodes if source in blocks]
+        if not from_blocks and not head & set(node.all_input_nodes):
+            continue
+        for source in node.all_input_nodes:
+            if source not in head and source.op == "call_function":
+                size = shape(source)[1]
+                with building(node) as build:
+                    half = build(aten.slice.Tensor, source, 1, size // 2, size)
+                node.replace_input_with(source, half)
+                report.match("head")
+        if node.target is aten.reshape.default:
+            _, sizes = node.args
+            assert isinstance(sizes, list) and sizes[1] == 2 * frames
+            node.update_arg(1, [sizes[0], frames, *sizes[2:]])
+        head.add(node)

@@ -1,0 +1,72 @@
+"""One prompt a chunk: a chunk's tokens attend to their own prompt only."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from lltk.graph.attention import attend, find_attention
+from lltk.graph.edit import Builder, building, placeholder, replace, shape
+from lltk.graph.passes import Numerics, Pass, PassConfig, Report
+from lltk.graph.program import Program
+from lltk.graph.stages import Stage
+
+aten = torch.ops.aten
+
+
+class Config(PassConfig):
+    """Nothing to configure."""
+
+
+class TextPerChunk(Pass[Config]):
+    """Give every chunk a prompt of its own in cross-attention.
+
+    ::
+
+        encoder_hidden_states: [B, S, E]  →  [B, N, S, E], one prompt for each of N chunks
+        attend(q[B, L, …], k[B, S, …])    →  attend(q[B·N, L/N, …], k[B·N, S, …]), chunks as batch
+
+    In a train graph ([clean; noisy]) both copies of a chunk read the same prompt.
+    """
+
+    Config = Config
+    reads = (Stage.CANONICAL,)
+    kinds = ("train", "score")
+    numerics = Numerics.CHANGING
+
+    def apply(self, program: Program, report: Report) -> None:
+        spec, prompts = program.spec, program.geometry.chunks
+        for graph in program.graphs.values():
+            text = placeholder(graph, spec.text_input)
+            batch, tokens, width = shape(text)
+            frames = shape(placeholder(graph, spec.latent_input))[2]
+            chunks = frames // program.geometry.chunk
+            for attention in find_attention(program, graph, spec.cross_attention, report):
+                with building(attention.node) as build:
+                    q = build(aten.unflatten.int, attention.q, 1, [chunks, -1])
+                    q = build(aten.flatten.using_ints, q, 0, 1)
+                    k, v = (
+                        _repeat(build, t, batch, chunks // prompts)
+                        for t in (attention.k, attention.v)
+                    )
+                    out = attend(build, q, k, v)
+                    out = build(aten.unflatten.int, out, 0, [batch, chunks])
+                    out = build(aten.flatten.using_ints, out, 1, 2)
+                replace(attention.result, out)
+                report.match("cross-attention")
+            text.meta["val"] = text.meta["val"].new_empty((batch, prompts, tokens, width))
+            readers = list(text.users)
+            first = next(node for node in graph.nodes if node in readers)
+            with building(first, "") as build:
+                flat = build(aten.flatten.using_ints, text, 0, 1)
+            for reader in readers:
+                reader.replace_input_with(text, flat)
+
+
+def _repeat(build: Builder, value: fx.Node, batch: int, streams: int) -> fx.Node:
+    """[B·N, S, H, D] → [B·streams·N, S, H, D], every stream the same."""
+    if streams == 1:
+        return value
+    value = build(aten.unflatten.int, value, 0, [batch, 1, -1])
+    value = build(aten.expand.default, value, [-1, streams, -1, -1, -1, -1])
+    return build(aten.flatten.using_ints, value, 0, 2)

@@ -1,0 +1,32 @@
+"""Test set-up: a reproducible hypothesis profile, and one marker on every test."""
+
+from collections.abc import Generator
+from importlib.util import find_spec
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("lltk", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("lltk")
+
+KINDS = ("cpu", "gpu", "manual")
+
+
+def pytest_configure() -> None:
+    """Refuse to test the bare checkout, which lacks lltk.passes, lltk.models and lltk.recipes."""
+    if find_spec("lltk.passes") is None:
+        raise pytest.UsageError("the checkout hides the installed lltk: run .venv/bin/pytest")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem() -> Generator[None, object, object]:
+    """Hold every test to exactly one of the markers cpu, gpu and manual."""
+    made = yield
+    for item in made if isinstance(made, list) else []:
+        kinds = [kind for kind in KINDS if item.get_closest_marker(kind)]
+        if len(kinds) != 1:
+            found = " and ".join(kinds) or "as none"
+            raise pytest.Collector.CollectError(
+                f"{item.nodeid}: marked {found}; mark it as exactly one of {', '.join(KINDS)}"
+            )
+    return made

@@ -1,0 +1,155 @@
+"""Replay recorded runs of LongLive-2.0's own model through the rewritten diffusers graph.
+
+    python tests/replay_longlive.py FILE…
+
+Prints, for each file, the largest difference relative to the output's scale; exits 0 only if
+every file is within 2e-5.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lltk.compiler import transform, with_weights
+from lltk.graph.module import ProgramModule, instantiate
+from lltk.graph.program import Program
+from lltk.graph.recipe import Recipe, parse_recipe
+from lltk.models.layouts import WEIGHT_LAYOUTS
+from lltk.models.wan22 import STRIDE
+from lltk.stream.rollout import Rollout
+
+BOUND = 2e-5
+PASSES = {
+    "stream": ["hoist_text", "cached_step", "commit"],
+    "train": ["text_per_chunk", "teacher_forcing"],
+}
+
+
+def recipe(meta: dict[str, Any], kind: str) -> Recipe:
+    """The recipe of a recorded run."""
+    chunk, window, sink = (
+        meta[key] for key in ("frames_per_chunk", "window_frames", "sink_frames")
+    )
+    height, width = meta["latent"]
+    return parse_recipe(
+        {
+            "program": kind,
+            "model": {
+                "dtype": "float32",
+                "config": {
+                    "patch_size": meta["patch"],
+                    "num_attention_heads": meta["num_heads"],
+                    "attention_head_dim": meta["dim"] // meta["num_heads"],
+                    "in_channels": meta["channels"],
+                    "out_channels": meta["channels"],
+                    "text_dim": meta["text_dim"],
+                    "freq_dim": meta["freq_dim"],
+                    "ffn_dim": meta["ffn_dim"],
+                    "num_layers": meta["num_layers"],
+                },
+            },
+            "geometry": {
+                "height": height * STRIDE[1],
+                "width": width * STRIDE[2],
+                "chunk": chunk,
+                "window": window,
+                "sink": sink,
+                "frames": meta.get("frames", window),
+                "text_tokens": meta["text_len"],
+            },
+            "passes": [
+                "canonicalise",
+                "per_frame_timesteps",
+                "frame_positions",
+                *PASSES[kind],
+                "regionalise",
+                "lower",
+            ],
+        },
+        "recorded run",
+    )
+
+
+def compile_run(meta: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Program, ProgramModule]:
+    """The recorded model as a runnable Program."""
+    program = transform(recipe(meta, "train" if "frames" in meta else "stream"), weights=False)
+    names = WEIGHT_LAYOUTS["wan"].read(weights, "weights")
+    program = with_weights(program, {names[key]: value for key, value in weights.items()})
+    return program, instantiate(program)
+
+
+def padded(text: Tensor, tokens: int) -> Tensor:
+    """Zero rows up to the text length; they are attended without a mask."""
+    return pad(text, (0, 0, 0, tokens - text.shape[-2]))
+
+
+def replay_rollout(meta: dict[str, Any], data: dict[str, Tensor], rollout: Rollout) -> float:
+    """Worst relative difference over every pass of a chunk-by-chunk run."""
+    chunks = 1 + max(int(key.split(".")[0].removeprefix("chunk")) for key in data if "." in key)
+    worst, shot = 0.0, 0
+    for chunk in range(chunks):
+        shot += chunk in meta["cuts"]
+        frames = torch.arange(meta["frames_per_chunk"], dtype=torch.float64)
+        positions = frames + chunk * meta["frames_per_chunk"] + meta["phi"] * shot
+        rollout.set_text(padded(data[f"chunk{chunk}.text"], meta["text_len"])[None])
+        steps = sorted(key for key in data if key.startswith(f"chunk{chunk}.step"))
+        for name in (key.removesuffix(".x") for key in steps if key.endswith(".x")):
+            x, t, flow = (data[f"{name}.{part}"] for part in ("x", "t", "flow"))
+            worst = max(worst, difference(rollout.step(x, t, positions), flow))
+        assert not t.any(), f"{name}: the last pass of a chunk is the clean one"
+        rollout.commit(x, positions, opens_shot=chunk in meta["cuts"])
+    return worst
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference over the recorded output's largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@torch.no_grad()
+def replay(path: Path) -> float:
+    """Worst relative difference of one file."""
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()["meta"])
+        data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    weights = {
+        key.removeprefix("weights."): data.pop(key)
+        for key in list(data)
+        if key.startswith("weights.")
+    }
+    program, module = compile_run(meta, weights)
+    if program.kind == "stream":
+        return replay_rollout(meta, data, Rollout(program, module))
+    result = module(
+        "train",
+        clean=data["clean"],
+        noisy=data["noisy"],
+        timestep=data["t"],
+        positions=torch.arange(meta["frames"], dtype=torch.float64),
+        encoder_hidden_states=padded(data["text"], meta["text_len"])[None],
+    )
+    return difference(result["sample"], data["flow"])
+
+
+def main(paths: list[str]) -> int:
+    """Replay every file and say how far each is off."""
+    if not paths:
+        print(__doc__)
+        return 2
+    worst = {path: replay(Path(path)) for path in paths}
+    for path, value in worst.items():
+        verdict = "ok" if value <= BOUND else "TOO FAR"
+        print(f"{path}: {value:.2e} of the output's scale ({verdict})")
+    return 0 if all(value <= BOUND for value in worst.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,630 @@
+"""Checkpoints come back byte for byte in every layout, and what is wrong with one is named."""
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lltk.models import checkpoint
+from lltk.models.checkpoint import (
+    check_weights,
+    load_checkpoint,
+    load_lora,
+    save_checkpoint,
+    save_lora,
+)
+from lltk.models.configs import CONFIGS, config_from_wan, named_config, validate_config
+from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, detect
+
+pytestmark = pytest.mark.cpu
+
+LAYERS = 2
+CONFIG = named_config("tiny") | {"num_layers": LAYERS, "attention_head_dim": 12, "ffn_dim": 32}
+WAN_CONFIG = {
+    "_class_name": "WanModel",
+    "_diffusers_version": "0.33.0",
+    "dim": 48,
+    "eps": 1e-06,
+    "ffn_dim": 32,
+    "freq_dim": 64,
+    "in_dim": 16,
+    "model_type": "ti2v",
+    "num_heads": 4,
+    "num_layers": LAYERS,
+    "out_dim": 16,
+    "text_dim": 64,
+    "text_len": 512,
+}
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+SUFFIX = {"diffusers": "", "wan": ".safetensors", "longlive": ".pt"}
+
+
+def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(config)
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Random tensors, every other one bfloat16, one with values that arithmetic would lose."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(shape, generator=generator).to((torch.float32, torch.bfloat16)[i % 2])
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    next(iter(weights.values())).view(-1)[:3] = torch.tensor([float("nan"), -0.0, 1e-42])
+    return weights
+
+
+SHAPES = shapes_of(CONFIG)
+WEIGHTS = random_weights(SHAPES)
+LORA = random_weights(
+    {
+        f"{name.removesuffix('.weight')}.lora_{x}.weight": (2, shape[1])
+        if x == "A"
+        else (shape[0], 2)
+        for name, shape in SHAPES.items()
+        if re.fullmatch(rf"blocks\..*({'|'.join(TARGETS)})\.weight", name)
+        for x in "AB"
+    }
+)
+ADAPTER = {"r": 2, "lora_alpha": 4, "target_modules": TARGETS}
+
+
+def raw(weights: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        name: (weight.dtype, tuple(weight.shape), weight.contiguous().view(torch.uint8).tolist())
+        for name, weight in weights.items()
+    }
+
+
+def named(layout: str, weights: dict[str, Tensor] = WEIGHTS) -> dict[str, Tensor]:
+    """The weights under the keys of a layout's file."""
+    names = WEIGHT_LAYOUTS[layout].write(weights, "test")
+    return {names[name]: weight for name, weight in weights.items()}
+
+
+def write_folder(folder: Path, layout: str = "diffusers", config: Any = CONFIG) -> Path:
+    folder.mkdir(parents=True)
+    save_file(named(layout), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def refused(action: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        action(*arguments, **options)
+    return str(caught.value)
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_names_are_a_bijection_and_agree_with_diffusers(name: str) -> None:
+    keys = list(shapes_of(named_config(name)))
+    assert len(keys) == 27 * CONFIGS[name]["num_layers"] + 15
+    for layout in WEIGHT_LAYOUTS.values():
+        names = layout.write(keys, "test")
+        assert len(set(names.values())) == len(keys)
+        back = layout.read(names.values(), "test")
+        assert [back[names[key]] for key in keys] == keys
+        assert detect(names.values(), WEIGHT_LAYOUTS, "test") is layout
+    wan = WEIGHT_LAYOUTS["wan"].write(keys, "test")
+    theirs = convert_wan_transformer_to_diffusers({wan[key]: key for key in keys})
+    assert theirs == {key: key for key in keys}
+
+
+def test_original_names() -> None:
+    wan = WEIGHT_LAYOUTS["wan"].write(SHAPES, "test")
+    assert wan["scale_shift_table"] == "head.modulation"
+    assert wan["blocks.1.scale_shift_table"] == "blocks.1.modulation"
+    assert wan["blocks.1.norm2.bias"] == "blocks.1.norm3.bias"
+    assert wan["blocks.1.attn2.to_out.0.weight"] == "blocks.1.cross_attn.o.weight"
+    assert wan["blocks.1.ffn.net.0.proj.weight"] == "blocks.1.ffn.0.weight"
+
+
+WRAPPERS = ["_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."]
+
+
+@given(st.data())
+def test_wrapper_segments_are_read_past_anywhere(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(SHAPES)))
+    key = WEIGHT_LAYOUTS["longlive"].write([name], "test")[name]
+    segments = [
+        "".join(data.draw(st.lists(st.sampled_from(WRAPPERS), max_size=2))) + segment
+        for segment in key.split(".")
+    ]
+    wrapped = ".".join(segments)
+    assert WEIGHT_LAYOUTS["longlive"].read([wrapped], "test") == {wrapped: name}
+
+
+@given(st.sampled_from(sorted(SHAPES)), st.sampled_from(["x", ".bias", "_orig_mod", ".#"]))
+def test_a_foreign_key_is_named(name: str, tail: str) -> None:
+    message = refused(WEIGHT_LAYOUTS["diffusers"].read, [*SHAPES, name + tail], "a.pt")
+    assert message.startswith(f"a.pt: 1 of {len(SHAPES) + 1} keys are not of the layout")
+    assert name + tail in message
+
+
+@pytest.mark.parametrize(
+    "key", ["blocks.#.modulation", "blocks.01.modulation", "blocks.modulation"]
+)
+def test_block_numbers_are_plain(key: str) -> None:
+    assert "1 of 1 keys" in refused(WEIGHT_LAYOUTS["wan"].read, [key], "a.pt")
+
+
+def test_two_keys_of_one_weight_are_refused() -> None:
+    keys = ["model.head.modulation", "model._orig_mod.head.modulation"]
+    assert "2 keys share a name" in refused(WEIGHT_LAYOUTS["longlive"].read, keys, "a.pt")
+
+
+def test_lora_names_are_peft_names() -> None:
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS)
+    model = WanTransformer3DModel.from_config(CONFIG)
+    wrapped = get_peft_model(WanTransformer3DModel.from_config(CONFIG), config)
+    peft_keys = set(get_peft_model_state_dict(wrapped))
+    names = LORA_LAYOUTS["peft"].read(peft_keys, "test")
+    assert set(names.values()) == set(LORA)
+    assert set(LORA_LAYOUTS["peft"].write(LORA, "test").values()) == peft_keys
+
+    model.add_adapter(config)
+    assert set(get_peft_model_state_dict(model)) == set(LORA)
+    live = {key for key in model.state_dict() if ".lora_" in key}
+    assert set(LORA_LAYOUTS["lltk"].read(live, "test").values()) == set(LORA)
+
+
+def test_longlive_lora_names() -> None:
+    names = LORA_LAYOUTS["longlive"].write(LORA, "test")
+    modules = [f"{a}_attn.{x}" for a in ("self", "cross") for x in "qkvo"] + ["ffn.0", "ffn.2"]
+    assert set(names.values()) == {
+        f"base_model.model.blocks.{i}.{module}.lora_{x}.weight"
+        for i in range(LAYERS)
+        for module in modules
+        for x in "AB"
+    }
+    assert detect(names.values(), LORA_LAYOUTS, "test").name == "longlive"
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("layout", WEIGHT_LAYOUTS)
+def test_round_trip(layout: str, tmp_path: Path) -> None:
+    first, second = (tmp_path / f"{name}{SUFFIX[layout]}" for name in ("first", "second"))
+    save_checkpoint(first, WEIGHTS, layout, CONFIG)
+    loaded = load_checkpoint(first)
+    assert loaded.layout == layout
+    assert loaded.config == (CONFIG if layout == "diffusers" else None)
+    assert raw(loaded.weights) == raw(WEIGHTS)
+    save_checkpoint(second, loaded.weights, layout, loaded.config)
+    if layout == "longlive":
+        content = torch.load(second, weights_only=True)
+        assert list(content) == ["generator"]
+        assert raw(content["generator"]) == raw(named(layout))
+    else:
+        file = second / "diffusion_pytorch_model.safetensors" if layout == "diffusers" else second
+        assert raw(load_file(file)) == raw(named(layout))
+
+
+def test_sharded_folder_round_trip_and_diffusers_reads_it(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a", WEIGHTS, "diffusers", CONFIG, max_shard_size=50_000)
+    assert len(list((tmp_path / "a").glob("*-of-*.safetensors"))) > 2
+    assert raw(load_checkpoint(tmp_path / "a").weights) == raw(WEIGHTS)
+    index = tmp_path / "a" / "diffusion_pytorch_model.safetensors.index.json"
+    assert raw(load_checkpoint(index).weights) == raw(WEIGHTS)
+
+    single = {name: weight.float() for name, weight in WEIGHTS.items()}
+    save_checkpoint(tmp_path / "b", single, "diffusers", CONFIG, max_shard_size=50_000)
+    model = WanTransformer3DModel.from_pretrained(tmp_path / "b")
+    assert raw(model.state_dict()) == raw(single)
+    model.save_pretrained(tmp_path / "c")
+    assert raw(load_checkpoint(tmp_path / "c").weights) == raw(single)
+
+
+def test_config_json_is_the_one_diffusers_writes(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "ours", WEIGHTS, "diffusers", CONFIG)
+    with torch.device("meta"):
+        WanTransformer3DModel.from_config(CONFIG).save_config(tmp_path / "theirs")
+    ours, theirs = (tmp_path / name / "config.json" for name in ("ours", "theirs"))
+    assert ours.read_text() == theirs.read_text()
+
+
+def test_pipeline_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "transformer", config=CONFIG | {"_class_name": "WanTransformer3DModel"})
+    loaded = load_checkpoint(tmp_path)
+    assert (loaded.layout, loaded.config) == ("diffusers", CONFIG)
+    assert raw(loaded.weights) == raw(WEIGHTS)
+
+
+def test_original_folder(tmp_path: Path) -> None:
+    loaded = load_checkpoint(write_folder(tmp_path / "a", "wan", WAN_CONFIG))
+    assert (loaded.layout, loaded.config) == ("wan", CONFIG)
+    assert raw(loaded.weights) == raw(WEIGHTS)
+
+
+def test_plain_files(tmp_path: Path) -> None:
+    save_file(named("diffusers"), tmp_path / "a.safetensors")
+    save_file(named("longlive"), tmp_path / "b.safetensors")
+    torch.save(named("wan"), tmp_path / "c.pth")
+    expected = {"a.safetensors": "diffusers", "b.safetensors": "longlive", "c.pth": "wan"}
+    for file, layout in expected.items():
+        loaded = load_checkpoint(tmp_path / file)
+        assert (loaded.layout, loaded.config) == (layout, None)
+        assert raw(loaded.weights) == raw(WEIGHTS)
+
+
+def test_longlive_ema_behind_wrappers(tmp_path: Path) -> None:
+    averaged = {name: weight + 1 for name, weight in WEIGHTS.items()}
+    ema = {
+        key.replace("model.", "model._fsdp_wrapped_module.").replace(
+            ".self_attn.", "._checkpoint_wrapped_module._orig_mod.self_attn."
+        ): weight
+        for key, weight in named("longlive", averaged).items()
+    }
+    path = tmp_path / "a.pt"
+    torch.save({"generator": named("longlive"), "generator_ema": ema, "step": 600}, path)
+    assert raw(load_checkpoint(path).weights) == raw(WEIGHTS)
+    assert raw(load_checkpoint(path, ema=True).weights) == raw(averaged)
+    torch.save({"generator": named("longlive")}, path)
+    assert "has no generator_ema, only generator; " in refused(load_checkpoint, path, ema=True)
+    torch.save({"generator_ema": ema}, path)
+    assert "load it with ema=True" in refused(load_checkpoint, path)
+
+
+@pytest.mark.parametrize("layout", ["wan", "longlive"])
+def test_a_file_is_replaced_while_its_tensors_are_mapped(layout: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{SUFFIX[layout]}"
+    save_checkpoint(path, WEIGHTS, layout)
+    before, mapped = path.read_bytes(), load_checkpoint(path).weights
+    save_checkpoint(path, mapped, layout)
+    assert path.read_bytes() == before
+    assert raw(mapped) == raw(WEIGHTS)
+
+
+def test_views_are_saved_without_their_neighbours(tmp_path: Path) -> None:
+    flat = torch.zeros(10_000_000)
+    views = {"patch_embedding.bias": flat[:10], "proj_out.bias": flat[10:40:2]}
+    for layout in ("wan", "longlive"):
+        path = tmp_path / f"a{SUFFIX[layout]}"
+        save_checkpoint(path, views, layout)
+        assert path.stat().st_size < 10_000
+        assert raw(load_checkpoint(path).weights) == raw(views)
+
+
+@pytest.mark.parametrize("layout", LORA_LAYOUTS)
+def test_lora_round_trip(layout: str, tmp_path: Path) -> None:
+    path = tmp_path / ("a.pt" if layout == "longlive" else "a.safetensors")
+    config = None if layout == "longlive" else ADAPTER
+    save_lora(path, LORA, layout, config)
+    loaded = load_lora(path)
+    assert (loaded.layout, loaded.config) == (layout, config)
+    assert raw(loaded.weights) == raw(LORA)
+    content = torch.load(path)["generator_lora"] if layout == "longlive" else load_file(path)
+    assert set(content) == set(LORA_LAYOUTS[layout].write(LORA, "test").values())
+
+
+def test_lora_files_of_others(tmp_path: Path) -> None:
+    names = LORA_LAYOUTS["longlive"].write(LORA, "test")
+    student = {names[name]: weight for name, weight in LORA.items()}
+    critic = {key: weight + 1 for key, weight in student.items()}
+    torch.save({"generator_lora": student, "critic_lora": critic}, tmp_path / "a.pt")
+    assert raw(load_lora(tmp_path / "a.pt").weights) == raw(LORA)
+    assert "an adapter with load_lora" in refused(load_checkpoint, tmp_path / "a.pt")
+
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=TARGETS)
+    wrapped = get_peft_model(WanTransformer3DModel.from_config(CONFIG), config)
+    wrapped.save_pretrained(tmp_path / "peft")
+    wrapped.base_model.model.save_lora_adapter(tmp_path / "diffusers")
+    own = get_peft_model_state_dict(wrapped.base_model.model)
+    for file, layout in (
+        ("peft/adapter_model", "peft"),
+        ("diffusers/pytorch_lora_weights", "lltk"),
+    ):
+        loaded = load_lora(tmp_path / f"{file}.safetensors")
+        assert loaded.layout == layout
+        assert loaded.config is not None
+        assert loaded.config["lora_alpha"] == 6
+        assert raw(loaded.weights) == raw(own)
+
+
+def test_diffusers_reads_our_lora(tmp_path: Path) -> None:
+    save_lora(tmp_path / "a.safetensors", LORA, "diffusers", ADAPTER)
+    model = WanTransformer3DModel.from_config(CONFIG)
+    model.load_lora_adapter(tmp_path, weight_name="a.safetensors")
+    (adapter,) = model.peft_config.values()
+    assert adapter.lora_alpha == 4
+    assert set(get_peft_model_state_dict(model, adapter_name=next(iter(model.peft_config)))) == set(
+        LORA
+    )
+
+
+# Strictness
+
+
+def test_the_right_weights_pass() -> None:
+    weights = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    weights["proj_out.bias"] = weights["proj_out.bias"].to(torch.float8_e4m3fn)
+    check_weights(weights, SHAPES, "a.pt")
+    check_weights({"empty": torch.zeros(0)}, {"empty": (0,)}, "a.pt")
+    weights["proj_out.bias"][-1] = float("nan")
+    assert "proj_out.bias holds NaN" in refused(check_weights, weights, SHAPES, "a.pt")
+
+
+@given(st.data())
+def test_wrong_weights_are_counted(data: st.DataObject) -> None:
+    weights = {name: torch.zeros(()).expand(shape) for name, shape in SHAPES.items()}
+    names = st.lists(st.sampled_from(sorted(SHAPES)), unique=True, max_size=8)
+    dropped = data.draw(names)
+    misshapen = [name for name in data.draw(names) if name not in dropped]
+    extra = data.draw(st.lists(st.text(min_size=1).filter(lambda n: n not in SHAPES), unique=True))
+    for name in dropped:
+        del weights[name]
+    weights |= {name: torch.zeros(SHAPES[name] + (1,)) for name in misshapen}
+    weights |= {name: torch.zeros(1) for name in extra}
+    kinds = {"missing": dropped, "unexpected": extra, "misshapen": misshapen}
+    if not any(kinds.values()):
+        return check_weights(weights, SHAPES, "a.pt")
+    message = refused(check_weights, weights, SHAPES, "a.pt")
+    assert message.startswith("a.pt: weights ")
+    for kind, wrong in kinds.items():
+        assert (f"{len(wrong)} {kind} (" in message) == bool(wrong)
+    if len(misshapen) == 1:
+        shape = SHAPES[misshapen[0]]
+        assert f"{misshapen[0]} {(*shape, 1)} instead of {shape}" in message
+
+
+@given(
+    st.lists(st.sampled_from(sorted(SHAPES)), unique=True, min_size=1, max_size=5),
+    st.sampled_from([float("nan"), float("inf"), -float("inf")]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_non_finite_weights_are_named(
+    names: list[str], value: float, dtype: torch.dtype, place: float
+) -> None:
+    weights = {name: torch.zeros(()).expand(shape) for name, shape in SHAPES.items()}
+    for name in names:
+        weights[name] = torch.zeros(SHAPES[name], dtype=dtype)
+        weights[name].view(-1)[int(place * weights[name].numel())] = value
+    message = refused(check_weights, weights, SHAPES, "a.pt")
+    first = next(name for name in SHAPES if name in names)
+    assert message.startswith(f"a.pt: {first} holds NaN or infinity ({len(names)} of ")
+
+
+# Refusals
+
+
+class Trap:
+    """Writes a file if it is ever unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_of_code_is_refused_unread(tmp_path: Path) -> None:
+    for save in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))):
+        save({"generator": Trap(tmp_path / "sprung")}, tmp_path / "a.pt")
+        for load in (load_checkpoint, load_lora):
+            message = refused(load, tmp_path / "a.pt")
+            assert "refused unread" in message
+            assert "convert it to safetensors" in message
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([torch.zeros(1)], "holds a list, not a state dict"),
+        ({"generator": torch.zeros(1)}, "its weights are a Tensor, not a state dict"),
+        (
+            {"state": {"x": torch.zeros(1)}, 3: torch.zeros(1)},
+            "2 entries are not named tensors: state",
+        ),
+        ({"conv.weight": torch.zeros(1)}, "none of its 1 keys (conv.weight) is of a known layout"),
+        ({}, "none of its 0 keys"),
+        (named("wan") | {"img_emb.proj.0.weight": torch.zeros(1)}, "1 of 70 keys"),
+        ({"generator_lora": {}}, "has no generator, only generator_lora"),
+    ],
+)
+def test_files_of_something_else(content: Any, found: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    assert found in refused(load_checkpoint, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_cut_file_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    save_checkpoint(path, WEIGHTS, "wan" if suffix == ".safetensors" else "longlive")
+    whole = path.read_bytes()
+
+    @given(st.integers(0, len(whole) - 1))
+    def check(size: int) -> None:
+        path.write_bytes(whole[:size])
+        message = refused(load_checkpoint, path)
+        assert re.match(rf"{path}: .*(damaged|cut short)", message)
+        assert "download it again" in message
+
+    check()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_damaged_file_is_refused_or_read(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    save_checkpoint(path, WEIGHTS, "wan" if suffix == ".safetensors" else "longlive")
+    whole = path.read_bytes()
+
+    @given(st.integers(0, 6000) | st.integers(-6000, -1), st.integers(1, 255))
+    def check(place: int, change: int) -> None:
+        content = bytearray(whole)
+        content[place] ^= change
+        path.write_bytes(content)
+        try:
+            load_checkpoint(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
+
+    check()
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    save_checkpoint(path, WEIGHTS, "diffusers", CONFIG, max_shard_size=50_000)
+    shards = sorted(path.glob("*.safetensors"))
+    index = path / "diffusion_pytorch_model.safetensors.index.json"
+    text = index.read_text()
+
+    moved = shards[1].rename(tmp_path / "moved")
+    assert f"shard {shards[1].name} is missing" in refused(load_checkpoint, path)
+    save_file({"x": torch.zeros(1)}, shards[1])
+    assert "1 unexpected (x); download both again" in refused(load_checkpoint, path)
+    moved.rename(shards[1])
+    for broken in ("[]", "{", '{"weight_map": {"x": 3}}', "{}"):
+        index.write_text(broken)
+        message = refused(load_checkpoint, path)
+        assert message.startswith(f"{index}: ")
+        assert message.endswith("download it again")
+    index.unlink()
+    assert "restore the missing index" in refused(load_checkpoint, path)
+    index.write_text(text)
+    (path / "config.json").write_text('{"num_layers": ')
+    assert "config.json: damaged JSON" in refused(load_checkpoint, path)
+
+
+def test_wrong_paths(tmp_path: Path) -> None:
+    assert "does not exist; check the path" in refused(load_checkpoint, tmp_path / "none")
+    assert "does not exist; check the path" in refused(load_lora, tmp_path / "none.pt")
+    assert "no .safetensors file" in refused(load_checkpoint, tmp_path)
+    (tmp_path / "a.bin").touch()
+    assert "not a .safetensors, .pt or .pth file" in refused(load_checkpoint, tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"_class_name": "AutoencoderKLWan"}, "'AutoencoderKLWan', not WanTransformer3DModel"),
+        (
+            {"vace_layers": [0]},
+            "a model diffusers cannot describe: WanTransformer3DModel takes no vace",
+        ),
+        ({"image_dim": 1280}, "image_dim=1280: lltk does not cover image branches"),
+        ({"added_kv_proj_dim": 48}, "added_kv_proj_dim=48: lltk does not cover"),
+        ({"eps": "1e-6"}, "eps is '1e-6'; write a float"),
+    ],
+)
+def test_folders_of_other_models(change: dict[str, Any], found: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", config=CONFIG | change)
+    message = refused(load_checkpoint, folder)
+    assert message.startswith(f"{folder / 'config.json'}: ")
+    assert found in message
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"model_type": "i2v"}, "model_type is 'i2v'; lltk covers only ('t2v', 'ti2v')"),
+        ({"window_size": [8, 8]}, "window_size is [8, 8]"),
+        ({"num_heads": 5}, "dim is not a size"),
+        ({"num_layers": None}, "num_layers is not a size"),
+        ({"vace_layers": [0]}, "takes no vace_layers"),
+    ],
+)
+def test_original_folders_of_other_models(
+    change: dict[str, Any], found: str, tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "a", "wan", WAN_CONFIG | change)
+    assert found in refused(load_checkpoint, folder)
+
+
+# Configurations
+
+
+def test_named_configs_are_complete() -> None:
+    for name in CONFIGS:
+        config = named_config(name)
+        assert validate_config(config) == config
+        config["num_layers"] = 1
+        assert named_config(name) != config
+    assert "did you mean 'wan22_5b'?" in refused(named_config, "wan22-5b")
+    assert "use one of wan22_5b, tiny" in refused(named_config, "?")
+
+
+def test_the_published_configuration_is_wan22_5b() -> None:
+    published = {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.33.0",
+        "dim": 3072,
+        "eps": 1e-06,
+        "ffn_dim": 14336,
+        "freq_dim": 256,
+        "in_dim": 48,
+        "model_type": "ti2v",
+        "num_heads": 24,
+        "num_layers": 30,
+        "out_dim": 48,
+        "text_len": 512,
+    }
+    assert config_from_wan(published, "config.json") == named_config("wan22_5b")
+
+
+def test_defaults_are_filled_in() -> None:
+    with torch.device("meta"):
+        defaults = WanTransformer3DModel(num_layers=1).config
+    assert validate_config({"num_layers": 1, "patch_size": [1, 2, 2], "eps": 1e-6}) == {
+        key: value for key, value in defaults.items() if not key.startswith("_")
+    }
+
+
+# Writing
+
+
+def fail(_content: Any, target: Any, *_: Any) -> None:
+    """What save_file and torch.save do on a full disk: part of the file is there."""
+    if isinstance(target, Path):
+        target.touch()
+    raise OSError("No space left on device")
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for layout, suffix in SUFFIX.items():
+        if suffix:
+            (tmp_path / f"a{suffix}").write_text("before")
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save_file", fail)
+            patch.setattr(torch, "save", fail)
+            with pytest.raises(OSError, match="No space"):
+                save_checkpoint(tmp_path / f"a{suffix}", WEIGHTS, layout, CONFIG)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a.safetensors": "before",
+        "a.pt": "before",
+    }
+
+
+def test_refused_saves_write_nothing(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine").touch()
+    save, path = save_checkpoint, tmp_path / "new"
+    assert "pass config" in refused(save, path, WEIGHTS, "diffusers")
+    assert "is not an empty folder" in refused(save, taken, WEIGHTS, "diffusers", CONFIG)
+    assert "takes no x" in refused(save, path, WEIGHTS, "diffusers", CONFIG | {"x": 1})
+    assert "use one of diffusers, wan" in refused(save, path, WEIGHTS, "onnx")
+    assert "this layout is a .safetensors file" in refused(save, tmp_path / "a.pt", WEIGHTS, "wan")
+    assert "not lltk's names: x;" in refused(save, path, WEIGHTS | {"x": torch.zeros(1)}, "wan")
+    assert "multiply lora_B" in refused(save_lora, tmp_path / "a.pt", LORA, "longlive", ADAPTER)
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "mine"]
