@@ -41,6 +41,15 @@ def transform(
         ValueError: the recipe, its checkpoint or the order of passes does not fit.
     """
     steps = plan(recipe, stop_after, disable)
+    program = capture(recipe, weights=weights)
+    program.recipe["passes"] = [{s.name: s.config.model_dump(mode="json")} for s in steps]
+    if observe is not None:
+        observe(program)
+    return run_passes(program, steps, observe)
+
+
+def capture(recipe: Recipe, *, weights: bool = True) -> Program:
+    """Capture the recipe's model, before any pass; errors as `transform`'s."""
     config, loaded = _model(recipe, weights)
     dtype = getattr(torch, recipe.model.dtype)
     program = wan22.captured(config, recipe.program, recipe.geometry, dtype)
@@ -48,11 +57,12 @@ def transform(
         shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}
         check_weights(loaded, shapes, str(recipe.model.checkpoint))
         program.weights = loaded
-        if recipe.model.lora is not None:
-            program.weights = program.weights | load_lora(recipe.model.lora)
-    if observe is not None:
-        observe(program)
-    return run_passes(program, steps, observe)
+        program.weights |= _adapters(recipe)
+    program.recipe = recipe.resolved()
+    program.recipe["model"]["config"] = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
+    }
+    return program
 
 
 def plan(recipe: Recipe, stop_after: str | None, disable: Collection[str]) -> list[Pass[Any]]:
@@ -116,3 +126,19 @@ def _model(recipe: Recipe, weights: bool) -> tuple[dict[str, Any], dict[str, Ten
             "remove it from the recipe to take the file's"
         )
     return config or dict(stated or {}), dict(checkpoint.weights)
+
+
+def _adapters(recipe: Recipe) -> dict[str, Tensor]:
+    """The adapters of ``model.lora``, scaled as the recipe's lora pass scales them."""
+    if recipe.model.lora is None:
+        return {}
+    adapter = load_lora(recipe.model.lora)
+    config = make_pass("lora", dict(recipe.steps())["lora"]).config
+    stated = adapter.config or {}
+    alpha = stated.get("lora_alpha", config.alpha)
+    if alpha != config.alpha:
+        raise ValueError(
+            f"model.lora: {recipe.model.lora} was trained with alpha {alpha}, the recipe's lora "
+            f"pass has {config.alpha}; set lora.alpha to the file's"
+        )
+    return adapter.weights

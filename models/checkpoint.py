@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import shutil
-import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lltk.graph.files import written_whole
 from lltk.models.configs import config_from_wan, validate_config
 from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, detect, few
 
@@ -328,32 +325,22 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-@contextmanager
-def _whole(path: Path, *suffixes: str) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place if the body succeeds."""
-    if suffixes and path.suffix not in suffixes:
+def _suffixed(path: Path, *suffixes: str) -> Path:
+    if path.suffix not in suffixes:
         raise ValueError(f"{path}: this layout is a {' or '.join(suffixes)} file; rename it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+    return path
 
 
 def _save_pickle(content: dict[str, dict[str, Tensor]], path: Path) -> None:
     # Given a path, torch.save would write the temporary name into the archive.
-    with _whole(path, *_PICKLES) as temporary, temporary.open("wb") as file:
+    with written_whole(_suffixed(path, *_PICKLES)) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
 
 def _save_safetensors(
     state: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    with _whole(path, ".safetensors") as temporary:
+    with written_whole(_suffixed(path, ".safetensors")) as temporary:
         save_file(state, temporary, {"format": "pt", **(metadata or {})})
 
 
@@ -370,7 +357,7 @@ def _save_folder(
     )
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     notes = {"_class_name": "WanTransformer3DModel", "_diffusers_version": __version__}
-    with _whole(path) as temporary:
+    with written_whole(path) as temporary:
         temporary.mkdir()
         for name, keys in split.filename_to_tensors.items():
             save_file({key: state[key] for key in keys}, temporary / name, {"format": "pt"})

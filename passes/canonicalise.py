@@ -106,7 +106,7 @@ def _functional_rope(empty: fx.Node, report: Report) -> None:
     if halves.keys() != {0, 1}:
         report.miss(empty, "is not filled by two strided copies")
         return
-    last = max((c for c in copies if c.target is aten.copy_.default))
+    last = max(c for c in copies if c.target is aten.copy_.default)
     with empty.graph.inserting_after(last):
         build = Builder(empty.graph, module_of(empty))
         stacked = build(aten.stack.default, [halves[0], halves[1]], -1)

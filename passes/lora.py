@@ -44,18 +44,34 @@ class Lora(Pass[Config]):
     numerics = Numerics.BITWISE
 
     def apply(self, program: Program, report: Report) -> None:
-        adapted: dict[str, tuple[int, int]] = {}
+        adapted: dict[str, Tensor] = {}
         for graph in program.graphs.values():
             for node in calls(graph, aten.linear.default):
                 module = _linear_module(node)
                 if re.fullmatch(self.config.include, module) is None:
                     report.miss(node, f"{module} does not match include={self.config.include!r}")
                     continue
-                adapted[module] = tuple(program.weights[f"{module}.weight"].shape)
+                adapted[module] = program.weights[f"{module}.weight"]
                 self._adapt(node, module, report)
-        state = self.map_state(program.weights) if adapted else program.weights
-        program.weights = dict(state)
+        self._check_given(program.weights, adapted)
+        program.weights = self.map_state(program.weights)
         program.trainable = frozenset(n for n in program.weights if is_adapter(n))
+
+    def _check_given(self, weights: Mapping[str, Tensor], adapted: Mapping[str, Tensor]) -> None:
+        """Adapters that come with the weights are exactly those of this configuration."""
+        given = {name: tuple(t.shape) for name, t in weights.items() if is_adapter(name)}
+        wanted = {}
+        for module, weight in adapted.items():
+            wanted[f"{module}.lora_A.weight"] = (self.config.rank, weight.shape[1])
+            wanted[f"{module}.lora_B.weight"] = (weight.shape[0], self.config.rank)
+        differing = sorted(n for n in given | wanted if given.get(n) != wanted.get(n))
+        if given and differing:
+            first = differing[0]
+            raise ValueError(
+                f"lora: {len(differing)} of the given adapters do not fit rank={self.config.rank} "
+                f"and include: {first} is {given.get(first, 'absent')}, wanted "
+                f"{wanted.get(first, 'absent')}; set lora.rank and lora.include to the file's"
+            )
 
     def _adapt(self, node: fx.Node, module: str, report: Report) -> None:
         following = node.next

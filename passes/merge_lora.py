@@ -34,9 +34,7 @@ class MergeLora(Pass[Config]):
     reads = (Stage.CANONICAL, Stage.CAUSAL)
     numerics = Numerics.ROUNDING
 
-    def __init__(self, config: Config | None = None) -> None:
-        super().__init__(config)
-        self._lora: Lora | None = None
+    _lora: Lora | None = None
 
     def requires(self, program: Program) -> None:
         self._lora = next((p for p in reversed(program.passes) if isinstance(p, Lora)), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -192,9 +192,8 @@ def _infer_node(program: Program, node: fx.Node, values: Mapping[fx.Node, Any]) 
     if node.op == "output":
         return None
     if node.op == "call_module":
-        returned = output(program.regions[args[0]].graph).args[0]
-        assert isinstance(returned, Sequence)
-        return tuple(_empty(n.meta["val"]) for n in returned)
+        region = program.regions[str(node.args[0])]
+        return tuple(_empty(n.meta["val"]) for n in output(region.graph).all_input_nodes)
     kwargs = map_arg(node.kwargs, values.__getitem__)
     try:
         assert callable(node.target)

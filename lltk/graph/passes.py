@@ -86,14 +86,14 @@ class Pass(ABC, Generic[C]):
         """Its name in recipes: the file it lives in."""
         return type(self).__module__.rpartition(".")[2]
 
-    def requires(self, program: Program) -> None:  # noqa: B027 (an empty default)
+    def requires(self, program: Program) -> None:
         """Check the input; ValueError with the remedy."""
 
     @abstractmethod
     def apply(self, program: Program, report: Report) -> None:
         """Rewrite the program in place."""
 
-    def ensures(self, program: Program) -> None:  # noqa: B027 (an empty default)
+    def ensures(self, program: Program) -> None:
         """Check the result; a failure is a defect of the pass."""
 
     def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -91,6 +91,7 @@ class Program:
         constants: tensors that follow from the configuration and are not saved.
         regions: block graphs shared by layers, from the regional stage on.
         trainable: parameters that train, or None for all.
+        recipe: the resolved recipe it was made from, as plain data.
         stage, log, passes: how far it is and what brought it there.
     """
 
@@ -103,6 +104,7 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     regions: dict[str, Region] = field(default_factory=dict)
     trainable: frozenset[str] | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
     stage: Stage = Stage.CAPTURED
     log: list[LogEntry] = field(default_factory=list)
     passes: list[Pass[Any]] = field(default_factory=list)

@@ -35,6 +35,11 @@ _DTYPES = {
 _SHORT = {dtype: short for short, dtype in _DTYPES.items()}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name, as ``bf16``."""
+    return _SHORT[dtype]
+
+
 def type_text(value: Any) -> str:
     """``f32[1, 8, 4]`` for a tensor, a tuple of those for several."""
     if isinstance(value, Tensor):
@@ -67,7 +72,7 @@ def print_graph(graph: fx.Graph, name: str) -> str:
 
 
 def target_name(node: fx.Node) -> str:
-    """What a node calls: ``aten.linear.default``, ``lltk.rope_table.default``, a function's path."""
+    """What a node calls: ``aten.linear.default``, or a function's path."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target)
     if node.target is operator.getitem:

@@ -22,7 +22,7 @@ def gather(own: Tensor, pages: Tensor, table: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v per head, in float32 or wider. [B, L, H, D] → the same, ``q``'s dtype."""
+    """softmax(q kᵀ / √D) v per head, summed in float32 or wider; all are [B, L, H, D]."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("blhd,bmhd->bhlm", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
     return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v.to(wide)).to(q.dtype)

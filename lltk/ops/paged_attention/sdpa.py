@@ -13,9 +13,9 @@ def sdpa(
     q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
 ) -> Tensor:
     """`reference.paged_attention`, by the backend torch picks for the device."""
-    keys, values = gather(k, k_pages, table), gather(v, v_pages, table)
-    heads_first = (t.transpose(1, 2) for t in (q, keys, values))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    operands = (q, gather(k, k_pages, table), gather(v, v_pages, table))
+    queries, keys, values = (t.transpose(1, 2) for t in operands)
+    return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
 
 
 def cudnn(

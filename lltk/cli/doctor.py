@@ -1,0 +1,88 @@
+"""``lltk doctor``."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+from rich.console import Console
+
+from lltk.cli.tables import row_table
+
+_PACKAGES = {
+    "lltk": "core", "torch": "core", "diffusers": "core", "transformers": "core",
+    "safetensors": "core", "numpy": "core", "av": "core", "triton": "gpu",
+    "nvidia-cudnn-frontend": "gpu", "onnx": "export", "onnxruntime": "export",
+    "tensorrt-rtx": "tensorrt-rtx", "transformer-engine": "te", "torchao": "ao",
+    "nvidia-modelopt": "modelopt",
+}  # fmt: skip
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def command(as_json: bool) -> None:
+    """Show versions, devices, and what each device can run.
+
+    \b
+    Example:
+      lltk doctor
+    """
+    findings = {"packages": _packages(), "devices": _devices(), "implementations": _choices()}
+    if as_json:
+        click.echo(json.dumps(findings, indent=2))
+        return
+    console = Console()
+    for title, rows in findings.items():
+        console.print(row_table(title.capitalize(), rows))
+
+
+def _packages() -> list[dict[str, str]]:
+    rows = []
+    for name, extra in _PACKAGES.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = f"absent: pip install 'lltk[{extra}]'"
+        rows.append({"package": name, "version": found, "extra": "" if extra == "core" else extra})
+    return rows
+
+
+def _devices() -> list[dict[str, str]]:
+    import torch
+
+    from lltk.graph.memory import readable
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rows = [
+        {
+            "device": "cpu",
+            "name": f"{len(os.sched_getaffinity(0))} cores",
+            "memory": readable(memory),
+            "architecture": torch.backends.cpu.get_cpu_capability(),
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        rows.append(
+            {
+                "device": f"cuda:{index}",
+                "name": found.name,
+                "memory": readable(found.total_memory),
+                "architecture": f"sm_{found.major}{found.minor}",
+            }
+        )
+    return rows
+
+
+def _choices() -> list[dict[str, str]]:
+    import torch
+
+    from lltk.ops.implementations import IMPLEMENTATIONS
+
+    return [
+        {"op": choice.op, "implementation": choice.name}
+        | {device: choice.missing(torch.device(device)) or "runs" for device in ("cpu", "cuda")}
+        for choice in IMPLEMENTATIONS
+    ]

@@ -1,0 +1,74 @@
+"""``lltk inspect``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.syntax import Syntax
+
+from lltk.cli.tables import contract_table, memory_table, pass_table
+
+
+@click.command("inspect")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--graph", metavar="NAME", help="Print this graph or region (default: the block).")
+@click.option("--diagram", type=click.Path(path_type=Path), help="Draw that graph to an SVG file.")
+@click.option("--json", "as_json", is_flag=True, help="Print log and contracts as JSON.")
+def command(directory: Path, graph: str | None, diagram: Path | None, as_json: bool) -> None:
+    """Show a Program DIRECTORY: pass log, stage, contracts, a block's graph.
+
+    \b
+    Example:
+      lltk inspect program
+      lltk inspect program --graph step_block --diagram step_block.svg
+    """
+    from lltk.artefact import load_program
+    from lltk.graph.diagram import draw
+    from lltk.graph.files import written_whole
+    from lltk.graph.memory import estimate
+    from lltk.graph.text import print_graph
+
+    console = Console(quiet=as_json)
+    with console.status("repeating the recipe's passes"):
+        program = load_program(directory)
+    graphs = dict(program.every_graph())
+    blocks = [name for name in program.regions if not name.startswith("prologue")]
+    name = graph or (blocks or list(graphs))[0]
+    if name not in graphs:
+        raise ValueError(f"--graph {name}: the program has {', '.join(graphs)}")
+    if diagram is not None:
+        with written_whole(diagram) as temporary:
+            temporary.write_text(draw(graphs[name], name), encoding="utf-8")
+    contracts = {each: program.contract(each) for each in program.graphs}
+    if as_json:
+        described = {
+            "stage": str(program.stage),
+            "kind": program.kind,
+            "recipe": program.recipe,
+            "log": [{**asdict(entry), "stage": str(entry.stage)} for entry in program.log],
+            "contracts": {
+                each: {
+                    side: {
+                        key: {"shape": spec.shape, "dtype": str(spec.dtype)}
+                        for key, spec in specs.items()
+                    }
+                    for side, specs in (("inputs", contract.inputs), ("outputs", contract.outputs))
+                }
+                for each, contract in contracts.items()
+            },
+        }
+        click.echo(json.dumps(described, indent=2))
+        return
+    console.print(f"{directory}: a {program.stage} {program.kind} program")
+    console.print(pass_table(program.log))
+    for each, contract in contracts.items():
+        console.print(contract_table(each, contract))
+    console.print(memory_table(estimate(program)))
+    console.print(f"Graph {name} (of {', '.join(graphs)}):")
+    console.print(Syntax(print_graph(graphs[name], name), "python", word_wrap=True))
+    if diagram is not None:
+        console.print(f"Diagram written to {diagram}")

@@ -1,0 +1,51 @@
+"""The ``lltk`` command."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+from rich.console import Console
+
+from lltk import __version__
+
+_COMMANDS = ("doctor", "transform", "inspect", "demo")
+
+
+class _Lazy(click.Group):
+    """Imports a command's file when it is asked for, so that ``--help`` is quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"lltk.cli.{cmd_name}").command
+        return command
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lltk")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Compile video diffusion transformers for training, streaming and export."""
+    ctx.obj = debug
+
+
+def main() -> None:
+    """Run the command; errors in use end with one message and exit code 2."""
+    debug = "--debug" in sys.argv
+    try:
+        cli.main(standalone_mode=True)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        Console(stderr=True).print(f"[red]error:[/red] {_plain(error)}", soft_wrap=True)
+        sys.exit(2)
+
+
+def _plain(error: Exception) -> str:
+    return str(error).replace("[", r"\[")

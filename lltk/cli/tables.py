@@ -1,0 +1,78 @@
+"""Tables that several commands show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from lltk.graph.memory import readable, total
+from lltk.graph.program import Contract, LogEntry, TensorSpec
+from lltk.graph.text import dtype_name
+
+_STYLE: dict[str, Any] = {"box": SIMPLE_HEAD, "title_justify": "left", "title_style": "bold"}
+
+
+def pass_table(log: Sequence[LogEntry]) -> Table:
+    """The numbered passes with the stage they left, what they matched, ops and time."""
+    table = Table("", "pass", "stage", "matches", title="Passes", **_STYLE)
+    for heading in ("ops", "s"):
+        table.add_column(heading, justify="right")
+    for column in table.columns[1:3]:
+        column.no_wrap = True
+    for number, entry in enumerate(log, 1):
+        change = entry.ops_after - entry.ops_before
+        table.add_row(
+            str(number),
+            entry.name,
+            str(entry.stage),
+            ", ".join(f"{count} {kind}" for kind, count in entry.matches.items()),
+            f"{entry.ops_after} ({change:+d})",
+            f"{entry.seconds:.1f}",
+        )
+    return table
+
+
+def contract_table(name: str, contract: Contract) -> Table:
+    """Inputs and outputs of a graph; the same over layers is one row."""
+    table = Table("", "name", "type", title=f"Graph {name}", **_STYLE)
+    for direction, specs in (("in", contract.inputs), ("out", contract.outputs)):
+        for label, spec in _grouped(specs).items():
+            table.add_row(direction, label, escape(spec))
+    return table
+
+
+def memory_table(owners: Mapping[str, int]) -> Table:
+    """Bytes by owner, and their sum."""
+    table = Table("owner", title="Memory to run it", **_STYLE)
+    table.add_column("size", justify="right")
+    for owner, count in owners.items():
+        table.add_row(owner, readable(count))
+    table.add_section()
+    table.add_row("total", readable(total(owners)))
+    return table
+
+
+def row_table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
+    """Rows with the same keys; the keys are the headings."""
+    table = Table(*rows[0], title=title, **_STYLE)
+    for row in rows:
+        table.add_row(*(escape(value) for value in row.values()))
+    return table
+
+
+def _grouped(specs: dict[str, TensorSpec]) -> dict[str, str]:
+    """``k_pages_0 … k_pages_29`` of one type become one row."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, spec in specs.items():
+        base, _, index = name.rpartition("_")
+        key = base if index.isdigit() else name
+        text = f"{dtype_name(spec.dtype)}{list(spec.shape)}"
+        groups.setdefault((key, text), []).append(name)
+    return {
+        names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}": text
+        for (_, text), names in groups.items()
+    }

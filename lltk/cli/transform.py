@@ -1,0 +1,101 @@
+"""``lltk transform``."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from lltk.cli.recipes import open_recipe
+from lltk.cli.tables import memory_table, pass_table
+
+
+@click.command("transform")
+@click.argument("recipe")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the Program.")
+@click.option("--no-weights", is_flag=True, help="Transform the graphs alone; read no checkpoint.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@click.option("--dump", type=click.Path(path_type=Path), help="Folder for each pass's graphs.")
+@click.option("--stop-after", metavar="PASS", help="The last pass to run.")
+@click.option("--disable", multiple=True, metavar="PASS", help="Leave a pass out.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and its memory; run no pass.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    recipe: str,
+    output: Path | None,
+    no_weights: bool,
+    overrides: tuple[str, ...],
+    dump: Path | None,
+    stop_after: str | None,
+    disable: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Turn a model into a Program by a RECIPE (a YAML file, or a shipped recipe's name).
+
+    \b
+    Example:
+      lltk transform wan22_5b_stream --no-weights -o program
+      lltk transform my.yaml --set geometry.window=24 --dump passes -o program
+    """
+    console = Console(quiet=as_json)
+    resolved = open_recipe(recipe, overrides)
+    from lltk.artefact import check_target, save_program
+    from lltk.compiler import capture, plan, transform
+    from lltk.graph.memory import estimate
+    from lltk.graph.program import Program
+    from lltk.graph.text import print_graph
+
+    if output is not None:
+        check_target(output)
+    if dry_run:
+        steps = plan(resolved, stop_after, disable)
+        owners = estimate(capture(resolved, weights=False))
+        if as_json:
+            click.echo(json.dumps({"passes": [s.name for s in steps], "memory": owners}, indent=2))
+        console.print("Plan: capture, " + ", ".join(step.name for step in steps))
+        console.print(memory_table(owners))
+        return
+
+    start = time.perf_counter()
+
+    def observe(program: Program) -> None:
+        number = len(program.log)
+        name = program.log[-1].name if program.log else "captured"
+        status.update(f"{name} done ({time.perf_counter() - start:.0f} s)")
+        if dump is not None:
+            folder = dump / f"{number:02d}_{name}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for graph_name, graph in program.every_graph():
+                text = print_graph(graph, graph_name)
+                (folder / f"{graph_name}.txt").write_text(text, encoding="utf-8")
+
+    with console.status("capturing") as status:
+        program = transform(
+            resolved,
+            weights=not no_weights,
+            stop_after=stop_after,
+            disable=disable,
+            observe=observe,
+        )
+        if output is not None:
+            status.update("writing")
+            save_program(program, output)
+    seconds = time.perf_counter() - start
+    if as_json:
+        log = [{**asdict(entry), "stage": str(entry.stage)} for entry in program.log]
+        click.echo(
+            json.dumps(
+                {"stage": str(program.stage), "seconds": seconds, "log": log,
+                 "output": None if output is None else str(output)},
+                indent=2,
+            )
+        )  # fmt: skip
+    console.print(pass_table(program.log))
+    console.print(memory_table(estimate(program)))
+    where = f", written to {output}" if output is not None else ""
+    console.print(f"A {program.stage} {program.kind} program in {seconds:.1f} s{where}")

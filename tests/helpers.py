@@ -1,0 +1,291 @@
+"""Tiny programs, weights that make attention matter, inputs, and comparisons, for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from lltk.compiler import transform, with_weights
+from lltk.graph.geometry import Geometry, Kind
+from lltk.graph.module import ProgramModule, instantiate
+from lltk.graph.passes import run_passes
+from lltk.graph.program import Program, TensorSpec
+from lltk.graph.recipe import Recipe, parse_recipe
+from lltk.graph.spec import ModelSpec
+from lltk.graph.stages import Stage
+from lltk.graph.text import parse, print_graph
+from lltk.models import wan22
+from lltk.models.configs import named_config, validate_config
+from lltk.passes import make_pass
+
+Steps = Sequence[str | Mapping[str, Mapping[str, Any]]]
+
+CANONICAL = ("canonicalise", "per_frame_timesteps", "frame_positions")
+PASSES: dict[Kind, tuple[str, ...]] = {
+    "train": (*CANONICAL, "text_per_chunk", "teacher_forcing", "regionalise", "lower"),
+    "score": (*CANONICAL, "text_per_chunk", "block_causal", "regionalise", "lower"),
+    "stream": (*CANONICAL, "hoist_text", "cached_step", "commit", "regionalise", "lower"),
+}
+"""Each kind's passes, as the shipped recipes list them."""
+
+GEOMETRY = {
+    "height": 64,
+    "width": 64,
+    "chunk": 2,
+    "window": 8,
+    "sink": 2,
+    "frames": 6,
+    "text_tokens": 5,
+}
+"""2×2 tokens a latent frame."""
+
+
+def tiny_config(layers: int = 2, **sizes: Any) -> dict[str, Any]:
+    """A WanTransformer3DModel configuration that runs in milliseconds."""
+    small = {
+        "num_layers": layers,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "ffn_dim": 32,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+    }
+    return validate_config(named_config("tiny") | small | sizes)
+
+
+def randomise(state: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """Weights of ``state``'s shapes and dtypes, large enough that attention matters.
+
+    Norm weights lie about 1, other vectors are small, matrices keep the scale of their input.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, tensor in state.items():
+        value = torch.randn(tensor.shape, generator=generator)
+        if name.endswith("weight") and tensor.dim() > 1:
+            value *= 1.5 / tensor[0].numel() ** 0.5
+        elif "norm" in name and name.endswith("weight"):
+            value = 1 + 0.3 * value
+        else:
+            value *= 0.3
+        made[name] = value.to(tensor.dtype)
+    return made
+
+
+def make_recipe(
+    kind: Kind,
+    passes: Steps | None = None,
+    *,
+    layers: int = 2,
+    config: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    **geometry: Any,
+) -> Recipe:
+    """A recipe of the tiny model; ``geometry`` overrides `GEOMETRY`."""
+    return parse_recipe(
+        {
+            "program": kind,
+            "model": {"config": dict(config or tiny_config(layers)), "dtype": dtype},
+            "geometry": GEOMETRY | geometry,
+            "passes": list(PASSES[kind] if passes is None else passes),
+        },
+        "test recipe",
+    )
+
+
+def make_program(recipe: Recipe, seed: int | None = 0) -> Program:
+    """The recipe's Program; with random weights unless ``seed`` is None."""
+    program = transform(recipe, weights=False)
+    return program if seed is None else with_weights(program, randomise(program.weights, seed))
+
+
+def runnable(recipe: Recipe, seed: int = 0) -> tuple[Program, ProgramModule]:
+    """The recipe's Program with random weights, and its module."""
+    program = make_program(recipe, seed)
+    return program, instantiate(program)
+
+
+@cache
+def captured(kind: Kind, layers: int = 2, dtype: str = "float32", **geometry: Any) -> Program:
+    """The tiny model as captured, with random weights; shared, so not to be changed."""
+    sizes = Geometry(**(GEOMETRY | geometry))
+    program = wan22.captured(tiny_config(layers), kind, sizes, getattr(torch, dtype))
+    return with_weights(program, randomise(program.weights))
+
+
+def after(program: Program, *steps: str | Mapping[str, Mapping[str, Any]]) -> Program:
+    """The program with passes run on a copy."""
+    pairs = [(s, {}) if isinstance(s, str) else next(iter(s.items())) for s in steps]
+    return run_passes(program, [make_pass(name, options) for name, options in pairs])
+
+
+@cache
+def reached(kind: Kind, *steps: str, layers: int = 2, **geometry: Any) -> Program:
+    """`captured` with passes run; shared, so not to be changed."""
+    if not steps:
+        return captured(kind, layers, **geometry)
+    return after(reached(kind, *steps[:-1], layers=layers, **geometry), steps[-1])
+
+
+def inputs(program: Program, graph: str, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of a named graph; timesteps, positions, pages and tables are valid ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: _value(program, name, spec, generator)
+        for name, spec in program.contract(graph).inputs.items()
+    }
+
+
+def _value(program: Program, name: str, spec: TensorSpec, generator: torch.Generator) -> Tensor:
+    if name == "positions":
+        return torch.arange(spec.shape[0], dtype=spec.dtype)
+    if name == "table":
+        return torch.arange(spec.shape[0])
+    if name == "slot":
+        return torch.tensor([program.geometry.pages - 1])
+    if name == program.spec.time_input:
+        return torch.rand(spec.shape, generator=generator) * 1000
+    return torch.randn(spec.shape, generator=generator).to(spec.dtype)
+
+
+@torch.no_grad()
+def run(
+    program: Program, graph: str, given: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """A named graph's outputs, its mutated inputs among them; ``given`` is left as it is."""
+    wide = {
+        name: value.to(dtype, copy=True) if dtype and value.is_floating_point() else value.clone()
+        for name, value in given.items()
+    }
+    copies = dict(wide)
+    before = {name: value.clone() for name, value in copies.items()}
+    result = dict(instantiate(program, dtype=dtype)(graph, **wide))
+    written = {n: v for n, v in copies.items() if not torch.equal(v, before[n])}
+    return result | written
+
+
+def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """Largest difference over the outputs, relative to each one's largest value."""
+    assert ours.keys() == theirs.keys(), f"{sorted(ours)} are not {sorted(theirs)}"
+    return max(
+        float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in ours
+    )
+
+
+def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Whether the outputs have equal bits."""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+HAND_SPEC = ModelSpec(
+    layers=1,
+    heads=2,
+    head_dim=12,
+    channels=4,
+    text_dim=3,
+    patch=(1, 2, 2),
+    stride=(4, 16, 16),
+    rope_theta=10000.0,
+    block="blocks.{layer}",
+    self_attention="blocks.{layer}.attn1",
+    cross_attention="blocks.{layer}.attn2",
+    rope="rope",
+    rope_tables=("rope.freqs_cos", "rope.freqs_sin"),
+    latent_input="hidden_states",
+    time_input="timestep",
+    text_input="encoder_hidden_states",
+    output="sample",
+    keep_fp32=("scale_shift_table",),
+)
+
+
+def hand_made(
+    kind: Kind,
+    stage: Stage,
+    texts: Mapping[str, str],
+    weights: Mapping[str, Tensor] | None = None,
+    constants: Mapping[str, Tensor] | None = None,
+    layers: int = 1,
+    **geometry: Any,
+) -> Program:
+    """A Program whose graphs are read from text."""
+    values = {**(weights or {}), **(constants or {})}
+    return Program(
+        kind,
+        replace(HAND_SPEC, layers=layers),
+        Geometry(**(GEOMETRY | geometry)),
+        torch.float32,
+        graphs={name: parse(dedent(text).strip(), values) for name, text in texts.items()},
+        weights=dict(weights or {}),
+        constants=dict(constants or {}),
+        stage=stage,
+    )
+
+
+def texts(program: Program) -> dict[str, str]:
+    """Every graph and region as text, by name."""
+    return {name: print_graph(graph, name) for name, graph in program.every_graph()}
+
+
+def text(program: Program, name: str) -> str:
+    """One graph or region as text, as it stands in a dedented literal."""
+    return texts(program)[name].strip()
+
+
+def excerpt(program: Program, name: str, module: str) -> str:
+    """The lines of one graph that lie in a module (or below it), without indentation."""
+    lines, inside = [], False
+    for line in texts(program)[name].splitlines():
+        if line.startswith("    # "):
+            path = line.removeprefix("    # ")
+            inside = path == module or path.startswith(module + ".")
+        elif inside:
+            lines.append(line.strip())
+    return "\n".join(lines)
+
+
+def refused(action: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """The message of the ValueError that the action raises."""
+    with pytest.raises(ValueError) as caught:
+        action(*arguments, **options)
+    return str(caught.value)
+
+
+def mask_self_attention(program: Program, allowed: Tensor) -> Program:
+    """The program with an explicit mask on every self-attention: True where query sees key."""
+    program = after(program)
+    program.constants["mask"] = allowed
+    for graph in program.graphs.values():
+        first = next(iter(graph.find_nodes(op="placeholder")))
+        with graph.inserting_before(first):
+            mask = graph.create_node("get_attr", "mask")
+        for node in self_attention(program, graph):
+            node.args = (*node.args[:3], mask)
+    return program
+
+
+def self_attention(program: Program, graph: fx.Graph) -> list[fx.Node]:
+    """The dense self-attention nodes of a graph."""
+    target = torch.ops.aten.scaled_dot_product_attention.default
+    return [
+        node
+        for node in graph.find_nodes(op="call_function", target=target)
+        if program.spec.layer_of(node.meta["module"], program.spec.self_attention) is not None
+    ]
+
+
+def chunk_mask(rows: Sequence[Sequence[int]], chunk_tokens: int) -> Tensor:
+    """A token mask from the chunks that each chunk sees."""
+    chunks = torch.zeros(len(rows), len(rows), dtype=torch.bool)
+    for row, seen in enumerate(rows):
+        chunks[row, list(seen)] = True
+    return chunks.repeat_interleave(chunk_tokens, 0).repeat_interleave(chunk_tokens, 1)
