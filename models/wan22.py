@@ -12,6 +12,7 @@ from lltk.graph.capture import capture
 from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.program import Program
 from lltk.graph.spec import ModelSpec
+from lltk.graph.verify import verify
 
 STRIDE = (4, 16, 16)
 """Video (frames, height, width) of one latent of Wan2.2's VAE."""
@@ -98,6 +99,7 @@ def captured(
     program.graphs = {"forward": graph}
     program.weights = weights
     program.constants = {name: tables[name] for name in buffers}
+    verify(program)
     return program
 
 

@@ -42,3 +42,4 @@ class Lower(Pass[Config]):
                     if implementation.name != "reference":
                         node.target = implementation.load()
                     report.match(f"{op} → {implementation.name}")
+                    program.implementations[op] = implementation.name

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from textwrap import dedent
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lltk.compiler import transform, with_weights
 from lltk.graph.geometry import Geometry, Kind
@@ -24,6 +24,8 @@ from lltk.graph.text import parse, print_graph
 from lltk.models import wan22
 from lltk.models.configs import named_config, validate_config
 from lltk.passes import make_pass
+
+torch.set_num_threads(1)
 
 Steps = Sequence[str | Mapping[str, Mapping[str, Any]]]
 
@@ -161,15 +163,41 @@ def _value(program: Program, name: str, spec: TensorSpec, generator: torch.Gener
 def run(
     program: Program, graph: str, given: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """A named graph's outputs, its mutated inputs among them; ``given`` is left as it is."""
-    wide = {
-        name: value.to(dtype, copy=True) if dtype and value.is_floating_point() else value.clone()
-        for name, value in given.items()
-    }
-    copies = dict(wide)
-    before = {name: value.clone() for name, value in copies.items()}
-    result = dict(instantiate(program, dtype=dtype)(graph, **wide))
-    written = {n: v for n, v in copies.items() if not torch.equal(v, before[n])}
+    """A named graph's outputs, and the inputs it wrote to; ``given`` is left as it is.
+
+    ``dtype`` replaces every floating dtype of weights and inputs.
+    """
+    module = instantiate(program, dtype=dtype)
+    cast = {n: v.to(dtype) if dtype and v.is_floating_point() else v for n, v in given.items()}
+    return _outputs(partial(module, graph), cast)
+
+
+class _OneGraph(nn.Module):
+    def __init__(self, module: ProgramModule, graph: str) -> None:
+        super().__init__()
+        self.module = module
+        self.graph = graph
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        return self.module(self.graph, **inputs)
+
+
+@torch.no_grad()
+def reexported(program: Program, graph: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `run` gives, by way of torch.export of the graph as it stands."""
+    module = _OneGraph(instantiate(program), graph)
+    example = {name: value.clone() for name, value in given.items()}
+    exported = torch.export.export(module, (), example, strict=False)
+    return _outputs(exported.module(), given)
+
+
+def _outputs(
+    call: Callable[..., Mapping[str, Tensor]], given: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The call's outputs, and the inputs that it wrote to."""
+    copies = {name: value.clone() for name, value in given.items()}
+    result = dict(call(**copies))
+    written = {n: value for n, value in copies.items() if not torch.equal(value, given[n])}
     return result | written
 
 

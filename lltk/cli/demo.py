@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -90,7 +90,7 @@ def _save_tiny(path: Path, generator: torch.Generator) -> None:
     from lltk.models.configs import named_config
     from lltk.models.wan22 import build
 
-    model = build(named_config("tiny"))
+    model: Any = build(named_config("tiny"))
     for name, parameter in model.named_parameters():
         scale = 1.5 * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
         mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from lltk.graph.program import Program
+from lltk.ops.implementations import check_device
 
 
 class Block(nn.Module):
@@ -119,8 +120,9 @@ def instantiate(
         dtype: one dtype for every parameter instead of the Program's (for checks in float64).
 
     Raises:
-        ValueError: the weights are absent.
+        ValueError: the weights are absent, or the device cannot run what was lowered to.
     """
+    check_device(program.implementations, torch.device(device))
     absent = [name for name, tensor in program.weights.items() if tensor.is_meta]
     if absent:
         raise ValueError(

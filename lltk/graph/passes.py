@@ -125,7 +125,11 @@ def run_passes(
         graphs={name: copy_graph(graph) for name, graph in program.graphs.items()},
         weights=dict(program.weights),
         constants=dict(program.constants),
-        regions=dict(program.regions),
+        regions={
+            name: replace(region, graph=copy_graph(region.graph))
+            for name, region in program.regions.items()
+        },
+        implementations=dict(program.implementations),
         log=list(program.log),
         passes=list(program.passes),
     )

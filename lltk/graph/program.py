@@ -90,6 +90,7 @@ class Program:
         weights: parameters under diffusers' names, real (in their file's dtypes) or meta.
         constants: tensors that follow from the configuration and are not saved.
         regions: block graphs shared by layers, from the regional stage on.
+        implementations: what runs each op, by name, once lowered.
         trainable: parameters that train, or None for all.
         recipe: the resolved recipe it was made from, as plain data.
         stage, log, passes: how far it is and what brought it there.
@@ -103,6 +104,7 @@ class Program:
     weights: dict[str, Tensor]
     constants: dict[str, Tensor] = field(default_factory=dict)
     regions: dict[str, Region] = field(default_factory=dict)
+    implementations: dict[str, str] = field(default_factory=dict)
     trainable: frozenset[str] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     stage: Stage = Stage.CAPTURED

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from lltk.graph.edit import module_of, output
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
+from lltk.ops.implementations import ops_with_choices, overload
 
 aten = torch.ops.aten
 
@@ -122,8 +123,31 @@ def is_outer(node: fx.Node) -> bool:
     return is_mutation(node) or any(s.op == "call_module" for s in node.all_input_nodes)
 
 
+def _captured(program: Program) -> None:
+    if program.stage is not Stage.CAPTURED:
+        return
+    spec = program.spec
+    wanted = ({spec.latent_input, spec.time_input, spec.text_input}, {spec.output})
+    for name in program.graphs:
+        contract = program.contract(name)
+        found = (set(contract.inputs), set(contract.outputs))
+        if found != wanted:
+            raise ValueError(f"{name}: inputs and outputs are {found}, the spec says {wanted}")
+
+
+def _lowered(program: Program) -> None:
+    for op in ops_with_choices():
+        for name, graph in program.every_graph():
+            if graph.find_nodes(op="call_function", target=overload(op)) and (
+                program.implementations.get(op) != "reference"
+            ):
+                raise ValueError(f"{name}: {op} has no implementation")
+
+
 _CHECKS: dict[Stage, Callable[[Program], None]] = {
+    Stage.CAPTURED: _captured,
     Stage.CANONICAL: _canonical,
     Stage.CAUSAL: _causal,
     Stage.REGIONAL: _regional,
+    Stage.LOWERED: _lowered,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -22,7 +22,6 @@ class Implementation:
         name: what recipes call it.
         where: ``module:function`` of the callable with the op's signature.
         devices: device types it runs on.
-        differentiable: whether gradients pass through it.
         module: a Python module it needs beyond torch.
     """
 
@@ -30,7 +29,6 @@ class Implementation:
     name: str
     where: str
     devices: tuple[str, ...]
-    differentiable: bool = True
     module: str | None = None
 
     def load(self) -> Callable[..., Any]:
@@ -63,6 +61,22 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Causal("sdpa", _OPS + "block_causal_attention.sdpa:sdpa", _ANY),
     _Causal("flex", _OPS + "block_causal_attention.flex:flex", ("cuda",), module="triton"),
 )
+
+
+def check_device(chosen: Mapping[str, str], device: torch.device) -> None:
+    """Check that a device can run the chosen implementations, by op.
+
+    Raises:
+        ValueError: says what is lacking and what the device has.
+    """
+    for op, name in chosen.items():
+        reason = find_implementation(op, name).missing(device)
+        if reason is not None:
+            able = [c.name for c in IMPLEMENTATIONS if c.op == op and not c.missing(device)]
+            raise ValueError(
+                f"{op}: {name} {reason}; {device.type} has {' and '.join(able) or 'none'}: set "
+                f"{op} of the recipe's lower pass"
+            )
 
 
 def ops_with_choices() -> Iterator[str]:

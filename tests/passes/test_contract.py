@@ -1,0 +1,235 @@
+"""What every pass holds to: its input, both state dicts, export, the log, and refusals."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import (
+    CANONICAL,
+    PASSES,
+    after,
+    captured,
+    inputs,
+    randomise,
+    reached,
+    refused,
+    reexported,
+    run,
+    same,
+    texts,
+)
+
+from lltk.compiler import with_weights
+from lltk.graph.geometry import Kind
+from lltk.graph.passes import Numerics
+from lltk.graph.program import Program
+from lltk.graph.stages import Stage
+from lltk.passes import make_pass, pass_names
+
+pytestmark = pytest.mark.cpu
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pass, where it stands, and what it declares."""
+
+    name: str
+    kind: Kind
+    numerics: str
+    leaves: Stage
+    steps: tuple[str, ...]
+
+    def before(self) -> Program:
+        return reached(self.kind, *self.steps)
+
+    def after(self) -> Program:
+        return reached(self.kind, *self.steps, self.name)
+
+
+STREAM, SCORE, TRAIN = PASSES["stream"], PASSES["score"], PASSES["train"]
+CANON, CAUSAL = Stage.CANONICAL, Stage.CAUSAL
+CASES = [
+    Case("canonicalise", "train", "bitwise", CANON, ()),
+    Case("per_frame_timesteps", "score", "rounding", CANON, CANONICAL[:1]),
+    Case("frame_positions", "score", "bitwise", CANON, CANONICAL[:2]),
+    Case("text_per_chunk", "train", "changing", CANON, CANONICAL),
+    Case("teacher_forcing", "train", "changing", CAUSAL, TRAIN[:4]),
+    Case("block_causal", "score", "changing", CAUSAL, SCORE[:4]),
+    Case("hoist_text", "stream", "bitwise", CANON, CANONICAL),
+    Case("cached_step", "stream", "changing", CANON, STREAM[:4]),
+    Case("commit", "stream", "bitwise", CAUSAL, STREAM[:5]),
+    Case("lora", "stream", "bitwise", CAUSAL, STREAM[:6]),
+    Case("merge_lora", "score", "rounding", CANON, (*CANONICAL, "lora")),
+    Case("regionalise", "stream", "bitwise", Stage.REGIONAL, STREAM[:6]),
+    Case("lower", "stream", "rounding", Stage.LOWERED, STREAM[:7]),
+]
+every_pass = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def test_every_pass_has_a_case() -> None:
+    assert sorted(case.name for case in CASES) == pass_names()
+
+
+@every_pass
+def test_log_states_what_ran(case: Case) -> None:
+    program = case.after()
+    entry = program.log[-1]
+    assert (entry.name, entry.numerics, entry.stage) == (case.name, case.numerics, case.leaves)
+    assert program.stage == case.leaves and Numerics(entry.numerics)
+    assert sum(entry.matches.values()) > 0
+    assert entry.config == make_pass(case.name, {}).config.model_dump(mode="json")
+    assert entry.ops_before == case.before().count_ops()
+    assert entry.ops_after == program.count_ops()
+    assert [step.name for step in program.passes] == [*case.steps, case.name]
+
+
+@every_pass
+def test_input_is_left_alone_and_the_result_repeats(case: Case) -> None:
+    before = case.before()
+    was = texts(before), list(before.weights), list(before.constants), len(before.log)
+    again = after(before, case.name)
+    assert (texts(before), list(before.weights), list(before.constants), len(before.log)) == was
+    assert texts(again) == texts(case.after())
+    assert texts(again) != texts(before)
+
+
+@every_pass
+def test_loads_the_original_state_dict(case: Case) -> None:
+    """The captured model's weights, mapped, give what the pass made of them itself."""
+    program, original = case.after(), captured(case.kind).weights
+    loaded = with_weights(program, original)
+    other = with_weights(program, randomise(original, seed=1))
+    for graph in program.graphs:
+        given = inputs(program, graph)
+        assert same(run(loaded, graph, given), run(program, graph, given))
+        assert not same(run(other, graph, given), run(program, graph, given))
+
+
+@every_pass
+def test_loads_the_transformed_state_dict(case: Case) -> None:
+    program = case.after()
+    own = randomise(program.weights, seed=2)
+    loaded = with_weights(program, own)
+    assert same(loaded.weights, own)
+    graph = next(reversed(program.graphs))
+    given = inputs(program, graph)
+    assert not same(run(loaded, graph, given), run(program, graph, given))
+
+
+@every_pass
+def test_state_dicts_map_both_ways(case: Case) -> None:
+    program, original = case.after(), captured(case.kind).weights
+    mapped = program.map_state(original)
+    assert same(mapped, program.weights)
+    assert same(program.unmap_state(mapped), original)
+    assert same(program.map_state(program.unmap_state(mapped)), mapped)
+
+
+@every_pass
+def test_misfit_state_dicts_are_refused(case: Case) -> None:
+    program, state = case.after(), dict(captured(case.kind).weights)
+    del state["proj_out.weight"]
+    assert "1 missing (proj_out.weight)" in refused(with_weights, program, state)
+
+
+@every_pass
+def test_result_exports_again(case: Case) -> None:
+    program = case.after()
+    for graph in program.graphs:
+        given = inputs(program, graph)
+        assert same(reexported(program, graph, given), run(program, graph, given))
+
+
+@every_pass
+def test_unknown_option_is_refused(case: Case) -> None:
+    message = refused(make_pass, case.name, {"sede": 1})
+    assert message.startswith(f"passes: {case.name}: unknown key 'sede'")
+
+
+@every_pass
+def test_second_run_is_refused(case: Case) -> None:
+    """Nothing is left to match, or the stage has passed; either way the pass says so."""
+    assert refused(after, case.after(), case.name).startswith(f"{case.name}: ")
+
+
+@pytest.mark.parametrize("case", CASES[1:], ids=lambda case: case.name)
+def test_too_early_is_refused(case: Case) -> None:
+    stage = " or ".join(str(stage) for stage in make_pass(case.name, {}).reads)
+    assert refused(after, captured(case.kind, layers=1), case.name) == (
+        f"{case.name}: reads a {stage} program, this one is captured (passes so far: none); "
+        "move it later in the recipe's passes"
+    )
+
+
+@every_pass
+def test_too_late_is_refused(case: Case) -> None:
+    program = reached(case.kind, *PASSES[case.kind], layers=1)
+    stage = " or ".join(str(stage) for stage in make_pass(case.name, {}).reads)
+    assert refused(after, program, case.name) == (
+        f"{case.name}: reads a {stage} program, this one is lowered (passes so far: "
+        f"{', '.join(PASSES[case.kind])}); move it earlier in the recipe's passes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "kind"),
+    [
+        ("text_per_chunk", "train and score", "stream"),
+        ("teacher_forcing", "train", "score"),
+        ("block_causal", "score", "train"),
+        ("hoist_text", "stream", "score"),
+        ("cached_step", "stream", "train"),
+        ("commit", "stream", "score"),
+    ],
+)
+def test_wrong_kind_is_refused(name: str, kinds: str, kind: Kind) -> None:
+    assert refused(after, captured(kind, layers=1), name) == (
+        f"{name}: is for {kinds} programs, this one is for {kind}; "
+        "remove it from the recipe's passes"
+    )
+
+
+@pytest.mark.parametrize("kind", PASSES)
+@pytest.mark.parametrize("name", pass_names())
+def test_any_order_runs_or_is_refused_by_name(name: str, kind: Kind) -> None:
+    """No order of passes ends in anything but a Program or an error that names the pass."""
+    prefixes = [PASSES[kind][:length] for length in range(len(PASSES[kind]) + 1)]
+    if kind == "stream":
+        prefixes.append(("canonicalise", "hoist_text"))
+    for steps in prefixes:
+        program = reached(kind, *steps, layers=1)
+        try:
+            after(program, name)
+        except ValueError as error:
+            assert str(error).startswith(f"{name}: "), f"after {steps}: {error}"
+
+
+def test_unknown_pass_is_refused() -> None:
+    assert refused(make_pass, "comit", {}) == "there is no pass 'comit'; did you mean 'commit'?"
+    assert "passes: block_causal, cached_step" in refused(make_pass, "zzz", {})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", PASSES)
+def test_every_recipe_runs_in_low_precision(kind: Kind, dtype: str) -> None:
+    program = after(captured(kind, layers=1, dtype=dtype), *PASSES[kind])
+    for graph in program.graphs:
+        given = inputs(program, graph)
+        result = run(program, graph, given)
+        assert result.keys() >= program.contract(graph).outputs.keys()
+        assert all(bool(torch.isfinite(value).all()) for value in result.values())
+        assert {n: value.dtype for n, value in result.items()} == {
+            n: (program.contract(graph).outputs | program.contract(graph).inputs)[n].dtype
+            for n in result
+        }
+
+
+def test_a_failed_pass_leaves_the_program_as_it_was() -> None:
+    before = reached("stream", *CANONICAL)
+    was = texts(before)
+    assert re.match("cached_step: ", refused(after, before, "per_frame_timesteps")) is None
+    assert "put hoist_text before it" in refused(after, before, "cached_step")
+    assert texts(before) == was and before.stage == Stage.CANONICAL

@@ -1,0 +1,195 @@
+"""The commands: what they print, what they write, how they refuse."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lltk.cli.main import main
+from lltk.graph.passes import Pass
+
+pytestmark = pytest.mark.cpu
+
+SMALL = [
+    "--set", "model.config.num_layers=2", "--set", "geometry.height=32",
+    "--set", "geometry.width=32",
+]  # fmt: skip
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command; exit code, output, errors."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["lltk", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe file that extends the shipped tiny one with a smaller model."""
+    from lltk.cli.recipes import shipped
+
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"extends: {shipped()['tiny_stream']}\n"
+        "model: {config: {num_attention_heads: 2, attention_head_dim: 12, in_channels: 4,"
+        " out_channels: 4, text_dim: 8, freq_dim: 8, ffn_dim: 16, num_layers: 2}}\n"
+        "geometry: {height: 64, width: 64}\n"
+    )
+    return path
+
+
+def test_transform_then_inspect(run: Run, recipe: Path, tmp_path: Path) -> None:
+    program, dump, diagram = tmp_path / "program", tmp_path / "dump", tmp_path / "block.svg"
+    code, out, err = run("transform", recipe, "--no-weights", "-o", program, "--dump", dump)
+    assert (code, err) == (0, "")
+    for name in ("canonicalise", "commit", "3 step_block", "paged_attention → sdpa"):
+        assert name in out
+    assert len(list(dump.iterdir())) == 9
+    assert "def step(" in (dump / "06_commit" / "step.txt").read_text()
+
+    code, out, err = run("inspect", program, "--diagram", diagram)
+    assert (code, err) == (0, "")
+    assert "a lowered stream program" in out
+    assert "k_pages_0 … k_pages_1" in out
+    assert "def step_block(" in out
+    assert ElementTree.parse(diagram).getroot().tag.endswith("svg")
+
+    code, out, _ = run("inspect", program, "--json")
+    described = json.loads(out)
+    assert described["contracts"]["commit"]["outputs"] == {}
+    assert [entry["name"] for entry in described["log"]][-1] == "lower"
+
+    code, _, err = run("inspect", program, "--graph", "nothing")
+    assert code == 2
+    assert "the program has prologue, step, commit" in " ".join(err.split())
+
+
+def test_transform_can_stop_leave_out_and_plan(run: Run, recipe: Path) -> None:
+    code, out, _ = run(
+        "transform", recipe, "--no-weights", "--stop-after", "frame_positions",
+        "--disable", "per_frame_timesteps", "--json",
+    )  # fmt: skip
+    assert code == 0
+    result = json.loads(out)
+    assert [entry["name"] for entry in result["log"]] == ["canonicalise", "frame_positions"]
+    assert result["stage"] == "canonical"
+
+    code, out, _ = run("transform", recipe, "--dry-run", "--json")
+    assert code == 0
+    assert set(json.loads(out)["memory"]) == {"weights", "cache pages", "cross-attention K/V"}
+
+
+def test_memory_estimate_of_5b(run: Run) -> None:
+    code, out, _ = run("transform", "wan22_5b_stream", "--dry-run", "--json")
+    assert code == 0
+    memory = json.loads(out)["memory"]
+    assert memory["cache pages"] / 32 == 309.375 * 2**20
+    assert memory["cross-attention K/V"] == 180 * 2**20
+    assert 9.2 < memory["weights"] / 2**30 < 9.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "geometry.windw=24"], "unknown key 'geometry.windw'; did you mean 'window'?"),
+        (["--set", "geometry.window=7"], "the nearest that fit: 6 and 8"),
+        (["--set", "passes=[canonicalize]"], "did you mean 'canonicalise'?"),
+        (["--set", "passes=[commit]"], "move it later in the recipe's passes"),
+        (["--disable", "hoist_text"], "put hoist_text before it in the recipe"),
+        (["--set", "passes=[canonicalise, lora: {include: nothing}]"], "lora: matched nothing"),
+        (["--stop-after", "lora"], "'lora' is not in the recipe's passes"),
+    ],
+)
+def test_bad_input_is_refused_with_one_message(
+    run: Run, recipe: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    target = tmp_path / "program"
+    code, out, err = run("transform", recipe, "--no-weights", "-o", target, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.yaml"]
+
+
+def test_missing_weights_and_recipes(run: Run, recipe: Path) -> None:
+    code, _, err = run("transform", recipe)
+    assert code == 2
+    assert "or transform without weights (--no-weights)" in " ".join(err.split())
+    code, _, err = run("transform", "tiny_steam", "--no-weights")
+    assert code == 2
+    assert "did you mean 'tiny_stream'?" in err
+
+
+def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lltk", "--debug", "transform", "nowhere.yaml"])
+    with pytest.raises(ValueError, match="no such recipe file"):
+        main()
+
+
+def test_doctor(run: Run) -> None:
+    code, out, _ = run("doctor", "--json")
+    assert code == 0
+    findings = json.loads(out)
+    assert findings["devices"][0]["device"] == "cpu"
+    cpu = {(row["op"], row["implementation"]): row["cpu"] for row in findings["implementations"]}
+    assert cpu["paged_attention", "sdpa"] == "runs"
+    assert cpu["paged_attention", "cudnn"] == "runs on cuda, not on cpu"
+    code, out, _ = run("doctor")
+    assert "lltk[export]" in out
+
+
+@pytest.mark.parametrize("command", ["doctor", "transform", "inspect", "demo"])
+def test_help_has_an_example(run: Run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"lltk {command}" in out.split("Example:")[1]
+
+
+def test_demo(run: Run) -> None:
+    code, out, _ = run("demo")
+    assert code == 0
+    table = out.split("Chunk by chunk against one shot")[1]
+    rows = [line.split() for line in table.splitlines() if line.strip()[:1].isdigit()]
+    assert len(rows) == 4
+    assert all(float(row[3]) < 1e-5 for row in rows)
+    assert all(float(row[4]) > 1e-2 for row in rows[1:])
+
+
+def test_a_pass_is_one_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worked example of docs/writing-a-pass.md, in a folder beside the shipped passes."""
+    import lltk.passes
+    from lltk.cli.recipes import shipped
+
+    text = (Path(__file__).parents[1] / "docs" / "writing-a-pass.md").read_text()
+    code_block, recipe_block = (
+        text.split(f"```{language}\n")[1].split("```")[0] for language in ("python", "yaml")
+    )
+    assert len(code_block.splitlines()) < 60
+    (tmp_path / "wide_output.py").write_text(code_block)
+    monkeypatch.setattr(lltk.passes, "__path__", [*lltk.passes.__path__, str(tmp_path)])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_block.replace("tiny_stream.yaml", str(shipped()["tiny_stream"])))
+    code, out, err = run("transform", recipe, "--no-weights", "--json")
+    assert (code, err) == (0, "")
+    (entry,) = (e for e in json.loads(out)["log"] if e["name"] == "wide_output")
+    assert entry["matches"] == {"results": 1}
+
+    code, _, err = run("transform", recipe, "--no-weights", "--set", "model.dtype=float32")
+    assert code == 2
+    assert "is float32 already" in " ".join(err.split())
+    assert issubclass(type(lltk.passes.make_pass("wide_output", {})), Pass)
