@@ -41,5 +41,6 @@ class Lower(Pass[Config]):
                 for node in calls(graph, overload(op)):
                     if implementation.name != "reference":
                         node.target = implementation.load()
+                        node.meta["op"] = overload(op)
                     report.match(f"{op} → {implementation.name}")
                     program.implementations[op] = implementation.name

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lltk.compiler import transform, with_weights
+from lltk.graph.edit import module_of
 from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.passes import run_passes
@@ -288,27 +289,21 @@ def refused(action: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     return str(caught.value)
 
 
-def mask_self_attention(program: Program, allowed: Tensor) -> Program:
-    """The program with an explicit mask on every self-attention: True where query sees key."""
+def masked(program: Program, template: str, allowed: Tensor) -> Program:
+    """The program with an explicit mask on its dense attentions in modules of ``template``.
+
+    ``allowed`` is bool [queries, keys]: True where a query sees a key.
+    """
     program = after(program)
     program.constants["mask"] = allowed
-    for graph in program.graphs.values():
-        first = next(iter(graph.find_nodes(op="placeholder")))
-        with graph.inserting_before(first):
-            mask = graph.create_node("get_attr", "mask")
-        for node in self_attention(program, graph):
-            node.args = (*node.args[:3], mask)
-    return program
-
-
-def self_attention(program: Program, graph: fx.Graph) -> list[fx.Node]:
-    """The dense self-attention nodes of a graph."""
     target = torch.ops.aten.scaled_dot_product_attention.default
-    return [
-        node
-        for node in graph.find_nodes(op="call_function", target=target)
-        if program.spec.layer_of(node.meta["module"], program.spec.self_attention) is not None
-    ]
+    for graph in program.graphs.values():
+        with graph.inserting_before(next(iter(graph.nodes))):
+            mask = graph.create_node("get_attr", "mask")
+        for node in graph.find_nodes(op="call_function", target=target):
+            if program.spec.layer_of(module_of(node), template) is not None:
+                node.args = (*node.args, mask)
+    return program
 
 
 def chunk_mask(rows: Sequence[Sequence[int]], chunk_tokens: int) -> Tensor:

@@ -9,6 +9,7 @@ every file is within 2e-5.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def recipe(meta: dict[str, Any], kind: str) -> Recipe:
                 "chunk": chunk,
                 "window": window,
                 "sink": sink,
+                "shot_sink": bool(meta.get("cuts")),
                 "frames": meta.get("frames", window),
                 "text_tokens": meta["text_len"],
             },
@@ -78,12 +80,14 @@ def recipe(meta: dict[str, Any], kind: str) -> Recipe:
     )
 
 
-def compile_run(meta: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Program, ProgramModule]:
+def compile_run(
+    meta: dict[str, Any], weights: dict[str, Tensor], device: str
+) -> tuple[Program, ProgramModule]:
     """The recorded model as a runnable Program."""
     program = transform(recipe(meta, "train" if "frames" in meta else "stream"), weights=False)
     names = WEIGHT_LAYOUTS["wan"].read(weights, "weights")
     program = with_weights(program, {names[key]: value for key, value in weights.items()})
-    return program, instantiate(program)
+    return program, instantiate(program, device)
 
 
 def padded(text: Tensor, tokens: int) -> Tensor:
@@ -93,15 +97,17 @@ def padded(text: Tensor, tokens: int) -> Tensor:
 
 def replay_rollout(meta: dict[str, Any], data: dict[str, Tensor], rollout: Rollout) -> float:
     """Worst relative difference over every pass of a chunk-by-chunk run."""
-    chunks = 1 + max(int(key.split(".")[0].removeprefix("chunk")) for key in data if "." in key)
+    names = (re.fullmatch(r"chunk(\d+)\.step(\d+)\.x", key) for key in data)
+    passes = sorted((int(name[1]), int(name[2])) for name in names if name)
     worst, shot = 0.0, 0
-    for chunk in range(chunks):
+    for chunk in sorted({chunk for chunk, _ in passes}):
         shot += chunk in meta["cuts"]
         frames = torch.arange(meta["frames_per_chunk"], dtype=torch.float64)
         positions = frames + chunk * meta["frames_per_chunk"] + meta["phi"] * shot
-        rollout.set_text(padded(data[f"chunk{chunk}.text"], meta["text_len"])[None])
-        steps = sorted(key for key in data if key.startswith(f"chunk{chunk}.step"))
-        for name in (key.removesuffix(".x") for key in steps if key.endswith(".x")):
+        text = padded(data[f"chunk{chunk}.text"], meta["text_len"])[None]
+        positions = positions.to(text.device)
+        rollout.set_text(text)
+        for name in (f"chunk{c}.step{step}" for c, step in passes if c == chunk):
             x, t, flow = (data[f"{name}.{part}"] for part in ("x", "t", "flow"))
             worst = max(worst, difference(rollout.step(x, t, positions), flow))
         assert not t.any(), f"{name}: the last pass of a chunk is the clean one"
@@ -115,9 +121,9 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 @torch.no_grad()
-def replay(path: Path) -> float:
+def replay(path: Path, device: str = "cpu") -> float:
     """Worst relative difference of one file."""
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "pt", device=device) as file:
         meta = json.loads(file.metadata()["meta"])
         data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     weights = {
@@ -125,7 +131,7 @@ def replay(path: Path) -> float:
         for key in list(data)
         if key.startswith("weights.")
     }
-    program, module = compile_run(meta, weights)
+    program, module = compile_run(meta, weights, device)
     if program.kind == "stream":
         return replay_rollout(meta, data, Rollout(program, module))
     result = module(
@@ -133,7 +139,7 @@ def replay(path: Path) -> float:
         clean=data["clean"],
         noisy=data["noisy"],
         timestep=data["t"],
-        positions=torch.arange(meta["frames"], dtype=torch.float64),
+        positions=torch.arange(meta["frames"], dtype=torch.float64, device=device),
         encoder_hidden_states=padded(data["text"], meta["text_len"])[None],
     )
     return difference(result["sample"], data["flow"])

@@ -168,6 +168,8 @@ def sort_topologically(graph: fx.Graph) -> None:
 def infer(program: Program, graph: fx.Graph) -> None:
     """Recompute every node's fake value from the inputs' and parameters'.
 
+    A lowered call has the shape of the op it implements, whatever device it is for.
+
     Raises:
         ValueError: a call does not fit its arguments; names the node and its module.
     """
@@ -196,8 +198,9 @@ def _infer_node(program: Program, node: fx.Node, values: Mapping[fx.Node, Any]) 
         return tuple(_empty(n.meta["val"]) for n in output(region.graph).all_input_nodes)
     kwargs = map_arg(node.kwargs, values.__getitem__)
     try:
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        target = node.meta.get("op", node.target)
+        assert callable(target)
+        return target(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError) as error:
         where = f"{node.name} ({module_of(node) or 'root'}): {node.target}"
         raise ValueError(f"{where} does not fit its arguments: {error}") from error

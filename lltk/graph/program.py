@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -13,8 +13,15 @@ from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.spec import ModelSpec
 from lltk.graph.stages import Stage
 
-if TYPE_CHECKING:
-    from lltk.graph.passes import Pass
+
+class StateMap(Protocol):
+    """Maps state dicts over one pass, both ways."""
+
+    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From before the pass to after it."""
+
+    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From after the pass to before it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class Program:
     recipe: dict[str, Any] = field(default_factory=dict)
     stage: Stage = Stage.CAPTURED
     log: list[LogEntry] = field(default_factory=list)
-    passes: list[Pass[Any]] = field(default_factory=list)
+    passes: list[StateMap] = field(default_factory=list)
 
     def run_dtype(self, name: str) -> torch.dtype:
         """Dtype parameter ``name`` is cast to for running (its stored dtype is left alone)."""

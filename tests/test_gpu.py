@@ -1,0 +1,99 @@
+"""Lowered programs on a GPU against the same programs on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import helpers
+import pytest
+import replay_longlive
+import torch
+from torch import Tensor
+
+from lltk.graph.module import instantiate
+from lltk.graph.program import Program
+from lltk.stream.rollout import Rollout
+
+pytestmark = pytest.mark.gpu
+
+DATA = Path(__file__).parent / "data" / "longlive"
+WIDE = {"layers": 2, "height": 128, "width": 128, "chunk": 2, "window": 8, "sink": 2}
+HEADS = helpers.tiny_config(2, num_attention_heads=2, attention_head_dim=64)
+
+
+@pytest.fixture(autouse=True)
+def _exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def compiled_for(kind: str, dtype: str, **lower: str) -> Program:
+    """A tiny program whose heads are as wide as fast kernels want them."""
+    passes = [*helpers.PASSES[kind][:-1], {"lower": lower}]
+    sizes = {key: value for key, value in WIDE.items() if key != "layers"}
+    return helpers.make_program(
+        helpers.make_recipe(kind, passes, config=HEADS, dtype=dtype, **sizes)
+    )
+
+
+@pytest.mark.parametrize("name", ["rollout_multi_shot", "teacher_forcing"])
+def test_recorded_runs(name: str) -> None:
+    assert replay_longlive.replay(DATA / f"{name}.safetensors", "cuda") <= replay_longlive.BOUND
+
+
+@torch.no_grad()
+def rollout(program: Program, device: str, compiled: bool = False) -> Tensor:
+    """The steps of five chunks, noise fixed, each chunk committed."""
+    module = instantiate(program, device)
+    if compiled:
+        module.compile_blocks()
+    run = Rollout(program, module)
+    generator = torch.Generator().manual_seed(1)
+    geometry, spec = program.geometry, program.spec
+    shape = (1, spec.channels, geometry.chunk, *geometry.latent(spec))
+    text = torch.randn(1, geometry.text_tokens, spec.text_dim, generator=generator)
+    run.set_text(text.to(device, program.dtype))
+    results = []
+    for chunk in range(5):
+        latents = torch.randn(shape, generator=generator).to(device, program.dtype)
+        positions = torch.arange(geometry.chunk, dtype=torch.float64) + chunk * geometry.chunk
+        level = torch.full((1, geometry.chunk), 700.0)
+        results.append(run.step(latents, level.to(device), positions.to(device)).cpu().float())
+        run.commit(latents, positions.to(device), opens_shot=chunk == 2)
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "cudnn"])
+def test_bfloat16_stream(attention: str, compiled: bool) -> None:
+    program = compiled_for("stream", "bfloat16", paged_attention=attention)
+    reference = rollout(compiled_for("stream", "float32", paged_attention="reference"), "cpu")
+    ours = rollout(program, "cuda", compiled)
+    scale = reference.std()
+    assert (ours - reference).std() / scale < 0.02
+    assert (ours.roll(1, 0) - reference).std() / scale > 0.2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_gradients_of_training(attention: str, compiled: bool) -> None:
+    program = compiled_for("train", "float32", block_causal_attention=attention)
+    oracle = compiled_for("train", "float32", block_causal_attention="reference")
+    given = helpers.inputs(program, "train")
+    theirs = gradients(oracle, given, "cpu", compiled=False)
+    ours = gradients(program, given, "cuda", compiled)
+    assert helpers.difference(ours, theirs) < 2e-4
+    given["positions"] = given["positions"].flip(0)
+    assert helpers.difference(gradients(program, given, "cuda", compiled), theirs) > 1e-2
+
+
+def gradients(
+    program: Program, given: dict[str, Tensor], device: str, compiled: bool
+) -> dict[str, Tensor]:
+    """Gradients of every parameter for the mean square of the result."""
+    torch._dynamo.reset()
+    module = instantiate(program, device)
+    if compiled:
+        module.compile_blocks()
+    moved = {name: value.to(device) for name, value in given.items()}
+    module("train", **moved)["sample"].square().mean().backward()
+    return {n: p.grad.cpu() for n, p in module.named_parameters() if p.grad is not None}
