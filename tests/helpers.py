@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lltk.compiler import transform, with_weights
-from lltk.graph.edit import module_of
+from lltk.graph.edit import infer, module_of, output
 from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.passes import run_passes
@@ -303,6 +303,16 @@ def masked(program: Program, template: str, allowed: Tensor) -> Program:
         for node in graph.find_nodes(op="call_function", target=target):
             if program.spec.layer_of(module_of(node), template) is not None:
                 node.args = (*node.args, mask)
+    return program
+
+
+def exposing(program: Program, graph: str, values: Mapping[str, str]) -> Program:
+    """The program with further outputs: name → node name."""
+    program = after(program)
+    nodes = {node.name: node for node in program.graphs[graph].nodes}
+    end = output(program.graphs[graph])
+    end.args = (dict(end.args[0]) | {name: nodes[node] for name, node in values.items()},)
+    infer(program, program.graphs[graph])
     return program
 
 

@@ -44,7 +44,8 @@ def _packages() -> list[dict[str, str]]:
         try:
             found = version(name)
         except PackageNotFoundError:
-            found = f"absent: pip install 'lltk[{extra}]'"
+            wanted = name if extra == "core" else f"'lltk[{extra}]'"
+            found = f"absent: pip install {wanted}"
         rows.append({"package": name, "version": found, "extra": "" if extra == "core" else extra})
     return rows
 

@@ -60,7 +60,7 @@ def block_causal_attention_backward(
     """Gradients of `block_causal_attention`, summed over chunks in float32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
     grad_, q_, k_, v_ = (t.to(wide) for t in (grad, q, k, v))
-    dq, dk, dv = (torch.zeros_like(t) for t in (q_, k_, v_))
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (q_, k_, v_))
     for row, seen in enumerate(attended(q.shape[1] // chunk_tokens, teacher_forcing)):
         runs = spans(seen, chunk_tokens)
         keys, values = (torch.cat([t[:, run] for run in runs], dim=1) for t in (k_, v_))

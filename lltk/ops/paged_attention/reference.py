@@ -25,7 +25,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v per head, summed in float32 or wider; all are [B, L, H, D]."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("blhd,bmhd->bhlm", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
-    return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v.to(wide)).to(q.dtype)
+    out = torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v.to(wide))
+    return out.to(q.dtype).contiguous()
 
 
 def attention_backward(
@@ -44,7 +45,11 @@ def attention_backward(
     dq = torch.einsum("bhlm,bmhd->blhd", ds, k_)
     dk = torch.einsum("bhlm,blhd->bmhd", ds, q_)
     dv = torch.einsum("bhlm,blhd->bmhd", p, grad_)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return (
+        dq.to(q.dtype).contiguous(),
+        dk.to(k.dtype).contiguous(),
+        dv.to(v.dtype).contiguous(),
+    )
 
 
 def paged_attention(
