@@ -34,9 +34,7 @@ class CachedStep(Pass[Config]):
 
     def requires(self, program: Program) -> None:
         if "step" not in program.graphs:
-            raise ValueError(
-                "cached_step: there is no step graph; put hoist_text before it in the recipe"
-            )
+            raise ValueError("there is no step graph; put hoist_text before it in the recipe")
 
     def apply(self, program: Program, report: Report) -> None:
         step, pages = program.graphs["step"], program.geometry.pages

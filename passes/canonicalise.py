@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
-from lltk.graph.edit import Builder, building, calls, copy_graph, module_of, prune, replace
+from lltk.graph.edit import Builder, building, calls, module_of, prune, replace
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.regions import find_bodies
@@ -123,27 +124,14 @@ def _functional_rope(empty: fx.Node, report: Report) -> None:
 
 def _fold_constants(program: Program, graph: fx.Graph, report: Report) -> None:
     """Compute data-free nodes once; those that others read become constants."""
-    free: set[fx.Node] = set()
+    values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and all(source in free for source in node.all_input_nodes):
-            free.add(node)
-    roots = [node for node in graph.nodes if node in free and node.users.keys() - free]
-    for root in roots:
-        name = f"{module_of(root)}.{root.name}".lstrip(".")
-        program.constants[name] = _evaluate(graph, root)
-        with building(root) as build:
-            replace(root, build.attribute(name))
+        if node.op == "call_function" and all(source in values for source in node.all_input_nodes):
+            args, kwargs = (map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
+            values[node] = node.target(*args, **kwargs)
+    for node in [node for node in values if node.users.keys() - values.keys()]:
+        name = f"{module_of(node)}.{node.name}".lstrip(".")
+        program.constants[name] = values[node]
+        with building(node) as build:
+            replace(node, build.attribute(name))
         report.match("constants")
-
-
-def _evaluate(graph: fx.Graph, root: fx.Node) -> Tensor:
-    sources = copy_graph(graph)
-    (twin,) = (node for node in sources.nodes if node.name == root.name)
-    for node in sources.find_nodes(op="output"):
-        sources.erase_node(node)
-    sources.output(twin)
-    for node in reversed(sources.nodes):
-        if not node.users and node.op != "output":
-            sources.erase_node(node)
-    result: Tensor = fx.GraphModule({}, sources)()
-    return result

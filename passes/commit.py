@@ -52,9 +52,7 @@ class Commit(Pass[Config]):
     def requires(self, program: Program) -> None:
         step = program.graphs.get("step")
         if step is None or not calls(step, PAGED_ATTENTION):
-            raise ValueError(
-                "commit: there is no step over pages; put cached_step before it in the recipe"
-            )
+            raise ValueError("there is no step over pages; put cached_step before it in the recipe")
 
     def apply(self, program: Program, report: Report) -> None:
         graph = copy_graph(program.graphs["step"])

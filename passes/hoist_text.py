@@ -55,8 +55,10 @@ class HoistText(Pass[Config]):
                 given = add_input(step, f"{name}_{attention.layer}", value.meta["val"])
                 value.replace_all_uses_with(given)
             report.match("cross-attention")
+        if not report.matches:
+            return
         prune(step)
         if placeholder(step, spec.text_input).users:
-            raise ValueError("hoist_text: the step still reads the text outside cross-attention")
+            raise ValueError("the step still reads the text outside cross-attention")
         drop_unused_inputs(step)
         program.graphs = {"prologue": prologue, "step": step}

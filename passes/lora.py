@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, fx
 
 from lltk.graph.edit import building, calls, module_of
@@ -27,6 +27,17 @@ class Config(PassConfig):
     include: str = Field(BLOCK_LINEARS, description="modules that get one (whole-path regex)")
     seed: int = Field(0, description="seed of the initial values of A (B starts at 0)")
 
+    @field_validator("include")
+    @classmethod
+    def _is_a_pattern(cls, include: str) -> str:
+        try:
+            re.compile(include)
+        except re.error as error:
+            raise ValueError(
+                f"include: {include!r} is not a regular expression: {error}"
+            ) from error
+        return include
+
 
 class Lora(Pass[Config]):
     """Add a trainable low-rank adapter to linears; everything else is frozen.
@@ -43,6 +54,9 @@ class Lora(Pass[Config]):
     reads = (Stage.CANONICAL, Stage.CAUSAL)
     numerics = Numerics.BITWISE
 
+    _adapted: tuple[str, ...] = ()
+    """Modules that got an adapter, sorted."""
+
     def apply(self, program: Program, report: Report) -> None:
         adapted: dict[str, Tensor] = {}
         for graph in program.graphs.values():
@@ -53,6 +67,7 @@ class Lora(Pass[Config]):
                     continue
                 adapted[module] = program.weights[f"{module}.weight"]
                 self._adapt(node, module, report)
+        self._adapted = tuple(sorted(adapted))
         self._check_given(program.weights, adapted)
         program.weights = self.map_state(program.weights)
         program.trainable = frozenset(n for n in program.weights if is_adapter(n))
@@ -68,7 +83,7 @@ class Lora(Pass[Config]):
         if given and differing:
             first = differing[0]
             raise ValueError(
-                f"lora: {len(differing)} of the given adapters do not fit rank={self.config.rank} "
+                f"{len(differing)} of the given adapters do not fit rank={self.config.rank} "
                 f"and include: {first} is {given.get(first, 'absent')}, wanted "
                 f"{wanted.get(first, 'absent')}; set lora.rank and lora.include to the file's"
             )
@@ -89,12 +104,10 @@ class Lora(Pass[Config]):
         """Keep the base; add adapters that are absent, initialised."""
         mapped = dict(state)
         generator = torch.Generator().manual_seed(self.config.seed)
-        for name, weight in state.items():
-            module, _, kind = name.rpartition(".")
-            if kind != "weight" or not re.fullmatch(self.config.include, module):
-                continue
+        for module in self._adapted:
             a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-            if a not in state:
+            if a not in state and f"{module}.weight" in state:
+                weight = state[f"{module}.weight"]
                 mapped[a] = _initial_a(weight, self.config.rank, generator)
                 mapped[b] = weight.new_zeros((weight.shape[0], self.config.rank))
         return mapped

@@ -39,7 +39,7 @@ class MergeLora(Pass[Config]):
     def requires(self, program: Program) -> None:
         self._lora = next((p for p in reversed(program.passes) if isinstance(p, Lora)), None)
         if self._lora is None:
-            raise ValueError("merge_lora: there are no adapters; put lora before it in the recipe")
+            raise ValueError("there are no adapters; put lora before it in the recipe")
 
     def apply(self, program: Program, report: Report) -> None:
         for graph in program.graphs.values():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lltk.graph.edit import Builder, building, module_of, placeholder, replace, shape
+from lltk.graph.edit import Builder, building, has_input, module_of, placeholder, replace, shape
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -36,18 +36,22 @@ class PerFrameTimesteps(Pass[Config]):
     numerics = Numerics.ROUNDING
 
     def requires(self, program: Program) -> None:
-        for name, graph in program.graphs.items():
+        for name, graph in self._visited(program).items():
             time = placeholder(graph, program.spec.time_input)
             tokens = program.geometry.frame_tokens(program.spec)
             if len(shape(time)) != 2 or shape(time)[1] % tokens:
                 raise ValueError(
-                    f"per_frame_timesteps: {name}: {time.name} is {list(shape(time))}, not "
+                    f"{name}: {time.name} is {list(shape(time))}, not "
                     f"[batch, frames * {tokens} tokens]; capture with one timestep a token"
                 )
 
+    def _visited(self, program: Program) -> dict[str, fx.Graph]:
+        time = program.spec.time_input
+        return {name: graph for name, graph in program.graphs.items() if has_input(graph, time)}
+
     def apply(self, program: Program, report: Report) -> None:
         frame_tokens = program.geometry.frame_tokens(program.spec)
-        for graph in program.graphs.values():
+        for graph in self._visited(program).values():
             time = placeholder(graph, program.spec.time_input)
             batch, tokens = shape(time)
             time.meta["val"] = time.meta["val"].new_empty((batch, tokens // frame_tokens))

@@ -11,6 +11,7 @@ from lltk.graph.edit import (
     Builder,
     add_input,
     building,
+    has_input,
     module_of,
     placeholder,
     rename_placeholder,
@@ -51,10 +52,9 @@ class TeacherForcing(Pass[Config]):
     def requires(self, program: Program) -> None:
         (graph,) = program.graphs.values()
         time = placeholder(graph, program.spec.time_input)
-        have = {str(node.target) for node in graph.find_nodes(op="placeholder")}
-        if "positions" not in have or shape(time)[1] != 2 * program.geometry.frames:
+        if not has_input(graph, "positions") or shape(time)[1] != 2 * program.geometry.frames:
             raise ValueError(
-                "teacher_forcing: needs timesteps and positions per frame; put "
+                "needs timesteps and positions per frame; put "
                 "per_frame_timesteps and frame_positions before it in the recipe's passes"
             )
 

@@ -226,9 +226,10 @@ def stream(video: Video, rule: SetRule, forget: bool = False) -> Outputs:
     return Outputs(torch.cat(noisy, 2), torch.cat(clean, 2))
 
 
-@torch.no_grad()
-def one_shot(video: Video, seen: Sequence[set[int]], hide: bool = False) -> Outputs:
-    """[clean; noisy] in one run of the masked original.
+def one_shot_arguments(
+    video: Video, seen: Sequence[set[int]], hide: bool = False
+) -> dict[str, Tensor]:
+    """`run_original`'s arguments for [clean; noisy].
 
     Args:
         video: the inputs.
@@ -246,15 +247,22 @@ def one_shot(video: Video, seen: Sequence[set[int]], hide: bool = False) -> Outp
     if hide:
         mask = mask.repeat_interleave(FRAME_TOKENS, 0).repeat_interleave(FRAME_TOKENS, 1)
         mask[video.chunk * FRAME_TOKENS :, 0] = False
-    out = run_original(
-        torch.cat([video.clean, video.noisy], 2),
-        torch.cat([torch.zeros_like(video.timestep), video.timestep], 1),
-        video.positions.repeat(2),
-        video.text,
-        video.prompt_of.repeat(2),
-        mask,
-    )
-    return Outputs(out[:, :, frames:], out[:, :, :frames])
+    return {
+        "latents": torch.cat([video.clean, video.noisy], 2),
+        "timestep": torch.cat([torch.zeros_like(video.timestep), video.timestep], 1),
+        "positions": video.positions.repeat(2),
+        "text": video.text,
+        "prompt_of": video.prompt_of.repeat(2),
+        "seen": mask,
+    }
+
+
+@torch.no_grad()
+def one_shot(video: Video, seen: Sequence[set[int]], hide: bool = False) -> Outputs:
+    """[clean; noisy] in one run of the masked original; see `one_shot_arguments`."""
+    out = run_original(**one_shot_arguments(video, seen, hide))
+    clean, noisy = out.chunk(2, dim=2)
+    return Outputs(noisy, clean)
 
 
 def causal(video: Video) -> list[set[int]]:

@@ -49,6 +49,11 @@ def placeholder(graph: fx.Graph, name: str) -> fx.Node:
     raise ValueError(f"no input {name!r}; the graph has: {have}")
 
 
+def has_input(graph: fx.Graph, name: str) -> bool:
+    """Whether there is an input called ``name``."""
+    return any(node.target == name for node in graph.find_nodes(op="placeholder"))
+
+
 def output(graph: fx.Graph) -> fx.Node:
     """The output node; its one argument is a dict of named values."""
     (node,) = graph.find_nodes(op="output")

@@ -62,7 +62,7 @@ class ProgramModule(nn.Module):
             if dtype is not None and tensor.is_floating_point():
                 run_dtype = dtype
             trains = program.trainable is None or name in program.trainable
-            value = tensor.to(device=device, dtype=run_dtype)
+            value = tensor.to(device=device, dtype=run_dtype, copy=True)
             parameter = nn.Parameter(value, requires_grad=trains and value.is_floating_point())
             _assign(self, name, parameter)
         for name, tensor in program.constants.items():

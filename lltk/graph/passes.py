@@ -141,25 +141,16 @@ def run_passes(
 
 
 def run_pass(program: Program, step: Pass[PassConfig]) -> None:
-    """Apply one pass in place: requires → apply → infer → verify → ensures → record."""
+    """Apply one pass in place: requires → apply → infer → verify → ensures → record.
+
+    Raises:
+        ValueError: names the pass.
+    """
     start, before = time.perf_counter(), program.count_ops()
-    _check_order(program, step)
-    step.requires(program)
-    report = Report()
-    step.apply(program, report)
-    if not report.matches and not step.optional:
-        nearest = "; ".join(report.misses[:3]) or "the graphs hold no candidate for it"
-        raise ValueError(
-            f"{step.name}: matched nothing: {nearest}. Remove it from the recipe's passes, "
-            "or run it where its pattern still stands"
-        )
-    for _, graph in program.every_graph():
-        prune(graph)
-        infer(program, graph)
-        graph.lint()
-    program.stage = program.stage if step.leaves is None else step.leaves
-    verify(program)
-    step.ensures(program)
+    try:
+        report = _apply(program, step)
+    except ValueError as error:
+        raise ValueError(f"{step.name}: {error}") from error
     program.passes.append(step)
     program.log.append(
         LogEntry(
@@ -176,17 +167,41 @@ def run_pass(program: Program, step: Pass[PassConfig]) -> None:
     )
 
 
+def _apply(program: Program, step: Pass[PassConfig]) -> Report:
+    _check_order(program, step)
+    step.requires(program)
+    report = Report()
+    step.apply(program, report)
+    if not report.matches and not step.optional:
+        nearest = "; ".join(report.misses[:3]) or "the graphs hold no candidate for it"
+        raise ValueError(
+            f"matched nothing: {nearest}. Remove it from the recipe's passes, "
+            "or run it where its pattern still stands"
+        )
+    for _, graph in program.every_graph():
+        prune(graph)
+        infer(program, graph)
+        graph.lint()
+    program.stage = program.stage if step.leaves is None else step.leaves
+    verify(program)
+    step.ensures(program)
+    return report
+
+
 def _check_order(program: Program, step: Pass[PassConfig]) -> None:
-    done = ", ".join(entry.name for entry in program.log) or "none"
+    names = [entry.name for entry in program.log]
+    done = ", ".join(names) or "none"
+    if step.name in names:
+        raise ValueError(f"has run already (passes so far: {done}); name it once in the recipe")
     if program.kind not in step.kinds:
         raise ValueError(
-            f"{step.name}: is for {' and '.join(step.kinds)} programs, this one is for "
+            f"is for {' and '.join(step.kinds)} programs, this one is for "
             f"{program.kind}; remove it from the recipe's passes"
         )
     if program.stage not in step.reads:
         wanted = " or ".join(str(stage) for stage in step.reads)
         move = "earlier" if program.stage > max(step.reads) else "later"
         raise ValueError(
-            f"{step.name}: reads a {wanted} program, this one is {program.stage} (passes so far: "
+            f"reads a {wanted} program, this one is {program.stage} (passes so far: "
             f"{done}); move it {move} in the recipe's passes"
         )

@@ -60,8 +60,8 @@ def test_matches_follow_from_the_layers(layers: int) -> None:
 def test_outputs_agree_with_a_masked_graph(
     sizes: dict[str, int], dtype: torch.dtype | None, bound: float
 ) -> None:
-    before = reached("score", *STEPS, **sizes)
-    program = reached("score", *STEPS, "block_causal", **sizes)
+    before = reached("score", *STEPS, layers=1, **sizes)
+    program = reached("score", *STEPS, "block_causal", layers=1, **sizes)
     tokens = program.geometry.chunk * program.geometry.frame_tokens(program.spec)
     given = inputs(program, "score")
     result = run(program, "score", given, dtype)

@@ -96,8 +96,8 @@ def test_prologue_and_step_share_no_parameter() -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_outputs_keep_their_bits(batch: int) -> None:
-    before = reached("stream", *CANONICAL, layers=2, batch=batch)
-    program = reached("stream", *STEPS, layers=2, batch=batch)
+    before = reached("stream", *CANONICAL, layers=1, batch=batch)
+    program = reached("stream", *STEPS, layers=1, batch=batch)
     given = inputs(before, "forward")
     wanted = run(before, "forward", given)
     prompt = given.pop("encoder_hidden_states")
@@ -117,8 +117,7 @@ def test_text_read_elsewhere_is_refused() -> None:
     )
 
 
-def test_graph_without_cross_attention_is_refused() -> None:
+def test_graph_without_cross_attention_says_what_it_has() -> None:
     message = refused(after, made(BEFORE.replace("attn2\n", "attn1\n")), "hoist_text")
-    assert message.startswith(
-        "hoist_text: matched nothing: sdpa (blocks.0.attn1): is not in blocks.{layer}.attn2"
-    )
+    assert message.startswith("hoist_text: ")
+    assert "sdpa (blocks.0.attn1): is not in blocks.{layer}.attn2" in message

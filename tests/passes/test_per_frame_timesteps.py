@@ -122,8 +122,8 @@ def test_mixing_tokens_and_timesteps_otherwise_is_named() -> None:
 
 
 def test_other_timesteps_are_refused() -> None:
-    per_frame = reached("score", "canonicalise", "per_frame_timesteps")
-    assert refused(after, per_frame, "per_frame_timesteps") == (
+    per_frame = BEFORE.replace("timestep: f32[1, 8]", "timestep: f32[1, 6]")
+    assert refused(after, made(per_frame), "per_frame_timesteps") == (
         "per_frame_timesteps: forward: timestep is [1, 6], not [batch, frames * 4 tokens]; "
         "capture with one timestep a token"
     )

@@ -1,0 +1,106 @@
+"""Recorded runs of LongLive-2.0's own model replay through the rewritten diffusers graph."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import replay_longlive
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lltk.compiler import transform
+from lltk.graph.program import Program
+from lltk.graph.recipe import Recipe
+
+pytestmark = pytest.mark.cpu
+
+FOLDER = Path(__file__).parent / "data" / "longlive"
+FILES = sorted(FOLDER.glob("*.safetensors"))
+Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
+
+
+@cache
+def transformed(recipe: str) -> Program:
+    return transform(Recipe.model_validate_json(recipe), weights=False)
+
+
+@pytest.fixture(autouse=True)
+def one_transform_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of one geometry share their program."""
+
+    def shared(recipe: Recipe, weights: bool) -> Program:
+        assert not weights
+        return transformed(recipe.model_dump_json())
+
+    monkeypatch.setattr(replay_longlive, "transform", shared)
+
+
+def test_every_kind_of_run_is_recorded() -> None:
+    assert [file.stem for file in FILES] == [
+        "rollout_i2v",
+        "rollout_multi_shot",
+        "rollout_single_shot",
+        "teacher_forcing",
+    ]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_replay(file: Path) -> None:
+    assert replay_longlive.replay(file) <= replay_longlive.BOUND
+
+
+def no_offset(meta: dict[str, Any], data: dict[str, Tensor]) -> None:
+    meta["phi"] = 0.0
+
+
+def late_cut(meta: dict[str, Any], data: dict[str, Tensor]) -> None:
+    meta["cuts"] = [4, 8]
+
+
+def one_weight(meta: dict[str, Any], data: dict[str, Tensor]) -> None:
+    data["weights.blocks.0.self_attn.k.weight"][0, 0] += 0.1
+
+
+def swapped_times(meta: dict[str, Any], data: dict[str, Tensor]) -> None:
+    data["t"] = data["t"].flip(1).contiguous()
+
+
+def perturbed(source: Path, change: Change, target: Path) -> Path:
+    """The file with something changed."""
+    with safe_open(source, "pt") as file:
+        meta = json.loads(file.metadata()["meta"])
+        data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    change(meta, data)
+    save_file(data, target, {"meta": json.dumps(meta)})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("stem", "change"),
+    [
+        ("rollout_multi_shot", no_offset),
+        ("rollout_multi_shot", late_cut),
+        ("rollout_i2v", one_weight),
+        ("teacher_forcing", swapped_times),
+    ],
+)
+def test_a_perturbed_run_is_too_far(
+    stem: str, change: Change, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = perturbed(FOLDER / f"{stem}.safetensors", change, tmp_path / "run.safetensors")
+    assert replay_longlive.main([str(file)]) == 1
+    assert "TOO FAR" in capsys.readouterr().out
+
+
+def test_main_says_how_far(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(FOLDER / "teacher_forcing.safetensors")
+    assert replay_longlive.main([file]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"{file}: ") and line.endswith("(ok)\n")
+    assert replay_longlive.main([]) == 2
