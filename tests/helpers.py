@@ -117,12 +117,9 @@ def runnable(recipe: Recipe, seed: int = 0) -> tuple[Program, ProgramModule]:
     return program, instantiate(program)
 
 
-@cache
-def captured(kind: Kind, layers: int = 2, dtype: str = "float32", **geometry: Any) -> Program:
+def captured(kind: Kind, *, layers: int = 2, dtype: str = "float32", **geometry: Any) -> Program:
     """The tiny model as captured, with random weights; shared, so not to be changed."""
-    sizes = Geometry(**(GEOMETRY | geometry))
-    program = wan22.captured(tiny_config(layers), kind, sizes, getattr(torch, dtype))
-    return with_weights(program, randomise(program.weights))
+    return reached(kind, layers=layers, dtype=dtype, **geometry)
 
 
 def after(program: Program, *steps: str | Mapping[str, Mapping[str, Any]]) -> Program:
@@ -131,12 +128,22 @@ def after(program: Program, *steps: str | Mapping[str, Mapping[str, Any]]) -> Pr
     return run_passes(program, [make_pass(name, options) for name, options in pairs])
 
 
-@cache
-def reached(kind: Kind, *steps: str, layers: int = 2, **geometry: Any) -> Program:
+def reached(
+    kind: Kind, *steps: str, layers: int = 2, dtype: str = "float32", **geometry: Any
+) -> Program:
     """`captured` with passes run; shared, so not to be changed."""
-    if not steps:
-        return captured(kind, layers, **geometry)
-    return after(reached(kind, *steps[:-1], layers=layers, **geometry), steps[-1])
+    return _reached(kind, steps, layers, dtype, tuple(sorted(geometry.items())))
+
+
+@cache
+def _reached(
+    kind: Kind, steps: tuple[str, ...], layers: int, dtype: str, sizes: tuple[tuple[str, Any], ...]
+) -> Program:
+    if steps:
+        return after(_reached(kind, steps[:-1], layers, dtype, sizes), steps[-1])
+    geometry = Geometry(**(GEOMETRY | dict(sizes)))
+    program = wan22.captured(tiny_config(layers), kind, geometry, getattr(torch, dtype))
+    return with_weights(program, randomise(program.weights))
 
 
 def inputs(program: Program, graph: str, seed: int = 0) -> dict[str, Tensor]:
@@ -205,9 +212,8 @@ def _outputs(
 def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """Largest difference over the outputs, relative to each one's largest value."""
     assert ours.keys() == theirs.keys(), f"{sorted(ours)} are not {sorted(theirs)}"
-    return max(
-        float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in ours
-    )
+    each = [(ours[name] - theirs[name]).abs().max() / theirs[name].abs().max() for name in ours]
+    return float(torch.stack(each).max())
 
 
 def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
@@ -268,18 +274,6 @@ def texts(program: Program) -> dict[str, str]:
 def text(program: Program, name: str) -> str:
     """One graph or region as text, as it stands in a dedented literal."""
     return texts(program)[name].strip()
-
-
-def excerpt(program: Program, name: str, module: str) -> str:
-    """The lines of one graph that lie in a module (or below it), without indentation."""
-    lines, inside = [], False
-    for line in texts(program)[name].splitlines():
-        if line.startswith("    # "):
-            path = line.removeprefix("    # ")
-            inside = path == module or path.startswith(module + ".")
-        elif inside:
-            lines.append(line.strip())
-    return "\n".join(lines)
 
 
 def refused(action: Callable[..., Any], *arguments: Any, **options: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,8 +25,18 @@ class Geometry(BaseModel):
     )
     sink: int = Field(8, ge=0, description="latent frames never evicted; 0 for no sinks")
     shot_sink: bool = Field(True, description="whether the latest shot keeps a sink of its own")
-    frames: int = Field(32, ge=1, description="latent frames of a clip (train and score)")
+    frames: int = Field(
+        ge=1, description="latent frames of a clip (train and score); by default 4 chunks"
+    )
     text_tokens: int = Field(512, ge=1, description="tokens a prompt is padded to")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        chunk = data.get("chunk", 8) if isinstance(data, dict) else None
+        if not isinstance(chunk, int):
+            return data
+        return {"window": 4 * chunk, "sink": chunk, "frames": 4 * chunk, **data}
 
     @model_validator(mode="after")
     def _fits(self) -> Geometry:
