@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from lltk.graph.edit import calls
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
@@ -16,6 +16,11 @@ class Config(PassConfig):
 
     paged_attention: str = Field("sdpa", description="reference, sdpa or cudnn")
     block_causal_attention: str = Field("sdpa", description="reference, sdpa or flex")
+
+    @field_validator("paged_attention", "block_causal_attention")
+    @classmethod
+    def _is_known(cls, name: str, info: ValidationInfo) -> str:
+        return find_implementation(str(info.field_name), name).name
 
 
 class Lower(Pass[Config]):

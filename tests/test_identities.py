@@ -445,7 +445,7 @@ def test_a_missing_shot_offset_is_seen() -> None:
 
 
 @given(rules(8, largest_chunk=1), st.sampled_from([0.0, 8.0, 2.5, 0.7]), st.integers(0, 99))
-@settings(max_examples=25)
+@settings(max_examples=20)
 def test_any_rolling_cache_of_one_frame_chunks(rule: SetRule, phi: float, seed: int) -> None:
     video = make_video(8, 1, cuts=frozenset(rule.cuts), phi=phi, seed=seed)
     theirs = one_shot(video, rule.attended(8))
@@ -459,7 +459,7 @@ def rules_of_two_frames(draw: st.DrawFn) -> SetRule:
 
 
 @given(rules_of_two_frames(), st.sampled_from([0.0, 8.0, 2.5, 0.7]), st.integers(0, 99))
-@settings(max_examples=25)
+@settings(max_examples=20)
 def test_any_rolling_cache_of_two_frame_chunks(rule: SetRule, phi: float, seed: int) -> None:
     video = make_video(5, 2, cuts=frozenset(rule.cuts), phi=phi, seed=seed)
     theirs = one_shot(video, rule.attended(5))

@@ -25,6 +25,7 @@ from lltk.ops.block_causal_attention.op import (
 from lltk.ops.implementations import (
     IMPLEMENTATIONS,
     Implementation,
+    check_device,
     find_implementation,
     ops_with_choices,
     overload,
@@ -38,7 +39,7 @@ from lltk.passes.lower import Config as LowerConfig
 cpu = pytest.mark.cpu
 gpu = pytest.mark.gpu
 
-BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest difference allowed, relative to the scale of the values compared."""
 FAR = 1e-2
 """What a negative control must exceed."""
@@ -338,6 +339,7 @@ def test_flex_blocks_of_another_chunk_are_seen_to_differ() -> None:
 
 
 @cpu
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @given(st.integers(1, 3), st.integers(1, 150), st.booleans())
 @settings(max_examples=15)
 def test_flex_formula(chunks: int, chunk_tokens: int, teacher_forcing: bool) -> None:
@@ -350,7 +352,7 @@ def test_flex_formula(chunks: int, chunk_tokens: int, teacher_forcing: bool) -> 
     assert worst([ours], [dense(*wide, causal_mask(clip))]) <= BOUND[torch.float32]
 
 
-GPU_CLIPS = [(3, 96, False), (2, 128, True), (6, 100, True), (8, 256, True), (5, 33, False)]
+GPU_CLIPS = [(3, 96, False), (4, 128, True), (6, 100, True), (8, 256, True), (5, 33, False)]
 
 
 @gpu
@@ -621,6 +623,10 @@ def test_what_an_implementation_lacks_is_said() -> None:
             assert missing == "runs on cuda, not on cpu"
     needy = Implementation("op", "name", "m:f", ("cpu",), module="lltk_no_such_package")
     assert needy.missing(here) == "needs the package lltk_no_such_package"
+    chosen = {"paged_attention": "sdpa", "block_causal_attention": "reference"}
+    check_device(chosen, here)
+    with pytest.raises(ValueError, match=r"cudnn runs on cuda, not on cpu; cpu has reference and"):
+        check_device(chosen | {"paged_attention": "cudnn"}, here)
     if not torch.cuda.is_available():
         plain = Implementation("op", "name", "m:f", ("cpu", "cuda"))
         assert plain.missing(torch.device("cuda")) == "no CUDA device is visible"

@@ -240,6 +240,9 @@ def test_flex_trains(compiled: bool) -> None:
             module.compile_blocks()
         results.append(trained(module, given))
     assert difference(*results) <= 1e-4
+    module = instantiate(lowered_to(program, "reference"), "cuda")
+    halved = given | {"timestep": given["timestep"] / 2}
+    assert difference(results[0], trained(module, halved)) > 1e-2
 
 
 @gpu
@@ -258,3 +261,5 @@ def test_cudnn_steps(compiled: bool) -> None:
             module.compile_blocks()
         results.append({n: t.float() for n, t in module("step", **given).items()})
     assert difference(*results) <= 5e-2
+    short = module("step", **given | {"table": given["table"][:1]})
+    assert difference({n: t.float() for n, t in short.items()}, results[1]) > 1e-1

@@ -40,26 +40,33 @@ class Geometry(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Geometry:
-        for name in ("window", "sink", "frames"):
-            value = getattr(self, name)
-            if value % self.chunk:
-                below = value // self.chunk * self.chunk
-                above = below + self.chunk
-                near = f"{below} and {above}" if below or name == "sink" else f"{above}"
-                raise ValueError(
-                    f"geometry.{name}: {value} latent frames is not a multiple of the chunk "
-                    f"({self.chunk}); the nearest that fit: {near}"
-                )
-        sinks = self.sink * (2 if self.shot_sink and self.sink else 1)
-        if self.window < sinks + self.chunk:
+        sinks = 2 if self.shot_sink else 1
+        room = (self.window - self.chunk) // sinks // self.chunk * self.chunk
+        self._check_multiple("sink", least=0, most=max(room, 0))
+        least = sinks * self.sink + self.chunk
+        self._check_multiple("window", least=least)
+        self._check_multiple("frames", least=self.chunk)
+        if self.window < least:
             rule = "2*sink + chunk" if self.shot_sink else "sink + chunk"
-            room = self.window - self.chunk
-            smaller = room // (2 if self.shot_sink else 1) // self.chunk * self.chunk
             raise ValueError(
-                f"geometry.window: {self.window} is less than {rule} = {sinks + self.chunk}; "
-                f"the nearest that fit: window={sinks + self.chunk}, or sink={max(smaller, 0)}"
+                f"geometry.window: {self.window} is less than {rule} = {least}; "
+                f"the nearest that fit: window={least}, or sink={room}"
             )
         return self
+
+    def _check_multiple(self, name: str, least: int, most: int | None = None) -> None:
+        """Refuse a size off the chunk grid, with the nearest on it that fit the other sizes."""
+        value = getattr(self, name)
+        if value % self.chunk == 0:
+            return
+        below = value // self.chunk * self.chunk
+        near = [size for size in (below, below + self.chunk) if size >= least]
+        near = [size for size in near if most is None or size <= most]
+        fits = " and ".join(str(size) for size in near or [least if most is None else most])
+        raise ValueError(
+            f"geometry.{name}: {value} latent frames is not a multiple of the chunk "
+            f"({self.chunk}); the nearest that fit: {fits}"
+        )
 
     @property
     def chunks(self) -> int:

@@ -87,7 +87,7 @@ def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path in seen:
+    if path.resolve() in (other.resolve() for other in seen):
         raise ValueError(f"{path}: extends itself through {' → '.join(p.name for p in seen)}")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -100,6 +100,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = data.pop("extends", None)
     if parent is None:
         return data
+    if not isinstance(parent, str):
+        raise ValueError(f"{path}: extends: {parent!r} is not the path of a recipe")
     return _merge(_read(path.parent / parent, (*seen, path)), data)
 
 
@@ -121,7 +123,10 @@ def _override(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise ValueError(f"--set {override}: {parent} holds a value, not keys")
-    data[leaf] = yaml.safe_load(text)
+    try:
+        data[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {override}: the value is not YAML: {error}") from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

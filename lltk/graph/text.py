@@ -12,6 +12,7 @@ comment where the module path changes::
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from lltk.graph.edit import module_of
+from lltk.ops.implementations import register_ops
 
 _DTYPES = {
     "f64": torch.float64,
@@ -37,13 +39,16 @@ _SHORT = {dtype: short for short, dtype in _DTYPES.items()}
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The short name, as ``bf16``."""
+    if dtype not in _SHORT:
+        raise ValueError(f"graph text has no name for {dtype}; it has {', '.join(_DTYPES)}")
     return _SHORT[dtype]
 
 
 def type_text(value: Any) -> str:
     """``f32[1, 8, 4]`` for a tensor, a tuple of those for several."""
     if isinstance(value, Tensor):
-        return f"{_SHORT[value.dtype]}[{', '.join(str(int(s)) for s in value.shape)}]"
+        sizes = ", ".join(str(int(size)) for size in value.shape)
+        return f"{dtype_name(value.dtype)}[{sizes or '()'}]"
     if isinstance(value, tuple | list):
         return f"({', '.join(type_text(item) for item in value)},)"
     return "None"
@@ -95,6 +100,8 @@ def _argument(value: Any) -> str:
         return "{" + ", ".join(f"{k!r}: {_argument(v)}" for k, v in value.items()) + "}"
     if isinstance(value, torch.device):
         return repr(str(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
     return repr(value)
 
 
@@ -108,10 +115,14 @@ def parse(text: str, values: Mapping[str, Tensor] | None = None) -> fx.Graph:
     Raises:
         ValueError: not such a text, or an operator that is not registered.
     """
-    (function,) = ast.parse(text).body
-    if not isinstance(function, ast.FunctionDef):
-        raise ValueError("graph text starts with 'def name(...):'")
-    return _Parser(text.splitlines(), values or {}).graph(function)
+    register_ops()
+    try:
+        statements = ast.parse(text).body
+    except SyntaxError as error:
+        raise ValueError(f"line {error.lineno}: is not graph text: {error.msg}") from error
+    if len(statements) != 1 or not isinstance(statements[0], ast.FunctionDef):
+        raise ValueError("graph text starts with 'def name(...):' and holds nothing else")
+    return _Parser(text.splitlines(), values or {}).graph(statements[0])
 
 
 class _Parser:
@@ -129,8 +140,7 @@ class _Parser:
             self.nodes[argument.arg] = node
         for statement in function.body:
             self._enter_module(statement.lineno)
-            if isinstance(statement, ast.Return):
-                assert statement.value is not None
+            if isinstance(statement, ast.Return) and statement.value is not None:
                 self.out.output(self._value(statement.value))
             elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 self._assign(statement.target.id, statement)
@@ -182,7 +192,11 @@ class _Parser:
             case ast.Subscript(ast.Name("self"), ast.Constant(name)):
                 return self._attribute(str(name))
             case ast.Attribute(ast.Name("torch"), attribute):
-                return getattr(torch, attribute)
+                found = getattr(torch, attribute, None)
+                if isinstance(found, torch.dtype | torch.layout | torch.memory_format):
+                    return found
+            case ast.Call(ast.Name("float"), [ast.Constant(text)]):
+                return float(str(text))
             case ast.List(items):
                 return [self._value(item) for item in items]
             case ast.Tuple(items):
@@ -190,15 +204,20 @@ class _Parser:
             case ast.Dict(keys, items):
                 names = [ast.literal_eval(key) for key in keys if key is not None]
                 return dict(zip(names, map(self._value, items), strict=True))
-        return ast.literal_eval(node)
+            case ast.Constant() | ast.UnaryOp(ast.USub(), ast.Constant()):
+                return ast.literal_eval(node)
+            case ast.UnaryOp(ast.USub(), ast.Call()):
+                return -self._value(node.operand)
+        raise ValueError(f"line {node.lineno}: {ast.unparse(node)!r} is no argument of a call")
 
     def _type(self, node: ast.expr | None) -> Any:
         match node:
             case ast.Subscript(ast.Name(short), sizes) if short in _DTYPES:
                 size = ast.literal_eval(sizes)
                 return torch.empty(size, dtype=_DTYPES[short], device="meta")
-            case ast.List([]):
+            case ast.Constant(None):
                 return None
             case ast.Tuple(items):
                 return tuple(self._type(item) for item in items)
-        return None
+        found = "no type" if node is None else ast.unparse(node)
+        raise ValueError(f"expected a type as f32[2, 3], found {found}")

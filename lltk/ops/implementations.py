@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,6 +12,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+
+import lltk.ops
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,13 @@ def check_device(chosen: Mapping[str, str], device: torch.device) -> None:
 def ops_with_choices() -> Iterator[str]:
     """Ops that `lower` chooses an implementation for."""
     yield from dict.fromkeys(choice.op for choice in IMPLEMENTATIONS)
+
+
+def register_ops() -> None:
+    """Import every op, so that ``torch.ops.lltk`` has it."""
+    for module in pkgutil.iter_modules(lltk.ops.__path__, "lltk.ops."):
+        if module.ispkg:
+            import_module(f"{module.name}.op")
 
 
 def overload(op: str) -> torch._ops.OpOverload:
