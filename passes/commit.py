@@ -87,9 +87,9 @@ class Commit(Pass[Config]):
 def _clean_time(graph: fx.Graph, time_name: str, latent_name: str) -> None:
     """Replace the timestep input by zeros made on the latents' device."""
     time, latents = placeholder(graph, time_name), placeholder(graph, latent_name)
+    dtype = time.meta["val"].dtype
+    options = {} if dtype == latents.meta["val"].dtype else {"dtype": dtype}
     first = next(node for node in graph.nodes if node in time.users)
     with building(first, "") as build:
-        zeros = build(
-            aten.new_zeros.default, latents, list(shape(time)), dtype=time.meta["val"].dtype
-        )
+        zeros = build(aten.new_zeros.default, latents, list(shape(time)), **options)
     time.replace_all_uses_with(zeros)

@@ -42,7 +42,7 @@ COMMIT = """
 def commit(hidden_states: f32[1, 8, 2, 3], k_pages_0: f32[1, 4, 8, 2, 3], \
 v_pages_0: f32[1, 4, 8, 2, 3], slot: i64[1]):
     # root
-    new_zeros: f32[1, 2] = aten.new_zeros.default(hidden_states, [1, 2], dtype=torch.float32)
+    new_zeros: f32[1, 2] = aten.new_zeros.default(hidden_states, [1, 2])
     # blocks.0.attn1
     exp: f32[1, 2] = aten.exp.default(new_zeros)
     sum_1: f32[1] = aten.sum.dim_IntList(exp, [1])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gather(own: Tensor, pages: Tensor, table: Tensor) -> Tensor:
-    """Keys (or values) a chunk attends to: the listed pages, then its own.
+    """Keys (or values) a chunk attends to: the listed pages, as constants, then its own.
 
     Args:
         own: [B, L, H, D].
@@ -17,7 +17,7 @@ def gather(own: Tensor, pages: Tensor, table: Tensor) -> Tensor:
     Returns:
         [B, N * T + L, H, D] in ``own``'s dtype.
     """
-    committed = pages.index_select(1, table).flatten(1, 2).to(own.dtype)
+    committed = pages.detach().index_select(1, table).flatten(1, 2).to(own.dtype)
     return torch.cat([committed, own], dim=1)
 
 
