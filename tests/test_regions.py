@@ -25,7 +25,6 @@ from lltk.graph.edit import calls
 from lltk.graph.geometry import Kind
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.program import Program
-from lltk.stream.rollout import Rollout
 
 cpu = pytest.mark.cpu
 gpu = pytest.mark.gpu
@@ -108,26 +107,6 @@ def test_a_graph_a_layer_would_be_counted() -> None:
     with torch.no_grad():
         call(module, program, "score")
     assert len(backend.graphs) == FEW
-
-
-@cpu
-@torch.no_grad()
-def test_a_filling_window_compiles_no_more_at_more_layers() -> None:
-    counts = []
-    for layers in (FEW, FEW + 1):
-        torch._dynamo.reset()
-        program, backend = lowered("stream", layers), CountingBackend()
-        module = instantiate(program)
-        module.compile_blocks(backend=backend)
-        rollout = Rollout(program, module)
-        given = inputs(program, "step")
-        rollout.set_text(inputs(program, "prologue")["encoder_hidden_states"])
-        for chunk in range(6):
-            positions = given["positions"] + 2 * chunk
-            rollout.step(given["hidden_states"], given["timestep"], positions)
-            rollout.commit(given["hidden_states"], positions)
-        counts.append(len(backend.graphs))
-    assert counts[0] == counts[1]
 
 
 @cpu
