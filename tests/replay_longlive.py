@@ -150,6 +150,10 @@ def main(paths: list[str]) -> int:
     if not paths:
         print(__doc__)
         return 2
+    absent = [path for path in paths if not Path(path).is_file()]
+    if absent:
+        print(f"no such file: {', '.join(absent)}")
+        return 2
     worst = {path: replay(Path(path)) for path in paths}
     for path, value in worst.items():
         verdict = "ok" if value <= BOUND else "TOO FAR"

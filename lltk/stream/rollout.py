@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,7 @@ class Rollout:
         self._module("commit", **self._with_cache(inputs, self._commit_inputs))
         self._table.commit(opens_shot)
 
-    def _with_cache(self, inputs: dict[str, Tensor], names: object) -> dict[str, Tensor]:
+    def _with_cache(self, inputs: dict[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
         table = torch.tensor(self._table.plan().table, dtype=torch.int64, device=self._device)
         every = {**inputs, **self._text, **self._pages, "table": table}
-        return {name: value for name, value in every.items() if name in names}  # type: ignore[operator]
+        return {name: value for name, value in every.items() if name in names}
