@@ -1,6 +1,6 @@
 """Time and memory of ``lltk transform`` without weights, as whole processes.
 
-    python benchmarks/transform.py [--runs 5]
+    .venv/bin/python benchmarks/transform.py [--runs 5]
 
 Writes transform.json and transform.md beside this file.
 """
@@ -27,8 +27,8 @@ RECIPES = ("wan22_5b_stream", "wan22_5b_train", "tiny_stream")
 
 def measure(recipe: str, runs: int) -> dict[str, Any]:
     """Whole-process wall seconds and peak resident bytes, after one warm-up run."""
-    command = [sys.executable, "-c", "from lltk.cli.main import main; main()"]
-    command += ["transform", recipe, "--no-weights", "--json"]
+    lltk = Path(sys.executable).with_name("lltk")
+    command = [str(lltk), "transform", recipe, "--no-weights", "--json"]
     seconds, peaks, log = [], [], []
     for run in range(runs + 1):
         start = time.perf_counter()
