@@ -77,7 +77,7 @@ def test_both_copies_of_a_train_clip_read_the_same_prompts() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("kind", ["train", "score"])
+@pytest.mark.parametrize("kind", ["train", "score", "reference"])
 def test_matches_follow_from_the_layers(kind: Kind, layers: int) -> None:
     program = reached(kind, *CANONICAL, "text_per_chunk", layers=layers)
     assert program.log[-1].matches == {"cross-attention": layers}
@@ -85,7 +85,7 @@ def test_matches_follow_from_the_layers(kind: Kind, layers: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("kind", ["train", "score"])
+@pytest.mark.parametrize("kind", ["train", "score", "reference"])
 @pytest.mark.parametrize(("dtype", "bound"), [(None, 1e-5), (torch.float64, 1e-13)])
 def test_outputs_agree_with_masked_prompts(
     kind: Kind, batch: int, dtype: torch.dtype | None, bound: float

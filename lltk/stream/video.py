@@ -1,0 +1,237 @@
+"""Video files: MP4 written as frames arrive, and a contact sheet of shots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from fractions import Fraction
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lltk.graph.files import written_whole
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from typing_extensions import Buffer
+
+KEYFRAME_EVERY = 12
+"""Frames a fragment of a file: what a kill can lose."""
+BT709, LIMITED = 1, 1
+"""FFmpeg's numbers for the matrix, primaries and transfer of BT.709, and for luma of 16 to 235."""
+TILE, LABEL = 192, 18
+"""Pixels: a contact sheet's widest tile, and the height of a caption."""
+
+
+class _Disk(FileIO):
+    """A file whose writes are whole or raise (FFmpeg's own lose a failure while closing)."""
+
+    def write(self, data: Buffer, /) -> int:
+        left = memoryview(data)
+        while left:
+            left = left[super().write(left) :]
+        return memoryview(data).nbytes
+
+
+class VideoWriter:
+    """An H.264 MP4 that plays whatever became of its writer.
+
+    The file is a row of fragments of 12 frames, each on disk once the next begins or the
+    writer is closed; so a killed process or a full disk loses a fragment, not the video. Colours
+    are BT.709 in 4:2:0, and tagged so. As a context manager it is closed on the way out, after an
+    error too. What was at the path is replaced at once; missing folders are made.
+
+    Args:
+        path: the file.
+        height, width: pixels, even.
+        fps: frames a second.
+
+    Raises:
+        ValueError: odd sides, or no frame rate.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, height: int, width: int, fps: float) -> None:
+        for name, size in (("height", height), ("width", width)):
+            if size < 2 or size % 2:
+                below = max(size // 2 * 2, 2)
+                raise ValueError(
+                    f"video: {name} of {size} pixels: H.264 in 4:2:0 needs an even number; "
+                    f"the nearest that fit: {below} and {below + 2}"
+                )
+        if not 1 <= fps <= 1000:
+            raise ValueError(f"video: {fps:g} frames a second: write from 1 to 1000")
+        import av
+
+        self._path = path
+        self._shape = (height, width, 3)
+        self._rate = Fraction(fps).limit_denominator(1001)
+        self._frames = 0
+        self._packets = 0
+        self._kept = self._kept_bytes = 0
+        """What whole fragments hold; the next one's keyframe ends a fragment."""
+        self._open: ExitStack | None = ExitStack()
+        options = {
+            "movflags": "frag_keyframe+empty_moov+default_base_moof",
+            "flush_packets": "1",
+        }
+        with self._writing() as stack:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._disk = stack.enter_context(_Disk(path, "wb"))
+            self._file = stack.enter_context(
+                av.open(self._disk, "w", format="mp4", options=options)
+            )
+            self._stream = self._file.add_stream(
+                "libx264",
+                rate=self._rate,
+                options={
+                    "crf": "18",
+                    "preset": "veryfast",
+                    "tune": "zerolatency",
+                    "sc_threshold": "0",
+                },
+            )
+            self._stream.height, self._stream.width = height, width
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.gop_size = KEYFRAME_EVERY
+            self._stream.colorspace = self._stream.color_primaries = BT709
+            self._stream.color_trc = BT709
+            self._stream.color_range = LIMITED
+            self._file.start_encoding()
+
+    @property
+    def frames(self) -> int:
+        """Frames written so far."""
+        return self._frames
+
+    def write(self, frames: Tensor) -> None:
+        """Append frames.
+
+        Args:
+            frames: uint8 [F, H, W, 3], RGB, on the CPU.
+
+        Raises:
+            ValueError: another shape or dtype.
+            OSError: the file cannot be written further; the message says how much of it plays.
+                The writer is closed.
+        """
+        if frames.dtype != torch.uint8 or tuple(frames.shape[1:]) != self._shape:
+            raise ValueError(
+                f"video: {self._path}: frames are {frames.dtype} {list(frames.shape)}; uint8 "
+                f"[F, {', '.join(map(str, self._shape))}] is required"
+            )
+        import av
+
+        with self._writing():
+            for pixels in frames.numpy():
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                    format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+                )
+                frame.pts, frame.time_base = self._frames, 1 / self._rate
+                self._encode(frame)
+                self._frames += 1
+
+    def close(self) -> None:
+        """Finish the file; errors as `write`'s. Closing again does nothing."""
+        if self._open is None:
+            return
+        with self._writing() as stack:
+            self._encode(None)
+            stack.close()
+        self._open = None
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _encode(self, frame: VideoFrame | None) -> None:
+        """Encode and write a frame, or what the encoder still holds."""
+        for packet in self._stream.encode(frame):
+            self._file.mux(packet)
+            if packet.is_keyframe:
+                self._kept, self._kept_bytes = self._packets, self._disk.tell()
+            self._packets += 1
+
+    @contextmanager
+    def _writing(self) -> Iterator[ExitStack]:
+        """What is open. A failure to write closes it, leaves whole fragments, and says so.
+
+        Players refuse a file that ends inside a fragment's header.
+        """
+        assert self._open is not None, "the writer is closed"
+        try:
+            yield self._open
+        except OSError as error:
+            with suppress(OSError):
+                self._open.close()
+            self._open = None
+            if self._kept:
+                os.truncate(self._path, self._kept_bytes)
+            seconds = float(self._kept / self._rate)
+            kept = f"the first {self._kept} frames ({seconds:.1f} s) are there and play"
+            raise OSError(
+                f"video: {self._path}: cannot be written ({error.strerror}); "
+                f"{kept if self._kept else 'nothing was kept'}; name a path with room to write"
+            ) from error
+
+
+def read_video(path: Path) -> Tensor:
+    """All frames of a video, as far as they can be decoded: uint8 [F, H, W, 3], RGB.
+
+    A file that was cut off ends at its last whole frame.
+
+    Raises:
+        ValueError: no frame can be decoded.
+        OSError: the file cannot be read.
+    """
+    import av
+
+    frames: list[Tensor] = []
+    with suppress(av.error.InvalidDataError, av.error.EOFError), av.open(path) as file:
+        for stream in file.streams.video[:1]:
+            for frame in file.decode(stream):
+                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+    if not frames:
+        raise ValueError(f"{path}: holds no frame that can be decoded")
+    return torch.stack(frames)
+
+
+def contact_sheet(path: Path, shots: Sequence[tuple[str, Tensor]], columns: int = 6) -> None:
+    """Write a PNG with a row a shot: its caption above evenly spaced frames of it.
+
+    Args:
+        path: the file; replaced whole.
+        shots: caption and frames, uint8 [F, H, W, 3] on the CPU, of every shot.
+        columns: frames a row, the first and the last among them.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    _, height, width, _ = shots[0][1].shape
+    scale = min(TILE / width, 1)
+    tile = (round(width * scale), round(height * scale))
+    row = LABEL + tile[1]
+    sheet = Image.new("RGB", (columns * tile[0], len(shots) * row), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LABEL - 6)
+    for i, (caption, frames) in enumerate(shots):
+        label = text = f"{i + 1}. {caption}"
+        while font.getlength(label) > sheet.width - 6 and text:
+            text = text[:-1]
+            label = f"{text}…"
+        draw.text((3, i * row + 2), label, "black", font)
+        for j, k in enumerate(torch.linspace(0, len(frames) - 1, columns).round().int().tolist()):
+            picture = Image.fromarray(frames[k].numpy()).resize(tile)
+            sheet.paste(picture, (j * tile[0], i * row + LABEL))
+    with written_whole(path) as temporary:
+        sheet.save(temporary, format="PNG")
