@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +11,48 @@ from torch import Tensor
 
 from lltk.graph.passes import Pass, run_passes
 from lltk.graph.program import Program
-from lltk.graph.recipe import Recipe
-from lltk.models import wan22
-from lltk.models.checkpoint import check_weights, load_checkpoint, load_lora
-from lltk.models.configs import named_config, validate_config
+from lltk.graph.recipe import ModelSection, Recipe
+from lltk.models import configs, wan22, wan_vae
+from lltk.models.checkpoint import Checkpoint, check_weights, load_checkpoint, load_lora
+from lltk.models.configs import named_config
 from lltk.passes import make_pass
 
 Observer = Callable[[Program], None]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How models of one class are configured, read and captured."""
+
+    configs: Mapping[str, Mapping[str, Any]]
+    validate: Callable[[Mapping[str, Any], str], dict[str, Any]]
+    load: Callable[[ModelSection], Checkpoint]
+    capture: Callable[[dict[str, Any], Recipe, torch.dtype], Program]
+
+
+def _load_transformer(section: ModelSection) -> Checkpoint:
+    return load_checkpoint(str(section.checkpoint), ema=section.ema)
+
+
+def _load_decoder(section: ModelSection) -> Checkpoint:
+    if section.ema:
+        raise ValueError("model.ema: a VAE's folder has no averaged weights; remove it")
+    whole = wan_vae.load_vae(str(section.checkpoint))
+    return replace(whole, weights=wan_vae.decoder_weights(whole.weights))
+
+
+_TRANSFORMER = _Family(
+    configs.CONFIGS,
+    configs.validate_config,
+    _load_transformer,
+    lambda config, recipe, dtype: wan22.captured(config, recipe.program, recipe.geometry, dtype),
+)
+_DECODER = _Family(
+    wan_vae.CONFIGS,
+    wan_vae.validate_config,
+    _load_decoder,
+    lambda config, recipe, dtype: wan_vae.captured(config, recipe.geometry, dtype),
+)
 
 
 def transform(
@@ -50,9 +85,9 @@ def transform(
 
 def capture(recipe: Recipe, *, weights: bool = True) -> Program:
     """Capture the recipe's model, before any pass; errors as `transform`'s."""
-    config, loaded = _model(recipe, weights)
-    dtype = getattr(torch, recipe.model.dtype)
-    program = wan22.captured(config, recipe.program, recipe.geometry, dtype)
+    family = _DECODER if recipe.program == "decode" else _TRANSFORMER
+    config, loaded = _model(family, recipe, weights)
+    program = family.capture(config, recipe, getattr(torch, recipe.model.dtype))
     if loaded is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}
         check_weights(loaded, shapes, str(recipe.model.checkpoint))
@@ -95,12 +130,14 @@ def with_weights(program: Program, weights: Mapping[str, Tensor]) -> Program:
     return replace(program, weights=own)
 
 
-def _model(recipe: Recipe, weights: bool) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+def _model(
+    family: _Family, recipe: Recipe, weights: bool
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """The model's configuration, and its weights if they are wanted."""
     section = recipe.model
     named = section.config
-    config = named_config(named) if isinstance(named, str) else named
-    config = None if config is None else validate_config(config, "model.config")
+    config = named_config(named, family.configs) if isinstance(named, str) else named
+    config = None if config is None else family.validate(config, "model.config")
     if section.lora is not None and "lora" not in dict(recipe.steps()):
         raise ValueError("model.lora: the recipe's passes have no lora; add it, or drop the file")
     if not weights:
@@ -112,8 +149,8 @@ def _model(recipe: Recipe, weights: bool) -> tuple[dict[str, Any], dict[str, Ten
             "model.checkpoint: the recipe names no weights; set model.checkpoint=PATH, "
             "or transform without weights (--no-weights)"
         )
-    checkpoint = load_checkpoint(section.checkpoint, ema=section.ema)
-    stated = checkpoint.config and validate_config(checkpoint.config, section.checkpoint)
+    checkpoint = family.load(section)
+    stated = checkpoint.config and family.validate(checkpoint.config, section.checkpoint)
     if config is None and not stated:
         raise ValueError(
             f"model.config: {section.checkpoint} ({checkpoint.layout}) states no configuration; "

@@ -1,4 +1,4 @@
-"""Read and write the transformer's weights and LoRA adapters in the layouts that people have."""
+"""Read and write weights: the transformer's and LoRA adapters in the layouts that people have."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     """
     path, config = Path(path), None
     if path.is_dir():
-        path = path / "transformer" if (path / "transformer").is_dir() else path
+        path = part_folder(path, "transformer")
         config = _read_config(path / "config.json")
         path = _weight_file(path)
     content = _read(path)
@@ -96,7 +96,66 @@ def save_checkpoint(
     elif config is None:
         raise ValueError(f"{path}: a diffusers folder needs a configuration; pass config")
     else:
-        _save_folder(state, validate_config(config, str(path)), path, max_shard_size)
+        full = validate_config(config, str(path))
+        save_folder(path, state, full, "WanTransformer3DModel", max_shard_size)
+
+
+def load_folder(path: str | Path, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a model in diffusers' layout: its ``config.json`` as it stands, and its weights.
+
+    Args:
+        path: the model's folder, or a pipeline's with the folder `part` in it.
+        part: as ``vae``.
+
+    Raises:
+        ValueError: no such folder, or a file in it is missing or damaged.
+    """
+    folder = part_folder(Path(path), part)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: has no config.json; name a diffusers folder of a {part}")
+    return _read_json(folder / "config.json"), _read(_weight_file(folder))
+
+
+def save_folder(
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    model: str,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Write a model in diffusers' layout, whole or not at all; tensors keep dtypes and values.
+
+    Args:
+        path: a new or empty folder.
+        weights: tensors under diffusers' names.
+        config: the checked configuration.
+        model: diffusers' class.
+        max_shard_size: bytes above which the weights are sharded.
+    """
+    from diffusers import __version__
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: exists and is not an empty folder; name a new one")
+    state = {name: _alone(weight) for name, weight in weights.items()}
+    split = split_torch_state_dict_into_shards(
+        state, filename_pattern=_STEM + "{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    notes = {"_class_name": model, "_diffusers_version": __version__}
+    with written_whole(path) as temporary:
+        temporary.mkdir()
+        for name, keys in split.filename_to_tensors.items():
+            save_file({key: state[key] for key in keys}, temporary / name, {"format": "pt"})
+        if split.is_sharded:
+            _write_json(temporary / _INDEX, index)
+        _write_json(temporary / "config.json", dict(config) | notes)
+
+
+def part_folder(path: Path, part: str) -> Path:
+    """The folder of a pipeline's part, or `path` itself where it is no pipeline's folder."""
+    return path / part if (path / part).is_dir() else path
 
 
 def load_lora(path: str | Path) -> Checkpoint:
@@ -342,28 +401,6 @@ def _save_safetensors(
 ) -> None:
     with written_whole(_suffixed(path, ".safetensors")) as temporary:
         save_file(state, temporary, {"format": "pt", **(metadata or {})})
-
-
-def _save_folder(
-    state: dict[str, Tensor], config: dict[str, Any], path: Path, max_shard_size: int
-) -> None:
-    from diffusers import __version__
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: exists and is not an empty folder; name a new one")
-    split = split_torch_state_dict_into_shards(
-        state, filename_pattern=_STEM + "{suffix}.safetensors", max_shard_size=max_shard_size
-    )
-    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-    notes = {"_class_name": "WanTransformer3DModel", "_diffusers_version": __version__}
-    with written_whole(path) as temporary:
-        temporary.mkdir()
-        for name, keys in split.filename_to_tensors.items():
-            save_file({key: state[key] for key in keys}, temporary / name, {"format": "pt"})
-        if split.is_sharded:
-            _write_json(temporary / _INDEX, index)
-        _write_json(temporary / "config.json", config | notes)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

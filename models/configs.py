@@ -63,13 +63,13 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def named_config(name: str) -> dict[str, Any]:
+def named_config(name: str, configs: Mapping[str, Mapping[str, Any]] = CONFIGS) -> dict[str, Any]:
     """A fresh copy of the configuration called `name`; ValueError with a suggestion otherwise."""
-    if name not in CONFIGS:
-        close = difflib.get_close_matches(name, CONFIGS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(CONFIGS)}"
+    if name not in configs:
+        close = difflib.get_close_matches(name, configs, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(configs)}"
         raise ValueError(f"model configuration {name!r} is not known; {hint}")
-    return dict(CONFIGS[name])
+    return dict(configs[name])
 
 
 def validate_config(config: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
@@ -80,18 +80,7 @@ def validate_config(config: Mapping[str, Any], where: str = "config") -> dict[st
     """
     from diffusers import WanTransformer3DModel
 
-    if config.get("_class_name", _MODEL) != _MODEL:
-        raise ValueError(
-            f"{where}: _class_name is {config['_class_name']!r}, not {_MODEL}; "
-            "use the folder of a Wan transformer"
-        )
-    parameters = inspect.signature(WanTransformer3DModel).parameters
-    given = {key: value for key, value in config.items() if not key.startswith("_")}
-    _no_extra(given, parameters, where)
-    full = {
-        key: _typed(key, given.get(key, parameter.default), parameter.default, where)
-        for key, parameter in parameters.items()
-    }
+    full = fill_config(config, WanTransformer3DModel, where)
     image = [f"{key}={full[key]!r}" for key in _IMAGE_KEYS if full[key] is not None]
     if image:
         raise ValueError(
@@ -101,13 +90,33 @@ def validate_config(config: Mapping[str, Any], where: str = "config") -> dict[st
     return full
 
 
+def fill_config(config: Mapping[str, Any], model: type, where: str) -> dict[str, Any]:
+    """`config` with the defaults of a diffusers class filled in, without notes (``_…`` keys).
+
+    ValueError where its class, keys or types are not those of `model`.
+    """
+    name = model.__name__
+    if config.get("_class_name", name) != name:
+        raise ValueError(
+            f"{where}: _class_name is {config['_class_name']!r}, not {name}; "
+            f"use the folder of a {name}"
+        )
+    parameters = inspect.signature(model).parameters
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    _no_extra(given, parameters, name, where)
+    return {
+        key: _typed(key, given.get(key, parameter.default), parameter.default, where)
+        for key, parameter in parameters.items()
+    }
+
+
 def config_from_wan(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The diffusers configuration that an original Wan ``config.json`` describes.
 
     ValueError as in `validate_config`, and where a size is missing.
     """
     given = {key: value for key, value in config.items() if not key.startswith("_")}
-    _no_extra(given, {**_FROM_WAN, **_WAN_FIXED, "dim": None, "text_len": None}, where)
+    _no_extra(given, {**_FROM_WAN, **_WAN_FIXED, "dim": None, "text_len": None}, _MODEL, where)
     for key, covered in _WAN_FIXED.items():
         if given.get(key, covered[0]) not in covered:
             raise ValueError(f"{where}: {key} is {given[key]!r}; lltk covers only {covered}")
@@ -123,18 +132,18 @@ def config_from_wan(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return validate_config(renamed | {"attention_head_dim": head_dim}, where)
 
 
-def _no_extra(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+def _no_extra(given: Mapping[str, Any], known: Mapping[str, Any], model: str, where: str) -> None:
     extra = sorted(given.keys() - known.keys())
     if extra:
         raise ValueError(
-            f"{where}: a model diffusers cannot describe: {_MODEL} takes no {few(extra)}; "
+            f"{where}: a model diffusers cannot describe: {model} takes no {few(extra)}; "
             "use the model without these parts, or remove the keys if they mean nothing"
         )
 
 
 def _typed(key: str, value: Any, default: Any, where: str) -> Any:
-    if isinstance(default, tuple) and isinstance(value, list):
-        value = tuple(value)
+    if isinstance(default, tuple | list) and isinstance(value, tuple | list):
+        value = type(default)(value)
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if default is not None and type(value) is not type(default):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from lltk.graph.edit import Builder, building, calls, module_of, prune, replace
+from lltk.graph.edit import Builder, building, calls, copy_graph, module_of, prune, replace, shape
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.regions import find_bodies
@@ -30,7 +30,10 @@ class Canonicalise(Pass[Config]):
         y = empty_like(x); copy_(y[..., 0::2], a); copy_(y[..., 1::2], b)
             →  y = flatten(stack([a, b], -1), -2)
         to(x: f32, f32)  →  x          type_as(x, y)  →  to(x, y's dtype)
+        slice(x, 2, 0, x's frames)  →  x     pad(x, [0, …])  →  x      clone(x)  →  x
         exp(arange(…) * c)  →  a constant
+
+    A clone that an output returns stays: what it copies may be a slice of something larger.
 
     A canonical graph holds for the dtypes it was captured with: the dropped casts follow from them.
     """
@@ -38,6 +41,7 @@ class Canonicalise(Pass[Config]):
     Config = Config
     reads = (Stage.CAPTURED,)
     leaves = Stage.CANONICAL
+    kinds = (*Pass.kinds, "decode")
     numerics = Numerics.BITWISE
 
     def apply(self, program: Program, report: Report) -> None:
@@ -47,10 +51,14 @@ class Canonicalise(Pass[Config]):
                     _simplify(node, report)
             for node in calls(graph, aten.empty_like.default):
                 _functional_rope(node, report)
+            for node in calls(graph, aten.clone.default):
+                _drop_clone(node, report)
             prune(graph)
             _fold_constants(program, graph, report)
 
     def ensures(self, program: Program) -> None:
+        if program.kind == "decode":
+            return
         for name in program.graphs:
             bodies = find_bodies(program, name)
             assert len(bodies) == program.spec.layers, f"{name}: a block is missing"
@@ -91,6 +99,28 @@ def _simplify(node: fx.Node, report: Report) -> None:
         if source.meta["val"].is_contiguous():
             replace(node, source)
             report.match("copies")
+    elif _is_identity(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        replace(node, source)
+        report.match("identities")
+
+
+def _is_identity(node: fx.Node) -> bool:
+    if node.target is aten.slice.Tensor:
+        return shape(node) == shape(node.all_input_nodes[0])
+    if node.target is aten.pad.default:
+        return not any(node.args[1])  # type: ignore[arg-type]
+    return node.target is aten.alias.default
+
+
+def _drop_clone(clone: fx.Node, report: Report) -> None:
+    """Run once nothing mutates any more: then a copy only costs time."""
+    source = clone.args[0]
+    assert isinstance(source, fx.Node)
+    if not any(user.op == "output" for user in clone.users):
+        replace(clone, source)
+        report.match("copies")
 
 
 def _functional_rope(empty: fx.Node, report: Report) -> None:

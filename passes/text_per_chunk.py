@@ -31,7 +31,7 @@ class TextPerChunk(Pass[Config]):
 
     Config = Config
     reads = (Stage.CANONICAL,)
-    kinds = ("train", "score")
+    kinds = ("train", "score", "reference")
     numerics = Numerics.CHANGING
 
     def apply(self, program: Program, report: Report) -> None:

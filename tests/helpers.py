@@ -35,6 +35,7 @@ PASSES: dict[Kind, tuple[str, ...]] = {
     "train": (*CANONICAL, "text_per_chunk", "teacher_forcing", "regionalise", "lower"),
     "score": (*CANONICAL, "text_per_chunk", "block_causal", "regionalise", "lower"),
     "stream": (*CANONICAL, "hoist_text", "cached_step", "commit", "regionalise", "lower"),
+    "reference": (*CANONICAL, "text_per_chunk", "bidirectional", "regionalise"),
 }
 """Each kind's passes, as the shipped recipes list them."""
 

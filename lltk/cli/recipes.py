@@ -21,13 +21,18 @@ def open_recipe(name: str, overrides: tuple[str, ...]) -> Recipe:
     Raises:
         ValueError: there is neither.
     """
+    return load_recipe(find_recipe(name), overrides)
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path or, if shipped, by name; errors as `open_recipe`'s."""
     path = Path(name)
     if path.exists():
-        return load_recipe(path, overrides)
+        return path
     known = shipped()
     stem = path.stem if path.parent == Path(".") or path.parent.name == "recipes" else name
     if stem in known:
-        return load_recipe(known[stem], overrides)
+        return known[stem]
     near = get_close_matches(stem, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(known)}"
     raise ValueError(f"{name}: no such recipe file; {hint}")

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lltk.graph.spec import ModelSpec
+from lltk.graph.spec import Spec
 
-Kind = Literal["train", "score", "stream"]
+Kind = Literal["train", "score", "stream", "reference", "decode"]
 
 
 class Geometry(BaseModel):
@@ -26,7 +26,7 @@ class Geometry(BaseModel):
     sink: int = Field(8, ge=0, description="latent frames never evicted; 0 for no sinks")
     shot_sink: bool = Field(True, description="whether the latest shot keeps a sink of its own")
     frames: int = Field(
-        ge=1, description="latent frames of a clip (train and score); by default 4 chunks"
+        ge=1, description="latent frames of a clip (all but stream); by default 4 chunks"
     )
     text_tokens: int = Field(512, ge=1, description="tokens a prompt is padded to")
 
@@ -70,7 +70,7 @@ class Geometry(BaseModel):
 
     @property
     def chunks(self) -> int:
-        """Chunks of a training or scoring clip."""
+        """Chunks of a clip."""
         return self.frames // self.chunk
 
     @property
@@ -78,7 +78,7 @@ class Geometry(BaseModel):
         """Cache pages: the window in chunks, one of them for the chunk in flight."""
         return self.window // self.chunk
 
-    def grid(self, spec: ModelSpec) -> tuple[int, int]:
+    def grid(self, spec: Spec) -> tuple[int, int]:
         """Tokens (down, across) of a latent frame.
 
         Raises:
@@ -98,16 +98,18 @@ class Geometry(BaseModel):
             sides.append(size // unit)
         return sides[0], sides[1]
 
-    def latent(self, spec: ModelSpec) -> tuple[int, int]:
+    def latent(self, spec: Spec) -> tuple[int, int]:
         """Latent (height, width)."""
         down, across = self.grid(spec)
         return down * spec.patch[1], across * spec.patch[2]
 
-    def frame_tokens(self, spec: ModelSpec) -> int:
+    def frame_tokens(self, spec: Spec) -> int:
         """T: tokens of a latent frame."""
         down, across = self.grid(spec)
         return down * across
 
     def captured_frames(self, kind: Kind) -> int:
         """Latent frames of the captured forward: the train graph holds [clean; noisy]."""
-        return {"train": 2 * self.frames, "score": self.frames, "stream": self.chunk}[kind]
+        if kind == "stream":
+            return self.chunk
+        return 2 * self.frames if kind == "train" else self.frames

@@ -74,7 +74,7 @@ class Pass(ABC, Generic[C]):
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[Stage, ...]]
     leaves: ClassVar[Stage | None] = None
-    kinds: ClassVar[tuple[str, ...]] = ("train", "score", "stream")
+    kinds: ClassVar[tuple[str, ...]] = ("train", "score", "stream", "reference")
     numerics: ClassVar[Numerics]
     optional: ClassVar[bool] = False
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from lltk.graph.geometry import Geometry, Kind
-from lltk.graph.spec import ModelSpec
+from lltk.graph.spec import ModelSpec, Spec
 from lltk.graph.stages import Stage
 
 
@@ -89,7 +89,7 @@ class Program:
 
     Attributes:
         kind: what it is for.
-        spec: the model's names and sizes.
+        model: its names and sizes; `spec` where it is a transformer.
         geometry: chunk, window, sink, resolution.
         dtype: compute dtype; `run_dtype` says what each parameter is cast to for running.
         graphs: by name; inputs are placeholders, the output is a dict of named values, parameters
@@ -104,7 +104,7 @@ class Program:
     """
 
     kind: Kind
-    spec: ModelSpec
+    model: Spec
     geometry: Geometry
     dtype: torch.dtype
     graphs: dict[str, fx.Graph]
@@ -118,13 +118,19 @@ class Program:
     log: list[LogEntry] = field(default_factory=list)
     passes: list[StateMap] = field(default_factory=list)
 
+    @property
+    def spec(self) -> ModelSpec:
+        """The transformer's names and sizes; only decode programs hold another model."""
+        assert isinstance(self.model, ModelSpec), f"a {self.kind} program holds no transformer"
+        return self.model
+
     def run_dtype(self, name: str) -> torch.dtype:
         """Dtype parameter ``name`` is cast to for running (its stored dtype is left alone)."""
         stored = self.weights[name].dtype
         if not stored.is_floating_point:
             return stored
         parts = name.split(".")
-        return torch.float32 if any(kept in parts for kept in self.spec.keep_fp32) else self.dtype
+        return torch.float32 if any(kept in parts for kept in self.model.keep_fp32) else self.dtype
 
     def every_graph(self) -> Iterator[tuple[str, fx.Graph]]:
         """Named graphs, then regions."""

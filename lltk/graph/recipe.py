@@ -19,7 +19,7 @@ class ModelSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: str | dict[str, Any] | None = Field(
-        None, description="a named configuration, or WanTransformer3DModel's arguments"
+        None, description="a named configuration, or the arguments of the model's class"
     )
     checkpoint: str | None = Field(None, description="weights: a directory or file")
     ema: bool = Field(False, description="take the averaged weights of a LongLive file")
@@ -34,11 +34,14 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    program: Kind = Field(description="train, score or stream")
+    program: Kind = Field(description="train, score, stream, reference or decode")
     model: ModelSection
     geometry: Geometry
     passes: list[str | dict[str, dict[str, Any] | None]] = Field(
         description="pass names in order, or {name: {option: value}}"
+    )
+    train: dict[str, Any] | None = Field(
+        None, description="how it is trained; checked by lltk.train.recipe when it is"
     )
 
     @field_validator("passes")
@@ -72,10 +75,19 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         ValueError: unreadable, unknown or misfit keys; names the key and the nearest.
     """
+    return parse_recipe(read_recipe(path, overrides), str(path))
+
+
+def read_recipe(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The plain data of a recipe, of whatever kind; arguments as `load_recipe`'s.
+
+    Raises:
+        ValueError: unreadable, or an override that does not fit.
+    """
     data = _read(path, ())
     for override in overrides:
         _override(data, override)
-    return parse_recipe(data, str(path))
+    return data
 
 
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:

@@ -1,53 +1,100 @@
-"""What a pass may know about a model: where its attention, RoPE, time and text are."""
+"""What a pass may know about a model: its sizes and the names of its parts."""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class Spec(ABC):
+    """Names and sizes of one captured model; passes read them instead of hard-coding a model.
+
+    Attributes:
+        channels: latent channels.
+        patch: latent (frames, height, width) that the model takes as one; frames is 1.
+        stride: video (frames, height, width) of one latent.
+        latent_input, output: names in the captured contract.
+        keep_fp32: parameters whose dotted name holds one of these parts run in float32.
+    """
+
+    channels: int
+    patch: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    latent_input: str
+    output: str
+    keep_fp32: tuple[str, ...]
+
+    @abstractmethod
+    def contract_names(self, graph: str) -> tuple[set[str], set[str]]:
+        """Names of a captured graph's inputs and outputs."""
+
+
+@dataclass(frozen=True)
+class ModelSpec(Spec):
     """Names and sizes of one captured transformer.
 
-    Module paths hold ``{layer}`` where the layer index stands. Passes read this instead of
-    hard-coding a model.
+    Module paths hold ``{layer}`` where the layer index stands.
 
     Attributes:
         layers: number of blocks.
         heads, head_dim: attention heads H and their width D.
-        channels: latent channels in and out.
         text_dim: width of a text embedding.
-        patch: latent (frames, height, width) of one token; frames is 1.
-        stride: video (frames, height, width) of one latent.
         block, self_attention, cross_attention: module paths.
         rope, rope_tables: module that computes the rotary tables, and its cos and sin buffers.
         rope_theta: base of the rotary frequencies.
-        latent_input, time_input, text_input, output: names in the captured contract.
-        keep_fp32: parameters whose dotted name holds one of these parts run in float32.
+        time_input, text_input: names in the captured contract.
     """
 
     layers: int
     heads: int
     head_dim: int
-    channels: int
     text_dim: int
-    patch: tuple[int, int, int]
-    stride: tuple[int, int, int]
     rope_theta: float
     block: str
     self_attention: str
     cross_attention: str
     rope: str
     rope_tables: tuple[str, str]
-    latent_input: str
     time_input: str
     text_input: str
-    output: str
-    keep_fp32: tuple[str, ...]
+
+    def contract_names(self, graph: str) -> tuple[set[str], set[str]]:
+        """The same for every graph."""
+        return {self.latent_input, self.time_input, self.text_input}, {self.output}
 
     def layer_of(self, module: str, template: str | None = None) -> int | None:
         """Layer index if ``module`` lies in ``template`` (the block by default), else None."""
         pattern = re.escape(template or self.block).replace(r"\{layer\}", r"(\d+)")
         found = re.match(pattern + r"(?:\.|$)", module)
         return int(found.group(1)) if found else None
+
+
+@dataclass(frozen=True)
+class DecoderSpec(Spec):
+    """Names and sizes of one captured streaming video decoder.
+
+    Graph ``first`` decodes a video's first latent, which is one frame; ``step`` one latent more.
+
+    Attributes:
+        caches: number of feature caches; ``step`` reads ``cache_{i}``, both graphs give
+            ``next_cache_{i}``.
+    """
+
+    caches: int
+
+    @property
+    def cache_inputs(self) -> tuple[str, ...]:
+        """Names of the caches that ``step`` reads, in order."""
+        return tuple(f"cache_{index}" for index in range(self.caches))
+
+    @property
+    def cache_outputs(self) -> tuple[str, ...]:
+        """Names of the caches that both graphs give, in the same order."""
+        return tuple(f"next_{name}" for name in self.cache_inputs)
+
+    def contract_names(self, graph: str) -> tuple[set[str], set[str]]:
+        """``first`` reads no caches."""
+        read = self.cache_inputs if graph == "step" else ()
+        return {self.latent_input, *read}, {self.output, *self.cache_outputs}

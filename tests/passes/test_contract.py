@@ -57,6 +57,7 @@ CASES = [
     Case("text_per_chunk", "train", "changing", CANON, CANONICAL),
     Case("teacher_forcing", "train", "changing", CAUSAL, TRAIN[:4]),
     Case("block_causal", "score", "changing", CAUSAL, SCORE[:4]),
+    Case("bidirectional", "reference", "bitwise", CAUSAL, PASSES["reference"][:4]),
     Case("hoist_text", "stream", "bitwise", CANON, CANONICAL),
     Case("cached_step", "stream", "changing", CANON, STREAM[:4]),
     Case("commit", "stream", "bitwise", CAUSAL, STREAM[:5]),
@@ -179,9 +180,10 @@ def test_too_late_is_refused(case: Case) -> None:
 @pytest.mark.parametrize(
     ("name", "kinds", "kind"),
     [
-        ("text_per_chunk", "train and score", "stream"),
+        ("text_per_chunk", "train and score and reference", "stream"),
         ("teacher_forcing", "train", "score"),
         ("block_causal", "score", "train"),
+        ("bidirectional", "reference", "score"),
         ("hoist_text", "stream", "score"),
         ("cached_step", "stream", "train"),
         ("commit", "stream", "score"),

@@ -77,14 +77,14 @@ def test_both_copies_of_a_train_clip_read_the_same_prompts() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("kind", ["train", "score"])
+@pytest.mark.parametrize("kind", ["train", "score", "reference"])
 def test_matches_follow_from_the_layers(kind: Kind, layers: int) -> None:
     program = reached(kind, *CANONICAL, "text_per_chunk", layers=layers)
     assert program.log[-1].matches == {"cross-attention": layers}
     assert program.contract("forward").inputs["encoder_hidden_states"].shape == (1, 3, 5, 16)
 
 
-@pytest.mark.parametrize(("kind", "batch"), [("score", 1), ("train", 2)])
+@pytest.mark.parametrize(("kind", "batch"), [("score", 1), ("train", 2), ("reference", 1)])
 @pytest.mark.parametrize(("dtype", "bound"), [(None, 1e-5), (torch.float64, 1e-13)])
 def test_outputs_agree_with_masked_prompts(
     kind: Kind, batch: int, dtype: torch.dtype | None, bound: float

@@ -1,0 +1,1 @@
+"""Measurements: what was generated, how fast, and how sure that is."""

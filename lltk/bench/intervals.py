@@ -1,0 +1,27 @@
+"""How sure a measured share is."""
+
+from __future__ import annotations
+
+import math
+
+
+def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a share (E. B. Wilson, JASA 22, 1927).
+
+    Args:
+        hits: successes.
+        count: trials, at least one.
+        z: normal quantile; 1.96 gives 95 % confidence.
+
+    Returns:
+        The lowest and the highest share, in [0, 1], that agree with ``hits`` of ``count``.
+
+    Raises:
+        ValueError: hits is not in 0 … count, or count is not positive.
+    """
+    if not 0 <= hits <= count or count < 1:
+        raise ValueError(f"wilson: {hits} hits of {count}; give 0 ≤ hits ≤ count and a trial")
+    share, spread = hits / count, z * z / count
+    middle = (share + spread / 2) / (1 + spread)
+    reach = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return max(0.0, middle - reach), min(1.0, middle + reach)

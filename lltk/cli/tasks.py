@@ -1,0 +1,163 @@
+"""What a recipe trains, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.artefact import versions
+from lltk.cli.datasets import TinyVideos, dataset_for
+from lltk.compiler import transform, with_weights
+from lltk.graph.files import written_whole
+from lltk.graph.memory import estimate
+from lltk.graph.module import instantiate
+from lltk.graph.recipe import Recipe, parse_recipe
+from lltk.models import wan22, wan_vae
+from lltk.models.checkpoint import save_checkpoint, save_lora
+from lltk.models.configs import named_config
+from lltk.models.tiny.world import FPS
+from lltk.stream.video import VideoWriter
+from lltk.train.data import Batches, Dataset
+from lltk.train.objective import FlowMatching, Objective, mean_loss
+from lltk.train.recipe import TrainSection, VaeRecipe, train_section, vae_recipe
+from lltk.train.vae import Reconstruction, decode, latent_statistics
+
+_VALIDATION_CLIPS = 16
+_STATISTICS_CLIPS = 64
+_SAMPLE_CLIPS = 4
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a recipe trains.
+
+    Attributes:
+        section: its train section.
+        about: what checkpoints say of it: recipe, pass log, versions.
+        memory: bytes by owner.
+        prepare: loads what is needed; gives the objective and its clips.
+        export: writes trained weights, by name, to a run's folder; gives their path.
+        sample: writes samples of the module, with these clips, to a folder, if it can.
+    """
+
+    section: TrainSection
+    about: Mapping[str, Any]
+    memory: Mapping[str, int]
+    prepare: Callable[[], tuple[Objective, Dataset]]
+    export: Callable[[Objective, Dataset, Mapping[str, Tensor], Path], Path]
+    sample: Callable[[Objective, Dataset, Path], None] | None = None
+
+
+def task_of(data: Mapping[str, Any], where: str, device: torch.device) -> Task:
+    """The task of a recipe's plain data; ``where`` is named in errors.
+
+    Raises:
+        ValueError: the recipe does not fit, or has no train section.
+    """
+    if "vae" in data:
+        return _autoencoder(vae_recipe(data, where), where, device)
+    return _transformer(parse_recipe(data, where), where, device)
+
+
+def held_out_loss(objective: Objective, dataset: Dataset, section: TrainSection) -> float:
+    """The loss over clips, of fixed noise, that training does not see."""
+    batches = Batches(dataset, ~section.seed, objective.clips)
+    return mean_loss(objective, islice(batches, -(-_VALIDATION_CLIPS // objective.clips)))
+
+
+def _transformer(recipe: Recipe, where: str, device: torch.device) -> Task:
+    section = train_section(recipe.train, where)
+    section.calls(recipe.geometry.batch)
+    program = transform(recipe, weights=recipe.model.checkpoint is not None)
+    config = program.recipe["model"]["config"]
+    about = {
+        "recipe": program.recipe | {"train": section.model_dump(mode="json")},
+        "log": [{**asdict(entry), "stage": str(entry.stage)} for entry in program.log],
+        "versions": versions(),
+    }
+    memory = estimate(program)
+    copy = memory.get("gradients", 0)
+    memory["float32 weights"] = copy * (program.dtype != torch.float32)
+    memory["average"] = copy * (section.ema_decay is not None)
+
+    def prepare() -> tuple[Objective, Dataset]:
+        started = program
+        if recipe.model.checkpoint is None:
+            torch.manual_seed(section.seed)
+            started = with_weights(program, wan22.build(config).state_dict())
+        dataset = dataset_for(section.data, recipe.geometry, device)
+        module = instantiate(started, device)
+        if section.recompute:
+            module.checkpoint_blocks()
+        if section.compile:
+            module.compile_blocks()
+        return FlowMatching(started, module, section.image), dataset
+
+    def export(
+        objective: Objective, dataset: Dataset, trained: Mapping[str, Tensor], folder: Path
+    ) -> Path:
+        own = {name: tensor.cpu() for name, tensor in trained.items()}
+        if program.trainable is not None:
+            path = folder / "lora.safetensors"
+            save_lora(path, own, "lltk")
+            return path
+        weights = program.unmap_state({**objective.weights, **own})
+        with written_whole(folder / "transformer") as temporary:
+            save_checkpoint(temporary, weights, "diffusers", config)
+        return folder / "transformer"
+
+    return Task(section, about, memory, prepare, export)
+
+
+def _autoencoder(recipe: VaeRecipe, where: str, device: torch.device) -> Task:
+    section, vae = recipe.train, recipe.vae
+    named = vae.config
+    config = named_config(named, wan_vae.CONFIGS) if isinstance(named, str) else named
+    config = wan_vae.validate_config(config, f"{where}: vae.config")
+    section.calls(vae.batch)
+    for option in ("compile", "recompute"):
+        if getattr(section, option):
+            raise ValueError(f"{where}: train.{option}: is for transformers; remove it")
+    with torch.device("meta"):
+        size = 4 * sum(p.numel() for p in wan_vae.build(config).parameters())
+    memory = {"weights": size, "gradients": size, "AdamW moments": 2 * size}
+    memory["average"] = size * (section.ema_decay is not None)
+    about = {"recipe": recipe.model_dump(mode="json"), "log": [], "versions": versions()}
+
+    def prepare() -> tuple[Objective, Dataset]:
+        torch.manual_seed(section.seed)
+        model = wan_vae.build(config).to(device)
+        return Reconstruction(model, vae), TinyVideos(vae.frames, 1, section.data.shots, device)
+
+    def export(
+        objective: Objective, dataset: Dataset, trained: Mapping[str, Tensor], folder: Path
+    ) -> Path:
+        model: Any = objective.module
+        model.load_state_dict(trained)
+        batches = Batches(dataset, ~section.seed, objective.clips)
+        some = islice(batches, -(-_STATISTICS_CLIPS // objective.clips))
+        mean, std = latent_statistics(model, (batch.tensors["video"] for batch in some))
+        measured = config | {"latents_mean": mean, "latents_std": std}
+        own = {name: tensor.cpu() for name, tensor in trained.items()}
+        with written_whole(folder / "vae") as temporary:
+            wan_vae.save_vae(temporary, own, measured)
+        return folder / "vae"
+
+    def sample(objective: Objective, dataset: Dataset, folder: Path) -> None:
+        """Held-out clips side by side, their reconstructions below."""
+        model: Any = objective.module
+        video = dataset.batch(~section.seed, range(_SAMPLE_CLIPS))["video"]
+        seen = decode(model, model.encode(video).latent_dist.mean).clamp(-1, 1)
+        rows = torch.cat([torch.cat(tuple(clips), dim=-1) for clips in (video, seen)], dim=-2)
+        pixels = (rows * 127.5 + 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+        _, height, width, _ = pixels.shape
+        with VideoWriter(folder / "reconstructions.mp4", height, width, FPS) as writer:
+            writer.write(pixels.contiguous())
+
+    return Task(section, about, memory, prepare, export, sample)

@@ -1,0 +1,177 @@
+"""Text into embeddings, by an encoder in diffusers' layout."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lltk.graph.files import written_whole
+
+_log = logging.getLogger(__name__)
+_PARTS = ("text_encoder", "tokenizer")
+_CALL = 8192
+"""Tokens encoded at once."""
+
+
+def clean(text: str) -> str:
+    """The text as Wan's encoder was trained to see it: HTML entities read, white space single."""
+    return " ".join(html.unescape(html.unescape(text)).split())
+
+
+class TextEncoder:
+    """A UMT5 and its tokenizer, loaded when a text first needs them.
+
+    A text's embedding is zero after its last token, so that it can be attended without a mask. It
+    depends on its neighbours in one `encode` in its last bits only, as it does on the device.
+
+    Args:
+        folder: a pipeline's, with ``text_encoder/`` and ``tokenizer/``.
+        text_tokens: tokens a text is padded to, or cut to with a warning.
+        dtype: in which the encoder runs, and of the embeddings.
+        device: where it runs and leaves the embeddings.
+        cache: a folder that keeps embeddings under a digest of the encoder's files and the text;
+            None keeps none.
+
+    Raises:
+        ValueError: the folder lacks one of its parts.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        text_tokens: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        cache: Path | None = None,
+    ) -> None:
+        for part in _PARTS:
+            if not (folder / part).is_dir():
+                raise ValueError(
+                    f"{folder}: has no {part}/; name a pipeline's folder, as diffusers saves it"
+                )
+        self._folder = folder
+        self._text_tokens = text_tokens
+        self._dtype = dtype
+        self._device = torch.device(device)
+        self._cache = cache
+        self._digest: str | None = None
+        self._loaded: tuple[Any, Any] | None = None
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts, at least one: [n, text_tokens, text_dim].
+
+        Raises:
+            ValueError: the encoder's files, or a cached embedding, cannot be read.
+        """
+        cleaned = [clean(text) for text in texts]
+        known = {text: self._recall(text) for text in cleaned}
+        missing = [text for text, embedding in known.items() if embedding is None]
+        some = max(1, _CALL // self._text_tokens)
+        for start in range(0, len(missing), some):
+            batch = missing[start : start + some]
+            for text, embedding in zip(batch, self._run(batch), strict=True):
+                known[text] = embedding
+                self._keep(text, embedding)
+        padded = [self._padded(embedding) for embedding in known.values() if embedding is not None]
+        rows = {text: row for row, text in enumerate(known)}
+        return torch.stack(padded)[[rows[text] for text in cleaned]]
+
+    def to(self, device: torch.device | str) -> None:
+        """Run on another device from now on; a loaded encoder moves there."""
+        self._device = torch.device(device)
+        if self._loaded is not None:
+            self._loaded[1].to(self._device)
+
+    def free(self) -> None:
+        """Drop the encoder from memory; it is loaded again when a text needs it."""
+        self._loaded = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def _run(self, texts: list[str]) -> list[Tensor]:
+        """Embeddings without padding, [tokens, text_dim] each."""
+        tokenizer, model = self._load()
+        for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
+            if len(ids) > self._text_tokens:
+                _log.warning("text of %d tokens cut to %d: %r", len(ids), self._text_tokens, text)
+        tokens = tokenizer(
+            texts,
+            padding="max_length",
+            max_length=self._text_tokens,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self._device)
+        hidden = model(tokens.input_ids, tokens.attention_mask).last_hidden_state.to(self._dtype)
+        lengths = tokens.attention_mask.sum(1).tolist()
+        return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
+
+    def _padded(self, embedding: Tensor) -> Tensor:
+        after = self._text_tokens - len(embedding)
+        return torch.nn.functional.pad(embedding.to(self._device), (0, 0, 0, after))
+
+    def _load(self) -> tuple[Any, Any]:
+        """The tokenizer and the model."""
+        if self._loaded is None:
+            from transformers import AutoTokenizer, UMT5EncoderModel
+
+            encoder, words = (self._folder / part for part in _PARTS)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
+                model = UMT5EncoderModel.from_pretrained(
+                    encoder, dtype=self._dtype, local_files_only=True
+                )
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"{self._folder}: its text encoder cannot be read ({error}); download it again"
+                ) from error
+            self._loaded = tokenizer, model.eval().requires_grad_(False).to(self._device)
+        return self._loaded
+
+    def _recall(self, text: str) -> Tensor | None:
+        if self._cache is None:
+            return None
+        path = self._place(self._cache, text)
+        if not path.exists():
+            return None
+        try:
+            return load_file(path)["embedding"]
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged ({error}); delete it") from error
+
+    def _keep(self, text: str, embedding: Tensor) -> None:
+        if self._cache is not None:
+            with written_whole(self._place(self._cache, text)) as temporary:
+                save_file({"embedding": embedding.cpu().contiguous()}, temporary)
+
+    def _place(self, cache: Path, text: str) -> Path:
+        if self._digest is None:
+            files = [file for part in _PARTS for file in sorted((self._folder / part).iterdir())]
+            digests = [(file.name, _digest(file, cache)) for file in files if file.is_file()]
+            self._digest = _hash(digests)
+        key = _hash([self._digest, str(self._dtype), self._text_tokens, text])
+        return cache / f"{key}.safetensors"
+
+
+def _digest(file: Path, cache: Path) -> str:
+    """The file's SHA-256, read from the cache while its size and time stay: weights are large."""
+    state = file.stat()
+    note = cache / f"{_hash([str(file.resolve()), state.st_size, state.st_mtime_ns])}.sha256"
+    if not note.exists():
+        with file.open("rb") as content, written_whole(note) as temporary:
+            temporary.write_text(hashlib.file_digest(content, "sha256").hexdigest(), "utf-8")
+    return note.read_text("utf-8")
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

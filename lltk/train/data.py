@@ -1,0 +1,87 @@
+"""Numbered samples: everything random about sample i follows from a seed and i.
+
+So a step's batch does not depend on how it is split into calls, nor on what ran before it, and a
+resumed run sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Dataset(Protocol):
+    """Endlessly many samples, by number."""
+
+    def batch(self, seed: int, indices: range) -> Mapping[str, Tensor]:
+        """Samples, stacked along the first axis of each tensor.
+
+        Sample i is the same whenever it is asked for and whatever is asked for with it; draw it
+        with `generator_at`.
+        """
+
+
+def generator_at(seed: int, *counters: int | str) -> torch.Generator:
+    """A CPU generator whose numbers depend on the arguments alone."""
+    digest = hashlib.sha256(repr((seed, *counters)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive samples and their random numbers.
+
+    Attributes:
+        seed, indices: which samples.
+        tensors: the samples by name, stacked.
+    """
+
+    seed: int
+    indices: range
+    tensors: Mapping[str, Tensor]
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """Standard normal numbers, float32 [B, *shape], on the CPU."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self._generators(purpose)])
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        """Numbers uniform in [0, 1), float32 [B, *shape], on the CPU."""
+        return torch.stack([torch.rand(shape, generator=g) for g in self._generators(purpose)])
+
+    def integers(self, purpose: str, below: int, *shape: int) -> Tensor:
+        """Whole numbers uniform in [0, below), int64 [B, *shape], on the CPU."""
+        drawn = [torch.randint(below, shape, generator=g) for g in self._generators(purpose)]
+        return torch.stack(drawn)
+
+    def _generators(self, purpose: str) -> list[torch.Generator]:
+        return [generator_at(self.seed, purpose, index) for index in self.indices]
+
+
+class Batches:
+    """Consecutive batches of a dataset.
+
+    Args:
+        dataset: the samples.
+        seed: of the samples and of what is drawn for them.
+        size: samples a batch.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, size: int) -> None:
+        self._dataset = dataset
+        self._seed = seed
+        self._size = size
+        self.position = 0
+        """Samples given so far: with the seed, all there is to save."""
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        indices = range(self.position, self.position + self._size)
+        self.position = indices.stop
+        return Batch(self._seed, indices, self._dataset.batch(self._seed, indices))

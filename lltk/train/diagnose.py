@@ -1,0 +1,127 @@
+"""Where the first non-finite value of a forward pass is."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from lltk.graph.edit import module_of
+from lltk.graph.module import ProgramModule
+from lltk.graph.program import Program
+
+
+class _Found(Exception):
+    """Where a non-finite value is (fx adds to an exception's message, not to its attributes)."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.where = where
+
+
+class _Watch(fx.Interpreter):
+    """Runs a graph node by node, regions too, until a value is not finite.
+
+    Args:
+        program: whose graph or region it is.
+        root: owns what the graph reads.
+        graph: what to run.
+        labels: what to call each input.
+        owner: path of the block that a region runs for.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        root: nn.Module,
+        graph: fx.Graph,
+        labels: Iterable[str],
+        owner: str = "",
+    ) -> None:
+        super().__init__(fx.GraphModule(root, graph))
+        self._program = program
+        self._owner = owner
+        self._labels = dict(zip(graph.find_nodes(op="placeholder"), labels, strict=True))
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if not _finite(value):
+            raise _Found(self._describe(n))
+        return value
+
+    def _describe(self, node: fx.Node) -> str:
+        if node in self._labels:
+            return self._labels[node]
+        if node.op == "get_attr":
+            return f"parameter {node.target}"
+        path = ".".join(part for part in (self._owner, module_of(node)) if part)
+        return f"{node.name} ({path or 'root'})"
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        region = self._program.regions[args[0]]
+        owner = self.fetch_attr(target)
+        parameters = [operator.attrgetter(name)(owner) for name in region.parameters]
+        labels = [f"{name} of {target}" for name in region.inputs]
+        labels += [f"parameter {target}.{name}" for name in region.parameters]
+        watch = _Watch(self._program, nn.Module(), region.graph, labels, target)
+        return watch.run(*args[1:], *parameters)
+
+
+@torch.no_grad()
+def first_bad_node(
+    program: Program, module: ProgramModule, graph: str, inputs: Mapping[str, Tensor]
+) -> str | None:
+    """The first input, parameter or node of a graph, in order, with a non-finite value, or None.
+
+    Args:
+        program: which graphs.
+        module: the same Program, runnable.
+        graph: the graph's name.
+        inputs: by name.
+    """
+    order = [str(n.target) for n in program.graphs[graph].find_nodes(op="placeholder")]
+    labels = [f"input {name}" for name in order]
+    try:
+        watch = _Watch(program, module, program.graphs[graph], labels)
+        watch.run(*(inputs[name] for name in order))
+    except _Found as found:
+        return found.where
+    return None
+
+
+@torch.no_grad()
+def first_bad_module(module: nn.Module, run: Callable[[], object]) -> str | None:
+    """The first parameter, else the first module to finish, with a non-finite value, or None.
+
+    Args:
+        module: what ``run`` runs.
+        run: a forward pass.
+    """
+    for name, parameter in module.named_parameters():
+        if not _finite(parameter):
+            return f"parameter {name}"
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(_: nn.Module, __: object, result: object) -> None:
+            if not _finite(result):
+                found.append(name)
+
+        return look
+
+    hooks = [m.register_forward_hook(watch(name)) for name, m in module.named_modules() if name]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _finite(value: object) -> bool:
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())

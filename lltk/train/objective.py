@@ -1,0 +1,178 @@
+"""What a step minimises; flow matching, under teacher forcing or over the whole clip.
+
+Flow matching: x_s = (1 − s)·x₀ + s·ε with ε ~ N(0, 1) and s = t/1000; the model predicts ε − x₀.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lltk.graph.module import ProgramModule
+from lltk.graph.program import Program
+from lltk.train.data import Batch
+from lltk.train.diagnose import first_bad_node
+
+LEVELS = 1000
+"""Noise levels of the grid; also what a timestep of pure noise is."""
+SHIFT = 5.0
+"""How far the grid leans towards noise (Wan2.2's)."""
+
+
+class Objective(Protocol):
+    """What a step minimises: the sum of `loss` over its batches, divided by that of `count`."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What trains: its parameters that require gradients."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Values to start from under the parameters' names, in the precision of their file."""
+
+    @property
+    def clips(self) -> int:
+        """Clips of a call."""
+
+    def count(self, batch: Batch) -> int:
+        """How much the batch weighs in the step's mean."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The batch's loss, a float32 scalar, summed over what `count` counts."""
+
+    def first_bad(self, batch: Batch) -> str | None:
+        """Where the first non-finite value of the batch's forward pass is, or None."""
+
+
+@torch.no_grad()
+def mean_loss(objective: Objective, batches: Iterable[Batch]) -> float:
+    """The loss over batches, as a step over all of them would have it."""
+    parts = [(float(objective.loss(batch)), objective.count(batch)) for batch in batches]
+    return sum(loss for loss, _ in parts) / max(1, sum(count for _, count in parts))
+
+
+def noise_grid(shift: float = SHIFT) -> Tensor:
+    """Timesteps t = 1000·σ(1 − i/1000), i = 0 … 999, where σ(u) = shift·u / (1 + (shift − 1)·u).
+
+    Returns:
+        float32 [1000], from 1000 down, never 0.
+    """
+    u = 1 - torch.arange(LEVELS, dtype=torch.float64) / LEVELS
+    return (LEVELS * shift * u / (1 + (shift - 1) * u)).float()
+
+
+def level_weights(grid: Tensor) -> Tensor:
+    """Loss weights over a grid, of mean 1: a bell about t = 500 that is 0 at the grid's lowest.
+
+    y(t) = exp(−2·((t − 500)/1000)²); w = 1000·(y − min y) / Σ(y − min y).
+
+    Returns:
+        float32 [1000].
+    """
+    bell = torch.exp(-2 * ((grid.double() - LEVELS / 2) / LEVELS) ** 2)
+    bell = bell - bell.min()
+    return (LEVELS * bell / bell.sum()).float()
+
+
+class FlowMatching:
+    """Flow matching through a train or a reference Program.
+
+    A train program sees clean and noisy latents of the clip and every chunk has a noise level of
+    its own; a reference program sees the noisy clip, of one level. Levels are uniform over
+    `noise_grid`. The squared error, a mean over a latent frame, is weighted by `level_weights` and
+    summed over the frames that count.
+
+    A batch holds ``latents`` [B, C, F, h, w], normalised; ``text`` [B, N, S, E], one prompt a
+    chunk; and, where clips are padded, ``valid``, bool [B, F].
+
+    Args:
+        program: causal or later, with weights.
+        module: the same Program, runnable.
+        image: share of clips whose first latent frame is given: noise-free in the noisy half too,
+            at t = 0, and not counted.
+
+    Raises:
+        ValueError: the program is neither for training nor a reference.
+    """
+
+    def __init__(self, program: Program, module: ProgramModule, image: float = 0.0) -> None:
+        if program.kind not in ("train", "reference"):
+            raise ValueError(
+                f"a {program.kind} program has no flow-matching objective; set the recipe's "
+                "program to train or reference"
+            )
+        self._program = program
+        self._module = module
+        self._image = image
+        self._grid = noise_grid()
+        self._weights = level_weights(self._grid)
+        self._device = next(module.parameters()).device
+
+    @property
+    def module(self) -> ProgramModule:
+        return self._module
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        return self._program.weights
+
+    @property
+    def clips(self) -> int:
+        return self._program.geometry.batch
+
+    def count(self, batch: Batch) -> int:
+        return int(self._counted(batch).sum())
+
+    def loss(self, batch: Batch) -> Tensor:
+        inputs, target, weight = self._prepared(batch)
+        flow = self._module(self._program.kind, **inputs)[self._program.spec.output]
+        error = (flow.float() - target).square().mean(dim=(1, 3, 4))
+        return (weight * error).sum()
+
+    def first_bad(self, batch: Batch) -> str | None:
+        inputs, _, _ = self._prepared(batch)
+        return first_bad_node(self._program, self._module, self._program.kind, inputs)
+
+    def _counted(self, batch: Batch) -> Tensor:
+        """Frames that count, bool [B, F]."""
+        clips, _, frames, *_ = batch.tensors["latents"].shape
+        counted = torch.ones(clips, frames, dtype=torch.bool)
+        if "valid" in batch.tensors:
+            counted &= batch.tensors["valid"].cpu()
+        counted[:, 0] &= ~self._given(batch)
+        return counted
+
+    def _given(self, batch: Batch) -> Tensor:
+        """Clips whose first latent frame is given, bool [B]."""
+        return batch.uniform("image") < self._image
+
+    def _prepared(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The graph's inputs; the target, float32 [B, C, F, h, w]; frame weights [B, F]."""
+        program, spec, device = self._program, self._program.spec, self._device
+        clean = batch.tensors["latents"].to(device, torch.float32)
+        _, channels, frames, height, width = clean.shape
+        span = program.geometry.chunk if program.kind == "train" else frames
+        level = batch.integers("level", LEVELS, frames // span).repeat_interleave(span, dim=1)
+        weight = (self._weights[level] * self._counted(batch)).to(device)
+        timestep = self._grid[level]
+        timestep[self._given(batch), 0] = 0
+        timestep = timestep.to(device)
+        sigma = (timestep / LEVELS)[:, None, :, None, None]
+        noise = batch.normal("noise", channels, frames, height, width).to(device)
+        noisy = (1 - sigma) * clean + sigma * noise
+        latents = (
+            {"clean": clean, "noisy": noisy}
+            if program.kind == "train"
+            else {spec.latent_input: noisy}
+        )
+        inputs = latents | {
+            spec.time_input: timestep,
+            spec.text_input: batch.tensors["text"],
+            "positions": torch.arange(frames, dtype=torch.float64),
+        }
+        contract = program.contract(program.kind).inputs
+        cast = {name: value.to(device, contract[name].dtype) for name, value in inputs.items()}
+        return cast, noise - clean, weight

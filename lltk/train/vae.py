@@ -1,0 +1,131 @@
+"""Training an autoencoder: reconstruction of short clips, and a little of the latents' KL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lltk.train.data import Batch
+from lltk.train.diagnose import first_bad_module
+from lltk.train.recipe import VaeSection
+
+SCALES = (1, 2, 4)
+"""Pixels that differences are averaged over, down and across."""
+
+
+class Reconstruction:
+    """An AutoencoderKLWan's reconstruction of whole clips.
+
+    A clip's loss is the mean over `SCALES` of |d| + edges·(|∂d/∂y| + |∂d/∂x|), where d is what the
+    reconstruction lacks, plus kl·KL(posterior ‖ N(0, 1)), each a mean over pixels or latents. The
+    reconstruction is the decoder's, before it is cut off at ±1, so that every pixel has a gradient.
+
+    A batch holds ``video``, [B, 3, F, H, W] in [-1, 1], of 1 + 4·k frames.
+
+    Args:
+        vae: diffusers' AutoencoderKLWan.
+        section: clips of a call and the weights of the terms.
+    """
+
+    def __init__(self, vae: Any, section: VaeSection) -> None:
+        self._vae = vae
+        self._section = section
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self._vae
+        return module
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        return dict(self.module.named_parameters())
+
+    @property
+    def clips(self) -> int:
+        return self._section.batch
+
+    def count(self, batch: Batch) -> int:
+        return len(batch.indices)
+
+    def loss(self, batch: Batch) -> Tensor:
+        parameter = next(self.module.parameters())
+        video = batch.tensors["video"].to(parameter.device, parameter.dtype)
+        posterior = self._vae.encode(video).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        noise = batch.normal("posterior", *mean.shape[1:]).to(mean.device)
+        latents = mean + noise * (logvar / 2).exp()
+        lacking = decode(self._vae, latents.to(video.dtype)).float() - video.float()
+        divergence = (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1) / 2
+        return (roughness(lacking, self._section.edges) + self._section.kl * divergence).sum()
+
+    def first_bad(self, batch: Batch) -> str | None:
+        if not bool(batch.tensors["video"].isfinite().all()):
+            return "input video"
+        return first_bad_module(self.module, lambda: self.loss(batch))
+
+
+def roughness(difference: Tensor, edges: float) -> Tensor:
+    """|d| + edges·(|∂d/∂y| + |∂d/∂x|), averaged over `SCALES`.
+
+    Args:
+        difference: d, [B, C, F, H, W]; H and W are multiples of the scales.
+        edges: weight of the derivatives, which are differences of neighbours.
+
+    Returns:
+        [B].
+    """
+    total = difference.new_zeros(len(difference))
+    for scale in SCALES:
+        pooled = F.avg_pool3d(difference, (1, scale, scale))
+        down, across = pooled.diff(dim=-2), pooled.diff(dim=-1)
+        slopes = down.abs().flatten(1).mean(1) + across.abs().flatten(1).mean(1)
+        total = total + pooled.abs().flatten(1).mean(1) + edges * slopes
+    return total / len(SCALES)
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """``vae.decode`` without its cut-off at ±1.
+
+    Args:
+        vae: diffusers' AutoencoderKLWan.
+        latents: [B, z, F, h, w], as its encoder gives them.
+
+    Returns:
+        [B, 3, 4·F − 3, H, W].
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+
+    convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+    cache: list[Tensor | None] = [None] * convolutions
+    parts = []
+    for index, frame in enumerate(vae.post_quant_conv(latents).split(1, dim=2)):
+        first = {"first_chunk": True} if index == 0 else {}
+        parts.append(vae.decoder(frame, feat_cache=cache, feat_idx=[0], **first))
+    video: Tensor = torch.cat(parts, dim=2)
+    if vae.config.patch_size is not None:
+        video = unpatchify(video, patch_size=vae.config.patch_size)
+    return video
+
+
+@torch.no_grad()
+def latent_statistics(vae: Any, videos: Iterable[Tensor]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over clips, for the VAE's configuration.
+
+    Args:
+        vae: diffusers' AutoencoderKLWan.
+        videos: each [B, 3, F, H, W] in [-1, 1].
+
+    Returns:
+        ``latents_mean`` and ``latents_std``, one number a channel.
+    """
+    parameter = next(vae.parameters())
+    encoded = [
+        vae.encode(video.to(parameter.device, parameter.dtype)).latent_dist.mean.double()
+        for video in videos
+    ]
+    channels = torch.cat([latents.transpose(0, 1).flatten(1) for latents in encoded], dim=1)
+    return channels.mean(1).tolist(), channels.std(1).tolist()

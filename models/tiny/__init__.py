@@ -1,0 +1,1 @@
+"""The tiny family: a procedural world and what is trained on it."""

@@ -1,0 +1,299 @@
+"""Wan's video VAE as diffusers ships it: its decoder as a Program, image encoding, its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lltk.graph.capture import capture
+from lltk.graph.geometry import Geometry
+from lltk.graph.program import Program
+from lltk.graph.spec import DecoderSpec
+from lltk.graph.verify import verify
+from lltk.models.checkpoint import Checkpoint, check_weights, load_folder, save_folder
+from lltk.models.configs import fill_config
+
+_MODEL = "AutoencoderKLWan"
+_CACHED_FRAMES = 2
+"""Frames that a causal convolution over three frames keeps for the next call."""
+_IGNORED = ("clip_output",)
+"""In the published ``config.json``, but no argument of the class, which always clamps."""
+
+# fmt: off
+_WAN22_MEAN = [
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813,
+    0.0891, 0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108,
+    -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313,
+    -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944,
+    0.3573, -0.0548, -0.1681, -0.0667,
+]
+_WAN22_STD = [
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+]
+# fmt: on
+
+
+def _config(base_dim: int, decoder_base_dim: int, mean: list[float], std: list[float]) -> Any:
+    return MappingProxyType(
+        {
+            "base_dim": base_dim,
+            "decoder_base_dim": decoder_base_dim,
+            "z_dim": len(mean),
+            "latents_mean": mean,
+            "latents_std": std,
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_temporal": 4,
+            "scale_factor_spatial": 16,
+        }
+    )
+
+
+CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "wan22_vae": _config(160, 256, _WAN22_MEAN, _WAN22_STD),
+        "tiny_vae": _config(16, 16, [0.0] * 16, [1.0] * 16),
+    }
+)
+"""By name; Wan2.2's latent statistics are those of diffusers' conversion script."""
+
+
+def validate_config(config: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
+    """`config` with diffusers' defaults filled in, without diffusers' own notes (``_…`` keys).
+
+    ValueError where its class, keys or types are not those of `AutoencoderKLWan`, or where its
+    sizes contradict one another.
+    """
+    from diffusers import AutoencoderKLWan
+
+    known = {key: value for key, value in config.items() if key not in _IGNORED}
+    full = fill_config(known, AutoencoderKLWan, where)
+    patch = full["patch_size"] or 1
+    agree = {
+        "scale_factor_temporal": 2 ** sum(full["temperal_downsample"]),
+        "scale_factor_spatial": patch * 2 ** (len(full["dim_mult"]) - 1),
+        "in_channels": 3 * patch**2,
+        "out_channels": 3 * patch**2,
+    }
+    found = {key: full[key] for key in agree}
+    for key in ("latents_mean", "latents_std"):
+        agree[f"len({key})"], found[f"len({key})"] = full["z_dim"], len(full[key])
+    for key, wanted in agree.items():
+        if found[key] != wanted:
+            raise ValueError(
+                f"{where}: {key} is {found[key]}, but its other sizes make it {wanted}; "
+                "use the configuration of one model"
+            )
+    return full
+
+
+def spec(config: Mapping[str, Any]) -> DecoderSpec:
+    """The spec of an AutoencoderKLWan configuration's decoder."""
+    blocks, resnets = len(config["dim_mult"]), config["num_res_blocks"] + 1
+    around = 2 + 2 * 2  # conv_in, conv_out and the middle's two resnets of two convolutions
+    upsampling = sum(config["temperal_downsample"])
+    spatial = config["scale_factor_spatial"]
+    return DecoderSpec(
+        channels=config["z_dim"],
+        patch=(1, 1, 1),
+        stride=(config["scale_factor_temporal"], spatial, spatial),
+        latent_input="latents",
+        output="video",
+        keep_fp32=(),
+        caches=around + 2 * blocks * resnets + upsampling,
+    )
+
+
+def build(config: Mapping[str, Any]) -> Any:
+    """The model, initialised as diffusers does."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(**config)
+
+
+def captured(config: Mapping[str, Any], geometry: Geometry, dtype: torch.dtype) -> Program:
+    """Capture the decoder at a geometry, without allocating its weights.
+
+    Graph ``first`` decodes a video's first latent, ``step`` one latent more. Latents are float32
+    [B, z, 1, h, w], normalised as the transformer gives them; video is [B, 3, 1 or stride, H, W] in
+    the compute dtype, in [-1, 1]. Feature caches are two frames long, the older one zero after
+    ``first``, so that one ``step`` serves every call after it.
+
+    Args:
+        config: of AutoencoderKLWan.
+        geometry: batch and resolution.
+        dtype: compute dtype.
+
+    Returns:
+        A captured Program of kind ``decode``: meta weights in the configuration's dtypes under
+        diffusers' names, the latents' mean and deviation as constants.
+    """
+    model_spec = spec(config)
+    program = Program("decode", model_spec, geometry, dtype, graphs={}, weights={})
+    outputs = (model_spec.output, *model_spec.cache_outputs)
+    latent = (geometry.batch, model_spec.channels, 1, *geometry.latent(model_spec))
+    inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        model_spec.latent_input: (latent, torch.float32)
+    }
+    for name, module in (("first", _First), ("step", _Step)):
+        program.graphs[name], program.weights, _ = capture(
+            partial(module, config, dtype), inputs, outputs, lambda _name, _parameter: dtype
+        )
+        made = program.contract(name).outputs
+        for read, given in zip(model_spec.cache_inputs, model_spec.cache_outputs, strict=True):
+            inputs[read] = (made[given].shape, made[given].dtype)
+    program.constants = _statistics(config)
+    verify(program)
+    return program
+
+
+def _statistics(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Mean and deviation of the latents, float32 [1, z, 1, 1, 1] each."""
+    names = ("latents_mean", "latents_std")
+    return {name: torch.tensor(config[name]).view(1, -1, 1, 1, 1) for name in names}
+
+
+class _Decoder(nn.Module):
+    """What both graphs share; parameters keep diffusers' names."""
+
+    latents_mean: Tensor
+    latents_std: Tensor
+
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        super().__init__()
+        vae = build(config)
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+        self.dtype = dtype
+        self.caches = spec(config).caches
+        self.patch_size = config["patch_size"]
+        for name, value in _statistics(config).items():
+            self.register_buffer(name, value, persistent=False)
+
+    def decode(self, latents: Tensor, caches: list[Any], first: bool) -> Tensor:
+        """Video of some latents; diffusers puts the new caches in the place of the old."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        scaled = (latents * self.latents_std + self.latents_mean).to(self.dtype)
+        video = self.decoder(
+            self.post_quant_conv(scaled), feat_cache=caches, feat_idx=[0], first_chunk=first
+        )
+        if self.patch_size is not None:
+            video = unpatchify(video, self.patch_size)
+        return video.clamp(-1, 1)
+
+
+class _First(_Decoder):
+    def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
+        caches: list[Any] = [None] * self.caches
+        video = self.decode(latents, caches, first=True)
+        padded: list[Tensor] = []
+        for cache in caches:
+            if isinstance(cache, Tensor):
+                missing = _CACHED_FRAMES - cache.shape[2]
+                padded.append(F.pad(cache, (0, 0, 0, 0, missing, 0)))
+            else:
+                # A convolution that starts with the second latent, over two zero frames; it has as
+                # many channels as the one before it.
+                assert cache == "Rep"
+                padded.append(torch.zeros_like(padded[-1]))
+        return video, *padded
+
+
+class _Step(_Decoder):
+    def forward(self, latents: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
+        caches = list(given.values())
+        return self.decode(latents, caches, first=False), *caches
+
+
+def decoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the VAE's weights that its decode Program holds."""
+    return {
+        name: weight
+        for name, weight in weights.items()
+        if name.startswith(("decoder.", "post_quant_conv."))
+    }
+
+
+def load_vae(path: str | Path) -> Checkpoint:
+    """Read a VAE's folder in diffusers' layout, or the ``vae`` folder of a pipeline's.
+
+    Raises:
+        ValueError: no such folder, damaged, or not exactly the finite weights of its configuration.
+    """
+    stated, weights = load_folder(path, "vae")
+    config = validate_config(stated, str(path))
+    check_weights(weights, _shapes(config), str(path))
+    return Checkpoint(weights, config, "diffusers")
+
+
+def save_vae(path: str | Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write a VAE's folder in diffusers' layout, whole or not at all.
+
+    Args:
+        path: a new or empty folder.
+        weights: of encoder and decoder, under diffusers' names; dtypes and values are kept.
+        config: of AutoencoderKLWan.
+
+    Raises:
+        ValueError: not exactly the finite weights of the configuration, or the folder holds files.
+    """
+    full = validate_config(config, str(path))
+    check_weights(weights, _shapes(full), str(path))
+    save_folder(path, weights, full, _MODEL)
+
+
+def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in build(config).state_dict().items()}
+
+
+def make_vae(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
+    """The whole VAE as diffusers' module, over `weights` themselves (not copies), for encoding."""
+    with torch.device("meta"):
+        vae = build(config)
+    vae.load_state_dict(dict(weights), assign=True)
+    return vae.eval()
+
+
+@torch.no_grad()
+def encode(vae: Any, video: Tensor) -> Tensor:
+    """Normalised latents of a video, as the transformer takes them: the posterior's mean.
+
+    Args:
+        vae: from `make_vae`, on the video's device.
+        video: [B, 3, 1 + k·stride, H, W] in [-1, 1].
+
+    Returns:
+        float32 [B, z, 1 + k, h, w].
+
+    Raises:
+        ValueError: the frames or the resolution are no whole number of latents.
+    """
+    frames, *sides = video.shape[2:]
+    time, space = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    if (frames - 1) % time or any(side % space for side in sides):
+        raise ValueError(
+            f"video: {tuple(video.shape)} is no whole number of latents; give 1 + k·{time} frames "
+            f"and sides that are multiples of {space} pixels"
+        )
+    latents = vae.encode(video.to(vae.dtype)).latent_dist.mode().float()
+    mean, deviation = (part.to(latents.device) for part in _statistics(vae.config).values())
+    return (latents - mean) / deviation
+
+
+def encode_image(vae: Any, image: Tensor) -> Tensor:
+    """The latent of an image, as a video's first: [B, 3, H, W] in [-1, 1] → [B, z, 1, h, w]."""
+    return encode(vae, image.unsqueeze(2))

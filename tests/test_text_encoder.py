@@ -1,0 +1,189 @@
+"""The text encoder against diffusers' own, its cache, and the tiny encoder's embeddings."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import refused
+from torch import Tensor
+
+from lltk.models.configs import named_config
+from lltk.models.tiny import world
+from lltk.models.tiny.text import save_text_encoder
+from lltk.stream.text import TextEncoder
+
+pytestmark = pytest.mark.cpu
+
+TOKENS = 16
+RED = "a red circle moving left on a dark background"
+BLUE = RED.replace("red", "blue")
+PREFIX = "The scene transitions. "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    save_text_encoder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> TextEncoder:
+    return TextEncoder(folder, TOKENS)
+
+
+def captions(count: int) -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+    return [world.draw_shot(generator).caption for _ in range(count)]
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def test_embeddings_are_diffusers_own(folder: Path, encoder: TextEncoder) -> None:
+    from diffusers import WanPipeline
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    pipeline = WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+        vae=None,
+        scheduler=None,
+    )
+    texts = [RED, f"  {PREFIX}A green  star, rising &amp; up ", "", "purple " * 9]
+    wanted = pipeline._get_t5_prompt_embeds(texts, max_sequence_length=TOKENS)
+    made = encoder.encode(texts)
+    assert made.shape == (4, TOKENS, named_config("tiny")["text_dim"])
+    assert torch.equal(made, wanted)
+    assert not torch.equal(encoder.encode([BLUE]), wanted[:1])
+
+
+def test_rows_after_the_last_token_are_zero(encoder: TextEncoder) -> None:
+    (made,) = encoder.encode([RED])
+    used = len(RED.split()) + 1
+    assert float(made[:used].norm(dim=1).min()) > 1
+    assert not made[used:].any()
+
+
+def test_captions_lie_far_apart(encoder: TextEncoder) -> None:
+    texts = list(dict.fromkeys(captions(600)))
+    made = encoder.encode(texts).flatten(1)
+    distance = torch.cdist(made, made)
+    distance.fill_diagonal_(torch.inf)
+    assert float(distance.min() / made.norm(dim=1).mean()) > 0.3
+    one, same, order = encoder.encode([RED, f" {RED.upper()}\n", "dark a " + RED[2:]]).flatten(1)
+    assert torch.equal(one, same), "white space and case tell nothing"
+    assert difference(one, order) > 0.3
+
+
+def test_a_word_shows_where_it_stands(encoder: TextEncoder) -> None:
+    red, blue, later = encoder.encode([RED, BLUE, PREFIX + RED])
+    far = (red - blue).norm(dim=1)
+    assert int(far.argmax()) == 1, "the second word differs"
+    words = torch.cdist(later[4:14], red[:10])
+    assert words.argmin(1).tolist()[1:8] == list(range(1, 8)), "a prefix leaves words themselves"
+
+
+def test_every_caption_fits_with_its_prefix(
+    encoder: TextEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        encoder.encode([PREFIX + caption for caption in captions(600)])
+        assert not caplog.records
+        encoder.encode([f"{PREFIX} with {RED}, slowly"])
+    assert "cut to 16" in caplog.text
+
+
+def test_unknown_words_differ(encoder: TextEncoder) -> None:
+    one, other = encoder.encode(["a purple circle", "a violet circle"])
+    assert difference(one, other) > 0.3
+
+
+def test_neighbours_do_not_matter(encoder: TextEncoder) -> None:
+    texts = [RED, PREFIX + BLUE, RED, *captions(40)]
+    together = encoder.encode(texts)
+    assert torch.equal(together[0], together[2])
+    for text, made in zip(texts, together, strict=True):
+        assert difference(encoder.encode([text])[0], made) < 1e-6
+
+
+def test_a_freed_encoder_loads_again(folder: Path) -> None:
+    encoder = TextEncoder(folder, TOKENS)
+    first = encoder.encode([RED])
+    assert encoder._loaded is not None
+    encoder.free()
+    assert encoder._loaded is None
+    encoder.to("cpu")
+    assert torch.equal(encoder.encode([RED]), first)
+
+
+# Cache
+
+
+def unloadable(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> TextEncoder:
+    encoder = TextEncoder(folder, TOKENS, cache=cache)
+
+    def load() -> None:
+        raise AssertionError("the encoder is loaded")
+
+    monkeypatch.setattr(encoder, "_load", load)
+    return encoder
+
+
+def test_cached_embeddings_need_no_encoder(
+    folder: Path, encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = encoder.encode([RED, BLUE, RED])
+    cached = TextEncoder(folder, TOKENS, cache=tmp_path)
+    assert torch.equal(cached.encode([RED, BLUE, RED]), wanted)
+    again = unloadable(folder, tmp_path, monkeypatch)
+    assert torch.equal(again.encode([f"{RED} ", BLUE, RED]), wanted)
+    with pytest.raises(AssertionError, match="is loaded"):
+        again.encode([PREFIX + RED])
+
+
+@pytest.mark.parametrize("change", ["weights", "tokens", "dtype"])
+def test_another_encoder_has_other_entries(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = tmp_path / "pipeline", tmp_path / "cache"
+    save_text_encoder(folder)
+    TextEncoder(folder, TOKENS, cache=cache).encode([RED])
+    unloadable(folder, cache, monkeypatch).encode([RED])
+    other = unloadable(folder, cache, monkeypatch)
+    if change == "weights":
+        save_text_encoder(folder, seed=1)
+    elif change == "tokens":
+        other._text_tokens = TOKENS + 1
+    else:
+        other._dtype = torch.bfloat16
+    with pytest.raises(AssertionError, match="is loaded"):
+        other.encode([RED])
+
+
+def test_bfloat16_is_cached_as_such(folder: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        encoder = TextEncoder(folder, TOKENS, torch.bfloat16, cache=tmp_path)
+        assert encoder.encode([RED]).dtype == torch.bfloat16
+
+
+def test_damaged_files_are_refused(folder: Path, tmp_path: Path) -> None:
+    encoder = TextEncoder(folder, TOKENS, cache=tmp_path)
+    encoder.encode([RED])
+    (entry,) = tmp_path.glob("*.safetensors")
+    entry.write_bytes(b"cut short")
+    assert "delete it" in refused(encoder.encode, [RED])
+
+    broken = tmp_path / "pipeline"
+    save_text_encoder(broken)
+    (broken / "text_encoder" / "model.safetensors").write_bytes(b"cut short")
+    assert "cannot be read" in refused(TextEncoder(broken, TOKENS).encode, [RED])
+    (broken / "text_encoder" / "model.safetensors").unlink()
+    assert "cannot be read" in refused(TextEncoder(broken, TOKENS).encode, [RED])
+    assert refused(TextEncoder, tmp_path, TOKENS).endswith(
+        "has no text_encoder/; name a pipeline's folder, as diffusers saves it"
+    )

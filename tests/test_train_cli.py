@@ -1,0 +1,144 @@
+"""`lltk train`: an autoencoder, then transformers on its latents, in diffusers' layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lltk.cli.main import main
+from lltk.models.tiny.text import save_text_encoder
+
+pytestmark = pytest.mark.cpu
+
+Run = Callable[..., tuple[int, str, str]]
+
+AUTOENCODER = {
+    "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
+    "scale_factor_spatial": 16, "base_dim": 4, "decoder_base_dim": 4, "z_dim": 16,
+    "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True],
+    "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
+}  # fmt: skip
+VAE = [
+    f"vae.config={json.dumps(AUTOENCODER)}", "vae.frames=5", "vae.batch=2", "train.batch=2",
+    "train.steps=3", "train.ema_start=1", "train.validate_every=2", "train.sample_every=2",
+    "train.checkpoint_every=2",
+]  # fmt: skip
+TRANSFORMER = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16,
+    "text_dim": 64, "freq_dim": 16, "ffn_dim": 16, "num_layers": 1,
+}  # fmt: skip
+SMALL = [
+    f"model.config={json.dumps(TRANSFORMER)}", "geometry.frames=4", "geometry.batch=2",
+    "train.batch=4", "train.steps=2", "train.checkpoint_every=1", "train.validate_every=2",
+]  # fmt: skip
+
+
+def sets(values: list[str]) -> list[str]:
+    return [part for value in values for part in ("--set", value)]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command; exit code, output, errors."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["lltk", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_autoencoder_then_transformer(run: Run, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    code, out, err = run("train", "tiny_vae", *sets(VAE), "-o", tmp_path, "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert "the weights are in" in out
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[1]["validation"]["loss"] > 0 and not lines[0]["validation"]
+    assert (tmp_path / "samples" / "step_00000002" / "reconstructions.mp4").stat().st_size > 1000
+    vae = AutoencoderKLWan.from_pretrained(tmp_path / "vae")
+    assert len(vae.config.latents_mean) == 16 and len(set(vae.config.latents_std)) > 1
+
+    save_text_encoder(tmp_path)
+    options = [*sets([*SMALL, f"train.data.pipeline={tmp_path}"]), "--device", "cpu"]
+    for kind in ("train", "reference"):
+        folder = tmp_path / kind
+        code, out, err = run("train", f"tiny_{kind}", *options, "-o", folder, "--json")
+        assert (code, err) == (0, "")
+        assert json.loads(out) == {"steps": 2, "weights": str(folder / "transformer")}
+        model = WanTransformer3DModel.from_pretrained(folder / "transformer")
+        assert model.config.num_layers == 1
+
+    more = ["--set", "train.steps=3", "--resume"]
+    code, _, err = run("train", "tiny_train", *options, "-o", tmp_path / "train", *more)
+    assert (code, err) == (0, "")
+    resumed = WanTransformer3DModel.from_pretrained(tmp_path / "train" / "transformer")
+    other = WanTransformer3DModel.from_pretrained(tmp_path / "reference" / "transformer")
+    assert not torch.equal(resumed.proj_out.weight, other.proj_out.weight)
+    lines_ = (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines_] == [1, 2, 3]
+
+    code, _, err = run("train", "tiny_train", *options, "-o", tmp_path / "train")
+    assert code == 2
+    assert "holds a run; resume it" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("recipe", ["tiny_vae", "tiny_train", "tiny_reference"])
+def test_plans(run: Run, recipe: str) -> None:
+    code, out, _ = run("train", recipe, "--dry-run", "--json", "--set", "train.steps=7")
+    assert code == 0
+    plan = json.loads(out)
+    assert plan["train"]["steps"] == 7
+    memory = plan["memory"]
+    assert memory["AdamW moments"] == 2 * memory["gradients"] == 2 * memory["average"] > 0
+    code, out, _ = run("train", recipe, "--dry-run")
+    assert code == 0 and "AdamW moments" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["tiny_train", "--set", "train.stps=1"],
+            "train: unknown key 'stps'; did you mean",
+        ),
+        (["tiny_stream"], "has no train section"),
+        (["tiny_train"], "train.data.pipeline: names no folder"),
+        (["tiny_train", "--set", "train.data.pipeline=nowhere"], "nowhere: has no text_encoder/"),
+        (["tiny_train", "--set", "geometry.batch=3"], "the nearest that fit: 15 and 18"),
+        (["tiny_vae", "--set", "vae.frames=6"], "the nearest that fit: 5 and 9"),
+        (["tiny_vae", "--set", "vae.config=tiny_vea"], "did you mean 'tiny_vae'?"),
+        (["tiny_vae", "--set", "train.compile=true"], "train.compile: is for transformers"),
+    ],
+)
+def test_bad_input_is_refused(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    code, _, err = run("train", *arguments, "-o", tmp_path / "run")
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_divergence_ends_with_one(run: Run, tmp_path: Path) -> None:
+    changes = [*VAE, "train.lr=1e30", "train.warmup=0", "train.steps=20"]
+    code, _, err = run("train", "tiny_vae", *sets(changes), "-o", tmp_path, "--device", "cpu")
+    assert code == 1
+    text = " ".join(err.split())
+    assert "the loss is nan" in text and "first not finite: " in text
+    assert not (tmp_path / "vae").exists()
+
+
+def test_help_has_an_example(run: Run) -> None:
+    code, out, _ = run("train", "--help")
+    assert code == 0
+    assert "lltk train tiny_vae" in out.split("Example:")[1]

@@ -1,0 +1,156 @@
+"""A run killed at any moment goes on to the same losses and weights, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import refused, same
+from safetensors.torch import load_file, save_file
+from toy import SETTINGS, Regression, trainer
+
+from lltk.train.checkpoint import checkpoints, load_checkpoint
+from lltk.train.metrics import read_metrics
+
+SCRIPT = Path(__file__).with_name("toy.py")
+STEPS = SETTINGS["steps"]
+cpu = pytest.mark.cpu
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, str(SCRIPT), str(folder), *map(str, arguments)])
+
+
+def finish(folder: Path) -> None:
+    assert start(folder).wait() == 0
+
+
+def lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_after(folder: Path, steps: int, seconds: float) -> None:
+    """Kill a run once it has taken some steps, and a little later."""
+    process, target = start(folder), lines(folder) + steps
+    try:
+        while lines(folder) < target:
+            assert process.poll() is None, "the run ended before it was killed"
+            time.sleep(0.001)
+        time.sleep(seconds)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    return [(m.step, m.loss, m.grad_norm) for m in read_metrics(folder / "metrics.jsonl")]
+
+
+def agree(ours: Path, theirs: Path) -> bool:
+    """Whether two finished runs have the same losses, weights and averages, bit for bit."""
+    ends = [load_checkpoint(checkpoints(folder / "checkpoints")[-1]) for folder in (ours, theirs)]
+    parts = [(e.weights, e.ema, e.optimiser) for e in ends]
+    return losses(ours) == losses(theirs) and all(same(a, b) for a, b in zip(*parts, strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(folder)
+    assert len(losses(folder)) == STEPS
+    return folder
+
+
+def killed_at_random(folder: Path, kills: int) -> None:
+    random_ = random.Random(kills)
+    for _ in range(kills):
+        kill_after(folder, random_.randint(1, STEPS // kills - 2), random_.random() / 50)
+        assert checkpoints(folder / "checkpoints")
+    assert lines(folder) < STEPS
+    finish(folder)
+
+
+@cpu
+def test_three_kills(tmp_path: Path, whole: Path) -> None:
+    killed_at_random(tmp_path, 3)
+    assert agree(tmp_path, whole)
+
+
+@pytest.mark.manual
+def test_ten_kills(tmp_path: Path, whole: Path) -> None:
+    killed_at_random(tmp_path, 10)
+    assert agree(tmp_path, whole)
+
+
+@cpu
+def test_killed_while_it_writes(tmp_path: Path, whole: Path) -> None:
+    """What is half written is never taken for a checkpoint, and is cleared away."""
+    killed = tmp_path / "killed"
+    assert start(killed, 7).wait() == -9
+    folder = killed / "checkpoints"
+    assert [path.name for path in checkpoints(folder)] == ["step_00000005", "step_00000006"]
+    (half,) = folder.glob(".step_00000007.*")
+    assert (half / "optimiser.safetensors").read_bytes() == b"half of it"
+    finish(killed)
+    assert agree(killed, whole)
+    assert not list(folder.glob(".*"))
+
+
+@cpu
+@pytest.mark.parametrize("lost", [None, "exp_avg_sq", "step", "rng"])
+def test_every_part_of_the_state_matters(tmp_path: Path, lost: str | None) -> None:
+    """Negative controls: the losses change if a part of the optimiser's state is lost."""
+    changes = {"schedule": "constant", "warmup": 0}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    trainer(whole, Regression(dropout=0.2), steps=14, **changes).run()
+    trainer(stopped, Regression(dropout=0.2), steps=7, **changes).run()
+    path = checkpoints(stopped / "checkpoints")[-1] / "optimiser.safetensors"
+    tensors = load_file(path)
+    other = torch.Generator().manual_seed(9).get_state()
+    for name in (name for name in tensors if lost and name.startswith(lost)):
+        tensors[name] = other if lost == "rng" else torch.zeros_like(tensors[name])
+    save_file(tensors, path)
+    trainer(stopped, Regression(dropout=0.2), steps=14, resume=True, **changes).run()
+    assert losses(stopped)[:7] == losses(whole)[:7]
+    assert (losses(stopped)[7:] == losses(whole)[7:]) == (lost is None)
+
+
+@cpu
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    trainer(tmp_path, steps=10, checkpoint_every=4, keep=2).run()
+    names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step_00000008", "step_00000010"]
+
+
+@cpu
+def test_another_recipe_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, steps=3).run()
+    message = refused(trainer, tmp_path, steps=3, lr=0.02, seed=4, resume=True)
+    assert "train.lr, train.seed differ; resume with that recipe" in message
+    assert refused(trainer, tmp_path, steps=3).endswith(
+        "holds a run; resume it, or name another folder"
+    )
+    trainer(tmp_path, steps=5, keep=1, resume=True).run()
+    assert [step for step, _, _ in losses(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+@cpu
+def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, steps=3).run()
+    newest = checkpoints(tmp_path / "checkpoints")[-1]
+    weights = newest / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    message = refused(trainer, tmp_path, steps=4, resume=True)
+    assert message.startswith(f"{newest}: is no whole checkpoint")
+    assert message.endswith("remove it to resume from the one before")
+    shutil.rmtree(newest)
+    trainer(tmp_path, steps=4, resume=True).run()
+    assert [step for step, _, _ in losses(tmp_path)] == [1, 2, 3, 4]
