@@ -215,7 +215,8 @@ class _First(_Decoder):
 class _Step(_Decoder):
     def forward(self, latents: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
         caches = list(given.values())
-        return self.decode(latents, caches, first=False), *caches
+        video = self.decode(latents, caches, first=False)
+        return video, *(cache.contiguous() for cache in caches)
 
 
 def decoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,16 +20,17 @@ from lltk.models.tiny.world import Shot, Story
 pytestmark = pytest.mark.cpu
 
 COUNT = 300
-FRAMES = 13
+PAIRS = 60
+FRAMES = 9
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A shot and what is read from two stretches of it."""
+    """A shot, what is read from its first frames, and for some from its next ones."""
 
     shot: Shot
     first: Reading
-    second: Reading
+    second: Reading | None
 
 
 def spoilt(video: Tensor, generator: torch.Generator) -> Tensor:
@@ -52,32 +53,38 @@ def spoilt(video: Tensor, generator: torch.Generator) -> Tensor:
 def samples(spoil: bool) -> list[Sample]:
     generator = torch.Generator().manual_seed(0)
     made = []
-    for _ in range(COUNT):
-        story = world.draw_story(generator, 2 * FRAMES - 1, 1, 1)
+    for index in range(COUNT):
+        paired = index < PAIRS
+        story = world.draw_story(generator, 2 * FRAMES - 1 if paired else FRAMES, 1, 1)
         video = world.render([story])[0]
         video = spoilt(video, generator) if spoil else video
-        made.append(Sample(story.shots[0], read(video[:FRAMES]), read(video[FRAMES:])))
+        second = read(video[FRAMES:]) if paired else None
+        made.append(Sample(story.shots[0], read(video[:FRAMES]), second))
     return made
 
 
+def pairs(spoil: bool) -> list[tuple[Reading, Reading]]:
+    return [(own.first, own.second) for own in samples(spoil) if own.second is not None]
+
+
 def hits(spoil: bool) -> dict[str, int]:
-    """Of 2·`COUNT` readings, how many have each attribute right."""
+    """Of `COUNT` readings, how many have each attribute right."""
     count = dict.fromkeys(("shape", "colour", "motion", "background", "accent", "size", "tint"), 0)
     for sample in samples(spoil):
-        for shown in (sample.first, sample.second):
-            right = agreement(shown, sample.shot.caption)
-            for part in ("shape", "colour", "motion", "background"):
-                count[part] += getattr(right, part)
-            count["accent"] += shown.accent.value == sample.shot.accent
-            count["size"] += abs(math.log(shown.size / sample.shot.size)) < math.log(1.1)
-            count["tint"] += abs((shown.tint - sample.shot.tint + 0.5) % 1 - 0.5) < 1 / 16
+        shown, shot = sample.first, sample.shot
+        right = agreement(shown, shot.caption)
+        for part in ("shape", "colour", "motion", "background"):
+            count[part] += getattr(right, part)
+        count["accent"] += shown.accent.value == shot.accent
+        count["size"] += abs(math.log(shown.size / shot.size)) < math.log(1.1)
+        count["tint"] += abs((shown.tint - shot.tint + 0.5) % 1 - 0.5) < 1 / 16
     return count
 
 
 @pytest.mark.parametrize(("spoil", "share"), [(False, 0.995), (True, 0.98)])
 def test_renders_are_read_right(spoil: bool, share: float) -> None:
     for part, right in hits(spoil).items():
-        assert right >= share * 2 * COUNT, f"{part}: {right} of {2 * COUNT}"
+        assert right >= share * COUNT, f"{part}: {right} of {COUNT}"
 
 
 def test_other_captions_agree_by_chance() -> None:
@@ -95,14 +102,12 @@ def test_other_captions_agree_by_chance() -> None:
 
 @pytest.mark.parametrize("spoil", [False, True])
 def test_identity_tells_shots_apart(spoil: bool) -> None:
-    made = samples(spoil)
-    others = [*made[1:], made[0]]
-    kept = [identity(own.first, own.second).score for own in made]
-    changed = [
-        identity(own.first, other.second).score for own, other in zip(made, others, strict=True)
-    ]
-    assert sum(kept) / COUNT > 97
-    assert sum(changed) / COUNT < 40
+    firsts, seconds = zip(*pairs(spoil), strict=True)
+    others = (*seconds[1:], seconds[0])
+    kept = [identity(*pair).score for pair in zip(firsts, seconds, strict=True)]
+    changed = [identity(*pair).score for pair in zip(firsts, others, strict=True)]
+    assert sum(kept) / PAIRS > 97
+    assert sum(changed) / PAIRS < 40
 
 
 def one_shot(seed: int, motion: str, frames: int) -> tuple[Shot, Tensor]:

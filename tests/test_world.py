@@ -35,12 +35,14 @@ def frames_of(one: Shot, frames: int = 1) -> Tensor:
 
 
 def cover(frames: Tensor) -> Tensor:
-    """How far a red shape with a blue dot covers each pixel of a dark ground: [F, H, W]."""
-    ground = frames[:, :, :1, :1]
-    colours = torch.tensor([world.COLOURS["red"], world.COLOURS["blue"]]) * 2 - 1
-    along = colours[:, :, None, None] - ground[:1]
-    shares = torch.einsum("fchw,ncij->fnhw", frames - ground, along) / along.square().sum(1)[None]
-    return shares.amax(1).clamp(0, 1)
+    """How far a red shape with a blue dot covers each pixel of a dark ground: [F, H, W].
+
+    A pixel is a mixture of ground, red and blue; the shares of red and blue are solved for.
+    """
+    ground = frames[:1, :, 0, 0].T
+    colours = torch.tensor([world.COLOURS["red"], world.COLOURS["blue"]]).T * 2 - 1
+    shares = torch.linalg.pinv(colours - ground) @ (frames.flatten(2) - ground)
+    return shares.sum(1).unflatten(1, frames.shape[2:])
 
 
 def test_a_seed_gives_one_clip() -> None:
@@ -131,14 +133,14 @@ def test_a_shape_stays_whole_for_a_minute(motion: str) -> None:
     video = frames_of(replace(one, scene=kept, accent="blue"), MINUTE)
     # The ground is read from a pixel that a moving shape may cover: take it from another shot.
     ground = frames_of(replace(one, scene=kept, size=1e-3, centre=(0, 0)))
-    difference = (video - ground).abs().amax(1) > 0.2
+    difference = (video[::4] - ground).abs().amax(1) > 0.2
     area = difference.flatten(1).sum(1) / (math.pi * one.size**2)
     depth = world.PULSE_DEPTH * (motion == "pulsing")
     assert 0.85 * (1 - depth) ** 2 < float(area.min())
     assert float(area.max()) < 1.15 * (1 + depth) ** 2
     if depth:
         assert float(area.max() / area.min()) > 2
-    assert float(video[1:].sub(video[:-1]).abs().amax((1, 2, 3)).min()) > 0.1, "it always moves"
+    assert float((video[1::4] - video[:-1:4]).abs().amax((1, 2, 3)).min()) > 0.1, "it always moves"
 
 
 @pytest.mark.parametrize(("motion", "step"), world.DIRECTIONS.items())

@@ -169,7 +169,7 @@ class Trainer:
         parts = []
         for batch in batches:
             part = self._objective.loss(batch) / count
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             self._masters.collect()
             parts.append(part.detach())
         loss = float(torch.stack(parts).sum())
@@ -189,8 +189,8 @@ class Trainer:
         where = next((bad for b in batches if (bad := self._objective.first_bad(b))), None)
         if where is None and math.isfinite(loss):
             gradients = {n: p.grad for n, p in self._masters.parameters.items()}
-            bad = [n for n, g in gradients.items() if g is not None and not g.isfinite().all()]
-            where = f"the gradient of {bad[-1] if bad else 'all parameters together'}"
+            names = [n for n, g in gradients.items() if g is not None and not g.isfinite().all()]
+            where = f"the gradient of {names[-1] if names else 'all parameters together'}"
         found = checkpoints(self._checkpoints)
         left = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
         return (

@@ -28,7 +28,7 @@ class TrainSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: DataSection = Field(DataSection(), description="which clips")
+    data: DataSection = Field(DataSection.model_validate({}), description="which clips")
     steps: int = Field(ge=1, description="updates of the weights")
     batch: int = Field(
         1, ge=1, description="clips a step; what exceeds the clips of a call is accumulated"
