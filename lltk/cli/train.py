@@ -88,7 +88,9 @@ def command(
         run = Trainer(objective, dataset, section, output, task.about, hooks, resume)
         progress.update(bar, completed=run.step)
         try:
-            run.run()
+            # Shapes stay, so the fastest convolutions are worth looking for.
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+                run.run()
         except Diverged as error:
             raise click.ClickException(str(error)) from error
     exported = task.export(objective, dataset, run.ema or run.weights, output)

@@ -54,6 +54,9 @@ class TrainSection(BaseModel):
     validate_every: int | None = Field(None, ge=1, description="steps between validations")
     sample_every: int | None = Field(None, ge=1, description="steps between samples")
     compile: bool = Field(False, description="compile the blocks")
+    graphs: bool = Field(
+        False, description="replay CUDA graphs: a GPU and one call a step; for small models"
+    )
     recompute: bool = Field(False, description="recompute each block in the backward pass")
 
     def rate(self, step: int) -> float:
@@ -72,7 +75,8 @@ class TrainSection(BaseModel):
             clips: clips of a call.
 
         Raises:
-            ValueError: they do not divide the batch; names the nearest batches.
+            ValueError: they do not divide the batch (names the nearest batches), or are not all of
+                it where graphs are replayed.
         """
         calls, rest = divmod(self.batch, clips)
         if rest:
@@ -80,6 +84,11 @@ class TrainSection(BaseModel):
             raise ValueError(
                 f"train.batch: {self.batch} clips a step are not a multiple of the {clips} of a "
                 f"call; the nearest that fit: {' and '.join(near)}"
+            )
+        if self.graphs and calls > 1:
+            raise ValueError(
+                f"train.graphs: replays one call a step, and a batch of {self.batch} takes {calls} "
+                f"of {clips} clips; train {clips} a step, or drop it"
             )
         return calls
 
@@ -95,6 +104,9 @@ class VaeSection(BaseModel):
 
     config: str | dict[str, Any] = Field(
         description="a named configuration, or AutoencoderKLWan's arguments"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="it runs in this; what trains is float32"
     )
     frames: int = Field(ge=1, description="video frames of a clip, 1 + 4·k")
     batch: int = Field(1, ge=1, description="clips a call")
