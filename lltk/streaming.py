@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from lltk import __version__
 from lltk.compiler import transform
 from lltk.graph.fingerprint import fingerprint
 from lltk.graph.memory import estimate
-from lltk.graph.module import ProgramModule, instantiate
+from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, parse_recipe
 from lltk.models import wan_vae
@@ -79,6 +79,16 @@ class StreamPlan:
     def text_device(self) -> torch.device:
         """Where prompts are encoded."""
         return torch.device(self.section.text.device or self.device)
+
+    @property
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes by device and owner."""
+        owners: dict[str, dict[str, int]] = {str(self.device): {}}
+        for owner, size in estimate(self.transformer).items():
+            owners[str(self.device)][owner] = size
+        decoder = owners.setdefault(str(self.decoder_device), {})
+        decoder |= {f"decoder {k}": v for k, v in estimate(self.decoder).items()}
+        return owners
 
     @cached_property
     def identity(self) -> dict[str, Any]:

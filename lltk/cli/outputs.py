@@ -7,13 +7,16 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lltk.stream.script import ChunkPlan, Shot
+from lltk.stream.session import ChunkReport
 from lltk.stream.video import VideoWriter, contact_sheet, pixels
 
 _SHEET_COLUMNS = 6
@@ -44,44 +47,66 @@ def check_writable(paths: Iterable[Path]) -> None:
 class Frames:
     """A stream's sink: writes frames as they arrive, and keeps a contact sheet's.
 
+    A context manager; the file begins with the block and is whole after it.
+
     Args:
-        writer: of the video.
-        chunks: the stream's; a resumed one's are those still to be made.
-        script: captions by shot, if they are known; for the contact sheet.
+        path: of the video.
+        size: its height and width.
+        fps: frames a second.
     """
 
-    def __init__(self, writer: VideoWriter, chunks: Sequence[ChunkPlan]) -> None:
-        self._writer = writer
-        self._start = time.perf_counter()
-        self._next = chunks[0].frames.start if chunks else 0
-        self.count = 0
-        self.first: float | None = None
-        """Seconds from the making of this object to the first frame."""
+    def __init__(self, path: Path, size: tuple[int, int], fps: float) -> None:
+        self._open = partial(VideoWriter, path, *size, fps)
         self._wanted: dict[int, int] = {}
-        """The shot of each frame that a contact sheet shows."""
+        self._kept: dict[int, list[Tensor]] = {}
+        self._next = 0
+        self._opening = 0
+        self.count = 0
+        """Frames written."""
+        self.first: float | None = None
+        """When the first frame was written, by `time.perf_counter`."""
+        self.warm: tuple[int, float] | None = None
+        """Frames of the first chunk, and when they were written."""
+
+    def expect(self, chunks: Sequence[ChunkPlan]) -> None:
+        """Say what comes, so that a contact sheet's frames are known as they pass."""
         for shot in dict.fromkeys(chunk.shot for chunk in chunks):
             own = [chunk.frames for chunk in chunks if chunk.shot == shot]
             at = torch.linspace(own[0].start, own[-1].stop - 1, _SHEET_COLUMNS).round().int()
             self._wanted |= dict.fromkeys(at.tolist(), shot)
-        self._kept: dict[int, list[Tensor]] = {}
+        self._next, self._opening = chunks[0].frames.start, len(chunks[0].frames)
 
     def __call__(self, video: Tensor) -> None:
         frames = pixels(video)
         self._writer.write(frames)
         if self.first is None:
-            self.first = time.perf_counter() - self._start
+            self.first = time.perf_counter()
         for frame in frames:
             shot = self._wanted.get(self._next)
             if shot is not None:
                 self._kept.setdefault(shot, []).append(frame)
             self._next += 1
         self.count += len(frames)
+        if self.warm is None and self.count >= self._opening:
+            self.warm = self.count, time.perf_counter()
 
     def write_sheet(self, path: Path, captions: Mapping[int, str]) -> None:
-        """Write a contact sheet of the shots that have frames, with their captions."""
+        """Write a contact sheet of the shots that have frames."""
         shots = [(captions[shot], torch.stack(kept)) for shot, kept in self._kept.items()]
         if shots:
             contact_sheet(path, shots, _SHEET_COLUMNS)
+
+    def __enter__(self) -> Frames:
+        self._writer = self._open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.close()
 
 
 @contextmanager
@@ -100,6 +125,48 @@ def asked_to_stop() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Tally:
+    """Adds up what a stream's chunks took.
+
+    Args:
+        start: when the first chunk began, by `time.perf_counter`.
+    """
+
+    def __init__(self, start: float) -> None:
+        self._start = start
+        self._seconds = dict.fromkeys(("transformer", "decoder", "text", "outside"), 0.0)
+        self._chunks = 0
+
+    def add(self, report: ChunkReport) -> None:
+        """Note a chunk."""
+        self._chunks += 1
+        self._seconds["transformer"] += sum(report.graphs.values())
+        self._seconds["decoder"] += report.decoding["decode"]
+        self._seconds["text"] += report.text
+        self._seconds["outside"] += report.outside
+
+    def rate(self, frames: int) -> float:
+        """Frames a second so far."""
+        return frames / (time.perf_counter() - self._start)
+
+    def result(self, frames: Frames, done: float, fps: float) -> dict[str, Any]:
+        """What the stream did, as plain data; times in seconds."""
+        wall = done - self._start
+        steady = None
+        if frames.warm is not None and frames.count > frames.warm[0]:
+            steady = (frames.count - frames.warm[0]) / (done - frames.warm[1])
+        return {
+            "chunks": self._chunks,
+            "frames": frames.count,
+            "video_seconds": frames.count / fps,
+            "wall_seconds": wall,
+            "e2e_fps": frames.count / wall,
+            "e2e_fps_after_first_chunk": steady,
+            "first_frame_seconds": None if frames.first is None else frames.first - self._start,
+            "share_of_wall": {part: took / wall for part, took in self._seconds.items()},
+        }
 
 
 def captions_of(script: Sequence[Shot], chunks: Sequence[ChunkPlan]) -> dict[int, str]:

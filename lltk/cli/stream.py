@@ -16,7 +16,7 @@ from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import memory_table, row_table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lltk.stream.script import Shot
     from lltk.streaming import StreamPlan
@@ -107,12 +107,35 @@ def command(
             console.print(memory_table(owners), f"on {where}")
         return
     assert output is not None
-    again = shlex.join(
-        ["lltk", "stream", recipe, *(p for change in (*overrides, *changes) for p in ("--set", change))]
-    )
+    again = ["lltk", "stream", recipe]
+    for change in (*overrides, *changes):
+        again += ["--set", change]
     result = _run(console, plan, shots, output, contact_sheet, image, save, resume, again)
     if as_json:
         click.echo(json.dumps(result, indent=2))
+    rows = [{"what": what, "": value} for what, value in _summary(result).items()]
+    console.print(row_table(str(output), rows))
+
+
+def _summary(result: Mapping[str, Any]) -> dict[str, str]:
+    """A result for people."""
+    from lltk.graph.memory import readable
+
+    steady, shares = result["e2e_fps_after_first_chunk"], result["share_of_wall"]
+    lines = {
+        "frames": f"{result['frames']} ({result['video_seconds']:.2f} s)",
+        "E2E FPS, prompts encoded to frames written": f"{result['e2e_fps']:.1f}",
+        "first frame": f"{result['first_frame_seconds']:.2f} s",
+        "text encoder and loading, before": f"{result['load_seconds']:.1f} s",
+        "most memory": readable(result["memory_bytes"]),
+    }
+    if steady is not None:
+        lines["E2E FPS after the first chunk"] = f"{steady:.1f}"
+    for part, share in shares.items():
+        lines[f"share of the time: {part}"] = f"{share:.0%}"
+    if result["state"] is not None:
+        lines["state"] = result["state"]
+    return lines
 
 
 def _shots(
@@ -143,13 +166,12 @@ def _run(
     image: Path | None,
     save: Path | None,
     resume: Path | None,
-    again: str,
+    again: Sequence[str],
 ) -> dict[str, Any]:
     """Stream to the files; what it did, as plain data."""
-    from lltk.cli.outputs import Frames, asked_to_stop, captions_of, memory_used
+    from lltk.cli.outputs import Frames, Tally, asked_to_stop, captions_of, memory_used
     from lltk.graph.memory import readable
     from lltk.stream.image import read_image
-    from lltk.stream.video import VideoWriter
     from lltk.streaming import open_stream
 
     first = None
@@ -157,7 +179,57 @@ def _run(
         first, note = read_image(image, *plan.size)
         if note is not None:
             console.print(note)
+    frames = Frames(output, plan.size, plan.section.fps)
     begun = time.perf_counter()
+    with console.status("encoding prompts, loading models"):
+        stream = open_stream(plan, frames, shots, image=first, resume=resume)
+    chunks = stream.session.script
+    if not chunks:
+        raise ValueError(f"--resume: {resume}: its script is over; nothing is left to make")
+    if resume is not None:
+        console.print(
+            f"going on at frame {chunks[0].frames.start}; the new file holds the continuation"
+        )
+    frames.expect(chunks)
     state = save or output.with_suffix(".state.safetensors")
-    ...
-    return {}
+    loaded = time.perf_counter()
+    tally = Tally(loaded)
+    failure: OSError | None = None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with (
+        asked_to_stop() as stops,
+        frames,
+        stream,
+        Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+    ):
+        bar = progress.add_task("", total=len(chunks))
+        try:
+            for report in stream:
+                tally.add(report)
+                used = readable(memory_used(plan.device))
+                held = f"{report.pages + 1} of {plan.transformer.geometry.pages} pages"
+                text = f"{tally.rate(frames.count):.1f} fps, {held}, {used}"
+                progress.update(bar, advance=1, description=text)
+                if stops:
+                    break
+            stream.close()
+        except OSError as error:
+            failure = error
+        done = time.perf_counter()
+        left = len(stream.session.script)
+        if sheet is not None:
+            frames.write_sheet(sheet, captions_of(shots, chunks))
+        stopped = failure is not None or left > 0
+        if stopped or save is not None:
+            stream.save(state)
+        if stopped:
+            following = output.with_name(f"{output.stem}_rest{output.suffix}")
+            resumed = shlex.join([*again, "--resume", str(state), "-o", str(following)])
+            what = str(failure) if failure else f"stopped: {output} plays, {frames.count} frames"
+            raise click.ClickException(f"{what}; {left} chunks are left, go on with: {resumed}")
+    return tally.result(frames, done, plan.section.fps) | {
+        "output": str(output),
+        "state": None if save is None else str(save),
+        "load_seconds": loaded - begun,
+        "memory_bytes": memory_used(plan.device),
+    }

@@ -18,5 +18,5 @@ def fingerprint(program: Program) -> str:
         digest.update(print_graph(graph, name).encode())
     for name, tensor in sorted({**program.weights, **program.constants}.items()):
         digest.update(f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -28,7 +28,12 @@ def read_image(path: Path, height: int, width: int) -> tuple[Tensor, str | None]
     with data:
         try:
             picture = ImageOps.exif_transpose(Image.open(data)).convert("RGB")
-        except (UnidentifiedImageError, SyntaxError, OSError, Image.DecompressionBombError) as error:
+        except (
+            UnidentifiedImageError,
+            SyntaxError,
+            OSError,
+            Image.DecompressionBombError,
+        ) as error:
             raise ValueError(
                 f"{path}: is not an image that can be read ({error}); name a PNG or JPEG"
             ) from error

@@ -423,7 +423,7 @@ class Session:
                 samples = [r.step(latents, timestep, positions, table) for r in self._runtimes()]
             velocity = samples[0]
             if self._unconditional is not None:
-                velocity = guided(*samples, self._sampling.guidance)
+                velocity = guided(samples[0], samples[1], self._sampling.guidance)
             sampler.step(index, velocity)
         return _with_first(image, sampler.result)
 
