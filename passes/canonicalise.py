@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from lltk.graph.edit import Builder, building, calls, copy_graph, module_of, prune, replace, shape
+from lltk.graph.edit import Builder, building, calls, module_of, prune, replace, shape
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.regions import find_bodies
