@@ -17,9 +17,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     What is there before is replaced. Missing parent folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, aside = (
-        path.with_name(f".{path.name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old")
-    )
+    temporary, aside = (_beside(path, kind) for kind in ("tmp", "old"))
     try:
         yield temporary
         if path.is_dir():
@@ -27,6 +25,28 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         for left in (temporary, aside):
-            if left.is_dir():
-                shutil.rmtree(left)
-            left.unlink(missing_ok=True)
+            _remove(left)
+
+
+def remove_whole(path: Path) -> None:
+    """Remove a file or a folder at once: killed on the way, nothing is left under its name."""
+    _remove(path.rename(_beside(path, "old")))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of `written_whole` and `remove_whole` in a folder.
+
+    Nothing may be writing there.
+    """
+    for left in folder.glob(f".*.{'[0-9a-f]' * 32}.*"):
+        _remove(left)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.{kind}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)

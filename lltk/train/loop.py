@@ -16,14 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lltk.graph.files import written_whole
-from lltk.train.checkpoint import (
-    Checkpoint,
-    checkpoints,
-    clean,
-    load_checkpoint,
-    save_checkpoint,
-)
+from lltk.graph.files import remove_unfinished, written_whole
+from lltk.train.checkpoint import Checkpoint, checkpoints, load_checkpoint, save_checkpoint
 from lltk.train.data import Batch, Batches, Dataset
 from lltk.train.masters import Masters
 from lltk.train.metrics import Metrics, append_metrics, forget_after, plot_loss, read_metrics
@@ -110,7 +104,8 @@ class Trainer:
         torch.manual_seed(section.seed)
         if found:
             self._resume(found[-1])
-        clean(self._checkpoints)
+        for each in (folder, self._checkpoints):
+            remove_unfinished(each)
         forget_after(folder / METRICS, self.step)
 
     @property
