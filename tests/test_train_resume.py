@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import refused, same
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from toy import SETTINGS, Regression, train_until_killed, trainer
 
+from lltk.train import checkpoint
 from lltk.train.checkpoint import checkpoints, load_checkpoint
 from lltk.train.metrics import read_metrics
 
@@ -123,6 +126,31 @@ def test_killed_before_the_first_checkpoint(
 def test_ten_kills(tmp_path: Path, whole: Path) -> None:
     killed(tmp_path, 10)
     assert agree(tmp_path, whole)
+
+
+@cpu
+def test_a_full_disk_leaves_the_checkpoints_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    trainer(whole, steps=9).run()
+    stopped = trainer(run, steps=9)
+
+    def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if stopped.step == 7 and path.name == "optimiser.safetensors":
+            path.write_bytes(b"half of it")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save_file(tensors, path, metadata)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as caught:
+        patch.setattr(checkpoint, "save_file", save)
+        stopped.run()
+    assert str(run / "checkpoints" / "step_00000007") in str(caught.value)
+    assert stopped.left().startswith("the last good checkpoint is")
+    assert stopped.left().endswith("step_00000006; resume from it with --resume")
+    assert not list(run.rglob(".*"))
+    trainer(run, steps=9, resume=True).run()
+    assert agree(run, whole)
 
 
 @cpu

@@ -116,4 +116,3 @@ def train_until_killed(folder: Path, dies_writing: int | None = None) -> None:
     objective = Regression(clips=2, dropout=0.2, dtype=torch.bfloat16)
     run = trainer(folder, objective, resume=True)
     run.run()
-

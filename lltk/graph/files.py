@@ -9,12 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``, for a file or a folder, that takes its place on success.
 
     What is there before is replaced. Missing parent folders are made.
+
+    Raises:
+        OSError: it cannot be written; safetensors' own error for that is turned into one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, aside = (_beside(path, kind) for kind in ("tmp", "old"))
@@ -23,6 +28,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         if path.is_dir():
             os.replace(path, aside)
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error}); make room, or name another") from error
     finally:
         for left in (temporary, aside):
             _remove(left)

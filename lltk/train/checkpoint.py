@@ -57,6 +57,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
     Returns:
         The checkpoint's own folder.
+
+    Raises:
+        OSError: it cannot be written; those before it are as they were.
     """
     path = folder / f"step_{checkpoint.step:08d}"
     with written_whole(path) as temporary:

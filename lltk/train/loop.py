@@ -153,6 +153,12 @@ class Trainer:
         _log.info("step %d: wrote %s", self.step, path)
         return path
 
+    def left(self) -> str:
+        """What there is to resume from, in words."""
+        if found := checkpoints(self._checkpoints):
+            return f"the last good checkpoint is {found[-1]}; resume from it with --resume"
+        return "there is no checkpoint yet"
+
     @property
     def _checkpoints(self) -> Path:
         return self._folder / "checkpoints"
@@ -186,11 +192,9 @@ class Trainer:
             gradients = {n: p.grad for n, p in self._masters.parameters.items()}
             names = [n for n, g in gradients.items() if g is not None and not g.isfinite().all()]
             where = f"the gradient of {names[-1] if names else 'all parameters together'}"
-        found = checkpoints(self._checkpoints)
-        left = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
         return (
             f"step {self.step + 1}: the loss is {loss}, its gradient's norm {norm}; first not "
-            f"finite: {where or 'the loss itself'}; {left}; lower train.lr or train.clip"
+            f"finite: {where or 'the loss itself'}; {self.left()}; lower train.lr or train.clip"
         )
 
     @torch.no_grad()
