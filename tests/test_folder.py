@@ -207,9 +207,9 @@ def test_latents_and_text_are_the_pipelines(tmp_path: Path) -> None:
     assert torch.equal(batch["latents"][1:], expected)
     one, again, other = batch["text"][0]
     assert torch.equal(one, again) and not torch.equal(one, other)
-    again = dataset.batch(0, range(1, 2))
-    assert torch.equal(again["latents"], batch["latents"][1:])
-    assert torch.equal(again["text"], batch["text"][1:])
+    alone = dataset.batch(0, range(1, 2))
+    assert torch.equal(alone["latents"], batch["latents"][1:])
+    assert torch.equal(alone["text"], batch["text"][1:])
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 64), (64, 32), (48, 48), (20, 20)])
