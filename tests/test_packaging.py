@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
 }
 ARROWS["compiler"] = {"graph", "ops", "models", "passes"}
 ARROWS["artefact"] = ARROWS["compiler"] | {"compiler"}
+ARROWS["streaming"] = ARROWS["compiler"] | {"compiler", "stream"}
 ARROWS["bench"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)
 

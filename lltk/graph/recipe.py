@@ -43,6 +43,9 @@ class Recipe(BaseModel):
     train: dict[str, Any] | None = Field(
         None, description="how it is trained; checked by lltk.train.recipe when it is"
     )
+    stream: dict[str, Any] | None = Field(
+        None, description="how it is streamed; checked by lltk.stream.recipe when it is"
+    )
 
     @field_validator("passes")
     @classmethod

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
+from lltk.stream.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,9 @@ class Decoder:
 
     def _decode_one(self, latent: Tensor) -> Tensor:
         spec, caches = self._spec, self._state.caches
+        if latent.is_cuda:
+            for cache in caches.values():  # they may come from another stream
+                cache.record_stream(torch.cuda.current_stream(latent.device))
         graph = "step" if caches else "first"
         result = self._module(graph, **{spec.latent_input: latent}, **caches)
         self._state = DecoderState(
@@ -137,12 +142,26 @@ class DecodePipeline:
         self._ahead = ahead
         self._pending: deque[Future[None]] = deque()
         self._last: Future[None] | None = None
+        self._undelivered: deque[Tensor] = deque()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._watch = Stopwatch(decoder.device)
+        self._seconds = {"decode": 0.0, "deliver": 0.0}
         self._stream: torch.cuda.Stream | None = None
         if decoder.device.type == "cuda":
             self._stream = torch.cuda.Stream(decoder.device)
-            for cache in decoder.state.caches.values():
-                cache.record_stream(self._stream)
+
+    @property
+    def undelivered(self) -> list[Tensor]:
+        """Submitted latents, [B, z, 1, h, w] each, whose video the sink has not taken.
+
+        The decoder's state is that before the first of them whenever the pipeline is at rest.
+        """
+        return list(self._undelivered)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What decoding and the sink took so far: ``decode`` and ``deliver``."""
+        return dict(self._seconds)
 
     def submit(self, latents: Tensor) -> None:
         """Queue latents for `Decoder.decode`; they must not be changed afterwards.
@@ -152,12 +171,19 @@ class DecodePipeline:
                 such an error.
         """
         while self._pending and (len(self._pending) >= self._ahead or self._pending[0].done()):
-            self._pending.popleft().result()
+            self._pending[0].result()
+            self._pending.popleft()
         ready = None
         if self._stream is not None:
             ready = torch.cuda.current_stream(self._decoder.device).record_event()
-        self._last = self._worker.submit(self._run, latents, ready, self._last)
+        single = latents.split(1, dim=2)
+        self._undelivered.extend(single)
+        self._last = self._worker.submit(self._run, single, ready, self._last)
         self._pending.append(self._last)
+
+    def rest(self) -> None:
+        """Wait until nothing is being decoded, for what was submitted or after an error."""
+        wait(self._pending)
 
     def close(self) -> None:
         """Wait for what was submitted; raises as `submit`."""
@@ -183,7 +209,10 @@ class DecodePipeline:
             self._worker.shutdown(cancel_futures=True)
 
     def _run(
-        self, latents: Tensor, ready: torch.cuda.Event | None, before: Future[None] | None
+        self,
+        latents: Sequence[Tensor],
+        ready: torch.cuda.Event | None,
+        before: Future[None] | None,
     ) -> None:
         if before is not None:
             before.result()  # after an error nothing more is decoded
@@ -192,10 +221,22 @@ class DecodePipeline:
             return
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            latents.record_stream(self._stream)
+            for latent in latents:
+                latent.record_stream(self._stream)
             self._decode(latents)
             self._stream.synchronize()
 
-    def _decode(self, latents: Tensor) -> None:
-        for latent in latents.split(1, dim=2):
-            self._sink(self._decoder.decode(latent))
+    def _decode(self, latents: Sequence[Tensor]) -> None:
+        for latent in latents:
+            before = self._decoder.state
+            try:
+                with self._watch.measure("decode"):
+                    video = self._decoder.decode(latent)
+                self._seconds["decode"] += self._watch.read()["decode"]
+                begun = time.perf_counter()
+                self._sink(video)
+            except BaseException:
+                self._decoder.state = before
+                raise
+            self._undelivered.popleft()
+            self._seconds["deliver"] += time.perf_counter() - begun

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lltk.graph.geometry import Geometry
 
@@ -46,6 +48,21 @@ class PageTable:
         """The plan for the next chunk; the same until it is committed."""
         free = min(set(range(self._pages)) - set(self._slots.values()))
         return Plan(self._next, free, tuple(self._slots.values()))
+
+    @property
+    def slots(self) -> dict[int, int]:
+        """Held chunks, oldest first, and their pages; a copy."""
+        return dict(self._slots)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All it knows, as plain data."""
+        return {"slots": list(self._slots.items()), "shot": self._shot, "next": self._next}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state` of the same geometry."""
+        self._slots = {int(chunk): int(slot) for chunk, slot in state["slots"]}
+        self._shot, self._next = int(state["shot"]), int(state["next"])
 
     def commit(self, opens_shot: bool = False) -> Plan:
         """Take the chunk in flight into the cache and evict what no longer fits.

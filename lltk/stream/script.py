@@ -6,6 +6,11 @@ A script is a YAML list::
       seconds: 4
     - caption: A blue square spins.
       seconds: 2.5
+    - caption: A blue square pulses.
+      seconds: 2
+      cut: false
+
+A shot with ``cut: false`` goes on from the one before it: only the prompt is switched.
 """
 
 from __future__ import annotations
@@ -34,6 +39,9 @@ class Shot(BaseModel):
 
     caption: str = Field(description="what it shows")
     seconds: float = Field(strict=True, description="its length, in seconds of video")
+    cut: bool = Field(
+        True, strict=True, description="whether a scene cut opens it; if not, it goes on"
+    )
 
     @field_validator("caption")
     @classmethod
@@ -77,7 +85,7 @@ class ChunkPlan:
         chunk: its index in the video.
         shot: its shot's index in the script.
         prompt: the text to encode, the scene-cut prefix included.
-        opens_shot: whether it is its shot's first.
+        opens_shot: whether it is its shot's first, after a cut.
         frames: its video frames.
     """
 
@@ -201,7 +209,7 @@ def plan(
     chunks: list[ChunkPlan] = []
     for index, length in enumerate(lengths(script, geometry, fps, stride)):
         for k in range(length.chunks):
-            opens = k == 0
+            opens = k == 0 and (script[index].cut or not chunks)
             prefix = scene_cut if opens and index else ""
             frames = chunk_frames(len(chunks), geometry, stride)
             prompt = prefix + script[index].caption

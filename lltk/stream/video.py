@@ -38,6 +38,20 @@ class _Disk(FileIO):
         return memoryview(data).nbytes
 
 
+def pixels(video: Tensor) -> Tensor:
+    """What a `VideoWriter` takes of a decoded video.
+
+    Args:
+        video: [1, 3, F, H, W] in [-1, 1].
+
+    Returns:
+        uint8 [F, H, W, 3] on the CPU.
+    """
+    (clip,) = video
+    levels = (clip.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).contiguous().cpu()
+
+
 class VideoWriter:
     """An H.264 MP4 that plays whatever became of its writer.
 

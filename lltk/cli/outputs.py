@@ -1,0 +1,187 @@
+"""What a stream's frames go to, and what stops it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.stream.script import ChunkPlan, Shot
+from lltk.stream.session import ChunkReport
+from lltk.stream.video import VideoWriter, contact_sheet, pixels
+
+_SHEET_COLUMNS = 6
+
+
+def check_writable(paths: Iterable[Path]) -> None:
+    """Refuse a file that cannot be written, before any work; makes missing folders.
+
+    Raises:
+        OSError: says which and why.
+    """
+    for path in paths:
+        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(21, "it is a folder")
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(13, "it is read-only")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                f"{path}: cannot be written ({error.strerror}); name another path"
+            ) from error
+
+
+class Frames:
+    """A stream's sink: writes frames as they arrive, and keeps a contact sheet's.
+
+    A context manager; the file begins with the block and is whole after it.
+
+    Args:
+        path: of the video.
+        size: its height and width.
+        fps: frames a second.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int], fps: float) -> None:
+        self._open = partial(VideoWriter, path, *size, fps)
+        self._wanted: dict[int, int] = {}
+        self._kept: dict[int, list[Tensor]] = {}
+        self._next = 0
+        self._opening = 0
+        self.count = 0
+        """Frames written."""
+        self.first: float | None = None
+        """When the first frame was written, by `time.perf_counter`."""
+        self.warm: tuple[int, float] | None = None
+        """Frames of the first chunk, and when they were written."""
+
+    def expect(self, chunks: Sequence[ChunkPlan]) -> None:
+        """Say what comes, so that a contact sheet's frames are known as they pass."""
+        for shot in dict.fromkeys(chunk.shot for chunk in chunks):
+            own = [chunk.frames for chunk in chunks if chunk.shot == shot]
+            at = torch.linspace(own[0].start, own[-1].stop - 1, _SHEET_COLUMNS).round().int()
+            self._wanted |= dict.fromkeys(at.tolist(), shot)
+        self._next, self._opening = chunks[0].frames.start, len(chunks[0].frames)
+
+    def __call__(self, video: Tensor) -> None:
+        frames = pixels(video)
+        self._writer.write(frames)
+        if self.first is None:
+            self.first = time.perf_counter()
+        for frame in frames:
+            shot = self._wanted.get(self._next)
+            if shot is not None:
+                self._kept.setdefault(shot, []).append(frame)
+            self._next += 1
+        self.count += len(frames)
+        if self.warm is None and self.count >= self._opening:
+            self.warm = self.count, time.perf_counter()
+
+    def write_sheet(self, path: Path, captions: Mapping[int, str]) -> None:
+        """Write a contact sheet of the shots that have frames."""
+        shots = [(captions[shot], torch.stack(kept)) for shot, kept in self._kept.items()]
+        if shots:
+            contact_sheet(path, shots, _SHEET_COLUMNS)
+
+    def __enter__(self) -> Frames:
+        self._writer = self._open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.close()
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """Signals that ask to stop, Ctrl-C's and a kill's, as a list; the second one interrupts."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Tally:
+    """Adds up what a stream's chunks took.
+
+    Args:
+        start: when the first chunk began, by `time.perf_counter`.
+    """
+
+    def __init__(self, start: float) -> None:
+        self._start = start
+        self._seconds = dict.fromkeys(("transformer", "decoder", "text", "outside"), 0.0)
+        self._chunks = 0
+
+    def add(self, report: ChunkReport) -> None:
+        """Note a chunk."""
+        self._chunks += 1
+        self._seconds["transformer"] += sum(report.graphs.values())
+        self._seconds["decoder"] += report.decoding["decode"]
+        self._seconds["text"] += report.text
+        self._seconds["outside"] += report.outside
+
+    def rate(self, frames: int) -> float:
+        """Frames a second so far."""
+        return frames / (time.perf_counter() - self._start)
+
+    def result(self, frames: Frames, done: float, fps: float) -> dict[str, Any]:
+        """What the stream did, as plain data; times in seconds."""
+        wall = done - self._start
+        steady = None
+        if frames.warm is not None and frames.count > frames.warm[0]:
+            steady = (frames.count - frames.warm[0]) / (done - frames.warm[1])
+        return {
+            "chunks": self._chunks,
+            "frames": frames.count,
+            "video_seconds": frames.count / fps,
+            "wall_seconds": wall,
+            "e2e_fps": frames.count / wall,
+            "e2e_fps_after_first_chunk": steady,
+            "first_frame_seconds": None if frames.first is None else frames.first - self._start,
+            "share_of_wall": {part: took / wall for part, took in self._seconds.items()},
+        }
+
+
+def captions_of(script: Sequence[Shot], chunks: Sequence[ChunkPlan]) -> dict[int, str]:
+    """Each shot's caption; of a resumed stream, which has no script, each shot's last prompt."""
+    if script:
+        return {index: shot.caption for index, shot in enumerate(script)}
+    return {chunk.shot: chunk.prompt for chunk in chunks}
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes: the most this process held so far, on a GPU in torch's tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return 0

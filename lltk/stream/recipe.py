@@ -1,0 +1,81 @@
+"""What a recipe says about streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lltk.graph.recipe import explain
+from lltk.stream.script import SCENE_CUT
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class TextSection(BaseModel):
+    """Where prompts are encoded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str | None = Field(None, description="where the encoder runs; null: with the rest")
+    after: Literal["keep", "offload", "free"] = Field(
+        "free", description="what becomes of the encoder once a script's prompts are encoded"
+    )
+    cache: str | None = Field(None, description="folder that keeps embeddings; null keeps none")
+
+
+class DecoderSection(BaseModel):
+    """How latents become frames."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: str | None = Field(
+        None, description="a named configuration, to plan without the pipeline's files"
+    )
+    dtype: Dtype = Field("float32", description="compute dtype")
+    device: str | None = Field(None, description="where it runs; null: with the rest")
+
+
+class StreamSection(BaseModel):
+    """The ``stream`` section of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pipeline: str = Field(
+        description="folder with transformer, vae, text_encoder and tokenizer, or a shipped one's "
+        "name"
+    )
+    fps: float = Field(gt=0, description="video frames a second")
+    steps: int = Field(4, ge=1, description="denoising passes a chunk")
+    shift: float = Field(5.0, gt=0, description="above 1 for more time at high noise")
+    guidance: float = Field(
+        1.0, description="g of u + g·(c − u); 1 for none, else a second cache is kept"
+    )
+    negative_prompt: str = Field("", description="u's prompt")
+    scene_cut: str = Field(
+        SCENE_CUT, description="precedes the caption in the first chunk of every shot but the first"
+    )
+    shot_offset: float = Field(
+        0.0, description="φ: RoPE positions skipped at a cut, in latent frames"
+    )
+    recache: bool = Field(
+        False, description="whether a prompt switch within a shot renews the cache"
+    )
+    seed: int = Field(0, ge=0, description="of the noise")
+    text: TextSection = Field(TextSection.model_validate({}), description="prompts")
+    decoder: DecoderSection = Field(DecoderSection.model_validate({}), description="frames")
+
+
+def stream_section(data: Mapping[str, Any] | None, where: str) -> StreamSection:
+    """The ``stream`` section of a recipe; ``where`` is named in errors.
+
+    Raises:
+        ValueError: there is none, or unknown or misfit keys; names the key and the nearest.
+    """
+    if data is None:
+        raise ValueError(f"{where}: has no stream section; add one with at least pipeline and fps")
+    try:
+        return StreamSection.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"{where}: stream: {explain(error, StreamSection)}") from error

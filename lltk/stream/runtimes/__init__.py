@@ -1,0 +1,66 @@
+"""What runs a video's graphs: one protocol, an implementation a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lltk.graph.geometry import Geometry
+from lltk.graph.spec import ModelSpec
+
+
+class Runtime(Protocol):
+    """Prologue, step and commit of one video, over buffers it owns at fixed addresses.
+
+    It knows pages, not chunks: which page holds what is the caller's. No call waits for the device.
+    """
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes it is made for."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The transformer's names and sizes."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the latents it takes and the samples it gives."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+
+    def set_prompt(self, text: Tensor) -> None:
+        """Take a prompt, [B, S, E], for the calls that follow."""
+
+    def step(
+        self, latents: Tensor, timestep: Tensor, positions: Tensor, table: Sequence[int]
+    ) -> Tensor:
+        """One denoising pass of the chunk in flight.
+
+        Args:
+            latents: [B, C, F, h, w], noisy.
+            timestep: float32 [B, F].
+            positions: float64 [F], the frames' RoPE positions.
+            table: committed pages to attend to.
+
+        Returns:
+            The model's output, [B, C, F, h, w].
+        """
+
+    def commit(self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
+        """Write a clean chunk's K/V to page ``slot``; the rest as `step`'s."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The pages, by name; not copies."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over pages that `state` gave.
+
+        Raises:
+            ValueError: other names, shapes or dtypes.
+        """

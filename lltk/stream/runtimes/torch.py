@@ -1,0 +1,114 @@
+"""The runtime over torch modules, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lltk.graph.geometry import Geometry
+from lltk.graph.module import ProgramModule
+from lltk.graph.program import Program
+from lltk.graph.spec import ModelSpec
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor from the host's memory on the device, without waiting for the device."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+class TorchRuntime:
+    """Runs a stream Program; see `lltk.stream.runtimes.Runtime`.
+
+    Args:
+        program: a causal stream Program (or later).
+        module: the same Program, runnable; runtimes may share it.
+    """
+
+    def __init__(self, program: Program, module: ProgramModule) -> None:
+        self._module = module
+        self._geometry, self._spec, self._dtype = program.geometry, program.spec, program.dtype
+        self._device = next(module.parameters()).device
+        self._inputs = {name: program.contract(name).inputs for name in ("step", "commit")}
+        self._pages = {
+            name: torch.zeros(spec.shape, dtype=spec.dtype, device=self._device)
+            for name, spec in self._inputs["commit"].items()
+            if name.startswith(("k_pages_", "v_pages_"))
+        }
+        self._slots = torch.arange(program.geometry.pages, device=self._device)
+        self._listed: tuple[tuple[int, ...], Tensor] | None = None
+        self._text: dict[str, Tensor] = {}
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._geometry
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def pages(self) -> dict[str, Tensor]:
+        """The cache, by input name: [B, P, T, H, D] each."""
+        return self._pages
+
+    def set_prompt(self, text: Tensor) -> None:
+        made = self._module("prologue", **{self._spec.text_input: text})
+        held = self._text
+        if not held or any(t.requires_grad for t in (*made.values(), *held.values())):
+            self._text = made  # the first prompt, or one that a gradient flows through
+            return
+        for name, buffer in held.items():
+            buffer.copy_(made[name])
+
+    def step(
+        self, latents: Tensor, timestep: Tensor, positions: Tensor, table: Sequence[int]
+    ) -> Tensor:
+        spec = self._spec
+        inputs = {spec.latent_input: latents, spec.time_input: timestep, "positions": positions}
+        return self._run("step", inputs, table)[spec.output]
+
+    def commit(self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
+        inputs = {self._spec.latent_input: latents, "positions": positions}
+        inputs["slot"] = self._slots[slot : slot + 1]
+        self._run("commit", inputs, table)
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self._pages)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        wanted, found = (
+            {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+            for tensors in (self._pages, state)
+        )
+        if found != wanted:
+            raise ValueError(
+                f"state: its pages {found} are not this program's, {wanted}; restore a state of "
+                "the same model and geometry"
+            )
+        for name, arena in self._pages.items():
+            arena.copy_(state[name])
+
+    def _run(
+        self, graph: str, inputs: dict[str, Tensor], table: Sequence[int]
+    ) -> dict[str, Tensor]:
+        every = {**inputs, **self._text, **self._pages, "table": self._indices(tuple(table))}
+        return self._module(graph, **{n: v for n, v in every.items() if n in self._inputs[graph]})
+
+    def _indices(self, table: tuple[int, ...]) -> Tensor:
+        """The table on the device; a chunk's passes share it."""
+        if self._listed is None or self._listed[0] != table:
+            indices = torch.tensor(table, dtype=torch.int64)
+            self._listed = table, upload(indices, self._device)
+        return self._listed[1]

@@ -1,0 +1,459 @@
+"""A session: one video, planned in chunks, made chunk by chunk."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.stream.decoder import DecodePipeline, Decoder, DecoderState
+from lltk.stream.pages import PageTable
+from lltk.stream.positions import frame_positions
+from lltk.stream.runtimes import Runtime
+from lltk.stream.runtimes.torch import upload
+from lltk.stream.sampler import Sampler, Schedule, guided
+from lltk.stream.script import ChunkPlan
+from lltk.stream.timing import Stopwatch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a session needs of a recipe's ``stream`` section; the fields are described there."""
+
+    steps: int = 4
+    shift: float = 5.0
+    guidance: float = 1.0
+    negative_prompt: str = ""
+    shot_offset: float = 0.0
+    recache: bool = False
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A prompt switch on its way.
+
+    Attributes:
+        prompt: what the rest of the shot shows.
+        recache: whether pages that are no sinks are committed again under the prompt.
+        received: the first chunk that was not begun when it came.
+        applied: the chunk it acts from, once it does.
+    """
+
+    prompt: str
+    recache: bool
+    received: int
+    applied: int | None = None
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """What became of one chunk.
+
+    Attributes:
+        plan: what was planned.
+        prompt: what it was made from.
+        latents: float32 [B, C, F, h, w], clean.
+        receipts: the switches that act from this chunk.
+        pages: pages it attended to, besides itself.
+        seconds: wall time of the session's thread, from its beginning to its commit.
+        text: of these, encoding its prompt.
+        graphs: of these, in the transformer's graphs: ``prologue``, ``step``, ``commit``,
+            ``recache``; on a GPU the device's time.
+        waited: of these, until the decoder had room.
+        decoding: seconds in the decoder's thread since the report before: ``decode`` in the
+            graphs, ``deliver`` in the sink.
+    """
+
+    plan: ChunkPlan
+    prompt: str
+    latents: Tensor
+    receipts: tuple[Receipt, ...]
+    pages: int
+    seconds: float
+    text: float
+    graphs: Mapping[str, float]
+    waited: float
+    decoding: Mapping[str, float]
+
+    @property
+    def outside(self) -> float:
+        """Seconds of its own that were spent neither in models nor in waiting for one."""
+        return self.seconds - self.text - sum(self.graphs.values()) - self.waited
+
+
+@dataclass(frozen=True)
+class SessionState:
+    """A session between two chunks.
+
+    Attributes:
+        tensors: pages, decoder caches, clean latents of held chunks, and latents that are not yet
+            video; by name.
+        facts: the rest, as plain data.
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+@dataclass
+class _Progress:
+    """Where a session is.
+
+    Attributes:
+        chunk: the next one.
+        cuts: scene cuts so far, the next chunk's not counted.
+        spoken: the prompt that a switch put in the place of the script's, and its shot.
+        cuts_at: the cuts before each held chunk, its own counted.
+    """
+
+    chunk: int = 0
+    cuts: int = 0
+    spoken: tuple[int, str] | None = None
+    cuts_at: dict[int, int] = field(default_factory=dict)
+
+
+class Session:
+    """Streams a planned video; iterating makes a chunk at a time.
+
+    ::
+
+        with Session(runtime, decoder, sink, encode, script, sampling) as session:
+            for report in session:
+                …
+
+    A chunk's latents go to a `DecodePipeline` before its commit, so decoding overlaps the next
+    chunk. Leaving the block waits for the last frames. Noise of chunk i of batch item b follows
+    from (seed + b, i) alone, so sessions and batch items never meet.
+
+    Args:
+        runtime: the transformer's, for this session alone.
+        decoder: for this session alone.
+        sink: takes the video of each latent, in the decoder's thread; see `DecodePipeline`.
+        encode: a prompt's embedding, [1, S, E] on the runtime's device, the same every time.
+        script: every chunk.
+        sampling: how chunks are sampled.
+        seed: of the noise.
+        unconditional: a second runtime, if and only if there is guidance.
+        image: normalised latent of the video's first frame, float32 [B, C, 1, h, w]; held at t = 0
+            and put back after every step of the first chunk.
+        state: where to go on; script, seed and image are then the state's.
+
+    Raises:
+        ValueError: guidance and `unconditional`, or the state, do not fit.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        decoder: Decoder,
+        sink: Callable[[Tensor], None],
+        encode: Callable[[str], Tensor],
+        script: Sequence[ChunkPlan],
+        sampling: Sampling,
+        seed: int = 0,
+        unconditional: Runtime | None = None,
+        image: Tensor | None = None,
+    ) -> None:
+        assert (unconditional is not None) == (sampling.guidance != 1.0)
+        self._runtime = runtime
+        self._unconditional = unconditional
+        self._decoder = decoder
+        self._sink = sink
+        self._encode = encode
+        self._script = deque(script)
+        self._sampling = sampling
+        self._seed = seed
+        self._image = image
+        spec, geometry = runtime.spec, runtime.geometry
+        self._shape = (spec.channels, geometry.chunk, *geometry.latent(spec))
+        self._schedule = Schedule.make(sampling.steps, sampling.shift, runtime.device)
+        self._table = PageTable(geometry)
+        self._progress = _Progress()
+        self._prompt: str | None = None
+        self._clean: dict[int, Tensor] = {}
+        self._switches: deque[Receipt] = deque()
+        self._watch = Stopwatch(runtime.device)
+        self._pipeline = DecodePipeline(decoder, sink)
+        self._submitted = 0
+        self._decoding = self._pipeline.seconds
+
+    @property
+    def script(self) -> Sequence[ChunkPlan]:
+        """The chunks that are still to be made."""
+        return tuple(self._script)
+
+    @property
+    def chunk(self) -> int:
+        """The next chunk's index."""
+        return self._progress.chunk
+
+    @property
+    def pages(self) -> Mapping[str, Tensor]:
+        """The cache, by name; not copies."""
+        return self._runtime.state()
+
+    @property
+    def table(self) -> PageTable:
+        """Which chunks the cache holds."""
+        return self._table
+
+    def switch(self, prompt: str, recache: bool | None = None) -> Receipt:
+        """Show something else from the next chunk that begins to the end of its shot.
+
+        Any thread may call it. The report of the chunk it acts from has the receipt, applied.
+
+        Args:
+            prompt: the text to encode, as it stands.
+            recache: whether to commit held chunks again under the prompt, from their clean latents,
+                oldest first, except sinks; None as the recipe says.
+
+        Raises:
+            ValueError: an empty prompt, or no chunk is left.
+        """
+        if not prompt.strip():
+            raise ValueError("switch: the prompt is empty; say what the video shows from here on")
+        if not self._script:
+            raise ValueError("switch: the script is over; nothing is left that could show it")
+        recache = self._sampling.recache if recache is None else recache
+        receipt = Receipt(prompt, recache, received=self.chunk)
+        self._switches.append(receipt)
+        return receipt
+
+    def __iter__(self) -> Session:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> ChunkReport:
+        """Make the next chunk.
+
+        Raises:
+            StopIteration: the script is over.
+            Exception: what decoding or the sink raised for earlier chunks.
+        """
+        if not self._script:
+            raise StopIteration
+        begun = time.perf_counter()
+        plan, at = self._script[0], self._progress
+        cuts = at.cuts + (plan.opens_shot and plan.chunk > 0)
+        receipts = self._receive(plan)
+        prompt = plan.prompt
+        if at.spoken is not None and at.spoken[0] == plan.shot:
+            prompt = at.spoken[1]
+        recache = receipts[-1].recache if receipts else self._sampling.recache
+        text = self._set_prompt(prompt, recache and not plan.opens_shot)
+        positions = self._positions(plan.chunk, cuts)
+        pages = self._table.plan()
+        clean = self._denoise(positions, pages.table)
+        waited = time.perf_counter()
+        self._pipeline.submit(clean.to(self._decoder.device))
+        self._submitted += 1
+        waited = time.perf_counter() - waited
+        latents = clean.to(self._runtime.dtype)
+        for runtime in self._runtimes():
+            with self._watch.measure("commit"):
+                runtime.commit(latents, positions, pages.table, pages.slot)
+        self._table.commit(plan.opens_shot)
+        self._keep(plan.chunk, clean, cuts)
+        self._script.popleft()
+        graphs = self._watch.read()
+        seconds = time.perf_counter() - begun
+        before, self._decoding = self._decoding, self._pipeline.seconds
+        decoding = {name: now - before[name] for name, now in self._decoding.items()}
+        return ChunkReport(
+            plan, prompt, clean, receipts, len(pages.table), seconds, text, graphs, waited, decoding
+        )
+
+    def close(self) -> None:
+        """Wait for the last frames; raises what decoding or the sink raised."""
+        self._pipeline.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pipeline.__exit__(kind, error, trace)
+
+    # State
+
+    def state(self) -> SessionState:
+        """All it needs to go on from here, bit for bit; after an error of the sink too.
+
+        Waits for the decoder. The tensors are the session's own: store them before the next chunk.
+
+        Raises:
+            ValueError: it was interrupted within a chunk.
+        """
+        if self._submitted != self.chunk:
+            raise ValueError(
+                f"session: chunk {self.chunk} was interrupted; save between two chunks"
+            )
+        self._pipeline.rest()
+        at = self._progress
+        tensors = {f"latents.{chunk}": clean for chunk, clean in self._clean.items()}
+        for prefix, runtime in zip(("cache", "unconditional"), self._runtimes(), strict=False):
+            tensors |= {f"{prefix}.{name}": page for name, page in runtime.state().items()}
+        tensors |= {f"decoder.{n}": cache for n, cache in self._decoder.state.caches.items()}
+        tensors |= {f"video.{i}": part for i, part in enumerate(self._pipeline.undelivered)}
+        if self._image is not None and self.chunk == 0:
+            tensors["image"] = self._image
+        facts = {
+            "seed": self._seed,
+            "prompt": self._prompt,
+            "chunk": at.chunk,
+            "cuts": at.cuts,
+            "cuts_at": list(at.cuts_at.items()),
+            "spoken": at.spoken,
+            "table": self._table.state,
+            "switches": [asdict(receipt) for receipt in self._switches],
+            "script": [
+                {**asdict(plan), "frames": [plan.frames.start, plan.frames.stop]}
+                for plan in self._script
+            ],
+        }
+        return SessionState(tensors, facts)
+
+    @torch.no_grad()
+    def restore(self, state: SessionState) -> None:
+        """Go on from a state of the same model and sampling, before the first chunk is made.
+
+        Script, seed and image become the state's.
+
+        Raises:
+            ValueError: its tensors are another model's.
+        """
+        assert self.chunk == 0 and self._submitted == 0, "the session has begun"
+        facts, tensors, device = state.facts, state.tensors, self._runtime.device
+
+        def named(prefix: str) -> dict[str, Tensor]:
+            start = f"{prefix}."
+            return {n[len(start) :]: t for n, t in tensors.items() if n.startswith(start)}
+
+        for prefix, runtime in zip(("cache", "unconditional"), self._runtimes(), strict=False):
+            runtime.restore(named(prefix))
+        self._decoder.state = DecoderState(named("decoder"))
+        self._clean = {int(chunk): t.to(device) for chunk, t in named("latents").items()}
+        self._image = tensors["image"].to(device) if "image" in tensors else None
+        self._seed = facts["seed"]
+        spoken = facts["spoken"]
+        self._progress = _Progress(
+            facts["chunk"],
+            facts["cuts"],
+            None if spoken is None else (spoken[0], spoken[1]),
+            {int(chunk): cuts for chunk, cuts in facts["cuts_at"]},
+        )
+        self._table.restore(facts["table"])
+        self._switches.extend(Receipt(**receipt) for receipt in facts["switches"])
+        self._script = deque(
+            ChunkPlan(**{**plan, "frames": range(*plan["frames"])}) for plan in facts["script"]
+        )
+        self._submitted = facts["chunk"]
+        if facts["prompt"] is not None:
+            self._set_prompt(facts["prompt"], recache=False)
+        video = [part for _, part in sorted(named("video").items(), key=lambda item: int(item[0]))]
+        if video:
+            self._pipeline.submit(torch.cat(video, dim=2).to(self._decoder.device))
+
+    # One chunk
+
+    def _runtimes(self) -> list[Runtime]:
+        return [r for r in (self._runtime, self._unconditional) if r is not None]
+
+    def _receive(self, plan: ChunkPlan) -> tuple[Receipt, ...]:
+        """The switches that came since the last chunk; the latest one speaks."""
+        receipts = []
+        while self._switches:
+            receipts.append(replace(self._switches.popleft(), applied=plan.chunk))
+        if receipts:
+            self._progress.spoken = (plan.shot, receipts[-1].prompt)
+        return tuple(receipts)
+
+    def _set_prompt(self, prompt: str, recache: bool) -> float:
+        """Take a prompt if it is another; seconds that its embedding took."""
+        if prompt == self._prompt:
+            return 0.0
+        begun = time.perf_counter()
+        texts = [prompt]
+        if self._unconditional is not None and self._prompt is None:
+            texts.append(self._sampling.negative_prompt)
+        batch = self._runtime.geometry.batch
+        embeddings = [self._encode(text).expand(batch, -1, -1) for text in texts]
+        seconds = time.perf_counter() - begun
+        for runtime, embedding in zip(self._runtimes(), embeddings, strict=False):
+            with self._watch.measure("prologue"):
+                runtime.set_prompt(embedding)
+        if recache and self._prompt is not None:
+            self._recache()
+        self._prompt = prompt
+        return seconds
+
+    def _recache(self) -> None:
+        """Commit what is held, except sinks, again under the prompt; each after the older ones."""
+        slots, sinks = self._table.slots, self._table.sinks()
+        for chunk, slot in slots.items():
+            if chunk in sinks:
+                continue
+            older = [page for other, page in slots.items() if other < chunk]
+            latents = self._clean[chunk].to(self._runtime.dtype)
+            positions = self._positions(chunk, self._progress.cuts_at[chunk])
+            with self._watch.measure("recache"):
+                self._runtime.commit(latents, positions, older, slot)
+
+    def _denoise(self, positions: Tensor, table: Sequence[int]) -> Tensor:
+        """A chunk of clean latents, float32 [B, C, F, h, w]."""
+        runtime, image = self._runtime, self._image if self.chunk == 0 else None
+        sampler = Sampler(self._schedule, self._noise())
+        for index in range(self._sampling.steps):
+            latents = _with_first(image, sampler.latents).to(runtime.dtype)
+            timestep = sampler.timestep(index).repeat(len(latents), latents.shape[2])
+            if image is not None:
+                timestep[:, 0] = 0
+            with self._watch.measure("step"):
+                samples = [r.step(latents, timestep, positions, table) for r in self._runtimes()]
+            velocity = samples[0]
+            if self._unconditional is not None:
+                velocity = guided(samples[0], samples[1], self._sampling.guidance)
+            sampler.step(index, velocity)
+        return _with_first(image, sampler.result)
+
+    def _noise(self) -> Tensor:
+        items = range(self._runtime.geometry.batch)
+        noise = [
+            torch.randn(self._shape, generator=_generator(self._seed + item, self.chunk))
+            for item in items
+        ]
+        return upload(torch.stack(noise), self._runtime.device)
+
+    def _positions(self, chunk: int, cuts: int) -> Tensor:
+        size = self._runtime.geometry.chunk
+        offset = self._sampling.shot_offset
+        return upload(frame_positions([cuts], size, offset, chunk * size), self._runtime.device)
+
+    def _keep(self, chunk: int, clean: Tensor, cuts: int) -> None:
+        """Note a committed chunk, and forget those that the cache no longer holds."""
+        held, at = self._table.slots, self._progress
+        at.chunk, at.cuts = chunk + 1, cuts
+        self._clean = {c: t for c, t in {**self._clean, chunk: clean}.items() if c in held}
+        at.cuts_at = {c: n for c, n in {**at.cuts_at, chunk: cuts}.items() if c in held}
+
+
+def _with_first(image: Tensor | None, latents: Tensor) -> Tensor:
+    """The latents with the image as their first frame, if there is one."""
+    return latents if image is None else torch.cat([image, latents[:, :, 1:]], dim=2)
+
+
+def _generator(seed: int, chunk: int) -> torch.Generator:
+    """Of a chunk's noise, on the CPU."""
+    digest = hashlib.sha256(f"noise {seed} {chunk}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,290 @@
+"""From a recipe to a running stream.
+
+::
+
+    plan = plan_stream(load_recipe(path), device=torch.device("cuda"))
+    with VideoWriter(output, *plan.size, plan.section.fps) as writer:
+        sink = lambda video: writer.write(pixels(video))
+        with open_stream(plan, sink, load_script(script)) as stream:
+            for report in stream:
+                …
+            stream.save(state)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk import __version__
+from lltk.compiler import transform
+from lltk.graph.fingerprint import fingerprint
+from lltk.graph.memory import estimate
+from lltk.graph.module import instantiate
+from lltk.graph.program import Program
+from lltk.graph.recipe import Recipe, parse_recipe
+from lltk.models import wan_vae
+from lltk.models.pipelines import find_pipeline
+from lltk.stream.decoder import Decoder
+from lltk.stream.recipe import StreamSection, stream_section
+from lltk.stream.runtimes.torch import TorchRuntime
+from lltk.stream.script import ChunkPlan, Shot, plan, statement
+from lltk.stream.session import ChunkReport, Receipt, Sampling, Session
+from lltk.stream.state import load_state, save_state
+from lltk.stream.text import Prompts, TextEncoder
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """A recipe's stream, before anything is allocated; weights are mapped from their files.
+
+    Attributes:
+        recipe: what it was made from.
+        section: its ``stream`` section.
+        folder: the pipeline's.
+        transformer, decoder: the Programs.
+        device: where the transformer runs, and what the recipe puts nowhere else.
+    """
+
+    recipe: Recipe
+    section: StreamSection
+    folder: Path
+    transformer: Program
+    decoder: Program
+    device: torch.device
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the video in pixels."""
+        return self.recipe.geometry.height, self.recipe.geometry.width
+
+    @property
+    def sampling(self) -> Sampling:
+        """What a session needs of the section."""
+        return Sampling(**{f.name: getattr(self.section, f.name) for f in fields(Sampling)})
+
+    @property
+    def decoder_device(self) -> torch.device:
+        """Where latents become frames."""
+        return torch.device(self.section.decoder.device or self.device)
+
+    @property
+    def text_device(self) -> torch.device:
+        """Where prompts are encoded."""
+        return torch.device(self.section.text.device or self.device)
+
+    @property
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes by device and owner."""
+        owners: dict[str, dict[str, int]] = {str(self.device): {}}
+        for owner, size in estimate(self.transformer).items():
+            owners[str(self.device)][owner] = size
+        decoder = owners.setdefault(str(self.decoder_device), {})
+        decoder |= {f"decoder {k}": v for k, v in estimate(self.decoder).items()}
+        return owners
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same where a saved stream goes on; reads every weight, once."""
+        return {
+            "lltk": __version__,
+            "transformer": fingerprint(self.transformer),
+            "decoder": fingerprint(self.decoder),
+            "fps": self.section.fps,
+            **asdict(self.sampling),
+        }
+
+    def chunks(self, script: Sequence[Shot]) -> list[ChunkPlan]:
+        """Every chunk of a script; errors as `lltk.stream.script.plan`'s."""
+        section, program = self.section, self.transformer
+        stride = program.spec.stride[0]
+        return plan(script, program.geometry, section.fps, stride, section.scene_cut)
+
+    def statement(self, script: Sequence[Shot]) -> str:
+        """What was asked and what it became; see `lltk.stream.script.statement`."""
+        program = self.transformer
+        return statement(script, program.geometry, self.section.fps, program.spec.stride[0])
+
+    def describe(self) -> dict[str, str]:
+        """What runs where, by part, for people to read."""
+        section, program = self.section, self.transformer
+        geometry = program.geometry
+        choices = ", ".join(f"{op} {name}" for op, name in program.implementations.items())
+        guided = f", guidance {section.guidance:g}" if section.guidance != 1 else ""
+        return {
+            "pipeline": str(self.folder),
+            "transformer": f"{_where(self.device, program)}, {choices}",
+            "decoder": _where(self.decoder_device, self.decoder),
+            "text encoder": f"{self.text_device}, {section.text.after} after use",
+            "sampler": f"{section.steps} steps and a commit, shift {section.shift:g}{guided}",
+            "video": f"{geometry.width}×{geometry.height} at {section.fps:g} fps",
+            "cache": f"{geometry.window} latent frames in pages of {geometry.chunk}, "
+            f"sinks of {geometry.sink}{' (global and shot)' if geometry.shot_sink else ''}",
+        }
+
+
+def plan_stream(
+    recipe: Recipe, device: torch.device | str = "cpu", *, weights: bool = True
+) -> StreamPlan:
+    """The Programs of a stream recipe.
+
+    Args:
+        recipe: with a ``stream`` section; ``model.checkpoint`` is by default the pipeline's.
+        device: where it will run.
+        weights: whether to map the weights; without, it can only be looked at.
+
+    Raises:
+        ValueError: the recipe, its checkpoint or its pipeline does not fit.
+    """
+    if recipe.program != "stream":
+        raise ValueError(f"program: {recipe.program} cannot be streamed; name a stream recipe")
+    section = stream_section(recipe.stream, "recipe")
+    folder = find_pipeline(section.pipeline) if weights else Path(section.pipeline)
+    model = recipe.model
+    if model.checkpoint is None and weights:
+        model = model.model_copy(update={"checkpoint": str(folder)})
+    own = recipe.model_copy(update={"model": model})
+    decode = parse_recipe(
+        {
+            "program": "decode",
+            "model": {
+                "config": section.decoder.config,
+                "checkpoint": str(folder) if weights else None,
+                "dtype": section.decoder.dtype,
+            },
+            "geometry": recipe.geometry.model_dump(),
+            "passes": ["canonicalise"],
+        },
+        "stream.decoder",
+    )
+    return StreamPlan(
+        own,
+        section,
+        folder,
+        transform(own, weights=weights),
+        transform(decode, weights=weights),
+        torch.device(device),
+    )
+
+
+class Stream:
+    """A running stream: a `Session`, and the file that it can go on from.
+
+    Args:
+        plan: what it was made by.
+        session: ready to run.
+    """
+
+    def __init__(self, plan: StreamPlan, session: Session) -> None:
+        self.plan = plan
+        self.session = session
+
+    def __iter__(self) -> Iterator[ChunkReport]:
+        return self.session
+
+    def switch(self, prompt: str, recache: bool | None = None) -> Receipt:
+        """See `Session.switch`."""
+        return self.session.switch(prompt, recache)
+
+    def save(self, path: Path) -> None:
+        """Write what `open_stream` needs to go on from here, bit for bit.
+
+        Raises:
+            ValueError: the session was interrupted within a chunk.
+            OSError: the file cannot be written.
+        """
+        save_state(path, self.session.state(), self.plan.identity)
+
+    def close(self) -> None:
+        """Wait for the last frames; raises what decoding or the sink raised."""
+        self.session.close()
+
+    def __enter__(self) -> Stream:
+        self.session.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.session.__exit__(kind, error, trace)
+
+
+def open_stream(
+    plan: StreamPlan,
+    sink: Callable[[Tensor], None],
+    script: Sequence[Shot] = (),
+    *,
+    image: Tensor | None = None,
+    resume: Path | None = None,
+) -> Stream:
+    """Load what a stream needs: the text encoder, which encodes the script, then the models.
+
+    Args:
+        plan: with weights.
+        sink: takes the video of each latent, [B, 3, 1 or stride, H, W] in [-1, 1], in the
+            decoder's thread.
+        script: the shots; none where a saved stream goes on.
+        image: the first frame, [B, 3, H, W] in [-1, 1].
+        resume: a state that `Stream.save` wrote; script, image and seed are then the state's.
+
+    Raises:
+        ValueError: a file that is damaged or does not fit, or not enough memory.
+    """
+    state = None if resume is None else load_state(resume, plan.identity)
+    chunks = plan.chunks(script) if state is None else []
+    texts = (
+        [chunk.prompt for chunk in chunks]
+        if state is None
+        else [*filter(None, [state.facts["prompt"]]), *(c["prompt"] for c in state.facts["script"])]
+    )
+    section, program, device = plan.section, plan.transformer, plan.device
+    encoder = TextEncoder(
+        plan.folder,
+        program.geometry.text_tokens,
+        program.dtype,
+        plan.text_device,
+        None if section.text.cache is None else Path(section.text.cache),
+    )
+    prompts = Prompts(encoder, section.text.after, device)
+    guided = section.guidance != 1
+    prompts.prepare([*texts, *([section.negative_prompt] if guided else [])])
+    latent = None if image is None else _encoded(plan, image)
+    module = instantiate(program, device)
+    session = Session(
+        TorchRuntime(program, module),
+        Decoder(plan.decoder, instantiate(plan.decoder, plan.decoder_device)),
+        sink,
+        prompts,
+        chunks,
+        plan.sampling,
+        section.seed,
+        TorchRuntime(program, module) if guided else None,
+        latent,
+    )
+    if state is not None:
+        session.restore(state)
+    return Stream(plan, session)
+
+
+def _encoded(plan: StreamPlan, image: Tensor) -> Tensor:
+    """The image's latent, on the transformer's device."""
+    device = plan.decoder_device
+    loaded = wan_vae.load_vae(plan.folder)
+    dtype = plan.decoder.dtype
+    weights = {name: weight.to(device, dtype) for name, weight in loaded.weights.items()}
+    vae = wan_vae.make_vae(loaded.config or {}, weights)
+    return wan_vae.encode_image(vae, image.to(device)).to(plan.device)
+
+
+def _where(device: torch.device, program: Program) -> str:
+    return f"{device}, {str(program.dtype).removeprefix('torch.')}"

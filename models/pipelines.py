@@ -1,0 +1,28 @@
+"""Pipelines: folders in diffusers' layout that hold all parts of a model."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+_SHIPPED = {"tiny": "tiny/pipeline"}
+
+
+def find_pipeline(name: str) -> Path:
+    """The folder of a pipeline given by path or, if shipped, by name.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if name not in _SHIPPED:
+        raise ValueError(
+            f"{name}: no such pipeline folder; name one in diffusers' layout, or a shipped one: "
+            f"{', '.join(_SHIPPED)}"
+        )
+    shipped = Path(str(files("lltk.models"))) / _SHIPPED[name]
+    if not shipped.is_dir():
+        raise ValueError(f"{name}: {shipped} is not in this installation; install lltk again")
+    return shipped
