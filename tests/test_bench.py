@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,28 @@ from lltk.bench.record import (
 )
 from lltk.bench.stream import METHOD, Timings, summary, text
 from lltk.cli.main import main
+from lltk.models import wan22, wan_vae
+from lltk.models.checkpoint import save_checkpoint
+from lltk.models.configs import validate_config
+from lltk.models.tiny.text import save_text_encoder
+from lltk.models.wan_vae import save_vae
 from lltk.stream.script import ChunkPlan
 from lltk.stream.session import ChunkReport
 
 pytestmark = pytest.mark.cpu
+
+TRANSFORMER = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+    "text_dim": 64, "freq_dim": 16, "ffn_dim": 16, "num_layers": 1,
+}  # fmt: skip
+VAE = wan_vae.validate_config(
+    {
+        "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
+        "scale_factor_spatial": 16, "base_dim": 4, "decoder_base_dim": 4, "z_dim": 4,
+        "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True],
+        "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
+    }
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -144,6 +163,33 @@ def run(
         return int(stop.value.code or 0), captured.out, captured.err
 
     return call
+
+
+def test_a_recipe_is_measured(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """A run of three chunks, the first of which warms up; what it took is not looked at."""
+    torch.manual_seed(0)
+    config = validate_config(TRANSFORMER)
+    weights = wan22.build(config).state_dict()
+    save_checkpoint(tmp_path / "transformer", weights, "diffusers", config)
+    save_vae(tmp_path / "vae", wan_vae.build(VAE).state_dict(), VAE)
+    save_text_encoder(tmp_path)
+    options = ["--seconds", "1", "--warmup", "1", "--runs", "1", "--device", "cpu", "--json"]
+    for change in (
+        f"stream.pipeline={tmp_path}", f"model.config={json.dumps(TRANSFORMER)}",
+        "stream.decoder.config=null", "geometry.height=32", "geometry.width=32", "stream.steps=1",
+    ):  # fmt: skip
+        options += ["--set", change]
+    code, out, err = run("stream", "tiny_stream", *options, "-o", tmp_path / "record")
+    assert code == 0, err
+    record = Record.model_validate_json(out)
+    assert (tmp_path / "record.json").read_text() == record.model_dump_json(indent=2) + "\n"
+    assert (tmp_path / "record.md").read_text() == text(record)
+    (result,) = record.results
+    assert (result["name"], result["chunks"], result["frames"]) == ("tiny_stream", 2, 16)
+    assert result["implementations"] == {"paged_attention": "sdpa"}
+    assert result["memory"]["planned"].keys() == {"cpu"}
+    assert 0 < result["outside_share"] < 1
+    assert "--warmup 1" in record.command
 
 
 @pytest.mark.parametrize(
