@@ -121,7 +121,8 @@ class StreamPlan:
         return {
             "pipeline": str(self.folder),
             "transformer": f"{_where(self.device, program)}, {choices}",
-            "decoder": _where(self.decoder_device, self.decoder),
+            "decoder": f"{_where(self.decoder_device, self.decoder)}, "
+            f"passes {', '.join(entry.name for entry in self.decoder.log)}",
             "text encoder": f"{self.text_device}, {section.text.after} after use",
             "sampler": f"{section.steps} steps and a commit, shift {section.shift:g}{guided}",
             "video": f"{geometry.width}×{geometry.height} at {section.fps:g} fps",
@@ -160,7 +161,7 @@ def plan_stream(
                 "dtype": section.decoder.dtype,
             },
             "geometry": recipe.geometry.model_dump(),
-            "passes": ["canonicalise"],
+            "passes": ["canonicalise", *_onednn(section, torch.device(device))],
         },
         "stream.decoder",
     )
@@ -274,6 +275,13 @@ def open_stream(
     if state is not None:
         session.restore(state)
     return Stream(plan, session)
+
+
+def _onednn(section: StreamSection, device: torch.device) -> list[str]:
+    """The pass that a CPU's decoder gains by."""
+    wanted = torch.device(section.decoder.device or device).type == "cpu"
+    wanted = wanted and section.decoder.dtype == "float32"
+    return ["onednn_conv3d"] if wanted and torch.backends.mkldnn.is_available() else []
 
 
 def _encoded(plan: StreamPlan, image: Tensor) -> Tensor:
