@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lltk.artefact import versions
+from lltk.bench.record import make_record, markdown, percentile, write_record
 from lltk.graph.memory import readable
 
 HERE = Path(__file__).parent
@@ -52,68 +51,29 @@ def measure(recipe: str, runs: int) -> dict[str, Any]:
     }
 
 
-def percentile(values: list[float], share: float) -> float:
-    """The smallest value that at least ``share`` of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
-
-
-def commit() -> str:
-    """The checkout's commit, marked where files differ from it."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def cpu() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return names[0].split(":")[1].strip() if names else platform.processor()
-
-
-def table(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
-    made = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    lines = [
-        "# Transforming without weights",
-        "",
-        f"Whole process, {record['runs']} runs after one warm-up, on {record['hardware']}; "
-        f"commit {record['commit']}; {made}. Command: `{record['command']}`.",
-        "",
-        "| recipe | median s | p90 s | peak memory |",
-        "|---|---|---|---|",
-    ]
-    for row in record["results"]:
-        seconds = row["seconds"]
-        lines.append(
-            f"| {row['recipe']} | {seconds['median']:.1f} | {seconds['p90']:.1f} | "
-            f"{readable(row['peak_bytes'])} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measure every recipe and write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     runs = parser.parse_args().runs
-    record = {
-        "benchmark": "transform",
-        "command": "lltk transform RECIPE --no-weights --json",
-        "hardware": f"{cpu()}, {len(os.sched_getaffinity(0))} cores, no GPU",
-        "versions": versions(),
-        "commit": commit(),
-        "warm_up_runs": 1,
-        "runs": runs,
-        "results": [measure(recipe, runs) for recipe in RECIPES],
-    }
-    (HERE / "transform.json").write_text(json.dumps(record, indent=2) + "\n")
-    (HERE / "transform.md").write_text(table(record))
-    print(table(record))
+    record = make_record(
+        "transform",
+        "lltk transform RECIPE --no-weights --json",
+        f"Whole processes, {runs} runs after one warm-up.",
+        [measure(recipe, runs) for recipe in RECIPES],
+    )
+    text = markdown(
+        record,
+        "Transforming without weights",
+        {
+            "recipe": lambda result: result["recipe"],
+            "median s": lambda result: f"{result['seconds']['median']:.1f}",
+            "p90 s": lambda result: f"{result['seconds']['p90']:.1f}",
+            "peak memory": lambda result: readable(result["peak_bytes"]),
+        },
+    )
+    write_record(HERE / "transform", record, text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
-import sys
+import signal
 import time
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import refused, same
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from toy import SETTINGS, Regression, trainer
+from torch import Tensor
+from toy import SETTINGS, Regression, train_until_killed, trainer
 
+from lltk.train import checkpoint
 from lltk.train.checkpoint import checkpoints, load_checkpoint
 from lltk.train.metrics import read_metrics
 
-SCRIPT = Path(__file__).with_name("toy.py")
 STEPS = SETTINGS["steps"]
+FORKS = get_context("forkserver")
+"""Runs are processes of their own, forked from one that has imported torch and nothing else."""
+FORKS.set_forkserver_preload(["torch._dynamo", "lltk.train.loop"])
 cpu = pytest.mark.cpu
 
 
-def start(folder: Path, *arguments: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, str(SCRIPT), str(folder), *map(str, arguments)])
+def start(folder: Path, dies_writing: int | None = None) -> BaseProcess:
+    process = FORKS.Process(target=train_until_killed, args=(folder, dies_writing))
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess) -> int | None:
+    """The exit code of a process once it has ended; minus the signal that killed it."""
+    process.join()
+    return process.exitcode
 
 
 def finish(folder: Path) -> None:
-    assert start(folder).wait() == 0
+    assert ended(start(folder)) == 0
 
 
 def lines(folder: Path) -> int:
@@ -41,12 +55,12 @@ def kill_after(folder: Path, steps: int, seconds: float) -> None:
     process, target = start(folder), lines(folder) + steps
     try:
         while lines(folder) < target:
-            assert process.poll() is None, "the run ended before it was killed"
+            assert process.is_alive(), "the run ended before it was killed"
             time.sleep(0.001)
         time.sleep(seconds)
     finally:
         process.kill()
-        process.wait()
+        assert ended(process) == -signal.SIGKILL
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -69,39 +83,74 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def killed_at_random(folder: Path, kills: int) -> None:
+def killed(folder: Path, kills: int) -> None:
+    """Kill a run at random steps, at times before its first checkpoint, then let it end."""
     random_ = random.Random(kills)
     for _ in range(kills):
         kill_after(folder, random_.randint(1, STEPS // kills - 2), random_.random() / 50)
-        assert checkpoints(folder / "checkpoints")
     assert lines(folder) < STEPS
     finish(folder)
 
 
 @cpu
-def test_three_kills(tmp_path: Path, whole: Path) -> None:
-    killed_at_random(tmp_path, 3)
-    assert agree(tmp_path, whole)
+def test_two_kills_and_one_while_it_writes(tmp_path: Path, whole: Path) -> None:
+    """What is half written is never taken for a checkpoint, and is cleared away."""
+    run = tmp_path / "run"
+    assert ended(start(run, dies_writing=7)) == -signal.SIGKILL
+    folder = run / "checkpoints"
+    assert [path.name for path in checkpoints(folder)] == ["step_00000005", "step_00000006"]
+    (half,) = folder.glob(".step_00000007.*")
+    assert (half / "optimiser.safetensors").read_bytes() == b"half of it"
+    killed(run, 2)
+    assert agree(run, whole)
+    assert not list(run.rglob(".*"))
 
 
-@pytest.mark.manual
+@cpu
+@pytest.mark.parametrize("dies_writing", [None, 1])
+def test_killed_before_the_first_checkpoint(
+    tmp_path: Path, whole: Path, dies_writing: int | None
+) -> None:
+    """A run that is resumed with nothing to resume from starts at the beginning."""
+    run = tmp_path / "run"
+    process = start(run, dies_writing)
+    if dies_writing is None:
+        process.kill()
+    assert ended(process) == -signal.SIGKILL
+    assert not checkpoints(run / "checkpoints")
+    finish(run)
+    assert agree(run, whole)
+
+
+@cpu
 def test_ten_kills(tmp_path: Path, whole: Path) -> None:
-    killed_at_random(tmp_path, 10)
+    killed(tmp_path, 10)
     assert agree(tmp_path, whole)
 
 
 @cpu
-def test_killed_while_it_writes(tmp_path: Path, whole: Path) -> None:
-    """What is half written is never taken for a checkpoint, and is cleared away."""
-    killed = tmp_path / "killed"
-    assert start(killed, 7).wait() == -9
-    folder = killed / "checkpoints"
-    assert [path.name for path in checkpoints(folder)] == ["step_00000005", "step_00000006"]
-    (half,) = folder.glob(".step_00000007.*")
-    assert (half / "optimiser.safetensors").read_bytes() == b"half of it"
-    finish(killed)
-    assert agree(killed, whole)
-    assert not list(folder.glob(".*"))
+def test_a_full_disk_leaves_the_checkpoints_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    trainer(whole, steps=9).run()
+    stopped = trainer(run, steps=9)
+
+    def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if stopped.step == 7 and path.name == "optimiser.safetensors":
+            path.write_bytes(b"half of it")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save_file(tensors, path, metadata)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as caught:
+        patch.setattr(checkpoint, "save_file", save)
+        stopped.run()
+    assert str(run / "checkpoints" / "step_00000007") in str(caught.value)
+    assert stopped.left().startswith("the last good checkpoint is")
+    assert stopped.left().endswith("step_00000006; resume from it with --resume")
+    assert not list(run.rglob(".*"))
+    trainer(run, steps=9, resume=True).run()
+    assert agree(run, whole)
 
 
 @cpu

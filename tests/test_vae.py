@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lltk.artefact import load_program, save_program
 from lltk.compiler import transform, with_weights
+from lltk.graph.edit import copy_graph
 from lltk.graph.memory import estimate
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.program import Program
@@ -43,6 +44,7 @@ CONFIG = wan_vae.validate_config(
         "latents_std": [0.5, 1.5, 0.8, 1.1],
     }
 )
+UPSAMPLE = torch.ops.aten._upsample_nearest_exact2d.vec
 SIDES = (2, 3)
 """Latent height and width of the tests' videos."""
 
@@ -79,9 +81,17 @@ def program() -> Program:
 @cache
 def exact(lifted: bool) -> tuple[Program, ProgramModule]:
     """Captured in float64, with the very weights of `vae`; `lifted` as `whole` says."""
-    with exact_upsampling() if lifted else nullcontext():
-        made = after(wan_vae.captured(CONFIG, program().geometry, torch.float64), "canonicalise")
-    made = with_weights(made, decoder_weights(vae().state_dict()))
+    if lifted:
+        made = exact(False)[0]
+        made = replace(made, graphs={n: copy_graph(g) for n, g in made.graphs.items()})
+        for graph in made.graphs.values():
+            for node in graph.find_nodes(op="call_function", target=UPSAMPLE):
+                (cast,) = node.all_input_nodes
+                assert cast.args[1] is torch.float32
+                cast.update_arg(1, torch.float64)
+    else:
+        captured = wan_vae.captured(CONFIG, make_recipe().geometry, torch.float64)
+        made = with_weights(after(captured, "canonicalise"), decoder_weights(vae().state_dict()))
     return made, instantiate(made)
 
 

@@ -1,17 +1,9 @@
-"""A toy regression: an objective, samples and a trainer, for the tests of the loop.
-
-Run as a script it trains in a folder, so that a test can kill it::
-
-    python toy.py FOLDER [STEP]
-
-With STEP it kills itself while it writes the checkpoint of that step.
-"""
+"""A toy regression: an objective, samples and a trainer, for the tests of the loop."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +98,12 @@ def trainer(
 
 
 def train_until_killed(folder: Path, dies_writing: int | None = None) -> None:
-    """Train with dropout in low precision, resuming; perhaps kill this very process."""
+    """Train with dropout in low precision, resuming.
+
+    Args:
+        folder: of the run.
+        dies_writing: kill this very process while it writes the checkpoint of this step.
+    """
     save_file = checkpoint.save_file
 
     def save_half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -119,7 +116,3 @@ def train_until_killed(folder: Path, dies_writing: int | None = None) -> None:
     objective = Regression(clips=2, dropout=0.2, dtype=torch.bfloat16)
     run = trainer(folder, objective, resume=True)
     run.run()
-
-
-if __name__ == "__main__":
-    train_until_killed(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lltk.cli.latents import FolderLatents, PipelineEncoder
 from lltk.graph.geometry import Geometry
 from lltk.models.tiny.world import RESOLUTION, STRIDE, Story, draw_story, render
 from lltk.models.wan_vae import encode, load_vae, make_vae
 from lltk.stream.script import SCENE_CUT
 from lltk.stream.text import TextEncoder
-from lltk.train.data import generator_at
+from lltk.train.data import Dataset, generator_at
 from lltk.train.recipe import DataSection
 
 
@@ -99,15 +100,19 @@ def _prompts(story: Story) -> list[str]:
     ]
 
 
-def dataset_for(data: DataSection, geometry: Geometry, device: torch.device) -> TinyLatents:
+def dataset_for(data: DataSection, geometry: Geometry, device: torch.device) -> Dataset:
     """The clips that a recipe's ``train.data`` names, for a Program of this geometry.
 
     Raises:
-        ValueError: no pipeline is named, or as `TinyLatents`.
+        ValueError: no pipeline is named, or as `TinyLatents` or `FolderLatents`.
     """
     if data.pipeline is None:
         raise ValueError(
             "train.data.pipeline: names no folder; set it to one with vae, text_encoder and "
             "tokenizer"
         )
-    return TinyLatents(geometry, data.shots, Path(data.pipeline), device)
+    pipeline = Path(data.pipeline)
+    if data.folder is None:
+        return TinyLatents(geometry, data.shots, pipeline, device)
+    encoder = PipelineEncoder(pipeline, geometry.text_tokens, device)
+    return FolderLatents(Path(data.folder), geometry, data.fps, data.shots, encoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,12 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lltk.cli.logs import logged
 from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import memory_table
 
 if TYPE_CHECKING:
+    from lltk.cli.tasks import Task
     from lltk.train.metrics import Metrics
 
 
@@ -37,8 +40,9 @@ def command(
     """Train by a RECIPE with a train section (a YAML file, or a shipped recipe's name).
 
     A recipe with a vae section trains an autoencoder, any other its transformer. The run's folder
-    gets checkpoints, metrics.jsonl, loss.svg and, in the end, the weights in diffusers' layout (the
-    averaged ones where the recipe averages). Ends with 1 if the loss is no longer a number.
+    gets checkpoints, metrics.jsonl, loss.svg, train.log and, in the end, the weights in diffusers'
+    layout (the averaged ones where the recipe averages). Ends with 1 if the loss is no longer a
+    number, the disk is full, or it is interrupted; --resume goes on from the last checkpoint.
 
     \b
     Example:
@@ -49,9 +53,8 @@ def command(
     path = find_recipe(recipe)
     import torch
 
-    from lltk.cli.tasks import held_out_loss, task_of
+    from lltk.cli.tasks import task_of
     from lltk.graph.recipe import read_recipe
-    from lltk.train.loop import Diverged, Hooks, Trainer
 
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with console.status("reading the recipe"):
@@ -66,6 +69,22 @@ def command(
         return
     if output is None:
         raise ValueError("-o: name a folder for the run")
+    with logged(Console(stderr=True)) as keep_log:
+        _train(task, output, resume, as_json, console, keep_log)
+
+
+def _train(
+    task: Task,
+    output: Path,
+    resume: bool,
+    as_json: bool,
+    console: Console,
+    keep_log: Callable[[Path], None],
+) -> None:
+    from lltk.cli.tasks import held_out_loss
+    from lltk.train.loop import Diverged, Hooks, Trainer
+
+    section = task.section
     with console.status("preparing"):
         objective, dataset = task.prepare()
 
@@ -86,6 +105,7 @@ def command(
 
         hooks = Hooks(observe, validate, sample if task.sample else None)
         run = Trainer(objective, dataset, section, output, task.about, hooks, resume)
+        keep_log(output / "train.log")
         progress.update(bar, completed=run.step)
         try:
             # Shapes stay, so the fastest convolutions are worth looking for.
@@ -93,6 +113,10 @@ def command(
                 run.run()
         except Diverged as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            raise click.ClickException(f"{error}; {run.left()}") from error
+        except KeyboardInterrupt:
+            raise click.ClickException(f"stopped; {run.left()}") from None
     exported = task.export(objective, dataset, run.ema or run.weights, output)
     if as_json:
         click.echo(json.dumps({"steps": run.step, "weights": str(exported)}, indent=2))

@@ -11,7 +11,6 @@ A checkpoint is a folder ``step_00000100``, written whole or not at all::
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lltk.graph.files import written_whole
+from lltk.graph.files import remove_whole, written_whole
 
 FORMAT = 1
 _MANIFEST = "checkpoint.json"
@@ -58,6 +57,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
     Returns:
         The checkpoint's own folder.
+
+    Raises:
+        OSError: it cannot be written; those before it are as they were.
     """
     path = folder / f"step_{checkpoint.step:08d}"
     with written_whole(path) as temporary:
@@ -74,20 +76,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         }
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for old in checkpoints(folder)[:-keep]:
-        # First out of sight: a folder under its own name is a whole checkpoint.
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+        remove_whole(old)
     return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """A run's checkpoints, the newest last."""
     return sorted(folder.glob("step_*"))
-
-
-def clean(folder: Path) -> None:
-    """Remove what a killed run left half written or half removed."""
-    for left in folder.glob(".step_*"):
-        shutil.rmtree(left)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

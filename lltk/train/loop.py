@@ -16,14 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lltk.graph.files import written_whole
-from lltk.train.checkpoint import (
-    Checkpoint,
-    checkpoints,
-    clean,
-    load_checkpoint,
-    save_checkpoint,
-)
+from lltk.graph.files import remove_unfinished, written_whole
+from lltk.train.checkpoint import Checkpoint, checkpoints, load_checkpoint, save_checkpoint
 from lltk.train.data import Batch, Batches, Dataset
 from lltk.train.masters import Masters
 from lltk.train.metrics import Metrics, append_metrics, forget_after, plot_loss, read_metrics
@@ -110,7 +104,8 @@ class Trainer:
         torch.manual_seed(section.seed)
         if found:
             self._resume(found[-1])
-        clean(self._checkpoints)
+        for each in (folder, self._checkpoints):
+            remove_unfinished(each)
         forget_after(folder / METRICS, self.step)
 
     @property
@@ -158,6 +153,12 @@ class Trainer:
         _log.info("step %d: wrote %s", self.step, path)
         return path
 
+    def left(self) -> str:
+        """What there is to resume from, in words."""
+        if found := checkpoints(self._checkpoints):
+            return f"the last good checkpoint is {found[-1]}; resume from it with --resume"
+        return "there is no checkpoint yet"
+
     @property
     def _checkpoints(self) -> Path:
         return self._folder / "checkpoints"
@@ -191,11 +192,9 @@ class Trainer:
             gradients = {n: p.grad for n, p in self._masters.parameters.items()}
             names = [n for n, g in gradients.items() if g is not None and not g.isfinite().all()]
             where = f"the gradient of {names[-1] if names else 'all parameters together'}"
-        found = checkpoints(self._checkpoints)
-        left = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
         return (
             f"step {self.step + 1}: the loss is {loss}, its gradient's norm {norm}; first not "
-            f"finite: {where or 'the loss itself'}; {left}; lower train.lr or train.clip"
+            f"finite: {where or 'the loss itself'}; {self.left()}; lower train.lr or train.clip"
         )
 
     @torch.no_grad()

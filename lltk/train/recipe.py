@@ -17,7 +17,13 @@ class DataSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     world: Literal["tiny"] = Field("tiny", description="tiny: procedural clips of moving shapes")
-    shots: int = Field(1, ge=1, description="most shots a clip; their number is uniform from 1")
+    folder: str | None = Field(
+        None, description="captioned clips to train on in the place of the world's: a folder"
+    )
+    fps: float = Field(24.0, gt=0, description="video frames a second that its clips are read at")
+    shots: int = Field(
+        1, ge=1, description="most shots a clip; in the world their number is uniform from 1"
+    )
     pipeline: str | None = Field(
         None, description="folder with vae, text_encoder and tokenizer, which make latents and text"
     )

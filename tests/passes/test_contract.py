@@ -168,12 +168,12 @@ def test_too_early_is_refused(case: Case) -> None:
 
 @every_pass
 def test_too_late_is_refused(case: Case) -> None:
-    """A lowered program whose log is gone, lest the pass be found in it."""
+    """A finished program whose log is gone, lest the pass be found in it."""
     program = replace(reached(case.kind, *PASSES[case.kind], layers=1), log=[])
     stage = " or ".join(str(stage) for stage in make_pass(case.name, {}).reads)
     assert refused(after, program, case.name) == (
-        f"{case.name}: reads a {stage} program, this one is lowered (passes so far: none); "
-        "move it earlier in the recipe's passes"
+        f"{case.name}: reads a {stage} program, this one is {program.stage} (passes so far: "
+        "none); move it earlier in the recipe's passes"
     )
 
 
@@ -213,7 +213,7 @@ def test_any_order_runs_or_is_refused_by_name(name: str, kind: Kind) -> None:
 
 def test_unknown_pass_is_refused() -> None:
     assert refused(make_pass, "comit", {}) == "there is no pass 'comit'; did you mean 'commit'?"
-    assert "passes: block_causal, cached_step" in refused(make_pass, "zzz", {})
+    assert "passes: bidirectional, block_causal, cached_step" in refused(make_pass, "zzz", {})
 
 
 @pytest.mark.parametrize("kind", PASSES)

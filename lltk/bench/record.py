@@ -1,0 +1,164 @@
+"""What every benchmark records beside its numbers, and how records are written.
+
+A record is a JSON file, from which the Markdown file beside it is generated. Words are design.md's:
+FPS are video frames a second of wall time, and each benchmark says which time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from lltk.artefact import versions
+from lltk.graph.files import written_whole
+from lltk.graph.memory import readable
+
+_SOURCES = ("lltk", "passes", "models", "recipes")
+
+
+class Hardware(BaseModel):
+    """What a benchmark ran on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cpu: str = Field(description="the processor's name")
+    cores: int = Field(description="cores that the process may use")
+    threads: int = Field(description="threads that torch uses for an op")
+    memory: int = Field(description="bytes of main memory")
+    gpus: tuple[str, ...] = Field(description="names of the GPUs that torch sees")
+
+    def __str__(self) -> str:
+        gpus = ", ".join(self.gpus) or "no GPU"
+        memory = readable(self.memory)
+        return f"{self.cpu}, {self.cores} cores ({self.threads} threads), {memory}, {gpus}"
+
+
+class Record(BaseModel):
+    """A benchmark's results and what they depend on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    benchmark: str = Field(description="which")
+    command: str = Field(description="what was run, flags and all")
+    method: str = Field(description="what was measured, from when to when; what warmed up")
+    hardware: Hardware
+    versions: dict[str, str] = Field(description="of what the results depend on")
+    commit: str = Field(description="the checkout's; unknown where there is none")
+    results: list[dict[str, Any]] = Field(description="one a row, as the benchmark defines them")
+
+
+def make_record(
+    benchmark: str, command: str, method: str, results: Iterable[Mapping[str, Any]]
+) -> Record:
+    """A record of results measured here and now; the arguments are its fields."""
+    return Record(
+        benchmark=benchmark,
+        command=command,
+        method=method,
+        hardware=hardware(),
+        versions=versions(),
+        commit=commit(),
+        results=[dict(result) for result in results],
+    )
+
+
+def markdown(
+    record: Record, title: str, columns: Mapping[str, Callable[[Mapping[str, Any]], str]]
+) -> str:
+    """A record's text: what it depends on, and a table with a row a result.
+
+    Args:
+        record: of any benchmark.
+        title: the heading.
+        columns: what each shows of a result, by heading.
+    """
+    made = ", ".join(f"{name} {number}" for name, number in record.versions.items())
+    rows = [[show(result) for show in columns.values()] for result in record.results]
+    lines = [
+        f"# {title}",
+        "",
+        f"{record.method} On {record.hardware}; commit {record.commit}; {made}. "
+        f"Command: `{record.command}`.",
+        "",
+        *markdown_table(list(columns), rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def write_record(path: Path, record: Record, text: str) -> None:
+    """Write ``path`` + ``.json`` and ``.md``.
+
+    Args:
+        path: without a suffix.
+        record: for the JSON file.
+        text: for the Markdown file.
+    """
+    for suffix, content in ((".json", record.model_dump_json(indent=2) + "\n"), (".md", text)):
+        with written_whole(path.with_name(path.name + suffix)) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The smallest value that at least ``share`` of the values do not exceed.
+
+    Args:
+        values: at least one.
+        share: above 0, at most 1.
+    """
+    ordered = sorted(values)
+    return ordered[-int(-share * len(ordered) // 1) - 1]
+
+
+def digest(data: Mapping[str, Any]) -> str:
+    """A short name for plain data, such as a resolved recipe."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def hardware() -> Hardware:
+    """What this process runs on."""
+    gpus = [torch.cuda.get_device_properties(i).name for i in range(torch.cuda.device_count())]
+    return Hardware(
+        cpu=_cpu(),
+        cores=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(),
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpus=tuple(gpus),
+    )
+
+
+def commit() -> str:
+    """The commit of the checkout that lltk is run from, marked where its sources differ from it."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        changed = git("status", "--porcelain", "--", *(f":/{folder}" for folder in _SOURCES))
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,219 @@
+"""How fast a recipe streams, from text to a video file."""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.bench.record import Record, digest, markdown, markdown_table, percentile
+from lltk.graph.memory import readable
+from lltk.stream.script import Shot
+from lltk.stream.session import ChunkReport
+from lltk.stream.video import VideoWriter, pixels
+from lltk.streaming import StreamPlan, open_stream
+
+METHOD = (
+    "Streamed to an MP4 file, models loaded and prompts encoded. Each run is a session of its own; "
+    "its first chunks warm up and count in none but the first-frame latency, which is from the "
+    "beginning of the first chunk to its first frame written. DiT: the frames over the seconds in "
+    "the step and commit graphs. Decode: over those in the decoder's, which overlap with the next "
+    "chunk. E2E: over wall time, from after the warm-up to the file's end. Outside: the share of a "
+    "chunk's time on the session's thread spent neither in model graphs or the text encoder nor "
+    "in waiting for the decoder. FPS and latencies are medians of the runs, p50 and p90 are over "
+    "all chunks measured."
+)
+_CAPTIONS = ("A red square moves to the right.", "A blue circle moves up.")
+_SHOT = 5.0
+"""Seconds of a shot, at most."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What one run took; seconds are by one clock.
+
+    Attributes:
+        loading: seconds from the plan to a session ready to run, prompts encoded.
+        begun: when the first chunk began.
+        first: when the first frame was written.
+        warm: when the warm-up was over.
+        ended: when the file was.
+        frames: written from ``warm`` to ``ended``.
+        reported: of these, until the last chunk's report.
+        reports: of the chunks after the warm-up.
+    """
+
+    loading: float
+    begun: float
+    first: float
+    warm: float
+    ended: float
+    frames: int
+    reported: int
+    reports: Sequence[ChunkReport]
+
+
+def measure(plan: StreamPlan, seconds: float, warm_up: int, runs: int) -> dict[str, Any]:
+    """Stream shots of at most 5 s and record how that went.
+
+    Args:
+        plan: with weights.
+        seconds: of video that are measured, rounded to whole chunks.
+        warm_up: chunks before these.
+        runs: how often.
+
+    Returns:
+        A result for a `Record`: `summary`'s numbers, and what ran.
+    """
+    script = _script(plan, seconds, warm_up)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        timings = [_timed(plan, script, path, warm_up) for _ in range(runs)]
+    section = plan.section
+    return {
+        "recipe": digest(plan.recipe.resolved()),
+        "ran": plan.describe(),
+        "implementations": dict(plan.transformer.implementations),
+        "text": {"device": str(plan.text_device), "counted": False},
+        "steps": section.steps,
+        "runs": runs,
+        "warm_up": {
+            "chunks": warm_up,
+            "loading_seconds": median(t.loading for t in timings),
+            "seconds": median(t.warm - t.begun for t in timings),
+        },
+        **summary(timings),
+        "memory": {"planned": plan.memory, "peak": _peak()},
+    }
+
+
+def summary(timings: Sequence[Timings]) -> dict[str, Any]:
+    """The numbers of runs: FPS, seconds, and shares of 1."""
+
+    def rate(frames: int, graphs: Sequence[float]) -> float:
+        return frames / sum(graphs)
+
+    reports = [report for each in timings for report in each.reports]
+    taken = [report.seconds for report in reports]
+    return {
+        "chunks": len(reports),
+        "frames": sum(len(report.plan.frames) for report in reports),
+        "dit_fps": median(
+            rate(
+                sum(len(report.plan.frames) for report in each.reports),
+                [report.graphs[name] for report in each.reports for name in ("step", "commit")],
+            )
+            for each in timings
+        ),
+        "decode_fps": median(
+            rate(each.reported, [report.decoding["decode"] for report in each.reports])
+            for each in timings
+        ),
+        "e2e_fps": median(each.frames / (each.ended - each.warm) for each in timings),
+        "first_frame_seconds": median(each.first - each.begun for each in timings),
+        "chunk_seconds": {"p50": percentile(taken, 0.5), "p90": percentile(taken, 0.9)},
+        "outside_share": sum(report.outside for report in reports) / sum(taken),
+    }
+
+
+def text(record: Record) -> str:
+    """The record as Markdown: the numbers, what ran, and memory by owner."""
+    lines = [
+        markdown(
+            record,
+            "Streaming",
+            {
+                "recipe": lambda result: result["name"],
+                "DiT FPS": lambda result: f"{result['dit_fps']:.1f}",
+                "decode FPS": lambda result: f"{result['decode_fps']:.1f}",
+                "E2E FPS": lambda result: f"{result['e2e_fps']:.1f}",
+                "first frame s": lambda result: f"{result['first_frame_seconds']:.2f}",
+                "chunk p50 s": lambda result: f"{result['chunk_seconds']['p50']:.3f}",
+                "chunk p90 s": lambda result: f"{result['chunk_seconds']['p90']:.3f}",
+                "outside": lambda result: f"{result['outside_share']:.1%}",
+                "peak memory": lambda result: ", ".join(
+                    f"{owner} {readable(size)}" for owner, size in result["memory"]["peak"].items()
+                ),
+            },
+        )
+    ]
+    for result in record.results:
+        lines += [f"## {result['name']}", "", *_details(result), ""]
+    return "\n".join(lines)
+
+
+def _details(result: Mapping[str, Any]) -> list[str]:
+    warm_up, encoder = result["warm_up"], result["text"]
+    counted = "counted" if encoder["counted"] else "not counted"
+    planned = [
+        [device, owner, readable(size)]
+        for device, owners in result["memory"]["planned"].items()
+        for owner, size in owners.items()
+    ]
+    return [
+        f"- {result['runs']} runs, {result['chunks']} chunks ({result['frames']} frames) measured "
+        f"after {warm_up['chunks']} chunks of warm-up a run ({warm_up['seconds']:.2f} s), "
+        f"{warm_up['loading_seconds']:.1f} s of loading before",
+        f"- text encoded on {encoder['device']}, before the stream, {counted}",
+        *(f"- {part}: {what}" for part, what in result["ran"].items()),
+        f"- resolved recipe: {result['recipe']}",
+        "",
+        *markdown_table(["device", "planned for", "size"], planned),
+    ]
+
+
+def _script(plan: StreamPlan, seconds: float, warm_up: int) -> list[Shot]:
+    """Shots of whole chunks, the last one shorter."""
+    geometry, stride = plan.transformer.geometry, plan.transformer.spec.stride[0]
+    chunk = stride * geometry.chunk / plan.section.fps
+    left, most = warm_up + max(1, round(seconds / chunk)), max(1, int(_SHOT / chunk))
+    shots: list[Shot] = []
+    while left:
+        took = min(left, most)
+        caption = _CAPTIONS[len(shots) % len(_CAPTIONS)]
+        shots.append(Shot(caption=caption, seconds=took * chunk, cut=True))
+        left -= took
+    return shots
+
+
+def _timed(plan: StreamPlan, script: Sequence[Shot], path: Path, warm_up: int) -> Timings:
+    written, first, reports = 0, 0.0, []
+    start = time.perf_counter()
+
+    def sink(video: Tensor) -> None:
+        nonlocal written, first
+        frames = pixels(video)
+        writer.write(frames)
+        first = first or time.perf_counter()
+        written += len(frames)
+
+    with (
+        VideoWriter(path, *plan.size, plan.section.fps) as writer,
+        open_stream(plan, sink, script) as stream,
+    ):
+        begun = warm = time.perf_counter()
+        before = 0
+        for index, report in enumerate(stream, 1):
+            if index > warm_up:
+                reports.append(report)
+            elif index == warm_up:
+                before, warm = written, time.perf_counter()
+        reported = written - before
+    ended = time.perf_counter()
+    return Timings(begun - start, begun, first, warm, ended, written - before, reported, reports)
+
+
+def _peak() -> dict[str, int]:
+    """Bytes, by what held them: this process's main memory, and each GPU's by torch."""
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    for index in range(torch.cuda.device_count()):
+        peak[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
+    return peak

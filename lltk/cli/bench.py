@@ -1,0 +1,99 @@
+"""``lltk bench``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from lltk.cli.recipes import find_recipe
+from lltk.cli.tables import memory_table
+
+
+@click.group("bench")
+def command() -> None:
+    """Measure, and write records: JSON, and a Markdown table made from it.
+
+    \b
+    Example:
+      lltk bench stream tiny_stream -o benchmarks/stream
+    """
+
+
+@command.command("stream")
+@click.argument("recipes", nargs=-1, required=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Files, without suffix.")
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
+    help="Video that is measured, a run.",
+)  # fmt: skip
+@click.option(
+    "--warmup",
+    type=click.IntRange(0),
+    help="Chunks before that (default: until the cache is full).",
+)
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="How often.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@click.option("--device", help="Where it runs (default: a GPU if there is one).")
+@click.option("--dry-run", is_flag=True, help="Show the plan and its memory; measure nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+def stream(
+    recipes: tuple[str, ...],
+    output: Path | None,
+    seconds: float,
+    warmup: int | None,
+    runs: int,
+    overrides: tuple[str, ...],
+    device: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Stream RECIPES (files, or shipped recipes' names) to a video file, and time it.
+
+    Records DiT, decode and E2E FPS, the first frame's latency, p50 and p90 of a chunk, the share of
+    time outside the models, memory by owner, and what ran on what.
+
+    \b
+    Example:
+      lltk bench stream tiny_stream -o benchmarks/stream
+      lltk bench stream tiny_stream --set stream.steps=2 --seconds 30 -o benchmarks/two_steps
+    """
+    console = Console(quiet=as_json)
+    paths = {name: find_recipe(name) for name in recipes}
+    if output is None and not dry_run:
+        raise ValueError("-o: name the record's files, without a suffix")
+    import torch
+
+    from lltk.bench.record import make_record, write_record
+    from lltk.bench.stream import METHOD, measure, text
+    from lltk.graph.recipe import load_recipe
+    from lltk.streaming import plan_stream
+
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    results = []
+    for name, path in paths.items():
+        with console.status(f"{name}: compiling"):
+            plan = plan_stream(load_recipe(path, overrides), chosen, weights=not dry_run)
+        console.print(f"[bold]{name}[/bold]")
+        for part, what in plan.describe().items():
+            console.print(f"{part}: {what}", highlight=False)
+        for owners in plan.memory.values():
+            console.print(memory_table(owners))
+        if not dry_run:
+            chunks = plan.transformer.geometry.pages if warmup is None else warmup
+            with console.status(f"{name}: streaming"):
+                results.append({"name": path.stem} | measure(plan, seconds, chunks, runs))
+    if output is None or dry_run:
+        return
+    flags = [part for change in overrides for part in ("--set", change)]
+    flags += ["--seconds", f"{seconds:g}", "--runs", str(runs), "--device", str(chosen)]
+    flags += [] if warmup is None else ["--warmup", str(warmup)]
+    line = shlex.join(["lltk", "bench", "stream", *recipes, *flags])
+    record = make_record("stream", line, METHOD, results)
+    table = text(record)
+    write_record(output, record, table)
+    if as_json:
+        click.echo(record.model_dump_json(indent=2))
+    console.print(table, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,214 @@
+"""Benchmark records: what they hold, what their numbers mean, how they read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lltk.bench.record import (
+    Record,
+    digest,
+    make_record,
+    markdown,
+    markdown_table,
+    percentile,
+    write_record,
+)
+from lltk.bench.stream import METHOD, Timings, summary, text
+from lltk.cli.main import main
+from lltk.models import wan22, wan_vae
+from lltk.models.checkpoint import save_checkpoint
+from lltk.models.configs import validate_config
+from lltk.models.tiny.text import save_text_encoder
+from lltk.models.wan_vae import save_vae
+from lltk.stream.script import ChunkPlan
+from lltk.stream.session import ChunkReport
+
+pytestmark = pytest.mark.cpu
+
+TRANSFORMER = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+    "text_dim": 64, "freq_dim": 16, "ffn_dim": 16, "num_layers": 1,
+}  # fmt: skip
+VAE = wan_vae.validate_config(
+    {
+        "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
+        "scale_factor_spatial": 16, "base_dim": 4, "decoder_base_dim": 4, "z_dim": 4,
+        "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True],
+        "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
+    }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.5, 5), (0.9, 9), (0.91, 10), (1.0, 10), (0.01, 1)]
+)
+def test_percentiles_are_values_that_occurred(share: float, expected: float) -> None:
+    assert percentile([10, 1, 9, 2, 8, 3, 7, 4, 6, 5], share) == expected
+    assert percentile([3], share) == 3
+
+
+def test_a_record_says_what_it_depends_on(tmp_path: Path) -> None:
+    record = make_record("trial", "lltk trial", "A trial.", [{"name": "one", "fps": 16.04}])
+    assert record.hardware.cores >= 1 and record.hardware.memory > 2**28
+    assert {"python", "lltk", "torch", "diffusers"} <= record.versions.keys()
+    assert record.commit
+    table = markdown(record, "Trial", {"name": lambda r: r["name"], "FPS": lambda r: f"{r['fps']}"})
+    write_record(tmp_path / "new" / "a.trial", record, table)
+    stored = (tmp_path / "new" / "a.trial.json").read_text()
+    assert Record.model_validate_json(stored) == record
+    read = (tmp_path / "new" / "a.trial.md").read_text()
+    assert read == table and "| name | FPS |\n| --- | --- |\n| one | 16.04 |\n" in read
+    for said in (record.commit, str(record.hardware), record.versions["torch"], "`lltk trial`"):
+        assert said in read
+
+
+def test_tables_and_digests() -> None:
+    assert markdown_table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+
+
+def report(chunk: int, seconds: float = 2.0) -> ChunkReport:
+    """A chunk of 8 frames: 1 s in the graphs that DiT FPS counts."""
+    graphs = {"prologue": 0.25, "step": 0.75, "commit": 0.25}
+    return ChunkReport(
+        plan=ChunkPlan(chunk, 0, "a shot", False, range(8 * chunk, 8 * chunk + 8)),
+        prompt="a shot",
+        latents=torch.zeros(()),
+        receipts=(),
+        pages=3,
+        seconds=seconds,
+        text=0.1,
+        graphs=graphs,
+        waited=0.5,
+        decoding={"decode": 0.4, "deliver": 0.1},
+    )
+
+
+def timings(**changes: Any) -> Timings:
+    values: dict[str, Any] = {
+        "loading": 3.0,
+        "begun": 100.0,
+        "first": 101.5,
+        "warm": 104.0,
+        "ended": 112.0,
+        "frames": 40,
+        "reported": 24,
+        "reports": [report(4), report(5), report(6, 4.0)],
+    }
+    return Timings(**(values | changes))
+
+
+def test_numbers_mean_what_their_words_say() -> None:
+    found = summary([timings()])
+    assert found["chunks"] == 3 and found["frames"] == 24
+    assert found["dit_fps"] == pytest.approx(24 / 3)
+    assert found["decode_fps"] == pytest.approx(24 / 1.2)
+    assert found["e2e_fps"] == pytest.approx(40 / 8)
+    assert found["first_frame_seconds"] == pytest.approx(1.5)
+    assert found["chunk_seconds"] == {"p50": 2.0, "p90": 4.0}
+    assert found["outside_share"] == pytest.approx((8 - 3 * (0.1 + 1.25 + 0.5)) / 8)
+
+
+def test_rates_are_medians_and_percentiles_are_over_all_runs() -> None:
+    runs = [timings(), timings(ended=108.0), timings(ended=124.0, reports=[report(4, 9.0)])]
+    found = summary(runs)
+    assert found["e2e_fps"] == pytest.approx(40 / 8)
+    assert found["chunks"] == 7
+    assert found["chunk_seconds"] == {"p50": 2.0, "p90": 9.0}
+
+
+def test_a_stream_record_reads_whole() -> None:
+    result = {
+        "name": "tiny_stream",
+        "recipe": "0123456789ab",
+        "ran": {"transformer": "cpu, float32, paged_attention sdpa"},
+        "text": {"device": "cpu", "counted": False},
+        "steps": 4,
+        "runs": 1,
+        "warm_up": {"chunks": 4, "loading_seconds": 3.0, "seconds": 4.0},
+        **summary([timings()]),
+        "memory": {
+            "planned": {"cpu": {"weights": 3 << 20, "cache pages": 1 << 20}},
+            "peak": {"process": 5 << 30},
+        },
+    }
+    read = text(make_record("stream", "lltk bench stream tiny_stream", METHOD, [result]))
+    row = "| tiny_stream | 8.0 | 20.0 | 5.0 | 1.50 | 2.000 | 4.000 | 30.6% | process 5.0 GiB |"
+    assert row in read
+    for said in (
+        "4 chunks of warm-up", "text encoded on cpu, before the stream, not counted",
+        "paged_attention sdpa", "| cpu | cache pages | 1.0 MiB |", "0123456789ab",
+    ):  # fmt: skip
+        assert said in read
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command; exit code, output, errors."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["lltk", "bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_a_recipe_is_measured(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """A run of three chunks, the first of which warms up; what it took is not looked at."""
+    torch.manual_seed(0)
+    config = validate_config(TRANSFORMER)
+    weights = wan22.build(config).state_dict()
+    save_checkpoint(tmp_path / "transformer", weights, "diffusers", config)
+    save_vae(tmp_path / "vae", wan_vae.build(VAE).state_dict(), VAE)
+    save_text_encoder(tmp_path)
+    options = ["--seconds", "1", "--warmup", "1", "--runs", "1", "--device", "cpu", "--json"]
+    for change in (
+        f"stream.pipeline={tmp_path}", f"model.config={json.dumps(TRANSFORMER)}",
+        "stream.decoder.config=null", "geometry.height=32", "geometry.width=32", "stream.steps=1",
+    ):  # fmt: skip
+        options += ["--set", change]
+    code, out, err = run("stream", "tiny_stream", *options, "-o", tmp_path / "record")
+    assert code == 0, err
+    record = Record.model_validate_json(out)
+    assert (tmp_path / "record.json").read_text() == record.model_dump_json(indent=2) + "\n"
+    assert (tmp_path / "record.md").read_text() == text(record)
+    (result,) = record.results
+    assert (result["name"], result["chunks"], result["frames"]) == ("tiny_stream", 2, 16)
+    assert result["implementations"] == {"paged_attention": "sdpa"}
+    assert result["memory"]["planned"].keys() == {"cpu"}
+    assert 0 < result["outside_share"] < 1
+    assert "--warmup 1" in record.command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny_stream"], "-o: name the record's files"),
+        (["tiny_steam", "-o", "x"], "did you mean 'tiny_stream'?"),
+        (["tiny_stream", "-o", "x", "--runs", "0"], "--runs"),
+        (["tiny_stream", "-o", "x", "--seconds", "0"], "--seconds"),
+    ],
+)
+def test_bad_input_is_refused(
+    run: Callable[..., tuple[int, str, str]], arguments: list[str], message: str
+) -> None:
+    code, _, err = run("stream", *arguments)
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_help_has_an_example(run: Callable[..., tuple[int, str, str]]) -> None:
+    for arguments in (["--help"], ["stream", "--help"]):
+        code, out, _ = run(*arguments)
+        assert code == 0 and "lltk bench stream tiny_stream" in out.split("Example:")[1]

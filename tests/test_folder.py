@@ -1,0 +1,225 @@
+"""Samples of a folder of captioned clips: whole chunks, marked cuts, bad clips said and skipped."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import refused
+from torch import Tensor
+
+from lltk.cli.datasets import dataset_for
+from lltk.graph.geometry import Geometry
+from lltk.models import wan_vae
+from lltk.models.tiny.text import save_text_encoder
+from lltk.models.wan_vae import encode, make_vae, save_vae
+from lltk.stream.script import SCENE_CUT
+from lltk.stream.video import VideoWriter
+from lltk.train.folder import FolderClips, covering
+from lltk.train.recipe import DataSection
+
+pytestmark = pytest.mark.cpu
+
+FPS = 16.0
+GEOMETRY = Geometry(height=32, width=32, chunk=2, frames=6)
+FIRST, LATER = 5, 8
+"""Video frames of a chunk of two latents."""
+WHOLE = FIRST + 2 * LATER
+VAE = wan_vae.validate_config(
+    {
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "base_dim": 4,
+        "decoder_base_dim": 4,
+        "z_dim": 4,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+        "latents_mean": [0.1, -0.2, 0.3, 0.0],
+        "latents_std": [0.5, 1.5, 0.8, 1.1],
+    }
+)
+
+
+def numbered(first: int, count: int, height: int = 32, width: int = 32) -> Tensor:
+    """Grey frames that say their number: level 4 × number."""
+    levels = 4 * torch.arange(first, first + count)
+    return levels[:, None, None, None].expand(count, height, width, 3).to(torch.uint8)
+
+
+def numbers(video: Tensor) -> list[int]:
+    """What frames say."""
+    return [round(level / 4) for level in video.float().mean((1, 2, 3)).tolist()]
+
+
+def write_clip(
+    folder: Path, sample: str, number: int, frames: Tensor, caption: str | None, fps: float = FPS
+) -> Path:
+    path = folder / "video" / sample / f"{number}.mp4"
+    with VideoWriter(path, *frames.shape[1:3], fps) as writer:
+        writer.write(frames)
+    if caption is not None:
+        text = folder / "caption" / sample / f"{number}.json"
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text(json.dumps({"caption": caption}))
+    return path
+
+
+def clips(folder: Path, shots: int = 3, fps: float = FPS) -> FolderClips:
+    return FolderClips(folder, GEOMETRY, fps, shots)
+
+
+def test_chunks_follow_clips_and_cuts_are_marked(tmp_path: Path) -> None:
+    """The numbers of a folder's clips are numbers: 10 comes after 2."""
+    write_clip(tmp_path, "a", 2, numbered(0, FIRST + LATER + 3), "one")
+    write_clip(tmp_path, "a", 10, numbered(30, LATER + 5), "two")
+    found = clips(tmp_path)
+    seen = set()
+    for index in range(12):
+        sample = found.sample(0, index)
+        assert sample.video.shape == (WHOLE, 32, 32, 3) and sample.video.dtype == torch.uint8
+        start, *_ = said = numbers(sample.video)
+        seen.add(start)
+        assert said == [*range(start, start + FIRST + LATER), *range(30, 30 + LATER)]
+        assert sample.prompts == ("one", "one", f"{SCENE_CUT}two")
+    assert seen == {0, 1, 2, 3}
+    assert not found.skipped
+
+
+def test_a_sample_follows_from_its_number(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_clip(tmp_path, name, 0, numbered(0, WHOLE + 20), name)
+    one, other = clips(tmp_path), clips(tmp_path)
+    ahead = [one.sample(5, index) for index in range(6)]
+    for index in reversed(range(6)):
+        again = other.sample(5, index)
+        assert torch.equal(again.video, ahead[index].video)
+        assert again.prompts == ahead[index].prompts
+    assert len({numbers(sample.video)[0] for sample in ahead}) > 2
+    assert numbers(one.sample(6, 0).video) != numbers(ahead[0].video)
+
+
+def test_fewer_shots_keep_to_fewer_clips(tmp_path: Path) -> None:
+    write_clip(tmp_path, "a", 0, numbered(0, FIRST + LATER), "one")
+    write_clip(tmp_path, "a", 1, numbered(30, WHOLE), "two")
+    assert clips(tmp_path, shots=1).sample(0, 0).prompts == ("two",) * 3
+    prompts = {clips(tmp_path, shots=2).sample(0, index).prompts for index in range(20)}
+    cut = f"{SCENE_CUT}two"
+    assert prompts == {("two",) * 3, ("one", "one", cut), ("one", cut, "two")}
+
+
+@pytest.mark.parametrize(
+    ("fps", "expected"),
+    [(8.0, [i // 2 for i in range(WHOLE)]), (32.0, [2 * i for i in range(WHOLE)])],
+)
+def test_frames_are_the_nearest_in_time(tmp_path: Path, fps: float, expected: list[int]) -> None:
+    """Slower clips repeat frames, faster ones lose some."""
+    write_clip(tmp_path, "a", 0, numbered(0, expected[-1] + 1), "one", fps)
+    said = numbers(clips(tmp_path).sample(0, 0).video)
+    assert all(abs(a - b) <= 1 for a, b in zip(said, expected, strict=True))
+    assert said[0] == 0 and abs(said[-1] - expected[-1]) <= 1
+    assert len(set(said)) == len(set(expected))
+
+
+def test_a_place_far_into_a_long_clip_is_found(tmp_path: Path) -> None:
+    """Reading begins at a keyframe before it."""
+    write_clip(tmp_path, "a", 0, numbered(0, 63), "one")
+    found = clips(tmp_path)
+    for index in range(10):
+        start, *_ = said = numbers(found.sample(1, index).video)
+        assert said == list(range(start, start + WHOLE))
+
+
+def test_bad_clips_are_skipped_counted_and_listed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = numbered(0, WHOLE)
+    write_clip(tmp_path, "a", 0, good, "good")
+    reasons = {
+        write_clip(tmp_path, "a", 1, good[: FIRST - 1], "short"): "too short: 4 frames at 16 fps",
+        write_clip(tmp_path, "a", 2, good, "  "): "its caption is empty",
+        write_clip(tmp_path, "a", 3, good, None): "has no caption",
+        write_clip(tmp_path, "b", 0, good, "cut off"): "holds no video",
+        write_clip(tmp_path, "b", 1, good, "broken"): "its caption is not JSON",
+        write_clip(tmp_path, "b", 2, good, "cut short"): "too short",
+    }
+    (tmp_path / "caption" / "b" / "1.json").write_text("{")
+    whole = (tmp_path / "video" / "b" / "0.mp4").read_bytes()
+    (tmp_path / "video" / "b" / "0.mp4").write_bytes(whole[:200])
+    (tmp_path / "video" / "b" / "2.mp4").write_bytes(whole[: whole.index(b"mdat") + 40])
+    (tmp_path / "video" / "a" / "notes.mp4").write_bytes(b"not a number, not a clip")
+    with caplog.at_level(logging.WARNING):
+        found = clips(tmp_path)
+    assert found.skipped.keys() == reasons.keys()
+    for path, reason in reasons.items():
+        assert found.skipped[path].startswith(reason), found.skipped[path]
+        assert f"skipped {path}: {reason}" in caplog.text
+    assert f"{tmp_path}: 6 clips skipped" in caplog.text
+    assert found.sample(0, 0).prompts == ("good",) * 3
+
+
+def test_a_clip_that_turns_out_damaged_costs_another_place(tmp_path: Path) -> None:
+    """Its packets are there, but no picture is in them; what is drawn instead is always the same"""
+    write_clip(tmp_path, "a", 0, numbered(0, WHOLE + 4), "good")
+    path = write_clip(tmp_path, "b", 0, numbered(0, WHOLE + 4), "damaged")
+    content = bytearray(path.read_bytes())
+    at = 0
+    while (at := content.find(b"mdat", at + 4)) >= 0:
+        size = int.from_bytes(content[at - 4 : at], "big")
+        content[at + 4 : at - 4 + size] = bytes(size - 8)
+    path.write_bytes(content)
+    found, again = clips(tmp_path), clips(tmp_path)
+    assert not found.skipped
+    samples = [found.sample(0, index) for index in range(6)]
+    assert {sample.prompts for sample in samples} == {("good",) * 3}
+    assert list(found.skipped) == [path] and "damaged" in found.skipped[path]
+    assert torch.equal(again.sample(0, 5).video, samples[5].video)
+
+
+def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
+    assert "has no video/; lay it out as" in refused(clips, tmp_path)
+    path = write_clip(tmp_path, "a", 0, numbered(0, WHOLE - 1), "short")
+    message = refused(clips, tmp_path)
+    assert "no sample of 3 chunks of 2 latent frames at 16 fps" in message
+    path.write_bytes(b"nothing")
+    assert f"skipped {path}: cannot be read" in refused(clips, tmp_path)
+
+
+def test_latents_and_text_are_the_pipelines(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = wan_vae.build(VAE)
+    save_vae(tmp_path / "vae", made.state_dict(), VAE)
+    save_text_encoder(tmp_path)
+    write_clip(tmp_path, "a", 0, numbered(0, FIRST + LATER), "a red square")
+    write_clip(tmp_path, "a", 1, numbered(0, LATER), "a blue circle")
+    section = DataSection(folder=str(tmp_path), pipeline=str(tmp_path), fps=FPS, shots=2)
+    dataset = dataset_for(section, GEOMETRY, torch.device("cpu"))
+    batch = dataset.batch(0, range(2))
+    assert batch["latents"].shape == (2, 4, 6, 2, 2)
+    video = clips(tmp_path, shots=2).sample(0, 1).video
+    expected = encode(make_vae(VAE, made.state_dict()), video.permute(3, 0, 1, 2)[None] / 127.5 - 1)
+    assert torch.equal(batch["latents"][1:], expected)
+    one, again, other = batch["text"][0]
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    alone = dataset.batch(0, range(1, 2))
+    assert torch.equal(alone["latents"], batch["latents"][1:])
+    assert torch.equal(alone["text"], batch["text"][1:])
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 64), (64, 32), (48, 48), (20, 20)])
+def test_pictures_keep_their_aspect(height: int, width: int) -> None:
+    """A centred square stays a centred square; what a side has too much is cut off evenly."""
+    frame = torch.zeros(height, width, 3, dtype=torch.uint8)
+    side = min(height, width)
+    top, left = (height - side // 2) // 2, (width - side // 2) // 2
+    frame[top : top + side // 2, left : left + side // 2] = 255
+    shown = covering(frame, 32, 32)
+    assert shown.shape == (32, 32, 3)
+    lit = (shown[..., 0] > 127).nonzero()
+    assert lit.min(0).values.tolist() == [8, 8] and lit.max(0).values.tolist() == [23, 23]
