@@ -95,13 +95,16 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
         if recipe.model.checkpoint is None:
             torch.manual_seed(section.seed)
             started = with_weights(program, wan22.build(config).state_dict())
-        dataset = dataset_for(section.data, recipe.geometry, device)
+        dataset = dataset_for(section, recipe.geometry, device)
         module = instantiate(started, device)
         if section.recompute:
             module.checkpoint_blocks()
         if section.compile:
             module.compile_blocks()
-        return FlowMatching(started, module, section.image), dataset
+        objective = FlowMatching(
+            started, module, section.image, section.context_noise, section.gap, section.graphs
+        )
+        return objective, dataset
 
     def export(
         objective: Objective, dataset: Dataset, trained: Mapping[str, Tensor], folder: Path

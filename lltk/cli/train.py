@@ -81,6 +81,8 @@ def _train(
     console: Console,
     keep_log: Callable[[Path], None],
 ) -> None:
+    import torch
+
     from lltk.cli.tasks import held_out_loss
     from lltk.train.loop import Diverged, Hooks, Trainer
 

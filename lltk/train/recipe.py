@@ -24,6 +24,9 @@ class DataSection(BaseModel):
     shots: int = Field(
         1, ge=1, description="most shots a clip; in the world their number is uniform from 1"
     )
+    clips: int | None = Field(
+        None, ge=1, description="clips of the world, encoded once; null: new ones every step"
+    )
     pipeline: str | None = Field(
         None, description="folder with vae, text_encoder and tokenizer, which make latents and text"
     )
@@ -53,6 +56,12 @@ class TrainSection(BaseModel):
     ema_start: int = Field(100, ge=0, description="steps before averaging begins")
     image: float = Field(
         0.0, ge=0, le=1, description="share of clips whose first latent frame is given"
+    )
+    context_noise: float = Field(
+        0.0, ge=0, lt=1, description="largest noise level of the clean chunks that others see"
+    )
+    gap: float = Field(
+        1.0, ge=1, description="longest pause between chunks, in latent frames of position"
     )
     seed: int = Field(0, ge=0, description="of first weights, clips and noise")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")

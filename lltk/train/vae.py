@@ -79,7 +79,7 @@ class Reconstruction:
         config = self._vae.config
         space = config.scale_factor_spatial
         latent = (1 + frames // config.scale_factor_temporal, height // space, width // space)
-        noise = batch.normal("posterior", config.z_dim, *latent).to(parameter.device)
+        noise = batch.normal("posterior", config.z_dim, *latent, device=parameter.device)
         result: Tensor = losses(video, noise).sum()
         return result
 
