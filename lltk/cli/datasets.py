@@ -117,8 +117,10 @@ def _prompts(story: Story) -> list[str]:
     ]
 
 
-def dataset_for(section: TrainSection, geometry: Geometry, device: torch.device) -> Dataset:
-    """The clips that a recipe's ``train.data`` names, for a Program of this geometry.
+def dataset_for(
+    section: TrainSection, geometry: Geometry, device: torch.device, dtype: torch.dtype
+) -> Dataset:
+    """The clips that a recipe's ``train.data`` names, for a Program of this geometry and dtype.
 
     Raises:
         ValueError: no pipeline is named, or as `TinyLatents` or `FolderLatents`.
@@ -129,7 +131,7 @@ def dataset_for(section: TrainSection, geometry: Geometry, device: torch.device)
             "train.data.pipeline: names no folder; set it to one with vae, text_encoder and "
             "tokenizer"
         )
-    encoder = PipelineEncoder(find_pipeline(data.pipeline), geometry.text_tokens, device)
+    encoder = PipelineEncoder(find_pipeline(data.pipeline), geometry.text_tokens, device, dtype)
     if data.folder is None:
         return TinyLatents(geometry, data, section.seed, encoder, device)
     return FolderLatents(Path(data.folder), geometry, data.fps, data.shots, encoder)

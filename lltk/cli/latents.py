@@ -21,16 +21,20 @@ class PipelineEncoder:
         pipeline: folder with ``vae``, ``text_encoder`` and ``tokenizer``.
         text_tokens: tokens a prompt is padded to.
         device: where they run and leave their results.
+        dtype: what the autoencoder computes in.
 
     Raises:
         ValueError: the folder lacks a part, or one cannot be read.
     """
 
-    def __init__(self, pipeline: Path, text_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, pipeline: Path, text_tokens: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self._text = TextEncoder(pipeline, text_tokens, device=device)
         self._embeddings: dict[str, Tensor] = {}
         vae = load_vae(pipeline)
-        self._vae = make_vae(vae.config or {}, vae.weights).to(device)
+        weights = {name: weight.to(device, dtype) for name, weight in vae.weights.items()}
+        self._vae = make_vae(vae.config or {}, weights)
         self._device = device
 
     @property

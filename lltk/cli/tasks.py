@@ -95,7 +95,7 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
         if recipe.model.checkpoint is None:
             torch.manual_seed(section.seed)
             started = with_weights(program, wan22.build(config).state_dict())
-        dataset = dataset_for(section, recipe.geometry, device)
+        dataset = dataset_for(section, recipe.geometry, device, program.dtype)
         module = instantiate(started, device)
         if section.recompute:
             module.checkpoint_blocks()

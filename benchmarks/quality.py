@@ -1,0 +1,308 @@
+"""Prompt agreement and identity of the tiny world's models.
+
+    .venv/bin/python benchmarks/quality.py --pipeline tiny --reference RUN/transformer \
+        --device cuda --videos 336
+
+Writes quality.json and quality.md beside this file (or to --output), and identity.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.bench.intervals import wilson
+from lltk.bench.quality import (
+    PARTS,
+    STRETCH,
+    ShotScore,
+    denoised,
+    draw_stories,
+    identity_over_time,
+    prompts_of,
+    score_video,
+    streamed,
+)
+from lltk.bench.record import make_record, markdown, write_record
+from lltk.cli.latents import PipelineEncoder
+from lltk.cli.recipes import open_recipe
+from lltk.compiler import transform
+from lltk.graph.module import instantiate
+from lltk.models.pipelines import find_pipeline
+from lltk.models.tiny.world import FPS, Story
+from lltk.stream.decoder import Decoder
+
+HERE = Path(__file__).parent
+SEED = 20_000
+SHOTS = 3
+CHUNKS = 6
+"""Of a shot, 4.5 s."""
+REFERENCE_CHUNKS = 5
+MINUTE = 80
+"""Chunks."""
+SINKS = {"window with both sinks": {}, "window without sinks": {"sink": 0}}
+FULL = {"full window": {"window": 3 * SHOTS * CHUNKS}}
+
+
+def main() -> None:
+    """Measure every cell and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pipeline", default="tiny")
+    parser.add_argument("--reference", help="the bidirectional model's folder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--videos", type=int, default=336, help=f"of {SHOTS} shots, a cell")
+    parser.add_argument("--minutes", type=int, default=64, help="single shots of 60 s")
+    parser.add_argument("--steps", type=int, nargs="*", default=[4, 50])
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=HERE / "quality")
+    arguments = parser.parse_args()
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+        record = make_record(
+            "quality",
+            " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
+            "Captions drawn with a fixed seed, none of them trained on. Agreement: share of shots "
+            "whose shape, colour, motion and background are all as the caption has them, with "
+            "Wilson's 95 % interval; identity: size, accent and tint of a shot's last two seconds "
+            "against its first two, per cent, with the 95 % interval of the mean.",
+            _results(arguments, pool),
+        )
+    text = markdown(
+        record,
+        "Quality on the tiny world",
+        {
+            "model": lambda row: row["model"],
+            "steps": lambda row: str(row["steps"]),
+            "shots": lambda row: str(row["shots"]),
+            "agreement %": lambda row: _interval(row["agreement"]),
+            "after a cut %": lambda row: _interval(row["after_cut"]),
+            "each part %": lambda row: ", ".join(f"{p} {v:.1f}" for p, v in row["parts"].items()),
+            "identity %": lambda row: _interval(row["identity"]),
+        },
+    )
+    write_record(arguments.output, record, text)
+
+
+def _results(arguments: argparse.Namespace, pool: Executor) -> Iterator[dict[str, Any]]:
+    device = torch.device(arguments.device)
+    for row in itertools.chain(_cells(arguments, device, pool), _minutes(arguments, device, pool)):
+        print(json.dumps(row)[:600], flush=True)
+        yield row
+
+
+def _cells(
+    arguments: argparse.Namespace, device: torch.device, pool: Executor
+) -> Iterator[dict[str, Any]]:
+    for steps in arguments.steps:
+        for name, changes in (FULL | SINKS).items():
+            yield _streamed_cell(arguments, device, pool, name, changes, steps)
+        if arguments.reference:
+            yield _reference_cell(arguments, device, pool, steps)
+
+
+def _streamed_cell(
+    arguments: argparse.Namespace,
+    device: torch.device,
+    pool: Executor,
+    name: str,
+    changes: dict[str, int],
+    steps: int,
+) -> dict[str, Any]:
+    begun = time.perf_counter()
+    stories = draw_stories(SEED, arguments.videos, SHOTS, CHUNKS, 3)
+    latents = _stream(arguments, device, stories, changes, steps)
+    return _row(f"AR, {name}", steps, _scores(arguments, device, pool, stories, latents), begun)
+
+
+def _reference_cell(
+    arguments: argparse.Namespace, device: torch.device, pool: Executor, steps: int
+) -> dict[str, Any]:
+    begun = time.perf_counter()
+    stories = draw_stories(SEED, arguments.videos * SHOTS, 1, REFERENCE_CHUNKS, 3)
+    overrides = (
+        "model.config=null",
+        "model.dtype=float32",
+        f"model.checkpoint={arguments.reference}",
+        f"geometry.batch={len(stories)}",
+    )
+    program = transform(open_recipe("tiny_reference", overrides))
+    latents = denoised(
+        program, instantiate(program, device), _text(arguments, device, stories), steps, SEED
+    )
+    chunks = iter(latents.split(3, dim=2))
+    scores = _scores(arguments, device, pool, stories, chunks)
+    return _row("bidirectional reference", steps, scores, begun)
+
+
+def _minutes(
+    arguments: argparse.Namespace, device: torch.device, pool: Executor
+) -> Iterator[dict[str, Any]]:
+    """Single shots of a minute; their identity over time is one row a setting."""
+    if not arguments.minutes:
+        return
+    curves = {}
+    for name, changes in SINKS.items():
+        begun = time.perf_counter()
+        stories = draw_stories(SEED + 1, arguments.minutes, 1, MINUTE, 3)
+        latents = _stream(arguments, device, stories, changes, 4)
+        videos = _decoded(arguments, device, latents)
+        jobs = [pool.submit(identity_over_time, video) for video in videos]
+        over_time = [job.result() for job in jobs]
+        curves[name] = [fmean(values) for values in zip(*over_time, strict=True)]
+        last = [fmean(values[-2:]) for values in over_time]
+        early = [values[0] for values in over_time]
+        scores = [score for video, story in zip(videos, stories, strict=True)
+                  for score in [pool.submit(score_video, video, story)]]  # fmt: skip
+        row = _row(f"AR, {name}, 60 s", 4, [s for job in scores for s in job.result()], begun)
+        yield row | {
+            "identity": _mean(last),
+            "identity_early": _mean(early),
+            "over_time": curves[name],
+        }
+    path = arguments.output.with_name("identity.svg")
+    path.write_text(_plot(curves), encoding="utf-8")
+
+
+def _stream(
+    arguments: argparse.Namespace,
+    device: torch.device,
+    stories: list[Story],
+    changes: dict[str, int],
+    steps: int,
+) -> Iterator[Tensor]:
+    overrides = (
+        f"model.checkpoint={find_pipeline(arguments.pipeline)}",
+        f"geometry.batch={len(stories)}",
+        *(f"geometry.{key}={value}" for key, value in changes.items()),
+    )
+    program = transform(open_recipe("tiny_stream", overrides))
+    text = _text(arguments, device, stories)
+    module = instantiate(program, device)
+    return streamed(program, module, text, stories[0].opens, steps, SEED)
+
+
+def _text(arguments: argparse.Namespace, device: torch.device, stories: list[Story]) -> Tensor:
+    encoder = PipelineEncoder(find_pipeline(arguments.pipeline), 16, device, torch.float32)
+    prompts = [prompt for story in stories for prompt in prompts_of(story)]
+    return encoder.text(prompts).unflatten(0, (len(stories), -1))
+
+
+def _decoded(
+    arguments: argparse.Namespace, device: torch.device, latents: Iterator[Tensor]
+) -> list[Tensor]:
+    """Videos, uint8 [F, 3, H, W] on the CPU, of latents that come chunk by chunk."""
+    decoder, parts = None, []
+    for chunk in latents:
+        if decoder is None:
+            overrides = (
+                f"model.checkpoint={find_pipeline(arguments.pipeline)}",
+                "model.config=null",
+                f"geometry.batch={len(chunk)}",
+            )
+            program = transform(open_recipe("tiny_decode", overrides))
+            decoder = Decoder(program, instantiate(program, device))
+        video = (decoder.decode(chunk) * 127.5 + 127.5).round().to(torch.uint8)
+        parts.append(video.transpose(1, 2).cpu())
+    return list(torch.cat(parts, dim=1))
+
+
+def _scores(
+    arguments: argparse.Namespace,
+    device: torch.device,
+    pool: Executor,
+    stories: list[Story],
+    latents: Iterator[Tensor],
+) -> list[ShotScore]:
+    videos = _decoded(arguments, device, latents)
+    jobs: list[Future[list[ShotScore]]] = [
+        pool.submit(score_video, *pair) for pair in zip(videos, stories, strict=True)
+    ]
+    return [score for job in jobs for score in job.result()]
+
+
+def _row(model: str, steps: int, scores: list[ShotScore], begun: float) -> dict[str, Any]:
+    later = [score for score in scores if score.index]
+    kept = [0.0 if math.isnan(score.kept) else score.kept for score in scores]
+    return {
+        "model": model,
+        "steps": steps,
+        "shots": len(scores),
+        "agreement": _share(scores),
+        "after_cut": _share(later) if later else None,
+        "parts": {
+            part: 100 * fmean(score.right[i] for score in scores) for i, part in enumerate(PARTS)
+        },
+        "identity": _mean(kept),
+        "seconds": time.perf_counter() - begun,
+    }
+
+
+def _share(scores: list[ShotScore]) -> list[float]:
+    hits = sum(all(score.right) for score in scores)
+    low, high = wilson(hits, len(scores))
+    return [100 * hits / len(scores), 100 * low, 100 * high]
+
+
+def _mean(values: list[float]) -> list[float]:
+    mean = fmean(values)
+    reach = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return [mean, mean - reach, mean + reach]
+
+
+def _interval(values: list[float] | None) -> str:
+    return "–" if values is None else "{:.1f} ({:.1f} to {:.1f})".format(*values)
+
+
+def _plot(curves: dict[str, list[float]]) -> str:
+    """Identity against time as an SVG."""
+    width, height, left, bottom = 720, 320, 56, 40
+    colours = ("#036", "#c40")
+
+    def x(index: int, count: int) -> float:
+        return left + (index + 1) / count * (width - left - 16)
+
+    def y(value: float) -> float:
+        return 16 + (100 - value) / 100 * (height - bottom - 16)
+
+    marks = [
+        f'<text x="{left - 8}" y="{y(v) + 4:.0f}" text-anchor="end">{v}</text>'
+        f'<line x1="{left}" x2="{width - 16}" y1="{y(v):.0f}" y2="{y(v):.0f}" stroke="#ddd"/>'
+        for v in (0, 25, 50, 75, 100)
+    ]
+    for (name, values), colour in zip(curves.items(), colours, strict=True):
+        points = " ".join(f"{x(i, len(values)):.1f},{y(v):.1f}" for i, v in enumerate(values))
+        marks.append(
+            f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>'
+        )
+        marks.append(
+            f'<text x="{left + 12}" y="{height - 60 - 18 * colours.index(colour)}" '
+            f'fill="{colour}">{name}</text>'
+        )
+    seconds = (len(next(iter(curves.values()))) + 1) * STRETCH // FPS
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            'font-family="sans-serif" font-size="12">',
+            f'<rect width="{width}" height="{height}" fill="white"/>',
+            *marks,
+            f'<text x="{left}" y="{height - 12}">identity with the first two seconds, %, over '
+            f"{seconds} s of one shot</text>",
+            "</svg>\n",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
