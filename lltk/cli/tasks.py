@@ -66,7 +66,8 @@ def task_of(data: Mapping[str, Any], where: str, device: torch.device) -> Task:
 
 
 def held_out_loss(objective: Objective, dataset: Dataset, section: TrainSection) -> float:
-    """The loss over clips, of fixed noise, that training does not see."""
+    """The loss over clips, of fixed noise, that training does not see; a folder's clips it does,
+    but from other places in them."""
     batches = Batches(dataset, ~section.seed, objective.clips)
     return mean_loss(objective, islice(batches, -(-_VALIDATION_CLIPS // objective.clips)))
 
