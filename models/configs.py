@@ -51,13 +51,13 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
         "tiny": _config(
             num_attention_heads=4,
-            attention_head_dim=32,
-            in_channels=16,
-            out_channels=16,
+            attention_head_dim=64,
+            in_channels=24,
+            out_channels=24,
             text_dim=64,
             freq_dim=64,
-            ffn_dim=512,
-            num_layers=4,
+            ffn_dim=1024,
+            num_layers=8,
         ),
     }
 )

@@ -43,28 +43,35 @@ _WAN22_STD = [
 # fmt: on
 
 
-def _config(base_dim: int, decoder_base_dim: int, mean: list[float], std: list[float]) -> Any:
+def _config(mean: list[float], std: list[float], patch_size: int, **sizes: Any) -> Any:
     return MappingProxyType(
         {
-            "base_dim": base_dim,
-            "decoder_base_dim": decoder_base_dim,
             "z_dim": len(mean),
             "latents_mean": mean,
             "latents_std": std,
             "is_residual": True,
-            "in_channels": 12,
-            "out_channels": 12,
-            "patch_size": 2,
+            "in_channels": 3 * patch_size**2,
+            "out_channels": 3 * patch_size**2,
+            "patch_size": patch_size,
             "scale_factor_temporal": 4,
             "scale_factor_spatial": 16,
+            **sizes,
         }
     )
 
 
 CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "wan22_vae": _config(160, 256, _WAN22_MEAN, _WAN22_STD),
-        "tiny_vae": _config(16, 16, [0.0] * 16, [1.0] * 16),
+        "wan22_vae": _config(_WAN22_MEAN, _WAN22_STD, 2, base_dim=160, decoder_base_dim=256),
+        "tiny_vae": _config(
+            [0.0] * 24,
+            [1.0] * 24,
+            patch_size=4,
+            base_dim=32,
+            decoder_base_dim=32,
+            dim_mult=[1, 2, 2],
+            temperal_downsample=[True, True],
+        ),
     }
 )
 """By name; Wan2.2's latent statistics are those of diffusers' conversion script."""

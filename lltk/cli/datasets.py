@@ -10,12 +10,14 @@ from torch import Tensor
 
 from lltk.cli.latents import FolderLatents, PipelineEncoder
 from lltk.graph.geometry import Geometry
+from lltk.models.pipelines import find_pipeline
 from lltk.models.tiny.world import RESOLUTION, STRIDE, Story, draw_story, render
-from lltk.models.wan_vae import encode, load_vae, make_vae
 from lltk.stream.script import SCENE_CUT
-from lltk.stream.text import TextEncoder
 from lltk.train.data import Dataset, generator_at
-from lltk.train.recipe import DataSection
+from lltk.train.recipe import DataSection, TrainSection
+
+_ENCODED = 64
+"""Clips encoded at once."""
 
 
 class TinyVideos:
@@ -57,16 +59,22 @@ class TinyLatents:
 
     Args:
         geometry: of the Program to train.
-        shots: most shots a clip; their number is uniform from 1.
-        pipeline: folder with ``vae``, ``text_encoder`` and ``tokenizer``.
-        device: where they run.
+        data: how many shots and clips.
+        seed: of the samples whose clips are kept, where clips are few.
+        encoder: what makes latents and text.
+        device: where clips are rendered.
 
     Raises:
-        ValueError: the geometry is not the world's, or the folder lacks a part.
+        ValueError: the geometry is not the world's.
     """
 
     def __init__(
-        self, geometry: Geometry, shots: int, pipeline: Path, device: torch.device
+        self,
+        geometry: Geometry,
+        data: DataSection,
+        seed: int,
+        encoder: PipelineEncoder,
+        device: torch.device,
     ) -> None:
         if (geometry.height, geometry.width) != (RESOLUTION, RESOLUTION):
             raise ValueError(
@@ -74,22 +82,31 @@ class TinyLatents:
                 f"{geometry.height}×{geometry.width}; set geometry.height and geometry.width"
             )
         frames = STRIDE * (geometry.frames - 1) + 1
-        self._videos = TinyVideos(frames, geometry.chunk, shots, device)
-        self._encoder = TextEncoder(pipeline, geometry.text_tokens, device=device)
-        self._embeddings: dict[str, Tensor] = {}
-        vae = load_vae(pipeline)
-        self._vae = make_vae(vae.config or {}, vae.weights).to(device)
+        self._videos = TinyVideos(frames, geometry.chunk, data.shots, device)
+        self._encoder = encoder
+        self._seed = seed
+        self._kept: dict[str, Tensor] = {}
+        if data.clips is not None:
+            indices = range(data.clips)
+            blocks = [indices[i : i + _ENCODED] for i in indices[::_ENCODED]]
+            parts = [self._made(seed, block) for block in blocks]
+            self._kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
-        stories = self._videos.stories(seed, indices)
-        text = torch.stack([self._embedded(_prompts(story)) for story in stories])
-        return {"latents": encode(self._vae, self._videos.videos(stories)), "text": text}
+        if not self._kept or seed != self._seed:
+            return self._made(seed, indices)
+        clips = len(self._kept["latents"])
+        chosen = [
+            int(torch.randint(clips, (), generator=generator_at(seed, "clip", index)))
+            for index in indices
+        ]
+        return {name: tensor[chosen] for name, tensor in self._kept.items()}
 
-    def _embedded(self, prompts: list[str]) -> Tensor:
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
-        if new:
-            self._embeddings |= zip(new, self._encoder.encode(new), strict=True)
-        return torch.stack([self._embeddings[prompt] for prompt in prompts])
+    def _made(self, seed: int, indices: range) -> dict[str, Tensor]:
+        stories = self._videos.stories(seed, indices)
+        text = self._encoder.text([prompt for story in stories for prompt in _prompts(story)])
+        latents = self._encoder.latents(self._videos.videos(stories))
+        return {"latents": latents, "text": text.unflatten(0, (len(stories), -1))}
 
 
 def _prompts(story: Story) -> list[str]:
@@ -100,19 +117,19 @@ def _prompts(story: Story) -> list[str]:
     ]
 
 
-def dataset_for(data: DataSection, geometry: Geometry, device: torch.device) -> Dataset:
+def dataset_for(section: TrainSection, geometry: Geometry, device: torch.device) -> Dataset:
     """The clips that a recipe's ``train.data`` names, for a Program of this geometry.
 
     Raises:
         ValueError: no pipeline is named, or as `TinyLatents` or `FolderLatents`.
     """
+    data = section.data
     if data.pipeline is None:
         raise ValueError(
             "train.data.pipeline: names no folder; set it to one with vae, text_encoder and "
             "tokenizer"
         )
-    pipeline = Path(data.pipeline)
+    encoder = PipelineEncoder(find_pipeline(data.pipeline), geometry.text_tokens, device)
     if data.folder is None:
-        return TinyLatents(geometry, data.shots, pipeline, device)
-    encoder = PipelineEncoder(pipeline, geometry.text_tokens, device)
+        return TinyLatents(geometry, data, section.seed, encoder, device)
     return FolderLatents(Path(data.folder), geometry, data.fps, data.shots, encoder)

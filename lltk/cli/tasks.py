@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -17,7 +18,7 @@ from lltk.compiler import transform, with_weights
 from lltk.graph.files import written_whole
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
-from lltk.graph.recipe import Recipe, parse_recipe
+from lltk.graph.recipe import parse_recipe
 from lltk.models import wan22, wan_vae
 from lltk.models.checkpoint import save_checkpoint, save_lora
 from lltk.models.configs import named_config
@@ -25,7 +26,7 @@ from lltk.models.tiny.world import FPS
 from lltk.stream.video import VideoWriter
 from lltk.train.data import Batches, Dataset
 from lltk.train.objective import FlowMatching, Objective, mean_loss
-from lltk.train.recipe import TrainSection, VaeRecipe, train_section, vae_recipe
+from lltk.train.recipe import TrainSection, train_section, vae_recipe
 from lltk.train.vae import Reconstruction, decode, latent_statistics
 
 _VALIDATION_CLIPS = 16
@@ -60,9 +61,11 @@ def task_of(data: Mapping[str, Any], where: str, device: torch.device) -> Task:
     Raises:
         ValueError: the recipe does not fit, or has no train section.
     """
-    if "vae" in data:
-        return _autoencoder(vae_recipe(data, where), where, device)
-    return _transformer(parse_recipe(data, where), where, device)
+    task = _autoencoder if "vae" in data else _transformer
+    made = task(data, where, device)
+    if made.section.graphs and device.type != "cuda":
+        raise ValueError(f"{where}: train.graphs: {device} has no CUDA graphs; set it to false")
+    return made
 
 
 def held_out_loss(objective: Objective, dataset: Dataset, section: TrainSection) -> float:
@@ -72,7 +75,8 @@ def held_out_loss(objective: Objective, dataset: Dataset, section: TrainSection)
     return mean_loss(objective, islice(batches, -(-_VALIDATION_CLIPS // objective.clips)))
 
 
-def _transformer(recipe: Recipe, where: str, device: torch.device) -> Task:
+def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> Task:
+    recipe = parse_recipe(data, where)
     section = train_section(recipe.train, where)
     section.calls(recipe.geometry.batch)
     program = transform(recipe, weights=recipe.model.checkpoint is not None)
@@ -92,13 +96,16 @@ def _transformer(recipe: Recipe, where: str, device: torch.device) -> Task:
         if recipe.model.checkpoint is None:
             torch.manual_seed(section.seed)
             started = with_weights(program, wan22.build(config).state_dict())
-        dataset = dataset_for(section.data, recipe.geometry, device)
+        dataset = dataset_for(section, recipe.geometry, device)
         module = instantiate(started, device)
         if section.recompute:
             module.checkpoint_blocks()
         if section.compile:
             module.compile_blocks()
-        return FlowMatching(started, module, section.image), dataset
+        objective = FlowMatching(
+            started, module, section.image, section.context_noise, section.gap, section.graphs
+        )
+        return objective, dataset
 
     def export(
         objective: Objective, dataset: Dataset, trained: Mapping[str, Tensor], folder: Path
@@ -116,7 +123,8 @@ def _transformer(recipe: Recipe, where: str, device: torch.device) -> Task:
     return Task(section, about, memory, prepare, export)
 
 
-def _autoencoder(recipe: VaeRecipe, where: str, device: torch.device) -> Task:
+def _autoencoder(data: Mapping[str, Any], where: str, device: torch.device) -> Task:
+    recipe = vae_recipe(data, where)
     section, vae = recipe.train, recipe.vae
     named = vae.config
     config = named_config(named, wan_vae.CONFIGS) if isinstance(named, str) else named
@@ -135,14 +143,16 @@ def _autoencoder(recipe: VaeRecipe, where: str, device: torch.device) -> Task:
 
     def prepare() -> tuple[Objective, Dataset]:
         torch.manual_seed(section.seed)
-        model = wan_vae.build(config).to(device)
-        return Reconstruction(model, vae), TinyVideos(vae.frames, 1, section.data.shots, device)
+        model = wan_vae.build(config)
+        start = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        model = copy.deepcopy(model).to(device, getattr(torch, vae.dtype))
+        dataset = TinyVideos(vae.frames, 1, section.data.shots, device)
+        return Reconstruction(model, vae, start, section.graphs), dataset
 
     def export(
         objective: Objective, dataset: Dataset, trained: Mapping[str, Tensor], folder: Path
     ) -> Path:
-        model: Any = objective.module
-        model.load_state_dict(trained)
+        model: Any = wan_vae.make_vae(config, trained)
         batches = Batches(dataset, ~section.seed, objective.clips)
         some = islice(batches, -(-_STATISTICS_CLIPS // objective.clips))
         mean, std = latent_statistics(model, (batch.tensors["video"] for batch in some))
@@ -156,7 +166,8 @@ def _autoencoder(recipe: VaeRecipe, where: str, device: torch.device) -> Task:
         """Held-out clips side by side, their reconstructions below."""
         model: Any = objective.module
         video = dataset.batch(~section.seed, range(_SAMPLE_CLIPS))["video"]
-        seen = decode(model, model.encode(video).latent_dist.mean).clamp(-1, 1)
+        seen = decode(model, model.encode(video.to(model.dtype)).latent_dist.mean)
+        seen = seen.float().clamp(-1, 1)
         rows = torch.cat([torch.cat(tuple(clips), dim=-1) for clips in (video, seen)], dim=-2)
         pixels = (rows * 127.5 + 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
         _, height, width, _ = pixels.shape

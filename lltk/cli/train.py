@@ -81,6 +81,8 @@ def _train(
     console: Console,
     keep_log: Callable[[Path], None],
 ) -> None:
+    import torch
+
     from lltk.cli.tasks import held_out_loss
     from lltk.train.loop import Diverged, Hooks, Trainer
 
@@ -108,7 +110,9 @@ def _train(
         keep_log(output / "train.log")
         progress.update(bar, completed=run.step)
         try:
-            run.run()
+            # Shapes stay, so the fastest convolutions are worth looking for.
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+                run.run()
         except Diverged as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:

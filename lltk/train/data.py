@@ -26,10 +26,12 @@ class Dataset(Protocol):
         """
 
 
-def generator_at(seed: int, *counters: int | str) -> torch.Generator:
-    """A CPU generator whose numbers depend on the arguments alone."""
+def generator_at(
+    seed: int, *counters: int | str, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A generator whose numbers depend on the arguments alone (on the kind of device too)."""
     digest = hashlib.sha256(repr((seed, *counters)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,13 @@ class Batch:
     indices: range
     tensors: Mapping[str, Tensor]
 
-    def normal(self, purpose: str, *shape: int) -> Tensor:
-        """Standard normal numbers, float32 [B, *shape], on the CPU."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self._generators(purpose)])
+    def normal(self, purpose: str, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        """Standard normal numbers, float32 [B, *shape], drawn on the device."""
+        drawn = [
+            torch.randn(shape, generator=generator, device=device)
+            for generator in self._generators(purpose, device)
+        ]
+        return torch.stack(drawn)
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
         """Numbers uniform in [0, 1), float32 [B, *shape], on the CPU."""
@@ -58,8 +64,10 @@ class Batch:
         drawn = [torch.randint(below, shape, generator=g) for g in self._generators(purpose)]
         return torch.stack(drawn)
 
-    def _generators(self, purpose: str) -> list[torch.Generator]:
-        return [generator_at(self.seed, purpose, index) for index in self.indices]
+    def _generators(
+        self, purpose: str, device: torch.device | str = "cpu"
+    ) -> list[torch.Generator]:
+        return [generator_at(self.seed, purpose, index, device=device) for index in self.indices]
 
 
 class Batches:

@@ -15,11 +15,13 @@ from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.train.data import Batch
 from lltk.train.diagnose import first_bad_node
+from lltk.train.graphs import Graphed
 
 LEVELS = 1000
 """Noise levels of the grid; also what a timestep of pure noise is."""
 SHIFT = 5.0
 """How far the grid leans towards noise (Wan2.2's)."""
+_PAUSES = 4
 
 
 class Objective(Protocol):
@@ -85,6 +87,10 @@ class FlowMatching:
     `noise_grid`. The squared error, a mean over a latent frame, is weighted by `level_weights` and
     summed over the frames that count.
 
+    What a causal model will see when it streams are its own chunks and sinks of long ago. So a
+    train program's clean chunks may carry noise of which it is not told, and pauses between chunks
+    may stretch their positions.
+
     A batch holds ``latents`` [B, C, F, h, w], normalised; ``text`` [B, N, S, E], one prompt a
     chunk; and, where clips are padded, ``valid``, bool [B, F].
 
@@ -93,12 +99,23 @@ class FlowMatching:
         module: the same Program, runnable.
         image: share of clips whose first latent frame is given: noise-free in the noisy half too,
             at t = 0, and not counted.
+        context_noise: largest noise level of the clean chunks.
+        gap: longest pause, in latent frames; 1 for none.
+        graphs: whether to replay CUDA graphs.
 
     Raises:
         ValueError: the program is neither for training nor a reference.
     """
 
-    def __init__(self, program: Program, module: ProgramModule, image: float = 0.0) -> None:
+    def __init__(
+        self,
+        program: Program,
+        module: ProgramModule,
+        image: float = 0.0,
+        context_noise: float = 0.0,
+        gap: float = 1.0,
+        graphs: bool = False,
+    ) -> None:
         if program.kind not in ("train", "reference"):
             raise ValueError(
                 f"a {program.kind} program has no flow-matching objective; set the recipe's "
@@ -107,6 +124,10 @@ class FlowMatching:
         self._program = program
         self._module = module
         self._image = image
+        self._context_noise = context_noise
+        self._gap = gap
+        flow = _Flow(module, program)
+        self._flow = Graphed(flow) if graphs else flow
         self._grid = noise_grid()
         self._weights = level_weights(self._grid)
         self._device = next(module.parameters()).device
@@ -128,7 +149,7 @@ class FlowMatching:
 
     def loss(self, batch: Batch) -> Tensor:
         inputs, target, weight = self._prepared(batch)
-        flow = self._module(self._program.kind, **inputs)[self._program.spec.output]
+        flow = self._flow(*inputs.values())
         error = (flow.float() - target).square().mean(dim=(1, 3, 4))
         return (weight * error).sum()
 
@@ -161,18 +182,57 @@ class FlowMatching:
         timestep[self._given(batch), 0] = 0
         timestep = timestep.to(device)
         sigma = (timestep / LEVELS)[:, None, :, None, None]
-        noise = batch.normal("noise", channels, frames, height, width).to(device)
+        noise = batch.normal("noise", channels, frames, height, width, device=device)
         noisy = (1 - sigma) * clean + sigma * noise
         latents = (
-            {"clean": clean, "noisy": noisy}
+            {"clean": self._context(batch, clean), "noisy": noisy}
             if program.kind == "train"
             else {spec.latent_input: noisy}
         )
         inputs = latents | {
             spec.time_input: timestep,
             spec.text_input: batch.tensors["text"],
-            "positions": torch.arange(frames, dtype=torch.float64),
+            "positions": self._positions(batch, frames),
         }
         contract = program.contract(program.kind).inputs
-        cast = {name: value.to(device, contract[name].dtype) for name, value in inputs.items()}
+        cast = {name: inputs[name].to(device, own.dtype) for name, own in contract.items()}
         return cast, noise - clean, weight
+
+    def _context(self, batch: Batch, clean: Tensor) -> Tensor:
+        """The clean chunks as others see them: with noise of a level uniform up to the largest."""
+        if not self._context_noise:
+            return clean
+        _, channels, frames, height, width = clean.shape
+        chunk = self._program.geometry.chunk
+        level = self._context_noise * batch.uniform("context level", frames // chunk).to(
+            clean.device
+        )
+        level = level.repeat_interleave(chunk, dim=1)[:, None, :, None, None]
+        noise = batch.normal("context", channels, frames, height, width, device=clean.device)
+        return (1 - level) * clean + level * noise
+
+    def _positions(self, batch: Batch, frames: int) -> Tensor:
+        """Of a call's frames, float64 [F]: one chunk in `_PAUSES` follows a pause.
+
+        The logarithm of a pause is uniform, up to that of the longest.
+        """
+        chunk = self._program.geometry.chunk
+        drawn, length = batch.uniform("gap", 2, frames // chunk)[0].double()
+        pause = (self._gap**length).floor() * (drawn * _PAUSES < 1) * (self._gap > 1)
+        pause[0] = 0
+        return torch.arange(frames) + pause.cumsum(0).repeat_interleave(chunk)
+
+
+class _Flow(nn.Module):
+    """A Program's output from its inputs in their order."""
+
+    def __init__(self, module: ProgramModule, program: Program) -> None:
+        super().__init__()
+        self._module = module
+        self._kind = program.kind
+        self._names = tuple(program.contract(program.kind).inputs)
+        self._output = program.spec.output
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        named = dict(zip(self._names, inputs, strict=True))
+        return self._module(self._kind, **named)[self._output]

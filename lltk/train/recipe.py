@@ -24,6 +24,9 @@ class DataSection(BaseModel):
     shots: int = Field(
         1, ge=1, description="most shots a clip; in the world their number is uniform from 1"
     )
+    clips: int | None = Field(
+        None, ge=1, description="clips of the world, encoded once; null: new ones every step"
+    )
     pipeline: str | None = Field(
         None, description="folder with vae, text_encoder and tokenizer, which make latents and text"
     )
@@ -54,12 +57,21 @@ class TrainSection(BaseModel):
     image: float = Field(
         0.0, ge=0, le=1, description="share of clips whose first latent frame is given"
     )
+    context_noise: float = Field(
+        0.0, ge=0, lt=1, description="largest noise level of the clean chunks that others see"
+    )
+    gap: float = Field(
+        1.0, ge=1, description="longest pause between chunks, in latent frames of position"
+    )
     seed: int = Field(0, ge=0, description="of first weights, clips and noise")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
     validate_every: int | None = Field(None, ge=1, description="steps between validations")
     sample_every: int | None = Field(None, ge=1, description="steps between samples")
     compile: bool = Field(False, description="compile the blocks")
+    graphs: bool = Field(
+        False, description="replay CUDA graphs: a GPU and one call a step; for small models"
+    )
     recompute: bool = Field(False, description="recompute each block in the backward pass")
 
     def rate(self, step: int) -> float:
@@ -78,7 +90,8 @@ class TrainSection(BaseModel):
             clips: clips of a call.
 
         Raises:
-            ValueError: they do not divide the batch; names the nearest batches.
+            ValueError: they do not divide the batch (names the nearest batches), or are not all of
+                it where graphs are replayed.
         """
         calls, rest = divmod(self.batch, clips)
         if rest:
@@ -86,6 +99,11 @@ class TrainSection(BaseModel):
             raise ValueError(
                 f"train.batch: {self.batch} clips a step are not a multiple of the {clips} of a "
                 f"call; the nearest that fit: {' and '.join(near)}"
+            )
+        if self.graphs and calls > 1:
+            raise ValueError(
+                f"train.graphs: replays one call a step, and a batch of {self.batch} takes {calls} "
+                f"of {clips} clips; train {clips} a step, or drop it"
             )
         return calls
 
@@ -101,6 +119,9 @@ class VaeSection(BaseModel):
 
     config: str | dict[str, Any] = Field(
         description="a named configuration, or AutoencoderKLWan's arguments"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="it runs in this; what trains is float32"
     )
     frames: int = Field(ge=1, description="video frames of a clip, 1 + 4·k")
     batch: int = Field(1, ge=1, description="clips a call")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lltk.train.data import Batch
 from lltk.train.diagnose import first_bad_module
+from lltk.train.graphs import Graphed
 from lltk.train.recipe import VaeSection
 
 SCALES = (1, 2, 4)
@@ -20,20 +21,32 @@ SCALES = (1, 2, 4)
 class Reconstruction:
     """An AutoencoderKLWan's reconstruction of whole clips.
 
-    A clip's loss is the mean over `SCALES` of |d| + edges·(|∂d/∂y| + |∂d/∂x|), where d is what the
-    reconstruction lacks, plus kl·KL(posterior ‖ N(0, 1)), each a mean over pixels or latents. The
-    reconstruction is the decoder's, before it is cut off at ±1, so that every pixel has a gradient.
+    A clip's loss is 4·d² plus the mean over `SCALES` of |d| + edges·(|∂d/∂y| + |∂d/∂x|), where d is
+    what the reconstruction lacks, plus kl·KL(posterior ‖ N(0, 1)), each a mean over pixels or
+    latents. The reconstruction is the decoder's, before it is cut off at ±1, so that every pixel
+    has a gradient.
 
     A batch holds ``video``, [B, 3, F, H, W] in [-1, 1], of 1 + 4·k frames.
 
     Args:
         vae: diffusers' AutoencoderKLWan.
         section: clips of a call and the weights of the terms.
+        start: values of its parameters to start from, by name; by default the VAE's own.
+        graphs: whether to replay CUDA graphs.
     """
 
-    def __init__(self, vae: Any, section: VaeSection) -> None:
+    def __init__(
+        self,
+        vae: Any,
+        section: VaeSection,
+        start: Mapping[str, Tensor] | None = None,
+        graphs: bool = False,
+    ) -> None:
         self._vae = vae
         self._section = section
+        self._start = start
+        self._losses: nn.Module = _Losses(vae, section)
+        self._loss = Graphed(self._losses) if graphs else self._losses
 
     @property
     def module(self) -> nn.Module:
@@ -42,7 +55,7 @@ class Reconstruction:
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        return dict(self.module.named_parameters())
+        return self._start or dict(self.module.named_parameters())
 
     @property
     def clips(self) -> int:
@@ -52,20 +65,41 @@ class Reconstruction:
         return len(batch.indices)
 
     def loss(self, batch: Batch) -> Tensor:
-        parameter = next(self.module.parameters())
-        video = batch.tensors["video"].to(parameter.device, parameter.dtype)
-        posterior = self._vae.encode(video).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        noise = batch.normal("posterior", *mean.shape[1:]).to(mean.device)
-        latents = mean + noise * (logvar / 2).exp()
-        lacking = decode(self._vae, latents.to(video.dtype)).float() - video.float()
-        divergence = (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1) / 2
-        return (roughness(lacking, self._section.edges) + self._section.kl * divergence).sum()
+        return self._sum(self._loss, batch)
 
     def first_bad(self, batch: Batch) -> str | None:
         if not bool(batch.tensors["video"].isfinite().all()):
             return "input video"
-        return first_bad_module(self.module, lambda: self.loss(batch))
+        return first_bad_module(self.module, lambda: self._sum(self._losses, batch))
+
+    def _sum(self, losses: nn.Module, batch: Batch) -> Tensor:
+        parameter = next(self.module.parameters())
+        video = batch.tensors["video"].to(parameter.device, parameter.dtype)
+        frames, height, width = video.shape[2:]
+        config = self._vae.config
+        space = config.scale_factor_spatial
+        latent = (1 + frames // config.scale_factor_temporal, height // space, width // space)
+        noise = batch.normal("posterior", config.z_dim, *latent, device=parameter.device)
+        result: Tensor = losses(video, noise).sum()
+        return result
+
+
+class _Losses(nn.Module):
+    """Each clip's loss, [B], from video and the posterior's noise, float32 [B, z, F, h, w]."""
+
+    def __init__(self, vae: nn.Module, section: VaeSection) -> None:
+        super().__init__()
+        self.vae = vae
+        self.section = section
+
+    def forward(self, video: Tensor, noise: Tensor) -> Tensor:
+        posterior = cast(Any, self.vae).encode(video).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        latents = mean + noise * (logvar / 2).exp()
+        lacking = decode(self.vae, latents.to(video.dtype)).float() - video.float()
+        divergence = (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1) / 2
+        squares = 4 * lacking.square().flatten(1).mean(1)
+        return squares + roughness(lacking, self.section.edges) + self.section.kl * divergence
 
 
 def roughness(difference: Tensor, edges: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 A caption says what a `Scene` holds. Size, accent and tint are the shot's identity: no caption tells
 them, so whoever continues a shot must remember them. The frame is a torus: what leaves it on one
-side enters on the other, so a shape can move left for ever and is always wholly visible.
+side enters on the other, so a shape can move left for ever and is always wholly visible. A shot
+begins with its shape near the middle.
 """
 
 from __future__ import annotations
@@ -261,7 +262,7 @@ def draw_shot(generator: torch.Generator) -> Shot:
         choice(list(BACKGROUNDS)),
     )
     # How far from the middle of the frame, so that what turns or pulses stays clear of the border.
-    reach = {"circling": 6.0, "pulsing": 20.0}.get(scene.motion, RESOLUTION / 2)
+    reach = {"circling": 6.0}.get(scene.motion, 16.0)
     middle = RESOLUTION / 2
     rates = {"circling": (-1.0, 1.0), "pulsing": (1.0, 1.0)}.get(scene.motion, _SPEEDS)
     caption, size = _say(scene, next(draws), next(draws)), between(*_SIZES)
