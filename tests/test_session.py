@@ -382,7 +382,7 @@ def test_a_state_lacking_a_part_goes_on_otherwise(plan: StreamPlan) -> None:
 
 def test_a_full_disk_loses_no_latent(plan: StreamPlan, tmp_path: Path) -> None:
     """What the sink did not take is in the state."""
-    whole, video = streamed(plan)
+    _, video = streamed(plan)
     got: list[Tensor] = []
 
     def sink(part: Tensor) -> None:
