@@ -1,13 +1,17 @@
-"""Test set-up: a reproducible hypothesis profile, and one marker on every test."""
+"""Test set-up: a reproducible hypothesis profile, one thread, and one marker on every test."""
 
 from collections.abc import Generator
 from importlib.util import find_spec
 
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("lltk", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("lltk")
+
+# Several workers share the cores.
+torch.set_num_threads(1)
 
 KINDS = ("cpu", "gpu", "manual")
 

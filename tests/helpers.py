@@ -26,8 +26,6 @@ from lltk.models import wan22
 from lltk.models.configs import named_config, validate_config
 from lltk.passes import make_pass
 
-torch.set_num_threads(1)
-
 Steps = Sequence[str | Mapping[str, Mapping[str, Any]]]
 
 CANONICAL = ("canonicalise", "per_frame_timesteps", "frame_positions")

@@ -208,6 +208,13 @@ def test_bad_input_is_refused(
     assert code == 2 and message in err and "Traceback" not in err
 
 
+def test_a_dry_run_measures_nothing(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("stream", "tiny_stream", "--dry-run", "--json", "--device", "cpu")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["memory"]["cpu"]["weights"] > 0 and "sampler" in plan["plan"]
+
+
 def test_help_has_an_example(run: Callable[..., tuple[int, str, str]]) -> None:
     for arguments in (["--help"], ["stream", "--help"]):
         code, out, _ = run(*arguments)

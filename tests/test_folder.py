@@ -148,19 +148,20 @@ def test_bad_clips_are_skipped_counted_and_listed(
         write_clip(tmp_path, "b", 0, good, "cut off"): "holds no video",
         write_clip(tmp_path, "b", 1, good, "broken"): "its caption is not JSON",
         write_clip(tmp_path, "b", 2, good, "cut short"): "too short",
+        tmp_path / "video" / "a" / "notes.mp4": "its name is not a number",
     }
     (tmp_path / "caption" / "b" / "1.json").write_text("{")
     whole = (tmp_path / "video" / "b" / "0.mp4").read_bytes()
     (tmp_path / "video" / "b" / "0.mp4").write_bytes(whole[:200])
     (tmp_path / "video" / "b" / "2.mp4").write_bytes(whole[: whole.index(b"mdat") + 40])
-    (tmp_path / "video" / "a" / "notes.mp4").write_bytes(b"not a number, not a clip")
+    (tmp_path / "video" / "a" / "notes.mp4").write_bytes(b"not a clip")
     with caplog.at_level(logging.WARNING):
         found = clips(tmp_path)
     assert found.skipped.keys() == reasons.keys()
     for path, reason in reasons.items():
         assert found.skipped[path].startswith(reason), found.skipped[path]
         assert f"skipped {path}: {reason}" in caplog.text
-    assert f"{tmp_path}: 6 clips skipped" in caplog.text
+    assert f"{tmp_path}: 7 clips skipped" in caplog.text
     assert found.sample(0, 0).prompts == ("good",) * 3
 
 

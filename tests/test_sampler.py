@@ -14,8 +14,6 @@ from lltk.stream.sampler import Sampler, Schedule, guided
 
 pytestmark = pytest.mark.cpu
 
-torch.set_num_threads(1)
-
 Model = Callable[[Tensor, float], Tensor]
 
 DIGITS = 1.5e-6

@@ -32,7 +32,8 @@ TRANSFORMER = {
     "text_dim": 64, "freq_dim": 16, "ffn_dim": 16, "num_layers": 1,
 }  # fmt: skip
 SMALL = [
-    f"model.config={json.dumps(TRANSFORMER)}", "geometry.frames=4", "geometry.batch=2",
+    f"model.config={json.dumps(TRANSFORMER)}", "geometry.frames=6", "geometry.batch=2",
+    "train.data.clips=4", "train.data.shots=2",
     "train.batch=4", "train.steps=2", "train.checkpoint_every=1", "train.validate_every=2",
 ]  # fmt: skip
 
@@ -113,9 +114,9 @@ def test_plans(run: Run, recipe: str) -> None:
             "train: unknown key 'stps'; did you mean",
         ),
         (["tiny_stream"], "has no train section"),
-        (["tiny_train"], "train.data.pipeline: names no folder"),
-        (["tiny_train", "--set", "train.data.pipeline=nowhere"], "nowhere: has no text_encoder/"),
-        (["tiny_train", "--set", "geometry.batch=3"], "the nearest that fit: 15 and 18"),
+        (["tiny_train", "--set", "train.data.pipeline=null"], "pipeline: names no folder"),
+        (["tiny_train", "--set", "train.data.pipeline=nowhere"], "nowhere: no such pipeline"),
+        (["tiny_train", "--set", "geometry.batch=3"], "the nearest that fit: 63 and 66"),
         (["tiny_vae", "--set", "vae.frames=6"], "the nearest that fit: 5 and 9"),
         (["tiny_vae", "--set", "vae.config=tiny_vea"], "did you mean 'tiny_vae'?"),
         (["tiny_vae", "--set", "train.compile=true"], "train.compile: is for transformers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def command() -> None:
 
 
 @command.command("stream")
-@click.argument("recipes", nargs=-1, required=True)
+@click.argument("recipe")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Files, without suffix.")
 @click.option(
     "--seconds", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
@@ -40,7 +41,7 @@ def command() -> None:
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; measure nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 def stream(
-    recipes: tuple[str, ...],
+    recipe: str,
     output: Path | None,
     seconds: float,
     warmup: int | None,
@@ -50,7 +51,7 @@ def stream(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Stream RECIPES (files, or shipped recipes' names) to a video file, and time it.
+    """Stream a RECIPE (a file, or a shipped recipe's name) to a video file, and time it.
 
     Records DiT, decode and E2E FPS, the first frame's latency, p50 and p90 of a chunk, the share of
     time outside the models, memory by owner, and what ran on what.
@@ -61,37 +62,38 @@ def stream(
       lltk bench stream tiny_stream --set stream.steps=2 --seconds 30 -o benchmarks/two_steps
     """
     console = Console(quiet=as_json)
-    paths = {name: find_recipe(name) for name in recipes}
+    path = find_recipe(recipe)
     if output is None and not dry_run:
         raise ValueError("-o: name the record's files, without a suffix")
     import torch
 
     from lltk.bench.record import make_record, write_record
     from lltk.bench.stream import METHOD, measure, text
+    from lltk.cli.outputs import check_writable
     from lltk.graph.recipe import load_recipe
     from lltk.streaming import plan_stream
 
+    if output is not None:
+        check_writable(output.with_name(output.name + suffix) for suffix in (".json", ".md"))
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    results = []
-    for name, path in paths.items():
-        with console.status(f"{name}: compiling"):
-            plan = plan_stream(load_recipe(path, overrides), chosen, weights=not dry_run)
-        console.print(f"[bold]{name}[/bold]")
-        for part, what in plan.describe().items():
-            console.print(f"{part}: {what}", highlight=False)
-        for owners in plan.memory.values():
-            console.print(memory_table(owners))
-        if not dry_run:
-            chunks = plan.transformer.geometry.pages if warmup is None else warmup
-            with console.status(f"{name}: streaming"):
-                results.append({"name": path.stem} | measure(plan, seconds, chunks, runs))
+    with console.status("compiling"):
+        plan = plan_stream(load_recipe(path, overrides), chosen, weights=not dry_run)
+    for part, what in plan.describe().items():
+        console.print(f"{part}: {what}", highlight=False)
+    for owners in plan.memory.values():
+        console.print(memory_table(owners))
     if output is None or dry_run:
+        if as_json:
+            click.echo(json.dumps({"plan": plan.describe(), "memory": plan.memory}, indent=2))
         return
+    chunks = plan.transformer.geometry.pages if warmup is None else warmup
+    with console.status("streaming"):
+        result = {"name": path.stem} | measure(plan, seconds, chunks, runs)
     flags = [part for change in overrides for part in ("--set", change)]
     flags += ["--seconds", f"{seconds:g}", "--runs", str(runs), "--device", str(chosen)]
     flags += [] if warmup is None else ["--warmup", str(warmup)]
-    line = shlex.join(["lltk", "bench", "stream", *recipes, *flags])
-    record = make_record("stream", line, METHOD, results)
+    line = shlex.join(["lltk", "bench", "stream", recipe, *flags])
+    record = make_record("stream", line, METHOD, [result])
     table = text(record)
     write_record(output, record, table)
     if as_json:

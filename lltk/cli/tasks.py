@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lltk.artefact import versions
 from lltk.cli.datasets import TinyVideos, dataset_for
@@ -69,7 +69,8 @@ def task_of(data: Mapping[str, Any], where: str, device: torch.device) -> Task:
 
 
 def held_out_loss(objective: Objective, dataset: Dataset, section: TrainSection) -> float:
-    """The loss over clips, of fixed noise, that training does not see."""
+    """The loss over clips, of fixed noise, that training does not see; a folder's clips it does,
+    but from other places in them."""
     batches = Batches(dataset, ~section.seed, objective.clips)
     return mean_loss(objective, islice(batches, -(-_VALIDATION_CLIPS // objective.clips)))
 
@@ -144,7 +145,8 @@ def _autoencoder(data: Mapping[str, Any], where: str, device: torch.device) -> T
         torch.manual_seed(section.seed)
         model = wan_vae.build(config)
         start = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        model = copy.deepcopy(model).to(device, getattr(torch, vae.dtype))
+        # Not diffusers' own `to`, which warns of modules to keep in float32 where there are none.
+        model = nn.Module.to(copy.deepcopy(model), device, getattr(torch, vae.dtype))
         dataset = TinyVideos(vae.frames, 1, section.data.shots, device)
         return Reconstruction(model, vae, start, section.graphs), dataset
 

@@ -438,7 +438,7 @@ class Session:
     def _positions(self, chunk: int, cuts: int) -> Tensor:
         size = self._runtime.geometry.chunk
         offset = self._sampling.shot_offset
-        return upload(frame_positions([cuts], size, offset, chunk * size), self._runtime.device)
+        return upload(frame_positions([cuts], size, offset, chunk), self._runtime.device)
 
     def _keep(self, chunk: int, clean: Tensor, cuts: int) -> None:
         """Note a committed chunk, and forget those that the cache no longer holds."""

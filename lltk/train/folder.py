@@ -157,9 +157,13 @@ class FolderClips:
     def _samples(self) -> Iterator[list[Clip]]:
         """The usable clips of each sample's folder, in order."""
         for folder in sorted(path for path in (self._folder / "video").iterdir() if path.is_dir()):
-            named = [path for path in folder.glob("*.mp4") if path.stem.isdecimal()]
+            found = sorted(folder.glob("*.mp4"))
+            numbered = [path for path in found if path.stem.isdecimal()]
+            for path in found:
+                if path not in numbered:
+                    self._skip(path, "its name is not a number")
             clips = []
-            for path in sorted(named, key=lambda path: int(path.stem)):
+            for path in sorted(numbered, key=lambda path: int(path.stem)):
                 try:
                     clips.append(self._clip(path))
                 except Unusable as error:

@@ -1,0 +1,478 @@
+"""Sessions: what a chunk is made from, what changes the cache, and what goes on after a save."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import streams
+import torch
+from helpers import refused
+from safetensors.torch import load_file
+from streams import SHOTS, opened, planned, save_pipeline, streamed
+from torch import Tensor
+
+from lltk.graph.module import instantiate
+from lltk.models import wan_vae
+from lltk.stream.image import read_image
+from lltk.stream.rollout import Rollout
+from lltk.stream.sampler import Sampler, Schedule, guided
+from lltk.stream.script import Shot
+from lltk.stream.session import ChunkReport, SessionState
+from lltk.stream.state import load_state
+from lltk.stream.text import TextEncoder
+from lltk.streaming import Stream, StreamPlan, open_stream
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def plan(pipeline: Path) -> StreamPlan:
+    return planned(pipeline)
+
+
+def cached(stream: Stream) -> dict[str, Tensor]:
+    """A copy of the cache."""
+    return {name: page.clone() for name, page in stream.session.pages.items()}
+
+
+def by_hand(plan: StreamPlan, chunks: int, guidance: float = 1.0) -> Tensor:
+    """The first chunks of `SHOTS`, out of the parts that a session puts together."""
+    section, program = plan.section, plan.transformer
+    module = instantiate(program)
+    encoder = TextEncoder(plan.folder, program.geometry.text_tokens)
+    schedule = Schedule.make(section.steps, section.shift)
+    stream, _ = opened(plan)
+    rollouts = [Rollout(program, module) for _ in range(2)]
+    done, cuts = [], 0
+    with torch.no_grad():
+        for chunk in plan.chunks(SHOTS)[:chunks]:
+            cuts += chunk.opens_shot and chunk.chunk > 0
+            positions = torch.arange(2.0, dtype=torch.float64) + 2 * chunk.chunk
+            positions += cuts * section.shot_offset
+            for rollout, text in zip(
+                rollouts, (chunk.prompt, section.negative_prompt), strict=True
+            ):
+                rollout.set_text(encoder.encode([text]))
+            stream.session._progress.chunk = chunk.chunk
+            sampler = Sampler(schedule, stream.session._noise())
+            for step, level in enumerate(schedule.timesteps):
+                time = torch.full((1, 2), float(level))
+                both = [r.step(sampler.latents, time, positions) for r in rollouts]
+                sampler.step(step, guided(both[0], both[1], guidance))
+            for rollout in rollouts:
+                rollout.commit(sampler.result, positions, chunk.opens_shot)
+            done.append(sampler.result)
+    return torch.cat(done, dim=2)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_chunks_are_what_the_parts_give(pipeline: Path, guidance: float) -> None:
+    """Prefix, offset, sampler, guidance over a second cache, commit; and the decoder's video."""
+    plan = planned(
+        pipeline,
+        f"stream.guidance={guidance}",
+        "stream.negative_prompt=grey",
+        "stream.shot_offset=1.5",
+        "stream.steps=3",
+    )
+    latents, video = streamed(plan)
+    assert latents.shape == (1, 4, 12, 2, 4)
+    assert video.shape == (1, 3, 45, 32, 64)
+    wanted = by_hand(plan, 6, guidance)
+    worst = float((latents - wanted).abs().max() / wanted.abs().max())
+    assert worst < 1e-5
+    for other in ("stream.shot_offset=0", "stream.guidance=1.5", "stream.scene_cut=cut "):
+        changed, _ = streamed(planned(pipeline, *_overrides(plan), other))
+        assert float((changed - wanted).abs().max()) > 1e-3, other
+    decoder = opened(plan)[0].session._decoder
+    assert torch.equal(decoder.decode(latents), video)
+
+
+def _overrides(plan: StreamPlan) -> list[str]:
+    keys = ("guidance", "negative_prompt", "shot_offset", "steps")
+    return [f"stream.{key}={getattr(plan.section, key)}" for key in keys]
+
+
+def test_only_guidance_has_a_second_cache(pipeline: Path) -> None:
+    for guidance, caches in ((1.0, 1), (1.5, 2)):
+        stream, _ = opened(planned(pipeline, f"stream.guidance={guidance}"))
+        names = stream.session.state().tensors
+        assert len(names) == 4 * caches
+        assert any(name.startswith("unconditional.") for name in names) == (caches == 2)
+
+
+@pytest.mark.parametrize("steps", [50, 3, 2])
+def test_any_number_of_steps(pipeline: Path, steps: int) -> None:
+    plan = planned(pipeline, f"stream.steps={steps}")
+    latents, _ = streamed(plan, SHOTS[:1])
+    assert torch.isfinite(latents).all()
+
+
+# Noise
+
+
+def test_noise_follows_from_seed_item_and_chunk(pipeline: Path, plan: StreamPlan) -> None:
+    def first(*overrides: str) -> Tensor:
+        stream, _ = opened(planned(pipeline, *overrides))
+        noise: Tensor = stream.session._noise()
+        return noise
+
+    both = first("geometry.batch=2", "stream.seed=3")
+    assert torch.equal(both, torch.cat([first("stream.seed=3"), first("stream.seed=4")]))
+    assert not torch.equal(both[0], both[1])
+    stream, _ = opened(plan)
+    noise = [stream.session._noise()]
+    with stream:
+        for _ in range(2):
+            next(stream.session)
+            noise.append(stream.session._noise())
+    assert len({float(part.sum()) for part in noise}) == 3
+    assert abs(float(torch.cat(noise).std()) - 1) < 0.1
+
+
+# Sessions do not meet
+
+
+def test_interleaved_sessions_are_as_alone(pipeline: Path, plan: StreamPlan) -> None:
+    other = planned(pipeline, "stream.seed=7")
+    alone = [streamed(each) for each in (plan, other)]
+    (one, one_video), (two, two_video) = opened(plan), opened(other)
+    made: list[list[Tensor]] = [[], []]
+    with one, two:
+        torch.manual_seed(123)
+        for _ in range(6):
+            torch.rand(5)
+            for stream, into in zip((one, two), made, strict=True):
+                into.append(next(stream.session).latents)
+    for latents, video, (wanted, wanted_video) in zip(
+        made, (one_video, two_video), alone, strict=True
+    ):
+        assert torch.equal(torch.cat(latents, 2), wanted)
+        assert torch.equal(torch.cat(video, 2), wanted_video)
+    assert not torch.equal(alone[0][0], alone[1][0])
+
+
+# Pages
+
+
+def test_sinks_keep_their_bytes(pipeline: Path) -> None:
+    """Through cuts, switches and recaches."""
+    script = [*SHOTS, SHOTS[0].model_copy(update={"seconds": 5.0})]
+    stream, _ = opened(planned(pipeline, "stream.recache=true"), script)
+    before: dict[int, dict[str, Tensor]] = {}
+    changed = 0
+    with stream:
+        while stream.session.script:
+            if stream.session.chunk in (2, 8):
+                stream.switch("a green star falling")
+            next(stream.session)
+            slots, sinks = stream.session.table.slots, stream.session.table.sinks()
+            held = {
+                chunk: {name: page[:, slot].clone() for name, page in cached(stream).items()}
+                for chunk, slot in slots.items()
+            }
+            for chunk in before.keys() & held.keys():
+                same = all(torch.equal(before[chunk][n], held[chunk][n]) for n in held[chunk])
+                assert same or chunk not in sinks, f"sink {chunk}"
+                changed += not same
+            before = held
+    assert changed, "no recache wrote a page"
+
+
+def test_recache_is_committing_from_scratch(plan: StreamPlan) -> None:
+    """Sinks as they were, then every other held chunk under the new prompt, oldest first."""
+    script = [Shot(caption="a red circle moving left", seconds=6)]
+    prompt = "a green star falling"
+    stream, _ = opened(plan, script)
+    latents = []
+    with stream:
+        for _ in range(5):
+            latents.append(next(stream.session).latents)
+        table = stream.session.table.plan()
+        stream.switch(prompt, recache=True)
+        slots, before = stream.session.table.slots, cached(stream)
+        report = next(stream.session)
+        after = cached(stream)
+    assert report.graphs["recache"] > 0
+    assert sorted(slots) == [0, 3, 4]
+
+    program = plan.transformer
+    rollout = Rollout(program, instantiate(program))
+    encoder = TextEncoder(plan.folder, program.geometry.text_tokens)
+    runtime = rollout._runtime
+    with torch.no_grad():
+        for name, page in rollout.pages.items():
+            page[:, slots[0]] = before[name][:, slots[0]]
+        runtime.set_prompt(encoder.encode([prompt]))
+        for chunk in (3, 4):
+            older = [slots[other] for other in slots if other < chunk]
+            positions = torch.arange(2.0, dtype=torch.float64) + 2 * chunk
+            runtime.commit(latents[chunk], positions, older, slots[chunk])
+    for name, page in rollout.pages.items():
+        for slot in table.table:
+            assert torch.equal(page[:, slot], after[name][:, slot]), name
+        if name.endswith("1"):
+            assert not torch.equal(page[:, slots[4]], before[name][:, slots[4]])
+
+
+# Prompt switches
+
+
+def run(stream: Stream) -> list[ChunkReport]:
+    with stream:
+        return list(stream)
+
+
+def test_receipts(plan: StreamPlan) -> None:
+    """Applied at the next chunk, in force to the end of the shot; the last of several speaks."""
+    stream, _ = opened(plan)
+    reports = []
+    with stream:
+        while stream.session.script:
+            if stream.session.chunk == 1:
+                first = stream.switch("a green star falling")
+                second = stream.switch("a green star rising", recache=True)
+                assert (first.received, first.applied) == (1, None)
+            reports.append(next(stream.session))
+        assert "the script is over" in refused(stream.switch, "more")
+    assert [len(report.receipts) for report in reports] == [0, 2, 0, 0, 0, 0]
+    assert [receipt.applied for receipt in reports[1].receipts] == [1, 1]
+    assert reports[1].receipts[1].prompt == second.prompt and reports[1].receipts[1].recache
+    assert [report.prompt for report in reports] == [
+        "a red circle moving left",
+        *["a green star rising"] * 2,
+        "The scene transitions. a blue square moving up",
+        *["a blue square moving up"] * 2,
+    ]
+    assert "the prompt is empty" in refused(opened(plan)[0].switch, " ")
+
+
+def test_a_script_switches_without_a_cut(pipeline: Path) -> None:
+    """As a live switch does at the same chunk; with a cut it is another video."""
+    later = Shot(caption="a red square moving left", seconds=3, cut=False)
+    for recache in ("true", "false"):
+        plan = planned(pipeline, f"stream.recache={recache}", "stream.shot_offset=2")
+        scripted, _ = streamed(plan, [SHOTS[0], later])
+
+        def act(stream: Stream, chunk: int) -> None:
+            if chunk == 3:
+                stream.switch(later.caption)
+
+        whole = SHOTS[0].model_copy(update={"seconds": 6.0})
+        live, _ = streamed(plan, [whole], act)
+        assert torch.equal(scripted, live)
+        cut, _ = streamed(plan, [SHOTS[0], later.model_copy(update={"cut": True})])
+        assert torch.equal(cut[:, :, :6], live[:, :, :6]) and not torch.equal(cut, live)
+
+
+# First frames
+
+
+def test_the_first_latent_is_the_image_s(plan: StreamPlan, tmp_path: Path) -> None:
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    levels = (torch.rand(32, 64, 3, generator=generator) * 255).to(torch.uint8)
+    Image.fromarray(levels.numpy()).save(tmp_path / "first.png")
+    image, note = read_image(tmp_path / "first.png", 32, 64)
+    assert note is None
+    assert torch.allclose(image[0].permute(1, 2, 0) * 127.5 + 127.5, levels.float(), atol=1e-3)
+    vae = wan_vae.load_vae(plan.folder)
+    wanted = wan_vae.encode_image(wan_vae.make_vae(vae.config or {}, vae.weights), image)
+    seen = []
+
+    stream, _ = opened(plan, image=image)
+    step = stream.session._runtime.step
+
+    def watched(latents: Tensor, timestep: Tensor, *rest: object) -> Tensor:
+        seen.append((latents[:, :, :1].clone(), timestep.clone()))
+        return step(latents, timestep, *rest)  # type: ignore[arg-type]
+
+    stream.session._runtime.step = watched  # type: ignore[method-assign]
+    with stream:
+        latents = [next(stream.session).latents for _ in range(2)]
+    assert torch.equal(latents[0][:, :, :1], wanted)
+    for first, timestep in seen[:4]:
+        assert torch.equal(first, wanted)
+        assert timestep[0, 0] == 0 and timestep[0, 1] > 0
+    for first, timestep in seen[4:]:
+        assert not torch.equal(first, wanted)
+        assert timestep[0, 0] == timestep[0, 1] > 0
+    without, _ = streamed(plan)
+    assert not torch.equal(without[:, :, 1:2], latents[0][:, :, 1:2])
+
+
+def test_images_of_another_aspect_or_none_at_all(tmp_path: Path) -> None:
+    from PIL import Image
+
+    wide = Image.new("RGB", (100, 20), "blue")
+    wide.paste((255, 0, 0), (30, 0, 70, 20))
+    wide.save(tmp_path / "wide.png")
+    image, note = read_image(tmp_path / "wide.png", 32, 64)
+    assert image.shape == (1, 3, 32, 64)
+    assert note is not None and "100×20" in note and "cropped about the centre to 40×20" in note
+    assert float(image[:, 0].mean()) > 0.9, "red is the centre"
+    (tmp_path / "text.png").write_text("not an image")
+    assert "text.png: is not an image" in refused(read_image, tmp_path / "text.png", 32, 64)
+    whole = (tmp_path / "wide.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    assert "half.png: is not an image" in refused(read_image, tmp_path / "half.png", 32, 64)
+
+
+# Save and resume
+
+
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_resumed_in_a_new_process_bit_for_bit(pipeline: Path, tmp_path: Path, at: int) -> None:
+    """With one switch in force and one that waits, guidance, recaching and a first frame."""
+    overrides = ["stream.guidance=1.5", "stream.recache=true", "stream.shot_offset=1"]
+    plan = planned(pipeline, *overrides)
+    script = [*SHOTS, SHOTS[0].model_copy(update={"cut": False})]
+    image = torch.linspace(-1, 1, 3 * 32 * 64).view(1, 3, 32, 64)
+
+    def act(stream: Stream, chunk: int) -> None:
+        if chunk <= at and chunk in (1, at):
+            stream.switch(f"a green star falling {chunk}")
+
+    whole, video = streamed(plan, script, act, image=image)
+    stream, before = opened(plan, script, image=image)
+    with stream:
+        for chunk in range(at):
+            act(stream, chunk)
+            next(stream.session)
+        act(stream, at)
+        stream.save(tmp_path / "state")
+    files = (streams.__file__, pipeline, tmp_path / "state", tmp_path / "rest")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, *files, *overrides], check=True, env=environment)
+    rest = load_file(tmp_path / "rest")
+    assert torch.equal(rest["latents"], whole[:, :, 2 * at :])
+    assert torch.equal(torch.cat([*before, rest["video"]], dim=2), video)
+
+
+def test_a_state_lacking_a_part_goes_on_otherwise(plan: StreamPlan) -> None:
+    """So the comparison above sees each of them."""
+    whole, video = streamed(plan)
+    stream, _ = opened(plan)
+    with stream:
+        for _ in range(4):
+            next(stream.session)
+        state = stream.session.state()
+    for lost in ("cache.k_pages_1", "decoder.cache_3"):
+        tensors = {n: t.clone() for n, t in state.tensors.items()}
+        tensors[lost].zero_()
+        other, rest = opened(plan, ())
+        other.session.restore(SessionState(tensors, state.facts))
+        with other:
+            latents = torch.cat([report.latents for report in other], dim=2)
+        same = torch.equal(latents, whole[:, :, 8:])
+        assert same == lost.startswith("decoder")
+        assert not torch.equal(torch.cat(rest, 2), video[:, :, -16:])
+
+
+def test_a_full_disk_loses_no_latent(plan: StreamPlan, tmp_path: Path) -> None:
+    """What the sink did not take is in the state."""
+    _, video = streamed(plan)
+    got: list[Tensor] = []
+
+    def sink(part: Tensor) -> None:
+        if len(got) == 5:
+            raise OSError("disk full")
+        got.append(part)
+
+    stream = open_stream(plan, sink, SHOTS)
+    with pytest.raises(OSError, match="disk full"), stream:
+        try:
+            for _ in stream:
+                pass
+            stream.close()
+        except OSError:
+            stream.save(tmp_path / "state")
+            raise
+    other, rest = opened(plan, (), resume=tmp_path / "state")
+    run(other)
+    assert torch.equal(torch.cat([*got, *rest], dim=2), video)
+
+
+def test_other_states_are_refused(pipeline: Path, plan: StreamPlan, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    stream, _ = opened(plan)
+    with stream:
+        next(stream.session)
+        stream.save(state)
+    assert "no such file" in refused(opened, plan, (), resume=tmp_path / "none")
+    for override, key in (("stream.steps=3", "steps: 4 there, 3 here"),
+                          ("geometry.window=6", "transformer: ")):  # fmt: skip
+        other = planned(pipeline, override)
+        message = refused(opened, other, (), resume=state)
+        assert "another model, recipe or version" in message and key in message
+    other = planned(save_pipeline(tmp_path / "other", seed=1))
+    message = refused(opened, other, (), resume=state)
+    assert "transformer: " in message and "decoder: " in message
+    identity = {**plan.identity, "lltk": "9.0"}
+    assert "lltk: 0.1.0 there, 9.0 here" in refused(load_state, state, identity)
+    for content in (state.read_bytes()[:-100], b"", b"{}"):
+        (tmp_path / "damaged").write_bytes(content)
+        assert "is no state, or damaged" in refused(load_state, tmp_path / "damaged", identity)
+    weights = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+    assert "not a stream's state" in refused(load_state, weights, identity)
+
+
+def test_an_interrupted_chunk_is_not_saved(
+    plan: StreamPlan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stream, _ = opened(plan)
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with stream:
+        next(stream.session)
+        monkeypatch.setattr(stream.session._runtime, "commit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream.session)
+        message = refused(stream.save, tmp_path / "state")
+    assert "chunk 1 was interrupted" in message
+    assert not (tmp_path / "state").exists()
+
+
+# Resources
+
+
+def test_memory_stays_the_same(plan: StreamPlan) -> None:
+    """Live tensors, over a long stream."""
+    script = [Shot(caption=f"a red circle moving left {i % 2}", seconds=4) for i in range(15)]
+    stream = open_stream(plan, lambda video: None, script)
+
+    def held() -> tuple[int, int]:
+        stream.session.state()  # waits for the decoder
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if type(o) is Tensor]
+        return len(tensors), sum(tensor.nbytes for tensor in tensors)
+
+    with stream:
+        seen = [held() for count, _ in enumerate(stream) if count in (10, 30, 55)]
+    assert len(set(seen)) == 1
+
+
+def test_a_report_adds_up(plan: StreamPlan) -> None:
+    stream, _ = opened(plan)
+    for index, report in enumerate(run(stream)):
+        assert report.plan.chunk == index
+        assert {"step", "commit"} <= report.graphs.keys()
+        assert ("prologue" in report.graphs) == (index in (0, 3, 4))
+        parts = report.text + sum(report.graphs.values()) + report.waited + report.outside
+        assert abs(parts - report.seconds) < 1e-6
+        assert 0 < report.outside < report.seconds
+        assert report.pages == min(index, 3)
+        assert report.decoding.keys() == {"decode", "deliver"}
