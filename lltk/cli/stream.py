@@ -83,6 +83,10 @@ def command(
     from lltk.streaming import plan_stream
 
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cpu" and not dry_run:
+        # The transformer's thread and the decoder's share the cores. Were each to use all, both
+        # would wait for the other's at every op.
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     resolved = load_recipe(path, (*overrides, *changes))
     if not dry_run:
         if output is None:
