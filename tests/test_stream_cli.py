@@ -203,6 +203,20 @@ def test_a_full_disk(run: Run, pipeline: Path, tmp_path: Path) -> None:
     assert len(read_video(tmp_path / "one_rest.mp4")) > 12
 
 
+def test_a_disk_too_full_for_the_state(
+    run: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lltk.stream.state.save_file", full)
+    options = ["--prompt", "x", "--seconds", 1, "-o", tmp_path / "v.mp4", *sets(pipeline)]
+    code, _, err = run("stream", "tiny_stream", *options, "--save", tmp_path / "state")
+    assert code == 1
+    assert "plays, 5 frames; the state is not kept: No space left on device" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+
+
 def test_a_killed_process_leaves_a_video_that_plays(pipeline: Path, tmp_path: Path) -> None:
     video = tmp_path / "video.mp4"
     options = ["--prompt", "a red circle", "--seconds", 3000, "-o", video, "--device", "cpu"]

@@ -225,7 +225,13 @@ def _run(
             frames.write_sheet(sheet, captions_of(shots, chunks))
         stopped = failure is not None or left > 0
         if stopped or save is not None:
-            stream.save(state)
+            try:
+                stream.save(state)
+            except OSError as error:
+                raise click.ClickException(
+                    f"{failure or f'{output} plays, {frames.count} frames'}; the state is not kept: "
+                    f"{error}; stream again, with --save to another disk"
+                ) from error
         if stopped:
             following = output.with_name(f"{output.stem}_rest{output.suffix}")
             resumed = shlex.join([*again, "--resume", str(state), "-o", str(following)])
