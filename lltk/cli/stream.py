@@ -228,9 +228,10 @@ def _run(
             try:
                 stream.save(state)
             except OSError as error:
+                what = str(failure or f"{output} plays, {frames.count} frames")
                 raise click.ClickException(
-                    f"{failure or f'{output} plays, {frames.count} frames'}; the state is not kept: "
-                    f"{error}; stream again, with --save to another disk"
+                    f"{what}; the state is not kept: {error}; stream again, with --save to "
+                    "another disk"
                 ) from error
         if stopped:
             following = output.with_name(f"{output.stem}_rest{output.suffix}")
