@@ -26,19 +26,19 @@ from torch import Tensor
 from lltk import __version__
 from lltk.compiler import transform
 from lltk.graph.fingerprint import fingerprint
-from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, parse_recipe
 from lltk.models import wan_vae
 from lltk.models.pipelines import find_pipeline
 from lltk.stream.decoder import Decoder
+from lltk.stream.memory import Parts, check_memory, stream_memory
 from lltk.stream.recipe import StreamSection, stream_section
 from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.script import ChunkPlan, Shot, plan, statement
 from lltk.stream.session import ChunkReport, Receipt, Sampling, Session
 from lltk.stream.state import load_state, save_state
-from lltk.stream.text import Prompts, TextEncoder
+from lltk.stream.text import Prompts, TextEncoder, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,22 @@ class StreamPlan:
         return torch.device(self.section.text.device or self.device)
 
     @property
+    def parts(self) -> Parts:
+        """What is to be held in memory, and where."""
+        return Parts(
+            self.section,
+            self.transformer,
+            self.decoder,
+            weight_bytes(self.folder, self.transformer.dtype),
+            self.device,
+            self.decoder_device,
+            self.text_device,
+        )
+
+    @property
     def memory(self) -> dict[str, dict[str, int]]:
-        """Bytes by device and owner."""
-        owners: dict[str, dict[str, int]] = {str(self.device): {}}
-        for owner, size in estimate(self.transformer).items():
-            owners[str(self.device)][owner] = size
-        decoder = owners.setdefault(str(self.decoder_device), {})
-        decoder |= {f"decoder {k}": v for k, v in estimate(self.decoder).items()}
-        return owners
+        """Bytes by device and owner; see `stream_memory`."""
+        return stream_memory(self.parts)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -241,6 +249,7 @@ def open_stream(
     Raises:
         ValueError: a file that is damaged or does not fit, or not enough memory.
     """
+    check_memory(plan.parts)
     state = None if resume is None else load_state(resume, plan.identity)
     chunks = plan.chunks(script) if state is None else []
     texts = (

@@ -28,9 +28,10 @@ def conv3d(
     dilation: Sequence[int] = (1, 1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """``aten.conv3d`` by oneDNN, for float32 on a CPU."""
+    """``aten.conv3d`` by oneDNN, for float32 on a CPU; channels-last, which it is faster for."""
+    last = weight.contiguous(memory_format=torch.channels_last_3d)
     result: Tensor = torch.ops.aten.mkldnn_convolution.default(
-        input, weight, bias, padding, stride, dilation, groups
+        input, last, bias, padding, stride, dilation, groups
     )
     return result
 

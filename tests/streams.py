@@ -58,7 +58,7 @@ def save_pipeline(folder: Path, seed: int = 0) -> Path:
 
 
 def planned(pipeline: Path, *overrides: str) -> StreamPlan:
-    """The tiny stream recipe at the tests' sizes; Programs are shared where they agree."""
+    """The tiny stream recipe at the tests' sizes; equal Programs are made once."""
     recipe = open_recipe("tiny_stream", (*SIZES, f"stream.pipeline={pipeline}", *overrides))
     programs = tuple(override for override in overrides if not override.startswith("stream."))
     return replace(_planned(pipeline, programs), section=stream_section(recipe.stream, "test"))

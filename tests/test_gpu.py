@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import helpers
@@ -97,3 +98,40 @@ def gradients(
     moved = {name: value.to(device) for name, value in given.items()}
     module("train", **moved)["sample"].square().mean().backward()
     return {n: p.grad.cpu() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session on a GPU is the CPU's, waits for nothing within a chunk's steps, and resumes."""
+    import streams
+
+    from lltk.stream.session import Session
+    from lltk.streaming import plan_stream
+
+    folder = streams.save_pipeline(tmp_path / "pipeline")
+    recipe = streams.open_recipe("tiny_stream", (*streams.SIZES, f"stream.pipeline={folder}"))
+    wanted, wanted_video = streams.streamed(plan_stream(recipe))
+    denoise = Session._denoise
+
+    def watched(self: Session, positions: Tensor, table: Sequence[int]) -> Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return denoise(self, positions, table)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    plan = plan_stream(recipe, "cuda")
+    streams.streamed(plan, streams.SHOTS[:1])  # warm-up: libraries are loaded with waiting
+    monkeypatch.setattr(Session, "_denoise", watched)
+    latents, video = streams.streamed(plan)
+    assert float((latents.cpu() - wanted).abs().max() / wanted.abs().max()) < 1e-2
+    assert float((video.cpu() - wanted_video).abs().mean()) < 1e-2
+    stream, before = streams.opened(plan)
+    with stream:
+        for _ in range(4):
+            report = next(stream.session)
+        stream.save(tmp_path / "state")
+    assert report.graphs["step"] > 0 and report.decoding["decode"] > 0
+    other, rest = streams.opened(plan, (), resume=tmp_path / "state")
+    with other:
+        list(other)
+    assert torch.equal(torch.cat([*before, *rest], dim=2), video)

@@ -83,6 +83,10 @@ def command(
     from lltk.streaming import plan_stream
 
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cpu" and not dry_run:
+        # The transformer's thread and the decoder's share the cores. Were each to use all, both
+        # would wait for the other's at every op.
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     resolved = load_recipe(path, (*overrides, *changes))
     if not dry_run:
         if output is None:
@@ -221,7 +225,14 @@ def _run(
             frames.write_sheet(sheet, captions_of(shots, chunks))
         stopped = failure is not None or left > 0
         if stopped or save is not None:
-            stream.save(state)
+            try:
+                stream.save(state)
+            except OSError as error:
+                what = str(failure or f"{output} plays, {frames.count} frames")
+                raise click.ClickException(
+                    f"{what}; the state is not kept: {error}; stream again, with --save to "
+                    "another disk"
+                ) from error
         if stopped:
             following = output.with_name(f"{output.stem}_rest{output.suffix}")
             resumed = shlex.join([*again, "--resume", str(state), "-o", str(following)])

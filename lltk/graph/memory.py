@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import operator
+import os
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, fx
 
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
+from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
+
+_MEMINFO = Path("/proc/meminfo")
 
 
 def estimate(program: Program) -> dict[str, int]:
@@ -41,6 +49,66 @@ def estimate(program: Program) -> dict[str, int]:
         owners["gradients"] = count * torch.float32.itemsize
         owners["AdamW moments"] = 2 * owners["gradients"]
     return owners
+
+
+def activations(program: Program) -> int:
+    """Most bytes of intermediate results that live at once in any of the Program's graphs.
+
+    Counted along the graphs as inference runs them, with the keys and values that attention over
+    pages gathers; an op's own workspace comes on top.
+    """
+    return max(_peak(program, graph) for graph in program.graphs.values())
+
+
+def _peak(program: Program, graph: fx.Graph) -> int:
+    owner: dict[fx.Node, fx.Node] = {}
+    last: dict[fx.Node, int] = {}
+    for index, node in enumerate(graph.nodes):
+        owner[node] = owner[node.all_input_nodes[0]] if _is_view(node) else node
+        for read in node.all_input_nodes:
+            last[owner[read]] = index
+    live = peak = 0
+    held = [0] * (len(owner) + 1)
+    for index, node in enumerate(graph.nodes):
+        inside = 0
+        if node.op in ("call_function", "call_module") and owner[node] is node:
+            size = _bytes(node.meta["val"])
+            live += size
+            held[last.get(node, index)] += size
+        if node.op == "call_module":
+            inside = _peak(program, program.regions[str(node.args[0])].graph)
+        elif node.meta.get("op", node.target) is PAGED_ATTENTION:
+            pages = [_bytes(arena.meta["val"]) for arena in node.args[3:5]]
+            inside = sum(pages) + max(pages)
+        peak = max(peak, live + inside)
+        live -= held[index]
+    return peak
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the result lies in its first argument's memory."""
+    if node.target is operator.getitem:
+        return True
+    target = node.meta.get("op", node.target)
+    if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes:
+        return False
+    return any(result.alias_info is not None for result in target._schema.returns)
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.dtype.itemsize
+    return sum(_bytes(part) for part in value) if isinstance(value, tuple | list) else 0
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can still be allocated: a GPU's free memory, or what the system has to spare."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if _MEMINFO.exists():
+        fields = dict(line.split(":") for line in _MEMINFO.read_text("utf-8").splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def readable(count: float) -> str:

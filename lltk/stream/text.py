@@ -7,11 +7,12 @@ import html
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -166,6 +167,15 @@ class TextEncoder:
             self._digest = _hash(digests)
         key = _hash([self._digest, str(self._dtype), self._text_tokens, text])
         return cache / f"{key}.safetensors"
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of a pipeline's text encoder in a dtype; 0 where its files are not there."""
+    count = 0
+    for file in sorted((folder / "text_encoder").glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            count += sum(prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    return count * dtype.itemsize
 
 
 class Prompts:

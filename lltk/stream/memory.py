@@ -1,0 +1,115 @@
+"""What a stream needs in memory, and what would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lltk.graph.memory import activations, available, estimate, readable, total
+from lltk.graph.program import Program
+from lltk.stream.recipe import StreamSection
+
+_CACHE = ("cache pages", "cross-attention K/V")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A stream's parts and where they are.
+
+    Attributes:
+        section: the recipe's.
+        transformer, decoder: the Programs.
+        text: bytes of the text encoder's weights.
+        device, decoder_device, text_device: where each runs.
+    """
+
+    section: StreamSection
+    transformer: Program
+    decoder: Program
+    text: int
+    device: torch.device
+    decoder_device: torch.device
+    text_device: torch.device
+
+
+def stream_memory(parts: Parts) -> dict[str, dict[str, int]]:
+    """Bytes by device and owner while a stream runs.
+
+    The text encoder counts where it stays. Where it is dropped it has the memory to itself before,
+    and, once more, if a prompt comes that the script did not have.
+    """
+    devices: dict[str, dict[str, int]] = {}
+    own = devices.setdefault(str(parts.device), {})
+    own |= estimate(parts.transformer)
+    if parts.section.guidance != 1:
+        own["second cache, for guidance"] = sum(own[name] for name in _CACHE)
+    own["activations"] = activations(parts.transformer)
+    decoder = devices.setdefault(str(parts.decoder_device), {})
+    decoder |= {f"decoder: {name}": size for name, size in estimate(parts.decoder).items()}
+    decoder["decoder: activations"] = activations(parts.decoder)
+    stays = {"keep": parts.text_device, "offload": torch.device("cpu"), "free": None}
+    place = stays[parts.section.text.after]
+    if place is not None:
+        devices.setdefault(str(place), {})["text encoder"] = parts.text
+    return devices
+
+
+def check_memory(parts: Parts) -> None:
+    """Refuse a stream that does not fit what is free.
+
+    Raises:
+        ValueError: the sum, and which changes would fit.
+    """
+    for name, owners in stream_memory(parts).items():
+        free = available(torch.device(name))
+        need = total(owners)
+        if name == str(parts.text_device):
+            need = max(need, parts.text)
+        if need <= free:
+            continue
+        listed = ", ".join(f"{owner} {readable(size)}" for owner, size in owners.items())
+        raise ValueError(
+            f"memory: the stream needs {readable(need)} on {name} ({listed}), {readable(free)} "
+            f"are free; {_remedies(parts, owners, free)}"
+        )
+
+
+def _remedies(parts: Parts, owners: Mapping[str, int], free: int) -> str:
+    """What would fit: one change, else all that are possible, else a smaller video."""
+    saved = _savings(parts, owners)
+    need = total(owners)
+    single = [
+        f"{change} ({readable(need - size)})"
+        for change, size in saved.items()
+        if need - size <= free
+    ]
+    if single:
+        return f"what would fit: {', or '.join(single)}"
+    rest = need - sum(saved.values())
+    if saved and rest <= free:
+        return f"what would fit: {' with '.join(saved)} ({readable(rest)})"
+    fixed = sum(size for owner, size in owners.items() if owner.endswith(("weights", "encoder")))
+    if fixed < free:
+        share = (free - fixed) / max(rest - fixed, 1)
+        return (
+            f"what would fit: about {min(share, 1):.0%} of the pixels (geometry.height, "
+            f"geometry.width){', with ' if saved else ''}{' and '.join(saved)}"
+        )
+    return "its weights alone do not fit; use another device or a smaller model"
+
+
+def _savings(parts: Parts, owners: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that a change of the recipe saves."""
+    geometry, saved = parts.transformer.geometry, {}
+    least = geometry.chunk + geometry.sink * (2 if geometry.shot_sink else 1)
+    if least < geometry.window and "cache pages" in owners:
+        share = 1 - least / geometry.window
+        caches = 1 + ("second cache, for guidance" in owners)
+        saved[f"geometry.window={least}"] = int(share * caches * owners["cache pages"])
+    if "text encoder" in owners:
+        saved["stream.text.after=free"] = owners["text encoder"]
+    if "second cache, for guidance" in owners:
+        saved["stream.guidance=1"] = owners["second cache, for guidance"]
+    return saved

@@ -1,0 +1,157 @@
+"""The torch runtime's buffers, the page table's state, the pass for a CPU's decoder, timing."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import inputs, make_recipe, refused, run, runnable
+from streams import planned, save_pipeline
+from torch import Tensor
+
+from lltk.compiler import transform
+from lltk.graph.fingerprint import fingerprint
+from lltk.graph.memory import activations
+from lltk.graph.recipe import parse_recipe
+from lltk.passes import make_pass
+from lltk.stream.pages import PageTable
+from lltk.stream.recipe import stream_section
+from lltk.stream.runtimes import Runtime
+from lltk.stream.runtimes.torch import TorchRuntime
+from lltk.stream.timing import Stopwatch
+from lltk.streaming import StreamPlan
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> StreamPlan:
+    return planned(save_pipeline(tmp_path_factory.mktemp("pipeline")))
+
+
+def text(seed: int) -> Tensor:
+    return torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_buffers_stay_where_they_are() -> None:
+    """Prompts, commits and restoring copy into them."""
+    runtime = TorchRuntime(*runnable(make_recipe("stream")))
+    checked: Runtime = runtime
+    assert checked.dtype == torch.float32 and checked.device.type == "cpu"
+    runtime.set_prompt(text(0))
+    buffers = {**runtime._text, **runtime.state()}
+    addresses = {name: buffer.data_ptr() for name, buffer in buffers.items()}
+    latents, positions = torch.randn(1, 4, 2, 4, 4), torch.arange(2, dtype=torch.float64)
+    timestep = torch.full((1, 2), 500.0)
+    first = runtime.step(latents, timestep, positions, ())
+    runtime.commit(latents, positions, (), 2)
+    second = runtime.step(latents, timestep, positions + 2, (2,))
+    saved = {name: page.clone() for name, page in runtime.state().items()}
+    runtime.set_prompt(text(1))
+    assert not torch.equal(runtime.step(latents, timestep, positions, ()), first)
+    runtime.commit(latents, positions, (), 2)
+    runtime.set_prompt(text(0))
+    assert not torch.equal(runtime.step(latents, timestep, positions + 2, (2,)), second)
+    runtime.restore(saved)
+    assert torch.equal(runtime.step(latents, timestep, positions + 2, (2,)), second)
+    buffers = {**runtime._text, **runtime.state()}
+    assert {name: buffer.data_ptr() for name, buffer in buffers.items()} == addresses
+    del saved["k_pages_1"]
+    assert "are not this program's" in refused(runtime.restore, saved)
+
+
+def test_a_page_table_goes_on_from_its_state() -> None:
+    geometry = make_recipe("stream", window=10).geometry
+    whole, part = PageTable(geometry), PageTable(geometry)
+    opens = [index in (0, 3, 4, 9) for index in range(14)]
+    wanted = [whole.commit(flag) for flag in opens]
+    made = [part.commit(flag) for flag in opens[:6]]
+    other = PageTable(geometry)
+    other.restore(json.loads(json.dumps(part.state)))
+    assert made + [other.commit(flag) for flag in opens[6:]] == wanted
+
+
+def test_onednn_gives_the_same_video(plan: StreamPlan) -> None:
+    """Up to rounding; it takes every convolution, and refuses what it is not for."""
+    program = plan.decoder
+    (entry,) = (entry for entry in program.log if entry.name == "onednn_conv3d")
+    plain = transform(parse_recipe({**program.recipe, "passes": ["canonicalise"]}, "test"))
+    count = sum(
+        node.target is torch.ops.aten.conv3d.default
+        for graph in plain.graphs.values()
+        for node in graph.nodes
+    )
+    assert entry.matches == {"conv3d": count}
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        name: torch.randn(spec.shape, generator=generator)
+        for name, spec in plain.contract("step").inputs.items()
+    }
+    ours, theirs = (run(each, "step", given)["video"] for each in (program, plain))
+    assert float((ours - theirs).abs().max()) < 1e-4 < float(theirs.std())
+    assert fingerprint(program) != fingerprint(plain)
+    assert fingerprint(plan.decoder) == fingerprint(program)
+    wide = make_pass("onednn_conv3d", {})
+    plain.dtype = torch.bfloat16
+    assert "is for float32" in refused(wide.requires, plain)
+
+
+def test_activations_are_measured_ones(plan: StreamPlan) -> None:
+    """The most that lives at once, against what the allocator sees on a run."""
+    program, module = runnable(make_recipe("stream", layers=3, height=128, width=128))
+    given = inputs(program, "step")
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.no_grad():
+        module("step", **given)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            module("step", **given)
+    live = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert 0.5 * peak < activations(program) < 2 * peak
+
+
+def test_a_stopwatch_adds_up() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch.measure("sleep"):
+            time.sleep(0.01)
+    first = watch.read()
+    assert list(first) == ["sleep"] and 0.02 <= first["sleep"] < 0.2
+    assert watch.read() == {}
+
+
+def test_stream_sections() -> None:
+    """Defaults, and errors that name the key."""
+    section = stream_section({"pipeline": "p", "fps": 16}, "r.yaml")
+    assert (section.steps, section.shift, section.guidance, section.text.after) == (4, 5, 1, "free")
+    for data, message in (
+        (None, "r.yaml: has no stream section; add one with at least pipeline and fps"),
+        ({"pipeline": "p", "fsp": 1}, "r.yaml: stream: fps: Field required; unknown key 'fsp'"),
+        ({"pipeline": "p", "fps": 16, "steps": 0}, "stream: steps: "),
+        ({"pipeline": "p", "fps": 16, "text": {"aftr": "keep"}}, "did you mean 'after'?"),
+    ):
+        assert message in refused(stream_section, data, "r.yaml")
+
+
+def test_shipped_recipes_stream() -> None:
+    from lltk.cli.recipes import open_recipe, shipped
+
+    streams = [name for name in shipped() if name.endswith("_stream")]
+    assert len(streams) == 2
+    for name in streams:
+        assert stream_section(open_recipe(name, ()).stream, name).fps > 0
+
+
+def test_pipelines_are_found_by_path_or_name(tmp_path: Path) -> None:
+    from lltk.models.pipelines import find_pipeline
+
+    assert find_pipeline(str(tmp_path)) == tmp_path
+    assert "a shipped one: tiny" in refused(find_pipeline, str(tmp_path / "none"))

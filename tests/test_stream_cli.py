@@ -1,0 +1,317 @@
+"""`lltk stream`: the files it writes, how it is stopped and goes on, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from streams import SIZES, opened, planned, save_pipeline
+from torch import Tensor
+
+from lltk.cli.main import main
+from lltk.graph.memory import activations, total
+from lltk.graph.recipe import Recipe
+from lltk.stream import memory
+from lltk.stream.video import VideoWriter, pixels, read_video
+from lltk.streaming import StreamPlan
+
+pytestmark = pytest.mark.cpu
+
+Run = Callable[..., tuple[int, str, str]]
+
+SCRIPT = """\
+- caption: a red circle moving left
+  seconds: 2.6
+- caption: a blue square moving up
+  seconds: 2
+- caption: a blue square turning
+  seconds: 1
+  cut: false
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "shots.yaml"
+    path.write_text(SCRIPT)
+    return path
+
+
+def sets(pipeline: Path, *overrides: str) -> list[str]:
+    changes = [*SIZES, f"stream.pipeline={pipeline}", *overrides]
+    return [part for change in changes for part in ("--set", change)]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pipeline: Path) -> Run:
+    """Run the command; exit code, output, errors. Plans are made once."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def plan(recipe: Recipe, device: torch.device, *, weights: bool = True) -> StreamPlan:
+        assert recipe.stream is not None
+        given = [
+            f"stream.{key}={json.dumps(value)}"
+            for key, value in recipe.stream.items()
+            if key != "decoder"
+        ]
+        return planned(pipeline, *given)
+
+    monkeypatch.setattr("lltk.streaming.plan_stream", plan)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["lltk", *map(str, arguments), "--device", "cpu"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, " ".join(captured.err.split())
+
+    return call
+
+
+def test_a_script_becomes_a_video_and_a_contact_sheet(
+    run: Run, pipeline: Path, script: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    files = ["-o", tmp_path / "a" / "video.mp4", "--contact-sheet", tmp_path / "b" / "shots.png"]
+    code, out, err = run("stream", "tiny_stream", "--script", script, *files, *sets(pipeline))
+    assert code == 0, err
+    for said in ("shot 1: 2.6 s asked, 2.62 s made (21 frames, chunks: 3)", "paged_attention sdpa",
+                 "decoder: cpu, float32, passes canonicalise", "E2E FPS", "first frame",
+                 "share of the time: outside", "45 (5.62 s)"):  # fmt: skip
+        assert said in out, out
+    video = read_video(tmp_path / "a" / "video.mp4")
+    assert video.shape == (45, 32, 64, 3)
+    stream, wanted = opened(planned(pipeline), script=_script(script))
+    with stream:
+        list(stream)
+    exact = torch.cat([pixels(part) for part in wanted])
+    assert float((video.float() - exact.float()).abs().mean()) < 20
+    assert Image.open(tmp_path / "b" / "shots.png").size == (6 * 64, 3 * (18 + 32))
+
+
+def _script(path: Path) -> object:
+    from lltk.stream.script import load_script
+
+    return load_script(path)
+
+
+def test_json_and_a_dry_run(run: Run, pipeline: Path, tmp_path: Path) -> None:
+    what = ["stream", "tiny_stream", "--prompt", "a red circle", "--seconds", 2, *sets(pipeline)]
+    code, out, err = run(*what, "--json", "-o", tmp_path / "video.mp4", "--steps", 2)
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["chunks"], result["frames"]) == (2, 13)
+    assert result["e2e_fps"] > 0 and result["first_frame_seconds"] > 0
+    assert sum(result["share_of_wall"].values()) > 0.2
+    assert result["state"] is None and not list(tmp_path.glob("*.safetensors"))
+    code, out, _ = run(*what, "--json", "--dry-run", "--guidance", 3)
+    assert code == 0
+    plan = json.loads(out)
+    assert "guidance 3" in plan["plan"]["sampler"]
+    assert "second cache, for guidance" in plan["memory"]["cpu"]
+    code, out, _ = run(*what, "--dry-run")
+    assert code == 0 and "decoder: feature caches" in out
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_image_of_another_aspect_is_said(run: Run, pipeline: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (50, 50), "red").save(tmp_path / "red.png")
+    options = ["--prompt", "a red circle", "--seconds", 1, "-o", tmp_path / "v.mp4"]
+    image = ["--image", tmp_path / "red.png"]
+    code, out, err = run("stream", "tiny_stream", *options, *image, *sets(pipeline))
+    assert code == 0, err
+    assert "cropped about the centre to 50×25" in out
+
+
+# Stopped
+
+
+def test_a_saved_stream_goes_on(run: Run, pipeline: Path, script: Path, tmp_path: Path) -> None:
+    """Stopped by a signal after its second chunk; both parts together are the whole video."""
+    got: list[Tensor] = []
+    write = VideoWriter.write
+
+    def stopping(self: VideoWriter, frames: Tensor) -> None:
+        write(self, frames)
+        got.append(frames)
+        if len(got) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = ["--script", script, "-o", tmp_path / "one.mp4", "--seed", 5, *sets(pipeline)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoWriter, "write", stopping)
+        code, _, err = run("stream", "tiny_stream", *options)
+    assert code == 1
+    assert "stopped: " in err and "go on with: lltk stream tiny_stream" in err
+    made = read_video(tmp_path / "one.mp4")
+    assert 9 <= len(made) < 45
+    command = shlex.split(err.partition("go on with: lltk ")[2])
+    assert command[-4:] == [
+        "--resume", str(tmp_path / "one.state.safetensors"), "-o", str(tmp_path / "one_rest.mp4"),
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoWriter, "write", lambda s, f: (write(s, f), got.append(f)))
+        code, out, err = run(*command)
+    assert code == 0, err
+    assert f"going on at frame {len(made)}" in out
+    stream, wanted = opened(planned(pipeline, "stream.seed=5"), script=_script(script))
+    with stream:
+        list(stream)
+    assert torch.equal(torch.cat(got), torch.cat([pixels(part) for part in wanted]))
+    code, _, err = run(*command)
+    assert code == 2 and "exists, and a resumed stream's file holds the continuation" in err
+
+
+def test_a_full_disk(run: Run, pipeline: Path, tmp_path: Path) -> None:
+    """What was written plays, and the message says how to go on."""
+    from lltk.stream.video import _Disk
+
+    write = _Disk.write
+
+    def full(self: _Disk, data: bytes) -> int:
+        if self.tell() > 6000:
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    options = ["--prompt", "a red circle", "--seconds", 9, "-o", tmp_path / "one.mp4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Disk, "write", full)
+        code, _, err = run("stream", "tiny_stream", *options, *sets(pipeline))
+    assert code == 1
+    assert "No space left on device" in err and "frames" in err
+    assert len(read_video(tmp_path / "one.mp4")) >= 12
+    command = shlex.split(err.partition("go on with: lltk ")[2])
+    code, _, err = run(*command)
+    assert code == 0, err
+    assert len(read_video(tmp_path / "one_rest.mp4")) > 12
+
+
+def test_a_disk_too_full_for_the_state(
+    run: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lltk.stream.state.save_file", full)
+    options = ["--prompt", "x", "--seconds", 1, "-o", tmp_path / "v.mp4", *sets(pipeline)]
+    code, _, err = run("stream", "tiny_stream", *options, "--save", tmp_path / "state")
+    assert code == 1
+    assert "plays, 5 frames; the state is not kept: No space left on device" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+
+
+def test_a_killed_process_leaves_a_video_that_plays(pipeline: Path, tmp_path: Path) -> None:
+    video = tmp_path / "video.mp4"
+    options = ["--prompt", "a red circle", "--seconds", 3000, "-o", video, "--device", "cpu"]
+    arguments = ["lltk", "stream", "tiny_stream", *options, *sets(pipeline)]
+    code = "import sys, torch; torch.set_num_threads(1); from lltk.cli.main import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, *map(str, arguments[1:])],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (video.exists() and video.stat().st_size > 20_000):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    assert len(read_video(video)) >= 12
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name what to stream: one of --script, --prompt and --resume"),
+        (["--prompt", "x", "--script", "y"], "name what to stream: one of"),
+        (["--prompt", " "], "prompt: caption: is empty"),
+        (["--prompt", "x", "--seconds", "0"], "a shot cannot last 0 s"),
+        (["--prompt", "x", "--set", "stream.stps=3"], "unknown key 'stps'; did you mean 'steps'?"),
+        (["--script", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--resume", "nowhere"], "nowhere: no such file"),
+        (["--prompt", "x", "--image", "nowhere.png"], "nowhere.png"),
+        (["--prompt", "x", "--contact-sheet", "SCRIPT/sheet.png"], "sheet.png: cannot be written"),
+        (["--prompt", "x", "--save", "FOLDER"], "cannot be written (it is a folder)"),
+        (["--resume", "x", "--image", "y"], "a resumed stream has its first frame"),
+    ],
+)
+def test_bad_input_is_refused_before_work(
+    run: Run, pipeline: Path, script: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    own = [a.replace("SCRIPT", str(script)).replace("FOLDER", str(tmp_path)) for a in arguments]
+    code, _, err = run("stream", "tiny_stream", "-o", tmp_path / "v.mp4", *own, *sets(pipeline))
+    assert code == 2
+    assert message in err and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["shots.yaml"]
+
+
+def test_other_recipes_are_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    for recipe, overrides, message in (
+        ("tiny_train", [], "program: train cannot be streamed"),
+        ("tiny_stream", ["--set", "stream=null"], "has no stream section"),
+        ("tiny_stream", ["--set", "stream.pipeline=nowhere"], "nowhere: no such pipeline folder"),
+    ):
+        monkeypatch.setattr(
+            "sys.argv",
+            ["lltk", "stream", recipe, "--prompt", "x", "-o", str(tmp_path / "v.mp4"), *overrides],
+        )
+        with pytest.raises(ValueError, match=message):
+            from lltk.cli.main import cli
+
+            cli.main(standalone_mode=False)
+
+
+def test_too_little_memory(
+    run: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum, what is free, and what would fit."""
+    plan = planned(pipeline, "stream.guidance=2", "stream.text.after=keep")
+    owners = plan.memory["cpu"]
+    need = total(owners)
+    assert owners["activations"] == activations(plan.transformer) > 0
+    options = ["--prompt", "x", "-o", tmp_path / "v.mp4", "--guidance", 2]
+    options += sets(pipeline, "stream.text.after=keep")
+    for free, fits in (
+        (need - 1, "what would fit: geometry.window=6 ("),
+        (need - owners["text encoder"], "stream.text.after=free ("),
+        (need - owners["text encoder"] - 1000, "geometry.window=6 with stream.text.after=free"),
+        (owners["weights"], "its weights alone do not fit"),
+    ):
+        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
+        code, _, err = run("stream", "tiny_stream", *options)
+        assert code == 2
+        assert "memory: the stream needs" in err and fits in err, err
+        assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(memory, "available", lambda device: need)
+    assert run("stream", "tiny_stream", *options, "--seconds", 1)[0] == 0
+
+
+def test_help_has_an_example(run: Run) -> None:
+    code, out, _ = run("stream", "--help")
+    assert code == 0
+    assert "lltk stream tiny_stream --script" in out.split("Example:")[1]
