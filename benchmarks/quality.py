@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=336, help=f"of {SHOTS} shots, a cell")
     parser.add_argument("--minutes", type=int, default=64, help="single shots of 60 s")
     parser.add_argument("--steps", type=int, nargs="*", default=[4, 50])
+    parser.add_argument("--models", nargs="*", default=[*FULL, *SINKS], choices=[*FULL, *SINKS])
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--output", type=Path, default=HERE / "quality")
     arguments = parser.parse_args()
@@ -107,6 +108,8 @@ def _cells(
 ) -> Iterator[dict[str, Any]]:
     for steps in arguments.steps:
         for name, changes in (FULL | SINKS).items():
+            if name not in arguments.models:
+                continue
             yield _streamed_cell(arguments, device, pool, name, changes, steps)
         if arguments.reference:
             yield _reference_cell(arguments, device, pool, steps)
@@ -154,6 +157,8 @@ def _minutes(
         return
     curves = {}
     for name, changes in SINKS.items():
+        if name not in arguments.models:
+            continue
         begun = time.perf_counter()
         stories = draw_stories(SEED + 1, arguments.minutes, 1, MINUTE, 3)
         latents = _stream(arguments, device, stories, changes, 4)
@@ -211,6 +216,8 @@ def _decoded(
                 "model.config=null",
                 f"geometry.batch={len(chunk)}",
             )
+            if device.type == "cpu":
+                overrides += ("passes=[canonicalise, onednn_conv3d]",)
             program = transform(open_recipe("tiny_decode", overrides))
             decoder = Decoder(program, instantiate(program, device))
         video = (decoder.decode(chunk) * 127.5 + 127.5).round().to(torch.uint8)

@@ -164,7 +164,7 @@ def plan_stream(
         {
             "program": "decode",
             "model": {
-                "config": section.decoder.config,
+                "config": None if weights else section.decoder.config,
                 "checkpoint": str(folder) if weights else None,
                 "dtype": section.decoder.dtype,
             },

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from lltk.bench.scorer import agreement, read
 from lltk.cli.main import main
 from lltk.graph.passes import Pass
+from lltk.stream.script import load_script
+from lltk.stream.video import read_video
 
 pytestmark = pytest.mark.cpu
 
@@ -153,21 +158,28 @@ def test_doctor(run: Run) -> None:
     assert "lltk[export]" in out
 
 
-@pytest.mark.parametrize("command", ["doctor", "transform", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["doctor", "transform", "inspect", "stream", "train", "demo"])
 def test_help_has_an_example(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
     assert f"lltk {command}" in out.split("Example:")[1]
 
 
-def test_demo(run: Run) -> None:
-    code, out, _ = run("demo")
+def test_demo(run: Run, tmp_path: Path) -> None:
+    """The shipped model shows what the shipped script says: four shots of one shape each."""
+    code, out, _ = run("demo", "-o", tmp_path / "demo.mp4")
     assert code == 0
-    table = out.split("Chunk by chunk against one shot")[1]
-    rows = [line.split() for line in table.splitlines() if line.strip()[:1].isdigit()]
-    assert len(rows) == 4
-    assert all(float(row[3]) < 1e-5 for row in rows)
-    assert all(float(row[4]) > 1e-2 for row in rows[1:])
+    assert "285 (17.81 s)" in out
+    video = read_video(tmp_path / "demo.mp4").permute(0, 3, 1, 2).float() / 127.5 - 1
+    script = load_script(Path(str(files("lltk.models.tiny"))) / "demo.yaml")
+    shots = [read(frames) for frames in (video[:69], video[69:141], video[141:213], video[213:])]
+    agreed = [agreement(seen, shot.caption).score for seen, shot in zip(shots, script, strict=True)]
+    assert agreed == [100.0] * 4
+    others = [agreement(seen, script[0].caption).score for seen in shots[1:]]
+    assert max(others) < 100
+    sheet = Image.open(tmp_path / "demo.png")
+    assert sheet.width == 6 * 128
+    assert sheet.height > 4 * 128
 
 
 def test_a_pass_is_one_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

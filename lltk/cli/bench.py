@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from lltk.cli.logs import hide_loading
 from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import memory_table
 
@@ -69,13 +70,14 @@ def stream(
 
     from lltk.bench.record import make_record, write_record
     from lltk.bench.stream import METHOD, measure, text
-    from lltk.cli.outputs import check_writable
+    from lltk.cli.outputs import check_writable, share_cores
     from lltk.graph.recipe import load_recipe
     from lltk.streaming import plan_stream
 
     if output is not None:
         check_writable(output.with_name(output.name + suffix) for suffix in (".json", ".md"))
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    hide_loading()
     with console.status("compiling"):
         plan = plan_stream(load_recipe(path, overrides), chosen, weights=not dry_run)
     for part, what in plan.describe().items():
@@ -86,6 +88,7 @@ def stream(
         if as_json:
             click.echo(json.dumps({"plan": plan.describe(), "memory": plan.memory}, indent=2))
         return
+    share_cores(chosen)
     chunks = plan.transformer.geometry.pages if warmup is None else warmup
     with console.status("streaming"):
         result = {"name": path.stem} | measure(plan, seconds, chunks, runs)

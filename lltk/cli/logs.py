@@ -14,6 +14,13 @@ from rich.logging import RichHandler
 _NEVER = logging.CRITICAL + 1
 
 
+def hide_loading() -> None:
+    """Keep transformers from drawing a bar of its own when it loads a model."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 @contextmanager
 def logged(console: Console) -> Iterator[Callable[[Path], None]]:
     """Show warnings on a console; from the call of what this gives on, append all to a file.

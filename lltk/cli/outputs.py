@@ -44,6 +44,15 @@ def check_writable(paths: Iterable[Path]) -> None:
             ) from error
 
 
+def share_cores(device: torch.device) -> None:
+    """Give the transformer's thread and the decoder's half of a CPU's cores each.
+
+    Were each to use all, both would wait for the other's at every op.
+    """
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+
+
 class Frames:
     """A stream's sink: writes frames as they arrive, and keeps a contact sheet's.
 

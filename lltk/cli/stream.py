@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lltk.cli.logs import hide_loading
 from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import memory_table, row_table
 
@@ -78,15 +79,11 @@ def command(
     shots = _shots(script, prompt, seconds, resume, image)
     import torch
 
-    from lltk.cli.outputs import check_writable
+    from lltk.cli.outputs import check_writable, share_cores
     from lltk.graph.recipe import load_recipe
     from lltk.streaming import plan_stream
 
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cpu" and not dry_run:
-        # The transformer's thread and the decoder's share the cores. Were each to use all, both
-        # would wait for the other's at every op.
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     resolved = load_recipe(path, (*overrides, *changes))
     if not dry_run:
         if output is None:
@@ -97,6 +94,8 @@ def command(
                 "name a new file"
             )
         check_writable(file for file in (output, contact_sheet, save) if file is not None)
+        share_cores(chosen)
+    hide_loading()
     with console.status("compiling"):
         plan = plan_stream(resolved, chosen, weights=not dry_run)
     if shots:

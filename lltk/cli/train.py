@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lltk.cli.logs import logged
+from lltk.cli.logs import hide_loading, logged
 from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import memory_table
 
@@ -57,6 +57,7 @@ def command(
     from lltk.graph.recipe import read_recipe
 
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    hide_loading()
     with console.status("reading the recipe"):
         task = task_of(read_recipe(path, overrides), str(path), chosen)
     section = task.section
