@@ -29,7 +29,6 @@ from lltk.bench.quality import (
     PARTS,
     STRETCH,
     ShotScore,
-    denoised,
     draw_stories,
     identity_over_time,
     prompts_of,
@@ -44,6 +43,7 @@ from lltk.graph.module import instantiate
 from lltk.models.pipelines import find_pipeline
 from lltk.models.tiny.world import FPS, Story
 from lltk.stream.decoder import Decoder
+from lltk.train.sampling import sample
 
 HERE = Path(__file__).parent
 SEED = 20_000
@@ -141,7 +141,7 @@ def _reference_cell(
         f"geometry.batch={len(stories)}",
     )
     program = transform(open_recipe("tiny_reference", overrides))
-    latents = denoised(
+    latents = sample(
         program, instantiate(program, device), _text(arguments, device, stories), steps, SEED
     )
     chunks = iter(latents.split(3, dim=2))

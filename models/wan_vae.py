@@ -302,6 +302,22 @@ def encode(vae: Any, video: Tensor) -> Tensor:
     return (latents - mean) / deviation
 
 
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """The video of whole clips, by diffusers' own decoder: what `encode` undoes.
+
+    Args:
+        vae: from `make_vae`, on the latents' device.
+        latents: float32 [B, z, 1 + k, h, w], normalised.
+
+    Returns:
+        float32 [B, 3, 1 + k·stride, H, W] in [-1, 1].
+    """
+    mean, deviation = (part.to(latents.device) for part in _statistics(vae.config).values())
+    video: Tensor = vae.decode((latents * deviation + mean).to(vae.dtype)).sample
+    return video.float()
+
+
 def encode_image(vae: Any, image: Tensor) -> Tensor:
     """The latent of an image, as a video's first: [B, 3, H, W] in [-1, 1] → [B, z, 1, h, w]."""
     return encode(vae, image.unsqueeze(2))

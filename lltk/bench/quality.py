@@ -86,29 +86,6 @@ def streamed(
         yield sampler.result
 
 
-@torch.no_grad()
-def denoised(
-    program: Program, module: ProgramModule, text: Tensor, steps: int, seed: int
-) -> Tensor:
-    """Whole clips of a reference Program, [B, C, F, h, w], float32; arguments as `streamed`'s."""
-    geometry, device = program.geometry, text.device
-    spec = program.spec
-    schedule = Schedule.make(steps, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (geometry.batch, spec.channels, geometry.frames, *geometry.latent(spec))
-    sampler = Sampler(schedule, torch.randn(shape, generator=generator, device=device))
-    positions = torch.arange(geometry.frames, dtype=torch.float64, device=device)
-    for index in range(steps):
-        inputs = {
-            spec.latent_input: sampler.latents.to(program.dtype),
-            spec.time_input: sampler.timestep(index).repeat(geometry.batch, geometry.frames),
-            spec.text_input: text.to(program.dtype),
-            "positions": positions,
-        }
-        sampler.step(index, module("reference", **inputs)[spec.output])
-    return sampler.result
-
-
 @dataclass(frozen=True)
 class ShotScore:
     """What one shot shows.

@@ -102,6 +102,10 @@ class TinyLatents:
         ]
         return {name: tensor[chosen] for name, tensor in self._kept.items()}
 
+    def video(self, latents: Tensor) -> Tensor:
+        """What latents show, as `PipelineEncoder.video`."""
+        return self._encoder.video(latents)
+
     def _made(self, seed: int, indices: range) -> dict[str, Tensor]:
         stories = self._videos.stories(seed, indices)
         text = self._encoder.text([prompt for story in stories for prompt in _prompts(story)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lltk.graph.geometry import Geometry
-from lltk.models.wan_vae import encode, load_vae, make_vae
+from lltk.models.wan_vae import decode, encode, load_vae, make_vae
 from lltk.stream.text import TextEncoder
 from lltk.train.folder import FolderClips
 
@@ -47,6 +47,11 @@ class PipelineEncoder:
         """Normalised latents, float32 [B, C, F, h, w], of a video [B, 3, 1 + k·stride, H, W]."""
         return encode(self._vae, video.to(self._device))
 
+    @torch.no_grad()
+    def video(self, latents: Tensor) -> Tensor:
+        """The video, float32 [B, 3, 1 + k·stride, H, W] in [-1, 1], of normalised latents."""
+        return decode(self._vae, latents.to(self._device))
+
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings, float32 [n, S, E]; each prompt is encoded once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
@@ -82,3 +87,7 @@ class FolderLatents:
             latents.append(self._encoder.latents(video))
             text.append(self._encoder.text(sample.prompts))
         return {"latents": torch.cat(latents), "text": torch.stack(text)}
+
+    def video(self, latents: Tensor) -> Tensor:
+        """What latents show, as `PipelineEncoder.video`."""
+        return self._encoder.video(latents)

@@ -23,15 +23,17 @@ from lltk.models import wan22, wan_vae
 from lltk.models.checkpoint import save_checkpoint, save_lora
 from lltk.models.configs import named_config
 from lltk.models.tiny.world import FPS
-from lltk.stream.video import VideoWriter
+from lltk.stream.video import VideoWriter, pixels
 from lltk.train.data import Batches, Dataset
 from lltk.train.objective import FlowMatching, Objective, mean_loss
 from lltk.train.recipe import TrainSection, train_section, vae_recipe
+from lltk.train.sampling import sample
 from lltk.train.vae import Reconstruction, decode, latent_statistics
 
 _VALIDATION_CLIPS = 16
 _STATISTICS_CLIPS = 64
 _SAMPLE_CLIPS = 4
+_SAMPLE_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,17 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
             save_checkpoint(temporary, weights, "diffusers", config)
         return folder / "transformer"
 
-    return Task(section, about, memory, prepare, export)
+    def write_samples(objective: Objective, dataset: Dataset, folder: Path) -> None:
+        """Clips from noise, side by side; their captions are of held-out clips."""
+        clips: Any = dataset
+        module: Any = objective.module
+        text = clips.batch(~section.seed, range(objective.clips))["text"]
+        latents = sample(program, module, text, _SAMPLE_STEPS, section.seed)
+        video = clips.video(latents[:_SAMPLE_CLIPS])
+        fps = FPS if section.data.folder is None else section.data.fps
+        _write(folder / "samples.mp4", torch.cat(tuple(video), dim=-1), fps)
+
+    return Task(section, about, memory, prepare, export, write_samples)
 
 
 def _autoencoder(data: Mapping[str, Any], where: str, device: torch.device) -> Task:
@@ -163,16 +175,21 @@ def _autoencoder(data: Mapping[str, Any], where: str, device: torch.device) -> T
             wan_vae.save_vae(temporary, own, measured)
         return folder / "vae"
 
-    def sample(objective: Objective, dataset: Dataset, folder: Path) -> None:
+    def write_samples(objective: Objective, dataset: Dataset, folder: Path) -> None:
         """Held-out clips side by side, their reconstructions below."""
         model: Any = objective.module
         video = dataset.batch(~section.seed, range(_SAMPLE_CLIPS))["video"]
         seen = decode(model, model.encode(video.to(model.dtype)).latent_dist.mean)
-        seen = seen.float().clamp(-1, 1)
+        seen = seen.float()
         rows = torch.cat([torch.cat(tuple(clips), dim=-1) for clips in (video, seen)], dim=-2)
-        pixels = (rows * 127.5 + 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
-        _, height, width, _ = pixels.shape
-        with VideoWriter(folder / "reconstructions.mp4", height, width, FPS) as writer:
-            writer.write(pixels.contiguous())
+        _write(folder / "reconstructions.mp4", rows, FPS)
 
-    return Task(section, about, memory, prepare, export, sample)
+    return Task(section, about, memory, prepare, export, write_samples)
+
+
+def _write(path: Path, video: Tensor, fps: float) -> None:
+    """A video [3, F, H, W] in [-1, 1] as a file."""
+    shown = pixels(video[None])
+    _, height, width, _ = shown.shape
+    with VideoWriter(path, height, width, fps) as writer:
+        writer.write(shown)

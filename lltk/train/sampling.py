@@ -1,0 +1,62 @@
+"""Samples through the graph that trains: what the weights can do so far, with no other Program."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.graph.module import ProgramModule
+from lltk.graph.program import Program
+from lltk.stream.sampler import Sampler, Schedule
+
+
+@torch.no_grad()
+def sample(program: Program, module: ProgramModule, text: Tensor, steps: int, seed: int) -> Tensor:
+    """Clips from noise, as a stream with a full window makes them, or all frames at once.
+
+    A train program makes a chunk after the other: as the noisy chunk, after the clean chunks that
+    were made before it. A reference program denoises the whole clip.
+
+    Args:
+        program: a train or a reference Program of batch B.
+        module: the same Program, runnable.
+        text: [B, N, S, E], a prompt a chunk.
+        steps: denoising passes, of a chunk or of the clip.
+        seed: of the noise, which is drawn on the module's device.
+
+    Returns:
+        Latents, float32 [B, C, F, h, w], normalised.
+    """
+    geometry, spec = program.geometry, program.spec
+    device = next(module.parameters()).device
+    schedule = Schedule.make(steps, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (geometry.batch, spec.channels, geometry.frames, *geometry.latent(spec))
+    noise = torch.randn(shape, generator=generator, device=device)
+    contract = program.contract(program.kind).inputs
+    given = {
+        spec.text_input: text,
+        spec.time_input: torch.zeros(geometry.batch, geometry.frames),
+        "positions": torch.arange(geometry.frames, dtype=torch.float64),
+        spec.latent_input: torch.zeros(shape),
+        "clean": torch.zeros(shape),
+        "noisy": torch.zeros(shape),
+    }
+    inputs = {name: given[name].to(device, own.dtype) for name, own in contract.items()}
+    noisy = "noisy" if program.kind == "train" else spec.latent_input
+    span = geometry.chunk if program.kind == "train" else geometry.frames
+    made = torch.zeros_like(noise)
+    for start in range(0, geometry.frames, span):
+        frames = slice(start, start + span)
+        sampler = Sampler(schedule, noise[:, :, frames])
+        for index in range(steps):
+            now = made.clone()
+            now[:, :, frames] = sampler.latents
+            inputs[noisy] = now.to(contract[noisy].dtype)
+            inputs[spec.time_input][:, frames] = sampler.timestep(index)
+            flow = module(program.kind, **inputs)[spec.output]
+            sampler.step(index, flow[:, :, frames])
+        made[:, :, frames] = sampler.result
+        if program.kind == "train":
+            inputs["clean"] = made.to(contract["clean"].dtype)
+    return made
