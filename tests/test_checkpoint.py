@@ -32,7 +32,13 @@ from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, detect
 pytestmark = pytest.mark.cpu
 
 LAYERS = 2
-CONFIG = named_config("tiny") | {"num_layers": LAYERS, "attention_head_dim": 12, "ffn_dim": 32}
+CONFIG = named_config("tiny") | {
+    "num_layers": LAYERS,
+    "attention_head_dim": 12,
+    "ffn_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+}
 WAN_CONFIG = {
     "_class_name": "WanModel",
     "_diffusers_version": "0.33.0",

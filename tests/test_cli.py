@@ -19,10 +19,10 @@ from lltk.stream.video import read_video
 
 pytestmark = pytest.mark.cpu
 
-SMALL = [
-    "--set", "model.config.num_layers=2", "--set", "geometry.height=32",
-    "--set", "geometry.width=32",
-]  # fmt: skip
+SMALL = (
+    "{num_attention_heads: 2, attention_head_dim: 12, in_channels: 4, out_channels: 4, "
+    "text_dim: 8, freq_dim: 8, ffn_dim: 16, num_layers: 2}"
+)
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -49,8 +49,7 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(
         f"extends: {shipped()['tiny_stream']}\n"
-        "model: {config: {num_attention_heads: 2, attention_head_dim: 12, in_channels: 4,"
-        " out_channels: 4, text_dim: 8, freq_dim: 8, ffn_dim: 16, num_layers: 2}}\n"
+        f"model: {{config: {SMALL}}}\n"
         "geometry: {height: 64, width: 64}\n"
     )
     return path
@@ -98,7 +97,9 @@ def test_transform_can_stop_leave_out_and_plan(run: Run, recipe: Path) -> None:
 
 
 def test_memory_estimate_of_5b(run: Run) -> None:
-    code, out, _ = run("transform", "wan22_5b_stream", "--dry-run", "--json")
+    code, out, _ = run(
+        "transform", "wan22_5b_stream", "--dry-run", "--json", "--stop-after", "canonicalise"
+    )
     assert code == 0
     memory = json.loads(out)["memory"]
     assert memory["cache pages"] / 32 == 309.375 * 2**20
@@ -110,7 +111,7 @@ def test_memory_estimate_of_5b(run: Run) -> None:
     ("arguments", "message"),
     [
         (["--set", "geometry.windw=24"], "unknown key 'geometry.windw'; did you mean 'window'?"),
-        (["--set", "geometry.window=7"], "the nearest that fit: 6 and 8"),
+        (["--set", "geometry.window=10"], "the nearest that fit: 9 and 12"),
         (["--set", "passes=[canonicalize]"], "did you mean 'canonicalise'?"),
         (["--set", "passes=[commit]"], "move it later in the recipe's passes"),
         (["--disable", "hoist_text"], "put hoist_text before it in the recipe"),
@@ -196,12 +197,13 @@ def test_a_pass_is_one_file(run: Run, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(lltk.passes, "__path__", [*lltk.passes.__path__, str(tmp_path)])
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe_block.replace("tiny_stream.yaml", str(shipped()["tiny_stream"])))
-    code, out, err = run("transform", recipe, "--no-weights", "--json")
+    small = ["--no-weights", "--set", f"model.config={SMALL}"]
+    code, out, err = run("transform", recipe, *small, "--json")
     assert (code, err) == (0, "")
     (entry,) = (e for e in json.loads(out)["log"] if e["name"] == "wide_output")
     assert entry["matches"] == {"results": 1}
 
-    code, _, err = run("transform", recipe, "--no-weights", "--set", "model.dtype=float32")
+    code, _, err = run("transform", recipe, *small, "--set", "model.dtype=float32")
     assert code == 2
     assert "is float32 already" in " ".join(err.split())
     assert issubclass(type(lltk.passes.make_pass("wide_output", {})), Pass)

@@ -15,13 +15,17 @@ from hypothesis import strategies as st
 
 from lltk.compiler import plan, transform
 from lltk.graph.geometry import Geometry
-from lltk.graph.recipe import load_recipe, parse_recipe
+from lltk.graph.recipe import load_recipe, parse_recipe, read_recipe
+from lltk.models import wan_vae
 from lltk.models.configs import named_config
 from lltk.models.wan22 import spec
+from lltk.stream.recipe import stream_section
+from lltk.train.recipe import train_section, vae_recipe
 
 pytestmark = pytest.mark.cpu
 
 SHIPPED = sorted(Path(str(files("lltk.recipes"))).glob("*.yaml"))
+PROGRAMS = [path for path in SHIPPED if path.stem != "tiny_vae"]
 BASE: dict[str, Any] = {
     "program": "stream",
     "model": {"config": "tiny", "dtype": "float32"},
@@ -43,19 +47,38 @@ def written(path: Path, data: object) -> Path:
 # Shipped recipes
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_shipped_recipes_parse(path: Path) -> None:
     recipe = load_recipe(path)
     assert path.stem.endswith(recipe.program)
     assert [step.name for step in plan(recipe, None, ())] == [name for name, _ in recipe.steps()]
     assert isinstance(recipe.model.config, str)
-    assert recipe.geometry.frame_tokens(spec(named_config(recipe.model.config))) > 0
+    if recipe.program == "decode":
+        config = wan_vae.validate_config(named_config(recipe.model.config, wan_vae.CONFIGS))
+        assert recipe.geometry.frame_tokens(wan_vae.spec(config)) > 0
+    else:
+        assert recipe.geometry.frame_tokens(spec(named_config(recipe.model.config))) > 0
+    if recipe.stream is not None:
+        stream_section(recipe.stream, path.name)
+    if recipe.train is not None:
+        train_section(recipe.train, path.name).calls(recipe.geometry.batch)
     assert parse_recipe(recipe.resolved(), "resolved") == recipe
 
 
+def test_the_shipped_autoencoders_recipe_parses() -> None:
+    (path,) = set(SHIPPED) - set(PROGRAMS)
+    recipe = vae_recipe(read_recipe(path, ()), path.name)
+    assert recipe.vae.config in wan_vae.CONFIGS
+    assert recipe.train.calls(recipe.vae.batch)
+
+
 def test_every_size_ships_every_kind() -> None:
-    kinds = {path.stem.rpartition("_")[::2] for path in SHIPPED}
-    assert kinds == {(m, k) for m in ("tiny", "wan22_5b") for k in ("train", "score", "stream")}
+    kinds = {"train", "score", "stream", "decode"}
+    assert {path.stem for path in SHIPPED} == {
+        *(f"tiny_{kind}" for kind in (*kinds, "reference", "vae")),
+        *(f"wan22_5b_{kind}" for kind in kinds - {"decode"}),
+        "wan22_decode",
+    }
 
 
 # Extending
@@ -165,7 +188,7 @@ def test_misshapen_overrides_are_refused(base: Path, override: str, message: str
         ("model.chekpoint=x", "unknown key 'model.chekpoint'; did you mean 'checkpoint'?"),
         ("geometry.chunks=2", "unknown key 'geometry.chunks'; did you mean 'chunk'?"),
         ("geometry.zzz=2", "unknown key 'geometry.zzz'; known keys: batch, height, width, chunk"),
-        ("program=steam", "program: Input should be 'train', 'score' or 'stream'"),
+        ("program=steam", "program: Input should be 'train', 'score', 'stream', 'reference' or"),
         ("model.dtype=half", "model.dtype: Input should be 'bfloat16', 'float16' or 'float32'"),
         ("model=3", "model: Input should be a valid dictionary"),
         ("geometry.chunk=two", "geometry.chunk: Input should be a valid integer"),

@@ -47,7 +47,7 @@ class Timings:
         warm: when the warm-up was over.
         ended: when the file was.
         frames: written from ``warm`` to ``ended``.
-        reported: of these, until the last chunk's report.
+        decoding: seconds in the decoder's graphs from ``warm`` to ``ended``.
         reports: of the chunks after the warm-up, without their latents.
     """
 
@@ -57,7 +57,7 @@ class Timings:
     warm: float
     ended: float
     frames: int
-    reported: int
+    decoding: float
     reports: Sequence[ChunkReport]
 
 
@@ -98,8 +98,8 @@ def measure(plan: StreamPlan, seconds: float, warm_up: int, runs: int) -> dict[s
 def summary(timings: Sequence[Timings]) -> dict[str, Any]:
     """The numbers of runs: FPS, seconds, and shares of 1."""
 
-    def rate(frames: int, graphs: Sequence[float]) -> float:
-        return frames / sum(graphs)
+    def transformed(report: ChunkReport) -> float:
+        return report.graphs["step"] + report.graphs["commit"]
 
     reports = [report for each in timings for report in each.reports]
     taken = [report.seconds for report in reports]
@@ -107,16 +107,11 @@ def summary(timings: Sequence[Timings]) -> dict[str, Any]:
         "chunks": len(reports),
         "frames": sum(len(report.plan.frames) for report in reports),
         "dit_fps": median(
-            rate(
-                sum(len(report.plan.frames) for report in each.reports),
-                [report.graphs[name] for report in each.reports for name in ("step", "commit")],
-            )
+            sum(len(report.plan.frames) for report in each.reports)
+            / sum(transformed(report) for report in each.reports)
             for each in timings
         ),
-        "decode_fps": median(
-            rate(each.reported, [report.decoding["decode"] for report in each.reports])
-            for each in timings
-        ),
+        "decode_fps": median(each.frames / each.decoding for each in timings),
         "e2e_fps": median(each.frames / (each.ended - each.warm) for each in timings),
         "first_frame_seconds": median(each.first - each.begun for each in timings),
         "chunk_seconds": {"p50": percentile(taken, 0.5), "p90": percentile(taken, 0.9)},
@@ -200,15 +195,16 @@ def _timed(plan: StreamPlan, script: Sequence[Shot], path: Path, warm_up: int) -
         open_stream(plan, sink, script) as stream,
     ):
         begun = warm = time.perf_counter()
-        before = 0
+        before, decoded = 0, 0.0
         for index, report in enumerate(stream, 1):
             if index > warm_up:
                 reports.append(replace(report, latents=torch.empty(0)))  # or memory would grow
             elif index == warm_up:
                 before, warm = written, time.perf_counter()
-        reported = written - before
+                decoded = stream.session.decoding["decode"]
     ended = time.perf_counter()
-    return Timings(begun - start, begun, first, warm, ended, written - before, reported, reports)
+    decoding = stream.session.decoding["decode"] - decoded
+    return Timings(begun - start, begun, first, warm, ended, written - before, decoding, reports)
 
 
 def _peak() -> dict[str, int]:

@@ -204,6 +204,11 @@ class Session:
         """Which chunks the cache holds."""
         return self._table
 
+    @property
+    def decoding(self) -> Mapping[str, float]:
+        """Seconds in the decoder's thread so far; see `ChunkReport`."""
+        return self._pipeline.seconds
+
     def switch(self, prompt: str, recache: bool | None = None) -> Receipt:
         """Show something else from the next chunk that begins to the end of its shot.
 
