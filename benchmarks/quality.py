@@ -31,11 +31,11 @@ from lltk.bench.quality import (
     ShotScore,
     draw_stories,
     identity_over_time,
-    prompts_of,
     score_video,
     streamed,
 )
 from lltk.bench.record import make_record, markdown, write_record
+from lltk.cli.datasets import prompts_of
 from lltk.cli.latents import PipelineEncoder
 from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform

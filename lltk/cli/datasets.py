@@ -108,12 +108,12 @@ class TinyLatents:
 
     def _made(self, seed: int, indices: range) -> dict[str, Tensor]:
         stories = self._videos.stories(seed, indices)
-        text = self._encoder.text([prompt for story in stories for prompt in _prompts(story)])
+        text = self._encoder.text([prompt for story in stories for prompt in prompts_of(story)])
         latents = self._encoder.latents(self._videos.videos(stories))
         return {"latents": latents, "text": text.unflatten(0, (len(stories), -1))}
 
 
-def _prompts(story: Story) -> list[str]:
+def prompts_of(story: Story) -> list[str]:
     """One a chunk."""
     return [
         (SCENE_CUT if chunk in story.opens[1:] else "") + story.captions[shot]
