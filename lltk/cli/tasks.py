@@ -90,8 +90,10 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
     }
     memory = estimate(program)
     copy = memory.get("gradients", 0)
-    memory["float32 weights"] = copy * (program.dtype != torch.float32)
-    memory["average"] = copy * (section.ema_decay is not None)
+    if program.dtype != torch.float32:
+        memory["float32 weights"] = copy
+    if section.ema_decay is not None:
+        memory["average"] = copy
 
     def prepare() -> tuple[Objective, Dataset]:
         started = program
@@ -150,7 +152,8 @@ def _autoencoder(data: Mapping[str, Any], where: str, device: torch.device) -> T
     with torch.device("meta"):
         size = 4 * sum(p.numel() for p in wan_vae.build(config).parameters())
     memory = {"weights": size, "gradients": size, "AdamW moments": 2 * size}
-    memory["average"] = size * (section.ema_decay is not None)
+    if section.ema_decay is not None:
+        memory["average"] = size
     about = {"recipe": recipe.model_dump(mode="json"), "log": [], "versions": versions()}
 
     def prepare() -> tuple[Objective, Dataset]:
