@@ -13,11 +13,8 @@ from lltk.graph.geometry import Geometry
 from lltk.models.pipelines import find_pipeline
 from lltk.models.tiny.world import RESOLUTION, STRIDE, Story, draw_story, render
 from lltk.stream.script import SCENE_CUT
-from lltk.train.data import Dataset, generator_at
-from lltk.train.recipe import DataSection, TrainSection
-
-_ENCODED = 64
-"""Clips encoded at once."""
+from lltk.train.data import Dataset, Kept, generator_at
+from lltk.train.recipe import TrainSection
 
 
 class TinyVideos:
@@ -59,8 +56,7 @@ class TinyLatents:
 
     Args:
         geometry: of the Program to train.
-        data: how many shots and clips.
-        seed: of the samples whose clips are kept, where clips are few.
+        shots: as `TinyVideos` has them.
         encoder: what makes latents and text.
         device: where clips are rendered.
 
@@ -71,8 +67,7 @@ class TinyLatents:
     def __init__(
         self,
         geometry: Geometry,
-        data: DataSection,
-        seed: int,
+        shots: int,
         encoder: PipelineEncoder,
         device: torch.device,
     ) -> None:
@@ -82,27 +77,10 @@ class TinyLatents:
                 f"{geometry.height}×{geometry.width}; set geometry.height and geometry.width"
             )
         frames = STRIDE * (geometry.frames - 1) + 1
-        self._videos = TinyVideos(frames, geometry.chunk, data.shots, device)
+        self._videos = TinyVideos(frames, geometry.chunk, shots, device)
         self._encoder = encoder
-        self._seed = seed
-        self._kept: dict[str, Tensor] = {}
-        if data.clips is not None:
-            indices = range(data.clips)
-            blocks = [indices[i : i + _ENCODED] for i in indices[::_ENCODED]]
-            parts = [self._made(seed, block) for block in blocks]
-            self._kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
-        if not self._kept or seed != self._seed:
-            return self._made(seed, indices)
-        clips = len(self._kept["latents"])
-        chosen = [
-            int(torch.randint(clips, (), generator=generator_at(seed, "clip", index)))
-            for index in indices
-        ]
-        return {name: tensor[chosen] for name, tensor in self._kept.items()}
-
-    def _made(self, seed: int, indices: range) -> dict[str, Tensor]:
         stories = self._videos.stories(seed, indices)
         text = self._encoder.text([prompt for story in stories for prompt in _prompts(story)])
         latents = self._encoder.latents(self._videos.videos(stories))
@@ -132,6 +110,9 @@ def dataset_for(
             "tokenizer"
         )
     encoder = PipelineEncoder(find_pipeline(data.pipeline), geometry.text_tokens, device, dtype)
+    clips: Dataset
     if data.folder is None:
-        return TinyLatents(geometry, data, section.seed, encoder, device)
-    return FolderLatents(Path(data.folder), geometry, data.fps, data.shots, encoder)
+        clips = TinyLatents(geometry, data.shots, encoder, device)
+    else:
+        clips = FolderLatents(Path(data.folder), geometry, data.fps, data.shots, encoder)
+    return clips if data.clips is None else Kept(clips, section.seed, data.clips)

@@ -133,8 +133,12 @@ def _autoencoder(data: Mapping[str, Any], where: str, device: torch.device) -> T
     for option in ("compile", "recompute"):
         if getattr(section, option):
             raise ValueError(f"{where}: train.{option}: is for transformers; remove it")
-    if section.data.folder is not None:
-        raise ValueError(f"{where}: train.data.folder: an autoencoder trains on the world's clips")
+    for key in ("folder", "clips"):
+        if getattr(section.data, key) is not None:
+            raise ValueError(
+                f"{where}: train.data.{key}: an autoencoder trains on ever new clips of the world; "
+                "remove it"
+            )
     with torch.device("meta"):
         size = 4 * sum(p.numel() for p in wan_vae.build(config).parameters())
     memory = {"weights": size, "gradients": size, "AdamW moments": 2 * size}
