@@ -124,13 +124,14 @@ def test_an_autoencoder_in_low_precision_has_float32_masters(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("recipe", ["tiny_vae", "tiny_train", "tiny_reference"])
 def test_plans(run: Run, recipe: str) -> None:
-    code, out, _ = run("train", recipe, "--dry-run", "--json", "--set", "train.steps=7")
+    small = [] if recipe == "tiny_vae" else sets(SMALL)
+    code, out, _ = run("train", recipe, *small, "--dry-run", "--json", "--set", "train.steps=7")
     assert code == 0
     plan = json.loads(out)
     assert plan["train"]["steps"] == 7
     memory = plan["memory"]
     assert memory["AdamW moments"] == 2 * memory["gradients"] == 2 * memory["average"] > 0
-    code, out, _ = run("train", recipe, "--dry-run")
+    code, out, _ = run("train", recipe, *small, "--dry-run")
     assert code == 0 and "AdamW moments" in out
 
 
@@ -142,8 +143,14 @@ def test_plans(run: Run, recipe: str) -> None:
             "train: unknown key 'stps'; did you mean",
         ),
         (["tiny_stream"], "has no train section"),
-        (["tiny_train", "--set", "train.data.pipeline=null"], "pipeline: names no folder"),
-        (["tiny_train", "--set", "train.data.pipeline=nowhere"], "nowhere: no such pipeline"),
+        (
+            ["tiny_train", *sets([*SMALL, "train.data.pipeline=null"])],
+            "pipeline: names no folder",
+        ),
+        (
+            ["tiny_train", *sets([*SMALL, "train.data.pipeline=nowhere"])],
+            "nowhere: no such pipeline",
+        ),
         (["tiny_train", "--set", "geometry.batch=3"], "the nearest that fit: 63 and 66"),
         (["tiny_vae", "--set", "vae.frames=6"], "the nearest that fit: 5 and 9"),
         (["tiny_vae", "--set", "vae.config=tiny_vea"], "did you mean 'tiny_vae'?"),

@@ -196,7 +196,7 @@ def _run(
         console.print(
             f"going on at frame {chunks[0].frames.start}; the new file holds the continuation"
         )
-    frames.expect(chunks)
+    frames.expect(chunks, sheet is not None)
     state = save or output.with_suffix(".state.safetensors")
     loaded = time.perf_counter()
     tally = Tally(loaded)
