@@ -62,6 +62,7 @@ def transform(
     stop_after: str | None = None,
     disable: Collection[str] = (),
     observe: Observer | None = None,
+    section: str = "model",
 ) -> Program:
     """Capture the recipe's model and run its passes.
 
@@ -71,22 +72,23 @@ def transform(
         stop_after: the last pass to run.
         disable: passes to leave out.
         observe: called with the Program after capture and after each pass.
+        section: what errors call the recipe's model section.
 
     Raises:
         ValueError: the recipe, its checkpoint or the order of passes does not fit.
     """
     steps = plan(recipe, stop_after, disable)
-    program = capture(recipe, weights=weights)
+    program = capture(recipe, weights=weights, section=section)
     program.recipe["passes"] = [{s.name: s.config.model_dump(mode="json")} for s in steps]
     if observe is not None:
         observe(program)
     return run_passes(program, steps, observe)
 
 
-def capture(recipe: Recipe, *, weights: bool = True) -> Program:
-    """Capture the recipe's model, before any pass; errors as `transform`'s."""
+def capture(recipe: Recipe, *, weights: bool = True, section: str = "model") -> Program:
+    """Capture the recipe's model, before any pass; arguments and errors as `transform`'s."""
     family = _DECODER if recipe.program == "decode" else _TRANSFORMER
-    config, loaded = _model(family, recipe, weights)
+    config, loaded = _model(family, recipe, weights, section)
     program = family.capture(config, recipe, getattr(torch, recipe.model.dtype))
     if loaded is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}
@@ -131,18 +133,20 @@ def with_weights(program: Program, weights: Mapping[str, Tensor]) -> Program:
 
 
 def _model(
-    family: _Family, recipe: Recipe, weights: bool
+    family: _Family, recipe: Recipe, weights: bool, where: str
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """The model's configuration, and its weights if they are wanted."""
     section = recipe.model
     named = section.config
     config = named_config(named, family.configs) if isinstance(named, str) else named
-    config = None if config is None else family.validate(config, "model.config")
+    config = None if config is None else family.validate(config, f"{where}.config")
     if section.lora is not None and "lora" not in dict(recipe.steps()):
         raise ValueError("model.lora: the recipe's passes have no lora; add it, or drop the file")
     if not weights:
         if config is None:
-            raise ValueError("model.config: name one; without weights there is no file to read it")
+            raise ValueError(
+                f"{where}.config: name one; without weights there is no file to read it"
+            )
         return config, None
     if section.checkpoint is None:
         raise ValueError(
@@ -153,13 +157,13 @@ def _model(
     stated = checkpoint.config and family.validate(checkpoint.config, section.checkpoint)
     if config is None and not stated:
         raise ValueError(
-            f"model.config: {section.checkpoint} ({checkpoint.layout}) states no configuration; "
+            f"{where}.config: {section.checkpoint} ({checkpoint.layout}) states no configuration; "
             "name one in the recipe"
         )
     if config is not None and stated and config != stated:
         differing = sorted(key for key in config if config[key] != stated[key])
         raise ValueError(
-            f"model.config: differs from {section.checkpoint} in {', '.join(differing)}; "
+            f"{where}.config: differs from {section.checkpoint} in {', '.join(differing)}; "
             "remove it from the recipe to take the file's"
         )
     return config or dict(stated or {}), dict(checkpoint.weights)

@@ -32,7 +32,7 @@ from lltk.graph.recipe import Recipe, parse_recipe
 from lltk.models import wan_vae
 from lltk.models.pipelines import find_pipeline
 from lltk.stream.decoder import Decoder
-from lltk.stream.memory import Parts, check_memory, stream_memory
+from lltk.stream.memory import Parts, check_memory, loading_memory, stream_memory
 from lltk.stream.recipe import StreamSection, stream_section
 from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.script import ChunkPlan, Shot, plan, statement
@@ -87,7 +87,8 @@ class StreamPlan:
             self.section,
             self.transformer,
             self.decoder,
-            weight_bytes(self.folder, self.transformer.dtype),
+            weight_bytes(self.folder / "text_encoder", self.transformer.dtype),
+            weight_bytes(self.folder / "vae", self.decoder.dtype),
             self.device,
             self.decoder_device,
             self.text_device,
@@ -95,8 +96,12 @@ class StreamPlan:
 
     @property
     def memory(self) -> dict[str, dict[str, int]]:
-        """Bytes by device and owner; see `stream_memory`."""
+        """Bytes by device and owner while it runs; see `stream_memory`."""
         return stream_memory(self.parts)
+
+    def loading_memory(self, image: bool) -> dict[str, dict[str, int]]:
+        """Bytes by device and owner before it runs; see `loading_memory`."""
+        return loading_memory(self.parts, image)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -178,7 +183,7 @@ def plan_stream(
         section,
         folder,
         transform(own, weights=weights),
-        transform(decode, weights=weights),
+        transform(decode, weights=weights, section="stream.decoder"),
         torch.device(device),
     )
 
@@ -249,7 +254,7 @@ def open_stream(
     Raises:
         ValueError: a file that is damaged or does not fit, or not enough memory.
     """
-    check_memory(plan.parts)
+    check_memory(plan.parts, image is not None)
     state = None if resume is None else load_state(resume, plan.identity)
     chunks = plan.chunks(script) if state is None else []
     texts = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ from helpers import refused
 from torch import Tensor
 
 from lltk.cli.datasets import dataset_for
+from lltk.cli.latents import PipelineEncoder
 from lltk.graph.geometry import Geometry
 from lltk.models import wan_vae
 from lltk.models.tiny.text import save_text_encoder
 from lltk.models.wan_vae import encode, make_vae, save_vae
 from lltk.stream.script import SCENE_CUT
 from lltk.stream.video import VideoWriter
+from lltk.train.data import Dataset
 from lltk.train.folder import FolderClips, covering
-from lltk.train.recipe import DataSection
+from lltk.train.recipe import TrainSection
 
 pytestmark = pytest.mark.cpu
 
@@ -192,6 +195,42 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
     assert f"skipped {path}: cannot be read" in refused(clips, tmp_path)
 
 
+def dataset_of(data: dict[str, Any], geometry: Geometry) -> Dataset:
+    section = TrainSection.model_validate({"data": data, "steps": 1, "lr": 1.0, "seed": 3})
+    return dataset_for(section, geometry, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("world", [True, False])
+def test_few_clips_are_encoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: bool
+) -> None:
+    """Kept clips are those that would have been encoded; held-out ones are none of them."""
+    torch.manual_seed(0)
+    save_vae(tmp_path / "vae", wan_vae.build(VAE).state_dict(), VAE)
+    save_text_encoder(tmp_path)
+    data: dict[str, Any] = {"pipeline": str(tmp_path), "shots": 2}
+    geometry = GEOMETRY.model_copy(update={"height": 128, "width": 128})
+    if not world:
+        write_clip(tmp_path, "a", 0, numbered(0, WHOLE + 8), "a red square")
+        data |= {"folder": str(tmp_path), "fps": FPS}
+        geometry = GEOMETRY
+    every = dataset_of(data, geometry)
+    kept = dataset_of(data | {"clips": 3}, geometry)
+    wanted, found, held_out = every.batch(3, range(3)), kept.batch(3, range(12)), range(2)
+    rows = [
+        [torch.equal(mine, own) for own in wanted["latents"]].index(True)
+        for mine in found["latents"]
+    ]
+    assert set(rows) == {0, 1, 2}
+    assert torch.equal(found["text"], wanted["text"][rows])
+    new, same = (each.batch(~3, held_out) for each in (kept, every))
+    assert all(torch.equal(new[name], same[name]) for name in same)
+    if world:
+        assert not any(torch.equal(a, b) for a in new["latents"] for b in wanted["latents"])
+    monkeypatch.setattr(PipelineEncoder, "latents", None)
+    kept.batch(3, range(12, 24))
+
+
 def test_latents_and_text_are_the_pipelines(tmp_path: Path) -> None:
     torch.manual_seed(0)
     made = wan_vae.build(VAE)
@@ -199,8 +238,8 @@ def test_latents_and_text_are_the_pipelines(tmp_path: Path) -> None:
     save_text_encoder(tmp_path)
     write_clip(tmp_path, "a", 0, numbered(0, FIRST + LATER), "a red square")
     write_clip(tmp_path, "a", 1, numbered(0, LATER), "a blue circle")
-    section = DataSection(folder=str(tmp_path), pipeline=str(tmp_path), fps=FPS, shots=2)
-    dataset = dataset_for(section, GEOMETRY, torch.device("cpu"))
+    data = {"folder": str(tmp_path), "pipeline": str(tmp_path), "fps": FPS, "shots": 2}
+    dataset = dataset_of(data, GEOMETRY)
     batch = dataset.batch(0, range(2))
     assert batch["latents"].shape == (2, 4, 6, 2, 2)
     video = clips(tmp_path, shots=2).sample(0, 1).video

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lltk.graph.geometry import Kind
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
-from lltk.train.data import Batch, Batches, generator_at
+from lltk.train.data import Batch, Batches, Kept, generator_at
 from lltk.train.diagnose import first_bad_module
 from lltk.train.objective import FlowMatching, level_weights, noise_grid
 from lltk.train.recipe import VaeSection
@@ -55,12 +55,21 @@ class Recorder(ProgramModule):
         return {"sample": self.flow}
 
 
-def recorded(kind: Kind, image: float = 0.0, **more: Tensor) -> tuple[Recorder, Batch, Tensor]:
-    """A module's inputs, the batch, and the loss where it answers 0."""
+def recorded(
+    kind: Kind, *, seed: int = 7, more: Mapping[str, Tensor] | None = None, **options: float
+) -> tuple[Recorder, Batch, Tensor]:
+    """A module's inputs, the batch, and the loss where it answers 0; options are `FlowMatching`'s.
+
+    Args:
+        kind: of the program.
+        seed: of the noise.
+        more: tensors of the batch.
+        options: of the objective.
+    """
     program, _ = program_of(kind)
-    batch = clips(program, **more)
+    batch = replace(clips(program, **(more or {})), seed=seed)
     module = Recorder(torch.zeros_like(batch.tensors["latents"]))
-    loss = FlowMatching(program, module, image).loss(batch).detach()
+    loss = FlowMatching(program, module, **options).loss(batch).detach()
     return module, batch, loss
 
 
@@ -138,7 +147,7 @@ def test_noise_and_levels_follow_from_seed_and_sample() -> None:
 def test_padding_counts_neither_in_the_loss_nor_in_its_divisor() -> None:
     program, _ = program_of("train")
     valid = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    module, batch, loss = recorded("train", valid=valid)
+    module, batch, loss = recorded("train", more={"valid": valid})
     objective = FlowMatching(program, module)
     assert objective.count(batch) == 10
     assert objective.count(clips(program)) == 12
@@ -164,6 +173,50 @@ def test_a_given_first_frame_is_clean_and_uncounted() -> None:
     assert torch.equal(objective.loss(batch), loss)
     module.flow.data[:, :, 1] = 1e6
     assert not torch.equal(objective.loss(batch), loss)
+
+
+def test_context_noise_is_in_the_clean_chunks_alone() -> None:
+    """Its level is one a chunk and at most the largest; (1 − level) is what is left of clips."""
+    plain, batch, loss = recorded("train")
+    module, _, noised_loss = recorded("train", context_noise=0.3)
+    assert torch.equal(plain.given["clean"], batch.tensors["latents"])
+    assert not torch.equal(module.given["clean"], plain.given["clean"])
+    for name in module.given.keys() - {"clean"}:
+        assert torch.equal(module.given[name], plain.given[name]), name
+    assert torch.equal(noised_loss, loss)
+    flat = {"latents": torch.full_like(batch.tensors["latents"], 1000.0)}
+    levels, spread = [], []
+    for seed in range(20):
+        module, _, _ = recorded("train", seed=seed, more=flat, context_noise=0.3)
+        context = module.given["clean"].transpose(1, 2).unflatten(1, (3, 2)).flatten(3)
+        frames = 1 - context.mean(-1) / 1000
+        assert torch.allclose(frames[..., 0], frames[..., 1], atol=1e-3)
+        levels.append(frames.mean(-1).flatten())
+        spread.append(context.std(-1).mean(-1).flatten())
+    level = torch.cat(levels)
+    assert level.min() < 0.03 and 0.27 < level.max() < 0.301
+    assert level.mean() == pytest.approx(0.15, abs=0.02)
+    assert torch.allclose(torch.cat(spread), level, atol=0.1)
+
+
+def test_pauses_move_positions_on_by_whole_frames_between_chunks() -> None:
+    plain, _, _ = recorded("train")
+    assert torch.equal(plain.given["positions"], torch.arange(6, dtype=torch.float64))
+    pauses = []
+    for seed in range(100):
+        own, _, own_loss = recorded("train", seed=seed)
+        module, _, paused_loss = recorded("train", seed=seed, gap=4096.0)
+        for name in module.given.keys() - {"positions"}:
+            assert torch.equal(module.given[name], own.given[name]), name
+        assert torch.equal(paused_loss, own_loss)
+        positions = module.given["positions"]
+        assert positions[0] == 0 and positions.dtype == torch.float64
+        assert torch.equal(positions, positions.floor())
+        steps = positions.diff()
+        assert (steps[[0, 2, 4]] == 1).all()
+        pauses += (steps[[1, 3]] - 1).tolist()
+    assert min(pauses) == 0 and 256 < max(pauses) <= 4096
+    assert sum(pause > 0 for pause in pauses) / len(pauses) == pytest.approx(1 / 4, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", ["train", "reference"])
@@ -316,7 +369,7 @@ def test_the_divergence_is_that_of_the_posterior() -> None:
     normal = torch.distributions.Normal(0.0, 1.0)
     own = torch.distributions.Normal(posterior.mean, posterior.std)
     wanted = torch.distributions.kl_divergence(own, normal).mean() * 2
-    assert float(heavy - none) == pytest.approx(float(wanted), rel=1e-3)
+    assert float((heavy - none).detach()) == pytest.approx(float(wanted), rel=1e-3)
 
 
 def test_latent_statistics_normalise() -> None:
@@ -351,6 +404,24 @@ def test_batches_go_on_from_a_position() -> None:
     again = Batches(Counting(), seed=3, size=4)
     again.position = 4
     assert next(again).tensors["index"].tolist() == second.tensors["index"].tolist()
+
+
+def test_kept_samples_are_the_datasets_first() -> None:
+    made: list[range] = []
+
+    class Noting(Counting):
+        def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
+            made.append(indices)
+            return {"index": super().batch(seed, indices)["index"] + 1000 * seed}
+
+    kept = Kept(Noting(), seed=3, count=70)
+    assert made == [range(64), range(64, 70)]
+    drawn = kept.batch(3, range(1000))["index"]
+    assert set(drawn.tolist()) == set(range(3000, 3070))
+    assert torch.equal(kept.batch(3, range(10, 13))["index"], drawn[10:13])
+    assert len(made) == 2
+    assert kept.batch(~3, range(2))["index"].tolist() == [-4000, -3999]
+    assert made[2:] == [range(2)]
 
 
 def test_inputs_are_the_contracts() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_recipe, randomise, runnable
+from helpers import make_program, make_recipe, runnable
+from torch import Tensor, nn
 
 from lltk.compiler import with_weights
-from lltk.graph.module import instantiate
+from lltk.graph.module import ProgramModule, instantiate
 from lltk.stream.positions import frame_positions
 from lltk.stream.rollout import Rollout
 from lltk.stream.sampler import Sampler, Schedule
@@ -15,6 +16,8 @@ from lltk.train.sampling import sample
 
 pytestmark = pytest.mark.cpu
 STEPS, SEED = 3, 5
+ROUNDED = 0.01
+"""Models are told of whole timesteps, which are the noise levels to a thousandth."""
 
 
 def test_a_train_programs_samples_are_a_streams() -> None:
@@ -48,23 +51,37 @@ def test_a_train_programs_samples_are_a_streams() -> None:
     assert (found - forgetful).abs().max() > 1e-2 * scale
 
 
-def test_a_reference_denoises_the_whole_clip() -> None:
-    program, _ = runnable(make_recipe("reference"))
-    program = with_weights(program, randomise(program.weights, seed=3))
-    module, spec, geometry = instantiate(program), program.spec, program.geometry
-    text = torch.randn(1, geometry.chunks, 5, 16, generator=torch.Generator().manual_seed(2))
-    found = sample(program, module, text, 1, SEED)
-    shape = (1, spec.channels, geometry.frames, *geometry.latent(spec))
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
-    schedule = Schedule.make(1)
-    with torch.no_grad():
-        flow = module(
-            "reference",
-            hidden_states=noise,
-            timestep=torch.full((1, geometry.frames), float(schedule.timesteps[0])),
-            encoder_hidden_states=text,
-            positions=torch.arange(geometry.frames, dtype=torch.float64),
-        )["sample"]
-    wanted = noise - schedule.sigmas[0] * flow
-    assert torch.allclose(found, wanted, atol=1e-5)
-    assert not torch.allclose(found, sample(program, module, text, 1, SEED + 1), atol=1e-2)
+class Perfect(ProgramModule):
+    """Stands in for a module that knows where every sample leads: to ``clean``."""
+
+    def __init__(self, clean: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.clean = clean
+        self.given: list[dict[str, Tensor]] = []
+
+    def forward(self, graph: str, **given: Tensor) -> dict[str, Tensor]:
+        assert graph == "reference"
+        self.given.append(given)
+        level = given["timestep"][:, None, :, None, None] / 1000
+        return {"sample": (given["hidden_states"] - self.clean) / level}
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_a_reference_goes_where_a_perfect_model_leads(steps: int) -> None:
+    program = make_program(make_recipe("reference", batch=2), seed=None)
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(2, 4, 6, 4, 4, generator=generator)
+    text = torch.randn(2, 3, 5, 16, generator=generator)
+    module = Perfect(clean)
+    made = sample(program, module, text, steps, seed=1)
+    assert torch.allclose(made, clean, atol=ROUNDED)
+    assert len(module.given) == steps
+    for given in module.given:
+        assert torch.equal(given["encoder_hidden_states"], text)
+        assert torch.equal(given["positions"], torch.arange(6, dtype=torch.float64))
+        assert len(given["timestep"].unique()) == 1
+    other = sample(program, module, text, steps, seed=2)
+    assert torch.allclose(other, clean, atol=ROUNDED)
+    firsts = [module.given[i]["hidden_states"] for i in (0, steps)]
+    assert not torch.equal(*firsts)
+    assert abs(float(firsts[0].std()) - 1) < 0.1

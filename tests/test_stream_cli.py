@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import refused
 from streams import SIZES, opened, planned, save_pipeline
 from torch import Tensor
 
@@ -99,8 +101,10 @@ def test_a_script_becomes_a_video_and_a_contact_sheet(
     stream, wanted = opened(planned(pipeline), script=_script(script))
     with stream:
         list(stream)
-    exact = torch.cat([pixels(part) for part in wanted])
-    assert float((video.float() - exact.float()).abs().mean()) < 20
+    with VideoWriter(tmp_path / "same.mp4", 32, 64, 8) as writer:
+        for part in wanted:
+            writer.write(pixels(part))
+    assert torch.equal(video, read_video(tmp_path / "same.mp4"))
     assert Image.open(tmp_path / "b" / "shots.png").size == (6 * 64, 3 * (18 + 32))
 
 
@@ -268,13 +272,19 @@ def test_bad_input_is_refused_before_work(
 
 
 def test_other_recipes_are_refused(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
     for recipe, overrides, message in (
         ("tiny_train", [], "program: train cannot be streamed"),
         ("tiny_stream", ["--set", "stream=null"], "has no stream section"),
         ("tiny_stream", ["--set", "stream.pipeline=nowhere"], "nowhere: no such pipeline folder"),
+        ("tiny_stream", sets(pipeline, "model.config=tiny"), "^model.config: differs from"),
+        (
+            "tiny_stream",
+            sets(pipeline, "stream.decoder.config=tiny_vae"),
+            "^stream.decoder.config: differs from .* in base_dim, .*; remove it from the recipe",
+        ),
     ):
         monkeypatch.setattr(
             "sys.argv",
@@ -309,6 +319,23 @@ def test_too_little_memory(
         assert not list(tmp_path.iterdir())
     monkeypatch.setattr(memory, "available", lambda device: need)
     assert run("stream", "tiny_stream", *options, "--seconds", 1)[0] == 0
+
+
+def test_encoders_count_before_the_stream(pipeline: Path) -> None:
+    """Each where it runs, an image's only if there is one, and not beside what comes after them."""
+    large = 1 << 50
+    parts = replace(planned(pipeline).parts, device=torch.device("cpu"))
+    memory.check_memory(parts, image=True)
+    assert memory.loading_memory(parts, image=True) == {
+        "cpu": {"text encoder at work": parts.text, "image encoder": parts.image}
+    }
+    assert parts.text > 0 and parts.image > 0
+    message = refused(memory.check_memory, replace(parts, text=large), image=False)
+    assert "(text encoder at work 1048576.0 GiB)" in message
+    assert "its weights alone do not fit" in message
+    pictured = replace(parts, image=large)
+    memory.check_memory(pictured, image=False)
+    assert "image encoder 1048576.0 GiB" in refused(memory.check_memory, pictured, image=True)
 
 
 def test_help_has_an_example(run: Run) -> None:

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from lltk.cli.main import main
+from lltk.cli.recipes import shipped
+from lltk.cli.tasks import task_of
+from lltk.graph.recipe import read_recipe
 from lltk.models.tiny.text import save_text_encoder
+from lltk.models.wan_vae import load_vae
+from lltk.train.loop import Trainer
 
 pytestmark = pytest.mark.cpu
 
@@ -94,15 +99,39 @@ def test_autoencoder_then_transformer(run: Run, tmp_path: Path) -> None:
     assert "holds a run; resume it" in " ".join(err.split())
 
 
+def test_an_autoencoder_in_low_precision_has_float32_masters(tmp_path: Path) -> None:
+    data = read_recipe(shipped()["tiny_vae"], [*VAE, "vae.dtype=bfloat16", "train.steps=1"])
+    for key in ("validate_every", "sample_every"):
+        data["train"][key] = None
+    task = task_of(data, "test", torch.device("cpu"))
+    objective, dataset = task.prepare()
+    started = {name: weight.clone() for name, weight in objective.weights.items()}
+    run = Trainer(objective, dataset, task.section, tmp_path, task.about)
+    run.run()
+    module = dict(objective.module.named_parameters())
+    assert {parameter.dtype for parameter in module.values()} == {torch.bfloat16}
+    moved = 0
+    for name, master in run.weights.items():
+        assert master.dtype == started[name].dtype == torch.float32
+        assert torch.equal(module[name], master.bfloat16())
+        moved += int((master != started[name]).sum())
+    total = sum(master.numel() for master in run.weights.values())
+    assert moved > total / 2
+    assert any(not torch.equal(master, master.bfloat16()) for master in run.weights.values())
+    path = task.export(objective, dataset, run.weights, tmp_path)
+    assert {weight.dtype for weight in load_vae(path).weights.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("recipe", ["tiny_vae", "tiny_train", "tiny_reference"])
 def test_plans(run: Run, recipe: str) -> None:
-    code, out, _ = run("train", recipe, "--dry-run", "--json", "--set", "train.steps=7")
+    small = [] if recipe == "tiny_vae" else sets(SMALL)
+    code, out, _ = run("train", recipe, *small, "--dry-run", "--json", "--set", "train.steps=7")
     assert code == 0
     plan = json.loads(out)
     assert plan["train"]["steps"] == 7
     memory = plan["memory"]
     assert memory["AdamW moments"] == 2 * memory["gradients"] == 2 * memory["average"] > 0
-    code, out, _ = run("train", recipe, "--dry-run")
+    code, out, _ = run("train", recipe, *small, "--dry-run")
     assert code == 0 and "AdamW moments" in out
 
 
@@ -114,12 +143,19 @@ def test_plans(run: Run, recipe: str) -> None:
             "train: unknown key 'stps'; did you mean",
         ),
         (["tiny_stream"], "has no train section"),
-        (["tiny_train", "--set", "train.data.pipeline=null"], "pipeline: names no folder"),
-        (["tiny_train", "--set", "train.data.pipeline=nowhere"], "nowhere: no such pipeline"),
+        (
+            ["tiny_train", *sets([*SMALL, "train.data.pipeline=null"])],
+            "pipeline: names no folder",
+        ),
+        (
+            ["tiny_train", *sets([*SMALL, "train.data.pipeline=nowhere"])],
+            "nowhere: no such pipeline",
+        ),
         (["tiny_train", "--set", "geometry.batch=3"], "the nearest that fit: 63 and 66"),
         (["tiny_vae", "--set", "vae.frames=6"], "the nearest that fit: 5 and 9"),
         (["tiny_vae", "--set", "vae.config=tiny_vea"], "did you mean 'tiny_vae'?"),
         (["tiny_vae", "--set", "train.compile=true"], "train.compile: is for transformers"),
+        (["tiny_vae", "--set", "train.data.clips=9"], "train.data.clips: an autoencoder trains on"),
     ],
 )
 def test_bad_input_is_refused(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -13,11 +13,8 @@ from lltk.graph.geometry import Geometry
 from lltk.models.pipelines import find_pipeline
 from lltk.models.tiny.world import RESOLUTION, STRIDE, Story, draw_story, render
 from lltk.stream.script import SCENE_CUT
-from lltk.train.data import Dataset, generator_at
+from lltk.train.data import Dataset, Kept, generator_at
 from lltk.train.recipe import DataSection, TrainSection
-
-_ENCODED = 64
-"""Clips encoded at once."""
 
 
 class TinyVideos:
@@ -59,8 +56,7 @@ class TinyLatents:
 
     Args:
         geometry: of the Program to train.
-        data: how many shots and clips.
-        seed: of the samples whose clips are kept, where clips are few.
+        shots: as `TinyVideos` has them.
         encoder: what makes latents and text.
         device: where clips are rendered.
 
@@ -71,8 +67,7 @@ class TinyLatents:
     def __init__(
         self,
         geometry: Geometry,
-        data: DataSection,
-        seed: int,
+        shots: int,
         encoder: PipelineEncoder,
         device: torch.device,
     ) -> None:
@@ -82,31 +77,10 @@ class TinyLatents:
                 f"{geometry.height}×{geometry.width}; set geometry.height and geometry.width"
             )
         frames = STRIDE * (geometry.frames - 1) + 1
-        self._videos = TinyVideos(frames, geometry.chunk, data.shots, device)
+        self._videos = TinyVideos(frames, geometry.chunk, shots, device)
         self._encoder = encoder
-        self._seed = seed
-        self._kept: dict[str, Tensor] = {}
-        if data.clips is not None:
-            indices = range(data.clips)
-            blocks = [indices[i : i + _ENCODED] for i in indices[::_ENCODED]]
-            parts = [self._made(seed, block) for block in blocks]
-            self._kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
-        if not self._kept or seed != self._seed:
-            return self._made(seed, indices)
-        clips = len(self._kept["latents"])
-        chosen = [
-            int(torch.randint(clips, (), generator=generator_at(seed, "clip", index)))
-            for index in indices
-        ]
-        return {name: tensor[chosen] for name, tensor in self._kept.items()}
-
-    def video(self, latents: Tensor) -> Tensor:
-        """What latents show, as `PipelineEncoder.video`."""
-        return self._encoder.video(latents)
-
-    def _made(self, seed: int, indices: range) -> dict[str, Tensor]:
         stories = self._videos.stories(seed, indices)
         text = self._encoder.text([prompt for story in stories for prompt in prompts_of(story)])
         latents = self._encoder.latents(self._videos.videos(stories))
@@ -121,21 +95,30 @@ def prompts_of(story: Story) -> list[str]:
     ]
 
 
-def dataset_for(
-    section: TrainSection, geometry: Geometry, device: torch.device, dtype: torch.dtype
-) -> Dataset:
-    """The clips that a recipe's ``train.data`` names, for a Program of this geometry and dtype.
+def encoder_for(
+    data: DataSection, geometry: Geometry, device: torch.device, dtype: torch.dtype
+) -> PipelineEncoder:
+    """The pipeline that a recipe's ``train.data`` names, for a Program of this geometry and dtype.
 
     Raises:
-        ValueError: no pipeline is named, or as `TinyLatents` or `FolderLatents`.
+        ValueError: none is named, or as `PipelineEncoder`.
     """
-    data = section.data
     if data.pipeline is None:
         raise ValueError(
             "train.data.pipeline: names no folder; set it to one with vae, text_encoder and "
             "tokenizer"
         )
-    encoder = PipelineEncoder(find_pipeline(data.pipeline), geometry.text_tokens, device, dtype)
+    return PipelineEncoder(find_pipeline(data.pipeline), geometry.text_tokens, device, dtype)
+
+
+def dataset_for(
+    section: TrainSection, geometry: Geometry, encoder: PipelineEncoder, device: torch.device
+) -> Dataset:
+    """The clips that a recipe's ``train.data`` names; errors as `TinyLatents` or `FolderLatents`."""
+    data = section.data
+    clips: Dataset
     if data.folder is None:
-        return TinyLatents(geometry, data, section.seed, encoder, device)
-    return FolderLatents(Path(data.folder), geometry, data.fps, data.shots, encoder)
+        clips = TinyLatents(geometry, data.shots, encoder, device)
+    else:
+        clips = FolderLatents(Path(data.folder), geometry, data.fps, data.shots, encoder)
+    return clips if data.clips is None else Kept(clips, section.seed, data.clips)

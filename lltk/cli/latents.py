@@ -87,7 +87,3 @@ class FolderLatents:
             latents.append(self._encoder.latents(video))
             text.append(self._encoder.text(sample.prompts))
         return {"latents": torch.cat(latents), "text": torch.stack(text)}
-
-    def video(self, latents: Tensor) -> Tensor:
-        """What latents show, as `PipelineEncoder.video`."""
-        return self._encoder.video(latents)

@@ -77,9 +77,9 @@ class Frames:
         self.warm: tuple[int, float] | None = None
         """Frames of the first chunk, and when they were written."""
 
-    def expect(self, chunks: Sequence[ChunkPlan]) -> None:
-        """Say what comes, so that a contact sheet's frames are known as they pass."""
-        for shot in dict.fromkeys(chunk.shot for chunk in chunks):
+    def expect(self, chunks: Sequence[ChunkPlan], sheet: bool) -> None:
+        """Say what comes, and whether to keep a contact sheet's frames as they pass."""
+        for shot in dict.fromkeys(chunk.shot for chunk in chunks if sheet):
             own = [chunk.frames for chunk in chunks if chunk.shot == shot]
             at = torch.linspace(own[0].start, own[-1].stop - 1, _SHEET_COLUMNS).round().int()
             self._wanted |= dict.fromkeys(at.tolist(), shot)
@@ -93,7 +93,7 @@ class Frames:
         for frame in frames:
             shot = self._wanted.get(self._next)
             if shot is not None:
-                self._kept.setdefault(shot, []).append(frame)
+                self._kept.setdefault(shot, []).append(frame.clone())
             self._next += 1
         self.count += len(frames)
         if self.warm is None and self.count >= self._opening:

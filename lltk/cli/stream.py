@@ -103,11 +103,13 @@ def command(
     for part, what in plan.describe().items():
         console.print(f"{part}: {what}", highlight=False)
     if dry_run:
+        loading = plan.loading_memory(image is not None)
         if as_json:
-            facts = {"plan": plan.describe(), "memory": plan.memory}
+            facts = {"plan": plan.describe(), "memory": plan.memory, "loading": loading}
             click.echo(json.dumps(facts, indent=2))
-        for where, owners in plan.memory.items():
-            console.print(memory_table(owners), f"on {where}")
+        for when, devices in (("before it runs", loading), ("while it runs", plan.memory)):
+            for where, owners in devices.items():
+                console.print(memory_table(owners), f"on {where}, {when}")
         return
     assert output is not None
     again = ["lltk", "stream", recipe]
@@ -193,7 +195,7 @@ def _run(
         console.print(
             f"going on at frame {chunks[0].frames.start}; the new file holds the continuation"
         )
-    frames.expect(chunks)
+    frames.expect(chunks, sheet is not None)
     state = save or output.with_suffix(".state.safetensors")
     loaded = time.perf_counter()
     tally = Tally(loaded)

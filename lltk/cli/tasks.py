@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lltk.artefact import versions
-from lltk.cli.datasets import TinyVideos, dataset_for
+from lltk.cli.datasets import TinyVideos, dataset_for, encoder_for
 from lltk.compiler import transform, with_weights
 from lltk.graph.files import written_whole
 from lltk.graph.memory import estimate
@@ -100,7 +100,8 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
         if recipe.model.checkpoint is None:
             torch.manual_seed(section.seed)
             started = with_weights(program, wan22.build(config).state_dict())
-        dataset = dataset_for(section, recipe.geometry, device, program.dtype)
+        encoder = encoder_for(section.data, recipe.geometry, device, program.dtype)
+        dataset = dataset_for(section, recipe.geometry, encoder, device)
         module = instantiate(started, device)
         if section.recompute:
             module.checkpoint_blocks()
@@ -126,11 +127,11 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
 
     def write_samples(objective: Objective, dataset: Dataset, folder: Path) -> None:
         """Clips from noise, side by side; their captions are of held-out clips."""
-        clips: Any = dataset
         module: Any = objective.module
-        text = clips.batch(~section.seed, range(objective.clips))["text"]
+        text = dataset.batch(~section.seed, range(objective.clips))["text"]
         latents = sample(program, module, text, _SAMPLE_STEPS, section.seed)
-        video = clips.video(latents[:_SAMPLE_CLIPS])
+        encoder = encoder_for(section.data, recipe.geometry, device, program.dtype)
+        video = encoder.video(latents[:_SAMPLE_CLIPS])
         fps = FPS if section.data.folder is None else section.data.fps
         _write(folder / "samples.mp4", torch.cat(tuple(video), dim=-1), fps)
 
@@ -147,8 +148,12 @@ def _autoencoder(data: Mapping[str, Any], where: str, device: torch.device) -> T
     for option in ("compile", "recompute"):
         if getattr(section, option):
             raise ValueError(f"{where}: train.{option}: is for transformers; remove it")
-    if section.data.folder is not None:
-        raise ValueError(f"{where}: train.data.folder: an autoencoder trains on the world's clips")
+    for key in ("folder", "clips"):
+        if getattr(section.data, key) is not None:
+            raise ValueError(
+                f"{where}: train.data.{key}: an autoencoder trains on ever new clips of the world; "
+                "remove it"
+            )
     with torch.device("meta"):
         size = 4 * sum(p.numel() for p in wan_vae.build(config).parameters())
     memory = {"weights": size, "gradients": size, "AdamW moments": 2 * size}

@@ -11,6 +11,7 @@ from lltk.graph.memory import activations, available, estimate, readable, total
 from lltk.graph.program import Program
 from lltk.stream.recipe import StreamSection
 
+_TEXT, _IMAGE = "text encoder at work", "image encoder"
 _CACHE = ("cache pages", "cross-attention K/V")
 
 
@@ -21,7 +22,7 @@ class Parts:
     Attributes:
         section: the recipe's.
         transformer, decoder: the Programs.
-        text: bytes of the text encoder's weights.
+        text, image: bytes of the weights of the text encoder and of the autoencoder.
         device, decoder_device, text_device: where each runs.
     """
 
@@ -29,6 +30,7 @@ class Parts:
     transformer: Program
     decoder: Program
     text: int
+    image: int
     device: torch.device
     decoder_device: torch.device
     text_device: torch.device
@@ -37,8 +39,8 @@ class Parts:
 def stream_memory(parts: Parts) -> dict[str, dict[str, int]]:
     """Bytes by device and owner while a stream runs.
 
-    The text encoder counts where it stays. Where it is dropped it has the memory to itself before,
-    and, once more, if a prompt comes that the script did not have.
+    The text encoder counts where it stays. Where it is dropped, a prompt that the script did not
+    have needs its memory once more.
     """
     devices: dict[str, dict[str, int]] = {}
     own = devices.setdefault(str(parts.device), {})
@@ -56,24 +58,35 @@ def stream_memory(parts: Parts) -> dict[str, dict[str, int]]:
     return devices
 
 
-def check_memory(parts: Parts) -> None:
+def loading_memory(parts: Parts, image: bool) -> dict[str, dict[str, int]]:
+    """Bytes by device and owner before a stream runs, while prompts and an image are encoded."""
+    devices: dict[str, dict[str, int]] = {}
+    devices.setdefault(str(parts.text_device), {})[_TEXT] = parts.text
+    if image:
+        devices.setdefault(str(parts.decoder_device), {})[_IMAGE] = parts.image
+    return devices
+
+
+def check_memory(parts: Parts, image: bool) -> None:
     """Refuse a stream that does not fit what is free.
+
+    Args:
+        parts: of the stream.
+        image: whether it begins with one.
 
     Raises:
         ValueError: the sum, and which changes would fit.
     """
-    for name, owners in stream_memory(parts).items():
-        free = available(torch.device(name))
-        need = total(owners)
-        if name == str(parts.text_device):
-            need = max(need, parts.text)
-        if need <= free:
-            continue
-        listed = ", ".join(f"{owner} {readable(size)}" for owner, size in owners.items())
-        raise ValueError(
-            f"memory: the stream needs {readable(need)} on {name} ({listed}), {readable(free)} "
-            f"are free; {_remedies(parts, owners, free)}"
-        )
+    for devices in (loading_memory(parts, image), stream_memory(parts)):
+        for name, owners in devices.items():
+            free, need = available(torch.device(name)), total(owners)
+            if need <= free:
+                continue
+            listed = ", ".join(f"{owner} {readable(size)}" for owner, size in owners.items())
+            raise ValueError(
+                f"memory: the stream needs {readable(need)} on {name} ({listed}), "
+                f"{readable(free)} are free; {_remedies(parts, owners, free)}"
+            )
 
 
 def _remedies(parts: Parts, owners: Mapping[str, int], free: int) -> str:
@@ -90,7 +103,9 @@ def _remedies(parts: Parts, owners: Mapping[str, int], free: int) -> str:
     rest = need - sum(saved.values())
     if saved and rest <= free:
         return f"what would fit: {' with '.join(saved)} ({readable(rest)})"
-    fixed = sum(size for owner, size in owners.items() if owner.endswith(("weights", "encoder")))
+    fixed = sum(
+        size for owner, size in owners.items() if owner.endswith(("weights", "encoder", _TEXT))
+    )
     if fixed < free:
         share = (free - fixed) / max(rest - fixed, 1)
         return (
@@ -112,4 +127,10 @@ def _savings(parts: Parts, owners: Mapping[str, int]) -> dict[str, int]:
         saved["stream.text.after=free"] = owners["text encoder"]
     if "second cache, for guidance" in owners:
         saved["stream.guidance=1"] = owners["second cache, for guidance"]
+    for owner, key, device in (
+        (_TEXT, "stream.text.device", parts.text_device),
+        (_IMAGE, "stream.decoder.device", parts.decoder_device),
+    ):
+        if owner in owners and device.type != "cpu":
+            saved[f"{key}=cpu"] = owners[owner]
     return saved

@@ -35,10 +35,7 @@ def save_state(path: Path, state: SessionState, identity: Mapping[str, Any]) -> 
     metadata = {"lltk.stream": FORMAT, "about": json.dumps(about, sort_keys=True)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     with written_whole(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot be written ({error}); name a path with room") from error
+        save_file(tensors, temporary, metadata)
 
 
 def load_state(path: Path, identity: Mapping[str, Any]) -> SessionState:

@@ -170,9 +170,9 @@ class TextEncoder:
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of a pipeline's text encoder in a dtype; 0 where its files are not there."""
+    """Bytes of a model's weights in a dtype; 0 where its files are not there."""
     count = 0
-    for file in sorted((folder / "text_encoder").glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             count += sum(prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
     return count * dtype.itemsize

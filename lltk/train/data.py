@@ -14,6 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_BLOCK = 64
+"""Kept samples made at once."""
+
 
 class Dataset(Protocol):
     """Endlessly many samples, by number."""
@@ -68,6 +71,35 @@ class Batch:
         self, purpose: str, device: torch.device | str = "cpu"
     ) -> list[torch.Generator]:
         return [generator_at(self.seed, purpose, index, device=device) for index in self.indices]
+
+
+class Kept:
+    """A dataset's first samples, made once, and each drawn again and again; of one seed.
+
+    Samples of other seeds, such as held-out ones, are the dataset's own.
+
+    Args:
+        dataset: makes the samples.
+        seed: of those that are kept.
+        count: how many are kept.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, count: int) -> None:
+        self._dataset = dataset
+        self._seed = seed
+        self._count = count
+        blocks = [range(i, min(i + _BLOCK, count)) for i in range(0, count, _BLOCK)]
+        parts = [dataset.batch(seed, block) for block in blocks]
+        self._kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def batch(self, seed: int, indices: range) -> Mapping[str, Tensor]:
+        if seed != self._seed:
+            return self._dataset.batch(seed, indices)
+        chosen = [
+            int(torch.randint(self._count, (), generator=generator_at(seed, "clip", index)))
+            for index in indices
+        ]
+        return {name: tensor[chosen] for name, tensor in self._kept.items()}
 
 
 class Batches:

@@ -25,7 +25,7 @@ class DataSection(BaseModel):
         1, ge=1, description="most shots a clip; in the world their number is uniform from 1"
     )
     clips: int | None = Field(
-        None, ge=1, description="clips of the world, encoded once; null: new ones every step"
+        None, ge=1, description="clips, encoded once; null: new ones every step"
     )
     pipeline: str | None = Field(
         None, description="folder with vae, text_encoder and tokenizer, which make latents and text"
