@@ -114,7 +114,7 @@ def encoder_for(
 def dataset_for(
     section: TrainSection, geometry: Geometry, encoder: PipelineEncoder, device: torch.device
 ) -> Dataset:
-    """The clips that a recipe's ``train.data`` names; errors as `TinyLatents` or `FolderLatents`."""
+    """The clips that ``train.data`` names; errors as `TinyLatents` or `FolderLatents`."""
     data = section.data
     clips: Dataset
     if data.folder is None:

@@ -20,15 +20,15 @@ def sample(program: Program, module: ProgramModule, text: Tensor, steps: int, se
     Args:
         program: a train or a reference Program of batch B.
         module: the same Program, runnable.
-        text: [B, N, S, E], a prompt a chunk.
+        text: [B, N, S, E], a prompt a chunk, where the module is.
         steps: denoising passes, of a chunk or of the clip.
-        seed: of the noise, which is drawn on the module's device.
+        seed: of the noise, which is drawn on the device of the text.
 
     Returns:
         Latents, float32 [B, C, F, h, w], normalised.
     """
     geometry, spec = program.geometry, program.spec
-    device = next(module.parameters()).device
+    device = text.device
     schedule = Schedule.make(steps, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     shape = (geometry.batch, spec.channels, geometry.frames, *geometry.latent(spec))
