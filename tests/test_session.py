@@ -404,7 +404,33 @@ def test_a_full_disk_loses_no_latent(plan: StreamPlan, tmp_path: Path) -> None:
             stream.save(tmp_path / "state")
             raise
     other, rest = opened(plan, (), resume=tmp_path / "state")
+    assert other.session.frame == sum(part.shape[2] for part in got)
+    assert not rest, "decoding waits for its block"
     run(other)
+    assert torch.equal(torch.cat([*got, *rest], dim=2), video)
+
+
+def test_the_last_latents_are_owed_after_the_script(plan: StreamPlan, tmp_path: Path) -> None:
+    _, video = streamed(plan, SHOTS[:1])
+    got: list[Tensor] = []
+
+    def sink(part: Tensor) -> None:
+        if len(got) == 5:
+            raise OSError("disk full")
+        got.append(part)
+
+    stream = open_stream(plan, sink, SHOTS[:1])
+    with stream:
+        for _ in range(3):
+            next(stream.session)
+        with pytest.raises(OSError, match="disk full"):
+            stream.close()
+        stream.save(tmp_path / "state")
+    other, rest = opened(plan, (), resume=tmp_path / "state")
+    assert not other.session.script and len(other.session.undelivered) == 1
+    other.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "state").read_bytes()
+    assert not run(other)
     assert torch.equal(torch.cat([*got, *rest], dim=2), video)
 
 

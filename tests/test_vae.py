@@ -427,7 +427,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"z_dim": 5}, "len(latents_mean) is 4, but its other sizes make it 5"),
-        ({"patch_size": 4}, "scale_factor_spatial is 16, but its other sizes make it 32"),
+        ({"patch_size": 2}, "scale_factor_spatial is 16, but its other sizes make it 8"),
         ({"temperal_downsample": [True] * 3}, "scale_factor_temporal is 4"),
         ({"_class_name": "AutoencoderKL"}, "'AutoencoderKL', not AutoencoderKLWan"),
         ({"widths": 3}, "AutoencoderKLWan takes no widths"),

@@ -77,13 +77,20 @@ class Frames:
         self.warm: tuple[int, float] | None = None
         """Frames of the first chunk, and when they were written."""
 
-    def expect(self, chunks: Sequence[ChunkPlan], sheet: bool) -> None:
-        """Say what comes, and whether to keep a contact sheet's frames as they pass."""
+    def expect(self, first: int, chunks: Sequence[ChunkPlan], sheet: bool) -> None:
+        """Say what comes.
+
+        Args:
+            first: the first frame, in or before the chunks.
+            chunks: to come.
+            sheet: whether to keep a contact sheet's frames as they pass.
+        """
         for shot in dict.fromkeys(chunk.shot for chunk in chunks if sheet):
             own = [chunk.frames for chunk in chunks if chunk.shot == shot]
             at = torch.linspace(own[0].start, own[-1].stop - 1, _SHEET_COLUMNS).round().int()
             self._wanted |= dict.fromkeys(at.tolist(), shot)
-        self._next, self._opening = chunks[0].frames.start, len(chunks[0].frames)
+        self._next = first
+        self._opening = chunks[0].frames.stop - first if chunks else 0
 
     def __call__(self, video: Tensor) -> None:
         frames = pixels(video)

@@ -188,14 +188,12 @@ def _run(
     begun = time.perf_counter()
     with console.status("encoding prompts, loading models"):
         stream = open_stream(plan, frames, shots, image=first, resume=resume)
-    chunks = stream.session.script
-    if not chunks:
+    chunks, start = stream.session.script, stream.session.frame
+    if not chunks and not stream.session.undelivered:
         raise ValueError(f"--resume: {resume}: its script is over; nothing is left to make")
     if resume is not None:
-        console.print(
-            f"going on at frame {chunks[0].frames.start}; the new file holds the continuation"
-        )
-    frames.expect(chunks, sheet is not None)
+        console.print(f"going on at frame {start}; the new file holds the continuation")
+    frames.expect(start, chunks, sheet is not None)
     state = save or output.with_suffix(".state.safetensors")
     loaded = time.perf_counter()
     tally = Tally(loaded)

@@ -182,6 +182,8 @@ class Session:
         self._watch = Stopwatch(runtime.device)
         self._pipeline = DecodePipeline(decoder, sink)
         self._submitted = 0
+        self._left: Sequence[Tensor] = ()
+        """Latents of a restored session that are to be decoded before its own."""
         self._decoding = self._pipeline.seconds
 
     @property
@@ -193,6 +195,17 @@ class Session:
     def chunk(self) -> int:
         """The next chunk's index."""
         return self._progress.chunk
+
+    @property
+    def undelivered(self) -> Sequence[Tensor]:
+        """Latents of chunks that were made, a frame each, whose video the sink has not taken."""
+        return self._left or self._pipeline.undelivered
+
+    @property
+    def frame(self) -> int:
+        """The video frame that the sink is to take next."""
+        latents = self.chunk * self._runtime.geometry.chunk - len(self.undelivered)
+        return max(0, (latents - 1) * self._runtime.spec.stride[0] + 1)
 
     @property
     def pages(self) -> Mapping[str, Tensor]:
@@ -242,6 +255,7 @@ class Session:
             StopIteration: the script is over.
             Exception: what decoding or the sink raised for earlier chunks.
         """
+        assert not self._left, "a restored session is iterated within its block"
         if not self._script:
             raise StopIteration
         begun = time.perf_counter()
@@ -280,6 +294,9 @@ class Session:
         self._pipeline.close()
 
     def __enter__(self) -> Session:
+        if self._left:
+            self._pipeline.submit(torch.cat(tuple(self._left), dim=2).to(self._decoder.device))
+            self._left = ()
         return self
 
     def __exit__(
@@ -310,7 +327,7 @@ class Session:
         for prefix, runtime in zip(("cache", "unconditional"), self._runtimes(), strict=False):
             tensors |= {f"{prefix}.{name}": page for name, page in runtime.state().items()}
         tensors |= {f"decoder.{n}": cache for n, cache in self._decoder.state.caches.items()}
-        tensors |= {f"video.{i}": part for i, part in enumerate(self._pipeline.undelivered)}
+        tensors |= {f"video.{i}": part for i, part in enumerate(self.undelivered)}
         if self._image is not None and self.chunk == 0:
             tensors["image"] = self._image
         facts = {
@@ -333,7 +350,8 @@ class Session:
     def restore(self, state: SessionState) -> None:
         """Go on from a state of the same model and sampling, before the first chunk is made.
 
-        Script, seed and image become the state's.
+        Script, seed and image become the state's. Entering the session's block sets its decoder to
+        work on what the state has left.
 
         Raises:
             ValueError: its tensors are another model's.
@@ -366,9 +384,8 @@ class Session:
         self._submitted = facts["chunk"]
         if facts["prompt"] is not None:
             self._set_prompt(facts["prompt"], recache=False)
-        video = [part for _, part in sorted(named("video").items(), key=lambda item: int(item[0]))]
-        if video:
-            self._pipeline.submit(torch.cat(video, dim=2).to(self._decoder.device))
+        left = sorted(named("video").items(), key=lambda item: int(item[0]))
+        self._left = [part for _, part in left]
 
     # One chunk
 
