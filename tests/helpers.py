@@ -25,6 +25,7 @@ from lltk.graph.text import parse, print_graph
 from lltk.models import wan22
 from lltk.models.configs import named_config, validate_config
 from lltk.passes import make_pass
+from lltk.train.data import Batch
 
 Steps = Sequence[str | Mapping[str, Mapping[str, Any]]]
 
@@ -164,6 +165,19 @@ def _value(program: Program, name: str, spec: TensorSpec, generator: torch.Gener
     if name == program.spec.time_input:
         return torch.rand(spec.shape, generator=generator) * 1000
     return torch.randn(spec.shape, generator=generator).to(spec.dtype)
+
+
+def clips(program: Program, seed: int = 0, **more: Tensor) -> Batch:
+    """A call's random clips for training, of seed 7; ``more`` are further tensors of theirs."""
+    geometry, spec = program.geometry, program.spec
+    generator = torch.Generator().manual_seed(seed)
+    shape = (geometry.batch, spec.channels, geometry.frames, *geometry.latent(spec))
+    text = (geometry.batch, geometry.chunks, geometry.text_tokens, spec.text_dim)
+    tensors = {
+        "latents": torch.randn(shape, generator=generator),
+        "text": torch.randn(text, generator=generator),
+    }
+    return Batch(7, range(geometry.batch), tensors | more)
 
 
 @torch.no_grad()
