@@ -70,7 +70,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--output", type=Path, default=HERE / "quality")
     arguments = parser.parse_args()
-    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        arguments.workers, get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:
         record = make_record(
             "quality",
             " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),

@@ -12,7 +12,7 @@ import torch
 from helpers import refused
 from torch import Tensor
 
-from lltk.cli.datasets import dataset_for
+from lltk.cli.datasets import dataset_for, encoder_for
 from lltk.cli.latents import PipelineEncoder
 from lltk.graph.geometry import Geometry
 from lltk.models import wan_vae
@@ -197,7 +197,9 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
 
 def dataset_of(data: dict[str, Any], geometry: Geometry) -> Dataset:
     section = TrainSection.model_validate({"data": data, "steps": 1, "lr": 1.0, "seed": 3})
-    return dataset_for(section, geometry, torch.device("cpu"), torch.float32)
+    device = torch.device("cpu")
+    encoder = encoder_for(section.data, geometry, device, torch.float32)
+    return dataset_for(section, geometry, encoder, device)
 
 
 @pytest.mark.parametrize("world", [True, False])

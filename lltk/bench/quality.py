@@ -100,7 +100,6 @@ def score_video(video: Tensor, story: Story) -> list[ShotScore]:
         video: uint8 [F, 3, H, W].
         story: what it should show.
     """
-    torch.set_num_threads(1)
     scores = []
     for index, (shot, span) in enumerate(zip(story.shots, story.spans, strict=True)):
         frames = video[span].float() / 127.5 - 1
@@ -122,7 +121,6 @@ def identity_over_time(video: Tensor, every: int = STRETCH) -> list[float]:
     Returns:
         One a stretch, the second first.
     """
-    torch.set_num_threads(1)
 
     def reading(start: int) -> Reading:
         return read(video[start : start + STRETCH].float() / 127.5 - 1)
