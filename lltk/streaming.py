@@ -132,7 +132,7 @@ class StreamPlan:
         choices = ", ".join(f"{op} {name}" for op, name in program.implementations.items())
         guided = f", guidance {section.guidance:g}" if section.guidance != 1 else ""
         return {
-            "pipeline": str(self.folder),
+            "pipeline": section.pipeline,
             "transformer": f"{_where(self.device, program)}, {choices}",
             "decoder": f"{_where(self.decoder_device, self.decoder)}, "
             f"passes {', '.join(entry.name for entry in self.decoder.log)}",

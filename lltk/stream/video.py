@@ -82,6 +82,7 @@ class VideoWriter:
             raise ValueError(f"video: {fps:g} frames a second: write from 1 to 1000")
         import av
 
+        self._reformatter = av.video.reformatter.VideoReformatter()
         self._path = path
         self._shape = (height, width, 3)
         self._rate = Fraction(fps).limit_denominator(1001)
@@ -113,6 +114,8 @@ class VideoWriter:
             self._stream.height, self._stream.width = height, width
             self._stream.pix_fmt = "yuv420p"
             self._stream.gop_size = KEYFRAME_EVERY
+            # Its cores are the models'.
+            self._stream.thread_count = 1
             self._stream.colorspace = self._stream.color_primaries = BT709
             self._stream.color_trc = BT709
             self._stream.color_range = LIMITED
@@ -143,8 +146,11 @@ class VideoWriter:
 
         with self._writing():
             for pixels in frames.numpy():
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
-                    format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+                frame = self._reformatter.reformat(
+                    av.VideoFrame.from_ndarray(pixels, format="rgb24"),
+                    format="yuv420p",
+                    dst_colorspace="ITU709",
+                    dst_color_range="MPEG",
                 )
                 frame.pts, frame.time_base = self._frames, 1 / self._rate
                 self._encode(frame)
