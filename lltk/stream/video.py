@@ -143,14 +143,15 @@ class VideoWriter:
                 f"[F, {', '.join(map(str, self._shape))}] is required"
             )
         import av
+        from av.video.reformatter import ColorRange, Colorspace
 
         with self._writing():
             for pixels in frames.numpy():
                 frame = self._reformatter.reformat(
                     av.VideoFrame.from_ndarray(pixels, format="rgb24"),
                     format="yuv420p",
-                    dst_colorspace="ITU709",
-                    dst_color_range="MPEG",
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
                 )
                 frame.pts, frame.time_base = self._frames, 1 / self._rate
                 self._encode(frame)
