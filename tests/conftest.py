@@ -1,11 +1,17 @@
 """Test set-up: a reproducible hypothesis profile, one thread, and one marker on every test."""
 
+from __future__ import annotations
+
 from collections.abc import Generator
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from helpers import Run
 
 settings.register_profile("lltk", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("lltk")
@@ -34,3 +40,20 @@ def pytest_pycollect_makeitem() -> Generator[None, object, object]:
                 f"{item.nodeid}: marked {found}; mark it as exactly one of {', '.join(KINDS)}"
             )
     return made
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command; exit code, output, errors."""
+    from lltk.cli.main import main
+
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["lltk", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call

@@ -27,6 +27,8 @@ from lltk.models.configs import named_config, validate_config
 from lltk.passes import make_pass
 from lltk.train.data import Batch
 
+Run = Callable[..., tuple[int, str, str]]
+"""Runs the command: exit code, output, errors; see conftest.py."""
 Steps = Sequence[str | Mapping[str, Mapping[str, Any]]]
 
 CANONICAL = ("canonicalise", "per_frame_timesteps", "frame_positions")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import Run, tiny_config
 from streams import SIZES, save_pipeline
 
 from lltk.bench.record import (
@@ -22,7 +22,6 @@ from lltk.bench.record import (
     write_record,
 )
 from lltk.bench.stream import METHOD, Timings, summary, text
-from lltk.cli.main import main
 from lltk.stream.script import ChunkPlan
 from lltk.stream.session import ChunkReport
 
@@ -133,23 +132,12 @@ def test_a_stream_record_reads_whole() -> None:
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Run the command; exit code, output, errors."""
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["lltk", "bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
+def run(run: Run) -> Run:
+    """Run ``lltk bench``; exit code, output, errors."""
+    return partial(run, "bench")
 
 
-def test_a_recipe_is_measured(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_a_recipe_is_measured(run: Run, tmp_path: Path) -> None:
     """A run of three chunks, the first of which warms up; what it took is not looked at."""
     pipeline = save_pipeline(tmp_path / "pipeline")
     options = ["--seconds", "2", "--warmup", "1", "--runs", "1", "--device", "cpu", "--json"]
@@ -177,14 +165,12 @@ def test_a_recipe_is_measured(run: Callable[..., tuple[int, str, str]], tmp_path
         (["tiny_stream", "-o", "x", "--seconds", "0"], "--seconds"),
     ],
 )
-def test_bad_input_is_refused(
-    run: Callable[..., tuple[int, str, str]], arguments: list[str], message: str
-) -> None:
+def test_bad_input_is_refused(run: Run, arguments: list[str], message: str) -> None:
     code, _, err = run("stream", *arguments)
     assert code == 2 and message in err and "Traceback" not in err
 
 
-def test_a_dry_run_measures_nothing(run: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_dry_run_measures_nothing(run: Run) -> None:
     config = {k: v for k, v in tiny_config(1, text_dim=64).items() if isinstance(v, int)}
     small = ["--set", f"model.config={json.dumps(config)}"]
     code, out, err = run("stream", "tiny_stream", *small, "--dry-run", "--json", "--device", "cpu")
@@ -193,7 +179,7 @@ def test_a_dry_run_measures_nothing(run: Callable[..., tuple[int, str, str]]) ->
     assert plan["memory"]["cpu"]["weights"] > 0 and "sampler" in plan["plan"]
 
 
-def test_help_has_an_example(run: Callable[..., tuple[int, str, str]]) -> None:
+def test_help_has_an_example(run: Run) -> None:
     for arguments in (["--help"], ["stream", "--help"]):
         code, out, _ = run(*arguments)
         assert code == 0 and "lltk bench stream tiny_stream" in out.split("Example:")[1]

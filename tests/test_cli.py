@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from helpers import Run
 from PIL import Image
 
 from lltk.bench.scorer import agreement, read
@@ -23,22 +23,6 @@ SMALL = (
     "{num_attention_heads: 2, attention_head_dim: 12, in_channels: 4, out_channels: 4, "
     "text_dim: 8, freq_dim: 8, ffn_dim: 16, num_layers: 2}"
 )
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command; exit code, output, errors."""
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["lltk", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

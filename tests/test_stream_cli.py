@@ -9,17 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused
+from helpers import Run, refused
 from streams import SIZES, opened, planned, save_pipeline
 from torch import Tensor
 
-from lltk.cli.main import main
 from lltk.cli.recipes import open_recipe
 from lltk.graph.memory import activations, total
 from lltk.graph.recipe import Recipe
@@ -29,7 +27,6 @@ from lltk.streaming import StreamPlan, plan_stream
 
 pytestmark = pytest.mark.cpu
 
-Run = Callable[..., tuple[int, str, str]]
 
 SCRIPT = """\
 - caption: a red circle moving left
@@ -60,7 +57,7 @@ def sets(pipeline: Path, *overrides: str) -> list[str]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pipeline: Path) -> Run:
+def run(run: Run, monkeypatch: pytest.MonkeyPatch, pipeline: Path) -> Run:
     """Run the command; exit code, output, errors. Plans are made once."""
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -76,11 +73,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pip
     monkeypatch.setattr("lltk.streaming.plan_stream", plan)
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["lltk", *map(str, arguments), "--device", "cpu"])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, " ".join(captured.err.split())
+        code, out, err = run(*arguments, "--device", "cpu")
+        return code, out, " ".join(err.split())
 
     return call
 

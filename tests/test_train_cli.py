@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import Run
 
-from lltk.cli.main import main
 from lltk.cli.recipes import shipped
 from lltk.cli.tasks import task_of
 from lltk.graph.recipe import read_recipe
@@ -18,8 +17,6 @@ from lltk.models.wan_vae import load_vae
 from lltk.train.loop import Trainer
 
 pytestmark = pytest.mark.cpu
-
-Run = Callable[..., tuple[int, str, str]]
 
 AUTOENCODER = {
     "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
@@ -45,21 +42,6 @@ SMALL = [
 
 def sets(values: list[str]) -> list[str]:
     return [part for value in values for part in ("--set", value)]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command; exit code, output, errors."""
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["lltk", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_autoencoder_then_transformer(run: Run, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from helpers import after, refused, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
+from streams import AUTOENCODER as CONFIG
 from torch import Tensor, nn
 
 from lltk.artefact import load_program, save_program
@@ -33,17 +34,6 @@ from lltk.stream.decoder import DecodePipeline, Decoder, DecoderState
 
 pytestmark = pytest.mark.cpu
 
-CONFIG = wan_vae.validate_config(
-    named_config("tiny_vae", wan_vae.CONFIGS)
-    | {
-        "base_dim": 4,
-        "decoder_base_dim": 4,
-        "z_dim": 4,
-        "num_res_blocks": 1,
-        "latents_mean": [0.1, -0.2, 0.3, 0.0],
-        "latents_std": [0.5, 1.5, 0.8, 1.1],
-    }
-)
 UPSAMPLE = torch.ops.aten._upsample_nearest_exact2d.vec
 SIDES = (2, 3)
 """Latent height and width of the tests' videos."""

@@ -104,12 +104,7 @@ def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in (other.resolve() for other in seen):
         raise ValueError(f"{path}: extends itself through {' → '.join(p.name for p in seen)}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not YAML: {error}") from error
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path}: is not a mapping of recipe keys")
     parent = data.pop("extends", None)
@@ -142,6 +137,16 @@ def _override(data: dict[str, Any], override: str) -> None:
         data[leaf] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"--set {override}: the value is not YAML: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain data of a YAML file; ValueError where it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is not YAML: {error}") from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

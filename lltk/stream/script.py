@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lltk.graph.geometry import Geometry
-from lltk.graph.recipe import explain
+from lltk.graph.recipe import explain, read_yaml
 
 SCENE_CUT = "The scene transitions. "
 """LongLive's marker: precedes the caption in the first chunk of every shot but the first."""
@@ -102,13 +101,7 @@ def load_script(path: Path) -> tuple[Shot, ...]:
     Raises:
         ValueError: unreadable, or a shot that does not fit; names the shot and the nearest key.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not YAML: {error}") from error
-    return parse_script(data, str(path))
+    return parse_script(read_yaml(path), str(path))
 
 
 def parse_script(data: Any, where: str) -> tuple[Shot, ...]:

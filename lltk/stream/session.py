@@ -143,10 +143,6 @@ class Session:
         unconditional: a second runtime, if and only if there is guidance.
         image: normalised latent of the video's first frame, float32 [B, C, 1, h, w]; held at t = 0
             and put back after every step of the first chunk.
-        state: where to go on; script, seed and image are then the state's.
-
-    Raises:
-        ValueError: guidance and `unconditional`, or the state, do not fit.
     """
 
     def __init__(
