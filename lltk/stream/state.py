@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from lltk.graph.files import written_whole
 from lltk.stream.session import SessionState
 
+KEY = "lltk.stream"
 FORMAT = "1"
 _log = logging.getLogger(__name__)
 
@@ -30,9 +31,14 @@ def save_state(path: Path, state: SessionState, identity: Mapping[str, Any]) -> 
     Raises:
         OSError: the file cannot be written.
     """
-    about = {"identity": dict(identity), "torch": torch.__version__, "facts": state.facts}
-    # Metadata order is arbitrary, JSON's is not: equal states are equal files.
-    metadata = {"lltk.stream": FORMAT, "about": json.dumps(about, sort_keys=True)}
+    about = {
+        "format": FORMAT,
+        "identity": dict(identity),
+        "torch": torch.__version__,
+        "facts": state.facts,
+    }
+    # One entry, because safetensors writes several in any order: equal states are equal files.
+    metadata = {KEY: json.dumps(about, sort_keys=True)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata)
@@ -56,11 +62,11 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> SessionState:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: is no state, or damaged ({error})") from error
-    if metadata.get("lltk.stream") != FORMAT:
+    about = json.loads(metadata.get(KEY, "{}"))
+    if about.get("format") != FORMAT:
         raise ValueError(
             f"{path}: is not a stream's state of format {FORMAT}; name one that this lltk wrote"
         )
-    about = json.loads(metadata["about"])
     made, wanted = about["identity"], json.loads(json.dumps(dict(identity)))
     differing = [key for key in {**made, **wanted} if made.get(key) != wanted.get(key)]
     if differing:
