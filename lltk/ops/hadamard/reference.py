@@ -1,0 +1,49 @@
+"""Random Hadamard transform of blocks along the last axis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+"""The signs of width 16 that every rank and run shares (TransformerEngine's)."""
+
+
+def hadamard_matrix(signs: list[int], device: torch.device) -> Tensor:
+    """diag(signs) · H / √n, H Sylvester's matrix of n = len(signs), a power of two; float32."""
+    matrix = torch.ones(1, 1, device=device)
+    while matrix.shape[0] < len(signs):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    assert matrix.shape[0] == len(signs), f"{len(signs)} is no power of two"
+    return torch.tensor(signs, device=device)[:, None] * matrix * len(signs) ** -0.5
+
+
+def random_signs(width: int, seed: int) -> list[int]:
+    """Signs for another width or draw."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(2, (width,), generator=generator)
+    return [int(sign) for sign in 1 - 2 * drawn]
+
+
+def hadamard(x: Tensor, signs: list[int]) -> Tensor:
+    """x · diag(signs) · H / √n for each block of n along the last axis: orthogonal.
+
+    Args:
+        x: [..., K], K a multiple of n.
+        signs: n times ±1.
+
+    Returns:
+        [..., K] in ``x``'s dtype, summed in float32. What the dtype cannot hold (a result may be √n
+        times its largest number) saturates; what is not finite makes its block so.
+    """
+    matrix = hadamard_matrix(signs, x.device)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    blocks = x.to(wide).unflatten(-1, (-1, len(signs)))
+    turned = blocks @ matrix.to(wide)
+    top = torch.finfo(x.dtype).max
+    finite = blocks.isfinite().all(-1, keepdim=True)
+    if not (turned.isfinite() | ~finite).all():  # a sum left float32's range
+        turned = torch.where(
+            turned.isfinite(), turned, (blocks.double() @ matrix.double()).to(wide)
+        )
+    return torch.where(finite, turned.clamp(-top, top), turned).flatten(-2).to(x.dtype)

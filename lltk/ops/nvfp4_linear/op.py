@@ -1,0 +1,111 @@
+"""``lltk::nvfp4_linear``: a product whose gradients are NVFP4 products too.
+
+| product | operands |
+|---|---|
+| forward y = x·Wᵀ | x in 1×16 blocks, W in 16×16 tiles, to nearest |
+| dgrad dx = dy·W | dy in 1×16 blocks, stochastically; the same values of W |
+| wgrad dW = dyᵀ·x | dyᵀ and xᵀ transformed along tokens; dyᵀ stochastically, xᵀ to nearest |
+
+What is quantised when is visible: x and W come quantised, by nodes before this one, and the
+gradient's formula is written in `lltk::` ops. x and W themselves are only where the gradients go:
+of the activation, backward keeps the 4-bit transpose alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lltk.ops.hadamard.op import hadamard
+from lltk.ops.nvfp4_matmul.op import nvfp4_matmul
+from lltk.ops.nvfp4_quantise.op import nvfp4_quantise
+from lltk.ops.nvfp4_quantise.reference import BLOCK
+
+
+@torch.library.custom_op("lltk::nvfp4_linear", mutates_args=())
+def nvfp4_linear(
+    x: Tensor,
+    weight: Tensor,
+    x_codes: Tensor,
+    x_scales: Tensor,
+    x_scale: Tensor,
+    xt_codes: Tensor,
+    xt_scales: Tensor,
+    xt_scale: Tensor,
+    w_codes: Tensor,
+    w_scales: Tensor,
+    w_scale: Tensor,
+    wt_codes: Tensor,
+    wt_scales: Tensor,
+    seed: Tensor,
+    stream: int,
+    stochastic: bool,
+    rule: str,
+    signs: list[int],
+    backend: str = "reference",
+) -> Tensor:
+    """x · Wᵀ from NVFP4 operands.
+
+    Args:
+        x: [..., K], and weight: [N, K]; only their shapes, dtypes and gradients matter.
+        x_codes, x_scales, x_scale: x in NVFP4.
+        xt_codes, xt_scales, xt_scale: `transposed` x in NVFP4, [K, L].
+        w_codes, w_scales, w_scale: W in NVFP4, of 16×16 tiles.
+        wt_codes, wt_scales: its transpose, [K, N].
+        seed: int64 [2], of stochastic rounding; see `lltk.ops.philox.uniform`.
+        stream: this layer's first random sequence; it uses two.
+        stochastic: whether output gradients are rounded stochastically.
+        rule: Four Over Six rule of output gradients.
+        signs: of the Hadamard transform; none for no transform.
+        backend: of every op here and in the gradient.
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    return nvfp4_matmul(x_codes, x_scales, x_scale, w_codes, w_scales, w_scale, x.dtype, backend)
+
+
+@nvfp4_linear.register_fake
+def _(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
+    torch._check(x.shape[-1] == weight.shape[1])
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def transposed(x: Tensor, signs: list[int], backend: str) -> Tensor:
+    """xᵀ of all rows, [K, L], L padded to whole blocks, through the Hadamard transform."""
+    rows = x.flatten(0, -2)
+    width = len(signs) or BLOCK
+    turned = pad(rows, (0, 0, 0, -rows.shape[0] % width)).t().contiguous()
+    return hadamard(turned, signs, backend) if signs else turned
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, _, _, *xt, _, _, w_scale, wt_codes, wt_scales, seed = inputs[:14]
+    ctx.save_for_backward(*xt, wt_codes, wt_scales, w_scale, seed)
+    ctx.stream, ctx.stochastic, ctx.rule, ctx.signs, ctx.backend = inputs[14:]
+    ctx.width, ctx.weight_dtype = x.shape[-1], weight.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *xt, wt_codes, wt_scales, w_scale, seed = ctx.saved_tensors
+    random = seed if ctx.stochastic else None
+    dx = dw = None
+    if ctx.needs_input_grad[0]:
+        operand = nvfp4_quantise(grad, 1, ctx.rule, random, ctx.stream, ctx.backend)
+        dx = nvfp4_matmul(*operand, wt_codes, wt_scales, w_scale, grad.dtype, ctx.backend)
+        dx = dx[..., : ctx.width]
+    if ctx.needs_input_grad[1]:
+        turned = transposed(grad, ctx.signs, ctx.backend)
+        operand = nvfp4_quantise(turned, 1, ctx.rule, random, ctx.stream + 1, ctx.backend)
+        dw = nvfp4_matmul(*operand, *xt, ctx.weight_dtype, ctx.backend)
+    return (dx, dw, *[None] * 17)
+
+
+nvfp4_linear.register_autograd(_backward, setup_context=_save)
+
+
+OVERLOAD = torch.ops.lltk.nvfp4_linear.default
+"""The op as a graph node's target."""

@@ -1,0 +1,1 @@
+"""Products of NVFP4 operands."""

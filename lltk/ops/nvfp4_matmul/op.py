@@ -1,0 +1,45 @@
+"""``lltk::nvfp4_matmul``; no gradient flows through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.nvfp4_backends import implementation
+
+
+@torch.library.custom_op("lltk::nvfp4_matmul", mutates_args=())
+def nvfp4_matmul(
+    a_codes: Tensor,
+    a_scales: Tensor,
+    a_scale: Tensor,
+    b_codes: Tensor,
+    b_scales: Tensor,
+    b_scale: Tensor,
+    dtype: torch.dtype,
+    backend: str = "reference",
+) -> Tensor:
+    """See `reference.nvfp4_matmul`."""
+    run = implementation("nvfp4_matmul", backend)
+    found: Tensor = run(a_codes, a_scales, a_scale, b_codes, b_scales, b_scale, dtype)
+    return found
+
+
+@nvfp4_matmul.register_fake
+def _(
+    a_codes: Tensor,
+    a_scales: Tensor,
+    a_scale: Tensor,
+    b_codes: Tensor,
+    b_scales: Tensor,
+    b_scale: Tensor,
+    dtype: torch.dtype,
+    backend: str = "reference",
+) -> Tensor:
+    torch._check(a_codes.shape[-1] == b_codes.shape[-1])
+    torch._check(a_scales.shape[-1] * 8 == a_codes.shape[-1])
+    return a_codes.new_empty((*a_codes.shape[:-1], b_codes.shape[0]), dtype=dtype)
+
+
+OVERLOAD = torch.ops.lltk.nvfp4_matmul.default
+"""The op as a graph node's target."""

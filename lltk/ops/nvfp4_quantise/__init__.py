@@ -1,0 +1,1 @@
+"""A tensor to NVFP4."""

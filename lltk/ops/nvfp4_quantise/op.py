@@ -1,0 +1,46 @@
+"""``lltk::nvfp4_quantise``; no gradient flows through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.nvfp4_backends import implementation
+from lltk.ops.nvfp4_quantise.reference import BLOCK
+
+
+@torch.library.custom_op("lltk::nvfp4_quantise", mutates_args=())
+def nvfp4_quantise(
+    x: Tensor,
+    tile: int = 1,
+    rule: str = "none",
+    seed: Tensor | None = None,
+    stream: int = 0,
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.nvfp4_quantise`; one decode scale for all of ``x``."""
+    run = implementation("nvfp4_quantise", backend)
+    codes, scales, decode_scale = run(x, tile, rule, seed, stream)
+    return codes, scales, decode_scale
+
+
+@nvfp4_quantise.register_fake
+def _(
+    x: Tensor,
+    tile: int = 1,
+    rule: str = "none",
+    seed: Tensor | None = None,
+    stream: int = 0,
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor, Tensor]:
+    *rows, width = x.shape
+    blocks = (width + BLOCK - 1) // BLOCK
+    return (
+        x.new_empty((*rows, blocks * BLOCK // 2), dtype=torch.uint8),
+        x.new_empty((*rows, blocks), dtype=torch.float8_e4m3fn),
+        x.new_empty((), dtype=torch.float32),
+    )
+
+
+OVERLOAD = torch.ops.lltk.nvfp4_quantise.default
+"""The op as a graph node's target."""

@@ -1,0 +1,166 @@
+"""NVFP4 quantisation: E2M1 codes, an E4M3 scale a block of 16, one float32 scale a tensor.
+
+x̂ = e2m1(code) · scale · decode scale. The order of operations is that of TransformerEngine's
+reference, so that results agree bit by bit; where that loses or overflows, the text says so.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lltk.ops.floats import (
+    E2M1_MAX,
+    E4M3_MAX,
+    decode_e2m1,
+    pack,
+    round_e2m1,
+    round_e2m1_randomly,
+    round_e4m3,
+    round_e4m3_up,
+)
+from lltk.ops.philox import uniform
+
+BLOCK = 16
+"""Elements that share a scale, along the last axis."""
+RULES = ("none", "mse", "mae", "abs_max")
+"""What Four Over Six minimises; "none" is plain NVFP4."""
+_FOUR_OVER_SIX_MAX = 256.0
+"""Largest block scale under Four Over Six: 1.5 times it is an E4M3 number too."""
+_FLT_MAX = torch.finfo(torch.float32).max
+
+
+class Quantised(NamedTuple):
+    """A tensor in NVFP4.
+
+    Attributes:
+        codes: uint8 [..., R, K/2], two E2M1 codes a byte, the even element in the low nibble; K is
+            padded to whole blocks.
+        scales: float8_e4m3fn [..., R, K/16], never NaN.
+        decode_scale: float32 [], or of the batch axes; NaN where the input is not finite: a flag
+            that every reader passes on.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    decode_scale: Tensor
+
+
+def amax(x: Tensor, axes: int = 0) -> Tensor:
+    """Largest magnitude, float32: of the whole tensor, or a number for each of the first axes."""
+    return x.abs().flatten(axes).amax(-1).float()
+
+
+def scales_of(largest: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """Encode and decode scale of a tensor: min(6·F / amax, FLT_MAX), 1 for zeros, and its inverse.
+
+    The inverse is taken of the same clamped scale, so that tiny tensors survive.
+    """
+    top = E4M3_MAX if rule == "none" else _FOUR_OVER_SIX_MAX
+    # Not a number over a tensor, which torch takes as a product with the rounded reciprocal.
+    encode = (torch.full_like(largest, E2M1_MAX * top) / largest).clamp(max=_FLT_MAX)
+    encode = torch.where(largest == 0, 1.0, encode)
+    return encode, 1 / encode
+
+
+def nvfp4_quantise(
+    x: Tensor,
+    tile: int = 1,
+    rule: str = "none",
+    seed: Tensor | None = None,
+    stream: int = 0,
+    largest: Tensor | None = None,
+) -> Quantised:
+    """A tensor in NVFP4; blocks lie along the last axis, which is padded with zeros.
+
+    Round to nearest: a block's scale is e4m3(b · (S / 6)), b its largest magnitude and S the
+    encode scale; a code is e2m1(x / (scale · decode scale)). Under Four Over Six a block may map
+    its maximum to 4 in place of 6, if the rule's error, in units of the scaled block, is smaller.
+
+    Stochastic rounding is unbiased: a scale that maps a maximum to 6 is rounded up, so that nothing
+    saturates, and Four Over Six chooses by the error of rounding to nearest.
+
+    Args:
+        x: [..., R, K], floating point; [K] counts as one row.
+        tile: rows that share a scale: 1, or 16 for weights, whose transpose has the same values.
+        rule: one of `RULES`.
+        seed: int64 [2] for stochastic rounding; see `lltk.ops.philox.uniform`.
+        stream: random sequence of ``seed``.
+        largest: float32 of the leading axes, of which each entry has a decode scale of its own; by
+            default one for all.
+    """
+    assert rule in RULES and tile in (1, BLOCK), (rule, tile)
+    largest = amax(x) if largest is None else largest
+    finite = largest.isfinite()
+    encode, decode = scales_of(torch.where(finite, largest, 0.0), rule)
+    rows = x.shape[-2] if x.dim() > 1 else 1
+    blocks = _blocks(torch.where(x.isfinite(), x, 0.0).float(), tile)
+    peak = blocks.abs().amax((-1, -3), keepdim=True)
+    encode, inverse = (expand(s, peak.dim()) for s in (encode, decode))
+    fine = peak * (encode * (1 / 6))
+    scales, values = _scaled(blocks, round_e4m3(fine), inverse)
+    chosen = None
+    if rule != "none":
+        coarse, wide = _scaled(blocks, round_e4m3(peak * encode * (1.5 / 6)), inverse)
+        unit = _unit(expand(largest, peak.dim()))
+        small, step = blocks * unit, inverse * unit
+        chosen = _error(wide, coarse, small, step, rule) < _error(values, scales, small, step, rule)
+    if seed is not None:
+        scales, values = _scaled(blocks, round_e4m3_up(fine), inverse)
+    if chosen is not None:
+        scales = torch.where(chosen, coarse.float(), scales.float()).to(torch.float8_e4m3fn)
+        values = torch.where(chosen, wide, values)
+    values = values.flatten(-2).flatten(-3, -2)[..., :rows, :]
+    if seed is None:
+        codes = round_e2m1(values)
+    else:
+        codes = round_e2m1_randomly(values, uniform(seed, stream, tuple(values.shape)))
+    scales = scales.view(torch.uint8).expand(*scales.shape[:-3], tile, *scales.shape[-2:])
+    scales = scales.squeeze(-1).flatten(-3, -2)[..., :rows, :].contiguous()
+    shape = x.shape[:-1]
+    return Quantised(
+        pack(codes).reshape(*shape, -1),
+        scales.view(torch.float8_e4m3fn).reshape(*shape, -1),
+        torch.where(finite, decode, torch.nan),
+    )
+
+
+def expand(scale: Tensor, dims: int) -> Tensor:
+    """A scale of the leading axes with as many axes as the tensor it scales."""
+    return scale[(..., *[None] * (dims - scale.dim()))]
+
+
+def _blocks(x: Tensor, tile: int) -> Tensor:
+    """[..., R, K] → [..., R / tile, tile, K / 16, 16], padded with zeros."""
+    x = x if x.dim() > 1 else x[None]
+    x = pad(x, (0, -x.shape[-1] % BLOCK, 0, -x.shape[-2] % tile))
+    return x.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, tile))
+
+
+def _scaled(blocks: Tensor, scales: Tensor, decode: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales, and the blocks in units of E2M1, within ±6."""
+    factor = (1 / (scales.float() * decode)).clamp(max=_FLT_MAX)
+    return scales, (blocks * factor).clamp(-E2M1_MAX, E2M1_MAX)
+
+
+def _unit(largest: Tensor) -> Tensor:
+    """The power of two that brings a tensor near 1.
+
+    Squares of float32 leave its range below 1e-21 and above 1e19, so errors are not compared in
+    units of the input; those of a power of two of it round alike.
+    """
+    _, exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1.0))
+    return torch.ldexp(torch.ones_like(largest), -exponent.clamp(-126, 126))
+
+
+def _error(values: Tensor, scales: Tensor, blocks: Tensor, decode: Tensor, rule: str) -> Tensor:
+    """What rounding to nearest loses in a block."""
+    lost = decode_e2m1(round_e2m1(values)) * (scales.float() * decode) - blocks
+    axes = (-1, -3)
+    if rule == "mse":
+        return lost.square().sum(axes, keepdim=True)
+    lost = lost.abs()
+    return lost.sum(axes, keepdim=True) if rule == "mae" else lost.amax(axes, keepdim=True)

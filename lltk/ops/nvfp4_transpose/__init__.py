@@ -1,0 +1,1 @@
+"""The transpose of a weight in NVFP4."""

@@ -1,0 +1,32 @@
+"""``lltk::nvfp4_transpose``; no gradient flows through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.nvfp4_backends import implementation
+from lltk.ops.nvfp4_quantise.reference import BLOCK
+
+
+@torch.library.custom_op("lltk::nvfp4_transpose", mutates_args=())
+def nvfp4_transpose(
+    codes: Tensor, scales: Tensor, backend: str = "reference"
+) -> tuple[Tensor, Tensor]:
+    """See `reference.nvfp4_transpose`."""
+    turned, turned_scales = implementation("nvfp4_transpose", backend)(codes, scales)
+    return turned, turned_scales
+
+
+@nvfp4_transpose.register_fake
+def _(codes: Tensor, scales: Tensor, backend: str = "reference") -> tuple[Tensor, Tensor]:
+    rows, half = codes.shape
+    blocks = (rows + BLOCK - 1) // BLOCK
+    return (
+        codes.new_empty((2 * half, blocks * BLOCK // 2)),
+        scales.new_empty((2 * half, blocks)),
+    )
+
+
+OVERLOAD = torch.ops.lltk.nvfp4_transpose.default
+"""The op as a graph node's target."""
