@@ -47,6 +47,17 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def find_backend(name: str) -> Backend:
+    """The backend called ``name``.
+
+    Raises:
+        ValueError: there is none; lists those there are.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"NVFP4 has no backend {name!r}; it has {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
 @cache
 def implementation(op: str, backend: str) -> Callable[..., Any]:
     """The function that runs ``op`` on a backend.
@@ -54,8 +65,6 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     Raises:
         ValueError: there is no such backend; lists those there are.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"NVFP4 has no backend {backend!r}; it has {', '.join(BACKENDS)}")
-    module, _, function = BACKENDS[backend].ops[op].partition(":")
+    module, _, function = find_backend(backend).ops[op].partition(":")
     found: Callable[..., Any] = getattr(import_module(module), function)
     return found
