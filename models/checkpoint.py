@@ -18,14 +18,8 @@ from torch import Tensor
 from lltk.graph.files import written_whole
 from lltk.models.configs import config_from_wan, validate_config
 from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, detect, few
-from lltk.models.nvfp4_layouts import (
-    CONVENTIONS,
-    Description,
-    is_packed,
-    plain_name,
-    read_packed,
-    write_packed,
-)
+from lltk.models.nvfp4_conventions import CONVENTIONS, Description
+from lltk.models.nvfp4_layouts import is_packed, plain_name, read_packed, write_packed
 
 _STEM = "diffusion_pytorch_model"
 _INDEX = f"{_STEM}.safetensors.index.json"
@@ -389,9 +383,14 @@ def _read_config(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | 
     if not path.exists():
         return None, quantisation
     config = _read_json(path)
-    stated = config.pop("quantization_config", None) or quantisation
+    stated = config.pop("quantization_config", quantisation)
     if stated is not None and not isinstance(stated, dict):
         raise ValueError(f"{path}: quantization_config is not an object; download it again")
+    if stated and quantisation and stated.get("quant_algo") != quantisation.get("quant_algo"):
+        raise ValueError(
+            f"{path}: quant_algo is {stated.get('quant_algo')!r}, but hf_quant_config.json has "
+            f"{quantisation.get('quant_algo')!r}; use the files of one export"
+        )
     read = config_from_wan if config.get("_class_name") == "WanModel" else validate_config
     return read(config, str(path)), stated
 
