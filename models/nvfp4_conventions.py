@@ -127,10 +127,8 @@ def _parsed(text: str, subject: str) -> dict[str, Any]:
 
 def _required(subject: str, found: Any, *allowed: Any) -> Any:
     if not any(type(found) is type(value) and found == value for value in allowed):
-        raise ValueError(
-            f"{subject} is {found!r}; lltk reads {' or '.join(map(repr, allowed))}: use an export "
-            "with that"
-        )
+        wanted = " or ".join(repr(value) for value in allowed if value is not None)
+        raise ValueError(f"{subject} is {found!r}; lltk reads {wanted}: use an export with that")
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -202,7 +202,6 @@ def quantised(draw: st.DrawFn) -> State:
     return state
 
 
-@settings(max_examples=40, deadline=None)
 @given(quantised(), st.sampled_from(list(CONVENTIONS)))
 def test_round_trip(state: State, name: str) -> None:
     written, description = write_packed(state, name, "a")
@@ -217,7 +216,6 @@ def test_round_trip(state: State, name: str) -> None:
     assert same(again, state)
 
 
-@settings(max_examples=20, deadline=None)
 @given(quantised())
 def test_what_a_modelopt_file_says_of_its_order_is_heeded(state: State) -> None:
     written, description = write_packed(state, "modelopt", "a")
@@ -242,6 +240,23 @@ def test_a_torchao_weight_without_a_tensor_scale_has_one_of_1() -> None:
     del state[KEYS["torchao"][2]]
     found = read_packed(state, Description(config, header), "a")
     assert found is not None and torch.equal(found[0][OWN[2]], torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_scales_of_activations_are_read_past(name: str) -> None:
+    state, config, header = golden(name)
+    whole = read_packed(state, Description(config, header), "a")
+    state[MODULE + CONVENTIONS[name].activation] = torch.tensor(0.5)
+    if name == "compressed-tensors":
+        arguments = {"dynamic": "local", "num_bits": 4, "type": "float", "group_size": 16}
+        config["config_groups"]["group_0"]["input_activations"] = arguments
+    if name == "torchao":
+        kwargs = {"_type": "QuantizeTensorToNVFP4Kwargs", "_data": {"block_size": 16}}
+        notes = json.loads(header[f"{MODULE}.weight"])
+        notes["_data"]["act_quant_kwargs"] = kwargs
+        header[f"{MODULE}.weight"] = json.dumps(notes)
+    found = read_packed(state, Description(config, header), "a")
+    assert found is not None and whole is not None and same(found[0], whole[0])
 
 
 # Files

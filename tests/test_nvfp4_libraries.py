@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lltk.models.checkpoint import load_checkpoint, save_checkpoint
-from lltk.models.nvfp4_layouts import packed_weights
+from lltk.models.nvfp4_layouts import packed_weights, read_packed, write_packed
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 
 pytestmark = pytest.mark.manual
@@ -35,6 +35,19 @@ def test_modelopt(tmp_path: Path) -> None:
         scale=part["weight_scale"], double_scale=part["weight_scale_2"], block_sizes={-1: 16}
     )
     torch.testing.assert_close(decoded, expected, rtol=2**-22, atol=0)
+
+
+def test_modelopts_weight_of_zeros_is_refused() -> None:
+    library = pytest.importorskip("modelopt.torch.quantization.qtensor")
+    weight, scales, scale = library.NVFP4QTensor.quantize(torch.zeros(32, 80), 16)
+    assert bool(scales.float().isnan().all())
+    weights = load_checkpoint(SOURCE).weights
+    state, description = write_packed(weights, "modelopt", "a")
+    theirs = (weight._quantized_data, scales, scale)
+    for ending, part in zip(("", "_scale", "_scale_2"), theirs, strict=True):
+        state[f"{MODULE}.weight{ending}"] = part
+    with pytest.raises(ValueError, match="160 of 160 are NaN"):
+        read_packed(state, description, "a")
 
 
 def test_compressed_tensors(tmp_path: Path) -> None:
