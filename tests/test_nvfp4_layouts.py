@@ -343,6 +343,22 @@ def test_files_that_cannot_describe_nvfp4_are_refused(tmp_path: Path) -> None:
     assert "does not say how" in refused(load_checkpoint, tmp_path / "a.safetensors")
 
 
+def test_weights_of_bytes_alone_are_refused(tmp_path: Path) -> None:
+    save_file({"proj_out.weight": torch.zeros(4, 4, dtype=torch.uint8)}, tmp_path / "a.safetensors")
+    message = refused(load_checkpoint, tmp_path / "a.safetensors")
+    assert "holds quantised weights (proj_out.weight) but does not say how" in message
+
+
+def test_a_torchao_weight_has_the_dtype_of_its_bias() -> None:
+    weights = load_checkpoint(DATA / "torchao").weights
+    weights[f"{MODULE}.bias"] = weights[f"{MODULE}.bias"].float()
+    del weights["blocks.0.attn1.to_q.bias"]
+    _, description = write_packed(weights, "torchao", "a")
+    for module, dtype in {MODULE: "float32", "blocks.0.attn1.to_q": "bfloat16"}.items():
+        notes = json.loads(description.header[f"{module}.weight"])
+        assert notes["_data"]["orig_dtype"]["_data"] == dtype
+
+
 def test_strange_names_are_refused(tmp_path: Path) -> None:
     folder = copied("modelopt", tmp_path / "a")
     state = load_file(folder / FILE)
@@ -560,7 +576,10 @@ def test_bytes_are_scales_only_where_the_file_says_of_which_type() -> None:
     state |= {key: v.view(torch.uint8) for key, v in state.items() if key.endswith("weight_scale")}
     found = read_packed(state, Description(config, header), "a")
     assert found is not None and whole is not None and same(found[0], whole[0])
-    del config["config_groups"]["group_0"]["weights"]["scale_dtype"]
+    groups = config["config_groups"]
+    weights = dict(groups["group_0"]["weights"])
+    del weights["scale_dtype"]
+    groups["group_1"] = {"weights": weights}
     message = refused(read_packed, state, Description(config, header), "a")
     assert "nothing says whether its bytes are E4M3 or E8M0" in message
 
