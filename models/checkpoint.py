@@ -18,7 +18,7 @@ from torch import Tensor
 from lltk.graph.files import written_whole
 from lltk.models.configs import config_from_wan, validate_config
 from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, detect, few
-from lltk.models.nvfp4_conventions import CONVENTIONS, Description
+from lltk.models.nvfp4_conventions import CONVENTIONS, HEADER_ENTRIES, Description
 from lltk.models.nvfp4_layouts import is_packed, plain_name, read_packed, write_packed
 
 _STEM = "diffusion_pytorch_model"
@@ -354,7 +354,7 @@ def _header(path: Path) -> dict[str, str]:
         with safe_open(file, "pt") as opened:
             found = opened.metadata() or {}
         other = [key for key in metadata.keys() & found.keys() if metadata[key] != found[key]]
-        if other:
+        if other and HEADER_ENTRIES & (metadata.keys() | found.keys()):
             raise ValueError(
                 f"{file}: its header differs from other shards' in {few(sorted(other))}; "
                 "download all of them again"

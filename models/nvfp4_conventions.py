@@ -22,6 +22,8 @@ _PACKED = "nvfp4-pack-quantized"
 _E4M3 = str(torch.float8_e4m3fn)
 # Entries of safetensors headers: torchao's, and those of modelopt's exports to one file.
 _TORCHAO, _CONFIG, _LAYERS = "tensor_names", "quantization_config", "_quantization_metadata"
+HEADER_ENTRIES = frozenset({_TORCHAO, _CONFIG, _LAYERS})
+"""Entries of a safetensors header, of which one at least is in a header that describes weights."""
 _AGAIN = "use the files as they were exported"
 
 

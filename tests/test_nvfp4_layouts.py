@@ -293,6 +293,15 @@ def test_shards_must_agree_on_what_they_say(tmp_path: Path) -> None:
     )
 
 
+def test_shards_of_plain_weights_may_differ_in_their_headers(tmp_path: Path) -> None:
+    loaded = load_checkpoint(DATA / "modelopt")
+    plain = {key: value for key, value in loaded.weights.items() if key == plain_name(key)}
+    save_checkpoint(tmp_path / "a", plain, "diffusers", loaded.config, max_shard_size=9000)
+    for index, shard in enumerate((tmp_path / "a").glob("*-of-*.safetensors")):
+        save_file(load_file(shard), shard, {"hash": str(index)})
+    assert same(load_checkpoint(tmp_path / "a").weights, plain)
+
+
 def copied(folder: str, path: Path, **entries: Any) -> Path:
     """A folder with entries of its config.json replaced; None removes one."""
     shutil.copytree(DATA / folder, path)
