@@ -31,6 +31,7 @@ from lltk.compiler import transform
 from lltk.graph.module import instantiate
 from lltk.models.tiny.world import FPS
 from lltk.streaming import StreamPlan, plan_stream
+from lltk.train.plot import Curve, line_plot
 from lltk.train.sampling import sample
 
 HERE = Path(__file__).parent
@@ -189,41 +190,13 @@ def _row(model: str, steps: int, scores: list[ShotScore], begun: float) -> dict[
 
 def _plot(curves: dict[str, list[float]]) -> str:
     """Identity against time as an SVG."""
-    width, height, left, bottom = 720, 320, 56, 40
-    colours = ("#036", "#c40")
-
-    def x(index: int, count: int) -> float:
-        return left + (index + 1) / count * (width - left - 16)
-
-    def y(value: float) -> float:
-        return 16 + (100 - value) / 100 * (height - bottom - 16)
-
-    marks = [
-        f'<text x="{left - 8}" y="{y(v) + 4:.0f}" text-anchor="end">{v}</text>'
-        f'<line x1="{left}" x2="{width - 16}" y1="{y(v):.0f}" y2="{y(v):.0f}" stroke="#ddd"/>'
-        for v in (0, 25, 50, 75, 100)
+    seconds = STRETCH / FPS
+    lines = [
+        Curve(name, [(seconds * (i + 1), value) for i, value in enumerate(values)], colour)
+        for (name, values), colour in zip(curves.items(), ("#036", "#c40"), strict=False)
     ]
-    for (name, values), colour in zip(curves.items(), colours, strict=True):
-        points = " ".join(f"{x(i, len(values)):.1f},{y(v):.1f}" for i, v in enumerate(values))
-        marks.append(
-            f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>'
-        )
-        marks.append(
-            f'<text x="{left + 12}" y="{height - 60 - 18 * colours.index(colour)}" '
-            f'fill="{colour}">{name}</text>'
-        )
-    seconds = (len(next(iter(curves.values()))) + 1) * STRETCH // FPS
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            'font-family="sans-serif" font-size="12">',
-            f'<rect width="{width}" height="{height}" fill="white"/>',
-            *marks,
-            f'<text x="{left}" y="{height - 12}">identity with the first two seconds, %, over '
-            f"{seconds} s of one shot</text>",
-            "</svg>\n",
-        ]
-    )
+    caption = "identity with the first two seconds, %, over the seconds of one shot"
+    return line_plot(lines, caption, (0, 100))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def pass_table(log: Sequence[LogEntry]) -> Table:
 
 def kept_table(log: Sequence[LogEntry]) -> Table | None:
     """What passes were told to leave, and why; None where there is nothing."""
-    table = Table("pass", "kept", "because", title="Kept", **_STYLE)
+    table = Table("pass", title="Kept", **_STYLE)
+    table.add_column("modules", overflow="fold")
+    table.add_column("because", overflow="fold")
     for entry in log:
         for reason, modules in entry.kept.items():
             table.add_row(entry.name, ", ".join(_ranges(modules)), reason)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lltk.graph.files import written_whole
+from lltk.train.plot import Curve, line_plot, running_mean
 
 
 @dataclass(frozen=True)
@@ -56,59 +57,13 @@ def forget_after(path: Path, step: int) -> None:
             append_metrics(temporary, metrics)
 
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 360, 64, 36
-_POINTS = 600
-_SMOOTHING = 0.95
-
-
 def plot_loss(metrics: Sequence[Metrics]) -> str:
     """The loss over steps as an SVG: every step's, faint, and its running mean.
 
     Args:
         metrics: at least one.
     """
-    stride = max(1, len(metrics) // _POINTS)
-    chosen = range(0, len(metrics), stride)
-    mean, smooth = metrics[0].loss, []
-    for each in metrics:
-        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * each.loss
-        smooth.append(mean)
-    losses = [metrics[i].loss for i in chosen]
-    low, high = min(losses), max(losses)
-    first, last = metrics[0].step, metrics[-1].step
-
-    def x(step: float) -> float:
-        return _LEFT + (step - first) / max(1, last - first) * (_WIDTH - _LEFT - 16)
-
-    def y(loss: float) -> float:
-        room = _HEIGHT - _BOTTOM - 16
-        return 16 + (high - loss) / (high - low or 1.0) * room
-
-    def line(values: Sequence[float], style: str) -> str:
-        points = " ".join(
-            f"{x(metrics[i].step):.1f},{y(value):.1f}"
-            for i, value in zip(chosen, values, strict=True)
-        )
-        return f'<polyline fill="none" {style} points="{points}"/>'
-
-    marks = []
-    for quarter in range(5):
-        loss = low + (high - low) * quarter / 4
-        step = round(first + (last - first) * quarter / 4)
-        marks.append(
-            f'<text x="{_LEFT - 6}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.3g}</text>'
-            f'<line x1="{_LEFT}" x2="{_WIDTH - 16}" y1="{y(loss):.1f}" y2="{y(loss):.1f}" '
-            'stroke="#ddd"/>'
-            f'<text x="{x(step):.1f}" y="{_HEIGHT - 12}" text-anchor="middle">{step}</text>'
-        )
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-            'font-family="sans-serif" font-size="11">',
-            f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-            *marks,
-            line(losses, 'stroke="#9bc" stroke-width="1"'),
-            line([smooth[i] for i in chosen], 'stroke="#036" stroke-width="2"'),
-            "</svg>\n",
-        ]
-    )
+    steps, losses = [m.step for m in metrics], [m.loss for m in metrics]
+    every = list(zip(steps, losses, strict=True))
+    smooth = list(zip(steps, running_mean(losses), strict=True))
+    return line_plot([Curve("", every, "#9bc", 1), Curve("", smooth)], "loss over steps")
