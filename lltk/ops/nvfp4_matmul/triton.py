@@ -14,7 +14,7 @@ from torch import Tensor
 from lltk.ops.nvfp4_backends import has_e2m1
 from lltk.ops.triton_floats import decode_e2m1, decode_e4m3, unpack
 
-# Smaller tiles of codes would be multiplied as bfloat16 without a word.
+# Of fewer rows than 128, Blackwell's tensor cores do not multiply codes.
 _TILE = {"ROWS": 128, "COLUMNS": 128}
 
 
