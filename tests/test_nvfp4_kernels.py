@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lltk.bench.record import Record
 from lltk.ops import nvfp4_backends
 from lltk.ops.floats import unpack
 from lltk.ops.hadamard.reference import SIGNS, random_signs
@@ -218,7 +222,7 @@ def product_error(backend: str, m: int, n: int, k: int, damage: bool = False) ->
 
 @gpu
 @needs_triton
-@pytest.mark.parametrize("backend", ["triton", "scaled_mm"])
+@pytest.mark.parametrize("backend", ["triton", "scaled_mm", "te"])
 @pytest.mark.parametrize(
     "shape", [(256, 128, 256), (1, 16, 16), (130, 60, 80), (7040, 3072, 3072)], ids=str
 )
@@ -380,6 +384,37 @@ def test_scaled_mm_refuses_what_it_should(
         scaled_mm.nvfp4_matmul(*on_meta(5, 48), *on_meta(17, 48), torch.bfloat16)
 
 
+# TransformerEngine's product
+
+
+@cpu
+def test_transformer_engine_takes_what_we_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own signatures bind our arguments; nothing is computed."""
+    pytest.importorskip("transformer_engine.pytorch", reason="transformer_engine is not installed")
+    from lltk.ops.nvfp4_matmul import te
+
+    bound: list[str] = []
+
+    def bind(name: str, function: Callable[..., Any], *before: Any) -> None:
+        signature = inspect.signature(function)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            given = signature.bind(*before, *arguments, **options)
+            unknown = given.arguments.get("kwargs", {}).keys() - {"shape", "dtype", "requires_grad"}
+            assert not unknown, f"{name} does not name {unknown}"
+            bound.append(name)
+            return [torch.zeros(16, 32)]
+
+        monkeypatch.setattr(te, name, call)
+
+    bind("general_gemm", te.general_gemm)
+    bind("NVFP4Tensor", te.NVFP4Tensor.__new__, te.NVFP4Tensor)
+    bind("NVFP4Quantizer", te.NVFP4Quantizer.__init__, None)
+    a, b = nvfp4_quantise(torch.randn(5, 48)), nvfp4_quantise(torch.randn(17, 48))
+    assert te.nvfp4_matmul(*a, *b, torch.bfloat16).shape == (5, 17)
+    assert bound == ["NVFP4Quantizer", "NVFP4Tensor"] * 2 + ["general_gemm"]
+
+
 # Choosing a backend
 
 
@@ -424,5 +459,23 @@ def test_every_backend_runs_every_op() -> None:
     assert not set(ARITHMETIC) & set(E2M1)
     for backend in BACKENDS.values():
         assert backend.ops.keys() == BACKENDS["reference"].ops.keys()
-        if find_spec("triton") is not None or backend.module is None:
+        if backend.module is None or find_spec(backend.module) is not None:
             assert all(callable(implementation(op, backend.name)) for op in backend.ops)
+
+
+# The benchmark
+
+
+@cpu
+def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "nvfp4.py"
+    options = {"device": "cpu", "backend": "reference", "tokens": 32, "width": 48, "ffn": 64}
+    options |= {"runs": 2, "output": tmp_path}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    monkeypatch.setattr(sys, "argv", [str(script), *flags])
+    runpy.run_path(str(script), run_name="__main__")
+    record = Record.model_validate_json((tmp_path / "nvfp4.json").read_text())
+    quantise = record.results[0]
+    assert quantise["op"] == "quantise" and quantise["once"] == 32 * 48 * 2 + 32 * 27 + 4
+    assert quantise["bytes"] == quantise["once"] + 32 * 48 * 2
+    assert (tmp_path / "nvfp4.md").read_text().count("product") >= 3

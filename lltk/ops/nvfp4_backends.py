@@ -91,6 +91,7 @@ _TRITON = {
     **dict([_way("nvfp4_matmul", "triton", "tensor cores, bfloat16", "tensor cores, NVFP4")]),
 }
 _SCALED_MM = _TRITON | dict([_way("nvfp4_matmul", "scaled_mm", None, "cuBLAS, NVFP4")])
+_TE = _TRITON | dict([_way("nvfp4_matmul", "te", None, "TransformerEngine, NVFP4")])
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -98,6 +99,7 @@ BACKENDS: dict[str, Backend] = {
         Backend("reference", _REFERENCE, ("cpu", "cuda")),
         Backend("triton", _TRITON, ("cuda",), ARITHMETIC + E2M1, "triton"),
         Backend("scaled_mm", _SCALED_MM, ("cuda",), E2M1, "triton"),
+        Backend("te", _TE, ("cuda",), E2M1, "transformer_engine"),
     )
 }
 
