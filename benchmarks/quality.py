@@ -11,38 +11,26 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lltk.bench.intervals import wilson
-from lltk.bench.quality import (
-    PARTS,
-    STRETCH,
-    ShotScore,
-    draw_stories,
-    identity_over_time,
-    score_video,
-    streamed,
-)
+from lltk.bench.agreement import decoded, encoded, interval, mean, scored, summarise, videos
+from lltk.bench.quality import STRETCH, ShotScore, draw_stories, identity_over_time
 from lltk.bench.record import make_record, markdown, write_record
-from lltk.cli.datasets import prompts_of
-from lltk.cli.latents import PipelineEncoder
 from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform
 from lltk.graph.module import instantiate
-from lltk.models.pipelines import find_pipeline
-from lltk.models.tiny.world import FPS, Story
-from lltk.stream.decoder import Decoder
+from lltk.models.tiny.world import FPS
+from lltk.streaming import StreamPlan, plan_stream
 from lltk.train.sampling import sample
 
 HERE = Path(__file__).parent
@@ -89,10 +77,10 @@ def main() -> None:
             "model": lambda row: row["model"],
             "steps": lambda row: str(row["steps"]),
             "shots": lambda row: str(row["shots"]),
-            "agreement %": lambda row: _interval(row["agreement"]),
-            "after a cut %": lambda row: _interval(row["after_cut"]),
+            "agreement %": lambda row: interval(row["agreement"]),
+            "after a cut %": lambda row: interval(row["after_cut"]),
             "each part %": lambda row: ", ".join(f"{p} {v:.1f}" for p, v in row["parts"].items()),
-            "identity %": lambda row: _interval(row["identity"]),
+            "identity %": lambda row: interval(row["identity"]),
         },
     )
     write_record(arguments.output, record, text)
@@ -127,8 +115,9 @@ def _streamed_cell(
 ) -> dict[str, Any]:
     begun = time.perf_counter()
     stories = draw_stories(SEED, arguments.videos, SHOTS, CHUNKS, 3)
-    latents = _stream(arguments, device, stories, changes, steps)
-    return _row(f"AR, {name}", steps, _scores(arguments, device, pool, stories, latents), begun)
+    plan = _plan(arguments, device, len(stories), changes)
+    films = videos(plan, stories, steps, SEED)
+    return _row(f"AR, {name}", steps, scored(pool, films, stories), begun)
 
 
 def _reference_cell(
@@ -143,12 +132,11 @@ def _reference_cell(
         f"geometry.batch={len(stories)}",
     )
     program = transform(open_recipe("tiny_reference", overrides))
-    latents = sample(
-        program, instantiate(program, device), _text(arguments, device, stories), steps, SEED
-    )
-    chunks = iter(latents.split(3, dim=2))
-    scores = _scores(arguments, device, pool, stories, chunks)
-    return _row("bidirectional reference", steps, scores, begun)
+    plan = _plan(arguments, device, len(stories), {})
+    text = encoded(plan, stories)
+    latents = sample(program, instantiate(program, device), text, steps, SEED)
+    films = decoded(plan, iter(latents.split(3, dim=2)))
+    return _row("bidirectional reference", steps, scored(pool, films, stories), begun)
 
 
 def _minutes(
@@ -163,115 +151,40 @@ def _minutes(
             continue
         begun = time.perf_counter()
         stories = draw_stories(SEED + 1, arguments.minutes, 1, MINUTE, 3)
-        latents = _stream(arguments, device, stories, changes, 4)
-        videos = _decoded(arguments, device, latents)
-        jobs = [pool.submit(identity_over_time, video) for video in videos]
+        films = videos(_plan(arguments, device, len(stories), changes), stories, 4, SEED)
+        jobs = [pool.submit(identity_over_time, film) for film in films]
         over_time = [job.result() for job in jobs]
         curves[name] = [fmean(values) for values in zip(*over_time, strict=True)]
         last = [fmean(values[-2:]) for values in over_time]
         early = [values[0] for values in over_time]
-        scores = [score for video, story in zip(videos, stories, strict=True)
-                  for score in [pool.submit(score_video, video, story)]]  # fmt: skip
-        row = _row(f"AR, {name}, 60 s", 4, [s for job in scores for s in job.result()], begun)
+        row = _row(f"AR, {name}, 60 s", 4, scored(pool, films, stories), begun)
         yield row | {
-            "identity": _mean(last),
-            "identity_early": _mean(early),
+            "identity": mean(last),
+            "identity_early": mean(early),
             "over_time": curves[name],
         }
     path = arguments.output.with_name("identity.svg")
     path.write_text(_plot(curves), encoding="utf-8")
 
 
-def _stream(
-    arguments: argparse.Namespace,
-    device: torch.device,
-    stories: list[Story],
-    changes: dict[str, int],
-    steps: int,
-) -> Iterator[Tensor]:
+def _plan(
+    arguments: argparse.Namespace, device: torch.device, batch: int, changes: dict[str, int]
+) -> StreamPlan:
     overrides = (
-        f"model.checkpoint={find_pipeline(arguments.pipeline)}",
-        f"geometry.batch={len(stories)}",
+        f"stream.pipeline={arguments.pipeline}",
+        f"geometry.batch={batch}",
         *(f"geometry.{key}={value}" for key, value in changes.items()),
     )
-    program = transform(open_recipe("tiny_stream", overrides))
-    text = _text(arguments, device, stories)
-    module = instantiate(program, device)
-    return streamed(program, module, text, stories[0].opens, steps, SEED)
-
-
-def _text(arguments: argparse.Namespace, device: torch.device, stories: list[Story]) -> Tensor:
-    encoder = PipelineEncoder(find_pipeline(arguments.pipeline), 16, device, torch.float32)
-    prompts = [prompt for story in stories for prompt in prompts_of(story)]
-    return encoder.text(prompts).unflatten(0, (len(stories), -1))
-
-
-def _decoded(
-    arguments: argparse.Namespace, device: torch.device, latents: Iterator[Tensor]
-) -> list[Tensor]:
-    """Videos, uint8 [F, 3, H, W] on the CPU, of latents that come chunk by chunk."""
-    decoder, parts = None, []
-    for chunk in latents:
-        if decoder is None:
-            overrides = (
-                f"model.checkpoint={find_pipeline(arguments.pipeline)}",
-                "model.config=null",
-                f"geometry.batch={len(chunk)}",
-            )
-            if device.type == "cpu":
-                overrides += ("passes=[canonicalise, onednn_conv3d]",)
-            program = transform(open_recipe("tiny_decode", overrides))
-            decoder = Decoder(program, instantiate(program, device))
-        video = (decoder.decode(chunk) * 127.5 + 127.5).round().to(torch.uint8)
-        parts.append(video.transpose(1, 2).cpu())
-    return list(torch.cat(parts, dim=1))
-
-
-def _scores(
-    arguments: argparse.Namespace,
-    device: torch.device,
-    pool: Executor,
-    stories: list[Story],
-    latents: Iterator[Tensor],
-) -> list[ShotScore]:
-    videos = _decoded(arguments, device, latents)
-    jobs: list[Future[list[ShotScore]]] = [
-        pool.submit(score_video, *pair) for pair in zip(videos, stories, strict=True)
-    ]
-    return [score for job in jobs for score in job.result()]
+    return plan_stream(open_recipe("tiny_stream", overrides), device)
 
 
 def _row(model: str, steps: int, scores: list[ShotScore], begun: float) -> dict[str, Any]:
-    later = [score for score in scores if score.index]
-    kept = [0.0 if math.isnan(score.kept) else score.kept for score in scores]
     return {
         "model": model,
         "steps": steps,
-        "shots": len(scores),
-        "agreement": _share(scores),
-        "after_cut": _share(later) if later else None,
-        "parts": {
-            part: 100 * fmean(score.right[i] for score in scores) for i, part in enumerate(PARTS)
-        },
-        "identity": _mean(kept),
+        **asdict(summarise(scores)),
         "seconds": time.perf_counter() - begun,
     }
-
-
-def _share(scores: list[ShotScore]) -> list[float]:
-    hits = sum(all(score.right) for score in scores)
-    low, high = wilson(hits, len(scores))
-    return [100 * hits / len(scores), 100 * low, 100 * high]
-
-
-def _mean(values: list[float]) -> list[float]:
-    mean = fmean(values)
-    reach = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return [mean, mean - reach, mean + reach]
-
-
-def _interval(values: list[float] | None) -> str:
-    return "–" if values is None else "{:.1f} ({:.1f} to {:.1f})".format(*values)
 
 
 def _plot(curves: dict[str, list[float]]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lltk.graph.packed import check_packed
 from lltk.graph.passes import Pass, run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import ModelSection, Recipe
@@ -128,6 +129,7 @@ def with_weights(program: Program, weights: Mapping[str, Tensor]) -> Program:
     if own.keys() != program.weights.keys():
         own = program.map_state(own)
     shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}
+    check_packed(own)
     check_weights(own, shapes, "weights")
     return replace(program, weights=own)
 

@@ -18,9 +18,12 @@ from torch import Tensor
 from lltk.graph.files import written_whole
 from lltk.models.configs import config_from_wan, validate_config
 from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, detect, few
+from lltk.models.nvfp4_conventions import CONVENTIONS, HEADER_ENTRIES, Description
+from lltk.models.nvfp4_layouts import is_packed, plain_name, read_packed, write_packed
 
 _STEM = "diffusion_pytorch_model"
 _INDEX = f"{_STEM}.safetensors.index.json"
+_MODEL = "WanTransformer3DModel"
 _PICKLES = (".pt", ".pth")
 _LORA_CONFIG = "lora_adapter_metadata"
 
@@ -31,10 +34,11 @@ class Checkpoint:
 
     Attributes:
         weights: tensors under lltk's names (diffusers'), on the CPU, mapped from the file, with its
-            shapes, dtypes and values.
+            shapes, dtypes and values. NVFP4 weights are in lltk's form; see `nvfp4_layouts`.
         config: for a transformer, its checked diffusers configuration; for an adapter, its PEFT
             configuration (``r``, ``lora_alpha``, …); None where the file carries none.
-        layout: the name, in `WEIGHT_LAYOUTS` or `LORA_LAYOUTS`, under which it saves back.
+        layout: the name, in `WEIGHT_LAYOUTS`, `CONVENTIONS` or `LORA_LAYOUTS`, under which it
+            saves back.
     """
 
     weights: dict[str, Tensor]
@@ -47,17 +51,20 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
 
     Args:
         path: a diffusers folder (or a pipeline's, with ``transformer/``), an original Wan folder, a
-            ``.safetensors`` file, or a ``.pt``/``.pth`` state dict or LongLive checkpoint.
+            ``.safetensors`` file, or a ``.pt``/``.pth`` state dict or LongLive checkpoint. With
+            NVFP4 weights, under diffusers' names and in one of `CONVENTIONS`, a folder, or a file
+            whose header says what it holds.
         ema: take a LongLive checkpoint's ``generator_ema`` instead of its ``generator``.
 
     Raises:
         ValueError: the path does not exist, its content is damaged, is no Wan transformer, or is a
-            pickle of anything but tensors and plain values (which is not read).
+            pickle of anything but tensors and plain values (which is not read); or as
+            `read_packed`.
     """
-    path, config = Path(path), None
+    path, config, quantisation = Path(path), None, None
     if path.is_dir():
         path = part_folder(path, "transformer")
-        config = _read_config(path / "config.json")
+        config, quantisation = _read_config(path)
         path = _weight_file(path)
     content = _read(path)
     key = "generator_ema" if ema else "generator"
@@ -66,7 +73,17 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
             f"{path}: has no {key}, only {few(map(str, content))}; load it with ema={not ema}, or "
             "an adapter with load_lora"
         )
-    weights, layout = _rename(content.get(key, content), WEIGHT_LAYOUTS, str(path))
+    state = _tensors(content.get(key, content), str(path))
+    packed = read_packed(state, Description(quantisation, _header(path)), str(path))
+    if packed is None:
+        weights, layout = _rename(state, WEIGHT_LAYOUTS, str(path))
+        return Checkpoint(weights, config, layout)
+    entries, layout = packed
+    plain = {key: plain_name(key) for key in entries}
+    names = WEIGHT_LAYOUTS["diffusers"].read(set(plain.values()), str(path))
+    weights = {
+        names[plain[key]] + key.removeprefix(plain[key]): value for key, value in entries.items()
+    }
     return Checkpoint(weights, config, layout)
 
 
@@ -80,24 +97,36 @@ def save_checkpoint(
     """Write a transformer whole or not at all; tensors keep their dtypes and values.
 
     Args:
-        path: a new or empty folder for ``diffusers``, a ``.safetensors`` file for ``wan``, a
-            ``.pt`` file for ``longlive``. An existing file is replaced.
-        weights: tensors under diffusers' names.
-        layout: a name in `WEIGHT_LAYOUTS`.
-        config: the diffusers configuration; needed by, and written for, ``diffusers`` only.
-        max_shard_size: bytes above which a diffusers folder is sharded.
+        path: a new or empty folder for ``diffusers`` and for `CONVENTIONS`, a ``.safetensors``
+            file for ``wan``, a ``.pt`` file for ``longlive``. An existing file is replaced.
+        weights: tensors under diffusers' names; with NVFP4 weights, in lltk's form.
+        layout: a name in `WEIGHT_LAYOUTS`, or in `CONVENTIONS` for NVFP4 weights.
+        config: the diffusers configuration; needed by, and written into, folders only.
+        max_shard_size: bytes above which a folder's weights are sharded.
+
+    Raises:
+        ValueError: names, layout and path do not go together, the configuration is missing, or as
+            `write_packed`.
     """
     path = Path(path)
+    if layout in CONVENTIONS:
+        WEIGHT_LAYOUTS["diffusers"].write(set(map(plain_name, weights)), str(path))
+        state, described = write_packed(weights, layout, str(path))
+        full = _full_config(config, path) | {"quantization_config": described.config}
+        save_folder(path, state, full, _MODEL, max_shard_size, described.header)
+        return
+    if is_packed(weights):
+        raise ValueError(
+            f"{path}: the layout {layout!r} cannot say how NVFP4 weights lie; use one of "
+            f"{', '.join(CONVENTIONS)}"
+        )
     state = _state(weights, WEIGHT_LAYOUTS, layout, path)
     if layout == "longlive":
         _save_pickle({"generator": state}, path)
     elif layout == "wan":
         _save_safetensors(state, path)
-    elif config is None:
-        raise ValueError(f"{path}: a diffusers folder needs a configuration; pass config")
     else:
-        full = validate_config(config, str(path))
-        save_folder(path, state, full, "WanTransformer3DModel", max_shard_size)
+        save_folder(path, state, _full_config(config, path), _MODEL, max_shard_size)
 
 
 def load_folder(path: str | Path, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -122,6 +151,7 @@ def save_folder(
     config: Mapping[str, Any],
     model: str,
     max_shard_size: int = 5 * 10**9,
+    header: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model in diffusers' layout, whole or not at all; tensors keep dtypes and values.
 
@@ -131,6 +161,7 @@ def save_folder(
         config: the checked configuration.
         model: diffusers' class.
         max_shard_size: bytes above which the weights are sharded.
+        header: metadata for every safetensors file.
     """
     from diffusers import __version__
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -147,7 +178,8 @@ def save_folder(
     with written_whole(path) as temporary:
         temporary.mkdir()
         for name, keys in split.filename_to_tensors.items():
-            save_file({key: state[key] for key in keys}, temporary / name, {"format": "pt"})
+            shard = {key: state[key] for key in keys}
+            save_file(shard, temporary / name, {"format": "pt", **(header or {})})
         if split.is_sharded:
             _write_json(temporary / _INDEX, index)
         _write_json(temporary / "config.json", dict(config) | notes)
@@ -166,7 +198,8 @@ def load_lora(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     content = _read(path)
-    weights, layout = _rename(content.get("generator_lora", content), LORA_LAYOUTS, str(path))
+    state = _tensors(content.get("generator_lora", content), str(path))
+    weights, layout = _rename(state, LORA_LAYOUTS, str(path))
     return Checkpoint(weights, _read_lora_config(path), layout)
 
 
@@ -287,10 +320,15 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_shards(index: Path) -> dict[str, Any]:
+def _weight_map(index: Path) -> dict[str, str]:
     files = _read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index}: no weight_map of names to files; download it again")
+    return files
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    files = _weight_map(index)
     weights: dict[str, Any] = {}
     for shard in sorted(set(files.values())):
         file = index.parent / Path(shard).name
@@ -301,6 +339,28 @@ def _read_shards(index: Path) -> dict[str, Any]:
         _compare(part, listed, [], f"{file}: against {index.name}", "download both again")
         weights.update(part)
     return weights
+
+
+def _header(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, or of all shards of an index."""
+    if path.suffix == ".json":
+        files = [
+            path.parent / Path(shard).name for shard in sorted(set(_weight_map(path).values()))
+        ]
+    else:
+        files = [path] if path.suffix == ".safetensors" else []
+    metadata: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            found = opened.metadata() or {}
+        other = [key for key in metadata.keys() & found.keys() if metadata[key] != found[key]]
+        if other and HEADER_ENTRIES & (metadata.keys() | found.keys()):
+            raise ValueError(
+                f"{file}: its header differs from other shards' in {few(sorted(other))}; "
+                "download all of them again"
+            )
+        metadata |= found
+    return metadata
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -317,12 +377,39 @@ def _parse(text: str | bytes, where: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
+def _read_config(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The model's and the quantisation's configuration, each where the folder has one."""
+    path, quantisation = folder / "config.json", _read_quantisation(folder)
+    if not path.exists():
+        return None, quantisation
+    config = _read_json(path)
+    stated = config.pop("quantization_config", quantisation)
+    if stated is not None and not isinstance(stated, dict):
+        raise ValueError(f"{path}: quantization_config is not an object; download it again")
+    if stated and quantisation and stated.get("quant_algo") != quantisation.get("quant_algo"):
+        raise ValueError(
+            f"{path}: quant_algo is {stated.get('quant_algo')!r}, but hf_quant_config.json has "
+            f"{quantisation.get('quant_algo')!r}; use the files of one export"
+        )
+    read = config_from_wan if config.get("_class_name") == "WanModel" else validate_config
+    return read(config, str(path)), stated
+
+
+def _read_quantisation(folder: Path) -> dict[str, Any] | None:
+    """modelopt's ``hf_quant_config.json``, which some exports have in place of an entry."""
+    path = folder / "hf_quant_config.json"
     if not path.exists():
         return None
-    config = _read_json(path)
-    read = config_from_wan if config.get("_class_name") == "WanModel" else validate_config
-    return read(config, str(path))
+    content = _read_json(path).get("quantization")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: has no object 'quantization'; download it again")
+    return {"quant_method": "modelopt", **content}
+
+
+def _full_config(config: Mapping[str, Any] | None, path: Path) -> dict[str, Any]:
+    if config is None:
+        raise ValueError(f"{path}: a diffusers folder needs a configuration; pass config")
+    return validate_config(config, str(path))
 
 
 def _read_lora_config(path: Path) -> dict[str, Any] | None:
@@ -352,7 +439,7 @@ def _weight_file(folder: Path) -> Path:
     raise ValueError(f"{folder}: no .safetensors file; name a folder or file that holds weights")
 
 
-def _rename(state: Any, layouts: Mapping[str, Layout], where: str) -> tuple[dict[str, Tensor], str]:
+def _tensors(state: Any, where: str) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise ValueError(f"{where}: its weights are a {type(state).__name__}, not a state dict")
     other = [
@@ -364,6 +451,12 @@ def _rename(state: Any, layouts: Mapping[str, Layout], where: str) -> tuple[dict
         raise ValueError(
             f"{where}: {len(other)} entries are not named tensors: {few(other)}; remove them"
         )
+    return state
+
+
+def _rename(
+    state: Mapping[str, Tensor], layouts: Mapping[str, Layout], where: str
+) -> tuple[dict[str, Tensor], str]:
     layout = detect(state, layouts, where)
     names = layout.read(state, where)
     return {names[key]: value.detach() for key, value in state.items()}, layout.name

@@ -11,12 +11,12 @@ from pydantic import Field, field_validator
 from torch import Tensor, fx
 
 from lltk.graph.edit import building, calls, module_of
+from lltk.graph.linears import BLOCK_LINEARS, check_pattern, linear_module
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 
 aten = torch.ops.aten
-BLOCK_LINEARS = r"blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
 
 
 class Config(PassConfig):
@@ -30,13 +30,7 @@ class Config(PassConfig):
     @field_validator("include")
     @classmethod
     def _is_a_pattern(cls, include: str) -> str:
-        try:
-            re.compile(include)
-        except re.error as error:
-            raise ValueError(
-                f"include: {include!r} is not a regular expression: {error}"
-            ) from error
-        return include
+        return check_pattern(include, "include")
 
 
 class Lora(Pass[Config]):
@@ -61,7 +55,7 @@ class Lora(Pass[Config]):
         adapted: dict[str, Tensor] = {}
         for graph in program.graphs.values():
             for node in calls(graph, aten.linear.default):
-                module = _linear_module(node)
+                module = linear_module(node)
                 if re.fullmatch(self.config.include, module) is None:
                     report.miss(node, f"{module} does not match include={self.config.include!r}")
                     continue
@@ -120,12 +114,6 @@ class Lora(Pass[Config]):
 def is_adapter(name: str) -> bool:
     """Whether a parameter belongs to a low-rank adapter."""
     return name.endswith((".lora_A.weight", ".lora_B.weight"))
-
-
-def _linear_module(node: fx.Node) -> str:
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    return str(weight.target).removesuffix(".weight")
 
 
 def _initial_a(weight: Tensor, rank: int, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,17 @@ from lltk.graph.edit import calls
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
+from lltk.ops.hadamard.op import OVERLOAD as HADAMARD
 from lltk.ops.implementations import find_implementation, ops_with_choices, overload
+from lltk.ops.nvfp4_backends import find_backend
+from lltk.ops.nvfp4_dequantise.op import OVERLOAD as DEQUANTISE
+from lltk.ops.nvfp4_linear.op import OVERLOAD as LINEAR
+from lltk.ops.nvfp4_matmul.op import OVERLOAD as MATMUL
+from lltk.ops.nvfp4_quantise.op import OVERLOAD as QUANTISE
+from lltk.ops.nvfp4_transpose.op import OVERLOAD as TRANSPOSE
+
+NVFP4_OPS = frozenset({QUANTISE, DEQUANTISE, TRANSPOSE, HADAMARD, MATMUL, LINEAR})
+"""Ops that take a backend, and pass it on to what they call."""
 
 
 class Config(PassConfig):
@@ -16,11 +26,17 @@ class Config(PassConfig):
 
     paged_attention: str = Field("sdpa", description="reference, sdpa or cudnn")
     block_causal_attention: str = Field("sdpa", description="reference, sdpa or flex")
+    nvfp4: str = Field("reference", description="backend of every NVFP4 op: reference")
 
     @field_validator("paged_attention", "block_causal_attention")
     @classmethod
     def _is_known(cls, name: str, info: ValidationInfo) -> str:
         return find_implementation(str(info.field_name), name).name
+
+    @field_validator("nvfp4")
+    @classmethod
+    def _is_a_backend(cls, name: str) -> str:
+        return find_backend(name).name
 
 
 class Lower(Pass[Config]):
@@ -29,6 +45,7 @@ class Lower(Pass[Config]):
     ::
 
         lltk.paged_attention(…)  →  lltk.ops.paged_attention.sdpa.sdpa(…)
+        lltk.nvfp4_matmul(…)     →  lltk.nvfp4_matmul(…, backend='reference')
 
     The choice is recorded with its count; nothing is chosen at run time.
     """
@@ -49,3 +66,9 @@ class Lower(Pass[Config]):
                         node.meta["op"] = overload(op)
                     report.match(f"{op} → {implementation.name}")
                     program.implementations[op] = implementation.name
+        for _, graph in program.every_graph():
+            for node in graph.nodes:
+                if node.target in NVFP4_OPS:
+                    node.kwargs = {**node.kwargs, "backend": self.config.nvfp4}
+                    report.match(f"NVFP4 → {self.config.nvfp4}")
+                    program.implementations["nvfp4"] = self.config.nvfp4

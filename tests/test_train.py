@@ -127,7 +127,7 @@ def test_averages_by_hand(tmp_path: Path) -> None:
 def test_masters_keep_what_low_precision_loses() -> None:
     module = torch.nn.Linear(3, 3, bias=False, dtype=torch.bfloat16)
     start = {"weight": torch.full((3, 3), 1.001)}
-    masters = Masters(module, start)
+    masters = Masters(module, start, lambda: None)
     assert torch.equal(masters.parameters["weight"], start["weight"])
     for _ in range(3):
         module(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()

@@ -64,6 +64,9 @@ class Regression:
         error = self.module(x.to(self.module[1].weight.dtype)).float() - y
         return (weight * error.square().mean(1)).sum()
 
+    def weights_changed(self) -> None:
+        pass
+
     def first_bad(self, batch: Batch) -> str | None:
         return first_bad_module(self.module, lambda: self.loss(batch))
 

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.syntax import Syntax
 
-from lltk.cli.tables import contract_table, memory_table, pass_table
+from lltk.cli.tables import contract_table, kept_table, memory_table, pass_table
 
 
 @click.command("inspect")
@@ -65,6 +65,8 @@ def command(directory: Path, graph: str | None, diagram: Path | None, as_json: b
         return
     console.print(f"{directory}: a {program.stage} {program.kind} program")
     console.print(pass_table(program.log))
+    if kept := kept_table(program.log):
+        console.print(kept)
     for each, contract in contracts.items():
         console.print(contract_table(each, contract))
     console.print(memory_table(estimate(program)))

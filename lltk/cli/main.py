@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lltk import __version__
 
-_COMMANDS = ("doctor", "transform", "inspect", "train", "stream", "bench", "demo")
+_COMMANDS = ("doctor", "transform", "inspect", "train", "stream", "compare", "bench", "demo")
 
 
 class _Lazy(click.Group):

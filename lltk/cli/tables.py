@@ -36,6 +36,15 @@ def pass_table(log: Sequence[LogEntry]) -> Table:
     return table
 
 
+def kept_table(log: Sequence[LogEntry]) -> Table | None:
+    """What passes were told to leave, and why; None where there is nothing."""
+    table = Table("pass", "kept", "because", title="Kept", **_STYLE)
+    for entry in log:
+        for reason, modules in entry.kept.items():
+            table.add_row(entry.name, ", ".join(_ranges(modules)), reason)
+    return table if table.rows else None
+
+
 def contract_table(name: str, contract: Contract) -> Table:
     """Inputs and outputs of a graph; the same over layers is one row."""
     table = Table("", "name", "type", title=f"Graph {name}", **_STYLE)
@@ -62,6 +71,27 @@ def row_table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
     return table
+
+
+def _ranges(modules: Sequence[str]) -> list[str]:
+    """Module paths that differ in their layer alone become one."""
+    groups: dict[str, list[int]] = {}
+    for module in modules:
+        parts = module.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if at is None:
+            groups[module] = []
+        else:
+            key = ".".join([*parts[:at], "{}", *parts[at + 1 :]])
+            groups.setdefault(key, []).append(int(parts[at]))
+    return [key.format(_span(sorted(layers))) for key, layers in groups.items()]
+
+
+def _span(layers: Sequence[int]) -> str:
+    """``3``, ``3…7`` or ``3,5``."""
+    if len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
+        return f"{layers[0]}…{layers[-1]}"
+    return ",".join(map(str, layers))
 
 
 def _grouped(specs: dict[str, TensorSpec]) -> dict[str, str]:

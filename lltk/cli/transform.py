@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from lltk.cli.recipes import open_recipe
-from lltk.cli.tables import memory_table, pass_table
+from lltk.cli.tables import kept_table, memory_table, pass_table
 
 
 @click.command("transform")
@@ -96,6 +96,8 @@ def command(
             )
         )  # fmt: skip
     console.print(pass_table(program.log))
+    if kept := kept_table(program.log):
+        console.print(kept)
     console.print(memory_table(estimate(program)))
     where = f", written to {output}" if output is not None else ""
     console.print(f"A {program.stage} {program.kind} program in {seconds:.1f} s{where}")

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from lltk.graph.program import Program
+from lltk.graph.verify import WEIGHTS
 from lltk.ops.implementations import check_device
 
 
@@ -59,11 +60,11 @@ class ProgramModule(nn.Module):
         self.blocks_by_path = self._make_blocks(program)
         for name, tensor in program.weights.items():
             run_dtype = program.run_dtype(name)
-            if dtype is not None and tensor.is_floating_point():
+            if dtype is not None and run_dtype.is_floating_point and run_dtype.itemsize > 1:
                 run_dtype = dtype
             trains = program.trainable is None or name in program.trainable
             value = tensor.to(device=device, dtype=run_dtype, copy=True)
-            parameter = nn.Parameter(value, requires_grad=trains and value.is_floating_point())
+            parameter = nn.Parameter(value, requires_grad=trains and _differentiable(value))
             _assign(self, name, parameter)
         for name, tensor in program.constants.items():
             _assign(self, name, tensor.to(device))
@@ -85,6 +86,11 @@ class ProgramModule(nn.Module):
     def forward(self, graph: str, **inputs: Tensor) -> dict[str, Tensor]:
         """Run a named graph."""
         return self._graphs[graph](self, **inputs)
+
+    @torch.no_grad()
+    def quantised_weights(self) -> dict[str, Tensor]:
+        """Inputs of the other graphs that follow from the weights, by name; anew at every call."""
+        return self(WEIGHTS) if WEIGHTS in self._graphs else {}
 
     @property
     def blocks_in_order(self) -> list[Block]:
@@ -130,6 +136,11 @@ def instantiate(
             "from a recipe with model.checkpoint, or load them with with_weights"
         )
     return ProgramModule(program, torch.device(device), dtype)
+
+
+def _differentiable(value: Tensor) -> bool:
+    """Whether gradients can flow to it: packed weights are whole numbers and 8-bit scales."""
+    return value.is_floating_point() and value.itemsize > 1
 
 
 def _assign(root: nn.Module, name: str, value: nn.Module | Tensor) -> None:

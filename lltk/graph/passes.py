@@ -42,6 +42,7 @@ class Report:
     def __init__(self) -> None:
         self.matches: Counter[str] = Counter()
         self.misses: list[str] = []
+        self.kept: dict[str, list[str]] = {}
 
     def match(self, kind: str, count: int = 1) -> None:
         """Count a rewrite."""
@@ -50,6 +51,13 @@ class Report:
     def miss(self, node: fx.Node, reason: str) -> None:
         """Note why a candidate was left alone."""
         self.misses.append(f"{node.name} ({module_of(node) or 'root'}): {reason}")
+
+    def keep(self, node: fx.Node, what: str, reason: str) -> None:
+        """Note what stays as it is by choice: the log tells it."""
+        self.miss(node, reason)
+        names = self.kept.setdefault(reason, [])
+        if what not in names:
+            names.append(what)
 
 
 C = TypeVar("C", bound=PassConfig)
@@ -160,6 +168,7 @@ def run_pass(program: Program, step: Pass[PassConfig]) -> None:
             stage=program.stage,
             numerics=step.numerics.value,
             matches=dict(report.matches),
+            kept=report.kept,
             ops_before=before,
             ops_after=program.count_ops(),
             seconds=time.perf_counter() - start,

@@ -68,6 +68,7 @@ class LogEntry:
         stage: the stage it left.
         numerics: what it may do to results (`Numerics`).
         matches: what it rewrote, counted by kind.
+        kept: what it was told to leave, by reason.
         ops_before, ops_after: nodes over all graphs and regions.
         seconds: wall time.
     """
@@ -78,6 +79,7 @@ class LogEntry:
     stage: Stage
     numerics: str
     matches: dict[str, int]
+    kept: dict[str, list[str]]
     ops_before: int
     ops_after: int
     seconds: float
@@ -127,7 +129,7 @@ class Program:
     def run_dtype(self, name: str) -> torch.dtype:
         """Dtype parameter ``name`` is cast to for running (its stored dtype is left alone)."""
         stored = self.weights[name].dtype
-        if not stored.is_floating_point:
+        if not stored.is_floating_point or stored.itemsize == 1:
             return stored
         parts = name.split(".")
         return torch.float32 if any(kept in parts for kept in self.model.keep_fp32) else self.dtype

@@ -145,12 +145,13 @@ def _input_names(program: Program, bodies: list[Body]) -> tuple[str, ...]:
     """Inputs keep a name that layers share; what one block hands the next is ``hidden_states``."""
     same_graph = [body for body in bodies if body.graph == bodies[0].graph]
     names: list[str] = []
-    for position, source in enumerate(bodies[0].inputs):
+    for position, first in enumerate(bodies[0].inputs):
         sources = {body.inputs[position] for body in same_graph}
-        if source.op == "placeholder":
-            name = source.name.removesuffix(f"_{bodies[0].layer}")
-        elif len(sources) == 1 and program.spec.layer_of(module_of(source)) is None:
-            name = source.name
+        stems = {b.inputs[position].name.removesuffix(f"_{b.layer}") for b in same_graph}
+        if len(stems) == 1 and len(sources) == len(same_graph):
+            (name,) = stems
+        elif len(sources) == 1 and program.spec.layer_of(module_of(first)) is None:
+            name = first.name
         else:
             name = "hidden_states"
         names.append(f"{name}_{position}" if name in names else name)

@@ -124,4 +124,6 @@ def first_bad_module(module: nn.Module, run: Callable[[], object]) -> str | None
 
 def _finite(value: object) -> bool:
     tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
+    floats = (t for t in tensors if t.is_floating_point())
+    # torch has no isfinite for float8.
+    return all(bool((t.float() if t.itemsize == 1 else t).isfinite().all()) for t in floats)

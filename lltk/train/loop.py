@@ -87,7 +87,7 @@ class Trainer:
         _check_hooks(self._hooks, section)
         self._calls = section.calls(objective.clips)
         self._data = Batches(dataset, section.seed, objective.clips)
-        self._masters = Masters(objective.module, objective.weights)
+        self._masters = Masters(objective.module, objective.weights, objective.weights_changed)
         self._optimiser = torch.optim.AdamW(
             self._masters.parameters.values(),
             lr=section.lr,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -20,12 +20,16 @@ class Masters:
             what they were made from.
         weights: what training starts from, by parameter name, in the precision of their file; left
             as they are.
+        changed: called whenever the module runs with other weights.
 
     Raises:
         ValueError: nothing trains.
     """
 
-    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, module: nn.Module, weights: Mapping[str, Tensor], changed: Callable[[], None]
+    ) -> None:
+        self._changed = changed
         self._running = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not self._running:
             raise ValueError("nothing trains: no parameter requires a gradient")
@@ -38,6 +42,7 @@ class Masters:
         """By name."""
         for name, master in self.parameters.items():
             master.data = weights[name].detach().to(master.device, torch.float32, copy=True)
+        self.publish()
 
     def collect(self) -> None:
         """Add the module's gradients to the float32 ones, and clear them."""
@@ -55,6 +60,7 @@ class Masters:
         for name, parameter in self._running.items():
             if self.parameters[name] is not parameter:
                 parameter.copy_(self.parameters[name])
+        self._changed()
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:

@@ -45,6 +45,9 @@ class Objective(Protocol):
     def loss(self, batch: Batch) -> Tensor:
         """The batch's loss, a float32 scalar, summed over what `count` counts."""
 
+    def weights_changed(self) -> None:
+        """Take note that the module runs with other weights from here on."""
+
     def first_bad(self, batch: Batch) -> str | None:
         """Where the first non-finite value of the batch's forward pass is, or None."""
 
@@ -131,6 +134,8 @@ class FlowMatching:
         self._grid = noise_grid()
         self._weights = level_weights(self._grid)
         self._device = next(module.parameters()).device
+        self._quantised: dict[str, Tensor] = {}
+        self.weights_changed()
 
     @property
     def module(self) -> ProgramModule:
@@ -152,6 +157,9 @@ class FlowMatching:
         flow = self._flow(*inputs.values())
         error = (flow.float() - target).square().mean(dim=(1, 3, 4))
         return (weight * error).sum()
+
+    def weights_changed(self) -> None:
+        self._quantised = self._module.quantised_weights()
 
     def first_bad(self, batch: Batch) -> str | None:
         inputs, _, _ = self._prepared(batch)
@@ -193,6 +201,8 @@ class FlowMatching:
             spec.time_input: timestep,
             spec.text_input: batch.tensors["text"],
             "positions": self._positions(batch, frames),
+            "random": torch.tensor([batch.seed, batch.indices.start]),
+            **self._quantised,
         }
         contract = program.contract(program.kind).inputs
         cast = {name: inputs[name].to(device, own.dtype) for name, own in contract.items()}

@@ -38,6 +38,8 @@ def sample(program: Program, module: ProgramModule, text: Tensor, steps: int, se
         spec.text_input: text,
         spec.time_input: torch.zeros(geometry.batch, geometry.frames),
         "positions": torch.arange(geometry.frames, dtype=torch.float64),
+        "random": torch.tensor([seed, 0]),
+        **module.quantised_weights(),
         spec.latent_input: torch.zeros(shape),
         "clean": torch.zeros(shape),
         "noisy": torch.zeros(shape),

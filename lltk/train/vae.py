@@ -67,6 +67,9 @@ class Reconstruction:
     def loss(self, batch: Batch) -> Tensor:
         return self._sum(self._loss, batch)
 
+    def weights_changed(self) -> None:
+        """Nothing here follows from the weights alone."""
+
     def first_bad(self, batch: Batch) -> str | None:
         if not bool(batch.tensors["video"].isfinite().all()):
             return "input video"

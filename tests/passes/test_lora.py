@@ -33,11 +33,12 @@ from torch import Tensor, nn
 
 from lltk.compiler import with_weights
 from lltk.graph.geometry import Kind
+from lltk.graph.linears import BLOCK_LINEARS
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.passes import make_pass
-from lltk.passes.lora import BLOCK_LINEARS, is_adapter
+from lltk.passes.lora import is_adapter
 
 pytestmark = pytest.mark.cpu
 

@@ -1,0 +1,121 @@
+"""How well a stream recipe's videos of the tiny world show their captions, over many shots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import torch
+from torch import Tensor
+
+from lltk.bench.intervals import wilson
+from lltk.bench.quality import PARTS, ShotScore, score_video, streamed
+from lltk.cli.datasets import prompts_of
+from lltk.graph.module import instantiate
+from lltk.models.tiny.world import Story
+from lltk.stream.decoder import Decoder
+from lltk.stream.text import TextEncoder
+from lltk.streaming import StreamPlan
+
+Interval = tuple[float, float, float]
+"""A value and its 95 % confidence limits, in per cent."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What shots show.
+
+    Attributes:
+        shots: how many.
+        agreement: share whose shape, colour, motion and background are all as the caption has them.
+        after_cut: the same of shots that follow a cut; None where there are none.
+        parts: share that shows each part of the caption, per cent.
+        identity: what the last two seconds share with the first two of it; None where every shot is
+            shorter than four.
+    """
+
+    shots: int
+    agreement: Interval
+    after_cut: Interval | None
+    parts: dict[str, float]
+    identity: Interval | None
+
+
+def summarise(scores: Sequence[ShotScore]) -> Agreement:
+    """The scores of at least one shot."""
+    later = [score for score in scores if score.index]
+    kept = [score.kept for score in scores if not math.isnan(score.kept)]
+    return Agreement(
+        len(scores),
+        share(scores),
+        share(later) if later else None,
+        {p: 100 * fmean(score.right[i] for score in scores) for i, p in enumerate(PARTS)},
+        mean(kept) if kept else None,
+    )
+
+
+def share(scores: Sequence[ShotScore]) -> Interval:
+    """Shots that show all parts, with Wilson's interval."""
+    hits = sum(all(score.right) for score in scores)
+    low, high = wilson(hits, len(scores))
+    return 100 * hits / len(scores), 100 * low, 100 * high
+
+
+def mean(values: Sequence[float]) -> Interval:
+    """The mean of percentages with its interval; a single value has none."""
+    middle = fmean(values)
+    reach = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return middle, max(0.0, middle - reach), min(100.0, middle + reach)
+
+
+def overlap(a: Interval, b: Interval) -> bool:
+    """Whether two intervals have a value in common."""
+    return a[1] <= b[2] and b[1] <= a[2]
+
+
+def interval(values: Interval | Sequence[float] | None) -> str:
+    """As text: ``93.3 (84.0 to 97.4)``."""
+    return "–" if values is None else "{:.1f} ({:.1f} to {:.1f})".format(*values)
+
+
+def encoded(plan: StreamPlan, stories: Sequence[Story]) -> Tensor:
+    """The prompts of equally long stories, [B, N, S, E], on the transformer's device."""
+    encoder = TextEncoder(plan.folder, plan.transformer.geometry.text_tokens, device=plan.device)
+    texts = dict.fromkeys(prompt for story in stories for prompt in prompts_of(story))
+    known = dict(zip(texts, encoder.encode(list(texts)), strict=True))
+    return torch.stack([torch.stack([known[p] for p in prompts_of(s)]) for s in stories])
+
+
+def decoded(plan: StreamPlan, latents: Iterator[Tensor]) -> list[Tensor]:
+    """Videos, uint8 [F, 3, H, W] on the CPU, of latents that come chunk by chunk."""
+    decoder = Decoder(plan.decoder, instantiate(plan.decoder, plan.decoder_device))
+    parts = []
+    for chunk in latents:
+        video = decoder.decode(chunk.to(plan.decoder_device))
+        pixels = (video * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        parts.append(pixels.transpose(1, 2).cpu())
+    return list(torch.cat(parts, dim=1))
+
+
+def videos(plan: StreamPlan, stories: Sequence[Story], steps: int, seed: int) -> list[Tensor]:
+    """A video of each story, uint8 [F, 3, H, W]; they are cut at the same places.
+
+    Args:
+        plan: of as many videos at once as there are stories.
+        stories: what to show.
+        steps: denoising passes a chunk.
+        seed: of the noise.
+    """
+    program = plan.transformer
+    module = instantiate(program, plan.device)
+    text = encoded(plan, stories)
+    return decoded(plan, streamed(program, module, text, stories[0].opens, steps, seed))
+
+
+def scored(pool: Executor, films: Sequence[Tensor], stories: Sequence[Story]) -> list[ShotScore]:
+    """The scores of every shot, read by a pool of processes."""
+    jobs = [pool.submit(score_video, *pair) for pair in zip(films, stories, strict=True)]
+    return [score for job in jobs for score in job.result()]

@@ -1,0 +1,102 @@
+"""How far one stream recipe's model is from another's, layer by layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.graph.module import ProgramModule
+from lltk.graph.program import Program
+from lltk.stream.positions import frame_positions
+from lltk.stream.rollout import Rollout
+from lltk.stream.sampler import Sampler, Schedule
+
+OUTPUT = "output"
+
+
+@dataclass
+class Errors:
+    """Squared differences and squared sizes, by layer; the sample is `OUTPUT`."""
+
+    lost: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    size: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, ours: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+        """Count a pass's values."""
+        for name, value in wanted.items():
+            self.lost[name] += float((ours[name].double() - value.double()).square().sum())
+            self.size[name] += float(value.double().square().sum())
+
+    def relative(self) -> dict[str, float]:
+        """‖ours − wanted‖ / ‖wanted‖ over all passes."""
+        return {name: (self.lost[name] / self.size[name]) ** 0.5 for name in self.size}
+
+
+@contextmanager
+def watched(module: ProgramModule) -> Iterator[dict[str, Tensor]]:
+    """What each block gave last, by its path; float32, all its results in a row."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Any:
+        def hook(block: Any, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+            seen[path] = torch.cat([o.detach().float().flatten() for o in outputs])
+
+        return hook
+
+    handles = [b.register_forward_hook(keep(p)) for p, b in module.blocks_by_path.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def layer_errors(
+    base: tuple[Program, ProgramModule],
+    other: tuple[Program, ProgramModule],
+    text: Tensor,
+    steps: int,
+    seed: int,
+) -> dict[str, float]:
+    """Relative error of every block and of the output, over the denoising passes of a video.
+
+    Both models see the latents that ``base`` makes, each over its own cache.
+
+    Args:
+        base, other: stream Programs of one model and geometry, and their modules.
+        text: [B, N, S, E], a prompt a chunk.
+        steps: denoising passes a chunk.
+        seed: of the noise.
+    """
+    rollouts = [Rollout(program, module) for program, module in (base, other)]
+    programs = [base[0], other[0]]
+    geometry, spec, device = base[0].geometry, base[0].spec, text.device
+    schedule = Schedule.make(steps, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (text.shape[0], spec.channels, geometry.chunk, *geometry.latent(spec))
+    errors = Errors()
+    with watched(base[1]) as wanted, watched(other[1]) as found:
+        for chunk in range(text.shape[1]):
+            positions = frame_positions([0], geometry.chunk, first=chunk).to(device)
+            for rollout, program in zip(rollouts, programs, strict=True):
+                rollout.set_text(text[:, chunk].contiguous().to(program.dtype))
+            noise = torch.randn(shape, generator=generator, device=device)
+            sampler = Sampler(schedule, noise)
+            for index in range(steps):
+                level = sampler.timestep(index).expand(text.shape[0], geometry.chunk)
+                flows = [
+                    rollout.step(sampler.latents.to(program.dtype), level, positions).float()
+                    for rollout, program in zip(rollouts, programs, strict=True)
+                ]
+                errors.add({**found, OUTPUT: flows[1]}, {**wanted, OUTPUT: flows[0]})
+                sampler.step(index, flows[0])
+            for rollout, program in zip(rollouts, programs, strict=True):
+                rollout.commit(sampler.result.to(program.dtype), positions)
+    return errors.relative()

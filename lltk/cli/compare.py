@@ -1,0 +1,186 @@
+"""``lltk compare``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from lltk.cli.logs import hide_loading
+from lltk.cli.recipes import find_recipe
+from lltk.cli.tables import row_table
+
+if TYPE_CHECKING:
+    from lltk.streaming import StreamPlan
+
+_SEED = 30_000
+_SHOTS = 3
+_CHUNKS = 6
+"""Of a shot."""
+
+
+@click.command("compare")
+@click.argument("recipes", nargs=-1, required=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Record, without suffix.")
+@click.option(
+    "--shots", type=click.IntRange(1), default=30, show_default=True,
+    help="Shots of the tiny world to score, a recipe.",
+)  # fmt: skip
+@click.option(
+    "--at-once", type=click.IntRange(1), default=128, show_default=True,
+    help="Videos streamed at once; each has three shots.",
+)  # fmt: skip
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True,
+              help="Processes that score.")  # fmt: skip
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Override a key of every recipe.")  # fmt: skip
+@click.option("--device", help="Where it runs (default: a GPU if there is one).")
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+@click.option("--dry-run", is_flag=True, help="Show the plan; compare nothing.")
+def command(
+    recipes: tuple[str, ...],
+    output: Path | None,
+    shots: int,
+    at_once: int,
+    workers: int,
+    overrides: tuple[str, ...],
+    device: str | None,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
+    """Compare stream RECIPES of one model with the first of them.
+
+    Tells each block's and the output's relative error, and on the tiny world the share of shots
+    that show their caption and what identity they keep, with 95 % confidence intervals.
+
+    \b
+    Example:
+      lltk compare tiny_stream tiny_stream_nvfp4 --shots 60
+      lltk compare tiny_stream tiny_stream_nvfp4 --shots 1008 --device cuda -o benchmarks/nvfp4
+    """
+    if len(recipes) < 2:
+        raise ValueError("RECIPES: name at least two; the first is what others are compared with")
+    console = Console(quiet=as_json)
+    paths = [find_recipe(recipe) for recipe in recipes]
+    import torch
+
+    from lltk.bench.record import make_record, write_record
+    from lltk.cli.outputs import check_writable, share_cores
+    from lltk.graph.recipe import load_recipe
+    from lltk.streaming import plan_stream
+
+    if output is not None:
+        check_writable(output.with_name(output.name + suffix) for suffix in (".json", ".md"))
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    hide_loading()
+    films = -(-shots // _SHOTS)
+    batch = min(films, at_once)
+
+    def plan(path: Path) -> StreamPlan:
+        sizes = (*overrides, f"geometry.batch={batch}")
+        return plan_stream(load_recipe(path, sizes), chosen, weights=not dry_run)
+
+    for path in paths:
+        console.print(f"{path.stem}: {plan(path).describe()['transformer']}", highlight=False)
+    if dry_run:
+        console.print(f"{films * _SHOTS} shots a recipe, {batch} videos at once")
+        return
+    share_cores(chosen)
+    results = []
+    for path in paths:
+        with console.status(f"comparing {path.stem}"):
+            results.append(
+                {"name": path.stem} | _measure(plan(paths[0]), plan(path), films, workers)
+            )
+    line = ["lltk", "compare", *recipes, "--shots", str(shots), "--device", str(chosen)]
+    line += [part for change in overrides for part in ("--set", change)]
+    method = (
+        "Relative errors over the denoising passes of a video, both models seeing the latents that "
+        f"the first makes ({paths[0].stem}). Captions drawn with a fixed seed, the same for all; "
+        "agreement and identity as benchmarks/quality.py has them, 95 % intervals."
+    )
+    record = make_record("compare", shlex.join(line), method, results)
+    if output is not None:
+        write_record(output, record, _text(record))
+    if as_json:
+        click.echo(record.model_dump_json(indent=2))
+    console.print(row_table("Relative error", [_error_row(row) for row in results]))
+    console.print(row_table("Tiny world", [_quality_row(row, results[0]) for row in results]))
+
+
+def _measure(base: StreamPlan, plan: StreamPlan, films: int, workers: int) -> dict[str, Any]:
+    """Errors against the base, and agreement of the recipe's own videos."""
+    from concurrent.futures import ProcessPoolExecutor
+    from dataclasses import asdict
+    from multiprocessing import get_context
+
+    import torch
+
+    from lltk.bench.agreement import encoded, scored, summarise, videos
+    from lltk.bench.compare import layer_errors
+    from lltk.bench.quality import draw_stories
+    from lltk.graph.module import instantiate
+
+    geometry, steps = plan.transformer.geometry, plan.section.steps
+    batch = geometry.batch
+    stories = draw_stories(_SEED, films, _SHOTS, _CHUNKS, geometry.chunk)
+    pairs = [(p.transformer, instantiate(p.transformer, p.device)) for p in (base, plan)]
+    errors = layer_errors(pairs[0], pairs[1], encoded(base, stories[:batch]), steps, _SEED)
+    del pairs
+    scores = []
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for start in range(0, films, batch):
+            some = stories[start : start + batch]
+            # The last batch is filled up: a plan is for one number of videos.
+            filled = [*some, *stories[: batch - len(some)]]
+            made = videos(plan, filled, steps, _SEED + start)
+            scores += scored(pool, made[: len(some)], some)
+    return {
+        "errors": errors,
+        "ran": plan.transformer.implementations,
+        "recipe": plan.transformer.recipe["passes"],
+        **asdict(summarise(scores)),
+    }
+
+
+def _error_row(row: dict[str, Any]) -> dict[str, str]:
+    blocks = {k: v for k, v in row["errors"].items() if k != "output"}
+    worst = max(blocks, key=blocks.__getitem__)
+    first, *_, last = blocks
+    return {
+        "recipe": row["name"],
+        f"{first}": f"{blocks[first]:.4f}",
+        f"{last}": f"{blocks[last]:.4f}",
+        "worst block": f"{blocks[worst]:.4f} ({worst})",
+        "output": f"{row['errors']['output']:.4f}",
+    }
+
+
+def _quality_row(row: dict[str, Any], base: dict[str, Any]) -> dict[str, str]:
+    from lltk.bench.agreement import interval, overlap
+
+    return {
+        "recipe": row["name"],
+        "shots": str(row["shots"]),
+        "agreement %": interval(row["agreement"]),
+        "after a cut %": interval(row["after_cut"]),
+        "identity %": interval(row["identity"]),
+        "as the first": "yes" if overlap(row["agreement"], base["agreement"]) else "no",
+    }
+
+
+def _text(record: Any) -> str:
+    from lltk.bench.record import markdown
+
+    base = record.results[0]
+    first = base["errors"]
+    columns: dict[str, Any] = {"recipe": lambda row: row["name"]}
+    for heading in _quality_row(base, base):
+        if heading != "recipe":
+            columns[heading] = lambda row, key=heading: _quality_row(row, base)[key]
+    for layer in first:
+        columns[layer] = lambda row, key=layer: f"{row['errors'][key]:.4f}"
+    return markdown(record, "Precisions compared", columns)

@@ -1,0 +1,126 @@
+"""Linear layers of a graph, and which of them a pass converts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import fx
+
+from lltk.graph.edit import calls, shape
+from lltk.graph.passes import PassConfig, Report
+from lltk.graph.program import Program
+
+aten = torch.ops.aten
+Rule = Literal["none", "mse", "mae", "abs_max"]
+"""What Four Over Six minimises; "none" is plain NVFP4."""
+BLOCK_LINEARS = r"blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
+"""Every linear of every block, by module path."""
+
+
+def check_pattern(pattern: str, option: str) -> str:
+    """The pattern, if it is a regular expression; ``option`` is named in the error."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{option}: {pattern!r} is not a regular expression: {error}") from error
+    return pattern
+
+
+class LinearChoice(PassConfig):
+    """Which linears a quantising pass converts."""
+
+    include: str = Field(BLOCK_LINEARS, description="modules to convert (whole-path regex)")
+    exclude: tuple[str, ...] = Field((), description="modules to keep among them (regexes)")
+    keep_last: float = Field(
+        0.0, ge=0, lt=1, description="fraction of the blocks, counted from the last, to keep"
+    )
+    ragged: Literal["refuse", "pad"] = Field(
+        "refuse", description="what to do where a width is not a multiple of 16"
+    )
+
+    @field_validator("include")
+    @classmethod
+    def _include_is_a_pattern(cls, include: str) -> str:
+        return check_pattern(include, "include")
+
+    @field_validator("exclude")
+    @classmethod
+    def _exclude_are_patterns(cls, exclude: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_pattern(pattern, "exclude") for pattern in exclude)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``node`` = linear(x, weight, bias) of a module path."""
+
+    node: fx.Node
+    module: str
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+
+    def kind(self, program: Program) -> str:
+        """Its path in its block; the whole path outside blocks."""
+        layer = program.spec.layer_of(self.module)
+        block = "" if layer is None else program.spec.block.format(layer=layer) + "."
+        return self.module.removeprefix(block)
+
+
+def linear_module(node: fx.Node) -> str:
+    """Module path of the weight of a linear."""
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return str(weight.target).removesuffix(".weight")
+
+
+def chosen_linears(
+    program: Program, graph: fx.Graph, choice: LinearChoice, report: Report, widths: int
+) -> Iterator[Linear]:
+    """Linears to convert, in order; the others are reported with their reason.
+
+    Args:
+        program, graph: where.
+        choice: which.
+        report: of the pass.
+        widths: a multiple that both sides of a weight must be.
+
+    Raises:
+        ValueError: a width does not fit and is not to be padded; names the layer.
+    """
+    for node in list(calls(graph, aten.linear.default)):
+        module = linear_module(node)
+        reason = _kept(program, module, choice)
+        if reason is not None:
+            report.keep(node, module, reason)
+            continue
+        x, weight, *bias = node.args
+        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+        outer, inner = shape(weight)
+        odd = [f"{what} {n}" for what, n in (("in", inner), ("out", outer)) if n % widths]
+        if odd and choice.ragged == "refuse":
+            raise ValueError(
+                f"{module}: {' and '.join(odd)} features are not a multiple of {widths}; exclude "
+                f"it with exclude=[{re.escape(module)!r}], or set ragged=pad"
+            )
+        given = bias[0] if bias else node.kwargs.get("bias")
+        assert given is None or isinstance(given, fx.Node)
+        yield Linear(node, module, x, weight, given)
+
+
+def _kept(program: Program, module: str, choice: LinearChoice) -> str | None:
+    """Why a linear stays as it is, or None."""
+    if re.fullmatch(choice.include, module) is None:
+        return "not among include"
+    for pattern in choice.exclude:
+        if re.fullmatch(pattern, module):
+            return f"excluded by {pattern!r}"
+    layer, layers = program.spec.layer_of(module), program.spec.layers
+    if layer is not None and layer >= layers - math.ceil(choice.keep_last * layers):
+        return f"in the last {choice.keep_last:.0%} of the blocks"
+    return None

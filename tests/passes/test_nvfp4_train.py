@@ -1,0 +1,297 @@
+"""nvfp4_train: linears and their gradients as products of NVFP4 operands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    CANONICAL,
+    after,
+    clips,
+    hand_made,
+    make_program,
+    make_recipe,
+    refused,
+    text,
+    texts,
+    tiny_config,
+)
+from torch import Tensor
+
+from lltk.graph.module import instantiate
+from lltk.graph.program import Program
+from lltk.graph.stages import Stage
+from lltk.ops.hadamard.reference import SIGNS, hadamard
+from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
+from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
+from lltk.train.data import Batch
+from lltk.train.objective import FlowMatching
+
+pytestmark = pytest.mark.cpu
+
+BEFORE = """
+    def train(hidden_states: f32[1, 20, 16]):
+        # blocks.0.norm1
+        neg: f32[1, 20, 16] = aten.neg.default(hidden_states)
+        # blocks.0.attn1.to_q
+        linear: f32[1, 20, 32] = aten.linear.default(neg, self['blocks.0.attn1.to_q.weight'], \
+self['blocks.0.attn1.to_q.bias'])
+        # blocks.0.attn1.to_k
+        linear_1: f32[1, 20, 32] = aten.linear.default(neg, self['blocks.0.attn1.to_k.weight'])
+        # root
+        add: f32[1, 20, 32] = aten.add.Tensor(linear, linear_1)
+        linear_2: f32[1, 20, 3] = aten.linear.default(add, self['proj_out.weight'])
+        return {'sample': linear_2}
+"""
+WEIGHTS = {
+    "blocks.0.attn1.to_q.weight": torch.ones(32, 16),
+    "blocks.0.attn1.to_q.bias": torch.ones(32),
+    "blocks.0.attn1.to_k.weight": torch.ones(32, 16),
+    "proj_out.weight": torch.ones(3, 32),
+}
+SIGNS_TEXT = str(list(SIGNS))
+AFTER = f"""
+    # blocks.0.attn1.to_q
+    nvfp4_linear: f32[1, 20, 32] = lltk.nvfp4_linear.default(neg, \
+self['blocks.0.attn1.to_q.weight'], getitem, getitem_1, getitem_2, getitem_3, getitem_4, \
+getitem_5, attn1_to_q_codes_0, attn1_to_q_scales_0, attn1_to_q_scale_0, attn1_to_q_codes_t_0, \
+attn1_to_q_scales_t_0, random_0, 0, True, 'mse', {SIGNS_TEXT})
+    add_1: f32[1, 20, 32] = aten.add.Tensor(nvfp4_linear, self['blocks.0.attn1.to_q.bias'])
+    # blocks.0.attn1.to_k
+    nvfp4_linear_1: f32[1, 20, 32] = lltk.nvfp4_linear.default(neg, \
+self['blocks.0.attn1.to_k.weight'], getitem, getitem_1, getitem_2, getitem_3, getitem_4, \
+getitem_5, attn1_to_k_codes_0, attn1_to_k_scales_0, attn1_to_k_scale_0, attn1_to_k_codes_t_0, \
+attn1_to_k_scales_t_0, random_0, 2, True, 'mse', {SIGNS_TEXT})
+"""
+OPERANDS = f"""
+    detach: f32[1, 20, 16] = aten.detach.default(neg)
+    flatten: f32[20, 16] = aten.flatten.using_ints(detach, 0, -2)
+    constant_pad_nd: f32[32, 16] = aten.constant_pad_nd.default(flatten, [0, 0, 0, 12])
+    permute: f32[16, 32] = aten.permute.default(constant_pad_nd, [1, 0])
+    clone: f32[16, 32] = aten.clone.default(permute, memory_format=torch.contiguous_format)
+    hadamard: f32[16, 32] = lltk.hadamard.default(clone, {SIGNS_TEXT})
+    nvfp4_quantise: (u8[1, 20, 8], f8e4m3[1, 20, 1], f32[()],) = \
+lltk.nvfp4_quantise.default(detach, 1, 'none')
+"""
+QUANTISED = """
+    # blocks.0.attn1.to_q
+    nvfp4_quantise: (u8[32, 8], f8e4m3[32, 1], f32[()],) = \
+lltk.nvfp4_quantise.default(self['blocks.0.attn1.to_q.weight'], 16, 'none')
+"""
+STEPS = (*CANONICAL, "text_per_chunk", "teacher_forcing")
+WIDE: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48}
+
+
+def made() -> Program:
+    program = hand_made("train", Stage.CAUSAL, {"train": BEFORE}, WEIGHTS)
+    return program
+
+
+def trained(layers: int = 2, *more: str, **options: Any) -> Program:
+    """A tiny train program, its blocks' linears in NVFP4."""
+    steps = [*STEPS, {"nvfp4_train": options}, *more]
+    config = tiny_config(layers, **WIDE)
+    return make_program(make_recipe("train", steps, layers=layers, config=config))
+
+
+def test_rewrites_the_text() -> None:
+    program = after(made(), "nvfp4_train")
+    printed = text(program, "train")
+    for part in (AFTER, OPERANDS):
+        assert part.strip("\n") in printed
+    assert printed.count("lltk.nvfp4_quantise") == 2, "both linears read the same operands"
+    assert "aten.linear.default(add, self['proj_out.weight'])" in printed
+    assert QUANTISED.strip() in text(program, "weights")
+    assert program.contract("weights").outputs.keys() < program.contract("train").inputs.keys()
+    (entry,) = program.log
+    assert entry.matches == {"attn1.to_q": 1, "attn1.to_k": 1}
+    assert entry.kept == {"not among include": ["proj_out"]}
+
+
+def test_what_is_not_asked_for_is_not_in_the_text() -> None:
+    program = after(made(), {"nvfp4_train": {"hadamard": 0, "stochastic": False}})
+    assert "hadamard" not in text(program, "train")
+    assert "random_0, 0, False, 'mse', [])" in text(program, "train")
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_matches_follow_from_the_layers(layers: int) -> None:
+    program = trained(layers)
+    assert set(program.log[-1].matches.values()) == {layers}
+    assert len(program.log[-1].matches) == 10
+    assert len(program.contract("weights").outputs) == 50 * layers
+
+
+def test_layers_share_a_region() -> None:
+    program = trained(3, "regionalise", "lower")
+    assert set(program.regions) == {"train_block", "weights_block"}
+    assert program.implementations["nvfp4"] == "reference"
+    backends = [line for line in texts(program)["train_block"].splitlines() if "lltk.nvfp4" in line]
+    assert backends and all("backend='reference'" in line for line in backends)
+
+
+def test_what_is_kept_is_told() -> None:
+    program = trained(4, exclude=[r"blocks\.0\..*", r".*\.ffn\.net\.2"], keep_last=0.5)
+    kept = program.log[-1].kept
+    assert len(kept[r"excluded by 'blocks\\.0\\..*'"]) == 10
+    assert kept[r"excluded by '.*\\.ffn\\.net\\.2'"] == [f"blocks.{i}.ffn.net.2" for i in (1, 2, 3)]
+    assert len(kept["in the last 50% of the blocks"]) == 18
+    assert sum(program.log[-1].matches.values()) == 9
+
+
+def test_odd_widths() -> None:
+    ragged = BEFORE.replace("16]", "24]")
+    weights = {
+        n: torch.ones(32, 24) if "to_" in n and "weight" in n else w for n, w in WEIGHTS.items()
+    }
+    program = hand_made("train", Stage.CAUSAL, {"train": ragged}, weights)
+    message = refused(after, program, "nvfp4_train")
+    assert "blocks.0.attn1.to_q: in 24 features are not a multiple of 16" in message
+    assert "ragged=pad" in message
+    padded = after(program, {"nvfp4_train": {"ragged": "pad"}})
+    given = {"hidden_states": torch.randn(1, 20, 24)}
+    module = instantiate(padded)
+    more = {"random": torch.tensor([0, 0]), **module.quantised_weights()}
+    wanted = instantiate(program)("train", **given)["sample"]
+    error = (module("train", **given, **more)["sample"] - wanted).norm() / wanted.norm()
+    assert float(error) < 0.2
+
+
+def test_a_bad_pattern_is_named() -> None:
+    assert "exclude: '(' is not a regular expression" in refused(trained, 1, exclude=["("])
+
+
+def test_matching_nothing_is_an_error() -> None:
+    message = refused(after, made(), {"nvfp4_train": {"include": "nothing"}})
+    assert "matched nothing" in message and "not among include" in message
+
+
+# Numbers
+
+
+def quantised(x: Tensor, tile: int = 1, rule: str = "none") -> Tensor:
+    return nvfp4_dequantise(*nvfp4_quantise(x, tile, rule))[..., : x.shape[-1]]
+
+
+class ByHand(torch.autograd.Function):
+    """A linear in NVFP4, its formulas over decoded operands."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return quantised(x) @ quantised(weight, 16).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+
+        def operand(t: Tensor, rule: str) -> Tensor:
+            rows = t.flatten(0, -2)
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % 16))
+            return quantised(hadamard(rows.t().contiguous(), list(SIGNS)), rule=rule)
+
+        dx = quantised(grad, rule="mse") @ quantised(weight, 16)
+        return dx, operand(grad, "mse") @ operand(x, "none").t()
+
+
+def gradients(program: Program) -> tuple[Tensor, dict[str, Tensor]]:
+    """A call's loss and every parameter's gradient."""
+    module = instantiate(program)
+    loss = FlowMatching(program, module).loss(clips(program))
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+
+def oracle(program: Program) -> Program:
+    """The high-precision program with its blocks' linears done by hand."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = ByHand.apply(x, weight)
+        return y if bias is None else y + bias
+
+    program = after(program)
+    target = torch.ops.aten.linear.default
+    for name, graph in program.every_graph():
+        for node in graph.find_nodes(op="call_function", target=target):
+            if "block" in name:
+                node.target = linear
+    return program
+
+
+def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in ours)
+
+
+def high_precision(layers: int = 2) -> Program:
+    steps = [*STEPS, "regionalise", "lower"]
+    return make_program(make_recipe("train", steps, config=tiny_config(layers, **WIDE)))
+
+
+def test_the_loss_and_every_gradient_are_those_of_the_formulas() -> None:
+    ours, grads = gradients(trained(2, "regionalise", "lower", stochastic=False))
+    wanted, wanted_grads = gradients(oracle(high_precision()))
+    assert float(ours) == pytest.approx(float(wanted), rel=1e-5)
+    assert distance(grads, wanted_grads) < 1e-3
+    plain = gradients(high_precision())[1]
+    assert distance(grads, plain) > 0.05, "NVFP4 differs from high precision"
+    other = gradients(trained(2, "regionalise", "lower", stochastic=False, hadamard=0))[1]
+    assert distance(other, wanted_grads) > 0.01, "the transform is part of the formulas"
+
+
+def test_every_gradient_flows_in_any_setting() -> None:
+    for options in ({}, {"hadamard": 0}, {"hadamard": 32}, {"stochastic": False}):
+        _, grads = gradients(trained(1, "regionalise", "lower", **options))
+        assert grads.keys() == gradients(high_precision(1))[1].keys()
+        assert all(bool(g.isfinite().all()) and bool(g.any()) for g in grads.values()), options
+
+
+def test_draws_follow_the_batch() -> None:
+    program = trained(2, "regionalise", "lower")
+    first, again = gradients(program)[1], gradients(program)[1]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    module = instantiate(program)
+    objective, batch = FlowMatching(program, module), clips(program)
+    later = Batch(batch.seed, range(5, 5 + len(batch.indices)), batch.tensors)
+    assert objective._prepared(batch)[0]["random"].tolist() == [7, 0]
+    assert objective._prepared(later)[0]["random"].tolist() == [7, 5]
+
+
+def test_weights_are_quantised_once_a_change() -> None:
+    """The loss reads what was quantised last, not the weights themselves."""
+    program = trained(1, "regionalise", "lower")
+    module = instantiate(program)
+    objective, batch = FlowMatching(program, module), clips(program)
+    before = objective.loss(batch)
+    with torch.no_grad():
+        module.get_parameter("blocks.0.ffn.net.2.weight").mul_(-2)
+    assert torch.equal(objective.loss(batch), before)
+    objective.weights_changed()
+    assert not torch.equal(objective.loss(batch), before)
+
+
+def test_recomputed_blocks_have_the_same_gradients() -> None:
+    program = trained(2, "regionalise", "lower")
+    wanted = gradients(program)[1]
+    module = instantiate(program)
+    module.checkpoint_blocks()
+    FlowMatching(program, module).loss(clips(program)).backward()
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, wanted[name])
+
+
+def test_states_are_those_before() -> None:
+    program = trained(1)
+    assert program.map_state(program.weights).keys() == high_precision(1).weights.keys()
+
+
+def test_a_value_that_is_not_finite_is_traced_to_its_layer() -> None:
+    program = trained(2, "regionalise", "lower")
+    program.weights["blocks.1.ffn.net.2.weight"][0, 0] = torch.nan
+    module = instantiate(program)
+    where = FlowMatching(program, module).first_bad(clips(program))
+    assert where is not None and "ffn_net_2_scale_1" in where
