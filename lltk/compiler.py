@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lltk.graph.packed import check_packed
+from lltk.graph.packed import is_packed, packed_weights
 from lltk.graph.passes import Pass, run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import ModelSection, Recipe
@@ -79,19 +79,34 @@ def transform(
         ValueError: the recipe, its checkpoint or the order of passes does not fit.
     """
     steps = plan(recipe, stop_after, disable)
-    program = capture(recipe, weights=weights, section=section)
+    program, packed = _capture(recipe, weights, section)
     program.recipe["passes"] = [{s.name: s.config.model_dump(mode="json")} for s in steps]
     if observe is not None:
         observe(program)
-    return run_passes(program, steps, observe)
+    made = run_passes(program, steps, observe)
+    return made if packed is None else with_weights(made, packed)
 
 
 def capture(recipe: Recipe, *, weights: bool = True, section: str = "model") -> Program:
     """Capture the recipe's model, before any pass; arguments and errors as `transform`'s."""
+    return _capture(recipe, weights, section)[0]
+
+
+def _capture(
+    recipe: Recipe, weights: bool, section: str
+) -> tuple[Program, dict[str, Tensor] | None]:
+    """The captured model; and its weights, if they fit it only after the passes: packed ones."""
     family = _DECODER if recipe.program == "decode" else _TRANSFORMER
     config, loaded = _model(family, recipe, weights, section)
     program = family.capture(config, recipe, getattr(torch, recipe.model.dtype))
-    if loaded is not None:
+    packed = loaded if loaded is not None and is_packed(loaded) else None
+    if packed is not None:
+        if "nvfp4_infer" not in dict(recipe.steps()):
+            raise ValueError(
+                f"model.checkpoint: {recipe.model.checkpoint} holds weights in NVFP4; add "
+                "nvfp4_infer to the recipe's passes"
+            )
+    elif loaded is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}
         check_weights(loaded, shapes, str(recipe.model.checkpoint))
         program.weights = loaded
@@ -100,7 +115,7 @@ def capture(recipe: Recipe, *, weights: bool = True, section: str = "model") -> 
     program.recipe["model"]["config"] = {
         key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
     }
-    return program
+    return program, packed
 
 
 def plan(recipe: Recipe, stop_after: str | None, disable: Collection[str]) -> list[Pass[Any]]:
@@ -129,7 +144,7 @@ def with_weights(program: Program, weights: Mapping[str, Tensor]) -> Program:
     if own.keys() != program.weights.keys():
         own = program.map_state(own)
     shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}
-    check_packed(own)
+    packed_weights(own, "weights")
     check_weights(own, shapes, "weights")
     return replace(program, weights=own)
 

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lltk.graph.files import written_whole
+from lltk.graph.packed import is_packed, plain_name
 from lltk.models.configs import config_from_wan, validate_config
 from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, detect, few
 from lltk.models.nvfp4_conventions import CONVENTIONS, HEADER_ENTRIES, Description
-from lltk.models.nvfp4_layouts import is_packed, plain_name, read_packed, write_packed
+from lltk.models.nvfp4_layouts import read_packed, write_packed
 
 _STEM = "diffusion_pytorch_model"
 _INDEX = f"{_STEM}.safetensors.index.json"

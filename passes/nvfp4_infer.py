@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from lltk.graph.edit import Builder, building, module_of, replace
 from lltk.graph.linears import Linear, LinearChoice, Rule, chosen_linears
-from lltk.graph.packed import DECODE_SCALE, PARTS, check_packed, is_packed
+from lltk.graph.packed import DECODE_SCALE, ENDINGS, packed_weights
 from lltk.graph.passes import Numerics, Pass, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -66,7 +66,7 @@ class Nvfp4Infer(Pass[Config]):
                 dtypes[linear.module] = weight.dtype
         self._shapes, self._dtypes = shapes, dtypes
         program.weights = self.map_state(program.weights)
-        kept = (*program.spec.keep_fp32, f"weight_{DECODE_SCALE}")
+        kept = (*program.spec.keep_fp32, DECODE_SCALE)
         program.model = with_fields(program.spec, keep_fp32=kept)
         for chosen in linears.values():
             quantised: dict[fx.Node, list[fx.Node]] = {}
@@ -88,15 +88,15 @@ class Nvfp4Infer(Pass[Config]):
                 mapped |= self._pack(module, tensor)
             else:
                 mapped[name] = tensor
-        check_packed(mapped)
+        packed_weights(mapped, self.name)
         return mapped
 
     def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values that the packed weights stand for, in their former dtype."""
         mapped = dict(state)
         for module, (_, width) in self._shapes.items():
-            if is_packed(mapped, module):
-                parts = (mapped.pop(f"{module}.weight_{part}") for part in PARTS)
+            if f"{module}{ENDINGS[0]}" in mapped:
+                parts = [mapped.pop(module + ending) for ending in ENDINGS]
                 values = nvfp4_dequantise(*parts)[:, :width]
                 mapped[f"{module}.weight"] = values.to(self._dtypes[module]).contiguous()
         return mapped
@@ -109,10 +109,10 @@ class Nvfp4Infer(Pass[Config]):
             made = nvfp4_quantise(weight, BLOCK, self.config.weight_rule)
             if bool(made[2].isnan()):
                 raise ValueError(f"{module}.weight: is not finite; repair the checkpoint")
-        return {f"{module}.weight_{part}": t for part, t in zip(PARTS, made, strict=True)}
+        return {module + ending: part for ending, part in zip(ENDINGS, made, strict=True)}
 
 
 def _product(build: Builder, linear: Linear, x: list[fx.Node]) -> fx.Node:
-    weight = [build.attribute(f"{linear.module}.weight_{part}") for part in PARTS]
+    weight = [build.attribute(linear.module + ending) for ending in ENDINGS]
     y = build(MATMUL, *x, *weight, linear.node.meta["val"].dtype)
     return y if linear.bias is None else build(aten.add.Tensor, y, linear.bias)

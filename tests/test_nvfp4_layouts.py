@@ -17,15 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lltk.graph.packed import is_packed, packed_weights, plain_name
 from lltk.models.checkpoint import check_weights, load_checkpoint, save_checkpoint
 from lltk.models.nvfp4_conventions import CONVENTIONS, Description
-from lltk.models.nvfp4_layouts import (
-    is_packed,
-    packed_weights,
-    plain_name,
-    read_packed,
-    write_packed,
-)
+from lltk.models.nvfp4_layouts import read_packed, write_packed
 from lltk.ops.floats import pack, unpack
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.ops.nvfp4_quantise.reference import Quantised, nvfp4_quantise

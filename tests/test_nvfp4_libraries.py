@@ -8,8 +8,9 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lltk.graph.packed import packed_weights
 from lltk.models.checkpoint import load_checkpoint, save_checkpoint
-from lltk.models.nvfp4_layouts import packed_weights, read_packed, write_packed
+from lltk.models.nvfp4_layouts import read_packed, write_packed
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 
 pytestmark = pytest.mark.manual

@@ -1,62 +1,125 @@
-"""Weights that a state dict holds in NVFP4."""
+"""Weights that a state dict holds in NVFP4.
+
+A quantised weight [N, K] is three entries; x̂ = e2m1(code) · scale · decode scale:
+
+| entry | dtype and shape |
+|---|---|
+| ``<module>.weight_codes`` | uint8 [N, K/2], the even element in the low nibble |
+| ``<module>.weight_scales`` | float8_e4m3fn [N, K/16], by rows |
+| ``<module>.weight_decode_scale`` | float32 [] |
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-CODES, SCALES, DECODE_SCALE = PARTS = ("codes", "scales", "decode_scale")
-"""``<module>.weight_<part>`` for each: uint8 [N, K/2], float8_e4m3fn [N, K/16], float32 []."""
-_BLOCK = 16
-_NAN = 0x7F
+from lltk.ops.nvfp4_quantise.reference import BLOCK, Quantised
+
+DECODE_SCALE = "weight_decode_scale"
+ENDINGS = (".weight_codes", ".weight_scales", f".{DECODE_SCALE}")
+"""What follows the module's path, codes first."""
+_ENDING = re.compile(r"\.weight_(codes|scales|decode_scale)$")
+_FIRST_BROKEN = 0x7F
+"""The least byte of E4M3 that is NaN or negative; all above it are too."""
 
 
-def is_packed(state: Mapping[str, Tensor], module: str) -> bool:
-    """Whether the state holds this module's weight in NVFP4."""
-    return f"{module}.weight_{CODES}" in state
+def is_packed(weights: Iterable[str]) -> bool:
+    """Whether a state dict, or its names, hold NVFP4 weights in lltk's form."""
+    return any(_ENDING.search(name) for name in weights)
 
 
-def check_packed(state: Mapping[str, Tensor]) -> None:
-    """Check every weight that a state holds in NVFP4.
+def plain_name(name: str) -> str:
+    """``<module>.weight`` for an entry of a quantised weight; other names as they are."""
+    return _ENDING.sub(".weight", name)
+
+
+def packed_weights(weights: Mapping[str, Tensor], where: str) -> dict[str, Quantised]:
+    """The NVFP4 weights in lltk's form, by module.
 
     Raises:
-        ValueError: a part is missing or does not fit the codes, a scale is NaN or negative, or a
-            decode scale is not a positive number; names it.
+        ValueError: one is not whole or does not fit, a block scale is NaN or negative, or a decode
+            scale is not finite and above 0.
     """
-    for name in state:
-        module, found, _ = name.partition(f".weight_{CODES}")
-        if found:
-            _check(state, f"{module}.weight_")
+    found = {}
+    for module in quantised_modules(weights, ENDINGS):
+        weight = quantised_entries(weights, module, ENDINGS, where)
+        check_quantised(weight, f"{where}: {module}", ENDINGS)
+        found[module] = weight
+    return found
 
 
-def _check(state: Mapping[str, Tensor], prefix: str) -> None:
-    rows, half = state[prefix + CODES].shape
-    wanted = {
-        CODES: ((rows, half), torch.uint8),
-        SCALES: ((rows, 2 * half // _BLOCK), torch.float8_e4m3fn),
-        DECODE_SCALE: ((), torch.float32),
-    }
-    for part, (size, dtype) in wanted.items():
-        name = prefix + part
-        if name not in state:
-            raise ValueError(f"{name}: is missing beside the other parts; write the file again")
-        found = state[name]
-        if tuple(found.shape) != size or found.dtype != dtype:
-            raise ValueError(
-                f"{name}: is {found.dtype} {list(found.shape)}; beside codes of {[rows, half]} "
-                f"bytes NVFP4 has {dtype} {list(size)}"
-            )
-    scales = state[prefix + SCALES]
+def quantised_modules(state: Mapping[str, Tensor], endings: tuple[str, ...]) -> list[str]:
+    """The modules of which a state has any entry of a quantised weight."""
+    found = [
+        key.removesuffix(ending)
+        for key, value in state.items()
+        for ending in endings
+        if key.endswith(ending) and (ending != ".weight" or value.dtype is torch.uint8)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def quantised_entries(
+    state: Mapping[str, Tensor], module: str, endings: tuple[str, str, str], where: str
+) -> Quantised:
+    """A module's quantised weight; ValueError if it is not whole, or there is a plain one too."""
+    missing = [module + ending for ending in endings if module + ending not in state]
+    if missing:
+        raise ValueError(
+            f"{where}: {module} is quantised without {', '.join(missing)}; add what is lost"
+        )
+    if ".weight" not in endings and f"{module}.weight" in state:
+        raise ValueError(f"{where}: {module} has a plain weight and a quantised one; keep one")
+    return Quantised(*(state[module + ending] for ending in endings))
+
+
+def check_quantised(weight: Quantised, subject: str, endings: tuple[str, str, str]) -> None:
+    """Raise ValueError unless a weight fits together and decodes to numbers."""
+    codes, scales, scale = weight
+    of_codes, of_scales, of_scale = (subject + ending for ending in endings)
+    check_codes(codes, of_codes)
+    check_dtype(scales, torch.float8_e4m3fn, of_scales)
+    check_dtype(scale, torch.float32, of_scale)
+    expected = (codes.shape[0], codes.shape[1] * 2 // BLOCK)
+    if tuple(scales.shape) != expected:
+        raise ValueError(
+            f"{of_scales} is {tuple(scales.shape)}; codes of {tuple(codes.shape)} have scales of "
+            f"{expected}, one for {BLOCK} elements of a row; other blocks are not NVFP4"
+        )
+    if scale.dim():
+        raise ValueError(f"{of_scale} is {tuple(scale.shape)}; NVFP4 has one number a weight")
     if scales.is_meta:
         return
-    if bool((scales.view(torch.uint8) >= _NAN).any()):
+    broken = int((scales.view(torch.uint8) >= _FIRST_BROKEN).sum())
+    if broken:
         raise ValueError(
-            f"{prefix}{SCALES}: holds NaN or negative scales; quantise the weight again"
+            f"{of_scales}: {broken} of {scales.numel()} are NaN or negative; quantise the weight "
+            "again"
         )
-    scale = float(state[prefix + DECODE_SCALE])
-    if not 0 < scale < float("inf"):
+    if not scale.isfinite() or scale <= 0:
         raise ValueError(
-            f"{prefix}{DECODE_SCALE}: is {scale}, not a positive number; quantise the weight again"
+            f"{of_scale} is {scale.item()!r}; it must be finite and above 0, 1 for a weight of "
+            "zeros; quantise the weight again"
         )
+
+
+def check_codes(codes: Tensor, subject: str) -> None:
+    """Raise ValueError unless these are packed codes of whole blocks."""
+    check_dtype(codes, torch.uint8, subject)
+    if codes.dim() != 2 or codes.shape[1] * 2 % BLOCK:
+        raise ValueError(
+            f"{subject} is {tuple(codes.shape)}; codes are [N, K/2] with K a multiple of {BLOCK}; "
+            "pad the weight before it is quantised"
+        )
+
+
+def check_dtype(tensor: Tensor, dtype: torch.dtype, subject: str) -> None:
+    """Raise ValueError unless a tensor has this dtype."""
+    if tensor.dtype is not dtype:
+        bytes_only = tensor.dtype is torch.uint8
+        unsaid = ", and nothing says whether its bytes are E4M3 or E8M0" if bytes_only else ""
+        raise ValueError(f"{subject} is {tensor.dtype}, not {dtype}{unsaid}; convert it")
