@@ -96,9 +96,9 @@ class Nvfp4Infer(Pass[Config]):
         mapped = dict(state)
         for module, (_, width) in self._shapes.items():
             if f"{module}{ENDINGS[0]}" in mapped:
-                parts = [mapped.pop(module + ending) for ending in ENDINGS]
-                values = nvfp4_dequantise(*parts)[:, :width]
-                mapped[f"{module}.weight"] = values.to(self._dtypes[module]).contiguous()
+                codes, scales, scale = (mapped.pop(module + ending) for ending in ENDINGS)
+                values = nvfp4_dequantise(codes, scales, scale, self._dtypes[module])
+                mapped[f"{module}.weight"] = values[:, :width].contiguous()
         return mapped
 
     def _pack(self, module: str, weight: Tensor) -> dict[str, Tensor]:
