@@ -22,7 +22,14 @@ from lltk.bench.record import Record
 from lltk.ops import nvfp4_backends
 from lltk.ops.floats import unpack
 from lltk.ops.hadamard.reference import SIGNS, random_signs
-from lltk.ops.nvfp4_backends import ARITHMETIC, BACKENDS, E2M1, check_backend, implementation
+from lltk.ops.nvfp4_backends import (
+    ARITHMETIC,
+    BACKENDS,
+    E2M1,
+    MULTIPLIED,
+    check_backend,
+    implementation,
+)
 from lltk.ops.nvfp4_matmul import scaled_mm
 from lltk.ops.nvfp4_quantise.reference import RULES, nvfp4_quantise
 from lltk.ops.nvfp4_quantise_transposed.op import nvfp4_quantise_transposed as transposed_op
@@ -293,8 +300,10 @@ def compiled(
             patch.setattr(driver, "_active", Absent())
             patch.setattr(JITFunction, "run", compile_only)
             for op in ("nvfp4_quantise", "nvfp4_quantise_transposed", "nvfp4_matmul"):
-                known = divmod(architecture, 10) in E2M1
-                patch.setattr(f"lltk.ops.{op}.triton.has_e2m1", lambda _, known=known: known)
+                patch.setattr(
+                    f"lltk.ops.{op}.triton.has_e2m1",
+                    lambda _, among=E2M1: divmod(architecture, 10) in among,
+                )
             call()
         return found
 
@@ -338,6 +347,16 @@ def test_kernels_compile(architecture: int, compiled: Any) -> None:
         120: "mma.sync.aligned",
     }
     assert expected[architecture] in ptx
+
+
+@cpu
+@needs_triton
+def test_products_compile_where_triton_cannot_multiply_codes(compiled: Any) -> None:
+    assert set(MULTIPLIED) < set(E2M1)
+    quantised = nvfp4_quantise(torch.ones(64, 256), 16)
+    multiply = run_triton("nvfp4_matmul", *quantised, *quantised, torch.bfloat16)
+    ptx = compiled(121, multiply)["_matmul"]
+    assert "mxf4nvf4" not in ptx and "bf16.bf16.f32" in ptx
 
 
 # torch's product

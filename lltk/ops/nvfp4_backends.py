@@ -17,6 +17,8 @@ ARITHMETIC: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (9, 0))
 """CUDA architectures that run our kernels and compute E2M1 as integers and floats."""
 E2M1: tuple[Capability, ...] = ((10, 0), (10, 3), (11, 0), (12, 0), (12, 1))
 """CUDA architectures with instructions that convert to and multiply E2M1."""
+MULTIPLIED: tuple[Capability, ...] = ((10, 0), (10, 3), (11, 0), (12, 0))
+"""Those of `E2M1` for which Triton 3.6 and 3.7 compile the instruction that multiplies."""
 
 
 @dataclass(frozen=True)
@@ -69,29 +71,22 @@ class Backend:
         return None
 
 
-def _way(op: str, module: str, arithmetic: str | None, native: str) -> tuple[str, Way]:
-    return op, Way(f"lltk.ops.{op}.{module}:{op}", arithmetic, native)
+def _ways(module: str, arithmetic: str | None, native: str, *ops: str) -> dict[str, Way]:
+    return {op: Way(f"lltk.ops.{op}.{module}:{op}", arithmetic, native) for op in ops}
 
 
-_OPS = (
-    "nvfp4_quantise",
-    "nvfp4_quantise_transposed",
-    "nvfp4_dequantise",
-    "nvfp4_transpose",
-    "hadamard",
-    "nvfp4_matmul",
+_QUANTISE = ("nvfp4_quantise", "nvfp4_quantise_transposed")
+_PRODUCT = "nvfp4_matmul"
+_OPS = (*_QUANTISE, "nvfp4_dequantise", "nvfp4_transpose", "hadamard", _PRODUCT)
+
+_REFERENCE = _ways("reference", "float32 in torch", "float32 in torch", *_OPS)
+_TRITON = (
+    _ways("triton", "arithmetic", "arithmetic", *_OPS)
+    | _ways("triton", "arithmetic", "cvt.e2m1x2; stochastic: arithmetic", *_QUANTISE)
+    | _ways("triton", "bfloat16 tensor cores", "NVFP4 tensor cores; sm_121: bfloat16", _PRODUCT)
 )
-_REFERENCE = dict(_way(op, "reference", "float32 in torch", "float32 in torch") for op in _OPS)
-_TRITON = {
-    **dict(_way(op, "triton", "arithmetic", "arithmetic") for op in _OPS),
-    **dict(
-        _way(op, "triton", "arithmetic", "cvt.e2m1x2; arithmetic for stochastic rounding")
-        for op in ("nvfp4_quantise", "nvfp4_quantise_transposed")
-    ),
-    **dict([_way("nvfp4_matmul", "triton", "tensor cores, bfloat16", "tensor cores, NVFP4")]),
-}
-_SCALED_MM = _TRITON | dict([_way("nvfp4_matmul", "scaled_mm", None, "cuBLAS, NVFP4")])
-_TE = _TRITON | dict([_way("nvfp4_matmul", "te", None, "TransformerEngine, NVFP4")])
+_SCALED_MM = _TRITON | _ways("scaled_mm", None, "cuBLAS, NVFP4", _PRODUCT)
+_TE = _TRITON | _ways("te", None, "TransformerEngine, NVFP4", _PRODUCT)
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -143,9 +138,9 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     return found
 
 
-def has_e2m1(device: torch.device) -> bool:
-    """Whether a device converts to and multiplies E2M1 itself."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in E2M1
+def has_e2m1(device: torch.device, among: tuple[Capability, ...] = E2M1) -> bool:
+    """Whether a device is one of those that know E2M1."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in among
 
 
 def architectures(capabilities: tuple[Capability, ...]) -> str:

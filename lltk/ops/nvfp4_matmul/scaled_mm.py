@@ -37,7 +37,7 @@ def nvfp4_matmul(
         swizzle_b=[SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE],
         output_dtype=dtype,
     )
-    return product[:, :columns].reshape(*a_codes.shape[:-1], columns)
+    return product[:, :columns].reshape(*a_codes.shape[:-1], columns).contiguous()
 
 
 def _codes(codes: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def nvfp4_matmul(
     product: Tensor = general_gemm(b, a, out_dtype=dtype, layout="TN")[0]
     columns = b_codes.shape[0]
     rows = a_codes.numel() // a_codes.shape[-1]
-    return product[:rows, :columns].reshape(*a_codes.shape[:-1], columns)
+    return product[:rows, :columns].reshape(*a_codes.shape[:-1], columns).contiguous()
 
 
 def _tensor(codes: Tensor, scales: Tensor, scale: Tensor) -> NVFP4Tensor:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lltk.ops.nvfp4_backends import has_e2m1
+from lltk.ops.nvfp4_backends import MULTIPLIED, has_e2m1
 from lltk.ops.triton_floats import decode_e2m1, decode_e4m3, unpack
 
 # Of fewer rows than 128, Blackwell's tensor cores do not multiply codes.
@@ -28,7 +28,7 @@ def nvfp4_matmul(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `reference.nvfp4_matmul`, of which it may differ by what float32 sums round."""
-    native = has_e2m1(a_codes.device)
+    native = has_e2m1(a_codes.device, MULTIPLIED)
     half, columns = b_codes.shape[1], b_codes.shape[0]
     rows = a_codes.numel() // half
     product = a_codes.new_empty((*a_codes.shape[:-1], columns), dtype=dtype)
