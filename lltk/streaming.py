@@ -178,11 +178,17 @@ def plan_stream(
         },
         "stream.decoder",
     )
+    transformer = transform(own, weights=weights)
+    if late := [index for index in transformer.high_steps if index >= section.steps]:
+        raise ValueError(
+            f"keep_steps: {late} are no passes of a chunk, which has {section.steps} "
+            f"(0 to {section.steps - 1}); set keep_steps or stream.steps"
+        )
     return StreamPlan(
         own,
         section,
         folder,
-        transform(own, weights=weights),
+        transformer,
         transform(decode, weights=weights, section="stream.decoder"),
         torch.device(device),
     )

@@ -10,12 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from lltk.graph.edit import Builder, building, module_of, replace
+from lltk.graph.edit import Builder, building, copy_graph, module_of, replace
 from lltk.graph.linears import Linear, LinearChoice, Rule, chosen_linears
 from lltk.graph.packed import DECODE_SCALE, ENDINGS, packed_weights
 from lltk.graph.passes import Numerics, Pass, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
+from lltk.graph.verify import STEP_HIGH
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.ops.nvfp4_matmul.op import OVERLOAD as MATMUL
 from lltk.ops.nvfp4_quantise.op import OVERLOAD as QUANTISE
@@ -29,6 +30,10 @@ class Config(LinearChoice):
 
     activation_rule: Rule = Field("none", description="Four Over Six rule of activations")
     weight_rule: Rule = Field("none", description="Four Over Six rule of weights, as in training")
+    keep_steps: tuple[int, ...] = Field(
+        (), description="denoising passes of a chunk, from 0, that stay in high precision"
+    )
+    keep_commit: bool = Field(False, description="whether the commit stays in high precision")
 
 
 class Nvfp4Infer(Pass[Config]):
@@ -41,6 +46,9 @@ class Nvfp4Infer(Pass[Config]):
     ``<module>.weight`` becomes ``<module>.weight_codes``, ``…_scales`` and ``…_decode_scale``, in
     16×16 tiles as training rounds it, K padded to whole blocks. Linears that read the same x share
     its quantised values. Weights that are stored so already are taken as they are.
+
+    Passes that keep high precision read the weights as they were, which then stay beside the packed
+    ones: graph ``step_high`` is the step before this rewrite.
     """
 
     Config = Config
@@ -52,6 +60,12 @@ class Nvfp4Infer(Pass[Config]):
     _shapes: Mapping[str, tuple[int, ...]] = {}
     """Of the weights that were packed, by module."""
     _dtypes: Mapping[str, torch.dtype] = {}
+    _plain: frozenset[str] = frozenset()
+    """Modules whose weights are read unpacked too."""
+
+    def requires(self, program: Program) -> None:
+        if (self.config.keep_steps or self.config.keep_commit) and program.kind != "stream":
+            raise ValueError("keep_steps and keep_commit are for stream programs; remove them")
 
     def apply(self, program: Program, report: Report) -> None:
         shapes, dtypes = {}, {}
@@ -59,12 +73,20 @@ class Nvfp4Infer(Pass[Config]):
             name: list(chosen_linears(program, graph, self.config, report, BLOCK))
             for name, graph in program.graphs.items()
         }
+        plain = set()
+        if self.config.keep_commit:
+            plain |= {linear.module for linear in linears.pop("commit")}
+        if self.config.keep_steps:
+            plain |= {linear.module for linear in linears["step"]}
+            program.graphs[STEP_HIGH] = copy_graph(program.graphs["step"])
+            program.high_steps = frozenset(self.config.keep_steps)
         for chosen in linears.values():
             for linear in chosen:
                 weight = linear.weight.meta["val"]
                 shapes[linear.module] = tuple(weight.shape)
                 dtypes[linear.module] = weight.dtype
         self._shapes, self._dtypes = shapes, dtypes
+        self._plain = frozenset(plain & shapes.keys())
         program.weights = self.map_state(program.weights)
         kept = (*program.spec.keep_fp32, DECODE_SCALE)
         program.model = with_fields(program.spec, keep_fp32=kept)
@@ -84,10 +106,17 @@ class Nvfp4Infer(Pass[Config]):
         mapped: dict[str, Tensor] = {}
         for name, tensor in state.items():
             module = name.removesuffix(".weight")
-            if name == f"{module}.weight" and module in self._shapes:
+            chosen = name == f"{module}.weight" and module in self._shapes
+            if chosen and module + ENDINGS[0] not in state:
                 mapped |= self._pack(module, tensor)
-            else:
+            if not chosen or module in self._plain:
                 mapped[name] = tensor
+        for module in self._plain:
+            if f"{module}.weight" not in mapped and module + ENDINGS[0] in mapped:
+                raise ValueError(
+                    f"{module}.weight: keep_steps and keep_commit need it unpacked too; use a "
+                    "checkpoint that is not quantised, or keep neither"
+                )
         packed_weights(mapped, self.name)
         return mapped
 
@@ -98,7 +127,7 @@ class Nvfp4Infer(Pass[Config]):
             if f"{module}{ENDINGS[0]}" in mapped:
                 codes, scales, scale = (mapped.pop(module + ending) for ending in ENDINGS)
                 values = nvfp4_dequantise(codes, scales, scale, self._dtypes[module])
-                mapped[f"{module}.weight"] = values[:, :width].contiguous()
+                mapped.setdefault(f"{module}.weight", values[:, :width].contiguous())
         return mapped
 
     def _pack(self, module: str, weight: Tensor) -> dict[str, Tensor]:

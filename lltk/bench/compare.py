@@ -92,7 +92,7 @@ def layer_errors(
             for index in range(steps):
                 level = sampler.timestep(index).expand(text.shape[0], geometry.chunk)
                 flows = [
-                    rollout.step(sampler.latents.to(program.dtype), level, positions).float()
+                    rollout.step(sampler.latents.to(program.dtype), level, positions, index).float()
                     for rollout, program in zip(rollouts, programs, strict=True)
                 ]
                 errors.add({**found, OUTPUT: flows[1]}, {**wanted, OUTPUT: flows[0]})

@@ -72,7 +72,7 @@ def streamed(
         for index in range(steps):
             level = sampler.timestep(index).expand(geometry.batch, geometry.chunk)
             latents = sampler.latents.to(program.dtype)
-            sampler.step(index, rollout.step(latents, level, positions))
+            sampler.step(index, rollout.step(latents, level, positions, index))
         rollout.commit(sampler.result.to(program.dtype), positions, chunk in opens)
         yield sampler.result
 

@@ -72,7 +72,7 @@ def quantised_entries(
         raise ValueError(
             f"{where}: {module} is quantised without {', '.join(missing)}; add what is lost"
         )
-    if ".weight" not in endings and f"{module}.weight" in state:
+    if not {".weight", ENDINGS[0]} & set(endings) and f"{module}.weight" in state:
         raise ValueError(f"{where}: {module} has a plain weight and a quantised one; keep one")
     return Quantised(*(state[module + ending] for ending in endings))
 

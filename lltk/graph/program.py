@@ -101,6 +101,7 @@ class Program:
         regions: block graphs shared by layers, from the regional stage on.
         implementations: what runs each op, by name, once lowered.
         trainable: parameters that train, or None for all.
+        high_steps: denoising passes of a chunk, from 0, that the graph ``step_high`` makes.
         recipe: the resolved recipe it was made from, as plain data.
         stage, log, passes: how far it is and what brought it there.
     """
@@ -115,6 +116,7 @@ class Program:
     regions: dict[str, Region] = field(default_factory=dict)
     implementations: dict[str, str] = field(default_factory=dict)
     trainable: frozenset[str] | None = None
+    high_steps: frozenset[int] = frozenset()
     recipe: dict[str, Any] = field(default_factory=dict)
     stage: Stage = Stage.CAPTURED
     log: list[LogEntry] = field(default_factory=list)

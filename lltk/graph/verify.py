@@ -28,6 +28,8 @@ CAUSAL_GRAPHS = {
 
 WEIGHTS = "weights"
 """A graph that quantises the weights, for the other graphs to read."""
+STEP_HIGH = "step_high"
+"""The step in high precision, beside a quantised one."""
 
 
 def verify(program: Program) -> None:
@@ -94,7 +96,7 @@ def _same_dtype(node: fx.Node) -> bool:
 
 def _causal(program: Program) -> None:
     wanted = CAUSAL_GRAPHS[program.kind]
-    if program.graphs.keys() - {WEIGHTS} != wanted:
+    if program.graphs.keys() - {WEIGHTS, STEP_HIGH} != wanted:
         raise ValueError(
             f"a causal {program.kind} program has the graphs {sorted(wanted)}, "
             f"this one has {sorted(program.graphs)}"

@@ -36,18 +36,19 @@ class Rollout:
         """Encode a prompt, [B, S, E], for the chunks that follow."""
         self._runtime.set_prompt(text)
 
-    def step(self, latents: Tensor, timestep: Tensor, positions: Tensor) -> Tensor:
+    def step(self, latents: Tensor, timestep: Tensor, positions: Tensor, index: int = 0) -> Tensor:
         """One denoising pass of the chunk in flight.
 
         Args:
             latents: [B, C, F, h, w], noisy.
             timestep: float32 [B, F].
             positions: float64 [F], the frames' RoPE positions.
+            index: which of the chunk's passes it is.
 
         Returns:
             The model's output, [B, C, F, h, w].
         """
-        return self._runtime.step(latents, timestep, positions, self._table.plan().table)
+        return self._runtime.step(latents, timestep, positions, self._table.plan().table, index)
 
     def commit(self, latents: Tensor, positions: Tensor, opens_shot: bool = False) -> None:
         """Write the finished chunk's K/V and move on to the next chunk."""

@@ -438,7 +438,9 @@ class Session:
             if image is not None:
                 timestep[:, 0] = 0
             with self._watch.measure("step"):
-                samples = [r.step(latents, timestep, positions, table) for r in self._runtimes()]
+                samples = [
+                    r.step(latents, timestep, positions, table, index) for r in self._runtimes()
+                ]
             velocity = samples[0]
             if self._unconditional is not None:
                 velocity = guided(samples[0], samples[1], self._sampling.guidance)

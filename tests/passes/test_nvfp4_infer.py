@@ -206,6 +206,37 @@ def test_a_packed_checkpoint_is_taken_as_it_is(layout: str, tmp_path: Path) -> N
     assert "holds weights in NVFP4; add nvfp4_infer" in refused(transform, plain)
 
 
+def test_precision_by_denoising_pass() -> None:
+    """A pass that is kept, and the commit, give the plain program's bits; the others do not."""
+    kept, plain, packed = quantised(keep_steps=[0, 2], keep_commit=True), streaming(), quantised()
+    assert kept.high_steps == {0, 2} and "step_high" in kept.graphs
+    text_only = {n for n in plain.weights if re.search(r"attn2\.to_[kv]\.weight$", n)}
+    assert set(kept.weights) == (set(plain.weights) | set(packed.weights)) - text_only
+    back = kept.unmap_state(kept.weights)
+    assert back.keys() == plain.weights.keys()
+    name = "blocks.1.ffn.net.2.weight"
+    assert torch.equal(back[name], plain.weights[name])
+    given = inputs(plain, "commit")
+    assert same(run(kept, "commit", given), run(plain, "commit", given))
+    generator = torch.Generator().manual_seed(0)
+    geometry, spec = plain.geometry, plain.spec
+    shape = (1, spec.channels, geometry.chunk, *geometry.latent(spec))
+    latents = torch.randn(shape, generator=generator)
+    level = torch.full((1, geometry.chunk), 500.0)
+    positions = torch.arange(geometry.chunk, dtype=torch.float64)
+    text = torch.randn(1, geometry.text_tokens, spec.text_dim, generator=generator)
+    results = {}
+    for label, program in (("kept", kept), ("plain", plain), ("packed", packed)):
+        rollout = Rollout(program, instantiate(program))
+        # The prologue is quantised in both but the plain program: give all the plain one's prompt.
+        rollout._runtime._text = instantiate(plain)("prologue", encoder_hidden_states=text)
+        with torch.no_grad():
+            results[label] = [rollout.step(latents, level, positions, i) for i in range(3)]
+    for index, wanted in enumerate(("plain", "packed", "plain")):
+        assert torch.equal(results["kept"][index], results[wanted][index])
+    assert not torch.equal(results["plain"][1], results["packed"][1])
+
+
 def spoiled(name: str, value: Tensor) -> dict[str, Tensor]:
     return quantised().weights | {f"blocks.0.attn1.to_q.weight_{name}": value}
 

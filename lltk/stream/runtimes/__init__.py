@@ -38,7 +38,12 @@ class Runtime(Protocol):
         """Take a prompt, [B, S, E], for the calls that follow."""
 
     def step(
-        self, latents: Tensor, timestep: Tensor, positions: Tensor, table: Sequence[int]
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        positions: Tensor,
+        table: Sequence[int],
+        index: int = 0,
     ) -> Tensor:
         """One denoising pass of the chunk in flight.
 
@@ -47,6 +52,7 @@ class Runtime(Protocol):
             timestep: float32 [B, F].
             positions: float64 [F], the frames' RoPE positions.
             table: committed pages to attend to.
+            index: which of the chunk's passes it is; a Program may choose a precision by it.
 
         Returns:
             The model's output, [B, C, F, h, w].

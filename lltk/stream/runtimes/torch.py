@@ -11,6 +11,7 @@ from lltk.graph.geometry import Geometry
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.graph.spec import ModelSpec
+from lltk.graph.verify import STEP_HIGH
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -32,7 +33,10 @@ class TorchRuntime:
         self._module = module
         self._geometry, self._spec, self._dtype = program.geometry, program.spec, program.dtype
         self._device = next(module.parameters()).device
-        self._inputs = {name: program.contract(name).inputs for name in ("step", "commit")}
+        self._high_steps = program.high_steps
+        self._inputs = {
+            name: program.contract(name).inputs for name in program.graphs if name != "prologue"
+        }
         self._pages = {
             name: torch.zeros(spec.shape, dtype=spec.dtype, device=self._device)
             for name, spec in self._inputs["commit"].items()
@@ -73,11 +77,17 @@ class TorchRuntime:
             buffer.copy_(made[name])
 
     def step(
-        self, latents: Tensor, timestep: Tensor, positions: Tensor, table: Sequence[int]
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        positions: Tensor,
+        table: Sequence[int],
+        index: int = 0,
     ) -> Tensor:
         spec = self._spec
         inputs = {spec.latent_input: latents, spec.time_input: timestep, "positions": positions}
-        return self._run("step", inputs, table)[spec.output]
+        graph = STEP_HIGH if index in self._high_steps else "step"
+        return self._run(graph, inputs, table)[spec.output]
 
     def commit(self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
         inputs = {self._spec.latent_input: latents, "positions": positions}
