@@ -15,9 +15,12 @@ from lltk.ops.nvfp4_dequantise.op import OVERLOAD as DEQUANTISE
 from lltk.ops.nvfp4_linear.op import OVERLOAD as LINEAR
 from lltk.ops.nvfp4_matmul.op import OVERLOAD as MATMUL
 from lltk.ops.nvfp4_quantise.op import OVERLOAD as QUANTISE
+from lltk.ops.nvfp4_quantise_transposed.op import OVERLOAD as QUANTISE_TRANSPOSED
 from lltk.ops.nvfp4_transpose.op import OVERLOAD as TRANSPOSE
 
-NVFP4_OPS = frozenset({QUANTISE, DEQUANTISE, TRANSPOSE, HADAMARD, MATMUL, LINEAR})
+NVFP4_OPS = frozenset(
+    {QUANTISE, QUANTISE_TRANSPOSED, DEQUANTISE, TRANSPOSE, HADAMARD, MATMUL, LINEAR}
+)
 """Ops that take a backend, and pass it on to what they call."""
 
 
@@ -26,7 +29,7 @@ class Config(PassConfig):
 
     paged_attention: str = Field("sdpa", description="reference, sdpa or cudnn")
     block_causal_attention: str = Field("sdpa", description="reference, sdpa or flex")
-    nvfp4: str = Field("reference", description="backend of every NVFP4 op: reference")
+    nvfp4: str = Field("reference", description="backend of every NVFP4 op; lltk doctor lists them")
 
     @field_validator("paged_attention", "block_causal_attention")
     @classmethod

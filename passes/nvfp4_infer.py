@@ -125,10 +125,9 @@ class Nvfp4Infer(Pass[Config]):
         mapped = dict(state)
         for module, (_, width) in self._shapes.items():
             if f"{module}{ENDINGS[0]}" in mapped:
-                parts = [mapped.pop(module + ending) for ending in ENDINGS]
-                values = nvfp4_dequantise(*parts)[:, :width]
-                held = values.to(self._dtypes[module]).contiguous()
-                mapped.setdefault(f"{module}.weight", held)
+                codes, scales, scale = (mapped.pop(module + ending) for ending in ENDINGS)
+                values = nvfp4_dequantise(codes, scales, scale, self._dtypes[module])
+                mapped.setdefault(f"{module}.weight", values[:, :width].contiguous())
         return mapped
 
     def _pack(self, module: str, weight: Tensor) -> dict[str, Tensor]:

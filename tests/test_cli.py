@@ -139,6 +139,10 @@ def test_doctor(run: Run) -> None:
     cpu = {(row["op"], row["implementation"]): row["cpu"] for row in findings["implementations"]}
     assert cpu["paged_attention", "sdpa"] == "runs"
     assert cpu["paged_attention", "cudnn"] == "runs on cuda, not on cpu"
+    hardware = {(row["backend"], row["op"]): row for row in findings["NVFP4 by hardware"]}
+    product = hardware["scaled_mm", "nvfp4_matmul"]
+    assert [text for column, text in product.items() if "sm_90" in column] == ["–"]
+    assert [text for column, text in product.items() if "sm_100" in column] == ["cuBLAS, NVFP4"]
     code, out, _ = run("doctor")
     assert "lltk[export]" in out
 

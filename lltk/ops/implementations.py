@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import lltk.ops
+from lltk.ops.nvfp4_backends import check_backend
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def check_device(chosen: Mapping[str, str], device: torch.device) -> None:
     """
     for op, name in chosen.items():
         if op == "nvfp4":
+            check_backend(name, device)
             continue
         reason = find_implementation(op, name).missing(device)
         if reason is not None:

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
+
+import torch
+
+Capability = tuple[int, int]
+
+ARITHMETIC: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (9, 0))
+"""CUDA architectures that run our kernels and compute E2M1 as integers and floats."""
+E2M1: tuple[Capability, ...] = ((10, 0), (10, 3), (11, 0), (12, 0), (12, 1))
+"""CUDA architectures with instructions that convert to and multiply E2M1."""
+MULTIPLIED: tuple[Capability, ...] = ((10, 0), (10, 3), (11, 0), (12, 0))
+"""Those of `E2M1` for which Triton 3.6 and 3.7 compile the instruction that multiplies."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a backend runs an op.
+
+    Attributes:
+        where: ``module:function`` with the signature of the op's reference.
+        arithmetic: how on the architectures of `ARITHMETIC`, or None if not.
+        native: how on those of `E2M1`.
+    """
+
+    where: str
+    arithmetic: str | None
+    native: str
 
 
 @dataclass(frozen=True)
@@ -15,36 +42,77 @@ class Backend:
 
     Attributes:
         name: what recipes call it.
-        ops: op → ``module:function`` with the signature of the op's reference.
+        ops: how it runs each.
         devices: device types.
         architectures: compute capabilities of CUDA devices, or None for any.
         module: a Python module it needs beyond torch.
-        note: how its products are made.
     """
 
     name: str
-    ops: dict[str, str]
+    ops: dict[str, Way]
     devices: tuple[str, ...]
-    architectures: tuple[tuple[int, int], ...] | None
-    module: str | None
-    note: str
+    architectures: tuple[Capability, ...] | None = None
+    module: str | None = None
+
+    def missing(self, device: torch.device) -> str | None:
+        """What the device or installation lacks to run it, or None."""
+        if device.type not in self.devices:
+            return f"runs on {' and '.join(self.devices)}, not on {device.type}"
+        if self.module is not None and find_spec(self.module) is None:
+            return f"needs the package {self.module}"
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                return "no CUDA device is visible"
+            found = torch.cuda.get_device_capability(device)
+            if self.architectures is not None and found not in self.architectures:
+                return (
+                    f"runs on {architectures(self.architectures)}, not on sm_{found[0]}{found[1]}"
+                )
+        return None
 
 
-_REFERENCE = {
-    op: f"lltk.ops.{op}.reference:{op}"
-    for op in ("nvfp4_quantise", "nvfp4_dequantise", "nvfp4_transpose", "hadamard", "nvfp4_matmul")
-}
+def _ways(module: str, arithmetic: str | None, native: str, *ops: str) -> dict[str, Way]:
+    return {op: Way(f"lltk.ops.{op}.{module}:{op}", arithmetic, native) for op in ops}
+
+
+_QUANTISE = ("nvfp4_quantise", "nvfp4_quantise_transposed")
+_PRODUCT = "nvfp4_matmul"
+_OPS = (*_QUANTISE, "nvfp4_dequantise", "nvfp4_transpose", "hadamard", _PRODUCT)
+
+_REFERENCE = _ways("reference", "float32 in torch", "float32 in torch", *_OPS)
+_TRITON = (
+    _ways("triton", "arithmetic", "arithmetic", *_OPS)
+    | _ways("triton", "arithmetic", "cvt.e2m1x2; stochastic: arithmetic", *_QUANTISE)
+    | _ways("triton", "bfloat16 tensor cores", "NVFP4 tensor cores; sm_121: bfloat16", _PRODUCT)
+)
+_SCALED_MM = _TRITON | _ways("scaled_mm", None, "cuBLAS, NVFP4", _PRODUCT)
+_TE = _TRITON | _ways("te", None, "TransformerEngine, NVFP4", _PRODUCT)
 
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend(
-        "reference",
-        _REFERENCE,
-        ("cpu", "cuda"),
-        None,
-        None,
-        "plain torch: operands decoded to float32",
-    ),
+    backend.name: backend
+    for backend in (
+        Backend("reference", _REFERENCE, ("cpu", "cuda")),
+        Backend("triton", _TRITON, ("cuda",), ARITHMETIC + E2M1, "triton"),
+        Backend("scaled_mm", _SCALED_MM, ("cuda",), E2M1, "triton"),
+        Backend("te", _TE, ("cuda",), E2M1, "transformer_engine"),
+    )
 }
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Check that a device can run a backend.
+
+    Raises:
+        ValueError: there is no such backend, or the device lacks what it needs; lists those that
+            the device has.
+    """
+    reason = find_backend(name).missing(device)
+    if reason is not None:
+        able = [b.name for b in BACKENDS.values() if not b.missing(device)]
+        raise ValueError(
+            f"nvfp4: {name} {reason}; {device.type} has {' and '.join(able)}: set nvfp4 of the "
+            "recipe's lower pass"
+        )
 
 
 def find_backend(name: str) -> Backend:
@@ -65,6 +133,29 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     Raises:
         ValueError: there is no such backend; lists those there are.
     """
-    module, _, function = find_backend(backend).ops[op].partition(":")
+    module, _, function = find_backend(backend).ops[op].where.partition(":")
     found: Callable[..., Any] = getattr(import_module(module), function)
     return found
+
+
+def has_e2m1(device: torch.device, among: tuple[Capability, ...] = E2M1) -> bool:
+    """Whether a device is one of those that know E2M1."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in among
+
+
+def architectures(capabilities: tuple[Capability, ...]) -> str:
+    """Their names."""
+    return ", ".join(f"sm_{major}{minor}" for major, minor in capabilities)
+
+
+def capability_table() -> Iterator[dict[str, str]]:
+    """How each backend runs each op on which hardware."""
+    for backend in BACKENDS.values():
+        for op, way in backend.ops.items():
+            yield {
+                "backend": backend.name,
+                "op": op,
+                "cpu": "float32 in torch" if "cpu" in backend.devices else "–",
+                architectures(ARITHMETIC): way.arithmetic or "–",
+                architectures(E2M1): way.native,
+            }

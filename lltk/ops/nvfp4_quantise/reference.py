@@ -28,7 +28,7 @@ BLOCK = 16
 """Elements that share a scale, along the last axis."""
 RULES = ("none", "mse", "mae", "abs_max")
 """What Four Over Six minimises; "none" is plain NVFP4."""
-_FOUR_OVER_SIX_MAX = 256.0
+FOUR_OVER_SIX_MAX = 256.0
 """Largest block scale under Four Over Six: 1.5 times it is an E4M3 number too."""
 _FLT_MAX = torch.finfo(torch.float32).max
 
@@ -98,7 +98,7 @@ def nvfp4_quantise(
     own = amax(x, 0 if largest is None else largest.dim())
     finite = own.isfinite()
     largest = torch.where(finite, own if largest is None else largest, 0.0)
-    top = top or (E4M3_MAX if rule == "none" else _FOUR_OVER_SIX_MAX)
+    top = top or (E4M3_MAX if rule == "none" else FOUR_OVER_SIX_MAX)
     scale, decode = scales_of(largest, top)
     rows = x.shape[-2] if x.dim() > 1 else 1
     blocks = _blocks(torch.where(x.isfinite(), x, 0.0).float(), tile)

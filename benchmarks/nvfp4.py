@@ -1,0 +1,238 @@
+"""Bandwidth of NVFP4's kernels and speed of its products, on one device.
+
+    .venv/bin/python benchmarks/nvfp4.py [--backend triton] [--runs 50]
+
+Writes nvfp4.json and nvfp4.md beside this file, or into --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.bench.record import make_record, markdown, percentile, write_record
+from lltk.ops.hadamard.reference import SIGNS
+from lltk.ops.implementations import register_ops
+from lltk.ops.nvfp4_backends import check_backend
+
+_CACHE_BYTES = 256 * 2**20
+_METHOD = """\
+Milliseconds of {runs} runs after one warm-up: {clock}. {flush}Bytes: what kernels read and write of
+their operands and results; quantising reads its input twice, once for the amax. Once: every operand
+and result counted once. GB/s and its share of a copy are of bytes; the copy moves as many, in the
+same manner. Products: against torch.matmul of bfloat16 operands of the same shape."""
+
+
+class Clock:
+    """Times calls on a device, with cold caches; on CUDA as graphs, without launches."""
+
+    def __init__(self, device: torch.device, runs: int) -> None:
+        self.device = device
+        self.runs = runs
+        self.cuda = device.type == "cuda"
+        self.cache = torch.empty(_CACHE_BYTES if self.cuda else 1, dtype=torch.uint8, device=device)
+
+    def __call__(self, call: Callable[[], object]) -> dict[str, float]:
+        """Median and p90 in milliseconds."""
+        call()
+        times = self._graph(call) if self.cuda else [self._wall(call) for _ in range(self.runs)]
+        return {"median_ms": statistics.median(times), "p90_ms": percentile(times, 0.9)}
+
+    def _wall(self, call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+
+    def _graph(self, call: Callable[[], object]) -> list[float]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        graph.replay()
+        events = []
+        for _ in range(self.runs):
+            self.cache.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) for start, end in events]
+
+
+def moved(*tensors: Tensor) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def bandwidths(
+    clock: Clock, tokens: int, width: int, ffn: int, backend: str
+) -> Iterator[dict[str, Any]]:
+    """Ops that memory bounds, each beside a copy of as many bytes."""
+    ops, device = torch.ops.lltk, clock.device
+    seed = torch.tensor([1, 2], device=device)
+    signs = list(SIGNS)
+    weight = torch.randn(ffn, width, device=device, dtype=torch.bfloat16)
+
+    def row(
+        op: str, operands: tuple[Tensor, ...], call: Callable[[], Any], reads: int = 1
+    ) -> dict[str, Any]:
+        result = call()
+        written = moved(*([result] if isinstance(result, Tensor) else result))
+        size = reads * moved(*operands) + written
+        source = torch.empty(size // 2, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        times = clock(call)
+        copy = clock(lambda: target.copy_(source))
+        speed, copied = (size / t["median_ms"] / 1e6 for t in (times, copy))
+        return {
+            "op": op,
+            "shape": list(operands[0].shape),
+            "bytes": size,
+            "once": moved(*operands) + written,
+            **times,
+            "gb_s": speed,
+            "copy_gb_s": copied,
+            "of_copy": speed / copied,
+        }
+
+    for columns in (width, ffn):
+        x = torch.randn(tokens, columns, device=device, dtype=torch.bfloat16)
+        quantised = ops.nvfp4_quantise(x, 1, "none", None, 0, backend)
+        yield row(
+            "quantise",
+            (x,),
+            lambda x=x: ops.nvfp4_quantise(x, 1, "none", None, 0, backend),
+            reads=2,
+        )
+        yield row(
+            "dequantise to bfloat16",
+            quantised,
+            lambda q=quantised: ops.nvfp4_dequantise(*q, torch.bfloat16, backend),
+        )
+    for name, rule, random in (
+        ("quantise, stochastic", "none", seed),
+        ("quantise, 4/6 mse", "mse", None),
+        ("quantise, 4/6 abs_max", "abs_max", None),
+    ):
+        yield row(
+            name,
+            (x,),
+            lambda rule=rule, random=random: ops.nvfp4_quantise(x, 1, rule, random, 0, backend),
+            reads=2,
+        )
+    yield row(
+        "quantise, 16×16",
+        (weight,),
+        lambda: ops.nvfp4_quantise(weight, 16, "none", None, 0, backend),
+        reads=2,
+    )
+    codes, scales, _ = ops.nvfp4_quantise(weight, 16, "none", None, 0, backend)
+    yield row(
+        "transpose codes", (codes, scales), lambda: ops.nvfp4_transpose(codes, scales, backend)
+    )
+    yield row("Hadamard", (x,), lambda: ops.hadamard(x, signs, backend))
+    for name, random in (("", None), (", stochastic", seed)):
+        yield row(
+            f"Hadamard + quantise + transpose, fused{name}",
+            (x,),
+            lambda random=random: ops.nvfp4_quantise_transposed(
+                x, signs, "none", random, 0, backend
+            ),
+            reads=2,
+        )
+
+    def unfused() -> Any:
+        turned = ops.hadamard(x.t().contiguous(), signs, backend)
+        return ops.nvfp4_quantise(turned, 1, "none", None, 0, backend)
+
+    if tokens % len(signs) == 0:
+        yield row("Hadamard + quantise + transpose, in three", (x,), unfused, reads=2)
+
+
+def products(
+    clock: Clock, tokens: int, width: int, ffn: int, backend: str
+) -> Iterator[dict[str, Any]]:
+    """Products of the feed-forward and attention layers against bfloat16's."""
+    ops = torch.ops.lltk
+    for n, k in ((width, width), (ffn, width), (width, ffn)):
+        x, weight = (
+            torch.randn(rows, k, device=clock.device, dtype=torch.bfloat16) for rows in (tokens, n)
+        )
+        a = ops.nvfp4_quantise(x, 1, "none", None, 0, backend)
+        b = ops.nvfp4_quantise(weight, 16, "none", None, 0, backend)
+        times = clock(lambda a=a, b=b: ops.nvfp4_matmul(*a, *b, torch.bfloat16, backend))
+        plain = clock(lambda x=x, weight=weight: x @ weight.t())
+        yield {
+            "op": "product",
+            "shape": [tokens, n, k],
+            **times,
+            "tflop_s": 2 * tokens * n * k / times["median_ms"] / 1e9,
+            "bfloat16_ms": plain["median_ms"],
+            "against_bfloat16": plain["median_ms"] / times["median_ms"],
+        }
+
+
+def number(name: str, form: str) -> Callable[[Mapping[str, Any]], str]:
+    """A column, empty where a result has no such number."""
+    return lambda result: format(result[name], form) if name in result else ""
+
+
+def main() -> None:
+    """Measure and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--tokens", type=int, default=7040, help="of a chunk: 8 frames of 880")
+    parser.add_argument("--width", type=int, default=3072)
+    parser.add_argument("--ffn", type=int, default=14336)
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    options = parser.parse_args()
+    check_backend(options.backend, options.device)
+    register_ops()
+    clock = Clock(options.device, options.runs)
+    sizes = (options.tokens, options.width, options.ffn, options.backend)
+    with torch.no_grad():
+        results = [*bandwidths(clock, *sizes), *products(clock, *sizes)]
+    method = _METHOD.format(
+        runs=options.runs,
+        clock="CUDA events around a graph's replay" if clock.cuda else "wall time",
+        flush="256 MiB are written before each, so that caches are cold. " if clock.cuda else "",
+    )
+    record = make_record(
+        "nvfp4",
+        f"benchmarks/nvfp4.py {' '.join(sys.argv[1:])}".strip(),
+        f"Backend {options.backend}. " + method.replace("\n", " "),
+        results,
+    )
+    text = markdown(
+        record,
+        "NVFP4 kernels",
+        {
+            "op": lambda result: result["op"],
+            "shape": lambda result: "×".join(map(str, result["shape"])),
+            "median ms": number("median_ms", ".4f"),
+            "p90 ms": number("p90_ms", ".4f"),
+            "GB/s": number("gb_s", ".0f"),
+            "copy GB/s": number("copy_gb_s", ".0f"),
+            "of copy": number("of_copy", ".0%"),
+            "TFLOP/s": number("tflop_s", ".1f"),
+            "bfloat16 ms": number("bfloat16_ms", ".4f"),
+            "speed-up": number("against_bfloat16", ".2f"),
+        },
+    )
+    write_record(options.output / "nvfp4", record, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

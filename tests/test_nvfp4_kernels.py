@@ -1,0 +1,500 @@
+"""NVFP4's backends: kernels against references, what they compile to, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lltk.bench.record import Record
+from lltk.ops import nvfp4_backends
+from lltk.ops.floats import unpack
+from lltk.ops.hadamard.reference import SIGNS, random_signs
+from lltk.ops.nvfp4_backends import (
+    ARITHMETIC,
+    BACKENDS,
+    E2M1,
+    MULTIPLIED,
+    check_backend,
+    implementation,
+)
+from lltk.ops.nvfp4_matmul import scaled_mm
+from lltk.ops.nvfp4_quantise.reference import RULES, nvfp4_quantise
+from lltk.ops.nvfp4_quantise_transposed.op import nvfp4_quantise_transposed as transposed_op
+from lltk.ops.scale_layout import swizzle
+
+cpu, gpu = pytest.mark.cpu, pytest.mark.gpu
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+SEED = torch.tensor([-3, 2**33 + 7])
+SHARED = list(SIGNS)
+
+
+# Kernels against references
+
+
+def inputs(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of all kinds that have gone wrong somewhere."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        yield f"normal {name}", normal(36, 64).to(dtype)
+        yield f"wide {name}", (normal(3, 20, 48) * normal(3, 20, 48).exp() ** 4).to(dtype)
+        yield f"maximal {name}", (normal(16, 32).clamp(-1, 1) * torch.finfo(dtype).max).to(dtype)
+        yield f"minimal {name}", (normal(16, 32) * 9).round().to(dtype) * torch.finfo(dtype).tiny
+        for rows, width in ((5, 40), (3, 17), (1, 16), (33, 1)):
+            yield f"{rows}×{width} {name}", normal(rows, width).to(dtype)
+    yield "vector", normal(40)
+    yield "zeros", torch.zeros(4, 32)
+    yield "negative zeros", torch.zeros(4, 32).neg()
+    yield "zero blocks", normal(32, 64) * (torch.arange(64) // 16 % 2)
+    for size in (1e-30, 1e-38, 1e-42, 1e37):
+        yield f"{size}", normal(16, 32) * size
+    grid = torch.tensor([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, -0.25])
+    steps = torch.cat([2.0 ** torch.arange(-10, 9), torch.arange(15, 33) / 16, torch.ones(1) * 448])
+    yield "ties", grid * steps[:, None]
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        yield f"{bad}", normal(20, 32).masked_fill(normal(20, 32) > 1.5, bad)
+
+
+def same(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...], signed_zeros: bool = True) -> bool:
+    """Whether all shapes, dtypes and bits agree; but one NaN is as good as another."""
+
+    def bits(x: Tensor) -> Tensor:
+        x = x.cpu().contiguous().flatten()
+        if x.dtype == torch.uint8 and not signed_zeros:
+            x = unpack(x)
+            return x.masked_fill(x == 8, 0)
+        if x.dtype in (torch.uint8, torch.float8_e4m3fn):
+            return x.view(torch.uint8)
+        x = x.masked_fill(x.isnan(), 42.0)
+        return (x if signed_zeros else x + 0.0).view(torch.uint8)
+
+    return all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+        for a, b in zip(ours, wanted, strict=True)
+    )
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Triton's and the references' results on one device.
+
+    The interpreter's sum, numpy's, of −0 and −0 is 0.
+    """
+
+    device: str
+
+    def __call__(self, op: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        placed = [a.to(self.device) if isinstance(a, Tensor) else a for a in arguments]
+        return as_tuple(implementation(op, backend)(*placed))
+
+    def agree(self, op: str, *arguments: Any) -> bool:
+        """Whether they are the same; the reference computes on the CPU."""
+        ours = self(op, "triton", *arguments)
+        wanted = as_tuple(implementation(op, "reference")(*arguments))
+        return same(ours, wanted, signed_zeros=self.device != "cpu")
+
+
+def failures(device: str, dtypes: tuple[torch.dtype, ...], thorough: bool) -> Iterator[str]:
+    """Where kernels and references differ."""
+    kernels = Kernels(device)
+
+    def check(name: str, op: str, *arguments: Any) -> Iterator[str]:
+        if not kernels.agree(op, *arguments):
+            yield f"{op}: {name}"
+
+    every = list(product((1, 16), RULES, (None, SEED)))
+    some = [(1, "none", None), (16, "mse", SEED), (1, "abs_max", None)]
+    for name, x in inputs(dtypes):
+        for tile, rule, seed in every if thorough or name.startswith("normal") else some:
+            label = f"{name}, {tile}, {rule}, {'nearest' if seed is None else 'stochastic'}"
+            yield from check(label, "nvfp4_quantise", x, tile, rule, seed, 3)
+        quantised = nvfp4_quantise(x, 16 if x.dim() == 2 else 1)
+        for dtype in dtypes:
+            yield from check(f"{name} to {dtype}", "nvfp4_dequantise", *quantised, dtype)
+        if x.dim() == 2:
+            yield from check(name, "nvfp4_transpose", *quantised[:2])
+        if x.dim() > 1:
+            for signs in ([], random_signs(32, 1)) if thorough or "normal" in name else ():
+                label = f"{name}, {len(signs)} signs"
+                yield from check(label, "nvfp4_quantise_transposed", x, signs, "mae", SEED, 1)
+            yield from check(name, "nvfp4_quantise_transposed", x, SHARED)
+            for width in (2, 16, 64):
+                if x.shape[-1] % width == 0 and (thorough or width > 2):
+                    yield from check(f"{name}, {width}", "hadamard", x, random_signs(width, 2))
+    each = torch.rand(2, 3, generator=torch.Generator().manual_seed(1))
+    for tile in (1, 16):
+        x = torch.randn(2, 3, 20, 40, generator=torch.Generator().manual_seed(2))
+        yield from check("own scales", "nvfp4_quantise", x, tile, "mse", None, 0, each, 300.0)
+    quantised = nvfp4_quantise(x, largest=each)
+    yield from check("own scales", "nvfp4_dequantise", *quantised)
+
+
+def controls(device: str) -> Iterator[str]:
+    """Differences too small to matter that nevertheless must be seen."""
+    kernels = Kernels(device)
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(3))
+
+    def check(name: str, op: str, ours: tuple[Any, ...], wanted: tuple[Any, ...]) -> Iterator[str]:
+        if same(kernels(op, "triton", *ours), as_tuple(implementation(op, "reference")(*wanted))):
+            yield f"unseen: {name}"
+
+    op = "nvfp4_quantise"
+    yield from check("a stream", op, (x, 1, "none", SEED, 3), (x, 1, "none", SEED, 4))
+    yield from check("a rule", op, (x, 1, "mse"), (x, 1, "mae"))
+    nudged = x.clone()
+    nudged[0, 0] = nudged.abs().max() * (1 + 2**-22)
+    yield from check("an ulp of the largest", op, (nudged,), (nudged * (1 - 2**-23),))
+    flipped = [-SHARED[0], *SHARED[1:]]
+    yield from check("a sign", "hadamard", (x, SHARED), (x, flipped))
+    yield from check("a sign", "nvfp4_quantise_transposed", (x, SHARED), (x, flipped))
+
+
+def interpret() -> None:
+    """Print what fails under Triton's interpreter, which cannot round to bfloat16."""
+    for failure in (*failures("cpu", (torch.float32,), thorough=False), *controls("cpu")):
+        print(failure)  # noqa: T201
+
+
+@cpu
+@needs_triton
+def test_kernels_interpreted() -> None:
+    """In a process of its own: a kernel is interpreted or compiled from its definition on."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import test_nvfp4_kernels as t; t.interpret()"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+
+
+@gpu
+@needs_triton
+def test_kernels_equal_their_references() -> None:
+    assert not list(failures("cuda", (torch.float32, torch.bfloat16, torch.float16), thorough=True))
+    assert not list(controls("cuda"))
+
+
+@gpu
+@needs_triton
+def test_large_tensors() -> None:
+    """The step's activations, and more elements than 32 bits count."""
+    kernels = Kernels("cuda")
+    x = torch.randn(7040, 3072, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert kernels.agree("nvfp4_quantise", x)
+    assert kernels.agree("nvfp4_quantise", x, 1, "mse", SEED)
+    assert kernels.agree("nvfp4_quantise_transposed", x, SHARED, "none", SEED)
+    huge = torch.zeros(2**15 + 1, 2**16, dtype=torch.bfloat16, device="cuda")
+    huge[-1] = torch.randn(2**16)
+    ours = implementation("nvfp4_quantise", "triton")(huge)
+    wanted = nvfp4_quantise(huge[-1].cpu())
+    assert same((ours.codes[-1], ours.scales[-1], ours.decode_scale), tuple(wanted))
+
+
+def product_error(backend: str, m: int, n: int, k: int, damage: bool = False) -> float:
+    """Largest error in units of the sum of the products' sizes."""
+    generator = torch.Generator().manual_seed(0)
+    a = nvfp4_quantise(torch.randn(m, k, generator=generator).cuda())
+    b = nvfp4_quantise(torch.randn(n, k, generator=generator).cuda(), 16)
+    decode = implementation("nvfp4_dequantise", "reference")
+    left, right = decode(*a).double(), decode(*b).double()
+    if damage:
+        b.codes[:, :1] ^= 0x88
+    ours = implementation("nvfp4_matmul", backend)(*a, *b, torch.float32)
+    return float(((ours - left @ right.t()).abs() / (left.abs() @ right.abs().t())).max())
+
+
+@gpu
+@needs_triton
+@pytest.mark.parametrize("backend", ["triton", "scaled_mm", "te"])
+@pytest.mark.parametrize(
+    "shape", [(256, 128, 256), (1, 16, 16), (130, 60, 80), (7040, 3072, 3072)], ids=str
+)
+def test_products(backend: str, shape: tuple[int, int, int]) -> None:
+    if reason := BACKENDS[backend].missing(torch.device("cuda")):
+        pytest.skip(reason)
+    assert product_error(backend, *shape) < 2**-13
+    assert product_error(backend, *shape, damage=True) > 2**-13
+
+
+@gpu
+@needs_triton
+def test_kernels_replay_in_cuda_graphs() -> None:
+    x = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
+    seed = SEED.cuda()
+
+    def step() -> tuple[Tensor, ...]:
+        ops = torch.ops.lltk
+        rows = ops.nvfp4_quantise(x, 1, "mse", None, 0, "triton")
+        turned = ops.nvfp4_quantise_transposed(x, SHARED, "none", seed, 1, "triton")
+        values = ops.nvfp4_dequantise(*rows, torch.bfloat16, "triton")
+        square = ops.nvfp4_matmul(*rows, *rows, torch.bfloat16, "triton")
+        return (*rows, *turned, values, ops.hadamard(values, SHARED, "triton"), square)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    x.copy_(torch.randn(256, 512))
+    seed += 1
+    graph.replay()
+    assert same(recorded, step())
+
+
+# What kernels compile to
+
+
+@pytest.fixture
+def compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[int, Callable[[], object]], dict[str, str]]:
+    """Kernels that a call launches, compiled for an architecture that need not be there: PTX."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def compile_for(architecture: int, call: Callable[[], object]) -> dict[str, str]:
+        class Absent:
+            def get_current_target(self) -> GPUTarget:
+                return GPUTarget("cuda", architecture, 32)
+
+            def get_current_device(self) -> int:
+                return architecture
+
+            def get_current_stream(self, device: int) -> int:
+                return 0
+
+        found: dict[str, str] = {}
+
+        def compile_only(kernel: Any, *arguments: Any, **options: Any) -> Any:
+            result = run(kernel, *arguments, **{**options, "warmup": True})
+            found[kernel.fn.__name__] = result.asm["ptx"]
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(driver, "_active", Absent())
+            patch.setattr(JITFunction, "run", compile_only)
+            for op in ("nvfp4_quantise", "nvfp4_quantise_transposed", "nvfp4_matmul"):
+                patch.setattr(
+                    f"lltk.ops.{op}.triton.has_e2m1",
+                    lambda _, among=E2M1: divmod(architecture, 10) in among,
+                )
+            call()
+        return found
+
+    return compile_for
+
+
+def run_triton(op: str, *arguments: Any) -> Callable[[], object]:
+    return lambda: implementation(op, "triton")(*arguments)
+
+
+CONVERT = "cvt.rn.satfinite.e2m1x2.f32"
+
+
+@cpu
+@needs_triton
+@pytest.mark.parametrize("architecture", [90, 100, 120])
+def test_kernels_compile(architecture: int, compiled: Any) -> None:
+    x = torch.ones(64, 256, dtype=torch.bfloat16)
+    quantised = nvfp4_quantise(x, 16)
+    native = architecture != 90
+    nearest = [
+        compiled(architecture, run_triton("nvfp4_quantise", x))["_quantise"],
+        compiled(architecture, run_triton("nvfp4_quantise_transposed", x, SHARED))["_quantise"],
+    ]
+    assert [CONVERT in ptx for ptx in nearest] == [native] * 2
+    others = [
+        compiled(architecture, run_triton("nvfp4_quantise", x, 16, "mse", SEED))["_quantise"],
+        compiled(architecture, run_triton("nvfp4_dequantise", *quantised, x.dtype))["_dequantise"],
+        compiled(architecture, run_triton("hadamard", x, SHARED))["_hadamard"],
+    ]
+    for ptx in nearest + others:
+        # Rounding once, at full precision and range.
+        assert "fma" not in ptx and "ftz" not in ptx and "div.full" not in ptx
+    assert compiled(architecture, run_triton("nvfp4_transpose", *quantised[:2]))
+    multiply = run_triton("nvfp4_matmul", *quantised, *quantised, x.dtype)
+    ptx = compiled(architecture, multiply)["_matmul"]
+    assert ("mxf4nvf4" in ptx) == native
+    expected = {
+        90: "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
+        100: "tcgen05.mma",
+        120: "mma.sync.aligned",
+    }
+    assert expected[architecture] in ptx
+
+
+@cpu
+@needs_triton
+def test_products_compile_where_triton_cannot_multiply_codes(compiled: Any) -> None:
+    assert set(MULTIPLIED) < set(E2M1)
+    quantised = nvfp4_quantise(torch.ones(64, 256), 16)
+    multiply = run_triton("nvfp4_matmul", *quantised, *quantised, torch.bfloat16)
+    ptx = compiled(121, multiply)["_matmul"]
+    assert "mxf4nvf4" not in ptx and "bf16.bf16.f32" in ptx
+
+
+# torch's product
+
+
+def on_meta(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty(rows, width // 2, dtype=torch.uint8, device="meta"),
+        torch.empty(rows, width // 16, dtype=torch.float8_e4m3fn, device="meta"),
+        torch.empty((), device="meta"),
+    )
+
+
+SHAPES = [(7040, 3072, 14336), (5, 17, 48), (1, 16, 16)]
+
+
+@cpu
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scaled_mm_takes_our_operands(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """The meta device checks every argument."""
+    product = scaled_mm.nvfp4_matmul(*on_meta(m, k), *on_meta(n, k), dtype)
+    assert product.shape == (m, n) and product.dtype == dtype
+    codes, scales, scale = on_meta(m, k)
+    batched = scaled_mm.nvfp4_matmul(codes[None], scales[None], scale, *on_meta(n, k), dtype)
+    assert batched.shape == (1, m, n)
+
+
+@cpu
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("_COLUMNS", 1),
+        ("_BYTES", 1),
+        ("swizzle", torch.flatten),
+        ("swizzle", lambda scales: swizzle(scales)[None].view(torch.uint8)[:, 1:]),
+    ],
+)
+def test_scaled_mm_refuses_what_it_should(
+    name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaled_mm, name, value)
+    with pytest.raises((ValueError, RuntimeError)):
+        scaled_mm.nvfp4_matmul(*on_meta(5, 48), *on_meta(17, 48), torch.bfloat16)
+
+
+# TransformerEngine's product
+
+
+@cpu
+def test_transformer_engine_takes_what_we_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own signatures bind our arguments; nothing is computed."""
+    pytest.importorskip("transformer_engine.pytorch", reason="transformer_engine is not installed")
+    from lltk.ops.nvfp4_matmul import te
+
+    bound: list[str] = []
+
+    def bind(name: str, function: Callable[..., Any], *before: Any) -> None:
+        signature = inspect.signature(function)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            given = signature.bind(*before, *arguments, **options)
+            unknown = given.arguments.get("kwargs", {}).keys() - {"shape", "dtype", "requires_grad"}
+            assert not unknown, f"{name} does not name {unknown}"
+            bound.append(name)
+            return [torch.zeros(16, 32)]
+
+        monkeypatch.setattr(te, name, call)
+
+    bind("general_gemm", te.general_gemm)
+    bind("NVFP4Tensor", te.NVFP4Tensor.__new__, te.NVFP4Tensor)
+    bind("NVFP4Quantizer", te.NVFP4Quantizer.__init__, None)
+    a, b = nvfp4_quantise(torch.randn(5, 48)), nvfp4_quantise(torch.randn(17, 48))
+    assert te.nvfp4_matmul(*a, *b, torch.bfloat16).shape == (5, 17)
+    assert bound == ["NVFP4Quantizer", "NVFP4Tensor"] * 2 + ["general_gemm"]
+
+
+# Choosing a backend
+
+
+@cpu
+@pytest.mark.parametrize("signs", [[], SHARED, random_signs(32, 1)])
+@pytest.mark.parametrize("seed", [None, SEED])
+def test_opcheck(signs: list[int], seed: Tensor | None) -> None:
+    torch.library.opcheck(transposed_op, (torch.randn(2, 9, 24), signs, "mse", seed, 1))
+
+
+@cpu
+def test_absent_hardware_is_an_error_that_lists_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_backend("reference", torch.device("cpu"))
+    with pytest.raises(ValueError, match="triton runs on cuda, not on cpu; cpu has reference"):
+        check_backend("triton", torch.device("cpu"))
+    with pytest.raises(ValueError, match="no backend 'tritn'"):
+        check_backend("tritn", torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(nvfp4_backends, "find_spec", lambda module: None)
+        with pytest.raises(ValueError, match="triton needs the package triton"):
+            check_backend("triton", torch.device("cuda"))
+
+    def has(*capability: int) -> torch.device:
+        monkeypatch.setattr(nvfp4_backends, "find_spec", lambda module: module)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return torch.device("cuda")
+
+    check_backend("triton", has(9, 0))
+    with pytest.raises(ValueError, match=r"not on sm_90; cuda has reference and triton: set nvfp4"):
+        check_backend("scaled_mm", has(9, 0))
+    check_backend("scaled_mm", has(12, 0))
+    # A successor is not taken for what came before it.
+    with pytest.raises(ValueError, match=r"not on sm_150; cuda has reference: set nvfp4"):
+        check_backend("triton", has(15, 0))
+
+
+@cpu
+def test_every_backend_runs_every_op() -> None:
+    assert not set(ARITHMETIC) & set(E2M1)
+    for backend in BACKENDS.values():
+        assert backend.ops.keys() == BACKENDS["reference"].ops.keys()
+        if backend.module is None or find_spec(backend.module) is not None:
+            assert all(callable(implementation(op, backend.name)) for op in backend.ops)
+
+
+# The benchmark
+
+
+@cpu
+def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "nvfp4.py"
+    options = {"device": "cpu", "backend": "reference", "tokens": 32, "width": 48, "ffn": 64}
+    options |= {"runs": 2, "output": tmp_path}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    monkeypatch.setattr(sys, "argv", [str(script), *flags])
+    runpy.run_path(str(script), run_name="__main__")
+    record = Record.model_validate_json((tmp_path / "nvfp4.json").read_text())
+    quantise = record.results[0]
+    assert quantise["op"] == "quantise" and quantise["once"] == 32 * 48 * 2 + 32 * 27 + 4
+    assert quantise["bytes"] == quantise["once"] + 32 * 48 * 2
+    assert (tmp_path / "nvfp4.md").read_text().count("product") >= 3
