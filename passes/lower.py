@@ -16,8 +16,9 @@ class Config(PassConfig):
 
     paged_attention: str = Field("sdpa", description="reference, sdpa or cudnn")
     block_causal_attention: str = Field("sdpa", description="reference, sdpa or flex")
+    nvfp4_paged_attention: str = Field("decode", description="reference, decode or triton")
 
-    @field_validator("paged_attention", "block_causal_attention")
+    @field_validator("paged_attention", "block_causal_attention", "nvfp4_paged_attention")
     @classmethod
     def _is_known(cls, name: str, info: ValidationInfo) -> str:
         return find_implementation(str(info.field_name), name).name

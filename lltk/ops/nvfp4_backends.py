@@ -32,7 +32,14 @@ class Backend:
 
 _REFERENCE = {
     op: f"lltk.ops.{op}.reference:{op}"
-    for op in ("nvfp4_quantise", "nvfp4_dequantise", "nvfp4_transpose", "hadamard", "nvfp4_matmul")
+    for op in (
+        "nvfp4_quantise",
+        "nvfp4_dequantise",
+        "nvfp4_transpose",
+        "nvfp4_write_page",
+        "hadamard",
+        "nvfp4_matmul",
+    )
 }
 
 BACKENDS: dict[str, Backend] = {
