@@ -16,7 +16,9 @@ class Config(PassConfig):
 
     paged_attention: str = Field("sdpa", description="reference, sdpa or cudnn")
     block_causal_attention: str = Field("sdpa", description="reference, sdpa or flex")
-    nvfp4_paged_attention: str = Field("decode", description="reference, decode or triton")
+    nvfp4_paged_attention: str = Field(
+        "decode", description="reference, decode, decode_triton or triton (decodes as it attends)"
+    )
 
     @field_validator("paged_attention", "block_causal_attention", "nvfp4_paged_attention")
     @classmethod
