@@ -23,9 +23,10 @@ def estimate(program: Program) -> dict[str, int]:
     """Bytes by owner on the device that runs the Program.
 
     Streaming: weights in their run dtypes, the cache's pages (in the compute dtype until the graphs
-    have them) and the cross-attention K/V of one prompt. Training and scoring: weights, the blocks' inputs that per-block checkpointing keeps,
-    and for training float32 gradients and AdamW's two moments of what trains. Activations inside
-    one block come on top. Decoding: weights, and the feature caches before and after a latent.
+    have them) and the cross-attention K/V of one prompt. Training and scoring: weights, the blocks'
+    inputs that per-block checkpointing keeps, and for training float32 gradients and AdamW's two
+    moments of what trains. Activations inside one block come on top. Decoding: weights, and the
+    feature caches before and after a latent.
     """
     weights = {n: t.numel() * program.run_dtype(n).itemsize for n, t in program.weights.items()}
     owners = {"weights": sum(weights.values())}

@@ -202,7 +202,7 @@ def attention(
 def _tiles(dtype: torch.dtype) -> tuple[int, int, dict[str, Any]]:
     """Queries and keys of a tile, and how many warps and stages work on it."""
     if dtype.itemsize == 2:
-        return 128, 64, {"num_warps": 8, "num_stages": 2}
+        return 128, 64, {"num_warps": 8, "num_stages": 1}
     return 32, 32, {"num_warps": 4, "num_stages": 1}
 
 
