@@ -98,5 +98,27 @@ def compare_kernels(device: str, dtype: torch.dtype) -> None:
         assert torch.equal(decoded, torch.cat([rounded, own[1]], dim=1))
 
 
+def compare_writing(device: str) -> None:
+    """Pages that the kernels write, to the byte."""
+    for rule, smooth, width, bad in (
+        ("none", True, 32, 0.0),
+        ("mse", True, 48, 0.0),
+        ("mse", False, 16, torch.nan),
+        ("abs_max", True, 16, torch.inf),
+    ):
+        _, (values, _) = operands(torch.bfloat16, tokens=20, width=width, pages=2)
+        if bad:
+            values[1, 1, 3, 0, 7] = bad
+        wanted = written(values, smooth, rule)
+        ours = [None if t is None else t.to(device) for t in empty(values.shape, smooth)]
+        for slot in (1, 0):
+            where = torch.tensor([slot], device=device)
+            nvfp4_write_page(*ours, values[:, slot].to(device), where, rule, "triton")
+        for found, page in zip(ours, wanted, strict=True):
+            if found is not None and page is not None:
+                assert torch.equal(found.cpu().view(torch.uint8), page.view(torch.uint8)), rule
+
+
 if __name__ == "__main__":
     compare_kernels("cpu", torch.float32)
+    compare_writing("cpu")

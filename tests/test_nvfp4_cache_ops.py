@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvfp4_pages import PAGES, by_hand, compare_kernels, empty, operands, written
+from nvfp4_pages import PAGES, by_hand, compare_kernels, compare_writing, empty, operands, written
 from test_ops import ANY_DTYPE, BOUND, FAR, TABLES, dense_paged_in, random, with_gradients, worst
 from torch import Tensor
 from torch.library import opcheck
@@ -296,6 +296,11 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels(dtype: torch.dtype) -> None:
     compare_kernels("cuda", dtype)
+
+
+@gpu
+def test_pages_that_kernels_write() -> None:
+    compare_writing("cuda")
 
 
 @gpu

@@ -29,13 +29,19 @@ def command(as_json: bool) -> None:
     Example:
       lltk doctor
     """
-    findings = {"packages": _packages(), "devices": _devices(), "implementations": _choices()}
+    findings = {
+        "packages": _packages(),
+        "devices": _devices(),
+        "implementations": _choices(),
+        "NVFP4 backends": _backends(),
+        "NVFP4 by hardware": _hardware(),
+    }
     if as_json:
         click.echo(json.dumps(findings, indent=2))
         return
     console = Console()
     for title, rows in findings.items():
-        console.print(row_table(title.capitalize(), rows))
+        console.print(row_table(title[0].upper() + title[1:], rows))
 
 
 def _packages() -> list[dict[str, str]]:
@@ -87,3 +93,21 @@ def _choices() -> list[dict[str, str]]:
         | {device: choice.missing(torch.device(device)) or "runs" for device in ("cpu", "cuda")}
         for choice in IMPLEMENTATIONS
     ]
+
+
+def _backends() -> list[dict[str, str]]:
+    import torch
+
+    from lltk.ops.nvfp4_backends import BACKENDS
+
+    return [
+        {"backend": backend.name}
+        | {device: backend.missing(torch.device(device)) or "runs" for device in ("cpu", "cuda")}
+        for backend in BACKENDS.values()
+    ]
+
+
+def _hardware() -> list[dict[str, str]]:
+    from lltk.ops.nvfp4_backends import capability_table
+
+    return list(capability_table())

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
+
+import torch
+
+Capability = tuple[int, int]
+
+ARITHMETIC: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (9, 0))
+"""CUDA architectures that run our kernels and compute E2M1 as integers and floats."""
+E2M1: tuple[Capability, ...] = ((10, 0), (10, 3), (11, 0), (12, 0), (12, 1))
+"""CUDA architectures with instructions that convert to and multiply E2M1."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a backend runs an op.
+
+    Attributes:
+        where: ``module:function`` with the signature of the op's reference.
+        arithmetic: how on the architectures of `ARITHMETIC`, or None if not.
+        native: how on those of `E2M1`.
+    """
+
+    where: str
+    arithmetic: str | None
+    native: str
 
 
 @dataclass(frozen=True)
@@ -15,43 +40,94 @@ class Backend:
 
     Attributes:
         name: what recipes call it.
-        ops: op → ``module:function`` with the signature of the op's reference.
+        ops: how it runs each.
         devices: device types.
         architectures: compute capabilities of CUDA devices, or None for any.
         module: a Python module it needs beyond torch.
-        note: how its products are made.
     """
 
     name: str
-    ops: dict[str, str]
+    ops: dict[str, Way]
     devices: tuple[str, ...]
-    architectures: tuple[tuple[int, int], ...] | None
-    module: str | None
-    note: str
+    architectures: tuple[Capability, ...] | None = None
+    module: str | None = None
+
+    def missing(self, device: torch.device) -> str | None:
+        """What the device or installation lacks to run it, or None."""
+        if device.type not in self.devices:
+            return f"runs on {' and '.join(self.devices)}, not on {device.type}"
+        if self.module is not None and find_spec(self.module) is None:
+            return f"needs the package {self.module}"
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                return "no CUDA device is visible"
+            found = torch.cuda.get_device_capability(device)
+            if self.architectures is not None and found not in self.architectures:
+                return (
+                    f"runs on {architectures(self.architectures)}, not on sm_{found[0]}{found[1]}"
+                )
+        return None
 
 
-_REFERENCE = {
-    op: f"lltk.ops.{op}.reference:{op}"
-    for op in (
-        "nvfp4_quantise",
-        "nvfp4_dequantise",
-        "nvfp4_transpose",
-        "nvfp4_write_page",
-        "hadamard",
-        "nvfp4_matmul",
+def _way(op: str, module: str, arithmetic: str | None, native: str) -> tuple[str, Way]:
+    return op, Way(f"lltk.ops.{op}.{module}:{op}", arithmetic, native)
+
+
+_OPS = (
+    "nvfp4_quantise",
+    "nvfp4_quantise_transposed",
+    "nvfp4_dequantise",
+    "nvfp4_transpose",
+    "nvfp4_write_page",
+    "hadamard",
+    "nvfp4_matmul",
+)
+_REFERENCE = dict(_way(op, "reference", "float32 in torch", "float32 in torch") for op in _OPS)
+_TRITON = {
+    **dict(_way(op, "triton", "arithmetic", "arithmetic") for op in _OPS),
+    **dict(
+        _way(op, "triton", "arithmetic", "cvt.e2m1x2; arithmetic for stochastic rounding")
+        for op in ("nvfp4_quantise", "nvfp4_quantise_transposed", "nvfp4_write_page")
+    ),
+    **dict([_way("nvfp4_matmul", "triton", "tensor cores, bfloat16", "tensor cores, NVFP4")]),
+}
+_SCALED_MM = _TRITON | dict([_way("nvfp4_matmul", "scaled_mm", None, "cuBLAS, NVFP4")])
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("reference", _REFERENCE, ("cpu", "cuda")),
+        Backend("triton", _TRITON, ("cuda",), ARITHMETIC + E2M1, "triton"),
+        Backend("scaled_mm", _SCALED_MM, ("cuda",), E2M1, "triton"),
     )
 }
 
-BACKENDS: dict[str, Backend] = {
-    "reference": Backend(
-        "reference",
-        _REFERENCE,
-        ("cpu", "cuda"),
-        None,
-        None,
-        "plain torch: operands decoded to float32",
-    ),
-}
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Check that a device can run a backend.
+
+    Raises:
+        ValueError: there is no such backend, or the device lacks what it needs; lists those that
+            the device has.
+    """
+    reason = find_backend(name).missing(device)
+    if reason is not None:
+        able = [b.name for b in BACKENDS.values() if not b.missing(device)]
+        raise ValueError(
+            f"nvfp4: {name} {reason}; {device.type} has {' and '.join(able)}: set nvfp4 of the "
+            "recipe's lower pass"
+        )
+
+
+def find_backend(name: str) -> Backend:
+    """The backend called ``name``.
+
+    Raises:
+        ValueError: there is none; lists those there are.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"NVFP4 has no backend {name!r}; it has {', '.join(BACKENDS)}")
+    return BACKENDS[name]
 
 
 @cache
@@ -61,8 +137,29 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     Raises:
         ValueError: there is no such backend; lists those there are.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"NVFP4 has no backend {backend!r}; it has {', '.join(BACKENDS)}")
-    module, _, function = BACKENDS[backend].ops[op].partition(":")
+    module, _, function = find_backend(backend).ops[op].where.partition(":")
     found: Callable[..., Any] = getattr(import_module(module), function)
     return found
+
+
+def has_e2m1(device: torch.device) -> bool:
+    """Whether a device converts to and multiplies E2M1 itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in E2M1
+
+
+def architectures(capabilities: tuple[Capability, ...]) -> str:
+    """Their names."""
+    return ", ".join(f"sm_{major}{minor}" for major, minor in capabilities)
+
+
+def capability_table() -> Iterator[dict[str, str]]:
+    """How each backend runs each op on which hardware."""
+    for backend in BACKENDS.values():
+        for op, way in backend.ops.items():
+            yield {
+                "backend": backend.name,
+                "op": op,
+                "cpu": "float32 in torch" if "cpu" in backend.devices else "–",
+                architectures(ARITHMETIC): way.arithmetic or "–",
+                architectures(E2M1): way.native,
+            }

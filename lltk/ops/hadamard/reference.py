@@ -28,22 +28,28 @@ def random_signs(width: int, seed: int) -> list[int]:
 def hadamard(x: Tensor, signs: list[int]) -> Tensor:
     """x · diag(signs) · H / √n for each block of n along the last axis: orthogonal.
 
+    Sums go by halves of the index's bits, lowest first: √n · H · (signs · x / n), of which nothing
+    overflows before the last product.
+
     Args:
-        x: [..., K], K a multiple of n.
+        x: [..., K], K a multiple of n, which is a power of two.
         signs: n times ±1.
 
     Returns:
         [..., K] in ``x``'s dtype, summed in float32. What the dtype cannot hold (a result may be √n
         times its largest number) saturates; what is not finite makes its block so.
     """
-    matrix = hadamard_matrix(signs, x.device)
+    width = len(signs)
+    assert width.bit_count() == 1, f"{width} is no power of two"
     wide = torch.promote_types(x.dtype, torch.float32)
-    blocks = x.to(wide).unflatten(-1, (-1, len(signs)))
-    turned = blocks @ matrix.to(wide)
+    blocks = x.to(wide).unflatten(-1, (-1, width))
+    turned = blocks * (torch.tensor(signs, dtype=wide, device=x.device) / width)
+    half = 1
+    while half < width:
+        first, second = turned.unflatten(-1, (-1, 2, half)).unbind(-2)
+        turned = torch.stack([first + second, first - second], -2).flatten(-3)
+        half *= 2
+    turned = turned * width**0.5
     top = torch.finfo(x.dtype).max
     finite = blocks.isfinite().all(-1, keepdim=True)
-    if not (turned.isfinite() | ~finite).all():  # a sum left float32's range
-        turned = torch.where(
-            turned.isfinite(), turned, (blocks.double() @ matrix.double()).to(wide)
-        )
     return torch.where(finite, turned.clamp(-top, top), turned).flatten(-2).to(x.dtype)

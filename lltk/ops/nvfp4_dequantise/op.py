@@ -10,17 +10,28 @@ from lltk.ops.nvfp4_backends import implementation
 
 @torch.library.custom_op("lltk::nvfp4_dequantise", mutates_args=())
 def nvfp4_dequantise(
-    codes: Tensor, scales: Tensor, decode_scale: Tensor, backend: str = "reference"
+    codes: Tensor,
+    scales: Tensor,
+    decode_scale: Tensor,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "reference",
 ) -> Tensor:
     """See `reference.nvfp4_dequantise`."""
-    found: Tensor = implementation("nvfp4_dequantise", backend)(codes, scales, decode_scale)
+    run = implementation("nvfp4_dequantise", backend)
+    found: Tensor = run(codes, scales, decode_scale, dtype)
     return found
 
 
 @nvfp4_dequantise.register_fake
-def _(codes: Tensor, scales: Tensor, decode_scale: Tensor, backend: str = "reference") -> Tensor:
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    decode_scale: Tensor,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "reference",
+) -> Tensor:
     *rows, half = codes.shape
-    return codes.new_empty((*rows, 2 * half), dtype=torch.float32)
+    return codes.new_empty((*rows, 2 * half), dtype=dtype)
 
 
 OVERLOAD = torch.ops.lltk.nvfp4_dequantise.default

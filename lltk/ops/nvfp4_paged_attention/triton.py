@@ -17,16 +17,14 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _e2m1(codes):  # type: ignore[no-untyped-def]
+def _e2m1(codes):
     """2**-14 times the values of codes, float16: their bits at the places of float16's."""
     codes = codes.to(tl.uint16)
     return (((codes & 7) << 9) | ((codes & 8) << 12)).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def _block_values(  # type: ignore[no-untyped-def]
-    codes, scales, rows, held, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):
+def _block_values(codes, scales, rows, held, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """2**-14 · e2m1(code) · scale of rows of a page, float16 [ROWS, WIDTH]: exact.
 
     Args:
@@ -46,9 +44,7 @@ def _block_values(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
-    scores, values, seen, total, best, acc, factor, PRECISION: tl.constexpr
-):
+def _attend(scores, values, seen, total, best, acc, factor, PRECISION: tl.constexpr):
     """One tile of the online softmax; ``scores`` are in powers of two, ``values`` [N, D]."""
     scores = tl.where(seen[None, :], scores, float("-inf"))
     highest = tl.maximum(best, tl.max(scores, 1))
@@ -60,7 +56,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attention_kernel(  # type: ignore[no-untyped-def]
+def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr,
     k_codes, k_scales, k_decode_scales, k_means,
     v_codes, v_scales, v_decode_scales, v_means,
@@ -131,7 +127,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def decode_kernel(  # type: ignore[no-untyped-def]
+def decode_kernel(
     out_ptr, codes, scales, decode_scales, means, table,
     pages, rows, heads, out_batch,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, MEANS: tl.constexpr,

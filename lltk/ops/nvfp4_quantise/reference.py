@@ -28,7 +28,7 @@ BLOCK = 16
 """Elements that share a scale, along the last axis."""
 RULES = ("none", "mse", "mae", "abs_max")
 """What Four Over Six minimises; "none" is plain NVFP4."""
-_FOUR_OVER_SIX_MAX = 256.0
+FOUR_OVER_SIX_MAX = 256.0
 """Largest block scale under Four Over Six: 1.5 times it is an E4M3 number too."""
 _FLT_MAX = torch.finfo(torch.float32).max
 
@@ -54,12 +54,11 @@ def amax(x: Tensor, axes: int = 0) -> Tensor:
     return x.abs().flatten(axes).amax(-1).float()
 
 
-def scales_of(largest: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-    """Encode and decode scale of a tensor: min(6·F / amax, FLT_MAX), 1 for zeros, and its inverse.
+def scales_of(largest: Tensor, top: float) -> tuple[Tensor, Tensor]:
+    """Encode and decode scale of a tensor: min(6·top / amax, FLT_MAX), 1 for zeros; its inverse.
 
     The inverse is taken of the same clamped scale, so that tiny tensors survive.
     """
-    top = E4M3_MAX if rule == "none" else _FOUR_OVER_SIX_MAX
     # Not a number over a tensor, which torch takes as a product with the rounded reciprocal.
     encode = (torch.full_like(largest, E2M1_MAX * top) / largest).clamp(max=_FLT_MAX)
     encode = torch.where(largest == 0, 1.0, encode)
@@ -73,12 +72,14 @@ def nvfp4_quantise(
     seed: Tensor | None = None,
     stream: int = 0,
     largest: Tensor | None = None,
+    top: float | None = None,
 ) -> Quantised:
     """A tensor in NVFP4; blocks lie along the last axis, which is padded with zeros.
 
     Round to nearest: a block's scale is e4m3(b · (S / 6)), b its largest magnitude and S the
-    encode scale; a code is e2m1(x / (scale · decode scale)). Under Four Over Six a block may map
-    its maximum to 4 in place of 6, if the rule's error, in units of the scaled block, is smaller.
+    encode scale; a code is e2m1(x / (scale · decode scale)). Under Four Over Six the scale is
+    e4m3((b / 6) · S), or e4m3(1.5 · (b / 6) · S), which maps the maximum to 4, where that makes the
+    rule's error smaller.
 
     Stochastic rounding is unbiased: a scale that maps a maximum to 6 is rounded up, so that nothing
     saturates, and Four Over Six chooses by the error of rounding to nearest.
@@ -91,23 +92,33 @@ def nvfp4_quantise(
         stream: random sequence of ``seed``.
         largest: float32 of the leading axes, of which each entry has a decode scale of its own; by
             default one for all.
+        top: largest block scale; by default 448, and 256 under Four Over Six.
     """
     assert rule in RULES and tile in (1, BLOCK), (rule, tile)
-    largest = amax(x) if largest is None else largest
-    finite = largest.isfinite()
-    encode, decode = scales_of(torch.where(finite, largest, 0.0), rule)
+    own = amax(x, 0 if largest is None else largest.dim())
+    finite = own.isfinite()
+    largest = torch.where(finite, own if largest is None else largest, 0.0)
+    top = top or (E4M3_MAX if rule == "none" else FOUR_OVER_SIX_MAX)
+    scale, decode = scales_of(largest, top)
     rows = x.shape[-2] if x.dim() > 1 else 1
     blocks = _blocks(torch.where(x.isfinite(), x, 0.0).float(), tile)
     peak = blocks.abs().amax((-1, -3), keepdim=True)
-    encode, inverse = (expand(s, peak.dim()) for s in (encode, decode))
-    fine = peak * (encode * (1 / 6))
+    encode, inverse = (expand(s, peak.dim()) for s in (scale, decode))
+    if rule == "none":
+        fine = peak * (encode * (1 / 6))
+    else:
+        fine = peak / torch.full_like(peak, E2M1_MAX) * encode
     scales, values = _scaled(blocks, round_e4m3(fine), inverse)
     chosen = None
     if rule != "none":
-        coarse, wide = _scaled(blocks, round_e4m3(peak * encode * (1.5 / 6)), inverse)
-        unit = _unit(expand(largest, peak.dim()))
-        small, step = blocks * unit, inverse * unit
-        chosen = _error(wide, coarse, small, step, rule) < _error(values, scales, small, step, rule)
+        coarse, wide = _scaled(blocks, round_e4m3(fine * 1.5), inverse)
+        unit = _unit(largest)
+        # Of a tensor too small for its encode scale, what 6·top stands for is not its amax.
+        reach = torch.where(scale < _FLT_MAX, largest, decode * (E2M1_MAX * top))
+        units = [expand(u, peak.dim()) for u in (unit, unit * reach)]
+        chosen = _error(wide, coarse, blocks, units, top, rule) < _error(
+            values, scales, blocks, units, top, rule
+        )
     if seed is not None:
         scales, values = _scaled(blocks, round_e4m3_up(fine), inverse)
     if chosen is not None:
@@ -152,15 +163,27 @@ def _unit(largest: Tensor) -> Tensor:
     Squares of float32 leave its range below 1e-21 and above 1e19, so errors are not compared in
     units of the input; those of a power of two of it round alike.
     """
-    _, exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1.0))
+    _, exponent = torch.frexp(largest)
     return torch.ldexp(torch.ones_like(largest), -exponent.clamp(-126, 126))
 
 
-def _error(values: Tensor, scales: Tensor, blocks: Tensor, decode: Tensor, rule: str) -> Tensor:
-    """What rounding to nearest loses in a block."""
-    lost = decode_e2m1(round_e2m1(values)) * (scales.float() * decode) - blocks
-    axes = (-1, -3)
-    if rule == "mse":
-        return lost.square().sum(axes, keepdim=True)
-    lost = lost.abs()
-    return lost.sum(axes, keepdim=True) if rule == "mae" else lost.amax(axes, keepdim=True)
+def _error(
+    values: Tensor, scales: Tensor, blocks: Tensor, units: list[Tensor], top: float, rule: str
+) -> Tensor:
+    """What rounding to nearest loses in a block: code · scale · amax / (6·top) − x, in units.
+
+    Sums go along a row in order, then over halves of the rows.
+    """
+    unit, largest = units
+    decoded = decode_e2m1(round_e2m1(values)) * scales.float() * largest
+    lost = decoded / torch.full_like(decoded, E2M1_MAX * top) - blocks * unit
+    if rule == "abs_max":
+        return lost.abs().amax((-1, -3), keepdim=True)
+    lost = lost.square() if rule == "mse" else lost.abs()
+    total = torch.zeros_like(lost[..., :1])
+    for element in lost.split(1, dim=-1):
+        total = total + element
+    while total.shape[-3] > 1:
+        upper, lower = total.chunk(2, dim=-3)
+        total = upper + lower
+    return total

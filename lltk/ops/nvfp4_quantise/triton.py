@@ -1,0 +1,305 @@
+"""NVFP4 quantisation in two kernels: the largest magnitude, then scales and codes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lltk.ops.floats import E4M3_MAX
+from lltk.ops.nvfp4_backends import has_e2m1
+from lltk.ops.nvfp4_quantise.reference import BLOCK, FOUR_OVER_SIX_MAX, RULES, Quantised
+from lltk.ops.triton_floats import (
+    decode_e4m3,
+    is_finite,
+    nearest_e2m1,
+    pack,
+    pairs,
+    round_e2m1,
+    round_e2m1_pairs,
+    round_e2m1_randomly,
+    round_e4m3,
+    round_e4m3_up,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_STEP, _STEPS = 4096, 4
+_FLT_MAX = tl.constexpr(torch.finfo(torch.float32).max)
+
+
+def nvfp4_quantise(
+    x: Tensor,
+    tile: int = 1,
+    rule: str = "none",
+    seed: Tensor | None = None,
+    stream: int = 0,
+    largest: Tensor | None = None,
+    top: float | None = None,
+) -> Quantised:
+    """See `reference.nvfp4_quantise`, which it equals bit by bit.
+
+    Raises:
+        ValueError: x is none of `DTYPES`.
+    """
+    assert rule in RULES and tile in (1, BLOCK), (rule, tile)
+    check_dtype(x)
+    x = x.contiguous()
+    own = x.new_zeros(() if largest is None else largest.shape, dtype=torch.float32)
+    decode_scale = torch.empty_like(own)
+    shape, width = x.shape[:-1], x.shape[-1]
+    blocks = triton.cdiv(width, BLOCK)
+    codes = x.new_empty((*shape, blocks * BLOCK // 2), dtype=torch.uint8)
+    scales = x.new_empty((*shape, blocks), dtype=torch.float8_e4m3fn)
+    share = x.numel() // own.numel()
+    # Only tiles see where a matrix ends; whole blocks need not even see rows.
+    rows = share // width if tile == 1 or x.dim() == 1 else x.shape[-2]
+    matrices = share // (rows * width)
+    if tile == 1 and width % BLOCK == 0:
+        rows, width, blocks = rows * blocks, BLOCK, 1
+    bands = triton.cdiv(rows, tile)
+    total = matrices * bands * blocks
+    amount = 16 if tile == BLOCK else 256 if rule == "none" and seed is None else 128
+    chunks = triton.cdiv(total, amount)
+    with torch.cuda.device_of(x):
+        largest_magnitude(x, own)
+        _quantise[(own.numel() * chunks,)](
+            x,
+            codes,
+            scales.view(torch.uint8),
+            own,
+            own if largest is None else largest.contiguous(),
+            decode_scale,
+            seed,
+            stream,
+            rows,
+            width,
+            blocks,
+            matrices,
+            bands,
+            total,
+            chunks,
+            TOP=top or (E4M3_MAX if rule == "none" else FOUR_OVER_SIX_MAX),
+            RULE=rule,
+            TILE=tile,
+            AMOUNT=amount,
+            NATIVE=has_e2m1(x.device),
+            enable_fp_fusion=False,
+        )
+    return Quantised(codes, scales, decode_scale)
+
+
+def check_dtype(x: Tensor) -> None:
+    """Raise ValueError if the kernels do not read x."""
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"nvfp4_quantise: triton reads {names}, not {x.dtype}: cast it first")
+
+
+def largest_magnitude(x: Tensor, largest: Tensor) -> None:
+    """Raise ``largest``, one for each equal part of x in order, to the magnitudes in it."""
+    share = x.numel() // largest.numel()
+    chunks = triton.cdiv(share, _STEP * _STEPS)
+    _largest[(largest.numel() * chunks,)](
+        x, largest.view(torch.int32), share, chunks, STEP=_STEP, STEPS=_STEPS
+    )
+
+
+@triton.jit
+def _largest(x, largest, share, chunks, STEP: tl.constexpr, STEPS: tl.constexpr):
+    """Float32 magnitudes, NaN above all, are ordered as their bits are."""
+    group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    x += group.to(tl.int64) * share
+    first = chunk.to(tl.int64) * (STEP * STEPS)
+    found = tl.zeros((STEP,), tl.int32)
+    for step in tl.static_range(STEPS):
+        at = first + step * STEP + tl.arange(0, STEP)
+        values = tl.load(x + at, mask=at < share, other=0.0).to(tl.float32)
+        found = tl.maximum(found, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    tl.atomic_max(largest + group, tl.max(found, 0))
+
+
+@triton.jit(do_not_specialize=["stream"])
+def _quantise(
+    x,
+    codes,
+    scales,
+    own,
+    given,
+    decode_scale,
+    seed,
+    stream,
+    rows,
+    width,
+    blocks,
+    matrices,
+    bands,
+    total,
+    chunks,
+    TOP: tl.constexpr,
+    RULE: tl.constexpr,
+    TILE: tl.constexpr,
+    AMOUNT: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    # Backwards: what the largest was looked for in last is still in the cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    group, chunk = program // chunks, program % chunks
+    finite, largest, encode, decode = tensor_scales(
+        own + group, given + group, decode_scale + group, chunk == 0, TOP
+    )
+    index = chunk * AMOUNT + tl.arange(0, AMOUNT)
+    band, column = index // blocks, index % blocks
+    matrix = group.to(tl.int64) * matrices
+    if TILE > 1:
+        matrix, band = matrix + band // bands, band % bands
+    local = (band * TILE)[None, :] + tl.arange(0, TILE)[:, None]
+    row = (matrix * rows)[None, :] + local if TILE > 1 else matrix * rows + local
+    inside = (local < rows) & (index < total)[None, :]
+    element = tl.arange(0, 16)[None, None, :]
+    values = tl.load(
+        x + row[:, :, None] * width + (column[None, :, None] * 16 + element),
+        mask=inside[:, :, None] & (column[None, :, None] * 16 + element < width),
+        other=0.0,
+    )
+    values = values.to(tl.float32)
+    if not finite:
+        values = tl.where(is_finite(values), values, 0.0)
+    block = row * blocks + column[None, :]
+    scale, packed = quantise_blocks(
+        values, block, largest, encode, decode, seed, stream, TOP, RULE, NATIVE
+    )
+    tl.store(scales + block, tl.broadcast_to(scale[None, :], (TILE, AMOUNT)), mask=inside)
+    byte = tl.arange(0, 8)[None, None, :]
+    tl.store(codes + (block[:, :, None] * 8 + byte), packed, mask=inside[:, :, None])
+
+
+@triton.jit
+def tensor_scales(own, given, decode_scale, stores, TOP: tl.constexpr):
+    """Whether all is finite, largest magnitude, encode and decode scale; one program stores it."""
+    finite = is_finite(tl.load(own))
+    largest = tl.where(finite, tl.load(given), 0.0)
+    encode = tl.minimum(tl.div_rn(6.0 * TOP, largest), _FLT_MAX)
+    encode = tl.where(largest == 0.0, 1.0, encode)
+    decode = tl.div_rn(1.0, encode)
+    if stores:
+        tl.store(decode_scale, tl.where(finite, decode, float("nan")))
+    return finite, largest, encode, decode
+
+
+@triton.jit
+def quantise_blocks(
+    values,
+    block,
+    largest,
+    encode,
+    decode,
+    seed,
+    stream,
+    TOP: tl.constexpr,
+    RULE: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Scales and codes of blocks.
+
+    Args:
+        values: finite float32 [T, N, 16], T blocks sharing a scale.
+        block: int64 [T, N], the place of each among all blocks.
+        largest, encode, decode: as of `tensor_scales`.
+        seed: pointer to an int64 [2], or None to round to nearest.
+        stream, TOP, RULE: as of `nvfp4_quantise`.
+        NATIVE: whether there is an instruction for E2M1.
+
+    Returns:
+        uint8 [N] and [T, N, 8].
+    """
+    peak = tl.max(tl.max(tl.abs(values), 2), 0)
+    fine = peak * (encode * (1 / 6)) if RULE == "none" else tl.div_rn(peak, 6.0) * encode
+    scale = round_e4m3(tl.minimum(fine, 448.0))
+    if RULE != "none":
+        coarse = round_e4m3(tl.minimum(fine * 1.5, 448.0))
+        unit = _unit(largest)
+        reach = tl.where(encode < _FLT_MAX, largest, decode * (6.0 * TOP))
+        chosen = _error(values, coarse, decode, unit, unit * reach, TOP, RULE) < _error(
+            values, scale, decode, unit, unit * reach, TOP, RULE
+        )
+    if seed is not None:
+        scale = round_e4m3_up(tl.minimum(fine, 448.0))
+    if RULE != "none":
+        scale = tl.where(chosen, coarse, scale)
+    scaled = _scaled(values, decode_e4m3(scale), decode)
+    if seed is not None:
+        packed = pack(round_e2m1_randomly(scaled, _uniform(block, seed, stream)))
+    elif NATIVE:
+        even, odd = pairs(scaled)
+        packed = round_e2m1_pairs(even, odd)
+    else:
+        packed = pack(round_e2m1(scaled))
+    return scale.to(tl.uint8), packed
+
+
+@triton.jit
+def _scaled(values, scale, decode):
+    factor = tl.minimum(tl.div_rn(1.0, scale * decode), _FLT_MAX)
+    return values * factor[None, :, None]
+
+
+@triton.jit
+def _unit(largest):
+    """2**-e of a largest m · 2**e, ½ ≤ m < 1, e within ±126; 1 of zero."""
+    exponent = tl.minimum((largest.to(tl.int32, bitcast=True) >> 23) - 126, 126)
+    unit = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    return tl.where(largest == 0.0, 1.0, unit)
+
+
+@triton.jit
+def _error(values, code, decode, unit, reach, TOP: tl.constexpr, RULE: tl.constexpr):
+    """What rounding to nearest loses in blocks, in units."""
+    scale = decode_e4m3(code)
+    decoded = nearest_e2m1(_scaled(values, scale, decode)) * scale[None, :, None] * reach
+    lost = tl.abs(tl.div_rn(decoded, 6.0 * TOP) - values * unit)
+    if RULE == "abs_max":
+        return tl.max(tl.max(lost, 2), 0)
+    if RULE == "mse":
+        lost = lost * lost
+    total = _row_sum(lost)
+    if total.shape[0] == 16:
+        for _ in tl.static_range(4):
+            # Of two numbers, in either order.
+            total = tl.sum(tl.reshape(total, (2, total.shape[0] // 2, total.shape[1])), 0)
+    return tl.reshape(total, (total.shape[1],))
+
+
+@triton.jit
+def _row_sum(x):
+    """Sum of 16 elements in order, [T, N, 16] to [T, N]."""
+    a, b = pairs(x)
+    aa, ab = pairs(a)
+    ba, bb = pairs(b)
+    aaa, aab = pairs(aa)
+    aba, abb = pairs(ab)
+    baa, bab = pairs(ba)
+    bba, bbb = pairs(bb)
+    # The letters of an element are its index's bits, lowest first.
+    s0, s8 = tl.split(aaa)
+    s4, s12 = tl.split(aab)
+    s2, s10 = tl.split(aba)
+    s6, s14 = tl.split(abb)
+    s1, s9 = tl.split(baa)
+    s5, s13 = tl.split(bab)
+    s3, s11 = tl.split(bba)
+    s7, s15 = tl.split(bbb)
+    low = s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7
+    return low + s8 + s9 + s10 + s11 + s12 + s13 + s14 + s15
+
+
+@triton.jit
+def _uniform(block, seed, stream):
+    """Random numbers of blocks, see `lltk.ops.philox.uniform`; float32 [T, N, 16]."""
+    quad = block[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    low, high = quad.to(tl.uint32), (quad >> 32).to(tl.uint32)
+    draw = tl.zeros_like(low) + tl.load(seed + 1).to(tl.uint32)
+    sequence = tl.zeros_like(low) + stream.to(tl.uint32)
+    a, b, c, d = tl.philox(tl.load(seed), low, high, draw, sequence)
+    words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    return (words >> 8).to(tl.float32) * 2.0**-24

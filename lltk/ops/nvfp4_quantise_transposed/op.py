@@ -1,0 +1,47 @@
+"""``lltk::nvfp4_quantise_transposed``; no gradient flows through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.nvfp4_backends import implementation
+from lltk.ops.nvfp4_quantise.reference import BLOCK
+from lltk.ops.nvfp4_quantise_transposed.reference import padded
+
+
+@torch.library.custom_op("lltk::nvfp4_quantise_transposed", mutates_args=())
+def nvfp4_quantise_transposed(
+    x: Tensor,
+    signs: list[int],
+    rule: str = "none",
+    seed: Tensor | None = None,
+    stream: int = 0,
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.nvfp4_quantise_transposed`."""
+    run = implementation("nvfp4_quantise_transposed", backend)
+    codes, scales, decode_scale = run(x, signs, rule, seed, stream)
+    return codes, scales, decode_scale
+
+
+@nvfp4_quantise_transposed.register_fake
+def _(
+    x: Tensor,
+    signs: list[int],
+    rule: str = "none",
+    seed: Tensor | None = None,
+    stream: int = 0,
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor, Tensor]:
+    columns = x.shape[-1]
+    rows = padded(x.numel() // columns, signs)
+    return (
+        x.new_empty((columns, rows // 2), dtype=torch.uint8),
+        x.new_empty((columns, rows // BLOCK), dtype=torch.float8_e4m3fn),
+        x.new_empty((), dtype=torch.float32),
+    )
+
+
+OVERLOAD = torch.ops.lltk.nvfp4_quantise_transposed.default
+"""The op as a graph node's target."""
