@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
-from lltk.ops.nvfp4_paged_attention.op import nvfp4_paged_attention
+from lltk.ops.nvfp4_paged_attention.op import nvfp4_paged_attention, nvfp4_paged_attention_backward
 from lltk.ops.nvfp4_paged_attention.reference import Pages, decode
 from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
 from lltk.ops.nvfp4_write_page.op import nvfp4_write_page
@@ -92,8 +92,13 @@ def compare_kernels(device: str, dtype: torch.dtype) -> None:
             assert float((ours - wanted).abs().max()) <= bound, (tokens, run)
         other = run(q, k, v, *given[3:], torch.tensor([3], device=device)).cpu()
         assert float((other - wanted).abs().max()) > 10 * bound
-        arena = Pages(*given[3:7])
-        decoded = triton.gather(k, arena, table.to(device)).cpu()
+        decoded = triton.gather(k, *given[3:7], table.to(device)).cpu()
+        trained = [t.detach().requires_grad_() for t in (q, k, v)]
+        result = triton.decode(*trained, *given[3:], table.to(device))
+        found = torch.autograd.grad(result, trained, own[3].to(device))
+        exact = nvfp4_paged_attention_backward(own[3], *own[:3], *pages, table)
+        for grad, theirs in zip(found, exact, strict=True):
+            assert float((grad.cpu() - theirs).abs().max()) <= 2 * bound
         rounded = decode(Pages(*pages[:4]), table).to(dtype)
         assert torch.equal(decoded, torch.cat([rounded, own[1]], dim=1))
 

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lltk.ops.nvfp4_paged_attention.decode import attend
-from lltk.ops.nvfp4_paged_attention.reference import Pages
 from lltk.ops.nvfp4_quantise.reference import BLOCK
 
 _LOG2_E = 1.4426950408889634
@@ -176,30 +175,9 @@ def attention(
             "nvfp4_paged_attention: triton has no gradient; set nvfp4_paged_attention of the "
             "recipe's lower pass to decode"
         )
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    batch, queries, heads, width = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tile_m, tile_n, options = _tiles(q.dtype)
-    attention_kernel[(triton.cdiv(queries, tile_m), batch * heads)](
-        q, k, v, out,
-        k_codes, k_scales.view(torch.uint8), k_decode_scales, k_means,
-        v_codes, v_scales.view(torch.uint8), v_decode_scales, v_means,
-        table, table.shape[0], k_codes.shape[1], k_codes.shape[2], queries, k.shape[1], heads,
-        width**-0.5 * _LOG2_E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        WIDTH=width, M=tile_m, N=tile_n,
-        K_MEANS=k_means is not None, V_MEANS=v_means is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        **options,
-    )  # fmt: skip
-    return out
-
-
-def _tiles(dtype: torch.dtype) -> tuple[int, int, dict[str, Any]]:
-    """Queries and keys of a tile, and how many warps and stages work on it."""
-    if dtype.itemsize == 2:
-        return 128, 64, {"num_warps": 8, "num_stages": 1}
-    return 32, 32, {"num_warps": 4, "num_stages": 1}
+    k_pages = (k_codes, k_scales, k_decode_scales, k_means)
+    v_pages = (v_codes, v_scales, v_decode_scales, v_means)
+    return _attention(q, k, v, *k_pages, *v_pages, table)
 
 
 def decode(
@@ -222,26 +200,9 @@ def decode(
         ValueError: D is no power of two.
     """
     _check_width(q)
-    keys = gather(k, Pages(k_codes, k_scales, k_decode_scales, k_means), table)
-    values = gather(v, Pages(v_codes, v_scales, v_decode_scales, v_means), table)
+    keys = gather(k, k_codes, k_scales, k_decode_scales, k_means, table)
+    values = gather(v, v_codes, v_scales, v_decode_scales, v_means, table)
     return attend(q, keys, values)
-
-
-def gather(own: Tensor, pages: Pages, table: Tensor) -> Tensor:
-    """Decoded pages, constants, then the chunk's own: [B, N * T + L, H, D] in its dtype."""
-    batch, length, heads, width = own.shape
-    tokens, listed = pages.codes.shape[2], table.shape[0]
-    size = (batch, listed * tokens + length, heads, width)
-    out = torch.empty(size, dtype=own.dtype, device=own.device)
-    tile = 4096 // width
-    if listed:
-        decode_kernel[(triton.cdiv(tokens * heads, tile), listed, batch)](
-            out, pages.codes, pages.scales.view(torch.uint8), pages.decode_scales, pages.means,
-            table, pages.codes.shape[1], tokens * heads, heads, out.stride(0),
-            WIDTH=width, ROWS=tile, MEANS=pages.means is not None,
-        )  # fmt: skip
-    out[:, listed * tokens :] = own
-    return out
 
 
 def _check_width(q: Tensor) -> None:
@@ -251,3 +212,95 @@ def _check_width(q: Tensor) -> None:
             f"nvfp4_paged_attention: triton is for heads of 16, 32, 64, …, not of {width}; set "
             "nvfp4_paged_attention of the recipe's lower pass to decode"
         )
+
+
+@torch.library.custom_op("lltk::nvfp4_paged_attention_triton", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_codes: Tensor,
+    k_scales: Tensor,
+    k_decode_scales: Tensor,
+    k_means: Tensor | None,
+    v_codes: Tensor,
+    v_scales: Tensor,
+    v_decode_scales: Tensor,
+    v_means: Tensor | None,
+    table: Tensor,
+) -> Tensor:
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    batch, queries, heads, width = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tile_m, tile_n, options = _tiles(q.dtype)
+    with torch.cuda.device_of(q):
+        attention_kernel[(triton.cdiv(queries, tile_m), batch * heads)](
+            q, k, v, out,
+            k_codes, k_scales.view(torch.uint8), k_decode_scales, k_means,
+            v_codes, v_scales.view(torch.uint8), v_decode_scales, v_means,
+            table, table.shape[0], k_codes.shape[1], k_codes.shape[2], queries, k.shape[1], heads,
+            width**-0.5 * _LOG2_E,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            WIDTH=width, M=tile_m, N=tile_n,
+            K_MEANS=k_means is not None, V_MEANS=v_means is not None,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            **options,
+        )  # fmt: skip
+    return out
+
+
+@_attention.register_fake
+def _(q: Tensor, *rest: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _tiles(dtype: torch.dtype) -> tuple[int, int, dict[str, Any]]:
+    """Queries and keys of a tile, and how many warps and stages work on it."""
+    if dtype.itemsize == 2:
+        return 128, 64, {"num_warps": 8, "num_stages": 1}
+    return 32, 32, {"num_warps": 4, "num_stages": 1}
+
+
+@torch.library.custom_op("lltk::nvfp4_gather_triton", mutates_args=())
+def gather(
+    own: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    decode_scales: Tensor,
+    means: Tensor | None,
+    table: Tensor,
+) -> Tensor:
+    """The listed pages, decoded constants, then the chunk's own: [B, N * T + L, H, D]."""
+    batch, length, heads, width = own.shape
+    tokens, listed = codes.shape[2], table.shape[0]
+    size = (batch, listed * tokens + length, heads, width)
+    out = torch.empty(size, dtype=own.dtype, device=own.device)
+    out[:, listed * tokens :] = own
+    tile = 4096 // width
+    if listed:
+        with torch.cuda.device_of(own):
+            decode_kernel[(triton.cdiv(tokens * heads, tile), listed, batch)](
+                out, codes, scales.view(torch.uint8), decode_scales, means, table,
+                codes.shape[1], tokens * heads, heads, out.stride(0),
+                WIDTH=width, ROWS=tile, MEANS=means is not None, enable_fp_fusion=False,
+            )  # fmt: skip
+    return out
+
+
+@gather.register_fake
+def _(own: Tensor, codes: Tensor, *rest: Tensor | None) -> Tensor:
+    table = rest[-1]
+    assert table is not None
+    batch, length, heads, width = own.shape
+    return own.new_empty((batch, table.shape[0] * codes.shape[2] + length, heads, width))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.own = inputs[0].shape[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (grad[:, -ctx.own :].contiguous(), *[None] * 5)
+
+
+gather.register_autograd(_backward, setup_context=_save)
