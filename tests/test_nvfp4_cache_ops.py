@@ -340,6 +340,7 @@ def test_kernels_compile_for(architecture: int, product: str) -> None:
     """With the tensor cores' instruction of each, and no more shared memory than it has."""
     pytest.importorskip("triton")
     from lltk.ops.nvfp4_paged_attention.triton import attention_kernel, decode_kernel
+    from lltk.ops.nvfp4_write_page.triton import _write
 
     sizes = {"WIDTH": 128, "M": 128, "N": 64, "PRECISION": "tf32"}
     means = {"K_MEANS": True, "V_MEANS": False, "v_means": None}
@@ -348,6 +349,9 @@ def test_kernels_compile_for(architecture: int, product: str) -> None:
     assert product in compiled.asm["ptx"]
     assert compiled.metadata.shared <= {90: 227, 100: 227, 120: 99}[architecture] * 1024
     cross_compiled(decode_kernel, architecture, {"WIDTH": 128, "ROWS": 32, "MEANS": True}, {})
+    sizes = {"TOP": 256.0, "RULE": "mse", "AMOUNT": 128, "NATIVE": architecture >= 100}
+    compiled = cross_compiled(_write, architecture, sizes, {"enable_fp_fusion": False})
+    assert ("cvt.rn.satfinite.e2m1x2" in compiled.asm["ptx"]) == (architecture >= 100)
 
 
 def cross_compiled(
@@ -359,6 +363,7 @@ def cross_compiled(
     from triton.compiler import ASTSource
 
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_means", "means"), "*bf16")
+    types |= {"value": "*bf16", "mean": "*bf16", "largest": "*fp32", "slot": "*i64"}
     types |= dict.fromkeys(("k_codes", "k_scales", "v_codes", "v_scales"), "*u8")
     types |= dict.fromkeys(("codes", "scales"), "*u8")
     types |= dict.fromkeys(("k_decode_scales", "v_decode_scales", "decode_scales"), "*fp32")
