@@ -24,8 +24,8 @@ from lltk.ops.write_page.op import OVERLOAD as WRITE_PAGE
 class Config(PassConfig):
     """How pages are quantised."""
 
-    smoothing: Literal["none", "keys", "both"] = Field(
-        "keys", description="whose pages keep each channel's mean apart: none, keys or both"
+    smoothing: bool = Field(
+        True, description="whether pages keep each channel's mean apart, keys' and values'"
     )
     rule: Literal["none", "mse", "mae", "abs_max"] = Field(
         "mse", description="Four Over Six rule; none for plain NVFP4"
@@ -44,7 +44,7 @@ class Nvfp4Cache(Pass[Config]):
             →  nvfp4_paged_attention(q, k, v, k_pages_codes_i, …, v_pages_codes_i, …, table)
 
     Codes are uint8 [B, P, T, H, D/2], scales float8_e4m3fn [B, P, T, H, D/16], decode scales
-    float32 [B, P, H] and means, of what is smoothed, bfloat16 [B, P, H, D].
+    float32 [B, P, H] and means bfloat16 [B, P, H, D]; without smoothing, None stands for means.
     """
 
     Config = Config
@@ -79,12 +79,9 @@ class Nvfp4Cache(Pass[Config]):
         assert isinstance(pages, fx.Node)
         if pages not in made:
             name, _, layer = str(pages.target).rpartition("_")
-            smooth = self.config.smoothing == "both" or (
-                self.config.smoothing == "keys" and name.startswith("k_")
-            )
             made[pages] = [
-                add_input(pages.graph, f"{name}_{part}_{layer}", like) if like is not None else None
-                for part, like in _arenas(pages, smooth).items()
+                None if like is None else add_input(pages.graph, f"{name}_{part}_{layer}", like)
+                for part, like in _arenas(pages, self.config.smoothing).items()
             ]
         return made[pages]
 

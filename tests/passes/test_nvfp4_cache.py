@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import (
@@ -58,15 +60,13 @@ lltk.paged_attention.default(q, q, q, k_pages_0, v_pages_0, table)
 K_PARTS = """\
 k_pages_codes_0: u8[1, 4, 8, 2, 8], k_pages_scales_0: f8e4m3[1, 4, 8, 2, 1], \
 k_pages_decode_scales_0: f32[1, 4, 2], k_pages_means_0: bf16[1, 4, 2, 16]"""
-V_PARTS = """\
-v_pages_codes_0: u8[1, 4, 8, 2, 8], v_pages_scales_0: f8e4m3[1, 4, 8, 2, 1], \
-v_pages_decode_scales_0: f32[1, 4, 2]"""
+V_PARTS = K_PARTS.replace("k_", "v_")
 STEP = f"""
 def step(q: f32[1, 8, 2, 16], table: i64[3], {K_PARTS}, {V_PARTS}):
     # blocks.0.attn1
     nvfp4_paged_attention: f32[1, 8, 2, 16] = lltk.nvfp4_paged_attention.default(q, q, q, \
 k_pages_codes_0, k_pages_scales_0, k_pages_decode_scales_0, k_pages_means_0, \
-v_pages_codes_0, v_pages_scales_0, v_pages_decode_scales_0, None, table)
+v_pages_codes_0, v_pages_scales_0, v_pages_decode_scales_0, v_pages_means_0, table)
     return {{'sample': nvfp4_paged_attention}}
 """
 COMMIT = f"""
@@ -75,7 +75,7 @@ def commit(q: f32[1, 8, 2, 16], slot: i64[1], {K_PARTS}, {V_PARTS}):
     nvfp4_write_page: None = lltk.nvfp4_write_page.default(k_pages_codes_0, k_pages_scales_0, \
 k_pages_decode_scales_0, k_pages_means_0, q, slot, 'mse')
     nvfp4_write_page_1: None = lltk.nvfp4_write_page.default(v_pages_codes_0, v_pages_scales_0, \
-v_pages_decode_scales_0, None, q, slot, 'mse')
+v_pages_decode_scales_0, v_pages_means_0, q, slot, 'mse')
     return {{}}
 """
 STEPS = PASSES["stream"][:6]
@@ -86,13 +86,13 @@ def made() -> Program:
     return hand_made("stream", Stage.CAUSAL, BEFORE)
 
 
-def quantised(*steps: str, **options: str) -> Program:
+def quantised(*steps: str, **options: Any) -> Program:
     before = reached("stream", *STEPS, head_dim=16)
     return after(before, {"nvfp4_cache": options}, *steps)
 
 
 def test_rewrites_the_text() -> None:
-    program = after(made(), {"nvfp4_cache": {"smoothing": "keys"}})
+    program = after(made(), "nvfp4_cache")
     assert text(program, "step") == STEP.strip()
     assert text(program, "commit") == COMMIT.strip()
     assert text(program, "prologue") == text(made(), "prologue")
@@ -100,13 +100,11 @@ def test_rewrites_the_text() -> None:
 
 
 def test_the_rule_and_the_smoothing_are_the_recipes() -> None:
-    program = after(made(), {"nvfp4_cache": {"smoothing": "none", "rule": "none"}})
-    assert "means" not in text(program, "step") and "None, q, slot, 'none')" in text(
-        program, "commit"
-    )
-    program = after(made(), {"nvfp4_cache": {"smoothing": "both"}})
-    assert "v_pages_means_0, table)" in text(program, "step")
-    assert "known keys" not in refused(after, made(), {"nvfp4_cache": {"rule": "mes"}})
+    program = after(made(), {"nvfp4_cache": {"smoothing": False, "rule": "none"}})
+    assert not any("means" in name for name in program.pages)
+    assert "v_pages_decode_scales_0, None, table)" in text(program, "step")
+    assert "k_pages_decode_scales_0, None, q, slot, 'none')" in text(program, "commit")
+    assert "nvfp4_cache: rule: " in refused(after, made(), {"nvfp4_cache": {"rule": "mes"}})
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -115,31 +113,27 @@ def test_matches_follow_from_the_layers(layers: int) -> None:
     program = reached("stream", *STEPS, "nvfp4_cache", layers=layers, head_dim=16)
     assert program.log[-1].matches == {"self-attention": 2 * layers - 1, "pages": 2 * layers}
     parts = ("codes", "scales", "decode_scales", "means")
-    names = {f"{name}_pages_{part}_{n}" for name in "kv" for part in parts for n in range(layers)}
-    assert program.pages.keys() <= names
-    assert {name for name in names if name.startswith("k")} <= program.pages.keys()
+    assert program.pages.keys() == {
+        f"{name}_pages_{part}_{n}" for name in "kv" for part in parts for n in range(layers)
+    }
 
 
-@pytest.mark.parametrize("smoothing", ["none", "keys", "both"])
-def test_layers_share_a_region(smoothing: str) -> None:
+@pytest.mark.parametrize("smoothing", [False, True])
+def test_layers_share_a_region(smoothing: bool) -> None:
     program = quantised("regionalise", "lower", smoothing=smoothing)
     assert program.regions.keys() == {"prologue_block", "step_block", "commit_block_1"}
     named = {name for name in program.regions["step_block"].inputs if "pages" in name}
-    parts = ["codes", "scales", "decode_scales"]
-    keys, values = (
-        {f"{name}_pages_{part}" for part in [*parts, *(["means"] if smooth else [])]}
-        for name, smooth in (("k", smoothing != "none"), ("v", smoothing == "both"))
-    )
-    assert named == keys | values
+    parts = ["codes", "scales", "decode_scales", *(["means"] if smoothing else [])]
+    assert named == {f"{name}_pages_{part}" for name in "kv" for part in parts}
     assert program.implementations == {"nvfp4_paged_attention": "decode"}
 
 
 def paged(program: Program, values: dict[str, Tensor], rule: str) -> dict[str, Tensor]:
     """The program's pages, holding ``values`` by the plain program's names."""
     result = {}
+    smooth = "k_pages_means_0" in program.pages
     for name, value in values.items():
         arena, _, layer = name.rpartition("_")
-        smooth = f"{arena}_means_{layer}" in program.pages
         for part, tensor in zip(Pages._fields, written(value, smooth, rule), strict=True):
             if tensor is not None:
                 result[f"{arena}_{part}_{layer}"] = tensor
@@ -149,18 +143,14 @@ def paged(program: Program, values: dict[str, Tensor], rule: str) -> dict[str, T
 
 def decoded(program: Program, values: dict[str, Tensor], rule: str) -> dict[str, Tensor]:
     """``values`` as the program's pages decode to."""
-    return {
-        name: by_hand(value, "{}_means_{}".format(*name.rsplit("_", 1)) in program.pages, rule)
-        for name, value in values.items()
-    }
+    smooth = "k_pages_means_0" in program.pages
+    return {name: by_hand(value, smooth, rule) for name, value in values.items()}
 
 
 @pytest.mark.parametrize("lowered", [(), ("regionalise", "lower")])
-@pytest.mark.parametrize(
-    ("smoothing", "rule"), [("none", "none"), ("keys", "mse"), ("both", "abs_max")]
-)
+@pytest.mark.parametrize(("smoothing", "rule"), [(False, "none"), (True, "mse"), (True, "abs_max")])
 def test_the_step_reads_what_pages_decode_to(
-    smoothing: str, rule: str, lowered: tuple[str, ...]
+    smoothing: bool, rule: str, lowered: tuple[str, ...]
 ) -> None:
     """The plain step over pages quantised and decoded by hand."""
     before = reached("stream", *STEPS, head_dim=16)
@@ -175,10 +165,8 @@ def test_the_step_reads_what_pages_decode_to(
     assert difference(ours, run(before, "step", given | other)) > 0.01
 
 
-@pytest.mark.parametrize(
-    ("smoothing", "rule"), [("none", "none"), ("keys", "mse"), ("both", "abs_max")]
-)
-def test_the_commit_writes_what_it_would_have_quantised(smoothing: str, rule: str) -> None:
+@pytest.mark.parametrize(("smoothing", "rule"), [(False, "none"), (True, "mse"), (True, "abs_max")])
+def test_the_commit_writes_what_it_would_have_quantised(smoothing: bool, rule: str) -> None:
     """The page's bytes, and no other page's, of the clean chunk's own K/V."""
     before = reached("stream", *STEPS, head_dim=16)
     program = quantised(smoothing=smoothing, rule=rule)
@@ -237,11 +225,11 @@ def of_one_block(name: str) -> Program:
 @pytest.mark.parametrize(
     ("name", "tokens", "least"),
     [
-        ("wan22_5b_stream_nvfp4_cache", 8 * 880, {"none": 3.55, "keys": 3.55, "both": 3.55}),
-        ("tiny_stream_nvfp4_cache", 3 * 16, {"none": 3.54, "keys": 3.42, "both": 3.30}),
+        ("wan22_5b_stream_nvfp4_cache", 8 * 880, {False: 3.555, True: 3.55}),
+        ("tiny_stream_nvfp4_cache", 3 * 16, {False: 3.54, True: 3.30}),
     ],
 )
-def test_the_cache_is_smaller(name: str, tokens: int, least: dict[str, float]) -> None:
+def test_the_cache_is_smaller(name: str, tokens: int, least: dict[bool, float]) -> None:
     """Codes, scales, decode scales and means, against the same contract in bfloat16.
 
     The tiny model's pages are short, so that means weigh more.
@@ -250,11 +238,11 @@ def test_the_cache_is_smaller(name: str, tokens: int, least: dict[str, float]) -
     heads, width = program.spec.heads, program.spec.head_dim
     plain = estimate(program)["cache pages"]
     assert plain == 2 * 4 * tokens * heads * width * 2
-    for smoothing, means in (("none", 0), ("keys", 1), ("both", 2)):
+    for smoothing in (False, True):
         small = after(program, {"nvfp4_cache": {"smoothing": smoothing}}, "regionalise", "lower")
         page = tokens * (width // 2 + width // 16) + 4
         found = estimate(small)["cache pages"]
-        assert found == 4 * heads * (2 * page + means * 2 * width)
+        assert found == 2 * 4 * heads * (page + smoothing * 2 * width)
         assert least[smoothing] < plain / found < 32 / 9
 
 
