@@ -17,9 +17,19 @@ from lltk.ops.nvfp4_matmul.op import OVERLOAD as MATMUL
 from lltk.ops.nvfp4_quantise.op import OVERLOAD as QUANTISE
 from lltk.ops.nvfp4_quantise_transposed.op import OVERLOAD as QUANTISE_TRANSPOSED
 from lltk.ops.nvfp4_transpose.op import OVERLOAD as TRANSPOSE
+from lltk.ops.nvfp4_write_page.op import OVERLOAD as WRITE_PAGE
 
 NVFP4_OPS = frozenset(
-    {QUANTISE, QUANTISE_TRANSPOSED, DEQUANTISE, TRANSPOSE, HADAMARD, MATMUL, LINEAR}
+    {
+        QUANTISE,
+        QUANTISE_TRANSPOSED,
+        DEQUANTISE,
+        TRANSPOSE,
+        HADAMARD,
+        MATMUL,
+        LINEAR,
+        WRITE_PAGE,
+    }
 )
 """Ops that take a backend, and pass it on to what they call."""
 
@@ -29,9 +39,12 @@ class Config(PassConfig):
 
     paged_attention: str = Field("sdpa", description="reference, sdpa or cudnn")
     block_causal_attention: str = Field("sdpa", description="reference, sdpa or flex")
+    nvfp4_paged_attention: str = Field(
+        "decode", description="reference, decode, decode_triton or triton (decodes as it attends)"
+    )
     nvfp4: str = Field("reference", description="backend of every NVFP4 op; lltk doctor lists them")
 
-    @field_validator("paged_attention", "block_causal_attention")
+    @field_validator("paged_attention", "block_causal_attention", "nvfp4_paged_attention")
     @classmethod
     def _is_known(cls, name: str, info: ValidationInfo) -> str:
         return find_implementation(str(info.field_name), name).name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from math import prod
 from typing import Literal
 
 import torch
@@ -17,11 +16,11 @@ from lltk.graph.passes import Numerics, Pass, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.graph.verify import WEIGHTS
-from lltk.ops.hadamard.op import OVERLOAD as HADAMARD
 from lltk.ops.hadamard.reference import SIGNS, random_signs
 from lltk.ops.nvfp4_linear.op import OVERLOAD as LINEAR
 from lltk.ops.nvfp4_quantise.op import OVERLOAD as QUANTISE
 from lltk.ops.nvfp4_quantise.reference import BLOCK
+from lltk.ops.nvfp4_quantise_transposed.op import OVERLOAD as QUANTISE_TRANSPOSED
 from lltk.ops.nvfp4_transpose.op import OVERLOAD as TRANSPOSE
 
 aten = torch.ops.aten
@@ -58,7 +57,7 @@ class Nvfp4Train(Pass[Config]):
     ::
 
         linear(x, W, b)  →  x4   = nvfp4_quantise(x)
-                            xt4  = nvfp4_quantise(hadamard(xᵀ))        kept for dW
+                            xt4  = nvfp4_quantise_transposed(x, signs)   kept for dW
                             nvfp4_linear(x, W, *x4, *xt4, *w4, …) + b
 
         graph ``weights``:  w4 = nvfp4_quantise(W, 16×16), nvfp4_transpose(w4)
@@ -123,19 +122,11 @@ class Nvfp4Train(Pass[Config]):
     def _activation(self, linear: Linear) -> tuple[fx.Node, ...]:
         """x in NVFP4, and its transpose through the transform; where x is made."""
         rule, signs = self.config.activation_rule, self.config.signs()
-        width, tokens = len(signs) or BLOCK, prod(shape(linear.x)[:-1])
         with building(linear.node, module_of(linear.x)) as build:
             held = build(aten.detach.default, linear.x)
-            rows = build(aten.flatten.using_ints, held, 0, -2)
-            if tokens % width:
-                rows = build(aten.constant_pad_nd.default, rows, [0, 0, 0, -tokens % width])
-            turned = build(aten.permute.default, rows, [1, 0])
-            turned = build(aten.clone.default, turned, memory_format=torch.contiguous_format)
-            if signs:
-                turned = build(HADAMARD, turned, signs)
             return (
                 *_parts(build, build(QUANTISE, held, 1, rule), 3),
-                *_parts(build, build(QUANTISE, turned, 1, rule), 3),
+                *_parts(build, build(QUANTISE_TRANSPOSED, held, signs, rule), 3),
             )
 
     def _weight(self, graph: fx.Graph, linear: Linear) -> tuple[fx.Node, ...]:

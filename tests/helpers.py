@@ -119,9 +119,11 @@ def runnable(recipe: Recipe, seed: int = 0) -> tuple[Program, ProgramModule]:
     return program, instantiate(program)
 
 
-def captured(kind: Kind, *, layers: int = 2, dtype: str = "float32", **geometry: Any) -> Program:
+def captured(
+    kind: Kind, *, layers: int = 2, dtype: str = "float32", head_dim: int = 12, **geometry: Any
+) -> Program:
     """The tiny model as captured, with random weights; shared, so not to be changed."""
-    return reached(kind, layers=layers, dtype=dtype, **geometry)
+    return reached(kind, layers=layers, dtype=dtype, head_dim=head_dim, **geometry)
 
 
 def after(program: Program, *steps: str | Mapping[str, Mapping[str, Any]]) -> Program:
@@ -131,20 +133,31 @@ def after(program: Program, *steps: str | Mapping[str, Mapping[str, Any]]) -> Pr
 
 
 def reached(
-    kind: Kind, *steps: str, layers: int = 2, dtype: str = "float32", **geometry: Any
+    kind: Kind,
+    *steps: str,
+    layers: int = 2,
+    dtype: str = "float32",
+    head_dim: int = 12,
+    **geometry: Any,
 ) -> Program:
     """`captured` with passes run; shared, so not to be changed."""
-    return _reached(kind, steps, layers, dtype, tuple(sorted(geometry.items())))
+    return _reached(kind, steps, (layers, head_dim), dtype, tuple(sorted(geometry.items())))
 
 
 @cache
 def _reached(
-    kind: Kind, steps: tuple[str, ...], layers: int, dtype: str, sizes: tuple[tuple[str, Any], ...]
+    kind: Kind,
+    steps: tuple[str, ...],
+    model: tuple[int, int],
+    dtype: str,
+    sizes: tuple[tuple[str, Any], ...],
 ) -> Program:
     if steps:
-        return after(_reached(kind, steps[:-1], layers, dtype, sizes), steps[-1])
+        return after(_reached(kind, steps[:-1], model, dtype, sizes), steps[-1])
     geometry = Geometry(**(GEOMETRY | dict(sizes)))
-    program = wan22.captured(tiny_config(layers), kind, geometry, getattr(torch, dtype))
+    layers, head_dim = model
+    config = tiny_config(layers, attention_head_dim=head_dim)
+    program = wan22.captured(config, kind, geometry, getattr(torch, dtype))
     return with_weights(program, randomise(program.weights))
 
 
@@ -166,6 +179,8 @@ def _value(program: Program, name: str, spec: TensorSpec, generator: torch.Gener
         return torch.tensor([program.geometry.pages - 1])
     if name == program.spec.time_input:
         return torch.rand(spec.shape, generator=generator) * 1000
+    if spec.dtype == torch.uint8:
+        return torch.randint(256, spec.shape, dtype=spec.dtype, generator=generator)
     return torch.randn(spec.shape, generator=generator).to(spec.dtype)
 
 

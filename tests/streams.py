@@ -22,7 +22,7 @@ from lltk.stream.recipe import stream_section
 from lltk.stream.script import Shot
 from lltk.streaming import Stream, StreamPlan, open_stream, plan_stream
 
-TRANSFORMER = tiny_config(layers=2, text_dim=64)
+TRANSFORMER = tiny_config(layers=2, text_dim=64, attention_head_dim=16)
 """Of the tiny text encoder's width."""
 AUTOENCODER = wan_vae.validate_config(
     named_config("tiny_vae", wan_vae.CONFIGS)

@@ -17,11 +17,12 @@ from lltk.ops.hadamard.op import hadamard as hadamard_op
 from lltk.ops.hadamard.reference import SIGNS, hadamard, hadamard_matrix, random_signs
 from lltk.ops.nvfp4_dequantise.op import nvfp4_dequantise as dequantise_op
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
-from lltk.ops.nvfp4_linear.op import nvfp4_linear, transposed
+from lltk.ops.nvfp4_linear.op import nvfp4_linear
 from lltk.ops.nvfp4_matmul.op import nvfp4_matmul as matmul_op
 from lltk.ops.nvfp4_matmul.reference import nvfp4_matmul
 from lltk.ops.nvfp4_quantise.op import nvfp4_quantise as quantise_op
 from lltk.ops.nvfp4_quantise.reference import RULES, nvfp4_quantise
+from lltk.ops.nvfp4_quantise_transposed.op import nvfp4_quantise_transposed as transposed_op
 from lltk.ops.nvfp4_transpose.op import nvfp4_transpose as transpose_op
 from lltk.ops.nvfp4_transpose.reference import nvfp4_transpose
 from lltk.ops.philox import philox, uniform
@@ -287,7 +288,7 @@ def layer(
 ) -> Tensor:
     """x · Wᵀ as the training pass writes it."""
     held = x.detach()
-    turned = quantise_op(transposed(held, signs, "reference"))
+    turned = transposed_op(held, signs)
     w = quantise_op(weight.detach(), 16)
     wt = transpose_op(w[0], w[1])
     operands = (*quantise_op(held), *turned, *w, *wt)
@@ -362,10 +363,11 @@ def test_the_joint_graph_shows_what_each_operand_got() -> None:
     names = [str(node.target) for node in calls]
     assert names.count("lltk.nvfp4_linear.default") == 1
     assert names.count("lltk.nvfp4_matmul.default") == 2
-    assert names.count("lltk.hadamard.default") == 2
-    rounded = [n for n in calls if str(n.target) == "lltk.nvfp4_quantise.default"]
-    stochastic = [n for n in rounded if len(n.args) > 3 and n.args[3] is not None]
-    assert len(rounded) == 5 and len(stochastic) == 2
+    rows = [n for n in calls if str(n.target) == "lltk.nvfp4_quantise.default"]
+    columns = [n for n in calls if str(n.target) == "lltk.nvfp4_quantise_transposed.default"]
+    assert [list(node.args[1]) for node in columns] == [SHARED, SHARED], "dW's operands alone turn"
+    stochastic = [n for n in (*rows, *columns) if len(n.args) > 3 and n.args[3] is not None]
+    assert len(rows) == 3 and len(stochastic) == 2, "x, W and dy; dy's two copies at random"
     streams = sorted((*node.args, 0)[4] for node in stochastic)
     assert streams == [0, 1], "independent streams for rows and columns"
 

@@ -144,8 +144,8 @@ def test_stream_sections() -> None:
 def test_shipped_recipes_stream() -> None:
     from lltk.cli.recipes import open_recipe, shipped
 
-    streams = [name for name in shipped() if name.endswith("_stream")]
-    assert len(streams) == 2
+    streams = [name for name in shipped() if "_stream" in name]
+    assert len(streams) == 4
     for name in streams:
         assert stream_section(open_recipe(name, ()).stream, name).fps > 0
 

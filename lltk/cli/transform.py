@@ -45,7 +45,7 @@ def command(
     console = Console(quiet=as_json)
     resolved = open_recipe(recipe, overrides)
     from lltk.artefact import check_target, save_program
-    from lltk.compiler import capture, plan, transform
+    from lltk.compiler import transform
     from lltk.graph.memory import estimate
     from lltk.graph.program import Program
     from lltk.graph.text import print_graph
@@ -53,11 +53,11 @@ def command(
     if output is not None:
         check_target(output)
     if dry_run:
-        steps = plan(resolved, stop_after, disable)
-        owners = estimate(capture(resolved, weights=False))
+        planned = transform(resolved, weights=False, stop_after=stop_after, disable=disable)
+        owners, names = estimate(planned), [entry.name for entry in planned.log]
         if as_json:
-            click.echo(json.dumps({"passes": [s.name for s in steps], "memory": owners}, indent=2))
-        console.print("Plan: capture, " + ", ".join(step.name for step in steps))
+            click.echo(json.dumps({"passes": names, "memory": owners}, indent=2))
+        console.print("Plan: capture, " + ", ".join(names))
         console.print(memory_table(owners))
         return
 

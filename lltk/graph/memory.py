@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, fx
 
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
+from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
 from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
 
 _MEMINFO = Path("/proc/meminfo")
@@ -22,23 +22,25 @@ _MEMINFO = Path("/proc/meminfo")
 def estimate(program: Program) -> dict[str, int]:
     """Bytes by owner on the device that runs the Program.
 
-    Streaming: weights in their run dtypes, the cache's pages and the cross-attention K/V of one
-    prompt. Training and scoring: weights, the blocks' inputs that per-block checkpointing keeps,
-    and for training float32 gradients and AdamW's two moments of what trains. Activations inside
-    one block come on top. Decoding: weights, and the feature caches before and after a latent.
+    Streaming: weights in their run dtypes, the cache's pages (in the compute dtype until the graphs
+    have them) and the cross-attention K/V of one prompt. Training and scoring: weights, the blocks'
+    inputs that per-block checkpointing keeps, and for training float32 gradients and AdamW's two
+    moments of what trains. Activations inside one block come on top. Decoding: weights, and the
+    feature caches before and after a latent.
     """
     weights = {n: t.numel() * program.run_dtype(n).itemsize for n, t in program.weights.items()}
     owners = {"weights": sum(weights.values())}
     if isinstance(program.model, DecoderSpec):
         read = program.contract("step").inputs
         caches = [read[name] for name in program.model.cache_inputs]
-        owners["feature caches"] = 2 * sum(prod(c.shape) * c.dtype.itemsize for c in caches)
+        owners["feature caches"] = 2 * sum(cache.nbytes for cache in caches)
         return owners
     spec, geometry = program.spec, program.geometry
     width, size = spec.heads * spec.head_dim, program.dtype.itemsize
     frame = geometry.batch * geometry.frame_tokens(spec) * width * size
     if program.kind == "stream":
-        owners["cache pages"] = 2 * spec.layers * geometry.window * frame
+        pages = sum(arena.nbytes for arena in program.pages.values())
+        owners["cache pages"] = pages or 2 * spec.layers * geometry.window * frame
         prompt = geometry.batch * geometry.text_tokens * width * size
         owners["cross-attention K/V"] = 2 * spec.layers * prompt
         return owners
@@ -77,12 +79,19 @@ def _peak(program: Program, graph: fx.Graph) -> int:
             held[last.get(node, index)] += size
         if node.op == "call_module":
             inside = _peak(program, program.regions[str(node.args[0])].graph)
-        elif node.meta.get("op", node.target) is PAGED_ATTENTION:
-            pages = [_bytes(arena.meta["val"]) for arena in node.args[3:5]]
+        elif _gathers(program, node):
+            pages = [program.geometry.pages * _bytes(own.meta["val"]) for own in node.args[1:3]]
             inside = sum(pages) + max(pages)
         peak = max(peak, live + inside)
         live -= held[index]
     return peak
+
+
+def _gathers(program: Program, node: fx.Node) -> bool:
+    """Whether the call puts the pages it attends to beside the chunk's own keys and values."""
+    op = node.meta.get("op", node.target)
+    fused = program.implementations.get("nvfp4_paged_attention") == "triton"
+    return op is PAGED_ATTENTION or (op is NVFP4_PAGED_ATTENTION and not fused)
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -31,9 +32,19 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
     @classmethod
     def of(cls, value: Tensor) -> TensorSpec:
         return cls(tuple(int(size) for size in value.shape), value.dtype)
+
+
+def is_page(name: str) -> bool:
+    """Whether a stream's input of this name is an arena of pages."""
+    return name.startswith(("k_pages_", "v_pages_"))
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,14 @@ class Program:
         return Contract(
             inputs, {k: TensorSpec.of(v.meta["val"]) for k, v in output.args[0].items()}
         )
+
+    @property
+    def pages(self) -> dict[str, TensorSpec]:
+        """A stream's cache: the commit's inputs that are pages, with axes [B, P, …]."""
+        if "commit" not in self.graphs:
+            return {}
+        inputs = self.contract("commit").inputs
+        return {name: spec for name, spec in inputs.items() if is_page(name)}
 
     def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The captured model's state dict → this Program's."""

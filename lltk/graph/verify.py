@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from lltk.graph.edit import module_of, output
-from lltk.graph.program import Program
+from lltk.graph.program import Program, is_page
 from lltk.graph.stages import Stage
 from lltk.ops.implementations import ops_with_choices, overload
 
@@ -101,6 +101,8 @@ def _causal(program: Program) -> None:
             f"a causal {program.kind} program has the graphs {sorted(wanted)}, "
             f"this one has {sorted(program.graphs)}"
         )
+    if program.kind == "stream":
+        _same_pages(program)
     if program.kind == "reference":
         return  # dense by design
     for name, graph in program.every_graph():
@@ -112,6 +114,13 @@ def _causal(program: Program) -> None:
                 raise ValueError(
                     f"{name}: {node.name} ({module_of(node)}) still attends to every frame"
                 )
+
+
+def _same_pages(program: Program) -> None:
+    inputs = program.contract("step").inputs
+    read = {name: spec for name, spec in inputs.items() if is_page(name)}
+    if differing := dict(read.items() ^ program.pages.items()):
+        raise ValueError(f"step and commit differ in their pages: {', '.join(sorted(differing))}")
 
 
 def _regional(program: Program) -> None:

@@ -54,8 +54,10 @@ class Implementation:
 
 _ANY = ("cpu", "cuda")
 _Paged = partial(Implementation, "paged_attention")
+_Nvfp4Paged = partial(Implementation, "nvfp4_paged_attention")
 _Causal = partial(Implementation, "block_causal_attention")
 _OPS = "lltk.ops."
+_NVFP4_PAGED = _OPS + "nvfp4_paged_attention.triton"
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Paged("reference", _OPS + "paged_attention.op:paged_attention", _ANY),
@@ -64,6 +66,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Causal("reference", _OPS + "block_causal_attention.op:block_causal_attention", _ANY),
     _Causal("sdpa", _OPS + "block_causal_attention.sdpa:sdpa", _ANY),
     _Causal("flex", _OPS + "block_causal_attention.flex:flex", ("cuda",), module="triton"),
+    _Nvfp4Paged("reference", _OPS + "nvfp4_paged_attention.op:nvfp4_paged_attention", _ANY),
+    _Nvfp4Paged("decode", _OPS + "nvfp4_paged_attention.decode:decode", _ANY),
+    _Nvfp4Paged("decode_triton", _NVFP4_PAGED + ":decode", ("cuda",), module="triton"),
+    _Nvfp4Paged("triton", _NVFP4_PAGED + ":attention", ("cuda",), module="triton"),
 )
 
 

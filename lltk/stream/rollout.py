@@ -24,7 +24,7 @@ class Rollout:
 
     @property
     def pages(self) -> dict[str, Tensor]:
-        """The cache, by input name: [B, P, T, H, D] each."""
+        """The cache, by input name: [B, P, …] each."""
         return self._runtime.pages
 
     @property

@@ -40,12 +40,16 @@ class Case:
     numerics: str
     leaves: Stage
     steps: tuple[str, ...]
+    head_dim: int = 12
+
+    def original(self) -> Program:
+        return captured(self.kind, layers=1, head_dim=self.head_dim)
 
     def before(self) -> Program:
-        return reached(self.kind, *self.steps, layers=1)
+        return reached(self.kind, *self.steps, layers=1, head_dim=self.head_dim)
 
     def after(self) -> Program:
-        return reached(self.kind, *self.steps, self.name, layers=1)
+        return reached(self.kind, *self.steps, self.name, layers=1, head_dim=self.head_dim)
 
 
 STREAM, SCORE, TRAIN = PASSES["stream"], PASSES["score"], PASSES["train"]
@@ -61,6 +65,7 @@ CASES = [
     Case("hoist_text", "stream", "bitwise", CANON, CANONICAL),
     Case("cached_step", "stream", "changing", CANON, STREAM[:4]),
     Case("commit", "stream", "bitwise", CAUSAL, STREAM[:5]),
+    Case("nvfp4_cache", "stream", "changing", Stage.QUANTISED, STREAM[:6], head_dim=16),
     Case("lora", "stream", "bitwise", CAUSAL, STREAM[:6]),
     Case("merge_lora", "score", "rounding", CANON, (*CANONICAL, "lora")),
     Case("regionalise", "stream", "bitwise", Stage.REGIONAL, STREAM[:6]),
@@ -101,7 +106,7 @@ def test_input_is_left_alone_and_the_result_repeats(case: Case) -> None:
 @every_pass
 def test_loads_the_original_state_dict(case: Case) -> None:
     """The captured model's weights, mapped, give what the pass made of them itself."""
-    program, original = case.after(), captured(case.kind, layers=1).weights
+    program, original = case.after(), case.original().weights
     loaded = with_weights(program, original)
     other = with_weights(program, randomise(original, seed=1))
     for graph in program.graphs:
@@ -123,7 +128,7 @@ def test_loads_the_transformed_state_dict(case: Case) -> None:
 
 @every_pass
 def test_state_dicts_map_both_ways(case: Case) -> None:
-    program, original = case.after(), captured(case.kind, layers=1).weights
+    program, original = case.after(), case.original().weights
     mapped = program.map_state(original)
     assert same(mapped, program.weights)
     assert same(program.unmap_state(mapped), original)
@@ -132,7 +137,7 @@ def test_state_dicts_map_both_ways(case: Case) -> None:
 
 @every_pass
 def test_misfit_state_dicts_are_refused(case: Case) -> None:
-    program, state = case.after(), dict(captured(case.kind, layers=1).weights)
+    program, state = case.after(), dict(case.original().weights)
     del state["proj_out.weight"]
     assert "1 missing (proj_out.weight)" in refused(with_weights, program, state)
 

@@ -71,7 +71,11 @@ def test_matches_are_one_a_region_however_many_layers(kind: Kind, layers: int) -
     program = after(regional(kind, layers), "lower")
     assert program.log[-1].matches == {f"{op} → sdpa": 1}
     assert program.implementations == {op: "sdpa"}
-    assert program.log[-1].config == {"paged_attention": "sdpa", "block_causal_attention": "sdpa"}
+    assert program.log[-1].config == {
+        "paged_attention": "sdpa",
+        "block_causal_attention": "sdpa",
+        "nvfp4_paged_attention": "decode",
+    }
     for _, graph in program.every_graph():
         assert not graph.find_nodes(op="call_function", target=overload(op))
 

@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from lltk.ops.hadamard.op import hadamard
 from lltk.ops.nvfp4_matmul.op import nvfp4_matmul
 from lltk.ops.nvfp4_quantise.op import nvfp4_quantise
-from lltk.ops.nvfp4_quantise.reference import BLOCK
+from lltk.ops.nvfp4_quantise_transposed.op import nvfp4_quantise_transposed
 
 
 @torch.library.custom_op("lltk::nvfp4_linear", mutates_args=())
@@ -52,7 +50,7 @@ def nvfp4_linear(
     Args:
         x: [..., K], and weight: [N, K]; only their shapes, dtypes and gradients matter.
         x_codes, x_scales, x_scale: x in NVFP4.
-        xt_codes, xt_scales, xt_scale: `transposed` x in NVFP4, [K, L].
+        xt_codes, xt_scales, xt_scale: x as `nvfp4_quantise_transposed` has it, [K, L].
         w_codes, w_scales, w_scale: W in NVFP4, of 16×16 tiles.
         wt_codes, wt_scales: its transpose, [K, N].
         seed: int64 [2], of stochastic rounding; see `lltk.ops.philox.uniform`.
@@ -74,14 +72,6 @@ def _(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def transposed(x: Tensor, signs: list[int], backend: str) -> Tensor:
-    """xᵀ of all rows, [K, L], L padded to whole blocks, through the Hadamard transform."""
-    rows = x.flatten(0, -2)
-    width = len(signs) or BLOCK
-    turned = pad(rows, (0, 0, 0, -rows.shape[0] % width)).t().contiguous()
-    return hadamard(turned, signs, backend) if signs else turned
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, _, _, *xt, _, _, w_scale, wt_codes, wt_scales, seed = inputs[:14]
     ctx.save_for_backward(*xt, wt_codes, wt_scales, w_scale, seed)
@@ -98,8 +88,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx = nvfp4_matmul(*operand, wt_codes, wt_scales, w_scale, grad.dtype, ctx.backend)
         dx = dx[..., : ctx.width]
     if ctx.needs_input_grad[1]:
-        turned = transposed(grad, ctx.signs, ctx.backend)
-        operand = nvfp4_quantise(turned, 1, ctx.rule, random, ctx.stream + 1, ctx.backend)
+        operand = nvfp4_quantise_transposed(
+            grad, ctx.signs, ctx.rule, random, ctx.stream + 1, ctx.backend
+        )
         dw = nvfp4_matmul(*operand, *xt, ctx.weight_dtype, ctx.backend)
     return (dx, dw, *[None] * 17)
 

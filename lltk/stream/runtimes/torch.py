@@ -39,8 +39,7 @@ class TorchRuntime:
         }
         self._pages = {
             name: torch.zeros(spec.shape, dtype=spec.dtype, device=self._device)
-            for name, spec in self._inputs["commit"].items()
-            if name.startswith(("k_pages_", "v_pages_"))
+            for name, spec in program.pages.items()
         }
         self._slots = torch.arange(program.geometry.pages, device=self._device)
         self._listed: tuple[tuple[int, ...], Tensor] | None = None
@@ -64,7 +63,7 @@ class TorchRuntime:
 
     @property
     def pages(self) -> dict[str, Tensor]:
-        """The cache, by input name: [B, P, T, H, D] each."""
+        """The cache, by input name: [B, P, …] each."""
         return self._pages
 
     def set_prompt(self, text: Tensor) -> None:

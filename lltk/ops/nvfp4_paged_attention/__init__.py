@@ -1,0 +1,1 @@
+"""Attention over committed pages in NVFP4 and the chunk in flight."""

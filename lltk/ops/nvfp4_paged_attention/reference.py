@@ -1,0 +1,97 @@
+"""Attention of a chunk over its own keys and committed pages in NVFP4."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lltk.ops.nvfp4_dequantise.reference import block_values
+from lltk.ops.paged_attention.reference import attention, attention_backward
+
+
+class Pages(NamedTuple):
+    """An arena of keys or values in NVFP4.
+
+    Attributes:
+        codes: uint8 [B, P, T, H, D/2].
+        scales: float8_e4m3fn [B, P, T, H, D/16].
+        decode_scales: float32 [B, P, H].
+        means: bfloat16 [B, P, H, D], added to what the codes give; or None.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    decode_scales: Tensor
+    means: Tensor | None
+
+
+@torch.no_grad()
+def decode(pages: Pages, table: Tensor) -> Tensor:
+    """The listed pages' keys or values, constants: float32 [B, N * T, H, D]."""
+    codes, scales, decode_scales = (part.index_select(1, table) for part in pages[:3])
+    values = block_values(codes, scales) * decode_scales[:, :, None, :, None]
+    if pages.means is not None:
+        values = values + pages.means.index_select(1, table).unsqueeze(2)
+    return values.flatten(1, 2)
+
+
+def nvfp4_paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_codes: Tensor,
+    k_scales: Tensor,
+    k_decode_scales: Tensor,
+    k_means: Tensor | None,
+    v_codes: Tensor,
+    v_scales: Tensor,
+    v_decode_scales: Tensor,
+    v_means: Tensor | None,
+    table: Tensor,
+) -> Tensor:
+    """Attend to the chunk's own keys, as they are, and the pages that ``table`` lists, decoded.
+
+    Args:
+        q, k, v: [B, L, H, D], this chunk's.
+        k_codes, k_scales, k_decode_scales, k_means: the keys' arena, see `Pages`; keys carry their
+            positions.
+        v_codes, v_scales, v_decode_scales, v_means: the values' arena.
+        table: int64 [N], distinct committed pages; their order does not matter, N may be 0.
+
+    Returns:
+        [B, L, H, D] in ``q``'s dtype.
+    """
+    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
+    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
+    return attention(q, _gather(k, k_pages, table), _gather(v, v_pages, table))
+
+
+def nvfp4_paged_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_codes: Tensor,
+    k_scales: Tensor,
+    k_decode_scales: Tensor,
+    k_means: Tensor | None,
+    v_codes: Tensor,
+    v_scales: Tensor,
+    v_decode_scales: Tensor,
+    v_means: Tensor | None,
+    table: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to q, k and v; committed pages are constants."""
+    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
+    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
+    own = k.shape[1]
+    dq, dk, dv = attention_backward(grad, q, _gather(k, k_pages, table), _gather(v, v_pages, table))
+    return dq, dk[:, -own:].to(k.dtype).contiguous(), dv[:, -own:].to(v.dtype).contiguous()
+
+
+def _gather(own: Tensor, pages: Pages, table: Tensor) -> Tensor:
+    """Decoded pages, then the chunk's own: in float32 or wider, so that decoding is not rounded."""
+    wide = torch.promote_types(own.dtype, torch.float32)
+    return torch.cat([decode(pages, table).to(wide), own.to(wide)], dim=1)

@@ -1,0 +1,1 @@
+"""Writing a page of the cache in NVFP4."""

@@ -1,0 +1,127 @@
+"""Writing a page of the cache in NVFP4 as two kernels: the heads' magnitudes, then the page."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lltk.ops.floats import E4M3_MAX
+from lltk.ops.nvfp4_backends import has_e2m1
+from lltk.ops.nvfp4_quantise.reference import BLOCK, FOUR_OVER_SIX_MAX
+from lltk.ops.nvfp4_quantise.triton import check_dtype, quantise_blocks, tensor_scales
+from lltk.ops.triton_floats import is_finite
+
+
+def nvfp4_write_page(
+    codes: Tensor,
+    scales: Tensor,
+    decode_scales: Tensor,
+    means: Tensor | None,
+    value: Tensor,
+    slot: Tensor,
+    rule: str = "none",
+) -> None:
+    """See `reference.nvfp4_write_page`, which it equals bit by bit.
+
+    Raises:
+        ValueError: value is none of the dtypes that the kernels read.
+    """
+    check_dtype(value)
+    value = value.contiguous()
+    batch, tokens, heads, width = value.shape
+    mean = None
+    if means is not None:
+        mean = value.mean(1, dtype=torch.float64).to(means.dtype)
+        means.index_copy_(1, slot, mean.unsqueeze(1))
+    largest = value.new_zeros((batch, heads), dtype=torch.float32)
+    blocks = width // BLOCK
+    amount = 256 if rule == "none" else 128
+    grid = (triton.cdiv(tokens * blocks, amount), heads, batch)
+    with torch.cuda.device_of(value):
+        _largest[grid](value, mean, largest.view(torch.int32), tokens, blocks, AMOUNT=amount)
+        _write[grid](
+            codes,
+            scales.view(torch.uint8),
+            decode_scales,
+            value,
+            mean,
+            largest,
+            slot,
+            codes.shape[1],
+            tokens,
+            blocks,
+            TOP=E4M3_MAX if rule == "none" else FOUR_OVER_SIX_MAX,
+            RULE=rule,
+            AMOUNT=amount,
+            NATIVE=has_e2m1(value.device),
+            enable_fp_fusion=False,
+        )
+
+
+@triton.jit
+def _load(value, mean, tokens, blocks, AMOUNT: tl.constexpr):
+    """This program's blocks less their mean, float32 [AMOUNT, 16].
+
+    Returns:
+        The blocks, 0 where there are none; each one's place in a page; whether there is one.
+    """
+    index = tl.program_id(0) * AMOUNT + tl.arange(0, AMOUNT)
+    inside = index < tokens * blocks
+    head, heads, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    place = (index // blocks * heads + head) * blocks + index % blocks
+    element = tl.arange(0, 16)[None, :]
+    first = batch * tokens * heads * blocks * 16
+    values = tl.load(
+        value + first + place[:, None] * 16 + element, mask=inside[:, None], other=0.0
+    ).to(tl.float32)
+    if mean is not None:
+        at = ((batch * heads + head) * blocks + index % blocks)[:, None] * 16 + element
+        values -= tl.load(mean + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    return values, place, inside
+
+
+@triton.jit
+def _largest(value, mean, largest, tokens, blocks, AMOUNT: tl.constexpr):
+    """Float32 magnitudes, NaN above all, are ordered as their bits are."""
+    values, _, _ = _load(value, mean, tokens, blocks, AMOUNT)
+    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    tl.atomic_max(largest + head, tl.max(tl.max(bits, 1), 0))
+
+
+@triton.jit
+def _write(
+    codes,
+    scales,
+    decode_scales,
+    value,
+    mean,
+    largest,
+    slot,
+    pages,
+    tokens,
+    blocks,
+    TOP: tl.constexpr,
+    RULE: tl.constexpr,
+    AMOUNT: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    head, heads, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    page = batch.to(tl.int64) * pages + tl.load(slot)
+    own = largest + batch * heads + head
+    finite, highest, encode, decode = tensor_scales(
+        own, own, decode_scales + page * heads + head, tl.program_id(0) == 0, TOP
+    )
+    values, place, inside = _load(value, mean, tokens, blocks, AMOUNT)
+    if not finite:
+        values = tl.where(is_finite(values), values, 0.0)
+    scale, packed = quantise_blocks(
+        values[None, :, :], place, highest, encode, decode, None, 0, TOP, RULE, NATIVE
+    )
+    block = page * tokens * heads * blocks + place
+    tl.store(scales + block, scale, mask=inside)
+    byte = tl.arange(0, 8)[None, :]
+    packed = tl.reshape(packed, (AMOUNT, 8))
+    tl.store(codes + block[:, None] * 8 + byte, packed, mask=inside[:, None])

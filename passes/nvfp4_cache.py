@@ -1,0 +1,108 @@
+"""The cache in NVFP4: pages are quantised once, where they are committed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import fx
+
+from lltk.graph.edit import add_input, building, calls, drop_unused_inputs, replace, shape
+from lltk.graph.passes import Numerics, Pass, PassConfig, Report
+from lltk.graph.program import Program
+from lltk.graph.stages import Stage
+from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
+from lltk.ops.nvfp4_quantise.reference import BLOCK
+from lltk.ops.nvfp4_write_page.op import OVERLOAD as NVFP4_WRITE_PAGE
+from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
+from lltk.ops.write_page.op import OVERLOAD as WRITE_PAGE
+
+
+class Config(PassConfig):
+    """How pages are quantised."""
+
+    smoothing: bool = Field(
+        True, description="whether pages keep each channel's mean apart, keys' and values'"
+    )
+    rule: Literal["none", "mse", "mae", "abs_max"] = Field(
+        "mse", description="Four Over Six rule; none for plain NVFP4"
+    )
+
+
+class Nvfp4Cache(Pass[Config]):
+    """Hold the cache's pages in NVFP4; the chunk in flight attends as it did.
+
+    ::
+
+        write_page(k_pages_i, k, slot)
+            →  nvfp4_write_page(k_pages_codes_i, k_pages_scales_i, k_pages_decode_scales_i,
+                                k_pages_means_i, k, slot, rule)
+        paged_attention(q, k, v, k_pages_i, v_pages_i, table)
+            →  nvfp4_paged_attention(q, k, v, k_pages_codes_i, …, v_pages_codes_i, …, table)
+
+    Codes are uint8 [B, P, T, H, D/2], scales float8_e4m3fn [B, P, T, H, D/16], decode scales
+    float32 [B, P, H] and means bfloat16 [B, P, H, D]; without smoothing, None stands for means.
+    """
+
+    Config = Config
+    reads = (Stage.CAUSAL, Stage.QUANTISED)
+    leaves = Stage.QUANTISED
+    kinds = ("stream",)
+    numerics = Numerics.CHANGING
+
+    def apply(self, program: Program, report: Report) -> None:
+        for graph in program.graphs.values():
+            parts: dict[fx.Node, list[fx.Node | None]] = {}
+            for node in calls(graph, PAGED_ATTENTION):
+                *own, k_pages, v_pages, table = node.args
+                arenas = [*self._parts(k_pages, parts), *self._parts(v_pages, parts)]
+                with building(node) as build:
+                    replace(node, build(NVFP4_PAGED_ATTENTION, *own, *arenas, table))
+                report.match("self-attention")
+            for node in calls(graph, WRITE_PAGE):
+                pages, value, slot = node.args
+                with building(node) as build:
+                    new = build(
+                        NVFP4_WRITE_PAGE, *self._parts(pages, parts), value, slot, self.config.rule
+                    )
+                replace(node, new)
+                report.match("pages")
+            drop_unused_inputs(graph)
+
+    def _parts(
+        self, pages: object, made: dict[fx.Node, list[fx.Node | None]]
+    ) -> list[fx.Node | None]:
+        """Inputs in an arena's place: codes, scales, decode scales, and means or None."""
+        assert isinstance(pages, fx.Node)
+        if pages not in made:
+            name, _, layer = str(pages.target).rpartition("_")
+            made[pages] = [
+                None if like is None else add_input(pages.graph, f"{name}_{part}_{layer}", like)
+                for part, like in _arenas(pages, self.config.smoothing).items()
+            ]
+        return made[pages]
+
+    def ensures(self, program: Program) -> None:
+        for name, graph in program.graphs.items():
+            left = [*calls(graph, PAGED_ATTENTION), *calls(graph, WRITE_PAGE)]
+            assert not left, f"{name}: {left} still work on pages that are not quantised"
+
+
+def _arenas(pages: fx.Node, smooth: bool) -> Mapping[str, torch.Tensor | None]:
+    batch, count, tokens, heads, width = shape(pages)
+    if width % BLOCK:
+        raise ValueError(
+            f"{pages.target}: heads of {width} are not a multiple of {BLOCK}, a block of NVFP4; "
+            "remove it from the recipe's passes"
+        )
+    page, head = (batch, count, tokens, heads), (batch, count, heads)
+    empty = partial(torch.empty, device="meta")
+    return {
+        "codes": empty((*page, width // 2), dtype=torch.uint8),
+        "scales": empty((*page, width // BLOCK), dtype=torch.float8_e4m3fn),
+        "decode_scales": empty(head, dtype=torch.float32),
+        "means": empty((*head, width), dtype=torch.bfloat16) if smooth else None,
+    }

@@ -1,0 +1,129 @@
+"""Pages in NVFP4 for tests, and the kernels against the reference; a script for the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
+from lltk.ops.nvfp4_paged_attention.op import nvfp4_paged_attention, nvfp4_paged_attention_backward
+from lltk.ops.nvfp4_paged_attention.reference import Pages, decode
+from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
+from lltk.ops.nvfp4_write_page.op import nvfp4_write_page
+
+PAGES, HEADS, WIDTH = 4, 3, 32
+KERNEL_BOUND = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Largest difference allowed."""
+KERNEL_CASES = [
+    (20, 16, True, False, [2, 0]),
+    (40, 16, False, True, [1]),
+    (8, 32, True, True, [3, 1, 0]),
+    (4, 32, False, False, []),
+]
+"""Tokens, head dim, smoothing of keys and of values, table."""
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def empty(shape: Sequence[int], smooth: bool) -> Pages:
+    """An arena of pages that nothing was written to; ``shape`` is [B, P, T, H, D]."""
+    *page, width = shape
+    heads = (*shape[:2], shape[3])
+    return Pages(
+        torch.zeros(*page, width // 2, dtype=torch.uint8),
+        torch.zeros(*page, width // 16, dtype=torch.float8_e4m3fn),
+        torch.zeros(heads),
+        torch.zeros(*heads, width, dtype=torch.bfloat16) if smooth else None,
+    )
+
+
+def written(values: Tensor, smooth: bool, rule: str = "mse") -> Pages:
+    """An arena of `values`, [B, P, T, H, D], page by page."""
+    pages = empty(values.shape, smooth)
+    for slot in range(values.shape[1]):
+        nvfp4_write_page(*pages, values[:, slot], torch.tensor([slot]), rule)
+    return pages
+
+
+def by_hand(values: Tensor, smooth: bool, rule: str = "mse") -> Tensor:
+    """What the pages decode to: every head of every page a tensor of its own; float32."""
+    result = torch.empty(values.shape)
+    batch, pages, _, heads, width = values.shape
+    for place in product(range(batch), range(pages), range(heads)):
+        item, page, head = place
+        x = values[item, page, :, head].float()
+        mean = torch.zeros(width)
+        if smooth:
+            mean = (x.double().sum(0) / len(x)).bfloat16().float()
+        result[item, page, :, head] = nvfp4_dequantise(*nvfp4_quantise(x - mean, rule=rule)) + mean
+    return result
+
+
+def operands(
+    dtype: torch.dtype, tokens: int = 4, width: int = WIDTH, pages: int = PAGES
+) -> tuple[list[Tensor], list[Tensor]]:
+    """q, k, v, gradient; the values of the keys' and the values' arena, biased by channel."""
+    own = [2 * _random((2, tokens, HEADS, width), dtype, seed) for seed in range(4)]
+    shape = (2, pages, tokens, HEADS, width)
+    bias = _random((1, 1, 1, HEADS, width), dtype, 9)
+    return own, [_random(shape, dtype, seed) + bias for seed in (4, 5)]
+
+
+def compare_kernels(device: str, dtype: torch.dtype) -> None:
+    """Both kernels with the reference, and without what they must see."""
+    from lltk.ops.nvfp4_paged_attention import triton
+
+    for tokens, width, smooth_keys, smooth_values, listed in KERNEL_CASES:
+        own, arenas = operands(dtype, tokens, width)
+        pages = [*written(arenas[0], smooth_keys), *written(arenas[1], smooth_values)]
+        table = torch.tensor(listed, dtype=torch.int64)
+        wanted = nvfp4_paged_attention(*own[:3], *pages, table)
+        given = [None if t is None else t.to(device) for t in (*own[:3], *pages)]
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in given[:3])
+        bound = KERNEL_BOUND[dtype]
+        for run in (triton.attention, triton.decode):
+            ours = run(q, k, v, *given[3:], table.to(device)).cpu()
+            assert float((ours - wanted).abs().max()) <= bound, (tokens, run)
+        other = run(q, k, v, *given[3:], torch.tensor([3], device=device)).cpu()
+        assert float((other - wanted).abs().max()) > 10 * bound
+        decoded = triton.gather(k, *given[3:7], table.to(device)).cpu()
+        trained = [t.detach().requires_grad_() for t in (q, k, v)]
+        result = triton.decode(*trained, *given[3:], table.to(device))
+        found = torch.autograd.grad(result, trained, own[3].to(device))
+        exact = nvfp4_paged_attention_backward(own[3], *own[:3], *pages, table)
+        for grad, theirs in zip(found, exact, strict=True):
+            assert float((grad.cpu() - theirs).abs().max()) <= 2 * bound
+        rounded = decode(Pages(*pages[:4]), table).to(dtype)
+        assert torch.equal(decoded, torch.cat([rounded, own[1]], dim=1))
+
+
+def compare_writing(device: str) -> None:
+    """Pages that the kernels write, to the byte."""
+    for rule, smooth, width, bad in (
+        ("none", True, 32, 0.0),
+        ("mse", True, 48, 0.0),
+        ("mse", False, 16, torch.nan),
+        ("abs_max", True, 16, torch.inf),
+    ):
+        _, (values, _) = operands(torch.bfloat16, tokens=20, width=width, pages=2)
+        if bad:
+            values[1, 1, 3, 0, 7] = bad
+        wanted = written(values, smooth, rule)
+        ours = [None if t is None else t.to(device) for t in empty(values.shape, smooth)]
+        for slot in (1, 0):
+            where = torch.tensor([slot], device=device)
+            nvfp4_write_page(*ours, values[:, slot].to(device), where, rule, "triton")
+        for found, page in zip(ours, wanted, strict=True):
+            if found is not None and page is not None:
+                assert torch.equal(found.cpu().view(torch.uint8), page.view(torch.uint8)), rule
+
+
+if __name__ == "__main__":
+    compare_kernels("cpu", torch.float32)
+    compare_writing("cpu")

@@ -1,0 +1,376 @@
+"""Pages in NVFP4: written once, read by attention as the values they decode to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import product
+from typing import Any
+
+import nvfp4_pages
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nvfp4_pages import PAGES, by_hand, compare_kernels, compare_writing, empty, operands, written
+from test_ops import ANY_DTYPE, BOUND, FAR, TABLES, dense_paged_in, random, with_gradients, worst
+from torch import Tensor
+from torch.library import opcheck
+
+from lltk.ops.implementations import find_implementation
+from lltk.ops.nvfp4_paged_attention.op import (
+    nvfp4_paged_attention,
+    nvfp4_paged_attention_backward,
+)
+from lltk.ops.nvfp4_paged_attention.reference import Pages, decode
+from lltk.ops.nvfp4_quantise.reference import RULES
+from lltk.ops.nvfp4_write_page.op import nvfp4_write_page
+from lltk.ops.paged_attention.reference import attention
+
+cpu = pytest.mark.cpu
+gpu = pytest.mark.gpu
+
+
+def read(pages: Pages) -> Tensor:
+    """Every page, decoded, as [B, P, T, H, D]."""
+    _, count, tokens = pages.codes.shape[:3]
+    return decode(pages, torch.arange(count)).unflatten(1, (count, tokens))
+
+
+def raw(pages: Pages) -> list[Tensor]:
+    """A copy of the arena's bytes, [B, P, …] each."""
+    return [part.contiguous().view(torch.uint8).clone() for part in pages if part is not None]
+
+
+# Writing
+
+
+@cpu
+@given(
+    st.integers(0, PAGES - 1),
+    st.sampled_from(RULES),
+    st.booleans(),
+    st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
+    st.integers(2, 5),
+)
+@settings(max_examples=25)
+def test_a_page_is_its_heads_quantised(
+    slot: int, rule: str, smooth: bool, dtype: torch.dtype, tokens: int
+) -> None:
+    """To the bit; every other page keeps its bytes."""
+    own, (values, _) = operands(dtype, tokens)
+    pages = written(values, smooth, rule)
+    assert torch.equal(read(pages), by_hand(values, smooth, rule))
+    before = raw(pages)
+    nvfp4_write_page(*pages, own[0], torch.tensor([slot]), rule)
+    kept = [page for page in range(PAGES) if page != slot]
+    for part, was in zip(raw(pages), before, strict=True):
+        assert torch.equal(part[:, kept], was[:, kept])
+        assert not torch.equal(part[:, slot], was[:, slot])
+    wanted = by_hand(own[0].unsqueeze(1), smooth, rule)
+    assert torch.equal(read(pages)[:, slot : slot + 1], wanted)
+    assert not torch.equal(wanted, own[0].unsqueeze(1).float())
+
+
+@cpu
+def test_a_page_is_the_same_wherever_and_whenever_it_is_written() -> None:
+    own, (values, _) = operands(torch.bfloat16)
+    pages, other = written(values, True), written(values.flip(1), True)
+    for slot, into in ((1, pages), (3, other), (1, pages)):
+        nvfp4_write_page(*into, own[0], torch.tensor([slot]), "mse")
+    for one, two in zip(raw(pages), raw(other), strict=True):
+        assert torch.equal(one[:, 1], two[:, 3])
+        assert not torch.equal(one[:, 1], two[:, 1])
+
+
+@cpu
+def test_heads_do_not_share_a_scale() -> None:
+    """An outlier costs its own page and head only."""
+    _, (values, _) = operands(torch.float32)
+    loud = values.clone()
+    loud[0, 2, 1, 1, 5] = 1e6
+    quiet, disturbed = read(written(values, False)), read(written(loud, False))
+    assert (quiet != disturbed)[0, 2, :, 1].any()
+    disturbed[0, 2, :, 1] = quiet[0, 2, :, 1]
+    assert torch.equal(quiet, disturbed)
+
+
+@cpu
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows_in_its_head(bad: float) -> None:
+    _, (values, _) = operands(torch.float32)
+    values[1, 2, 3, 0, 7] = bad
+    for smooth in (False, True):
+        decoded = read(written(values, smooth))
+        assert decoded[1, 2, :, 0].isnan().all()
+        decoded[1, 2, :, 0] = 0
+        assert decoded.isfinite().all()
+
+
+@cpu
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_any_size_survives(size: float) -> None:
+    _, (values, _) = operands(torch.float32)
+    for smooth in (False, True):
+        decoded = read(written(values * size, smooth))
+        assert float((decoded - values * size).abs().max()) <= 0.6 * size
+        assert bool(decoded.any()) == bool(size)
+    assert not read(empty(values.shape, True)).any()
+
+
+@cpu
+def test_smoothing_halves_what_a_bias_costs() -> None:
+    """Keys and values with a bias by channel; Four Over Six gains as well, and less."""
+    q = random((1, 96, 2, 64), torch.float32, 0)
+    bias = 2 * random((1, 1, 2, 64), torch.float32, 1)
+    keys, values = (random((1, 96, 2, 64), torch.float32, seed) + bias for seed in (2, 3))
+    wanted = attention(q, keys, values)
+
+    def cost(which: str, smooth: bool, rule: str) -> float:
+        k, v = (
+            read(written(t.unsqueeze(1), smooth, rule))[:, 0] if which == name else t
+            for name, t in (("k", keys), ("v", values))
+        )
+        return float((attention(q, k, v) - wanted).norm() / wanted.norm())
+
+    for which in ("k", "v"):
+        plain, mse = cost(which, False, "none"), cost(which, False, "mse")
+        assert cost(which, True, "none") < 0.5 * plain
+        assert cost(which, True, "mse") < 0.95 * cost(which, True, "none")
+        assert mse < 0.98 * plain
+
+
+# Attention
+
+
+@cpu
+@pytest.mark.parametrize("dtype", ANY_DTYPE)
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("name", ["reference", "decode"])
+def test_attention_and_its_gradients(name: str, table: list[int], dtype: torch.dtype) -> None:
+    """Of the decoded pages; the chunk in flight is not quantised."""
+    run = find_implementation("nvfp4_paged_attention", name).load()
+    own, arenas = operands(dtype)
+    k_pages, v_pages = written(arenas[0], True), written(arenas[1], False)
+    listed = torch.tensor(table, dtype=torch.int64)
+    ours = with_gradients(run, own, *k_pages, *v_pages, listed)
+    assert all(t.dtype == dtype for t in ours)
+    decoded = [by_hand(arenas[0], True), by_hand(arenas[1], False)]
+    assert worst(ours, dense_paged_in(own, decoded, table)) <= BOUND[dtype]
+    one_more = [*table, min({0, 1, 2, 3} - set(table))]
+    assert worst(ours, dense_paged_in(own, decoded, one_more)) > FAR
+    if table:
+        assert worst(ours, dense_paged_in(own, arenas, table)) > FAR
+        assert worst(ours, dense_paged_in(own, [decoded[0], arenas[1]], table)) > FAR
+        assert worst(ours, dense_paged_in(own, [arenas[0], decoded[1]], table)) > FAR
+
+
+@cpu
+@pytest.mark.parametrize("name", ["reference", "decode"])
+def test_half_precision(name: str) -> None:
+    run = find_implementation("nvfp4_paged_attention", name).load()
+    own, arenas = operands(torch.bfloat16)
+    pages = [written(values, True) for values in arenas]
+    ours = with_gradients(run, own, *pages[0], *pages[1], torch.tensor([1, 3]))
+    decoded = [by_hand(values, True) for values in arenas]
+    assert worst(ours, dense_paged_in(own, decoded, [1, 3])) <= BOUND[torch.bfloat16]
+
+
+@cpu
+@given(st.permutations(range(PAGES)), st.integers(0, PAGES), st.booleans())
+@settings(max_examples=20)
+def test_page_order_does_not_matter(order: list[int], count: int, smooth: bool) -> None:
+    own, arenas = operands(torch.float64)
+    pages = [written(values, smooth) for values in arenas]
+    table = order[:count]
+    for name in ("reference", "decode"):
+        run = find_implementation("nvfp4_paged_attention", name).load()
+        one, other = (
+            with_gradients(run, own, *pages[0], *pages[1], torch.tensor(t, dtype=torch.int64))
+            for t in (table, sorted(table))
+        )
+        assert worst(one, other) <= BOUND[torch.float64]
+
+
+@cpu
+@pytest.mark.parametrize("name", ["reference", "decode"])
+def test_unlisted_pages_do_not_matter(name: str) -> None:
+    run = find_implementation("nvfp4_paged_attention", name).load()
+    own, arenas = operands(torch.float32)
+    pages = [written(values, True) for values in arenas]
+    table = torch.tensor([3, 1])
+    before = run(*own[:3], *pages[0], *pages[1], table)
+    for slot in (0, 2):
+        for arena in pages:
+            arena.codes[:, slot] ^= 0xFF
+            arena.scales.view(torch.uint8)[:, slot] = 0x7F
+            arena.decode_scales[:, slot] = torch.nan
+            assert arena.means is not None
+            arena.means[:, slot] = torch.inf
+    assert torch.equal(run(*own[:3], *pages[0], *pages[1], table), before)
+    assert run(*own[:3], *pages[0], *pages[1], torch.tensor([2, 1])).isnan().all()
+
+
+@cpu
+@pytest.mark.parametrize("name", ["reference", "decode"])
+def test_committed_pages_are_constants(name: str) -> None:
+    run = find_implementation("nvfp4_paged_attention", name).load()
+    own, arenas = operands(torch.float32)
+    pages = [written(values, True) for values in arenas]
+    floats = [part for arena in pages for part in arena[2:] if part is not None]
+    for part in (*floats, *own[:3]):
+        part.requires_grad_()
+    run(*own[:3], *pages[0], *pages[1], torch.tensor([0, 1])).sum().backward()
+    assert all(t.grad is not None for t in own[:3])
+    assert [part.grad for part in floats] == [None] * 4
+
+
+def op_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    for dtype, smooth in product((torch.float32, torch.bfloat16), (False, True)):
+        own, arenas = operands(dtype)
+        pages = [*written(arenas[0], smooth), *written(arenas[1], smooth)]
+        name = f"{str(dtype).removeprefix('torch.')}{' smooth' if smooth else ''}"
+        trained = [t.clone().requires_grad_() for t in own[:3]]
+        slot = torch.tensor([2])
+        found[f"write {name}"] = (nvfp4_write_page, (*pages[:4], own[0], slot, "mse"))
+        for listed in TABLES:
+            table = torch.tensor(listed, dtype=torch.int64)
+            found[f"{name} {listed}"] = (nvfp4_paged_attention, (*trained, *pages, table))
+            backward = (own[3], *own[:3], *pages, table)
+            found[f"backward {name} {listed}"] = (nvfp4_paged_attention_backward, backward)
+    return found
+
+
+@cpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", op_samples())
+def test_opcheck(name: str) -> None:
+    """But for the schema, which torch compares no float8 by; see the next test."""
+    op, arguments = op_samples()[name]
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    opcheck(op, arguments, test_utils=checks)
+
+
+@cpu
+def test_attention_changes_no_page() -> None:
+    own, arenas = operands(torch.float32)
+    pages = [written(values, True) for values in arenas]
+    before = [raw(arena) for arena in pages]
+    own = [t.requires_grad_() for t in own[:3]]
+    nvfp4_paged_attention(*own, *pages[0], *pages[1], torch.tensor([1])).sum().backward()
+    for arena, was in zip(pages, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(raw(arena), was, strict=True))
+
+
+@cpu
+def test_fakes_refuse_what_does_not_fit() -> None:
+    own, arenas = operands(torch.float32)
+    pages = written(arenas[0], True)
+    own, pages = ([t.to("meta") for t in tensors] for tensors in (own, pages))
+    table = torch.empty(2, dtype=torch.int64, device="meta")
+    assert nvfp4_paged_attention(*own[:3], *pages, *pages, table).shape == own[0].shape
+    with pytest.raises(RuntimeError):
+        nvfp4_paged_attention(*own[:3], pages[0][..., :8], *pages[1:], *pages, table)
+    with pytest.raises(RuntimeError):
+        nvfp4_write_page(*pages[:3], pages[3][..., :8], own[0], table[:1])
+
+
+# The kernels
+
+
+@cpu
+def test_kernels_in_the_interpreter() -> None:
+    """In a process of its own: Triton reads the setting when kernels are defined."""
+    pytest.importorskip("triton")
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+    }
+    subprocess.run([sys.executable, nvfp4_pages.__file__], check=True, env=environment)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels(dtype: torch.dtype) -> None:
+    compare_kernels("cuda", dtype)
+
+
+@gpu
+def test_pages_that_kernels_write() -> None:
+    compare_writing("cuda")
+
+
+@gpu
+def test_kernels_over_many_tiles() -> None:
+    own, arenas = operands(torch.bfloat16, 300, 128)
+    pages = [*written(arenas[0], True), *written(arenas[1], True)]
+    table = torch.tensor([3, 0, 2])
+    wanted = nvfp4_paged_attention(*own[:3], *pages, table)
+    for name in ("triton", "decode_triton", "decode", "reference"):
+        run = find_implementation("nvfp4_paged_attention", name).load()
+        ours = run(*(t.cuda() for t in (*own[:3], *pages, table)))
+        assert worst([ours], [wanted]) <= BOUND[torch.bfloat16], name
+
+
+@cpu
+def test_what_the_kernels_do_not_do_is_refused() -> None:
+    pytest.importorskip("triton")
+    from lltk.ops.nvfp4_paged_attention import triton
+
+    own, arenas = operands(torch.float32)
+    pages = [*written(arenas[0], True), *written(arenas[1], True)]
+    own[1].requires_grad_()
+    with pytest.raises(ValueError, match="triton has no gradient; set nvfp4_paged_attention of"):
+        triton.attention(*own[:3], *pages, torch.tensor([1]))
+    own, arenas = operands(torch.float32, width=48)
+    pages = [*written(arenas[0], True), *written(arenas[1], True)]
+    for run in (triton.attention, triton.decode):
+        with pytest.raises(ValueError, match="heads of 16, 32, 64, …, not of 48"):
+            run(*own[:3], *pages, torch.tensor([1]))
+
+
+@cpu
+@pytest.mark.parametrize(
+    ("architecture", "product"), [(90, "wgmma"), (100, "tcgen05.mma"), (120, "mma.sync")]
+)
+def test_kernels_compile_for(architecture: int, product: str) -> None:
+    """With the tensor cores' instruction of each, and no more shared memory than it has."""
+    pytest.importorskip("triton")
+    from lltk.ops.nvfp4_paged_attention.triton import attention_kernel, decode_kernel
+    from lltk.ops.nvfp4_write_page.triton import _write
+
+    sizes = {"WIDTH": 128, "M": 128, "N": 64, "PRECISION": "tf32"}
+    means = {"K_MEANS": True, "V_MEANS": False, "v_means": None}
+    options = {"num_warps": 8, "num_stages": 1}
+    compiled = cross_compiled(attention_kernel, architecture, sizes | means, options)
+    assert product in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= {90: 227, 100: 227, 120: 99}[architecture] * 1024
+    cross_compiled(decode_kernel, architecture, {"WIDTH": 128, "ROWS": 32, "MEANS": True}, {})
+    sizes = {"TOP": 256.0, "RULE": "mse", "AMOUNT": 128, "NATIVE": architecture >= 100}
+    compiled = cross_compiled(_write, architecture, sizes, {"enable_fp_fusion": False})
+    assert ("cvt.rn.satfinite.e2m1x2" in compiled.asm["ptx"]) == (architecture >= 100)
+
+
+def cross_compiled(
+    kernel: Any, architecture: int, constants: dict[str, Any], options: dict[str, Any]
+) -> Any:
+    """A kernel for a GPU that need not be here, for bfloat16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_means", "means"), "*bf16")
+    types |= {"value": "*bf16", "mean": "*bf16", "largest": "*fp32", "slot": "*i64"}
+    types |= dict.fromkeys(("k_codes", "k_scales", "v_codes", "v_scales"), "*u8")
+    types |= dict.fromkeys(("codes", "scales"), "*u8")
+    types |= dict.fromkeys(("k_decode_scales", "v_decode_scales", "decode_scales"), "*fp32")
+    types |= {"table": "*i64", "scale": "fp32"}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(kernel, signature, constants)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
