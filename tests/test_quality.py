@@ -16,10 +16,10 @@ from lltk.bench.quality import (
     STRETCH,
     draw_stories,
     identity_over_time,
+    prompts_of,
     score_video,
     streamed,
 )
-from lltk.cli.datasets import prompts_of
 from lltk.graph.module import instantiate
 from lltk.models.tiny.world import FPS, Story, render
 from lltk.stream.script import SCENE_CUT, Shot

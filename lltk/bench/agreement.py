@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lltk.bench.intervals import wilson
-from lltk.bench.quality import PARTS, ShotScore, score_video, streamed
-from lltk.cli.datasets import prompts_of
+from lltk.bench.quality import PARTS, ShotScore, prompts_of, score_video, streamed
 from lltk.graph.module import instantiate
 from lltk.models.tiny.world import Story
 from lltk.stream.decoder import Decoder

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lltk.bench.quality import prompts_of
 from lltk.cli.latents import FolderLatents, PipelineEncoder
 from lltk.graph.geometry import Geometry
 from lltk.models.pipelines import find_pipeline
 from lltk.models.tiny.world import RESOLUTION, STRIDE, Story, draw_story, render
-from lltk.stream.script import SCENE_CUT
 from lltk.train.data import Dataset, Kept, generator_at
 from lltk.train.recipe import DataSection, TrainSection
 
@@ -85,14 +85,6 @@ class TinyLatents:
         text = self._encoder.text([prompt for story in stories for prompt in prompts_of(story)])
         latents = self._encoder.latents(self._videos.videos(stories))
         return {"latents": latents, "text": text.unflatten(0, (len(stories), -1))}
-
-
-def prompts_of(story: Story) -> list[str]:
-    """One a chunk."""
-    return [
-        (SCENE_CUT if chunk in story.opens[1:] else "") + story.captions[shot]
-        for chunk, shot in enumerate(story.shot_of_chunk)
-    ]
 
 
 def encoder_for(
