@@ -12,11 +12,11 @@ import torch
 from helpers import captured, clips, inputs, instantiate, make_recipe, refused, runnable
 from torch import Tensor, nn
 
+from lltk.graph.diagnose import first_bad_module
 from lltk.graph.geometry import Kind
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.train.data import Batch, Batches, Kept, generator_at
-from lltk.train.diagnose import first_bad_module
 from lltk.train.objective import FlowMatching, level_weights, noise_grid
 from lltk.train.recipe import VaeSection
 from lltk.train.vae import Reconstruction, decode, latent_statistics, roughness

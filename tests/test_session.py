@@ -504,3 +504,19 @@ def test_a_report_adds_up(plan: StreamPlan) -> None:
         assert 0 < report.outside < report.seconds
         assert report.pages == min(index, 3)
         assert report.decoding.keys() == {"decode", "deliver"}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_values_that_are_not_finite_stop_it(pipeline: Path, guidance: float) -> None:
+    """Named with chunk, pass and layer; what was delivered before stays."""
+    plan = planned(pipeline, f"stream.guidance={guidance}")
+    stream, video = opened(plan)
+    with stream:
+        next(stream.session)
+        module = stream.session._runtime._module  # type: ignore[attr-defined]
+        with torch.no_grad():
+            module.get_parameter("blocks.1.ffn.net.2.weight").fill_(3e38)
+        message = refused(next, stream.session)
+    assert message.startswith("chunk 1, pass 0: ")
+    assert "(blocks.1" in message and "is not finite" in message
+    assert sum(part.shape[2] for part in video) == 5

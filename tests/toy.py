@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lltk.graph.diagnose import first_bad_module
 from lltk.train import checkpoint
 from lltk.train.data import Batch, generator_at
-from lltk.train.diagnose import first_bad_module
 from lltk.train.loop import Hooks, Trainer
 from lltk.train.recipe import TrainSection
 

@@ -428,8 +428,11 @@ class Session:
             with self._watch.measure("recache"):
                 self._runtime.commit(latents, positions, older, slot)
 
-    def _denoise(self, positions: Tensor, table: Sequence[int]) -> Tensor:
-        """A chunk of clean latents, float32 [B, C, F, h, w]."""
+    def _denoise(self, positions: Tensor, table: Sequence[int], look: bool = False) -> Tensor:
+        """A chunk of clean latents, float32 [B, C, F, h, w].
+
+        If they are not finite, the passes are made once more, to ``look`` where that begins.
+        """
         runtime, image = self._runtime, self._image if self.chunk == 0 else None
         sampler = Sampler(self._schedule, self._noise())
         for index in range(self._sampling.steps):
@@ -437,15 +440,25 @@ class Session:
             timestep = sampler.timestep(index).repeat(len(latents), latents.shape[2])
             if image is not None:
                 timestep[:, 0] = 0
+            given = (latents, timestep, positions, table, index)
+            bad = [r.first_bad(*given) for r in self._runtimes()] if look else []
+            if found := next(filter(None, bad), None):
+                raise ValueError(
+                    f"chunk {self.chunk}, pass {index}: {found} is not finite; keep its layer in "
+                    "high precision, or use other weights"
+                )
             with self._watch.measure("step"):
-                samples = [
-                    r.step(latents, timestep, positions, table, index) for r in self._runtimes()
-                ]
+                samples = [r.step(*given) for r in self._runtimes()]
             velocity = samples[0]
             if self._unconditional is not None:
                 velocity = guided(samples[0], samples[1], self._sampling.guidance)
             sampler.step(index, velocity)
-        return _with_first(image, sampler.result)
+        clean = _with_first(image, sampler.result)
+        if bool(clean.isfinite().all()):
+            return clean
+        if look:
+            raise ValueError(f"chunk {self.chunk}: the sampler's latents are not finite")
+        return self._denoise(positions, table, look=True)
 
     def _noise(self) -> Tensor:
         items = range(self._runtime.geometry.batch)

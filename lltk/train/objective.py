@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lltk.graph.diagnose import first_bad_node
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.train.data import Batch
-from lltk.train.diagnose import first_bad_node
 from lltk.train.graphs import Graphed
 
 LEVELS = 1000

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lltk.graph.diagnose import first_bad_module
 from lltk.train.data import Batch
-from lltk.train.diagnose import first_bad_module
 from lltk.train.graphs import Graphed
 from lltk.train.recipe import VaeSection
 

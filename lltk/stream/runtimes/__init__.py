@@ -58,6 +58,16 @@ class Runtime(Protocol):
             The model's output, [B, C, F, h, w].
         """
 
+    def first_bad(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        positions: Tensor,
+        table: Sequence[int],
+        index: int = 0,
+    ) -> str | None:
+        """Where the first value of a `step` that is not finite is, or None."""
+
     def commit(self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
         """Write a clean chunk's K/V to page ``slot``; the rest as `step`'s."""
 

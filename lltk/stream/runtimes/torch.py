@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lltk.graph.diagnose import first_bad_node
 from lltk.graph.geometry import Geometry
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
@@ -30,7 +31,7 @@ class TorchRuntime:
     """
 
     def __init__(self, program: Program, module: ProgramModule) -> None:
-        self._module = module
+        self._program, self._module = program, module
         self._geometry, self._spec, self._dtype = program.geometry, program.spec, program.dtype
         self._device = next(module.parameters()).device
         self._high_steps = program.high_steps
@@ -83,10 +84,28 @@ class TorchRuntime:
         table: Sequence[int],
         index: int = 0,
     ) -> Tensor:
+        graph, inputs = self._step_inputs(latents, timestep, positions, index)
+        return self._run(graph, inputs, table)[self._spec.output]
+
+    def first_bad(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        positions: Tensor,
+        table: Sequence[int],
+        index: int = 0,
+    ) -> str | None:
+        graph, inputs = self._step_inputs(latents, timestep, positions, index)
+        given = self._given(graph, inputs, table)
+        return first_bad_node(self._program, self._module, graph, given)
+
+    def _step_inputs(
+        self, latents: Tensor, timestep: Tensor, positions: Tensor, index: int
+    ) -> tuple[str, dict[str, Tensor]]:
+        """The graph that makes a pass, and what it reads beside prompt and cache."""
         spec = self._spec
         inputs = {spec.latent_input: latents, spec.time_input: timestep, "positions": positions}
-        graph = STEP_HIGH if index in self._high_steps else "step"
-        return self._run(graph, inputs, table)[spec.output]
+        return STEP_HIGH if index in self._high_steps else "step", inputs
 
     def commit(self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
         inputs = {self._spec.latent_input: latents, "positions": positions}
@@ -112,8 +131,14 @@ class TorchRuntime:
     def _run(
         self, graph: str, inputs: dict[str, Tensor], table: Sequence[int]
     ) -> dict[str, Tensor]:
+        return self._module(graph, **self._given(graph, inputs, table))
+
+    def _given(
+        self, graph: str, inputs: dict[str, Tensor], table: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """All inputs of a graph."""
         every = {**inputs, **self._text, **self._pages, "table": self._indices(tuple(table))}
-        return self._module(graph, **{n: v for n, v in every.items() if n in self._inputs[graph]})
+        return {name: every[name] for name in self._inputs[graph]}
 
     def _indices(self, table: tuple[int, ...]) -> Tensor:
         """The table on the device; a chunk's passes share it."""
