@@ -14,6 +14,8 @@ from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import row_table
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from lltk.streaming import StreamPlan
 
 _SEED = 30_000
@@ -65,6 +67,9 @@ def command(
         raise ValueError("RECIPES: name at least two; the first is what others are compared with")
     console = Console(quiet=as_json)
     paths = [find_recipe(recipe) for recipe in recipes]
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
     import torch
 
     from lltk.bench.record import make_record, write_record
@@ -78,23 +83,23 @@ def command(
     hide_loading()
     films = -(-shots // _SHOTS)
     batch = min(films, at_once)
-
-    def plan(path: Path) -> StreamPlan:
-        sizes = (*overrides, f"geometry.batch={batch}")
-        return plan_stream(load_recipe(path, sizes), chosen, weights=not dry_run)
-
+    sizes = (*overrides, f"geometry.batch={batch}")
+    plans = []
     for path in paths:
-        console.print(f"{path.stem}: {plan(path).describe()['transformer']}", highlight=False)
+        with console.status(f"compiling {path.stem}"):
+            plan = plan_stream(load_recipe(path, sizes), chosen, weights=not dry_run)
+        console.print(f"{path.stem}: {plan.describe()['transformer']}", highlight=False)
+        plans.append((path.stem, plan))
     if dry_run:
         console.print(f"{films * _SHOTS} shots a recipe, {batch} videos at once")
         return
     share_cores(chosen)
     results = []
-    for path in paths:
-        with console.status(f"comparing {path.stem}"):
-            results.append(
-                {"name": path.stem} | _measure(plan(paths[0]), plan(path), films, workers)
-            )
+    base = plans[0][1]
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for name, plan in plans:
+            with console.status(f"comparing {name}"):
+                results.append({"name": name} | _measure(base, plan, films, pool))
     line = ["lltk", "compare", *recipes, "--shots", str(shots), "--device", str(chosen)]
     line += [part for change in overrides for part in ("--set", change)]
     method = (
@@ -111,13 +116,9 @@ def command(
     console.print(row_table("Tiny world", [_quality_row(row, results[0]) for row in results]))
 
 
-def _measure(base: StreamPlan, plan: StreamPlan, films: int, workers: int) -> dict[str, Any]:
+def _measure(base: StreamPlan, plan: StreamPlan, films: int, pool: Executor) -> dict[str, Any]:
     """Errors against the base, and agreement of the recipe's own videos."""
-    from concurrent.futures import ProcessPoolExecutor
     from dataclasses import asdict
-    from multiprocessing import get_context
-
-    import torch
 
     from lltk.bench.agreement import encoded, scored, summarise, videos
     from lltk.bench.compare import layer_errors
@@ -131,13 +132,12 @@ def _measure(base: StreamPlan, plan: StreamPlan, films: int, workers: int) -> di
     errors = layer_errors(pairs[0], pairs[1], encoded(base, stories[:batch]), steps, _SEED)
     del pairs
     scores = []
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for start in range(0, films, batch):
-            some = stories[start : start + batch]
-            # The last batch is filled up: a plan is for one number of videos.
-            filled = [*some, *stories[: batch - len(some)]]
-            made = videos(plan, filled, steps, _SEED + start)
-            scores += scored(pool, made[: len(some)], some)
+    for start in range(0, films, batch):
+        some = stories[start : start + batch]
+        # The last batch is filled up: a plan is for one number of videos.
+        filled = [*some, *stories[: batch - len(some)]]
+        made = videos(plan, filled, steps, _SEED + start)
+        scores += scored(pool, made[: len(some)], some)
     return {
         "errors": errors,
         "ran": plan.transformer.implementations,

@@ -1,0 +1,107 @@
+"""Comparing precisions: errors by layer, shares with intervals, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from helpers import Run
+from streams import planned, save_pipeline
+
+from lltk.bench.agreement import interval, mean, overlap, summarise
+from lltk.bench.compare import OUTPUT, layer_errors
+from lltk.bench.quality import ShotScore
+from lltk.compiler import with_weights
+from lltk.graph.module import instantiate
+from lltk.graph.program import Program
+from lltk.train.plot import Curve, line_plot
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return planned(save_pipeline(tmp_path_factory.mktemp("pipeline"))).transformer
+
+
+def errors(base: Program, other: Program) -> dict[str, float]:
+    text = torch.randn(1, 3, base.geometry.text_tokens, base.spec.text_dim)
+    pairs = [(each, instantiate(each)) for each in (base, other)]
+    return layer_errors(pairs[0], pairs[1], text, 2, seed=1)
+
+
+def test_a_model_does_not_differ_from_itself(program: Program) -> None:
+    found = errors(program, replace(program))
+    assert set(found) == {"blocks.0", "blocks.1", OUTPUT}
+    assert set(found.values()) == {0.0}
+
+
+def test_errors_begin_where_a_weight_changes(program: Program) -> None:
+    weights = dict(program.weights)
+    weights["blocks.1.ffn.net.2.weight"] = weights["blocks.1.ffn.net.2.weight"] * 1.1
+    found = errors(program, with_weights(program, weights))
+    assert found["blocks.0"] == 0 and found["blocks.1"] > 0 and found[OUTPUT] > 0
+
+
+def test_errors_of_the_first_layer_reach_the_next_chunk(program: Program) -> None:
+    weights = dict(program.weights)
+    weights["blocks.0.attn1.to_v.weight"] = weights["blocks.0.attn1.to_v.weight"] * 1.5
+    found = errors(program, with_weights(program, weights))
+    assert all(value > 1e-3 for value in found.values())
+
+
+def score(index: int, right: bool, kept: float) -> ShotScore:
+    return ShotScore(index, (True, True, True, right), kept)
+
+
+def test_shots_are_summarised() -> None:
+    scores = [score(0, True, 100.0), score(1, False, math.nan), score(1, True, 80.0)]
+    found = summarise(scores)
+    assert found.shots == 3 and found.after_cut is not None and found.identity is not None
+    assert found.agreement[0] == pytest.approx(200 / 3)
+    assert found.after_cut[0] == 50 and found.identity[0] == 90
+    assert found.parts["background"] == pytest.approx(200 / 3) and found.parts["shape"] == 100
+    assert summarise(scores[:1]).after_cut is None
+    assert summarise([score(0, True, math.nan)]).identity is None
+
+
+def test_intervals() -> None:
+    assert mean([50.0]) == (50, 50, 50)
+    low, high = mean([90.0, 100.0, 100.0, 100.0])[1:]
+    assert low < 97.5 and high == 100, "no more than all"
+    assert overlap((50, 40, 60), (65, 60, 70)) and not overlap((50, 40, 60), (65, 61, 70))
+    assert interval((1, 0.5, 2)) == "1.0 (0.5 to 2.0)" and interval(None) == "–"
+
+
+def test_a_plot_has_its_curves() -> None:
+    curves = [Curve("one", [(0, 1.0), (1, 2.0)]), Curve("", [(0, 3.0), (2, 1.0)], "#c40")]
+    root = ElementTree.fromstring(line_plot(curves, "what"))
+    lines = [e for e in root if e.tag.endswith("polyline")]
+    texts = [e.text for e in root if e.tag.endswith("text")]
+    assert len(lines) == 2 and {"one", "what"} <= set(texts)
+    ends = [line.attrib["points"].split()[-1].split(",") for line in lines]
+    assert float(ends[0][0]) < float(ends[1][0]), "one axis for both"
+
+
+def test_the_command_compares(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lltk.cli.compare._SHOTS", 1)
+    monkeypatch.setattr("lltk.cli.compare._CHUNKS", 1)
+    output = tmp_path / "record"
+    line = ["compare", "tiny_stream", "tiny_stream_nvfp4", "--shots", "1", "--workers", "1"]
+    code, out, _ = run(*line, "--device", "cpu", "--set", "stream.steps=1", "-o", str(output))
+    assert code == 0 and "tiny_stream_nvfp4" in out
+    base, other = json.loads(output.with_suffix(".json").read_text("utf-8"))["results"]
+    assert set(base["errors"].values()) == {0.0} and base["shots"] == other["shots"] == 1
+    assert 0.01 < other["errors"]["output"] < 0.5
+    assert other["ran"]["nvfp4"] == "reference"
+    assert "tiny_stream_nvfp4" in output.with_suffix(".md").read_text("utf-8")
+
+
+def test_the_command_wants_two_recipes(run: Run) -> None:
+    code, _, err = run("compare", "tiny_stream")
+    assert code == 2 and "name at least two" in err
