@@ -82,8 +82,18 @@ def randomise(state: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
             value = 1 + 0.3 * value
         else:
             value *= 0.3
-        made[name] = value.to(tensor.dtype)
+        made[name] = _packed(value, tensor.dtype) if _is_packed(name) else value.to(tensor.dtype)
     return made
+
+
+def _is_packed(name: str) -> bool:
+    """Whether it is a part of a weight in NVFP4."""
+    return name.endswith(("weight_codes", "weight_scales", "weight_decode_scale"))
+
+
+def _packed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Such a part from normal numbers: any codes, scales above 0."""
+    return (64 * value).abs().to(dtype) if dtype == torch.uint8 else (value.abs() + 0.1).to(dtype)
 
 
 def make_recipe(
@@ -248,7 +258,13 @@ def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> floa
 
 def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     """Whether the outputs have equal bits."""
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    return ours.keys() == theirs.keys() and all(_equal(ours[n], theirs[n]) for n in ours)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.dtype == b.dtype == torch.float8_e4m3fn:  # torch cannot compare them
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return torch.equal(a, b)
 
 
 HAND_SPEC = ModelSpec(

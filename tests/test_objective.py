@@ -42,6 +42,9 @@ class Recorder(ProgramModule):
         self.graph, self.given = graph, given
         return {"sample": self.flow}
 
+    def quantised_weights(self) -> dict[str, Tensor]:
+        return {}
+
 
 def recorded(
     kind: Kind, *, seed: int = 7, more: Mapping[str, Tensor] | None = None, **options: float

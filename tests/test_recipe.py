@@ -77,7 +77,12 @@ def test_every_size_ships_every_kind() -> None:
     assert {path.stem for path in SHIPPED} == {
         *(f"tiny_{kind}" for kind in (*kinds, "reference", "vae")),
         *(f"wan22_5b_{kind}" for kind in kinds - {"decode"}),
-        *(f"{size}_stream_nvfp4_cache" for size in ("tiny", "wan22_5b")),
+        *(
+            f"{size}_{use}"
+            for size in ("tiny", "wan22_5b")
+            for use in ("stream_nvfp4", "stream_nvfp4_cache", "train_nvfp4")
+        ),
+        "tiny_stream_w4a4",
         "wan22_decode",
     }
 

@@ -65,6 +65,9 @@ class Perfect(ProgramModule):
         level = given["timestep"][:, None, :, None, None] / 1000
         return {"sample": (given["hidden_states"] - self.clean) / level}
 
+    def quantised_weights(self) -> dict[str, Tensor]:
+        return {}
+
 
 @pytest.mark.parametrize("steps", [1, 4, 50])
 def test_a_reference_goes_where_a_perfect_model_leads(steps: int) -> None:

@@ -145,7 +145,7 @@ def test_masters_keep_what_low_precision_loses() -> None:
 
 def test_nothing_to_train_is_refused() -> None:
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
-    assert refused(Masters, frozen, {}).startswith("nothing trains")
+    assert refused(Masters, frozen, {}, lambda: None).startswith("nothing trains")
 
 
 class Spoilt(Samples):

@@ -147,15 +147,22 @@ def _input_names(program: Program, bodies: list[Body]) -> tuple[str, ...]:
     names: list[str] = []
     for position, first in enumerate(bodies[0].inputs):
         sources = {body.inputs[position] for body in same_graph}
-        stems = {b.inputs[position].name.removesuffix(f"_{b.layer}") for b in same_graph}
-        if len(stems) == 1 and len(sources) == len(same_graph):
+        stems = {_stem(body.inputs[position], body.layer) for body in same_graph}
+        outside = all(program.spec.layer_of(module_of(source)) is None for source in sources)
+        if outside and len(stems) == 1 and None not in stems:
             (name,) = stems
-        elif len(sources) == 1 and program.spec.layer_of(module_of(first)) is None:
+        elif first.op == "placeholder" or (outside and len(sources) == 1):
             name = first.name
         else:
             name = "hidden_states"
         names.append(f"{name}_{position}" if name in names else name)
     return tuple(names)
+
+
+def _stem(source: fx.Node, layer: int) -> str | None:
+    """A name that ends in its layer, without it."""
+    stem, _, number = source.name.rpartition("_")
+    return stem if number == str(layer) else None
 
 
 def _call(

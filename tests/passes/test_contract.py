@@ -11,6 +11,7 @@ from helpers import (
     PASSES,
     after,
     captured,
+    difference,
     inputs,
     randomise,
     reached,
@@ -41,6 +42,8 @@ class Case:
     leaves: Stage
     steps: tuple[str, ...]
     head_dim: int = 12
+    lossy: bool = False
+    """Whether a state dict that comes back is only near to what it was."""
 
     def original(self) -> Program:
         return captured(self.kind, layers=1, head_dim=self.head_dim)
@@ -66,6 +69,8 @@ CASES = [
     Case("cached_step", "stream", "changing", CANON, STREAM[:4]),
     Case("commit", "stream", "bitwise", CAUSAL, STREAM[:5]),
     Case("nvfp4_cache", "stream", "changing", Stage.QUANTISED, STREAM[:6], head_dim=16),
+    Case("nvfp4_infer", "stream", "changing", Stage.QUANTISED, STREAM[:6], 16, lossy=True),
+    Case("nvfp4_train", "train", "changing", Stage.QUANTISED, TRAIN[:5], head_dim=16),
     Case("lora", "stream", "bitwise", CAUSAL, STREAM[:6]),
     Case("merge_lora", "score", "rounding", CANON, (*CANONICAL, "lora")),
     Case("regionalise", "stream", "bitwise", Stage.REGIONAL, STREAM[:6]),
@@ -131,8 +136,12 @@ def test_state_dicts_map_both_ways(case: Case) -> None:
     program, original = case.after(), case.original().weights
     mapped = program.map_state(original)
     assert same(mapped, program.weights)
-    assert same(program.unmap_state(mapped), original)
-    assert same(program.map_state(program.unmap_state(mapped)), mapped)
+    back = program.unmap_state(mapped)
+    if case.lossy:
+        assert 0 < difference(back, original) < 0.2
+    else:
+        assert same(back, original)
+        assert same(program.map_state(back), mapped)
 
 
 @every_pass

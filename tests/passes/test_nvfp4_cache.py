@@ -125,7 +125,7 @@ def test_layers_share_a_region(smoothing: bool) -> None:
     named = {name for name in program.regions["step_block"].inputs if "pages" in name}
     parts = ["codes", "scales", "decode_scales", *(["means"] if smoothing else [])]
     assert named == {f"{name}_pages_{part}" for name in "kv" for part in parts}
-    assert program.implementations == {"nvfp4_paged_attention": "decode"}
+    assert program.implementations == {"nvfp4_paged_attention": "decode", "nvfp4": "reference"}
 
 
 def paged(program: Program, values: dict[str, Tensor], rule: str) -> dict[str, Tensor]:
