@@ -240,6 +240,46 @@ def test_products(backend: str, shape: tuple[int, int, int]) -> None:
     assert product_error(backend, *shape, damage=True) > 2**-13
 
 
+def layer_gradients(backend: str, seed: Tensor) -> list[Tensor]:
+    """A layer's output and gradients on the GPU, as the training pass writes it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 160, 256), (192, 256), (2, 160, 192))
+    x, weight, grad = (torch.randn(*s, generator=generator).cuda().bfloat16() for s in shapes)
+    x.requires_grad_()
+    weight.requires_grad_()
+    held, ops = x.detach(), torch.ops.lltk
+    w = ops.nvfp4_quantise(weight.detach(), 16, backend=backend)
+    y = ops.nvfp4_linear(
+        x,
+        weight,
+        *ops.nvfp4_quantise(held, backend=backend),
+        *ops.nvfp4_quantise_transposed(held, SHARED, backend=backend),
+        *w,
+        *ops.nvfp4_transpose(w[0], w[1], backend),
+        seed.cuda(),
+        0,
+        True,
+        "mse",
+        SHARED,
+        backend,
+    )
+    return [y.detach(), *torch.autograd.grad(y, (x, weight), grad)]
+
+
+@gpu
+@needs_triton
+@pytest.mark.parametrize("backend", ["triton", "scaled_mm", "te"])
+def test_gradients_are_the_references(backend: str) -> None:
+    """Of equal random numbers: the sums alone are in another order."""
+    if reason := BACKENDS[backend].missing(torch.device("cuda")):
+        pytest.skip(reason)
+    ours, wanted = layer_gradients(backend, SEED), layer_gradients("reference", SEED)
+    other = layer_gradients(backend, SEED + 1)
+    for index, (a, b, c) in enumerate(zip(ours, wanted, other, strict=True)):
+        assert bool(a.any()) and float((a - b).norm() / b.norm()) < 5e-3
+        assert bool((c != a).any()) == (index > 0), "gradients alone are random"
+
+
 @gpu
 @needs_triton
 def test_kernels_replay_in_cuda_graphs() -> None:
