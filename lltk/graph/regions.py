@@ -147,10 +147,10 @@ def _input_names(program: Program, bodies: list[Body]) -> tuple[str, ...]:
     names: list[str] = []
     for position, first in enumerate(bodies[0].inputs):
         sources = {body.inputs[position] for body in same_graph}
-        stems = {_stem(body.inputs[position], body.layer) for body in same_graph}
+        stem, *others = {_stem(body.inputs[position], body.layer) for body in same_graph}
         outside = all(program.spec.layer_of(module_of(source)) is None for source in sources)
-        if outside and len(stems) == 1 and None not in stems:
-            (name,) = stems
+        if outside and stem is not None and not others:
+            name = stem
         elif first.op == "placeholder" or (outside and len(sources) == 1):
             name = first.name
         else:
