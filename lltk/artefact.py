@@ -24,7 +24,7 @@ from lltk.graph.recipe import parse_recipe
 from lltk.graph.stages import Stage
 from lltk.graph.text import print_graph
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "program.json"
 WEIGHTS = "weights.safetensors"
 

@@ -12,7 +12,7 @@ import pytest
 import streams
 import torch
 from helpers import refused
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from streams import SHOTS, opened, planned, save_pipeline, streamed
 from torch import Tensor
 
@@ -454,6 +454,10 @@ def test_other_states_are_refused(pipeline: Path, plan: StreamPlan, tmp_path: Pa
         assert "is no state, or damaged" in refused(load_state, tmp_path / "damaged", identity)
     weights = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
     assert "not a stream's state" in refused(load_state, weights, identity)
+    for stated in ("1", '{"format": "1"}'):
+        save_file({"t": torch.ones(1)}, tmp_path / "older", {"lltk.stream": stated})
+        message = refused(load_state, tmp_path / "older", identity)
+        assert "not a stream's state of format 2" in message
 
 
 def test_an_interrupted_chunk_is_not_saved(

@@ -16,7 +16,7 @@ from lltk.graph.files import written_whole
 from lltk.stream.session import SessionState
 
 KEY = "lltk.stream"
-FORMAT = "1"
+FORMAT = "2"
 _log = logging.getLogger(__name__)
 
 
@@ -63,7 +63,7 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> SessionState:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: is no state, or damaged ({error})") from error
     about = json.loads(metadata.get(KEY, "{}"))
-    if about.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(
             f"{path}: is not a stream's state of format {FORMAT}; name one that this lltk wrote"
         )
