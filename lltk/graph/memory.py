@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
+from lltk.graph.verify import WEIGHTS
 from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
 from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
 
@@ -25,8 +26,8 @@ def estimate(program: Program) -> dict[str, int]:
     Streaming: weights in their run dtypes, the cache's pages (in the compute dtype until the graphs
     have them) and the cross-attention K/V of one prompt. Training and scoring: weights, the blocks'
     inputs that per-block checkpointing keeps, and for training float32 gradients and AdamW's two
-    moments of what trains. Activations inside one block come on top. Decoding: weights, and the
-    feature caches before and after a latent.
+    moments of what trains, and the 4-bit values of weights that train in NVFP4. Activations inside
+    one block come on top. Decoding: weights, and the feature caches before and after a latent.
     """
     weights = {n: t.numel() * program.run_dtype(n).itemsize for n, t in program.weights.items()}
     owners = {"weights": sum(weights.values())}
@@ -50,6 +51,9 @@ def estimate(program: Program) -> dict[str, int]:
         count = sum(program.weights[name].numel() for name in trains)
         owners["gradients"] = count * torch.float32.itemsize
         owners["AdamW moments"] = 2 * owners["gradients"]
+    if WEIGHTS in program.graphs:
+        made = program.contract(WEIGHTS).outputs.values()
+        owners["quantised weights"] = sum(part.nbytes for part in made)
     return owners
 
 

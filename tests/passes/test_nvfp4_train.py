@@ -21,6 +21,7 @@ from helpers import (
 )
 from torch import Tensor
 
+from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -122,6 +123,15 @@ def test_matches_follow_from_the_layers(layers: int) -> None:
     assert set(program.log[-1].matches.values()) == {layers}
     assert len(program.log[-1].matches) == 10
     assert len(program.contract("weights").outputs) == 50 * layers
+
+
+def test_memory_counts_the_weights_values() -> None:
+    """4.5 bits an element, and as much for the transpose."""
+    program = trained(2)
+    linears = [t for n, t in program.weights.items() if n.startswith("blocks") and t.dim() == 2]
+    extra = sum(2 * t.numel() * 9 // 16 + 4 for t in linears)
+    plain = estimate(high_precision())
+    assert estimate(program) == plain | {"quantised weights": extra}
 
 
 def test_layers_share_a_region() -> None:
