@@ -165,6 +165,21 @@ def test_overrides_take_yaml_values(base: Path) -> None:
     assert recipe.steps()[1] == ("lower", {"paged_attention": "reference"})
 
 
+def test_overrides_reach_the_options_of_a_pass(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "program: score\nmodel: {config: tiny}\ngeometry: {height: 64, width: 64}\n"
+        "passes: [canonicalise, {lora: {rank: 4}}, lower]\n"
+    )
+    changes = ("passes.lora.alpha=2", "passes.lower.nvfp4=triton", "passes.lower.nvfp4=te")
+    steps = load_recipe(path, changes).steps()
+    assert steps == [
+        ("canonicalise", {}),
+        ("lora", {"rank": 4, "alpha": 2}),
+        ("lower", {"nvfp4": "te"}),
+    ]
+
+
 def test_the_last_override_wins_and_makes_sections(tmp_path: Path) -> None:
     path = written(tmp_path / "bare.yaml", {"program": "stream", "model": {}, "passes": []})
     sizes = ["geometry.height=32", "geometry.width=32", "geometry.height=64"]
@@ -176,7 +191,8 @@ def test_the_last_override_wins_and_makes_sections(tmp_path: Path) -> None:
     [
         ("geometry.chunk", "--set geometry.chunk: write key.path=value"),
         ("program.x=1", "--set program.x=1: program holds a value, not keys"),
-        ("passes.0=lower", "--set passes.0=lower: passes holds a value, not keys"),
+        ("passes.0=lower", "--set passes.0=lower: write passes.NAME.OPTION=VALUE"),
+        ("passes.lowr.x=1", "--set passes.lowr.x=1: the recipe has no pass 'lowr'; did you mean"),
         ("model.dtype=[", "--set model.dtype=["),
     ],
 )

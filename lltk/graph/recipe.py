@@ -73,7 +73,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Args:
         path: YAML file; ``extends: other.yaml`` is relative to it.
-        overrides: ``key.path=value`` with a YAML value.
+        overrides: ``key.path=value`` with a YAML value; ``passes.NAME.option=value`` too.
 
     Raises:
         ValueError: unreadable, unknown or misfit keys; names the key and the nearest.
@@ -129,6 +129,10 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not equals:
         raise ValueError(f"--set {override}: write key.path=value")
     *parents, leaf = path.strip().split(".")
+    if parents[:1] == ["passes"] and isinstance(data.get("passes"), list):
+        if len(parents) != 2:
+            raise ValueError(f"--set {override}: write passes.NAME.OPTION=VALUE")
+        data, parents = _options(data["passes"], parents[1], override), []
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
@@ -137,6 +141,20 @@ def _override(data: dict[str, Any], override: str) -> None:
         data[leaf] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"--set {override}: the value is not YAML: {error}") from error
+
+
+def _options(passes: list[Any], name: str, override: str) -> dict[str, Any]:
+    """The options of a pass in a recipe's list, to be changed in place."""
+    names = [str(next(iter(e), "")) if isinstance(e, dict) else str(e) for e in passes]
+    if name not in names:
+        near = get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"passes: {', '.join(names)}"
+        raise ValueError(f"--set {override}: the recipe has no pass {name!r}; {hint}")
+    at = names.index(name)
+    entry = passes[at]
+    options = dict((entry[name] if isinstance(entry, dict) else None) or {})
+    passes[at] = {name: options}
+    return options
 
 
 def read_yaml(path: Path) -> Any:
