@@ -182,7 +182,14 @@ def interpret() -> None:
 def test_kernels_interpreted() -> None:
     """In a process of its own: a kernel is interpreted or compiled from its definition on."""
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import test_nvfp4_kernels as t; t.interpret()"],
+        [
+            sys.executable,
+            "-P",
+            "-W",
+            "ignore",
+            "-c",
+            "import test_nvfp4_kernels as t; t.interpret()",
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
