@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "nvfp4_training")
     parser.add_argument("--set", action="append", default=[], help="override a key of the recipe")
     arguments = parser.parse_args()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     curves: dict[str, list[list[float]]] = defaultdict(list)
     rows = list(_runs(arguments, curves))
     base = {row["seed"]: row["held_out"] for row in rows if row["variant"] == HIGH}

@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--output", type=Path, default=HERE / "quality")
     arguments = parser.parse_args()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(
         arguments.workers, get_context("spawn"), torch.set_num_threads, (1,)
     ) as pool:
