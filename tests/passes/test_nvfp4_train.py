@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +30,10 @@ from lltk.ops.hadamard.reference import SIGNS, hadamard
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
 from lltk.train.data import Batch
+from lltk.train.loop import METRICS, Trainer
+from lltk.train.metrics import read_metrics
 from lltk.train.objective import FlowMatching
+from lltk.train.recipe import TrainSection
 
 pytestmark = pytest.mark.cpu
 
@@ -304,3 +308,35 @@ def test_a_value_that_is_not_finite_is_traced_to_its_layer() -> None:
     module = instantiate(program)
     where = FlowMatching(program, module).first_bad(clips(program))
     assert where is not None and "ffn_net_2_scale_1" in where
+
+
+class Clips:
+    """Endless random clips for a program."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def batch(self, seed: int, indices: range) -> Mapping[str, Tensor]:
+        one = [clips(self.program, seed=seed + index).tensors for index in indices]
+        return {name: torch.cat([each[name] for each in one]) for name in one[0]}
+
+
+def losses(program: Program, folder: Path, steps: int, resume: bool = False) -> list[float]:
+    """Of every step so far of a run in a folder."""
+    section = TrainSection(steps=steps, lr=1e-3, checkpoint_every=2, ema_start=1, seed=5)
+    about = {"recipe": {"train": section.model_dump(mode="json")}, "log": [], "versions": {}}
+    objective = FlowMatching(program, instantiate(program))
+    Trainer(objective, Clips(program), section, folder, about, resume=resume).run()
+    return [metrics.loss for metrics in read_metrics(folder / METRICS)]
+
+
+def test_a_resumed_run_draws_the_same(tmp_path: Path) -> None:
+    """Weights are quantised anew from the checkpoint, and rounding draws what it would have."""
+    program = trained(1, "regionalise", "lower")
+    whole = losses(program, tmp_path / "whole", 4)
+    losses(program, tmp_path / "parts", 2)
+    assert losses(program, tmp_path / "parts", 4, resume=True) == whole
+    assert len(whole) == 4 and len(set(whole)) == 4
+    plain = trained(1, "regionalise", "lower", stochastic=False)
+    other = losses(plain, tmp_path / "plain", 4)
+    assert other[0] == whole[0] and other[1:] != whole[1:], "gradients are what is drawn"
