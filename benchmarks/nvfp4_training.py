@@ -21,17 +21,11 @@ from typing import Any
 import torch
 
 from lltk.bench.record import make_record, markdown, write_record
-from lltk.cli.datasets import dataset_for, encoder_for
 from lltk.cli.recipes import find_recipe
-from lltk.cli.tasks import held_out_loss, task_of
-from lltk.compiler import transform, with_weights
-from lltk.graph.module import instantiate
-from lltk.graph.program import Program
-from lltk.graph.recipe import parse_recipe, read_recipe
-from lltk.models import wan22
+from lltk.cli.tasks import Task, held_out_loss, task_of
+from lltk.graph.recipe import read_recipe
 from lltk.train.data import Dataset
 from lltk.train.loop import Hooks, Trainer
-from lltk.train.objective import FlowMatching
 from lltk.train.plot import Curve, line_plot, running_mean
 
 HERE = Path(__file__).parent
@@ -103,10 +97,9 @@ def _runs(
         dataset = None
         for name, options in VARIANTS.items():
             begun = time.perf_counter()
-            data = _recipe(arguments, options, seed)
-            task = task_of(data, name, device)
-            dataset = dataset or _dataset(data, task.section, device)
-            losses, seconds, held_out = _train(data, task, dataset, device, seed)
+            task = task_of(_recipe(arguments, options, seed), name, device)
+            dataset = dataset or task.dataset()
+            losses, seconds, held_out = _train(task, dataset)
             curves[name].append(running_mean(losses))
             row = {
                 "variant": name,
@@ -135,7 +128,7 @@ def _recipe(
         "train.ema_decay=0.98",
         f"train.data.clips={arguments.clips}",
         f"train.graphs={'true' if graphs else 'false'}",
-        "train.validate_every=null",
+        f"train.validate_every={arguments.steps}",
         "train.sample_every=null",
         f"train.checkpoint_every={arguments.steps}",
         f"model.dtype={'bfloat16' if cuda else 'float32'}",
@@ -153,27 +146,9 @@ def _recipe(
     return data
 
 
-def _dataset(data: dict[str, Any], section: Any, device: torch.device) -> Dataset:
-    """The clips of a seed, encoded once for all variants."""
-    recipe = parse_recipe(data, "recipe")
-    dtype = getattr(torch, recipe.model.dtype)
-    encoder = encoder_for(section.data, recipe.geometry, device, dtype)
-    return dataset_for(section, recipe.geometry, encoder, device)
-
-
-def _train(
-    data: dict[str, Any], task: Any, dataset: Dataset, device: torch.device, seed: int
-) -> tuple[list[float], list[float], float]:
+def _train(task: Task, dataset: Dataset) -> tuple[list[float], list[float], float]:
     """Losses and seconds of every step, and the held-out loss of the averaged weights."""
-    section = task.section
-    recipe = parse_recipe(data, "recipe")
-    program = transform(recipe, weights=recipe.model.checkpoint is not None)
-    if recipe.model.checkpoint is None:
-        program = _fresh(program, seed)
-    module = instantiate(program, device)
-    objective = FlowMatching(
-        program, module, section.image, section.context_noise, section.gap, section.graphs
-    )
+    objective = task.objective()
     losses: list[float] = []
     seconds: list[float] = []
     held: list[float] = []
@@ -183,21 +158,14 @@ def _train(
         seconds.append(metrics.seconds)
 
     def validate(step: int) -> dict[str, float]:
-        held.append(held_out_loss(objective, dataset, section))
+        held.append(held_out_loss(objective, dataset, task.section))
         return {"loss": held[-1]}
 
-    section = section.model_copy(update={"validate_every": section.steps})
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
-            objective, dataset, section, Path(folder), task.about, Hooks(observe, validate)
+            objective, dataset, task.section, Path(folder), task.about, Hooks(observe, validate)
         ).run()
     return losses, seconds, held[-1]
-
-
-def _fresh(program: Program, seed: int) -> Program:
-    """The program with the first weights of a seed."""
-    torch.manual_seed(seed)
-    return with_weights(program, wan22.build(program.recipe["model"]["config"]).state_dict())
 
 
 if __name__ == "__main__":

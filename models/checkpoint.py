@@ -19,7 +19,7 @@ from lltk.graph.files import written_whole
 from lltk.graph.packed import is_packed, plain_name
 from lltk.models.configs import config_from_wan, validate_config
 from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, detect, few
-from lltk.models.nvfp4_conventions import CONVENTIONS, HEADER_ENTRIES, Description
+from lltk.models.nvfp4_conventions import CONVENTIONS, HEADER_ENTRIES, Description, parse_object
 from lltk.models.nvfp4_layouts import read_packed, write_packed
 
 _STEM = "diffusion_pytorch_model"
@@ -365,17 +365,7 @@ def _header(path: Path) -> dict[str, str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return _parse(path.read_bytes(), path)
-
-
-def _parse(text: str | bytes, where: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: damaged JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: its JSON is not an object; download it again")
-    return content
+    return parse_object(path.read_bytes(), path)
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -423,7 +413,7 @@ def _read_lora_config(path: Path) -> dict[str, Any] | None:
         text = (file.metadata() or {}).get(_LORA_CONFIG)
     if text is None:
         return None
-    return {key.removeprefix("transformer."): v for key, v in _parse(text, path).items()}
+    return {key.removeprefix("transformer."): v for key, v in parse_object(text, path).items()}
 
 
 def _weight_file(folder: Path) -> Path:

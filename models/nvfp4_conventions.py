@@ -97,7 +97,7 @@ def declared(description: Description, where: str) -> tuple[str, Description] | 
     """
     config, header = description.config, description.header
     if config is None and _CONFIG in header:
-        config = _parsed(header[_CONFIG], f"{where}: {_CONFIG} in its header")
+        config = parse_object(header[_CONFIG], f"{where}: {_CONFIG} in its header")
     if config is None and _TORCHAO in header:
         return "torchao", description
     if config is None and _LAYERS in header:
@@ -117,7 +117,8 @@ def declared(description: Description, where: str) -> tuple[str, Description] | 
     return name, Description(config, header)
 
 
-def _parsed(text: str, subject: str) -> dict[str, Any]:
+def parse_object(text: str | bytes, subject: object) -> dict[str, Any]:
+    """A JSON object; ValueError, naming ``subject``, where the text is none."""
     try:
         content = json.loads(text)
     except ValueError as error:
@@ -245,7 +246,7 @@ def _torchao_order(description: Description, module: str, where: str) -> Order:
     subject = f"{where}: {name} in its header"
     if name not in description.header:
         raise ValueError(f"{subject} is missing; {_AGAIN}")
-    notes = _parsed(description.header[name], subject)
+    notes = parse_object(description.header[name], subject)
     _required(f"{subject}: _type", notes.get("_type"), "NVFP4Tensor")
     data = notes.get("_data")
     if not isinstance(data, dict):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import fx
 
 from lltk.graph.edit import add_input, building, calls, drop_unused_inputs, replace, shape
+from lltk.graph.linears import Rule
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -27,9 +27,7 @@ class Config(PassConfig):
     smoothing: bool = Field(
         True, description="whether pages keep each channel's mean apart, keys' and values'"
     )
-    rule: Literal["none", "mse", "mae", "abs_max"] = Field(
-        "mse", description="Four Over Six rule; none for plain NVFP4"
-    )
+    rule: Rule = Field("mse", description="Four Over Six rule; none for plain NVFP4")
 
 
 class Nvfp4Cache(Pass[Config]):

@@ -12,9 +12,9 @@ from torch import Tensor, fx
 
 from lltk.graph.edit import Builder, building, copy_graph, module_of, replace
 from lltk.graph.linears import Linear, LinearChoice, Rule, chosen_linears
-from lltk.graph.packed import DECODE_SCALE, ENDINGS, packed_weights
+from lltk.graph.packed import DECODE_SCALE, ENDINGS
 from lltk.graph.passes import Numerics, Pass, Report
-from lltk.graph.program import Program
+from lltk.graph.program import Program, TensorSpec
 from lltk.graph.stages import Stage
 from lltk.graph.verify import STEP_HIGH
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
@@ -57,9 +57,8 @@ class Nvfp4Infer(Pass[Config]):
     kinds = ("stream", "score", "reference")
     numerics = Numerics.CHANGING
 
-    _shapes: Mapping[str, tuple[int, ...]] = {}
-    """Of the weights that were packed, by module."""
-    _dtypes: Mapping[str, torch.dtype] = {}
+    _packed: Mapping[str, TensorSpec] = {}
+    """Weights that were packed, as they were, by module."""
     _plain: frozenset[str] = frozenset()
     """Modules whose weights are read unpacked too."""
 
@@ -68,7 +67,6 @@ class Nvfp4Infer(Pass[Config]):
             raise ValueError("keep_steps and keep_commit are for stream programs; remove them")
 
     def apply(self, program: Program, report: Report) -> None:
-        shapes, dtypes = {}, {}
         linears = {
             name: list(chosen_linears(program, graph, self.config, report, BLOCK))
             for name, graph in program.graphs.items()
@@ -80,13 +78,12 @@ class Nvfp4Infer(Pass[Config]):
             plain |= {linear.module for linear in linears["step"]}
             program.graphs[STEP_HIGH] = copy_graph(program.graphs["step"])
             program.high_steps = frozenset(self.config.keep_steps)
-        for chosen in linears.values():
-            for linear in chosen:
-                weight = linear.weight.meta["val"]
-                shapes[linear.module] = tuple(weight.shape)
-                dtypes[linear.module] = weight.dtype
-        self._shapes, self._dtypes = shapes, dtypes
-        self._plain = frozenset(plain & shapes.keys())
+        self._packed = {
+            linear.module: TensorSpec.of(linear.weight.meta["val"])
+            for chosen in linears.values()
+            for linear in chosen
+        }
+        self._plain = frozenset(plain & self._packed.keys())
         program.weights = self.map_state(program.weights)
         kept = (*program.spec.keep_fp32, DECODE_SCALE)
         program.model = with_fields(program.spec, keep_fp32=kept)
@@ -102,11 +99,11 @@ class Nvfp4Infer(Pass[Config]):
                 report.match(linear.kind(program))
 
     def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Pack the chosen weights; packed ones are checked."""
+        """Pack the chosen weights; packed ones stay as they are."""
         mapped: dict[str, Tensor] = {}
         for name, tensor in state.items():
             module = name.removesuffix(".weight")
-            chosen = name == f"{module}.weight" and module in self._shapes
+            chosen = name == f"{module}.weight" and module in self._packed
             if chosen and module + ENDINGS[0] not in state:
                 mapped |= self._pack(module, tensor)
             if not chosen or module in self._plain:
@@ -117,17 +114,16 @@ class Nvfp4Infer(Pass[Config]):
                     f"{module}.weight: keep_steps and keep_commit need it unpacked too; use a "
                     "checkpoint that is not quantised, or keep neither"
                 )
-        packed_weights(mapped, self.name)
         return mapped
 
     def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values that the packed weights stand for, in their former dtype."""
         mapped = dict(state)
-        for module, (_, width) in self._shapes.items():
+        for module, weight in self._packed.items():
             if f"{module}{ENDINGS[0]}" in mapped:
                 codes, scales, scale = (mapped.pop(module + ending) for ending in ENDINGS)
-                values = nvfp4_dequantise(codes, scales, scale, self._dtypes[module])
-                mapped.setdefault(f"{module}.weight", values[:, :width].contiguous())
+                values = nvfp4_dequantise(codes, scales, scale, weight.dtype)[:, : weight.shape[1]]
+                mapped.setdefault(f"{module}.weight", values.contiguous())
         return mapped
 
     def _pack(self, module: str, weight: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lltk.bench.record import Record
-from lltk.ops import nvfp4_backends
+from lltk.ops import hardware
 from lltk.ops.floats import unpack
 from lltk.ops.hadamard.reference import SIGNS, random_signs
 from lltk.ops.nvfp4_backends import (
@@ -501,12 +501,12 @@ def test_absent_hardware_is_an_error_that_lists_what_there_is(
     with pytest.raises(ValueError, match="no backend 'tritn'"):
         check_backend("tritn", torch.device("cpu"))
     with monkeypatch.context() as patch:
-        patch.setattr(nvfp4_backends, "find_spec", lambda module: None)
+        patch.setattr(hardware, "find_spec", lambda module: None)
         with pytest.raises(ValueError, match="triton needs the package triton"):
             check_backend("triton", torch.device("cuda"))
 
     def has(*capability: int) -> torch.device:
-        monkeypatch.setattr(nvfp4_backends, "find_spec", lambda module: module)
+        monkeypatch.setattr(hardware, "find_spec", lambda module: module)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         return torch.device("cuda")

@@ -86,7 +86,7 @@ def test_an_autoencoder_in_low_precision_has_float32_masters(tmp_path: Path) -> 
     for key in ("validate_every", "sample_every"):
         data["train"][key] = None
     task = task_of(data, "test", torch.device("cpu"))
-    objective, dataset = task.prepare()
+    objective, dataset = task.objective(), task.dataset()
     started = {name: weight.clone() for name, weight in objective.weights.items()}
     run = Trainer(objective, dataset, task.section, tmp_path, task.about)
     run.run()

@@ -17,6 +17,7 @@ from lltk.graph.module import instantiate
 from lltk.models.tiny.world import Story
 from lltk.stream.decoder import Decoder
 from lltk.stream.text import TextEncoder
+from lltk.stream.video import levels
 from lltk.streaming import StreamPlan
 
 Interval = tuple[float, float, float]
@@ -83,9 +84,8 @@ def interval(values: Interval | Sequence[float] | None) -> str:
 def encoded(plan: StreamPlan, stories: Sequence[Story]) -> Tensor:
     """The prompts of equally long stories, [B, N, S, E], on the transformer's device."""
     encoder = TextEncoder(plan.folder, plan.transformer.geometry.text_tokens, device=plan.device)
-    texts = dict.fromkeys(prompt for story in stories for prompt in prompts_of(story))
-    known = dict(zip(texts, encoder.encode(list(texts)), strict=True))
-    return torch.stack([torch.stack([known[p] for p in prompts_of(s)]) for s in stories])
+    texts = [prompt for story in stories for prompt in prompts_of(story)]
+    return encoder.encode(texts).unflatten(0, (len(stories), -1))
 
 
 def decoded(plan: StreamPlan, latents: Iterator[Tensor]) -> list[Tensor]:
@@ -94,8 +94,7 @@ def decoded(plan: StreamPlan, latents: Iterator[Tensor]) -> list[Tensor]:
     parts = []
     for chunk in latents:
         video = decoder.decode(chunk.to(plan.decoder_device))
-        pixels = (video * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        parts.append(pixels.transpose(1, 2).cpu())
+        parts.append(levels(video).transpose(1, 2).cpu())
     return list(torch.cat(parts, dim=1))
 
 

@@ -44,7 +44,8 @@ class Task:
         section: its train section.
         about: what checkpoints say of it: recipe, pass log, versions.
         memory: bytes by owner.
-        prepare: loads what is needed; gives the objective and its clips.
+        dataset: loads what makes the clips, and gives them.
+        objective: makes what trains runnable, and gives what a step minimises.
         export: writes trained weights, by name, to a run's folder; gives their path.
         sample: writes samples of the module, with these clips, to a folder, if it can.
     """
@@ -52,7 +53,8 @@ class Task:
     section: TrainSection
     about: Mapping[str, Any]
     memory: Mapping[str, int]
-    prepare: Callable[[], tuple[Objective, Dataset]]
+    dataset: Callable[[], Dataset]
+    objective: Callable[[], Objective]
     export: Callable[[Objective, Dataset, Mapping[str, Tensor], Path], Path]
     sample: Callable[[Objective, Dataset, Path], None] | None = None
 
@@ -95,22 +97,23 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
     if section.ema_decay is not None:
         memory["average"] = copy
 
-    def prepare() -> tuple[Objective, Dataset]:
+    def dataset() -> Dataset:
+        encoder = encoder_for(section.data, recipe.geometry, device, program.dtype)
+        return dataset_for(section, recipe.geometry, encoder, device)
+
+    def objective() -> Objective:
         started = program
         if recipe.model.checkpoint is None:
             torch.manual_seed(section.seed)
             started = with_weights(program, wan22.build(config).state_dict())
-        encoder = encoder_for(section.data, recipe.geometry, device, program.dtype)
-        dataset = dataset_for(section, recipe.geometry, encoder, device)
         module = instantiate(started, device)
         if section.recompute:
             module.checkpoint_blocks()
         if section.compile:
             module.compile_blocks()
-        objective = FlowMatching(
+        return FlowMatching(
             started, module, section.image, section.context_noise, section.gap, section.graphs
         )
-        return objective, dataset
 
     def export(
         objective: Objective, dataset: Dataset, trained: Mapping[str, Tensor], folder: Path
@@ -135,7 +138,7 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
         fps = FPS if section.data.folder is None else section.data.fps
         _write(folder / "samples.mp4", torch.cat(tuple(video), dim=-1), fps)
 
-    return Task(section, about, memory, prepare, export, write_samples)
+    return Task(section, about, memory, dataset, objective, export, write_samples)
 
 
 def _autoencoder(data: Mapping[str, Any], where: str, device: torch.device) -> Task:
@@ -161,14 +164,16 @@ def _autoencoder(data: Mapping[str, Any], where: str, device: torch.device) -> T
         memory["average"] = size
     about = {"recipe": recipe.model_dump(mode="json"), "log": [], "versions": versions()}
 
-    def prepare() -> tuple[Objective, Dataset]:
+    def dataset() -> Dataset:
+        return TinyVideos(vae.frames, 1, section.data.shots, device)
+
+    def objective() -> Objective:
         torch.manual_seed(section.seed)
         model = wan_vae.build(config)
         start = {name: parameter.detach() for name, parameter in model.named_parameters()}
         # Not diffusers' own `to`, which warns of modules to keep in float32 where there are none.
         model = nn.Module.to(copy.deepcopy(model), device, getattr(torch, vae.dtype))
-        dataset = TinyVideos(vae.frames, 1, section.data.shots, device)
-        return Reconstruction(model, vae, start, section.graphs), dataset
+        return Reconstruction(model, vae, start, section.graphs)
 
     def export(
         objective: Objective, dataset: Dataset, trained: Mapping[str, Tensor], folder: Path
@@ -192,7 +197,7 @@ def _autoencoder(data: Mapping[str, Any], where: str, device: torch.device) -> T
         rows = torch.cat([torch.cat(tuple(clips), dim=-1) for clips in (video, seen)], dim=-2)
         _write(folder / "reconstructions.mp4", rows, FPS)
 
-    return Task(section, about, memory, prepare, export, write_samples)
+    return Task(section, about, memory, dataset, objective, export, write_samples)
 
 
 def _write(path: Path, video: Tensor, fps: float) -> None:

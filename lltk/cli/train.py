@@ -89,7 +89,7 @@ def _train(
 
     section = task.section
     with console.status("preparing"):
-        objective, dataset = task.prepare()
+        dataset, objective = task.dataset(), task.objective()
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:

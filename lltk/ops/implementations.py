@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 import lltk.ops
+from lltk.ops.hardware import lacking
 from lltk.ops.nvfp4_backends import check_backend
 
 
@@ -43,13 +43,7 @@ class Implementation:
 
     def missing(self, device: torch.device) -> str | None:
         """What the device or installation lacks to run it, or None."""
-        if device.type not in self.devices:
-            return f"runs on {' and '.join(self.devices)}, not on {device.type}"
-        if self.module is not None and find_spec(self.module) is None:
-            return f"needs the package {self.module}"
-        if device.type == "cuda" and not torch.cuda.is_available():
-            return "no CUDA device is visible"
-        return None
+        return lacking(device, self.devices, self.module)
 
 
 _ANY = ("cpu", "cuda")

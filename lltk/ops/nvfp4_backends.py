@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-Capability = tuple[int, int]
+from lltk.ops.hardware import Capability, architectures, lacking
 
 ARITHMETIC: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (9, 0))
 """CUDA architectures that run our kernels and compute E2M1 as integers and floats."""
@@ -56,19 +55,7 @@ class Backend:
 
     def missing(self, device: torch.device) -> str | None:
         """What the device or installation lacks to run it, or None."""
-        if device.type not in self.devices:
-            return f"runs on {' and '.join(self.devices)}, not on {device.type}"
-        if self.module is not None and find_spec(self.module) is None:
-            return f"needs the package {self.module}"
-        if device.type == "cuda":
-            if not torch.cuda.is_available():
-                return "no CUDA device is visible"
-            found = torch.cuda.get_device_capability(device)
-            if self.architectures is not None and found not in self.architectures:
-                return (
-                    f"runs on {architectures(self.architectures)}, not on sm_{found[0]}{found[1]}"
-                )
-        return None
+        return lacking(device, self.devices, self.module, self.architectures)
 
 
 def _ways(module: str, arithmetic: str | None, native: str, *ops: str) -> dict[str, Way]:
@@ -141,11 +128,6 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
 def has_e2m1(device: torch.device, among: tuple[Capability, ...] = E2M1) -> bool:
     """Whether a device is one of those that know E2M1."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in among
-
-
-def architectures(capabilities: tuple[Capability, ...]) -> str:
-    """Their names."""
-    return ", ".join(f"sm_{major}{minor}" for major, minor in capabilities)
 
 
 def capability_table() -> Iterator[dict[str, str]]:

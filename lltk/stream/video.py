@@ -48,8 +48,12 @@ def pixels(video: Tensor) -> Tensor:
         uint8 [F, H, W, 3] on the CPU.
     """
     (clip,) = video
-    levels = (clip.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-    return levels.permute(1, 2, 3, 0).contiguous().cpu()
+    return levels(clip).permute(1, 2, 3, 0).contiguous().cpu()
+
+
+def levels(video: Tensor) -> Tensor:
+    """Values in [-1, 1] as the nearest of a pixel's 256 levels, uint8."""
+    return (video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class VideoWriter:

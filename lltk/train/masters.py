@@ -42,7 +42,6 @@ class Masters:
         """By name."""
         for name, master in self.parameters.items():
             master.data = weights[name].detach().to(master.device, torch.float32, copy=True)
-        self.publish()
 
     def collect(self) -> None:
         """Add the module's gradients to the float32 ones, and clear them."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lltk.ops.nvfp4_paged_attention import reference
+from lltk.ops.nvfp4_paged_attention.reference import Pages
 
 
 @torch.library.custom_op("lltk::nvfp4_paged_attention", mutates_args=())
@@ -26,9 +27,9 @@ def nvfp4_paged_attention(
     table: Tensor,
 ) -> Tensor:
     """See `reference.nvfp4_paged_attention`."""
-    k_pages = (k_codes, k_scales, k_decode_scales, k_means)
-    v_pages = (v_codes, v_scales, v_decode_scales, v_means)
-    return reference.nvfp4_paged_attention(q, k, v, *k_pages, *v_pages, table)
+    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
+    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
+    return reference.nvfp4_paged_attention(q, k, v, k_pages, v_pages, table)
 
 
 @nvfp4_paged_attention.register_fake
@@ -57,9 +58,9 @@ def nvfp4_paged_attention_backward(
     table: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.nvfp4_paged_attention_backward`."""
-    k_pages = (k_codes, k_scales, k_decode_scales, k_means)
-    v_pages = (v_codes, v_scales, v_decode_scales, v_means)
-    return reference.nvfp4_paged_attention_backward(grad, q, k, v, *k_pages, *v_pages, table)
+    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
+    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
+    return reference.nvfp4_paged_attention_backward(grad, q, k, v, k_pages, v_pages, table)
 
 
 @nvfp4_paged_attention_backward.register_fake

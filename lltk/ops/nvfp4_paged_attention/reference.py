@@ -37,61 +37,36 @@ def decode(pages: Pages, table: Tensor) -> Tensor:
     return values.flatten(1, 2)
 
 
+def gather(own: Tensor, pages: Pages, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """The listed pages, decoded, then the chunk's own: [B, N * T + L, H, D] in ``dtype``."""
+    return torch.cat([decode(pages, table).to(dtype), own.to(dtype)], dim=1)
+
+
 def nvfp4_paged_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_codes: Tensor,
-    k_scales: Tensor,
-    k_decode_scales: Tensor,
-    k_means: Tensor | None,
-    v_codes: Tensor,
-    v_scales: Tensor,
-    v_decode_scales: Tensor,
-    v_means: Tensor | None,
-    table: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Pages, v_pages: Pages, table: Tensor
 ) -> Tensor:
     """Attend to the chunk's own keys, as they are, and the pages that ``table`` lists, decoded.
 
     Args:
         q, k, v: [B, L, H, D], this chunk's.
-        k_codes, k_scales, k_decode_scales, k_means: the keys' arena, see `Pages`; keys carry their
-            positions.
-        v_codes, v_scales, v_decode_scales, v_means: the values' arena.
+        k_pages, v_pages: the arenas; keys carry their positions.
         table: int64 [N], distinct committed pages; their order does not matter, N may be 0.
 
     Returns:
         [B, L, H, D] in ``q``'s dtype.
     """
-    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
-    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
-    return attention(q, _gather(k, k_pages, table), _gather(v, v_pages, table))
+    return attention(q, _wide(k, k_pages, table), _wide(v, v_pages, table))
 
 
 def nvfp4_paged_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_codes: Tensor,
-    k_scales: Tensor,
-    k_decode_scales: Tensor,
-    k_means: Tensor | None,
-    v_codes: Tensor,
-    v_scales: Tensor,
-    v_decode_scales: Tensor,
-    v_means: Tensor | None,
-    table: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, k_pages: Pages, v_pages: Pages, table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to q, k and v; committed pages are constants."""
-    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
-    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
     own = k.shape[1]
-    dq, dk, dv = attention_backward(grad, q, _gather(k, k_pages, table), _gather(v, v_pages, table))
+    dq, dk, dv = attention_backward(grad, q, _wide(k, k_pages, table), _wide(v, v_pages, table))
     return dq, dk[:, -own:].to(k.dtype).contiguous(), dv[:, -own:].to(v.dtype).contiguous()
 
 
-def _gather(own: Tensor, pages: Pages, table: Tensor) -> Tensor:
-    """Decoded pages, then the chunk's own: in float32 or wider, so that decoding is not rounded."""
-    wide = torch.promote_types(own.dtype, torch.float32)
-    return torch.cat([decode(pages, table).to(wide), own.to(wide)], dim=1)
+def _wide(own: Tensor, pages: Pages, table: Tensor) -> Tensor:
+    """In float32 or wider, so that decoding is not rounded."""
+    return gather(own, pages, table, torch.promote_types(own.dtype, torch.float32))

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lltk.ops.nvfp4_paged_attention.decode import attend
 from lltk.ops.nvfp4_quantise.reference import BLOCK
+from lltk.ops.paged_attention.sdpa import attend
 
 _LOG2_E = 1.4426950408889634
 
@@ -164,7 +164,7 @@ def attention(
     v_means: Tensor | None,
     table: Tensor,
 ) -> Tensor:
-    """`reference.nvfp4_paged_attention`, pages decoded tile by tile in the kernel; no gradient.
+    """`lltk::nvfp4_paged_attention`, pages decoded tile by tile in the kernel; no gradient.
 
     Raises:
         ValueError: D is no power of two, or a gradient is wanted.

@@ -99,31 +99,27 @@ def nvfp4_quantise(
     finite = own.isfinite()
     largest = torch.where(finite, own if largest is None else largest, 0.0)
     top = top or (E4M3_MAX if rule == "none" else FOUR_OVER_SIX_MAX)
-    scale, decode = scales_of(largest, top)
+    encode, decode = scales_of(largest, top)
     rows = x.shape[-2] if x.dim() > 1 else 1
     blocks = _blocks(torch.where(x.isfinite(), x, 0.0).float(), tile)
     peak = blocks.abs().amax((-1, -3), keepdim=True)
-    encode, inverse = (expand(s, peak.dim()) for s in (scale, decode))
+    wide, inverse = (expand(s, peak.dim()) for s in (encode, decode))
     if rule == "none":
-        fine = peak * (encode * (1 / 6))
+        fine = peak * (wide * (1 / 6))
     else:
-        fine = peak / torch.full_like(peak, E2M1_MAX) * encode
-    scales, values = _scaled(blocks, round_e4m3(fine), inverse)
-    chosen = None
+        fine = peak / torch.full_like(peak, E2M1_MAX) * wide
+    scales = round_e4m3(fine) if seed is None else round_e4m3_up(fine)
     if rule != "none":
-        coarse, wide = _scaled(blocks, round_e4m3(fine * 1.5), inverse)
         unit = _unit(largest)
         # Of a tensor too small for its encode scale, what 6·top stands for is not its amax.
-        reach = torch.where(scale < _FLT_MAX, largest, decode * (E2M1_MAX * top))
+        reach = torch.where(encode < _FLT_MAX, largest, decode * (E2M1_MAX * top))
         units = [expand(u, peak.dim()) for u in (unit, unit * reach)]
-        chosen = _error(wide, coarse, blocks, units, top, rule) < _error(
-            values, scales, blocks, units, top, rule
+        coarse = round_e4m3(fine * 1.5)
+        four, six = (
+            _error(blocks, s, inverse, units, top, rule) for s in (coarse, round_e4m3(fine))
         )
-    if seed is not None:
-        scales, values = _scaled(blocks, round_e4m3_up(fine), inverse)
-    if chosen is not None:
-        scales = torch.where(chosen, coarse.float(), scales.float()).to(torch.float8_e4m3fn)
-        values = torch.where(chosen, wide, values)
+        scales = torch.where(four < six, coarse.float(), scales.float()).to(torch.float8_e4m3fn)
+    values = _scaled(blocks, scales, inverse)
     values = values.flatten(-2).flatten(-3, -2)[..., :rows, :]
     if seed is None:
         codes = round_e2m1(values)
@@ -151,10 +147,10 @@ def _blocks(x: Tensor, tile: int) -> Tensor:
     return x.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, tile))
 
 
-def _scaled(blocks: Tensor, scales: Tensor, decode: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales, and the blocks in units of E2M1, within ±6."""
+def _scaled(blocks: Tensor, scales: Tensor, decode: Tensor) -> Tensor:
+    """The blocks in units of E2M1, within ±6."""
     factor = (1 / (scales.float() * decode)).clamp(max=_FLT_MAX)
-    return scales, (blocks * factor).clamp(-E2M1_MAX, E2M1_MAX)
+    return (blocks * factor).clamp(-E2M1_MAX, E2M1_MAX)
 
 
 def _unit(largest: Tensor) -> Tensor:
@@ -168,14 +164,15 @@ def _unit(largest: Tensor) -> Tensor:
 
 
 def _error(
-    values: Tensor, scales: Tensor, blocks: Tensor, units: list[Tensor], top: float, rule: str
+    blocks: Tensor, scales: Tensor, decode: Tensor, units: list[Tensor], top: float, rule: str
 ) -> Tensor:
     """What rounding to nearest loses in a block: code · scale · amax / (6·top) − x, in units.
 
     Sums go along a row in order, then over halves of the rows.
     """
     unit, largest = units
-    decoded = decode_e2m1(round_e2m1(values)) * scales.float() * largest
+    codes = round_e2m1(_scaled(blocks, scales, decode))
+    decoded = decode_e2m1(codes) * scales.float() * largest
     lost = decoded / torch.full_like(decoded, E2M1_MAX * top) - blocks * unit
     if rule == "abs_max":
         return lost.abs().amax((-1, -3), keepdim=True)

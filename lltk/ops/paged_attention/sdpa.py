@@ -13,8 +13,12 @@ def sdpa(
     q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
 ) -> Tensor:
     """`reference.paged_attention`, by the backend torch picks for the device."""
-    operands = (q, gather(k, k_pages, table), gather(v, v_pages, table))
-    queries, keys, values = (t.transpose(1, 2) for t in operands)
+    return attend(q, gather(k, k_pages, table), gather(v, v_pages, table))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention of token-major operands."""
+    queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
 
 
