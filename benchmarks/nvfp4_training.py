@@ -130,6 +130,7 @@ def _recipe(
         f"train.graphs={'true' if graphs else 'false'}",
         f"train.validate_every={arguments.steps}",
         "train.sample_every=null",
+        "train.context_error=0",
         f"train.checkpoint_every={arguments.steps}",
         f"model.dtype={'bfloat16' if cuda else 'float32'}",
     ]

@@ -233,6 +233,23 @@ def test_few_clips_are_encoded_once(
     kept.batch(3, range(12, 24))
 
 
+def test_clips_may_be_longer_than_what_trains(tmp_path: Path) -> None:
+    """Of the world: their shots open where their captions change."""
+    torch.manual_seed(0)
+    save_vae(tmp_path / "vae", wan_vae.build(VAE).state_dict(), VAE)
+    save_text_encoder(tmp_path)
+    geometry = GEOMETRY.model_copy(update={"height": 128, "width": 128})
+    data = {"pipeline": str(tmp_path), "shots": 3, "frames": 10}
+    batch = dataset_of(data, geometry).batch(3, range(6))
+    assert batch["latents"].shape[2] == 10
+    text, opens = batch["text"], batch["opens"]
+    assert text.shape[:2] == opens.shape == (6, 5)
+    assert opens[:, 0].all() and opens[:, 1:].any() and not opens.all()
+    changes = (text[:, 1:] != text[:, :-1]).flatten(2).any(2)
+    assert changes[opens[:, 1:]].all()
+    assert not changes[~opens[:, 1:] & ~opens[:, :-1]].any()
+
+
 def test_latents_and_text_are_the_pipelines(tmp_path: Path) -> None:
     torch.manual_seed(0)
     made = wan_vae.build(VAE)
@@ -249,6 +266,7 @@ def test_latents_and_text_are_the_pipelines(tmp_path: Path) -> None:
     assert torch.equal(batch["latents"][1:], expected)
     one, again, other = batch["text"][0]
     assert torch.equal(one, again) and not torch.equal(one, other)
+    assert batch["opens"].tolist()[0] == [True, False, True]
     alone = dataset.batch(0, range(1, 2))
     assert torch.equal(alone["latents"], batch["latents"][1:])
     assert torch.equal(alone["text"], batch["text"][1:])

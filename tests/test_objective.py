@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -190,24 +191,114 @@ def test_context_noise_is_in_the_clean_chunks_alone() -> None:
     assert torch.allclose(torch.cat(spread), level, atol=0.1)
 
 
-def test_pauses_move_positions_on_by_whole_frames_between_chunks() -> None:
-    plain, _, _ = recorded("train")
-    assert torch.equal(plain.given["positions"], torch.arange(6, dtype=torch.float64))
-    pauses = []
+LONG = 5
+"""Chunks of clips of which a sample shows three."""
+
+
+def numbered(seed: int, gap: float = 1.0) -> tuple[list[int], Recorder]:
+    """Which chunks of long clips a sample shows, and the inputs; a chunk's latents are its number.
+
+    Text must be of the same chunks.
+    """
+    program, _ = program_of("train")
+    short = clips(program)
+    number = torch.arange(LONG).float()
+    *shape, _, height, width = short.tensors["latents"].shape
+    latents = number.repeat_interleave(2)[:, None, None].expand(*shape, -1, height, width)
+    text = number[:, None, None].expand(2, -1, *short.tensors["text"].shape[2:]).contiguous()
+    more = {"latents": latents, "text": text, "opens": torch.zeros(2, LONG, dtype=torch.bool)}
+    batch = replace(short, seed=seed, tensors=more)
+    module = Recorder(torch.zeros_like(short.tensors["latents"]))
+    FlowMatching(program, module, gap=gap).loss(batch)
+    seen = module.given["clean"][:, 0, ::2, 0, 0]
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(module.given["encoder_hidden_states"][0, :, 0, 0], seen[0])
+    return [int(value) for value in seen[0]], module
+
+
+def test_an_excerpt_is_single_chunks_and_then_consecutive_ones() -> None:
+    found = {tuple(numbered(seed)[0]) for seed in range(200)}
+    begun = {seen for seen in found if seen[0] == 0 and all(a < b for a, b in pairwise(seen))}
+    assert found == begun
+    one = {(0, at, at + 1) for at in range(1, LONG - 1)}
+    two = {(0, first, last) for last in range(2, LONG) for first in range(1, last)}
+    assert found == one | two | {(0, 1, 2)}
+
+
+def test_leaps_are_longer_in_positions_by_whole_frames() -> None:
+    lengths = []
     for seed in range(100):
-        own, _, own_loss = recorded("train", seed=seed)
-        module, _, paused_loss = recorded("train", seed=seed, gap=4096.0)
+        (seen, plain), (_, module) = numbered(seed), numbered(seed, gap=4096.0)
+        own, longer = (m.given["positions"] for m in (plain, module))
+        assert own.dtype == torch.float64
+        assert own.tolist() == [2 * chunk + frame for chunk in seen for frame in range(2)]
+        assert torch.equal(longer, longer.floor()) and longer[0] == 0
+        extra = (longer - own).diff()
+        leaps = torch.tensor(seen).diff() > 1
+        assert not extra[[0, 2, 4]].any()
+        assert not extra[[1, 3]][~leaps].any()
+        lengths += extra[[1, 3]][leaps].tolist()
         for name in module.given.keys() - {"positions"}:
-            assert torch.equal(module.given[name], own.given[name]), name
-        assert torch.equal(paused_loss, own_loss)
-        positions = module.given["positions"]
-        assert positions[0] == 0 and positions.dtype == torch.float64
-        assert torch.equal(positions, positions.floor())
-        steps = positions.diff()
-        assert (steps[[0, 2, 4]] == 1).all()
-        pauses += (steps[[1, 3]] - 1).tolist()
-    assert min(pauses) == 0 and 256 < max(pauses) <= 4096
-    assert sum(pause > 0 for pause in pauses) / len(pauses) == pytest.approx(1 / 4, abs=0.1)
+            assert torch.equal(module.given[name], plain.given[name]), name
+    assert min(lengths) == 0 and 256 < max(lengths) < 4096
+
+
+def test_clips_that_do_not_fit_are_refused() -> None:
+    program, module = program_of("train")
+    batch = clips(program)
+    short = batch.tensors["latents"][:, :, :4]
+    objective = FlowMatching(program, module)
+    message = refused(objective.loss, replace(batch, tensors={**batch.tensors, "latents": short}))
+    assert message.startswith("clips of 4 latent frames: the program is for 6, in chunks of 2")
+    program, module = program_of("reference")
+    batch = clips(program)
+    long = batch.tensors["latents"].repeat(1, 1, 2, 1, 1)
+    objective = FlowMatching(program, module)
+    assert "clips of 12" in refused(
+        objective.loss, replace(batch, tensors={**batch.tensors, "latents": long})
+    )
+
+
+def test_context_errors_are_those_of_the_models_prediction() -> None:
+    """With a flow of 0 the model predicts x_s itself, so its error is x_s − x₀."""
+    opens = torch.tensor([[True, False, False], [True, False, True]])
+    plain, batch, loss = recorded("train", more={"opens": opens})
+    clean, sizes = batch.tensors["latents"], []
+    for seed in range(30):
+        module, _, own = recorded("train", seed=seed, more={"opens": opens}, context_error=0.5)
+        change = module.given["clean"] - clean
+        size = (change / (module.given["noisy"] - clean)).mean((1, 3, 4))
+        error = (module.given["noisy"] - clean) * size[:, None, :, None, None]
+        assert torch.allclose(change, error, atol=1e-4)
+        per_chunk = size.unflatten(1, (3, 2))
+        assert torch.allclose(per_chunk[..., 0], per_chunk[..., 1], atol=1e-4)
+        assert not per_chunk[opens].any()
+        sizes += per_chunk[..., 0][~opens].tolist()
+    assert max(sizes) == pytest.approx(2, abs=0.1) and min(sizes) >= 0
+    assert sum(size > 0 for size in sizes) / len(sizes) == pytest.approx(0.5, abs=0.12)
+    module, _, own = recorded("train", more={"opens": opens}, context_error=0.5)
+    assert torch.equal(own, loss)
+    for name in module.given.keys() - {"clean"}:
+        assert torch.equal(module.given[name], plain.given[name]), name
+
+
+def test_context_errors_follow_the_flow() -> None:
+    """A model that is right makes no errors: its flow is ε − x₀, which 1-level clips show."""
+    program, _ = program_of("train")
+    plain, batch, _ = recorded("train")
+    clean = batch.tensors["latents"]
+    sigma = (plain.given["timestep"] / 1000)[:, None, :, None, None]
+    right = (plain.given["noisy"] - clean) / sigma
+    for flow, same in ((right, True), (right + 1, False)):
+        module = Recorder(flow)
+        FlowMatching(program, module, context_error=1.0).loss(batch)
+        assert torch.allclose(module.given["clean"], clean, atol=1e-4) is same
+
+
+@pytest.mark.parametrize("option", ["context_error", "context_noise"])
+def test_a_reference_has_no_context(option: str) -> None:
+    program, module = program_of("reference")
+    assert "sees no clean chunks" in refused(FlowMatching, program, module, **{option: 0.5})
 
 
 @pytest.mark.parametrize("kind", ["train", "reference"])

@@ -52,7 +52,8 @@ class TinyVideos:
 
 class TinyLatents:
     """Clips of the tiny world as ``latents`` [B, C, F, h, w], normalised, with ``text``
-    [B, N, S, E]: the caption of each chunk's shot, marked where a shot but the first begins.
+    [B, N, S, E]: the caption of each chunk's shot, marked where a shot but the first begins; and
+    ``opens``, bool [B, N]: whether a shot begins.
 
     Args:
         geometry: of the Program to train.
@@ -84,7 +85,14 @@ class TinyLatents:
         stories = self._videos.stories(seed, indices)
         text = self._encoder.text([prompt for story in stories for prompt in prompts_of(story)])
         latents = self._encoder.latents(self._videos.videos(stories))
-        return {"latents": latents, "text": text.unflatten(0, (len(stories), -1))}
+        opens = torch.zeros(len(stories), len(prompts_of(stories[0])), dtype=torch.bool)
+        for own, story in zip(opens, stories, strict=True):
+            own[list(story.opens)] = True
+        return {
+            "latents": latents,
+            "text": text.unflatten(0, (len(stories), -1)),
+            "opens": opens,
+        }
 
 
 def encoder_for(
@@ -108,6 +116,8 @@ def dataset_for(
 ) -> Dataset:
     """The clips that ``train.data`` names; errors as `TinyLatents` or `FolderLatents`."""
     data = section.data
+    if data.frames is not None:
+        geometry = geometry.model_copy(update={"frames": data.frames})
     clips: Dataset
     if data.folder is None:
         clips = TinyLatents(geometry, data.shots, encoder, device)

@@ -62,7 +62,7 @@ class PipelineEncoder:
 
 class FolderLatents:
     """A folder's clips as ``latents`` [B, C, F, h, w], normalised, with ``text`` [B, N, S, E], one
-    prompt a chunk.
+    prompt a chunk, and ``opens``, bool [B, N], whether a shot begins.
 
     Args:
         folder, fps, shots: as `FolderClips` has them.
@@ -80,10 +80,15 @@ class FolderLatents:
         self._encoder = encoder
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
-        latents, text = [], []
+        latents, text, opens = [], [], []
         for index in indices:
             sample = self._clips.sample(seed, index)
             video = sample.video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
             latents.append(self._encoder.latents(video))
             text.append(self._encoder.text(sample.prompts))
-        return {"latents": torch.cat(latents), "text": torch.stack(text)}
+            opens.append(torch.tensor(sample.opens))
+        return {
+            "latents": torch.cat(latents),
+            "text": torch.stack(text),
+            "opens": torch.stack(opens),
+        }

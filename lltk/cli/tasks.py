@@ -112,7 +112,13 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
         if section.compile:
             module.compile_blocks()
         return FlowMatching(
-            started, module, section.image, section.context_noise, section.gap, section.graphs
+            started,
+            module,
+            section.image,
+            section.context_error,
+            section.context_noise,
+            section.gap,
+            section.graphs,
         )
 
     def export(
@@ -132,6 +138,7 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
         """Clips from noise, side by side; their captions are of held-out clips."""
         module: Any = objective.module
         text = dataset.batch(~section.seed, range(objective.clips))["text"]
+        text = text[:, : recipe.geometry.chunks]
         latents = sample(program, module, text, _SAMPLE_STEPS, section.seed)
         encoder = encoder_for(section.data, recipe.geometry, device, program.dtype)
         video = encoder.video(latents[:_SAMPLE_CLIPS])

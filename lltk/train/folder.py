@@ -76,10 +76,12 @@ class Sample:
     Attributes:
         video: uint8 [F, H, W, 3], RGB.
         prompts: one a chunk; the first chunk of every shot but the first is marked as a scene cut.
+        opens: whether a shot begins, one a chunk.
     """
 
     video: Tensor
     prompts: tuple[str, ...]
+    opens: tuple[bool, ...]
 
 
 class FolderClips:
@@ -149,7 +151,8 @@ class FolderClips:
             clips, starts = self._places[place]
             spans = list(self._spans(clips, at - self._ends[place] + starts))
             try:
-                return Sample(torch.cat([self._read(span) for span in spans]), _prompts(spans))
+                video = torch.cat([self._read(span) for span in spans])
+                return Sample(video, _prompts(spans), _opens(spans))
             except Unusable as error:
                 _log.info("sample %d: %s; another place is drawn", index, error)
         raise ValueError(f"{self._folder}: hardly a clip can be read{self._listed()}")
@@ -233,6 +236,10 @@ def _prompts(spans: Sequence[Span]) -> tuple[str, ...]:
         mark = SCENE_CUT if number else ""
         prompts += [mark + span.clip.caption, *[span.clip.caption] * (span.chunks - 1)]
     return tuple(prompts)
+
+
+def _opens(spans: Sequence[Span]) -> tuple[bool, ...]:
+    return tuple(not chunk for span in spans for chunk in range(span.chunks))
 
 
 def _caption(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lltk.graph.diagnose import first_bad_node
 from lltk.graph.module import ProgramModule
@@ -21,7 +22,8 @@ LEVELS = 1000
 """Noise levels of the grid; also what a timestep of pure noise is."""
 SHIFT = 5.0
 """How far the grid leans towards noise (Wan2.2's)."""
-_PAUSES = 4
+_LARGEST_ERROR = 2.0
+"""Times a prediction's: the errors of consecutive chunks add up."""
 
 
 class Objective(Protocol):
@@ -91,23 +93,31 @@ class FlowMatching:
     summed over the frames that count.
 
     What a causal model will see when it streams are its own chunks and sinks of long ago. So a
-    train program's clean chunks may carry noise of which it is not told, and pauses between chunks
-    may stretch their positions.
+    train program's clean chunks may carry the errors it makes itself, and noise, of neither of
+    which it is told. The error of a chunk is that of x_s − s·v, times up to `_LARGEST_ERROR`; what
+    opens a shot is without it: it is the shot's sink, and what others can be put right by. And of
+    clips longer than the program's a train program sees an excerpt, the same chunks of all: up to
+    two single ones, of which one is the first, and consecutive ones. A leap between them may be
+    longer in positions than it is in the clips.
 
     A batch holds ``latents`` [B, C, F, h, w], normalised; ``text`` [B, N, S, E], one prompt a
-    chunk; and, where clips are padded, ``valid``, bool [B, F].
+    chunk; ``opens``, bool [B, N], chunks that open a shot; and, where clips are padded, ``valid``,
+    bool [B, F].
 
     Args:
         program: causal or later, with weights.
         module: the same Program, runnable.
         image: share of clips whose first latent frame is given: noise-free in the noisy half too,
             at t = 0, and not counted.
+        context_error: share of the clean chunks, of those that open no shot, that carry the
+            model's error; costs a forward pass more.
         context_noise: largest noise level of the clean chunks.
-        gap: longest pause, in latent frames; 1 for none.
+        gap: most that a leap is longer, in latent frames; its logarithm is uniform. 1 for nothing.
         graphs: whether to replay CUDA graphs.
 
     Raises:
-        ValueError: the program is neither for training nor a reference.
+        ValueError: the program is neither for training nor a reference, or is a reference, which
+            has no clean chunks, and they should carry noise or errors.
     """
 
     def __init__(
@@ -115,6 +125,7 @@ class FlowMatching:
         program: Program,
         module: ProgramModule,
         image: float = 0.0,
+        context_error: float = 0.0,
         context_noise: float = 0.0,
         gap: float = 1.0,
         graphs: bool = False,
@@ -124,9 +135,15 @@ class FlowMatching:
                 f"a {program.kind} program has no flow-matching objective; set the recipe's "
                 "program to train or reference"
             )
+        if program.kind == "reference" and (context_error or context_noise):
+            raise ValueError(
+                "train.context_error and train.context_noise: a reference program sees no clean "
+                "chunks; remove them, or set the recipe's program to train"
+            )
         self._program = program
         self._module = module
         self._image = image
+        self._context_error = context_error
         self._context_noise = context_noise
         self._gap = gap
         flow = _Flow(module, program)
@@ -150,10 +167,13 @@ class FlowMatching:
         return self._program.geometry.batch
 
     def count(self, batch: Batch) -> int:
-        return int(self._counted(batch).sum())
+        return int(self._counted(self._excerpt(batch)).sum())
 
     def loss(self, batch: Batch) -> Tensor:
+        batch = self._excerpt(batch)
         inputs, target, weight = self._prepared(batch)
+        if self._context_error:
+            inputs |= {"clean": self._mistaken(batch, inputs)}
         flow = self._flow(*inputs.values())
         error = (flow.float() - target).square().mean(dim=(1, 3, 4))
         return (weight * error).sum()
@@ -162,8 +182,47 @@ class FlowMatching:
         self._quantised = self._module.quantised_weights()
 
     def first_bad(self, batch: Batch) -> str | None:
-        inputs, _, _ = self._prepared(batch)
+        inputs, _, _ = self._prepared(self._excerpt(batch))
         return first_bad_node(self._program, self._module, self._program.kind, inputs)
+
+    def _excerpt(self, batch: Batch) -> Batch:
+        """The chunks that the program sees, and their ``positions``, float64 [F]."""
+        geometry = self._program.geometry
+        frames = batch.tensors["latents"].shape[2]
+        if (
+            frames < geometry.frames
+            or frames % geometry.chunk
+            or (frames > geometry.frames and self._program.kind != "train")
+        ):
+            raise ValueError(
+                f"clips of {frames} latent frames: the program is for {geometry.frames}, in chunks "
+                f"of {geometry.chunk}; set train.data.frames"
+            )
+        seen = self._seen(batch, frames // geometry.chunk)
+        offsets = torch.arange(geometry.chunk)
+        places = (seen[:, None] * geometry.chunk + offsets).flatten()
+        leaps = F.pad(seen.diff() > 1, (1, 0))
+        length = batch.uniform("gap", len(seen))[0].double()
+        pauses = (self._gap**length - 1).floor() * leaps
+        positions = places.double() + pauses.cumsum(0).repeat_interleave(geometry.chunk)
+        axes = {"latents": (2, places), "text": (1, seen), "opens": (1, seen), "valid": (1, places)}
+        tensors = {
+            name: tensor.index_select(axes[name][0], axes[name][1].to(tensor.device))
+            for name, tensor in batch.tensors.items()
+        }
+        tensors["opens"] = tensors["opens"].cpu() | leaps
+        return Batch(batch.seed, batch.indices, tensors | {"positions": positions})
+
+    def _seen(self, batch: Batch, given: int) -> Tensor:
+        """Numbers of the chunks of an excerpt, rising, int64 [N], from clips of so many."""
+        chunks = self._program.geometry.chunks
+        draws = batch.uniform("excerpt", 3)[0].tolist()
+        sinks = int(draws[0] * min(3, chunks, given - chunks + 1))
+        if not sinks:
+            return torch.arange(chunks)
+        begin = sinks + int(draws[1] * (given - chunks + 1))
+        single = [0, 1 + int(draws[2] * (begin - 1))][:sinks]
+        return torch.tensor([*single, *range(begin, begin + chunks - sinks)])
 
     def _counted(self, batch: Batch) -> Tensor:
         """Frames that count, bool [B, F]."""
@@ -200,7 +259,7 @@ class FlowMatching:
         inputs = latents | {
             spec.time_input: timestep,
             spec.text_input: batch.tensors["text"],
-            "positions": self._positions(batch, frames),
+            "positions": batch.tensors["positions"],
             "random": torch.tensor([batch.seed, batch.indices.start]),
             **self._quantised,
         }
@@ -221,16 +280,21 @@ class FlowMatching:
         noise = batch.normal("context", channels, frames, height, width, device=clean.device)
         return (1 - level) * clean + level * noise
 
-    def _positions(self, batch: Batch, frames: int) -> Tensor:
-        """Of a call's frames, float64 [F]: one chunk in `_PAUSES` follows a pause.
+    @torch.no_grad()
+    def _mistaken(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The clean chunks, some with the error of what the model makes of the noisy ones.
 
-        The logarithm of a pause is uniform, up to that of the longest.
+        Those after a leap are spared as well: little tells what they should be.
         """
-        chunk = self._program.geometry.chunk
-        drawn, length = batch.uniform("gap", 2, frames // chunk)[0].double()
-        pause = (self._gap**length).floor() * (drawn * _PAUSES < 1) * (self._gap > 1)
-        pause[0] = 0
-        return torch.arange(frames) + pause.cumsum(0).repeat_interleave(chunk)
+        clean = batch.tensors["latents"].to(self._device)
+        sigma = (inputs["timestep"] / LEVELS)[:, None, :, None, None]
+        error = inputs["noisy"] - sigma * self._flow(*inputs.values()) - clean
+        opens = batch.tensors["opens"]
+        share, size = batch.uniform("error", 2, opens.shape[1]).unbind(1)
+        size = _LARGEST_ERROR * size * (share < self._context_error) * ~opens
+        frames = size.repeat_interleave(self._program.geometry.chunk, dim=1).to(self._device)
+        mistaken = inputs["clean"] + frames[:, None, :, None, None] * error
+        return mistaken.to(inputs["clean"].dtype)
 
 
 class _Flow(nn.Module):

@@ -52,10 +52,10 @@ def line_plot(
     for tick in range(_TICKS + 1):
         across, up = left + (right - left) * tick / _TICKS, low + (high - low) * tick / _TICKS
         marks.append(
-            f'<text x="{_LEFT - 6}" y="{y(up) + 4:.1f}" text-anchor="end">{up:.3g}</text>'
+            f'<text x="{_LEFT - 6}" y="{y(up) + 4:.1f}" text-anchor="end">{_short(up)}</text>'
             f'<line x1="{_LEFT}" x2="{_WIDTH - _EDGE}" y1="{y(up):.1f}" y2="{y(up):.1f}" '
             'stroke="#ddd"/>'
-            f'<text x="{x(across):.1f}" y="{_HEIGHT - 20}" text-anchor="middle">{across:.4g}</text>'
+            f'<text x="{x(across):.1f}" y="{_HEIGHT - 20}" text-anchor="middle">{_short(across)}</text>'
         )
     labelled = [curve for curve in curves if curve.label]
     for row, curve in enumerate(labelled):
@@ -89,3 +89,8 @@ def running_mean(values: Sequence[float], smoothing: float = 0.95) -> list[float
         mean = smoothing * mean + (1 - smoothing) * value
         means.append(mean)
     return means
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

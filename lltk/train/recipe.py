@@ -27,6 +27,12 @@ class DataSection(BaseModel):
     clips: int | None = Field(
         None, ge=1, description="clips, encoded once; null: new ones every step"
     )
+    frames: int | None = Field(
+        None,
+        ge=1,
+        description="latent frames a clip, of which a sample shows some chunks, as a stream sees "
+        "them late in a video; null: as many as the model trains on",
+    )
     pipeline: str | None = Field(
         None, description="folder with vae, text_encoder and tokenizer, which make latents and text"
     )
@@ -57,11 +63,18 @@ class TrainSection(BaseModel):
     image: float = Field(
         0.0, ge=0, le=1, description="share of clips whose first latent frame is given"
     )
+    context_error: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the clean chunks that others see, of those that open no shot, that "
+        "carry the model's own error",
+    )
     context_noise: float = Field(
         0.0, ge=0, lt=1, description="largest noise level of the clean chunks that others see"
     )
     gap: float = Field(
-        1.0, ge=1, description="longest pause between chunks, in latent frames of position"
+        1.0, ge=1, description="most that a leap between chunks of a clip is longer in positions"
     )
     seed: int = Field(0, ge=0, description="of first weights, clips and noise")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
