@@ -203,7 +203,6 @@ def clips(program: Program, seed: int = 0, **more: Tensor) -> Batch:
     tensors = {
         "latents": torch.randn(shape, generator=generator),
         "text": torch.randn(text, generator=generator),
-        "opens": torch.zeros(text[:2], dtype=torch.bool),
     }
     return Batch(7, range(geometry.batch), tensors | more)
 

@@ -10,12 +10,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lltk.graph.diagnose import first_bad_node
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.train.data import Batch
+from lltk.train.excerpt import excerpt, leaps
 from lltk.train.graphs import Graphed
 
 LEVELS = 1000
@@ -95,10 +95,8 @@ class FlowMatching:
     What a causal model will see when it streams are its own chunks and sinks of long ago. So a
     train program's clean chunks may carry the errors it makes itself, and noise, of neither of
     which it is told. The error of a chunk is that of x_s − s·v, times up to `_LARGEST_ERROR`; what
-    opens a shot is without it: it is the shot's sink, and what others can be put right by. And of
-    clips longer than the program's a train program sees an excerpt, the same chunks of all: up to
-    two single ones, of which one is the first, and consecutive ones. A leap between them may be
-    longer in positions than it is in the clips.
+    opens a shot is without it: it is the shot's sink, and what others can be put right by. Clips
+    longer than the program's are seen as an `excerpt`.
 
     A batch holds ``latents`` [B, C, F, h, w], normalised; ``text`` [B, N, S, E], one prompt a
     chunk; ``opens``, bool [B, N], chunks that open a shot; and, where clips are padded, ``valid``,
@@ -112,7 +110,7 @@ class FlowMatching:
         context_error: share of the clean chunks, of those that open no shot, that carry the
             model's error; costs a forward pass more.
         context_noise: largest noise level of the clean chunks.
-        gap: most that a leap is longer, in latent frames; its logarithm is uniform. 1 for nothing.
+        gap: as `excerpt` has it.
         graphs: whether to replay CUDA graphs.
 
     Raises:
@@ -186,43 +184,7 @@ class FlowMatching:
         return first_bad_node(self._program, self._module, self._program.kind, inputs)
 
     def _excerpt(self, batch: Batch) -> Batch:
-        """The chunks that the program sees, and their ``positions``, float64 [F]."""
-        geometry = self._program.geometry
-        frames = batch.tensors["latents"].shape[2]
-        if (
-            frames < geometry.frames
-            or frames % geometry.chunk
-            or (frames > geometry.frames and self._program.kind != "train")
-        ):
-            raise ValueError(
-                f"clips of {frames} latent frames: the program is for {geometry.frames}, in chunks "
-                f"of {geometry.chunk}; set train.data.frames"
-            )
-        seen = self._seen(batch, frames // geometry.chunk)
-        offsets = torch.arange(geometry.chunk)
-        places = (seen[:, None] * geometry.chunk + offsets).flatten()
-        leaps = F.pad(seen.diff() > 1, (1, 0))
-        length = batch.uniform("gap", len(seen))[0].double()
-        pauses = (self._gap**length - 1).floor() * leaps
-        positions = places.double() + pauses.cumsum(0).repeat_interleave(geometry.chunk)
-        axes = {"latents": (2, places), "text": (1, seen), "opens": (1, seen), "valid": (1, places)}
-        tensors = {
-            name: tensor.index_select(axes[name][0], axes[name][1].to(tensor.device))
-            for name, tensor in batch.tensors.items()
-        }
-        tensors["opens"] = tensors["opens"].cpu() | leaps
-        return Batch(batch.seed, batch.indices, tensors | {"positions": positions})
-
-    def _seen(self, batch: Batch, given: int) -> Tensor:
-        """Numbers of the chunks of an excerpt, rising, int64 [N], from clips of so many."""
-        chunks = self._program.geometry.chunks
-        draws = batch.uniform("excerpt", 3)[0].tolist()
-        sinks = int(draws[0] * min(3, chunks, given - chunks + 1))
-        if not sinks:
-            return torch.arange(chunks)
-        begin = sinks + int(draws[1] * (given - chunks + 1))
-        single = [0, 1 + int(draws[2] * (begin - 1))][:sinks]
-        return torch.tensor([*single, *range(begin, begin + chunks - sinks)])
+        return excerpt(batch, self._program.geometry, self._gap)
 
     def _counted(self, batch: Batch) -> Tensor:
         """Frames that count, bool [B, F]."""
@@ -289,10 +251,11 @@ class FlowMatching:
         clean = batch.tensors["latents"].to(self._device)
         sigma = (inputs["timestep"] / LEVELS)[:, None, :, None, None]
         error = inputs["noisy"] - sigma * self._flow(*inputs.values()) - clean
-        opens = batch.tensors["opens"]
-        share, size = batch.uniform("error", 2, opens.shape[1]).unbind(1)
-        size = _LARGEST_ERROR * size * (share < self._context_error) * ~opens
-        frames = size.repeat_interleave(self._program.geometry.chunk, dim=1).to(self._device)
+        chunk = self._program.geometry.chunk
+        spared = batch.tensors["opens"].cpu() | leaps(batch.tensors["positions"], chunk)
+        share, size = batch.uniform("error", 2, spared.shape[1]).unbind(1)
+        size = _LARGEST_ERROR * size * (share < self._context_error) * ~spared
+        frames = size.repeat_interleave(chunk, dim=1).to(self._device)
         mistaken = inputs["clean"] + frames[:, None, :, None, None] * error
         return mistaken.to(inputs["clean"].dtype)
 

@@ -55,7 +55,8 @@ def line_plot(
             f'<text x="{_LEFT - 6}" y="{y(up) + 4:.1f}" text-anchor="end">{_short(up)}</text>'
             f'<line x1="{_LEFT}" x2="{_WIDTH - _EDGE}" y1="{y(up):.1f}" y2="{y(up):.1f}" '
             'stroke="#ddd"/>'
-            f'<text x="{x(across):.1f}" y="{_HEIGHT - 20}" text-anchor="middle">{_short(across)}</text>'
+            f'<text x="{x(across):.1f}" y="{_HEIGHT - 20}" text-anchor="middle">'
+            f"{_short(across)}</text>"
         )
     labelled = [curve for curve in curves if curve.label]
     for row, curve in enumerate(labelled):
