@@ -236,13 +236,14 @@ def test_the_cache_is_smaller(name: str, tokens: int, least: dict[bool, float]) 
     """
     program = of_one_block(name)
     heads, width = program.spec.heads, program.spec.head_dim
+    pages = program.geometry.window // program.geometry.chunk
     plain = estimate(program)["cache pages"]
-    assert plain == 2 * 4 * tokens * heads * width * 2
+    assert plain == 2 * pages * tokens * heads * width * 2
     for smoothing in (False, True):
         small = after(program, {"nvfp4_cache": {"smoothing": smoothing}}, "regionalise", "lower")
         page = tokens * (width // 2 + width // 16) + 4
         found = estimate(small)["cache pages"]
-        assert found == 2 * 4 * heads * (page + smoothing * 2 * width)
+        assert found == 2 * pages * heads * (page + smoothing * 2 * width)
         assert least[smoothing] < plain / found < 32 / 9
 
 

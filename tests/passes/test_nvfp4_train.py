@@ -269,8 +269,9 @@ def test_draws_follow_the_batch() -> None:
     module = instantiate(program)
     objective, batch = FlowMatching(program, module), clips(program)
     later = Batch(batch.seed, range(5, 5 + len(batch.indices)), batch.tensors)
-    assert objective._prepared(batch)[0]["random"].tolist() == [7, 0]
-    assert objective._prepared(later)[0]["random"].tolist() == [7, 5]
+    for each, drawn in ((batch, [7, 0]), (later, [7, 5])):
+        inputs, _, _ = objective._prepared(objective._excerpt(each))
+        assert inputs["random"].tolist() == drawn
 
 
 def test_weights_are_quantised_once_a_change() -> None:
