@@ -236,7 +236,7 @@ def test_the_cache_is_smaller(name: str, tokens: int, least: dict[bool, float]) 
     """
     program = of_one_block(name)
     heads, width = program.spec.heads, program.spec.head_dim
-    pages = program.geometry.window // program.geometry.chunk
+    pages = program.geometry.pages
     plain = estimate(program)["cache pages"]
     assert plain == 2 * pages * tokens * heads * width * 2
     for smoothing in (False, True):
