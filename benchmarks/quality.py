@@ -12,10 +12,10 @@ import argparse
 import itertools
 import json
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +23,16 @@ from typing import Any
 
 import torch
 
-from lltk.bench.agreement import decoded, encoded, interval, mean, scored, summarise, videos
+from lltk.bench.agreement import (
+    decoded,
+    encoded,
+    interval,
+    mean,
+    one_ahead,
+    scored,
+    summarise,
+    videos,
+)
 from lltk.bench.quality import STRETCH, ShotScore, draw_stories, identity_over_time
 from lltk.bench.record import make_record, markdown, write_record
 from lltk.cli.recipes import open_recipe
@@ -44,6 +53,8 @@ MINUTE = 80
 """Chunks."""
 SINKS = {"window with both sinks": {}, "window without sinks": {"sink": 0}}
 FULL = {"full window": {"window": 3 * SHOTS * CHUNKS}}
+Row = Callable[[], dict[str, Any]]
+"""Waits for a row's scores, and gives the row."""
 
 
 def main() -> None:
@@ -86,18 +97,22 @@ def main() -> None:
         },
     )
     write_record(arguments.output, record, text)
+    curves = {row["model"]: row["over_time"] for row in record.results if "over_time" in row}
+    if curves:
+        path = arguments.output.with_name("identity.svg")
+        path.write_text(_plot(curves), encoding="utf-8")
 
 
 def _results(arguments: argparse.Namespace, pool: Executor) -> Iterator[dict[str, Any]]:
     device = torch.device(arguments.device)
-    for row in itertools.chain(_cells(arguments, device, pool), _minutes(arguments, device, pool)):
-        print(json.dumps(row)[:600], flush=True)
-        yield row
+    rows = itertools.chain(_cells(arguments, device, pool), _minutes(arguments, device, pool))
+    for row in one_ahead(rows):
+        found = row()
+        print(json.dumps(found)[:600], flush=True)
+        yield found
 
 
-def _cells(
-    arguments: argparse.Namespace, device: torch.device, pool: Executor
-) -> Iterator[dict[str, Any]]:
+def _cells(arguments: argparse.Namespace, device: torch.device, pool: Executor) -> Iterator[Row]:
     for steps in arguments.steps:
         for name, changes in (FULL | SINKS).items():
             if name not in arguments.models:
@@ -114,18 +129,16 @@ def _streamed_cell(
     name: str,
     changes: dict[str, int],
     steps: int,
-) -> dict[str, Any]:
-    begun = time.perf_counter()
+) -> Row:
     stories = draw_stories(SEED, arguments.videos, SHOTS, CHUNKS, 3)
     plan = _plan(arguments, device, len(stories), changes)
     films = videos(plan, stories, steps, SEED)
-    return _row(f"AR, {name}", steps, scored(pool, films, stories), begun)
+    return partial(_row, f"AR, {name}", steps, scored(pool, films, stories))
 
 
 def _reference_cell(
     arguments: argparse.Namespace, device: torch.device, pool: Executor, steps: int
-) -> dict[str, Any]:
-    begun = time.perf_counter()
+) -> Row:
     stories = draw_stories(SEED, arguments.videos * SHOTS, 1, REFERENCE_CHUNKS, 3)
     overrides = (
         "model.config=null",
@@ -138,35 +151,37 @@ def _reference_cell(
     text = encoded(plan, stories)
     latents = sample(program, instantiate(program, device), text, steps, SEED)
     films = decoded(plan, iter(latents.split(3, dim=2)))
-    return _row("bidirectional reference", steps, scored(pool, films, stories), begun)
+    return partial(_row, "bidirectional reference", steps, scored(pool, films, stories))
 
 
-def _minutes(
-    arguments: argparse.Namespace, device: torch.device, pool: Executor
-) -> Iterator[dict[str, Any]]:
+def _minutes(arguments: argparse.Namespace, device: torch.device, pool: Executor) -> Iterator[Row]:
     """Single shots of a minute; their identity over time is one row a setting."""
-    if not arguments.minutes:
-        return
-    curves = {}
     for name, changes in SINKS.items():
-        if name not in arguments.models:
-            continue
-        begun = time.perf_counter()
-        stories = draw_stories(SEED + 1, arguments.minutes, 1, MINUTE, 3)
-        films = videos(_plan(arguments, device, len(stories), changes), stories, 4, SEED)
-        jobs = [pool.submit(identity_over_time, film) for film in films]
-        over_time = [job.result() for job in jobs]
-        curves[name] = [fmean(values) for values in zip(*over_time, strict=True)]
-        last = [fmean(values[-2:]) for values in over_time]
-        early = [values[0] for values in over_time]
-        row = _row(f"AR, {name}, 60 s", 4, scored(pool, films, stories), begun)
-        yield row | {
-            "identity": mean(last),
-            "identity_early": mean(early),
-            "over_time": curves[name],
+        if name in arguments.models and arguments.minutes:
+            yield _minutes_row(arguments, device, pool, name, changes)
+
+
+def _minutes_row(
+    arguments: argparse.Namespace,
+    device: torch.device,
+    pool: Executor,
+    name: str,
+    changes: dict[str, int],
+) -> Row:
+    stories = draw_stories(SEED + 1, arguments.minutes, 1, MINUTE, 3)
+    films = videos(_plan(arguments, device, len(stories), changes), stories, 4, SEED)
+    jobs = [pool.submit(identity_over_time, film) for film in films]
+    scores = scored(pool, films, stories)
+
+    def row() -> dict[str, Any]:
+        kept = [job.result() for job in jobs]
+        return _row(f"AR, {name}, 60 s", 4, scores) | {
+            "identity": mean([fmean(values[-2:]) for values in kept]),
+            "identity_early": mean([values[0] for values in kept]),
+            "over_time": [fmean(values) for values in zip(*kept, strict=True)],
         }
-    path = arguments.output.with_name("identity.svg")
-    path.write_text(_plot(curves), encoding="utf-8")
+
+    return row
 
 
 def _plan(
@@ -180,12 +195,11 @@ def _plan(
     return plan_stream(open_recipe("tiny_stream", overrides), device)
 
 
-def _row(model: str, steps: int, scores: list[ShotScore], begun: float) -> dict[str, Any]:
+def _row(model: str, steps: int, scores: Callable[[], list[ShotScore]]) -> dict[str, Any]:
     return {
         "model": model,
         "steps": steps,
-        **asdict(summarise(scores)),
-        "seconds": time.perf_counter() - begun,
+        **asdict(summarise(scores())),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,7 +14,7 @@ import torch
 from helpers import Run
 from streams import planned, save_pipeline
 
-from lltk.bench.agreement import interval, mean, overlap, summarise
+from lltk.bench.agreement import interval, mean, one_ahead, overlap, summarise
 from lltk.bench.compare import OUTPUT, layer_errors
 from lltk.bench.quality import ShotScore
 from lltk.compiler import with_weights
@@ -105,3 +106,15 @@ def test_the_command_compares(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_command_wants_two_recipes(run: Run) -> None:
     code, _, err = run("compare", "tiny_stream")
     assert code == 2 and "name at least two" in err
+
+
+def test_the_next_is_made_before_one_is_waited_for() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(3):
+            made.append(number)
+            yield number
+
+    assert [(number, len(made)) for number in one_ahead(items())] == [(0, 2), (1, 3), (2, 3)]
+    assert list(one_ahead(iter(()))) == []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from lltk.stream.text import TextEncoder
 from lltk.stream.video import levels
 from lltk.streaming import StreamPlan
 
+T = TypeVar("T")
 Interval = tuple[float, float, float]
 """A value and its 95 % confidence limits, in per cent."""
 
@@ -113,7 +115,18 @@ def videos(plan: StreamPlan, stories: Sequence[Story], steps: int, seed: int) ->
     return decoded(plan, streamed(program, module, text, stories[0].opens, steps, seed))
 
 
-def scored(pool: Executor, films: Sequence[Tensor], stories: Sequence[Story]) -> list[ShotScore]:
-    """The scores of every shot, read by a pool of processes."""
+def scored(
+    pool: Executor, films: Sequence[Tensor], stories: Sequence[Story]
+) -> Callable[[], list[ShotScore]]:
+    """Have a pool of processes read every shot; the result waits for their scores."""
     jobs = [pool.submit(score_video, *pair) for pair in zip(films, stories, strict=True)]
-    return [score for job in jobs for score in job.result()]
+    return lambda: [score for job in jobs for score in job.result()]
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """Each item, once the one after it has been made: what a pool does for it goes on meanwhile."""
+    waiting: list[T] = []
+    for item in items:
+        yield from waiting
+        waiting = [item]
+    yield from waiting

@@ -14,6 +14,7 @@ from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import row_table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from concurrent.futures import Executor
 
     from lltk.streaming import StreamPlan
@@ -72,6 +73,7 @@ def command(
 
     import torch
 
+    from lltk.bench.agreement import one_ahead
     from lltk.bench.record import make_record, write_record
     from lltk.cli.outputs import check_writable, share_cores
     from lltk.graph.recipe import load_recipe
@@ -94,12 +96,16 @@ def command(
         console.print(f"{films * _SHOTS} shots a recipe, {batch} videos at once")
         return
     share_cores(chosen)
-    results = []
     base = plans[0][1]
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for name, plan in plans:
-            with console.status(f"comparing {name}"):
-                results.append({"name": name} | _measure(base, plan, films, pool))
+
+        def measured() -> Iterator[Callable[[], dict[str, Any]]]:
+            for name, plan in plans:
+                with console.status(f"comparing {name}"):
+                    row = _measure(name, base, plan, films, pool)
+                yield row
+
+        results = [row() for row in one_ahead(measured())]
     line = ["lltk", "compare", *recipes, "--shots", str(shots), "--device", str(chosen)]
     line += [part for change in overrides for part in ("--set", change)]
     method = (
@@ -116,8 +122,10 @@ def command(
     console.print(row_table("Tiny world", [_quality_row(row, results[0]) for row in results]))
 
 
-def _measure(base: StreamPlan, plan: StreamPlan, films: int, pool: Executor) -> dict[str, Any]:
-    """Errors against the base, and agreement of the recipe's own videos."""
+def _measure(
+    name: str, base: StreamPlan, plan: StreamPlan, films: int, pool: Executor
+) -> Callable[[], dict[str, Any]]:
+    """Errors against the base, and agreement of the recipe's own videos, once they are scored."""
     from dataclasses import asdict
 
     from lltk.bench.agreement import encoded, scored, summarise, videos
@@ -137,12 +145,13 @@ def _measure(base: StreamPlan, plan: StreamPlan, films: int, pool: Executor) -> 
         # The last batch is filled up: a plan is for one number of videos.
         filled = [*some, *stories[: batch - len(some)]]
         made = videos(plan, filled, steps, _SEED + start)
-        scores += scored(pool, made[: len(some)], some)
-    return {
+        scores.append(scored(pool, made[: len(some)], some))
+    return lambda: {
+        "name": name,
         "errors": errors,
         "ran": plan.transformer.implementations,
         "recipe": plan.transformer.recipe["passes"],
-        **asdict(summarise(scores)),
+        **asdict(summarise([score for some in scores for score in some()])),
     }
 
 
