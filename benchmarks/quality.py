@@ -196,11 +196,7 @@ def _plan(
 
 
 def _row(model: str, steps: int, scores: Callable[[], list[ShotScore]]) -> dict[str, Any]:
-    return {
-        "model": model,
-        "steps": steps,
-        **asdict(summarise(scores())),
-    }
+    return {"model": model, "steps": steps, **asdict(summarise(scores()))}
 
 
 def _plot(curves: dict[str, list[float]]) -> str:

@@ -258,7 +258,7 @@ def test_context_errors_are_those_of_the_models_prediction() -> None:
     plain, batch, loss = recorded("train", more={"opens": opens})
     clean, sizes = batch.tensors["latents"], []
     for seed in range(30):
-        module, _, own = recorded("train", seed=seed, more={"opens": opens}, context_error=0.5)
+        module, _, _ = recorded("train", seed=seed, more={"opens": opens}, context_error=0.5)
         change = module.given["clean"] - clean
         size = (change / (module.given["noisy"] - clean)).mean((1, 3, 4))
         error = (module.given["noisy"] - clean) * size[:, None, :, None, None]
@@ -276,7 +276,7 @@ def test_context_errors_are_those_of_the_models_prediction() -> None:
 
 
 def test_context_errors_follow_the_flow() -> None:
-    """A model that is right makes no errors: its flow is ε − x₀, which 1-level clips show."""
+    """A model that is right, whose flow is ε − x₀, makes no errors."""
     program, _ = program_of("train")
     plain, batch, _ = recorded("train", more={"opens": torch.zeros(2, 3, dtype=torch.bool)})
     clean = batch.tensors["latents"]

@@ -85,14 +85,10 @@ class TinyLatents:
         stories = self._videos.stories(seed, indices)
         text = self._encoder.text([prompt for story in stories for prompt in prompts_of(story)])
         latents = self._encoder.latents(self._videos.videos(stories))
-        opens = torch.zeros(len(stories), len(prompts_of(stories[0])), dtype=torch.bool)
-        for own, story in zip(opens, stories, strict=True):
-            own[list(story.opens)] = True
-        return {
-            "latents": latents,
-            "text": text.unflatten(0, (len(stories), -1)),
-            "opens": opens,
-        }
+        text = text.unflatten(0, (len(stories), -1))
+        chunks = range(text.shape[1])
+        opens = torch.tensor([[chunk in story.opens for chunk in chunks] for story in stories])
+        return {"latents": latents, "text": text, "opens": opens}
 
 
 def encoder_for(

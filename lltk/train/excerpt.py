@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,7 +42,7 @@ def excerpt(batch: Batch, geometry: Geometry, gap: float = 1.0) -> Batch:
         )
     if frames == geometry.frames:
         positions = torch.arange(frames, dtype=torch.float64)
-        return Batch(batch.seed, batch.indices, {**batch.tensors, "positions": positions})
+        return replace(batch, tensors={**batch.tensors, "positions": positions})
     seen = _seen(batch, chunks, frames // chunk)
     places = (seen[:, None] * chunk + torch.arange(chunk)).flatten()
     length = batch.uniform("gap", chunks)[0].double()
@@ -51,7 +53,7 @@ def excerpt(batch: Batch, geometry: Geometry, gap: float = 1.0) -> Batch:
     for name, tensor in batch.tensors.items():
         axis, chosen = axes[name]
         tensors[name] = tensor.index_select(axis, chosen.to(tensor.device))
-    return Batch(batch.seed, batch.indices, tensors)
+    return replace(batch, tensors=tensors)
 
 
 def leaps(positions: Tensor, chunk: int) -> Tensor:

@@ -165,13 +165,15 @@ class FlowMatching:
         return self._program.geometry.batch
 
     def count(self, batch: Batch) -> int:
-        return int(self._counted(self._excerpt(batch)).sum())
+        if "valid" in batch.tensors:  # else all excerpts count alike
+            batch = self._excerpt(batch)
+        return int(self._counted(batch).sum())
 
     def loss(self, batch: Batch) -> Tensor:
         batch = self._excerpt(batch)
         inputs, target, weight = self._prepared(batch)
         if self._context_error:
-            inputs |= {"clean": self._mistaken(batch, inputs)}
+            inputs |= {"clean": self._mistaken(batch, inputs, target)}
         flow = self._flow(*inputs.values())
         error = (flow.float() - target).square().mean(dim=(1, 3, 4))
         return (weight * error).sum()
@@ -188,8 +190,8 @@ class FlowMatching:
 
     def _counted(self, batch: Batch) -> Tensor:
         """Frames that count, bool [B, F]."""
-        clips, _, frames, *_ = batch.tensors["latents"].shape
-        counted = torch.ones(clips, frames, dtype=torch.bool)
+        frames = self._program.geometry.frames
+        counted = torch.ones(len(batch.indices), frames, dtype=torch.bool)
         if "valid" in batch.tensors:
             counted &= batch.tensors["valid"].cpu()
         counted[:, 0] &= ~self._given(batch)
@@ -233,31 +235,31 @@ class FlowMatching:
         """The clean chunks as others see them: with noise of a level uniform up to the largest."""
         if not self._context_noise:
             return clean
-        _, channels, frames, height, width = clean.shape
-        chunk = self._program.geometry.chunk
-        level = self._context_noise * batch.uniform("context level", frames // chunk).to(
-            clean.device
-        )
-        level = level.repeat_interleave(chunk, dim=1)[:, None, :, None, None]
-        noise = batch.normal("context", channels, frames, height, width, device=clean.device)
+        chunks = self._program.geometry.chunks
+        level = self._spread(self._context_noise * batch.uniform("context level", chunks))
+        noise = batch.normal("context", *clean.shape[1:], device=clean.device)
         return (1 - level) * clean + level * noise
 
     @torch.no_grad()
-    def _mistaken(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _mistaken(self, batch: Batch, inputs: Mapping[str, Tensor], target: Tensor) -> Tensor:
         """The clean chunks, some with the error of what the model makes of the noisy ones.
 
-        Those after a leap are spared as well: little tells what they should be.
+        Of x_s − s·v that is s·(ε − x₀ − v). Chunks after a leap are spared as well: little tells
+        what they should be.
         """
-        clean = batch.tensors["latents"].to(self._device)
         sigma = (inputs["timestep"] / LEVELS)[:, None, :, None, None]
-        error = inputs["noisy"] - sigma * self._flow(*inputs.values()) - clean
-        chunk = self._program.geometry.chunk
-        spared = batch.tensors["opens"].cpu() | leaps(batch.tensors["positions"], chunk)
-        share, size = batch.uniform("error", 2, spared.shape[1]).unbind(1)
-        size = _LARGEST_ERROR * size * (share < self._context_error) * ~spared
-        frames = size.repeat_interleave(chunk, dim=1).to(self._device)
-        mistaken = inputs["clean"] + frames[:, None, :, None, None] * error
-        return mistaken.to(inputs["clean"].dtype)
+        error = sigma * (target - self._flow(*inputs.values()))
+        geometry = self._program.geometry
+        follows = ~leaps(batch.tensors["positions"], geometry.chunk)
+        share, size = batch.uniform("error", 2, geometry.chunks).unbind(1)
+        chosen = (share < self._context_error) & follows & ~batch.tensors["opens"].cpu()
+        clean = inputs["clean"]
+        return (clean + self._spread(_LARGEST_ERROR * size * chosen) * error).to(clean.dtype)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """A chunk's value [B, N] for each of its frames, [B, 1, F, 1, 1] on the device."""
+        frames = values.repeat_interleave(self._program.geometry.chunk, dim=1)
+        return frames.to(self._device)[:, None, :, None, None]
 
 
 class _Flow(nn.Module):
