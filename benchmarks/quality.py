@@ -18,7 +18,6 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,13 +26,13 @@ from lltk.bench.agreement import (
     decoded,
     encoded,
     interval,
-    mean,
+    lasting,
     one_ahead,
     scored,
     summarise,
     videos,
 )
-from lltk.bench.quality import STRETCH, ShotScore, draw_stories, identity_over_time
+from lltk.bench.quality import STRETCH, ShotScore, draw_stories
 from lltk.bench.record import make_record, markdown, write_record
 from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform
@@ -170,15 +169,15 @@ def _minutes_row(
 ) -> Row:
     stories = draw_stories(SEED + 1, arguments.minutes, 1, MINUTE, 3)
     films = videos(_plan(arguments, device, len(stories), changes), stories, 4, SEED)
-    jobs = [pool.submit(identity_over_time, film) for film in films]
+    kept = lasting(pool, films)
     scores = scored(pool, films, stories)
 
     def row() -> dict[str, Any]:
-        kept = [job.result() for job in jobs]
+        found = kept()
         return _row(f"AR, {name}, 60 s", 4, scores) | {
-            "identity": mean([fmean(values[-2:]) for values in kept]),
-            "identity_early": mean([values[0] for values in kept]),
-            "over_time": [fmean(values) for values in zip(*kept, strict=True)],
+            "identity": found.late,
+            "identity_early": found.early,
+            "over_time": found.over_time,
         }
 
     return row

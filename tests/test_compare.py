@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,12 +15,13 @@ import torch
 from helpers import Run
 from streams import planned, save_pipeline
 
-from lltk.bench.agreement import interval, mean, one_ahead, overlap, summarise
+from lltk.bench.agreement import interval, lasting, mean, one_ahead, overlap, summarise
 from lltk.bench.compare import OUTPUT, layer_errors
-from lltk.bench.quality import ShotScore
+from lltk.bench.quality import ShotScore, draw_stories
 from lltk.compiler import with_weights
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
+from lltk.models.tiny.world import render
 from lltk.train.plot import Curve, line_plot
 
 pytestmark = pytest.mark.cpu
@@ -71,6 +73,16 @@ def test_shots_are_summarised() -> None:
     assert summarise([score(0, True, math.nan)]).identity is None
 
 
+def test_lasting_identity_is_early_and_late() -> None:
+    stories = draw_stories(seed=1, count=2, shots=1, chunks=12, chunk=3)
+    film, other = (render(stories) * 127.5 + 127.5).round().to(torch.uint8)
+    turned = torch.cat([film[:64], other[64:]])
+    with ThreadPoolExecutor(1) as pool:
+        same, changed = lasting(pool, [film])(), lasting(pool, [turned])()
+    assert same.over_time == [100.0] * 3 and same.late[0] == 100
+    assert changed.early[0] == 100 and changed.late[0] < 100
+
+
 def test_intervals() -> None:
     assert mean([50.0]) == (50, 50, 50)
     low, high = mean([90.0, 100.0, 100.0, 100.0])[1:]
@@ -92,15 +104,20 @@ def test_a_plot_has_its_curves() -> None:
 def test_the_command_compares(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lltk.cli.compare._SHOTS", 1)
     monkeypatch.setattr("lltk.cli.compare._CHUNKS", 1)
+    monkeypatch.setattr("lltk.cli.compare._LONG_CHUNKS", 6)
     output = tmp_path / "record"
-    line = ["compare", "tiny_stream", "tiny_stream_nvfp4", "--shots", "1", "--workers", "1"]
-    code, out, _ = run(*line, "--device", "cpu", "--set", "stream.steps=1", "-o", str(output))
+    line = ["compare", "tiny_stream", "tiny_stream_nvfp4", "--shots", "1", "--minutes", "1"]
+    code, out, _ = run(
+        *line, "--workers", "1", "--device", "cpu", "--set", "stream.steps=1", "-o", str(output)
+    )
     assert code == 0 and "tiny_stream_nvfp4" in out
     base, other = json.loads(output.with_suffix(".json").read_text("utf-8"))["results"]
     assert set(base["errors"].values()) == {0.0} and base["shots"] == other["shots"] == 1
     assert 0.01 < other["errors"]["output"] < 0.5
     assert other["ran"]["nvfp4"] == "reference"
-    assert "tiny_stream_nvfp4" in output.with_suffix(".md").read_text("utf-8")
+    assert len(other["minute"]["over_time"]) == 1 and "Single shots of 60 s" in out
+    text = output.with_suffix(".md").read_text("utf-8")
+    assert "tiny_stream_nvfp4" in text and "identity at 60 s" in text
 
 
 def test_the_command_wants_two_recipes(run: Run) -> None:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from lltk.bench.intervals import wilson
-from lltk.bench.quality import PARTS, ShotScore, prompts_of, score_video, streamed
+from lltk.bench.quality import (
+    PARTS,
+    ShotScore,
+    identity_over_time,
+    prompts_of,
+    score_video,
+    streamed,
+)
 from lltk.graph.module import instantiate
 from lltk.models.tiny.world import Story
 from lltk.stream.decoder import Decoder
@@ -44,6 +51,21 @@ class Agreement:
     after_cut: Interval | None
     parts: dict[str, float]
     identity: Interval | None
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """Identity over the time of long single shots, per cent of what their first two seconds show.
+
+    Attributes:
+        early: in seconds 2 to 4.
+        late: in the last four.
+        over_time: mean of the shots, every two seconds.
+    """
+
+    early: Interval
+    late: Interval
+    over_time: list[float]
 
 
 def summarise(scores: Sequence[ShotScore]) -> Agreement:
@@ -121,6 +143,26 @@ def scored(
     """Have a pool of processes read every shot; the result waits for their scores."""
     jobs = [pool.submit(score_video, *pair) for pair in zip(films, stories, strict=True)]
     return lambda: [score for job in jobs for score in job.result()]
+
+
+def lasting(pool: Executor, films: Sequence[Tensor]) -> Callable[[], Lasting]:
+    """Have a pool of processes read how identity lasts; the result waits for them.
+
+    Args:
+        pool: of processes.
+        films: videos of single shots, equally long, of at least 4 s, uint8 [F, 3, H, W].
+    """
+    jobs = [pool.submit(identity_over_time, film) for film in films]
+
+    def result() -> Lasting:
+        kept = [job.result() for job in jobs]
+        return Lasting(
+            mean([values[0] for values in kept]),
+            mean([fmean(values[-2:]) for values in kept]),
+            [fmean(values) for values in zip(*kept, strict=True)],
+        )
+
+    return result
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,20 @@ from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import row_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Executor
 
+    from torch import Tensor
+
+    from lltk.models.tiny.world import Story
     from lltk.streaming import StreamPlan
 
 _SEED = 30_000
 _SHOTS = 3
 _CHUNKS = 6
 """Of a shot."""
+_LONG_CHUNKS = 80
+"""Of a single shot of 60 s."""
 
 
 @click.command("compare")
@@ -33,8 +39,12 @@ _CHUNKS = 6
     help="Shots of the tiny world to score, a recipe.",
 )  # fmt: skip
 @click.option(
+    "--minutes", type=click.IntRange(0), default=0, show_default=True,
+    help="Single shots of 60 s whose identity to follow, a recipe.",
+)  # fmt: skip
+@click.option(
     "--at-once", type=click.IntRange(1), default=128, show_default=True,
-    help="Videos streamed at once; each has three shots.",
+    help="Videos streamed at once; short ones have three shots.",
 )  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True,
               help="Processes that score.")  # fmt: skip
@@ -47,6 +57,7 @@ def command(
     recipes: tuple[str, ...],
     output: Path | None,
     shots: int,
+    minutes: int,
     at_once: int,
     workers: int,
     overrides: tuple[str, ...],
@@ -93,7 +104,9 @@ def command(
         console.print(f"{path.stem}: {plan.describe()['transformer']}", highlight=False)
         plans.append((path.stem, plan))
     if dry_run:
-        console.print(f"{films * _SHOTS} shots a recipe, {batch} videos at once")
+        console.print(
+            f"{films * _SHOTS} shots and {minutes} minutes a recipe, {batch} videos at once"
+        )
         return
     share_cores(chosen)
     base = plans[0][1]
@@ -102,11 +115,12 @@ def command(
         def measured() -> Iterator[Callable[[], dict[str, Any]]]:
             for name, plan in plans:
                 with console.status(f"comparing {name}"):
-                    row = _measure(name, base, plan, films, pool)
+                    row = _measure(name, base, plan, films, minutes, pool)
                 yield row
 
         results = [row() for row in one_ahead(measured())]
-    line = ["lltk", "compare", *recipes, "--shots", str(shots), "--device", str(chosen)]
+    line = ["lltk", "compare", *recipes, "--shots", str(shots), "--minutes", str(minutes)]
+    line += ["--at-once", str(at_once), "--device", str(chosen)]
     line += [part for change in overrides for part in ("--set", change)]
     method = (
         "Relative errors over the denoising passes of a video, both models seeing the latents that "
@@ -120,39 +134,55 @@ def command(
         click.echo(record.model_dump_json(indent=2))
     console.print(row_table("Relative error", [_error_row(row) for row in results]))
     console.print(row_table("Tiny world", [_quality_row(row, results[0]) for row in results]))
+    if minutes:
+        console.print(row_table("Single shots of 60 s", [_minute_row(row) for row in results]))
 
 
 def _measure(
-    name: str, base: StreamPlan, plan: StreamPlan, films: int, pool: Executor
+    name: str, base: StreamPlan, plan: StreamPlan, films: int, minutes: int, pool: Executor
 ) -> Callable[[], dict[str, Any]]:
-    """Errors against the base, and agreement of the recipe's own videos, once they are scored."""
+    """Errors against the base, and what the recipe's own videos show, once they are scored."""
     from dataclasses import asdict
 
-    from lltk.bench.agreement import encoded, scored, summarise, videos
+    from lltk.bench.agreement import encoded, lasting, scored, summarise
     from lltk.bench.compare import layer_errors
     from lltk.bench.quality import draw_stories
     from lltk.graph.module import instantiate
 
     geometry, steps = plan.transformer.geometry, plan.section.steps
-    batch = geometry.batch
     stories = draw_stories(_SEED, films, _SHOTS, _CHUNKS, geometry.chunk)
     pairs = [(p.transformer, instantiate(p.transformer, p.device)) for p in (base, plan)]
-    errors = layer_errors(pairs[0], pairs[1], encoded(base, stories[:batch]), steps, _SEED)
+    text = encoded(base, stories[: geometry.batch])
+    errors = layer_errors(pairs[0], pairs[1], text, steps, _SEED)
     del pairs
-    scores = []
-    for start in range(0, films, batch):
+    scores = [scored(pool, made, some) for made, some in _films(plan, stories)]
+    long = draw_stories(_SEED + 1, minutes, 1, _LONG_CHUNKS, geometry.chunk)
+    kept = lasting(pool, [film for made, _ in _films(plan, long) for film in made])
+
+    def row() -> dict[str, Any]:
+        found = {
+            "name": name,
+            "errors": errors,
+            "ran": plan.transformer.implementations,
+            "recipe": plan.transformer.recipe["passes"],
+            **asdict(summarise([score for some in scores for score in some()])),
+        }
+        return found | ({"minute": asdict(kept())} if minutes else {})
+
+    return row
+
+
+def _films(
+    plan: StreamPlan, stories: Sequence[Story]
+) -> Iterator[tuple[list[Tensor], Sequence[Story]]]:
+    """Videos of stories, as many at once as the plan is for; the last batch is filled up."""
+    from lltk.bench.agreement import videos
+
+    batch = plan.transformer.geometry.batch
+    for start in range(0, len(stories), batch):
         some = stories[start : start + batch]
-        # The last batch is filled up: a plan is for one number of videos.
-        filled = [*some, *stories[: batch - len(some)]]
-        made = videos(plan, filled, steps, _SEED + start)
-        scores.append(scored(pool, made[: len(some)], some))
-    return lambda: {
-        "name": name,
-        "errors": errors,
-        "ran": plan.transformer.implementations,
-        "recipe": plan.transformer.recipe["passes"],
-        **asdict(summarise([score for some in scores for score in some()])),
-    }
+        filled = list(islice(cycle(some), batch))
+        yield videos(plan, filled, plan.section.steps, _SEED + start)[: len(some)], some
 
 
 def _error_row(row: dict[str, Any]) -> dict[str, str]:
@@ -181,15 +211,22 @@ def _quality_row(row: dict[str, Any], base: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _minute_row(row: dict[str, Any]) -> dict[str, str]:
+    from lltk.bench.agreement import interval
+
+    early, late = (interval(row["minute"][when]) for when in ("early", "late"))
+    return {"recipe": row["name"], "identity at 2 s %": early, "identity at 60 s %": late}
+
+
 def _text(record: Any) -> str:
     from lltk.bench.record import markdown
 
     base = record.results[0]
-    first = base["errors"]
-    columns: dict[str, Any] = {"recipe": lambda row: row["name"]}
-    for heading in _quality_row(base, base):
-        if heading != "recipe":
-            columns[heading] = lambda row, key=heading: _quality_row(row, base)[key]
-    for layer in first:
-        columns[layer] = lambda row, key=layer: f"{row['errors'][key]:.4f}"
+
+    def cells(row: dict[str, Any]) -> dict[str, str]:
+        minute = _minute_row(row) if "minute" in row else {}
+        errors = {layer: f"{error:.4f}" for layer, error in row["errors"].items()}
+        return {**_quality_row(row, base), **minute, **errors}
+
+    columns = {heading: lambda row, key=heading: cells(row)[key] for heading in cells(base)}
     return markdown(record, "Precisions compared", columns)
