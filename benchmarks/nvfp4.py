@@ -8,9 +8,7 @@ Writes nvfp4.json and nvfp4.md beside this file, or into --output.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,54 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lltk.bench.record import make_record, markdown, percentile, write_record
+from lltk.bench.clock import Clock
+from lltk.bench.record import make_record, markdown, write_record
 from lltk.ops.hadamard.reference import SIGNS
 from lltk.ops.implementations import register_ops
 from lltk.ops.nvfp4_backends import check_backend
 
-_CACHE_BYTES = 256 * 2**20
 _METHOD = """\
-Milliseconds of {runs} runs after one warm-up: {clock}. {flush}Bytes: what kernels read and write of
-their operands and results; quantising reads its input twice, once for the amax. Once: every operand
-and result counted once. GB/s and its share of a copy are of bytes; the copy moves as many, in the
-same manner. Products: against torch.matmul of bfloat16 operands of the same shape."""
-
-
-class Clock:
-    """Times calls on a device, with cold caches; on CUDA as graphs, without launches."""
-
-    def __init__(self, device: torch.device, runs: int) -> None:
-        self.device = device
-        self.runs = runs
-        self.cuda = device.type == "cuda"
-        self.cache = torch.empty(_CACHE_BYTES if self.cuda else 1, dtype=torch.uint8, device=device)
-
-    def __call__(self, call: Callable[[], object]) -> dict[str, float]:
-        """Median and p90 in milliseconds."""
-        call()
-        times = self._graph(call) if self.cuda else [self._wall(call) for _ in range(self.runs)]
-        return {"median_ms": statistics.median(times), "p90_ms": percentile(times, 0.9)}
-
-    def _wall(self, call: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
-
-    def _graph(self, call: Callable[[], object]) -> list[float]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        graph.replay()
-        events = []
-        for _ in range(self.runs):
-            self.cache.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) for start, end in events]
+Bytes: what kernels read and write of their operands and results; quantising reads its input twice,
+once for the amax. Once: every operand and result counted once. GB/s and its share of a copy are of
+bytes; the copy moves as many, in the same manner. Products: against torch.matmul of bfloat16
+operands of the same shape."""
 
 
 def moved(*tensors: Tensor) -> int:
@@ -203,15 +164,11 @@ def main() -> None:
     sizes = (options.tokens, options.width, options.ffn, options.backend)
     with torch.no_grad():
         results = [*bandwidths(clock, *sizes), *products(clock, *sizes)]
-    method = _METHOD.format(
-        runs=options.runs,
-        clock="CUDA events around a graph's replay" if clock.cuda else "wall time",
-        flush="256 MiB are written before each, so that caches are cold. " if clock.cuda else "",
-    )
+    method = f"{clock.method} {_METHOD}"
     record = make_record(
         "nvfp4",
         f"benchmarks/nvfp4.py {' '.join(sys.argv[1:])}".strip(),
-        f"Backend {options.backend}. " + method.replace("\n", " "),
+        f"Backend {options.backend}. {method}".replace("\n", " "),
         results,
     )
     text = markdown(

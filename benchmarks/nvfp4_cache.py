@@ -1,0 +1,158 @@
+"""What the KV cache in NVFP4 costs a stream, writing and reading, against bfloat16's.
+
+    .venv/bin/python benchmarks/nvfp4_cache.py [--runs 50]
+
+Writes nvfp4_cache.json and nvfp4_cache.md beside this file, or into --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.bench.clock import Clock
+from lltk.bench.record import make_record, markdown, write_record
+from lltk.ops.implementations import IMPLEMENTATIONS, register_ops
+
+_METHOD = """\
+One layer, keys and values: a commit writes a page of each; a read is attention to the chunk's own
+keys and to all listed pages, gathered or decoded for it. A chunk: every layer's commit and,
+in {passes} passes, its reads; against the fastest reader of bfloat16 pages. Of a chunk: of its
+attention and linears in bfloat16, measured alike, a lower bound of its time."""
+_READS = {"bfloat16": "paged_attention", "NVFP4": "nvfp4_paged_attention"}
+
+
+def main() -> None:
+    """Measure and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--backend", default="triton", help="that writes NVFP4's pages")
+    parser.add_argument("--tokens", type=int, default=7040, help="of a chunk: 8 frames of 880")
+    parser.add_argument("--pages", type=int, default=3, help="listed, a chunk each")
+    parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--head-width", type=int, default=128)
+    parser.add_argument("--ffn", type=int, default=14336)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--passes", type=int, default=5, help="of a chunk, its commit included")
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    options = parser.parse_args()
+    register_ops()
+    clock = Clock(options.device, options.runs)
+    with torch.no_grad():
+        results = _results(options, clock)
+    record = make_record(
+        "nvfp4_cache",
+        f"benchmarks/nvfp4_cache.py {' '.join(sys.argv[1:])}".strip(),
+        f"{clock.method} {_METHOD.format(passes=options.passes)}".replace("\n", " "),
+        results,
+    )
+    text = markdown(
+        record,
+        "The KV cache in NVFP4",
+        {
+            "cache": lambda row: row["cache"],
+            "read by": lambda row: row["reader"],
+            "commit ms": lambda row: f"{row['commit']['median_ms']:.4f}",
+            "read ms": lambda row: f"{row['read']['median_ms']:.4f}",
+            "p90": lambda row: f"{row['read']['p90_ms']:.4f}",
+            "a chunk more, ms": lambda row: f"{row['more_ms']:+.1f}",
+            "of a chunk %": lambda row: f"{row['of_chunk']:+.2f}",
+        },
+    )
+    write_record(options.output / "nvfp4_cache", record, text)
+    print(text)
+
+
+def _results(options: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
+    rows = list(_rows(options, clock))
+    for row in rows:
+        row["chunk_ms"] = options.layers * (
+            row["commit"]["median_ms"] + options.passes * row["read"]["median_ms"]
+        )
+    base = min(row["chunk_ms"] for row in rows if row["cache"] == "bfloat16")
+    linears = _linears(options, clock)
+    whole = base + options.layers * options.passes * linears
+    for row in rows:
+        row["more_ms"] = row["chunk_ms"] - base
+        row["of_chunk"] = 100 * row["more_ms"] / whole
+        row["linears_ms"] = linears
+    return rows
+
+
+def _rows(options: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]:
+    """A row for each cache and each way to read it that the device has."""
+    size = (1, options.tokens, options.heads, options.head_width)
+    q, k, v = (torch.randn(size, dtype=torch.bfloat16, device=clock.device) for _ in range(3))
+    slots = options.pages + 1
+    table = torch.arange(options.pages, device=clock.device)
+    plain = [k.new_zeros(1, slots, *size[1:]) for _ in range(2)]
+    caches: list[tuple[str, list[Tensor | None], Callable[[Tensor], None]]] = [
+        ("bfloat16", [*plain], partial(_commit, plain, k, v)),
+    ]
+    for name, smoothing, rule in (
+        ("NVFP4", False, "none"),
+        ("NVFP4, smoothed", True, "none"),
+        ("NVFP4, smoothed, 4/6 mse", True, "mse"),
+    ):
+        arenas = [_arena(k, slots, smoothing) for _ in range(2)]
+        write = partial(_commit_nvfp4, arenas, k, v, rule, options.backend)
+        caches.append((name, [part for arena in arenas for part in arena], write))
+    for name, pages, commit in caches:
+        for slot in table.split(1):
+            commit(slot)
+        times = clock(partial(commit, torch.tensor([options.pages], device=clock.device)))
+        for choice in IMPLEMENTATIONS:
+            if choice.op != _READS[name.partition(",")[0]] or choice.name == "reference":
+                continue
+            if choice.missing(clock.device) is None:
+                read = clock(partial(choice.load(), q, k, v, *pages, table))
+                yield {"cache": name, "reader": choice.name, "commit": times, "read": read}
+
+
+def _commit(arenas: list[Tensor], k: Tensor, v: Tensor, slot: Tensor) -> None:
+    for arena, value in zip(arenas, (k, v), strict=True):
+        torch.ops.lltk.write_page(arena, value, slot)
+
+
+def _commit_nvfp4(
+    arenas: list[list[Tensor | None]], k: Tensor, v: Tensor, rule: str, backend: str, slot: Tensor
+) -> None:
+    for arena, value in zip(arenas, (k, v), strict=True):
+        torch.ops.lltk.nvfp4_write_page(*arena, value, slot, rule, backend)
+
+
+def _arena(like: Tensor, slots: int, smoothing: bool) -> list[Tensor | None]:
+    """Codes, scales, decode scales and means, as the nvfp4_cache pass lays them out."""
+    batch, tokens, heads, width = like.shape
+    head = (batch, slots, heads)
+    return [
+        like.new_zeros((batch, slots, tokens, heads, width // 2), dtype=torch.uint8),
+        like.new_zeros((batch, slots, tokens, heads, width // 16), dtype=torch.float8_e4m3fn),
+        like.new_zeros(head, dtype=torch.float32),
+        like.new_zeros((*head, width)) if smoothing else None,
+    ]
+
+
+def _linears(options: argparse.Namespace, clock: Clock) -> float:
+    """Milliseconds of a block's linears over a chunk: six square ones and the feed-forward."""
+    width = options.heads * options.head_width
+    total = 0.0
+    for count, n, k in ((6, width, width), (1, options.ffn, width), (1, width, options.ffn)):
+        x, weight = (
+            torch.randn(rows, k, dtype=torch.bfloat16, device=clock.device)
+            for rows in (options.tokens, n)
+        )
+        total += count * clock(partial(torch.matmul, x, weight.t()))["median_ms"]
+    return total
+
+
+if __name__ == "__main__":
+    main()
