@@ -112,6 +112,8 @@ def _rows(options: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]
         for choice in IMPLEMENTATIONS:
             if choice.op != _READS[name.partition(",")[0]] or choice.name == "reference":
                 continue
+            if choice.name == "decode" and clock.cuda:
+                continue  # it copies a table from the host, which a graph cannot record
             if choice.missing(clock.device) is None:
                 read = clock(partial(choice.load(), q, k, v, *pages, table))
                 yield {"cache": name, "reader": choice.name, "commit": times, "read": read}

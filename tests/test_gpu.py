@@ -141,18 +141,18 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = streams.save_pipeline(tmp_path / "pipeline")
     recipe = streams.open_recipe("tiny_stream", (*streams.SIZES, f"stream.pipeline={folder}"))
     wanted, wanted_video = streams.streamed(plan_stream(recipe))
-    denoise = Session._denoise
+    passes = Session._passes
 
     def watched(self: Session, positions: Tensor, table: Sequence[int]) -> Tensor:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return denoise(self, positions, table)
+            return passes(self, positions, table)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
     plan = plan_stream(recipe, "cuda")
     streams.streamed(plan, streams.SHOTS[:1])  # warm-up: libraries are loaded with waiting
-    monkeypatch.setattr(Session, "_denoise", watched)
+    monkeypatch.setattr(Session, "_passes", watched)
     latents, video = streams.streamed(plan)
     assert float((latents.cpu() - wanted).abs().max() / wanted.abs().max()) < 1e-2
     assert float((video.cpu() - wanted_video).abs().mean()) < 1e-2

@@ -385,25 +385,38 @@ def test_kernels_compile(architecture: int, compiled: Any) -> None:
         # Rounding once, at full precision and range.
         assert "fma" not in ptx and "ftz" not in ptx and "div.full" not in ptx
     assert compiled(architecture, run_triton("nvfp4_transpose", *quantised[:2]))
-    multiply = run_triton("nvfp4_matmul", *quantised, *quantised, x.dtype)
-    ptx = compiled(architecture, multiply)["_matmul"]
-    assert ("mxf4nvf4" in ptx) == native
-    expected = {
-        90: "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
-        100: "tcgen05.mma",
-        120: "mma.sync.aligned",
-    }
-    assert expected[architecture] in ptx
 
 
 @cpu
 @needs_triton
-def test_products_compile_where_triton_cannot_multiply_codes(compiled: Any) -> None:
-    assert set(MULTIPLIED) < set(E2M1)
+@pytest.mark.parametrize(("architecture", "product"), [(100, "tcgen05.mma"), (120, "mma.sync")])
+def test_products_multiply_codes(architecture: int, product: str, compiled: Any) -> None:
     quantised = nvfp4_quantise(torch.ones(64, 256), 16)
     multiply = run_triton("nvfp4_matmul", *quantised, *quantised, torch.bfloat16)
-    ptx = compiled(121, multiply)["_matmul"]
-    assert "mxf4nvf4" not in ptx and "bf16.bf16.f32" in ptx
+    ptx = compiled(architecture, multiply)["_matmul"]
+    assert "mxf4nvf4" in ptx and product in ptx
+
+
+@cpu
+@needs_triton
+@pytest.mark.parametrize("architecture", [90, 121])
+def test_products_are_of_bfloat16_where_triton_cannot_multiply_codes(
+    architecture: int, compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(MULTIPLIED) < set(E2M1)
+    seen = []
+
+    def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:  # a CPU's has no out_dtype
+        seen.append((a.dtype, b.dtype, out_dtype))
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(torch, "mm", mm)
+    quantised = nvfp4_quantise(torch.ones(64, 256), 16)
+    kernels = compiled(
+        architecture, run_triton("nvfp4_matmul", *quantised, *quantised, torch.bfloat16)
+    )
+    assert set(kernels) == {"_dequantise"}
+    assert seen == [(torch.bfloat16, torch.bfloat16, torch.float32)]
 
 
 # torch's product

@@ -428,11 +428,19 @@ class Session:
             with self._watch.measure("recache"):
                 self._runtime.commit(latents, positions, older, slot)
 
-    def _denoise(self, positions: Tensor, table: Sequence[int], look: bool = False) -> Tensor:
+    def _denoise(self, positions: Tensor, table: Sequence[int]) -> Tensor:
         """A chunk of clean latents, float32 [B, C, F, h, w].
 
-        If they are not finite, the passes are made once more, to ``look`` where that begins.
+        If they are not finite, the passes are made once more, to say where that begins.
         """
+        clean = self._passes(positions, table)
+        if bool(clean.isfinite().all()):
+            return clean
+        self._passes(positions, table, look=True)
+        raise ValueError(f"chunk {self.chunk}: the sampler's latents are not finite")
+
+    def _passes(self, positions: Tensor, table: Sequence[int], look: bool = False) -> Tensor:
+        """What the passes end with; to ``look`` for what is not finite waits for the device."""
         runtime, image = self._runtime, self._image if self.chunk == 0 else None
         sampler = Sampler(self._schedule, self._noise())
         for index in range(self._sampling.steps):
@@ -453,12 +461,7 @@ class Session:
             if self._unconditional is not None:
                 velocity = guided(samples[0], samples[1], self._sampling.guidance)
             sampler.step(index, velocity)
-        clean = _with_first(image, sampler.result)
-        if bool(clean.isfinite().all()):
-            return clean
-        if look:
-            raise ValueError(f"chunk {self.chunk}: the sampler's latents are not finite")
-        return self._denoise(positions, table, look=True)
+        return _with_first(image, sampler.result)
 
     def _noise(self) -> Tensor:
         items = range(self._runtime.geometry.batch)

@@ -1,7 +1,8 @@
-"""A block-scaled product as a kernel.
+"""A block-scaled product, by a kernel where tensor cores know E2M1.
 
-Where tensor cores know E2M1 it multiplies codes, elsewhere tiles decoded to bfloat16, which holds
-them exactly. Sums are the tensor cores' float32, in their order.
+Elsewhere operands are decoded to bfloat16, which holds codes and block scales exactly, and torch
+multiplies: decoding once takes less than decoding every tile wherever it is used. Sums are the
+tensor cores' float32, in their order.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lltk.ops.nvfp4_backends import MULTIPLIED, has_e2m1
-from lltk.ops.triton_floats import decode_e2m1, decode_e4m3, unpack
+from lltk.ops.nvfp4_dequantise.triton import nvfp4_dequantise
 
 # Of fewer rows than 128, Blackwell's tensor cores do not multiply codes.
-_TILE = {"ROWS": 128, "COLUMNS": 128}
+_TILE = {"ROWS": 128, "COLUMNS": 128, "WIDTH": 256}
+
+Operand = tuple[Tensor, Tensor, Tensor]
+"""Codes [L, K/2], scales [L, K/16] and decode scale."""
 
 
 def nvfp4_matmul(
@@ -28,27 +32,36 @@ def nvfp4_matmul(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `reference.nvfp4_matmul`, of which it may differ by what float32 sums round."""
-    native = has_e2m1(a_codes.device, MULTIPLIED)
-    half, columns = b_codes.shape[1], b_codes.shape[0]
-    rows = a_codes.numel() // half
-    product = a_codes.new_empty((*a_codes.shape[:-1], columns), dtype=dtype)
-    scale_dtype = torch.float8_e4m3fn if native else torch.uint8
+    multiply = _coded if has_e2m1(a_codes.device, MULTIPLIED) else _decoded
+    a = (a_codes.flatten(0, -2), a_scales.flatten(0, -2), a_scale)
+    product = multiply(a, (b_codes, b_scales, b_scale), dtype)
+    return product.unflatten(0, a_codes.shape[:-1])
+
+
+def _decoded(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
+    one = torch.ones_like(a[2])
+    left, right = (nvfp4_dequantise(*operand[:2], one, torch.bfloat16) for operand in (a, b))
+    sums = torch.mm(left, right.t(), out_dtype=torch.float32)
+    return torch.mul(sums, a[2] * b[2], out=torch.empty_like(sums, dtype=dtype))
+
+
+def _coded(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
+    rows, columns = len(a[0]), len(b[0])
+    product = a[0].new_empty((rows, columns), dtype=dtype)
     grid = (triton.cdiv(rows, _TILE["ROWS"]) * triton.cdiv(columns, _TILE["COLUMNS"]),)
-    with torch.cuda.device_of(a_codes):
+    with torch.cuda.device_of(product):
         _matmul[grid](
-            a_codes.contiguous(),
-            a_scales.contiguous().view(scale_dtype),
-            a_scale,
-            b_codes.contiguous(),
-            b_scales.contiguous().view(scale_dtype),
-            b_scale,
+            a[0].contiguous(),
+            a[1].contiguous(),
+            a[2],
+            b[0].contiguous(),
+            b[1].contiguous(),
+            b[2],
             product,
             rows,
             columns,
-            half,
+            b[0].shape[1],
             **_TILE,
-            WIDTH=256 if native else 64,
-            NATIVE=native,
             num_warps=8,
             num_stages=3,
         )
@@ -70,7 +83,6 @@ def _matmul(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
-    NATIVE: tl.constexpr,
 ):
     # Programs that run together share tiles of both operands.
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
@@ -81,10 +93,7 @@ def _matmul(
     for byte in range(0, half, WIDTH // 2):
         a, a_steps = _tile(a_codes, a_scales, row, rows, byte, half, WIDTH)
         b, b_steps = _tile(b_codes, b_scales, column, columns, byte, half, WIDTH)
-        if NATIVE:
-            total = tl.dot_scaled(a, a_steps, "e2m1", tl.trans(b), b_steps, "e2m1", total)
-        else:
-            total = tl.dot(_decode(a, a_steps), tl.trans(_decode(b, b_steps)), total)
+        total = tl.dot_scaled(a, a_steps, "e2m1", tl.trans(b), b_steps, "e2m1", total)
     total = total * (tl.load(a_scale) * tl.load(b_scale))
     tl.store(
         product + row.to(tl.int64)[:, None] * columns + column[None, :],
@@ -106,13 +115,3 @@ def _tile(codes, scales, row, rows, byte, half, WIDTH: tl.constexpr):
         other=0.0,
     )
     return tile, steps
-
-
-@triton.jit
-def _decode(codes, steps):
-    """bfloat16 [R, K] of codes and scales: exact."""
-    rows: tl.constexpr = codes.shape[0]
-    width: tl.constexpr = 2 * codes.shape[1]
-    values = tl.reshape(decode_e2m1(unpack(codes)), (rows, width // 16, 16))
-    values = values * decode_e4m3(steps.to(tl.int32))[:, :, None]
-    return tl.reshape(values, (rows, width)).to(tl.bfloat16)

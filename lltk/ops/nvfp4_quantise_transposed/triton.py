@@ -1,6 +1,7 @@
 """Transposing, transforming and quantising without writing what lies between.
 
-Both kernels transform: reading and adding up twice is cheaper than writing once.
+Both kernels transform: reading and adding up twice is cheaper than writing once. Each row of a
+transform is a tensor of its own, so that every sum is of a thread's own registers.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lltk.ops.floats import E4M3_MAX
-from lltk.ops.hadamard.triton import sign_bits, transform
+from lltk.ops.hadamard.triton import sign_bits
 from lltk.ops.nvfp4_backends import has_e2m1
 from lltk.ops.nvfp4_quantise.reference import BLOCK, FOUR_OVER_SIX_MAX, RULES, Quantised
 from lltk.ops.nvfp4_quantise.triton import check_dtype, quantise_blocks, tensor_scales
 from lltk.ops.nvfp4_quantise_transposed.reference import padded
 from lltk.ops.triton_floats import is_finite
 
-_ROWS, _COLUMNS = 64, 64
+_COLUMNS = 256
 
 
 def nvfp4_quantise_transposed(
@@ -42,11 +43,12 @@ def nvfp4_quantise_transposed(
     decode_scale = torch.empty_like(own)
     codes = x.new_empty((columns, blocks * BLOCK // 2), dtype=torch.uint8)
     scales = x.new_empty((columns, blocks), dtype=torch.float8_e4m3fn)
-    grid = (triton.cdiv(columns, _COLUMNS), triton.cdiv(blocks * BLOCK, _ROWS))
+    together = max(BLOCK, len(signs))
+    grid = (blocks * BLOCK // together, triton.cdiv(columns, _COLUMNS))
     tile = {
         "TOP": torch.finfo(x.dtype).max,
-        "STAGES": len(signs).bit_length() - 1,
-        "ROWS": _ROWS,
+        "WIDTH": max(1, len(signs)),
+        "ROWS": together,
         "COLUMNS": _COLUMNS,
         "enable_fp_fusion": False,
     }
@@ -81,13 +83,16 @@ def _largest(
     rows,
     columns,
     TOP: tl.constexpr,
-    STAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    values = _turned(x, signs, rows, columns, TOP, STAGES, ROWS, COLUMNS)
-    bits = tl.reshape(values, (ROWS * COLUMNS,)).to(tl.int32, bitcast=True)
-    tl.atomic_max(largest, tl.max(bits & 0x7FFFFFFF, 0))
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    turned = _turned(x, signs, tl.program_id(0) * ROWS, column, rows, columns, TOP, WIDTH, ROWS)
+    bits = tl.zeros((COLUMNS,), tl.int32)
+    for index in tl.static_range(ROWS):
+        bits = tl.maximum(bits, turned[index].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    tl.atomic_max(largest, tl.max(bits, 0))
 
 
 @triton.jit(do_not_specialize=["signs", "stream"])
@@ -104,53 +109,98 @@ def _quantise(
     columns,
     blocks,
     TOP: tl.constexpr,
-    STAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SCALE_TOP: tl.constexpr,
     RULE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    amount: tl.constexpr = COLUMNS * ROWS // 16
+    # Backwards: what the largest was looked for in last is still in the cache.
+    first = tl.num_programs(0) - 1 - tl.program_id(0)
+    column = (tl.num_programs(1) - 1 - tl.program_id(1)) * COLUMNS + tl.arange(0, COLUMNS)
     stores = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     finite, largest, encode, decode = tensor_scales(own, own, decode_scale, stores, SCALE_TOP)
-    values = _turned(x, signs, rows, columns, TOP, STAGES, ROWS, COLUMNS)
-    values = tl.reshape(values, (1, amount, 16))
-    if not finite:
-        values = tl.where(is_finite(values), values, 0.0)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
-    local = tl.program_id(1) * (ROWS // 16) + tl.arange(0, ROWS // 16)[None, :]
-    block = tl.reshape(column.to(tl.int64) * blocks + local, (1, amount))
-    inside = tl.reshape((column < columns) & (local < blocks), (1, amount))
-    scale, packed = quantise_blocks(
-        values, block, largest, encode, decode, seed, stream, SCALE_TOP, RULE, NATIVE
-    )
-    tl.store(scales + block, scale[None, :], mask=inside)
-    byte = tl.arange(0, 8)[None, None, :]
-    tl.store(codes + (block[:, :, None] * 8 + byte), packed, mask=inside[:, :, None])
+    turned = _turned(x, signs, first * ROWS, column, rows, columns, TOP, WIDTH, ROWS)
+    for index in tl.static_range(ROWS // 16):
+        values = tl.reshape(_joined(turned, 16 * index), (1, COLUMNS, 16))
+        if not finite:
+            values = tl.where(is_finite(values), values, 0.0)
+        block = column.to(tl.int64) * blocks + first * (ROWS // 16) + index
+        scale, packed = quantise_blocks(
+            values, block[None, :], largest, encode, decode, seed, stream, SCALE_TOP, RULE, NATIVE
+        )
+        inside = column < columns
+        tl.store(scales + block, scale, mask=inside)
+        packed = tl.reshape(packed, (COLUMNS, 8))
+        byte = tl.arange(0, 8)[None, :]
+        tl.store(codes + block[:, None] * 8 + byte, packed, mask=inside[:, None])
 
 
 @triton.jit
 def _turned(
     x,
     signs,
+    first,
+    column,
     rows,
     columns,
     TOP: tl.constexpr,
-    STAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
-    """This program's tile of the transformed transpose, rounded as x is; float32 [C, R]."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    values = tl.load(
-        x + (row.to(tl.int64)[:, None] * columns + column[None, :]),
-        mask=(row < rows)[:, None] & (column < columns)[None, :],
-        other=0.0,
-    )
-    values = tl.trans(values).to(tl.float32)
-    if STAGES >= 0:
-        values = tl.reshape(values, (COLUMNS * ROWS >> STAGES, 1 << STAGES))
-        values = transform(values, signs, TOP, STAGES).to(x.dtype.element_ty).to(tl.float32)
-    return tl.reshape(values, (COLUMNS, ROWS))
+    """Some columns of ROWS rows, transformed and rounded as x is: a float32 [C] for each row."""
+    turned = ()
+    for start in tl.static_range(0, ROWS, WIDTH):
+        values = ()
+        finite = column < columns
+        for index in tl.static_range(WIDTH):
+            row = first + start + index
+            inside = (column < columns) & (row < rows)
+            value = tl.load(x + (row.to(tl.int64) * columns + column), mask=inside, other=0.0)
+            values = values + (value.to(tl.float32),)
+            finite = finite & is_finite(values[index])
+        if WIDTH > 1:
+            values = _transformed(values, signs, WIDTH)
+        for index in tl.static_range(WIDTH):
+            value = values[index]
+            if WIDTH > 1:
+                value = tl.where(finite, tl.minimum(tl.maximum(value, -TOP), TOP), value)
+            turned = turned + (value.to(x.dtype.element_ty).to(tl.float32),)
+    return turned
+
+
+@triton.jit
+def _transformed(values, signs, WIDTH: tl.constexpr):
+    """A tuple's transform, in the order of sums that `hadamard.reference.hadamard` has."""
+    signed = ()
+    for index in tl.static_range(WIDTH):
+        negative = ((signs.to(tl.uint64) >> index) & 1) == 1
+        signed = signed + (values[index] * tl.where(negative, -1.0 / WIDTH, 1.0 / WIDTH),)
+    for stage in tl.static_range(6):
+        if 1 << stage < WIDTH:
+            sums = ()
+            for index in tl.static_range(WIDTH):
+                if index & (1 << stage):
+                    sums = sums + (signed[index ^ (1 << stage)] - signed[index],)
+                else:
+                    sums = sums + (signed[index] + signed[index ^ (1 << stage)],)
+            signed = sums
+    scaled = ()
+    for index in tl.static_range(WIDTH):
+        scaled = scaled + (signed[index] * WIDTH**0.5,)
+    return scaled
+
+
+@triton.jit
+def _joined(values, first: tl.constexpr):
+    """Sixteen of a tuple's tensors [C], from one on, as [C, 16]."""
+    joined = ()
+    for index in tl.static_range(16):
+        joined = joined + (values[first + index],)
+    for stage in tl.static_range(4):
+        halves = ()
+        for index in tl.static_range(8 >> stage):
+            halves = halves + (tl.join(joined[index], joined[index + (8 >> stage)]),)
+        joined = halves
+    return tl.reshape(joined[0], (joined[0].shape[0], 16))
