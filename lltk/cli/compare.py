@@ -95,7 +95,7 @@ def command(
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     hide_loading()
     films = -(-shots // _SHOTS)
-    batch = min(films, at_once)
+    batch = min(max(films, minutes), at_once)
     sizes = (*overrides, f"geometry.batch={batch}")
     plans = []
     for path in paths:
