@@ -62,8 +62,9 @@ def main() -> None:
     record = make_record(
         "nvfp4_training",
         " ".join(["python", "benchmarks/nvfp4_training.py", *sys.argv[1:]]),
-        "Teacher forcing on the tiny world. For a seed all variants have the same start, clips, "
-        "noise and rates. Held-out loss: of the averaged weights at the end, over clips and noise "
+        "Teacher forcing on the tiny world, linears converted as the recipe tiny_train_nvfp4 has "
+        f"them, by {arguments.backend}. For a seed all variants have the same start, clips, noise "
+        "and rates. Held-out loss: of the averaged weights at the end, over clips and noise "
         "that are the same for all.",
         rows,
     )

@@ -144,6 +144,7 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Session._passes
 
     def watched(self: Session, positions: Tensor, table: Sequence[int]) -> Tensor:
+        self._pipeline.rest()  # the decoder's thread may wait, and the mode is every thread's
         torch.cuda.set_sync_debug_mode("error")
         try:
             return passes(self, positions, table)

@@ -72,7 +72,7 @@ def transform(values, signs, TOP: tl.constexpr, STAGES: tl.constexpr):
     for stage in tl.static_range(STAGES):
         pair = tl.reshape(turned, (amount * width >> (stage + 1), 2, 1 << stage))
         # Sums of two numbers, in either order.
-        first, second = tl.sum(pair, 1), tl.sum(tl.where(lower, pair, -pair), 1)
+        first, second = tl.sum(pair, 1), tl.sum(pair * tl.where(lower, 1.0, -1.0), 1)
         pair = tl.where(lower, first[:, None, :], second[:, None, :])
         turned = tl.reshape(pair, (amount, width))
     turned = turned * width**0.5
