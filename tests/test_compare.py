@@ -97,6 +97,7 @@ def test_a_plot_has_its_curves() -> None:
     lines = [e for e in root if e.tag.endswith("polyline")]
     texts = [e.text for e in root if e.tag.endswith("text")]
     assert len(lines) == 2 and {"one", "what"} <= set(texts)
+    assert {"1", "1.5", "3", "0", "2"} <= set(texts), "round numbers"
     ends = [line.attrib["points"].split()[-1].split(",") for line in lines]
     assert float(ends[0][0]) < float(ends[1][0]), "one axis for both"
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _EDGE = 720, 360, 64, 36, 16
-_TICKS = 4
+_ROW = 15
 _POINTS = 600
 
 
@@ -39,30 +40,31 @@ def line_plot(
     """
     points = [point for curve in curves for point in curve.points]
     left, right = min(x for x, _ in points), max(x for x, _ in points)
-    low, high = limits or (min(y for _, y in points), max(y for _, y in points))
+    heights = _ticks(*(limits or (min(y for _, y in points), max(y for _, y in points))))
+    low, high = heights[0], heights[-1]
+    labelled = [curve for curve in curves if curve.label]
+    top = _EDGE + _ROW * len(labelled)
 
     def x(value: float) -> float:
         return _LEFT + (value - left) / (right - left or 1.0) * (_WIDTH - _LEFT - _EDGE)
 
     def y(value: float) -> float:
-        room = _HEIGHT - _BOTTOM - _EDGE
-        return _EDGE + (high - value) / (high - low or 1.0) * room
+        return top + (high - value) / (high - low) * (_HEIGHT - _BOTTOM - top)
 
     marks = []
-    for tick in range(_TICKS + 1):
-        across, up = left + (right - left) * tick / _TICKS, low + (high - low) * tick / _TICKS
+    for tick in heights:
         marks.append(
-            f'<text x="{_LEFT - 6}" y="{y(up) + 4:.1f}" text-anchor="end">{_short(up)}</text>'
-            f'<line x1="{_LEFT}" x2="{_WIDTH - _EDGE}" y1="{y(up):.1f}" y2="{y(up):.1f}" '
+            f'<text x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
+            f'<line x1="{_LEFT}" x2="{_WIDTH - _EDGE}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" '
             'stroke="#ddd"/>'
-            f'<text x="{x(across):.1f}" y="{_HEIGHT - 20}" text-anchor="middle">'
-            f"{_short(across)}</text>"
         )
-    labelled = [curve for curve in curves if curve.label]
+    for tick in (tick for tick in _ticks(left, right) if left <= tick <= right):
+        marks.append(
+            f'<text x="{x(tick):.1f}" y="{_HEIGHT - 20}" text-anchor="middle">{tick:g}</text>'
+        )
     for row, curve in enumerate(labelled):
         marks.append(
-            f'<text x="{_WIDTH - _EDGE - 6}" y="{_EDGE + 14 + 15 * row}" text-anchor="end" '
-            f'fill="{curve.colour}">{curve.label}</text>'
+            f'<text x="{_LEFT}" y="{_EDGE + _ROW * row}" fill="{curve.colour}">{curve.label}</text>'
         )
     for curve in curves:
         some = curve.points[:: max(1, len(curve.points) // _POINTS)]
@@ -92,6 +94,10 @@ def running_mean(values: Sequence[float], smoothing: float = 0.95) -> list[float
     return means
 
 
-def _short(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _ticks(low: float, high: float) -> list[float]:
+    """About six round numbers, the first not above ``low`` and the last not below ``high``."""
+    rough = (high - low) / 5 or 1.0
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * size for size in (1, 2, 5, 10) if unit * size >= 0.75 * rough)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [float(f"{step * index:.12g}") for index in range(first, max(last, first + 1) + 1)]
