@@ -136,7 +136,8 @@ class StreamPlan:
             "transformer": f"{_where(self.device, program)}, {choices}",
             "decoder": f"{_where(self.decoder_device, self.decoder)}, "
             f"passes {', '.join(entry.name for entry in self.decoder.log)}",
-            "text encoder": f"{self.text_device}, {section.text.after} after use",
+            "text encoder": f"{self.text_device}, {section.text.after} after use"
+            + ("" if self.parts.text else "; its memory is not known without the pipeline's files"),
             "sampler": f"{section.steps} steps and a commit, shift {section.shift:g}{guided}",
             "video": f"{geometry.width}×{geometry.height} at {section.fps:g} fps",
             "cache": f"{geometry.window} latent frames in pages of {geometry.chunk}, "
@@ -160,7 +161,7 @@ def plan_stream(
     if recipe.program != "stream":
         raise ValueError(f"program: {recipe.program} cannot be streamed; name a stream recipe")
     section = stream_section(recipe.stream, "recipe")
-    folder = find_pipeline(section.pipeline) if weights else Path(section.pipeline)
+    folder = find_pipeline(section.pipeline, needed=weights)
     model = recipe.model
     if model.checkpoint is None and weights:
         model = model.model_copy(update={"checkpoint": str(folder)})

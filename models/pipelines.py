@@ -8,14 +8,18 @@ from pathlib import Path
 _SHIPPED = {"tiny": "tiny/pipeline"}
 
 
-def find_pipeline(name: str) -> Path:
+def find_pipeline(name: str, needed: bool = True) -> Path:
     """The folder of a pipeline given by path or, if shipped, by name.
+
+    Args:
+        name: of either.
+        needed: whether it must be there.
 
     Raises:
         ValueError: there is no such folder.
     """
     path = Path(name)
-    if path.is_dir():
+    if path.is_dir() or (name not in _SHIPPED and not needed):
         return path
     if name not in _SHIPPED:
         raise ValueError(

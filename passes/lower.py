@@ -15,6 +15,7 @@ from lltk.ops.nvfp4_dequantise.op import OVERLOAD as DEQUANTISE
 from lltk.ops.nvfp4_linear.op import OVERLOAD as LINEAR
 from lltk.ops.nvfp4_matmul.op import OVERLOAD as MATMUL
 from lltk.ops.nvfp4_quantise.op import OVERLOAD as QUANTISE
+from lltk.ops.nvfp4_quantise_norm.op import OVERLOAD as QUANTISE_NORM
 from lltk.ops.nvfp4_quantise_transposed.op import OVERLOAD as QUANTISE_TRANSPOSED
 from lltk.ops.nvfp4_transpose.op import OVERLOAD as TRANSPOSE
 from lltk.ops.nvfp4_write_page.op import OVERLOAD as WRITE_PAGE
@@ -22,6 +23,7 @@ from lltk.ops.nvfp4_write_page.op import OVERLOAD as WRITE_PAGE
 NVFP4_OPS = frozenset(
     {
         QUANTISE,
+        QUANTISE_NORM,
         QUANTISE_TRANSPOSED,
         DEQUANTISE,
         TRANSPOSE,

@@ -195,3 +195,14 @@ def test_a_pass_is_one_file(run: Run, tmp_path: Path, monkeypatch: pytest.Monkey
     assert code == 2
     assert "is float32 already" in " ".join(err.split())
     assert issubclass(type(lltk.passes.make_pass("wide_output", {})), Pass)
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "cuda:x", "meta"])
+def test_a_device_that_is_not_there(run: Run, device: str) -> None:
+    for command in ("stream", "train", "compare"):
+        recipes = {"stream": ["tiny_stream", "--prompt", "x"], "train": ["tiny_train"]}
+        code, _, err = run(
+            command, *recipes.get(command, ["tiny_stream", "tiny_stream"]), "-o", "x",
+            "--device", device,
+        )  # fmt: skip
+        assert code == 2 and f"--device: {device} is not here; there is cpu" in err

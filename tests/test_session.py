@@ -228,6 +228,9 @@ def test_recache_is_committing_from_scratch(plan: StreamPlan) -> None:
 # Prompt switches
 
 
+CUTLESS = [SHOTS[0], Shot(caption="a red square moving left", seconds=3, cut=False)]
+
+
 def run(stream: Stream) -> list[ChunkReport]:
     with stream:
         return list(stream)
@@ -255,6 +258,36 @@ def test_receipts(plan: StreamPlan) -> None:
         *["a blue square moving up"] * 2,
     ]
     assert "the prompt is empty" in refused(opened(plan)[0].switch, " ")
+
+
+def test_a_cut_renews_no_page(pipeline: Path) -> None:
+    """The prompt of its second chunk lacks the scene-cut prefix alone."""
+    stream, _ = opened(planned(pipeline, "stream.recache=true"))
+    assert all("recache" not in report.graphs for report in run(stream))
+    stream, _ = opened(planned(pipeline, "stream.recache=true"), CUTLESS)
+    assert [report.plan.chunk for report in run(stream) if "recache" in report.graphs] == [3]
+
+
+def test_a_switch_during_a_chunk_waits_for_the_next(plan: StreamPlan) -> None:
+    stream, _ = opened(plan)
+    encode, received = stream.session._encode, []
+
+    def switching(text: str) -> Tensor:  # while a chunk is under way
+        if text == SHOTS[0].caption:
+            received.append(stream.switch("a green star"))
+        return encode(text)
+
+    stream.session._encode = switching
+    with stream:
+        reports = list(stream)
+        assert "the script is over" in refused(stream.switch, "more")
+    assert received[0].received == 1 and reports[1].receipts[0].applied == 1
+    stream, _ = opened(plan, SHOTS[:1])
+    with stream:
+        while len(stream.session.script) > 1:
+            next(stream.session)
+        stream.session._begun += 1
+        assert "the script is over" in refused(stream.switch, "as the last chunk is made")
 
 
 def test_a_script_switches_without_a_cut(pipeline: Path) -> None:

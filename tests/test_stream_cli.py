@@ -202,6 +202,23 @@ def test_a_full_disk(run: Run, pipeline: Path, tmp_path: Path) -> None:
     assert len(read_video(tmp_path / "one_rest.mp4")) > 12
 
 
+def test_a_disk_too_full_for_the_contact_sheet(
+    run: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state is kept before, and the video is whole."""
+
+    def full(*arguments: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lltk.cli.outputs.contact_sheet", full)
+    sheet, state = tmp_path / "sheet.png", tmp_path / "state"
+    options = ["--prompt", "x", "--seconds", 1, "-o", tmp_path / "v.mp4", *sets(pipeline)]
+    files = ["--contact-sheet", sheet, "--save", state]
+    code, _, err = run("stream", "tiny_stream", *options, *files)
+    assert code == 1 and state.is_file() and len(read_video(tmp_path / "v.mp4")) == 5
+    assert "plays, 5 frames; the contact sheet is not written: No space left on device" in err
+
+
 def test_a_disk_too_full_for_the_state(
     run: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

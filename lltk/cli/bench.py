@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from lltk.cli.devices import chosen_device
 from lltk.cli.logs import hide_loading
 from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import memory_table
@@ -66,7 +67,6 @@ def stream(
     path = find_recipe(recipe)
     if output is None and not dry_run:
         raise ValueError("-o: name the record's files, without a suffix")
-    import torch
 
     from lltk.bench.record import make_record, write_record
     from lltk.bench.stream import METHOD, measure, text
@@ -76,7 +76,7 @@ def stream(
 
     if output is not None:
         check_writable(output.with_name(output.name + suffix) for suffix in (".json", ".md"))
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = chosen_device(device)
     hide_loading()
     with console.status("compiling"):
         plan = plan_stream(load_recipe(path, overrides), chosen, weights=not dry_run)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from lltk.cli.devices import chosen_device
 from lltk.cli.logs import hide_loading
 from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import row_table
@@ -92,7 +93,7 @@ def command(
 
     if output is not None:
         check_writable(output.with_name(output.name + suffix) for suffix in (".json", ".md"))
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = chosen_device(device)
     hide_loading()
     films = -(-shots // _SHOTS)
     batch = min(max(films, minutes), at_once)

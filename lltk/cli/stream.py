@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lltk.cli.devices import chosen_device
 from lltk.cli.logs import hide_loading
 from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import memory_table, row_table
@@ -19,6 +20,7 @@ from lltk.cli.tables import memory_table, row_table
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from lltk.cli.outputs import Frames
     from lltk.stream.script import Shot
     from lltk.streaming import StreamPlan
 
@@ -77,13 +79,12 @@ def command(
     given = {"seed": seed, "steps": steps, "guidance": guidance}
     changes = [f"stream.{key}={value}" for key, value in given.items() if value is not None]
     shots = _shots(script, prompt, seconds, resume, image)
-    import torch
 
     from lltk.cli.outputs import check_writable, share_cores
     from lltk.graph.recipe import load_recipe
     from lltk.streaming import plan_stream
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = chosen_device(device)
     resolved = load_recipe(path, (*overrides, *changes))
     if not dry_run:
         if output is None:
@@ -109,7 +110,7 @@ def command(
             click.echo(json.dumps(facts, indent=2))
         for when, devices in (("before it runs", loading), ("while it runs", plan.memory)):
             for where, owners in devices.items():
-                console.print(memory_table(owners), f"on {where}, {when}")
+                console.print(f"On {where}, {when}:", memory_table(owners), sep="\n")
         return
     assert output is not None
     again = ["lltk", "stream", recipe]
@@ -120,6 +121,17 @@ def command(
         click.echo(json.dumps(result, indent=2))
     rows = [{"what": what, "": value} for what, value in _summary(result).items()]
     console.print(row_table(str(output), rows))
+
+
+def _unwritten(frames: Frames, sheet: Path | None, captions: Mapping[int, str]) -> str:
+    """Write the contact sheet, if one is wanted; what to say where that fails."""
+    if sheet is None:
+        return ""
+    try:
+        frames.write_sheet(sheet, captions)
+    except OSError as error:
+        return f"; the contact sheet is not written: {error}"
+    return ""
 
 
 def _summary(result: Mapping[str, Any]) -> dict[str, str]:
@@ -157,6 +169,8 @@ def _shots(
         raise ValueError("name what to stream: one of --script, --prompt and --resume")
     if resume is not None and image is not None:
         raise ValueError("--image: a resumed stream has its first frame; drop the option")
+    if image is not None and not image.is_file():
+        raise ValueError(f"--image: {image} is no file; name a PNG or JPEG")
     if script is not None:
         return load_script(script)
     return () if prompt is None else single_shot(prompt, seconds)
@@ -174,8 +188,10 @@ def _run(
     again: Sequence[str],
 ) -> dict[str, Any]:
     """Stream to the files; what it did, as plain data."""
+    import torch
+
     from lltk.cli.outputs import Frames, Tally, asked_to_stop, captions_of, memory_used
-    from lltk.graph.memory import readable
+    from lltk.graph.memory import available, readable, total
     from lltk.stream.image import read_image
     from lltk.streaming import open_stream
 
@@ -185,6 +201,9 @@ def _run(
         if note is not None:
             console.print(note)
     frames = Frames(output, plan.size, plan.section.fps)
+    for where, owners in plan.memory.items():
+        free = readable(available(torch.device(where)))
+        console.print(f"memory: {readable(total(owners))} on {where}, of {free} free")
     begun = time.perf_counter()
     with console.status("encoding prompts, loading models"):
         stream = open_stream(plan, frames, shots, image=first, resume=resume)
@@ -195,6 +214,7 @@ def _run(
         console.print(f"going on at frame {start}; the new file holds the continuation")
     frames.expect(start, chunks, sheet is not None)
     state = save or output.with_suffix(".state.safetensors")
+    captions = captions_of(shots, chunks)
     loaded = time.perf_counter()
     tally = Tally(loaded)
     failure: OSError | None = None
@@ -220,8 +240,6 @@ def _run(
             failure = error
         done = time.perf_counter()
         left = len(stream.session.script)
-        if sheet is not None:
-            frames.write_sheet(sheet, captions_of(shots, chunks))
         stopped = failure is not None or left > 0
         if stopped or save is not None:
             try:
@@ -236,7 +254,12 @@ def _run(
             following = output.with_name(f"{output.stem}_rest{output.suffix}")
             resumed = shlex.join([*again, "--resume", str(state), "-o", str(following)])
             what = str(failure) if failure else f"stopped: {output} plays, {frames.count} frames"
-            raise click.ClickException(f"{what}; {left} chunks are left, go on with: {resumed}")
+            unshown = _unwritten(frames, sheet, captions)
+            raise click.ClickException(
+                f"{what}{unshown}; {left} chunks are left, go on with: {resumed}"
+            )
+    if unshown := _unwritten(frames, sheet, captions):
+        raise click.ClickException(f"{output} plays, {frames.count} frames{unshown}")
     return tally.result(frames, done, plan.section.fps) | {
         "output": str(output),
         "state": None if save is None else str(save),

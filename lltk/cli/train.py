@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lltk.cli.devices import chosen_device
 from lltk.cli.logs import hide_loading, logged
 from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import memory_table
@@ -51,12 +52,11 @@ def command(
     """
     console = Console(quiet=as_json)
     path = find_recipe(recipe)
-    import torch
 
     from lltk.cli.tasks import task_of
     from lltk.graph.recipe import read_recipe
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = chosen_device(device)
     hide_loading()
     with console.status("reading the recipe"):
         task = task_of(read_recipe(path, overrides), str(path), chosen)

@@ -62,7 +62,12 @@ def _ways(module: str, arithmetic: str | None, native: str, *ops: str) -> dict[s
     return {op: Way(f"lltk.ops.{op}.{module}:{op}", arithmetic, native) for op in ops}
 
 
-_QUANTISE = ("nvfp4_quantise", "nvfp4_quantise_transposed", "nvfp4_write_page")
+_QUANTISE = (
+    "nvfp4_quantise",
+    "nvfp4_quantise_norm",
+    "nvfp4_quantise_transposed",
+    "nvfp4_write_page",
+)
 _PRODUCT = "nvfp4_matmul"
 _OPS = (*_QUANTISE, "nvfp4_dequantise", "nvfp4_transpose", "hadamard", _PRODUCT)
 

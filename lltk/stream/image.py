@@ -28,12 +28,9 @@ def read_image(path: Path, height: int, width: int) -> tuple[Tensor, str | None]
     with data:
         try:
             picture = ImageOps.exif_transpose(Image.open(data)).convert("RGB")
-        except (
-            UnidentifiedImageError,
-            SyntaxError,
-            OSError,
-            Image.DecompressionBombError,
-        ) as error:
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{path}: is not an image; name a PNG or JPEG") from error
+        except (SyntaxError, OSError, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"{path}: is not an image that can be read ({error}); name a PNG or JPEG"
             ) from error

@@ -59,9 +59,13 @@ def stream_memory(parts: Parts) -> dict[str, dict[str, int]]:
 
 
 def loading_memory(parts: Parts, image: bool) -> dict[str, dict[str, int]]:
-    """Bytes by device and owner before a stream runs, while prompts and an image are encoded."""
+    """Bytes by device and owner before a stream runs, while prompts and an image are encoded.
+
+    Encoders whose files are not there have no bytes.
+    """
     devices: dict[str, dict[str, int]] = {}
-    devices.setdefault(str(parts.text_device), {})[_TEXT] = parts.text
+    if parts.text:
+        devices.setdefault(str(parts.text_device), {})[_TEXT] = parts.text
     if image:
         devices.setdefault(str(parts.decoder_device), {})[_IMAGE] = parts.image
     return devices

@@ -40,7 +40,7 @@ class DecoderSection(BaseModel):
 class StreamSection(BaseModel):
     """The ``stream`` section of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     pipeline: str = Field(
         description="folder with transformer, vae, text_encoder and tokenizer, or a shipped one's "

@@ -86,6 +86,7 @@ class ChunkPlan:
         prompt: the text to encode, the scene-cut prefix included.
         opens_shot: whether it is its shot's first, after a cut.
         frames: its video frames.
+        switches: whether it is its shot's first, without a cut.
     """
 
     chunk: int
@@ -93,6 +94,7 @@ class ChunkPlan:
     prompt: str
     opens_shot: bool
     frames: range
+    switches: bool = False
 
 
 def load_script(path: Path) -> tuple[Shot, ...]:
@@ -206,5 +208,6 @@ def plan(
             prefix = scene_cut if opens and index else ""
             frames = chunk_frames(len(chunks), geometry, stride)
             prompt = prefix + script[index].caption
-            chunks.append(ChunkPlan(len(chunks), index, prompt, opens, frames))
+            switches = k == 0 and not opens
+            chunks.append(ChunkPlan(len(chunks), index, prompt, opens, frames, switches))
     return chunks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -175,6 +176,8 @@ class Session:
         self._prompt: str | None = None
         self._clean: dict[int, Tensor] = {}
         self._switches: deque[Receipt] = deque()
+        self._switching = threading.Lock()
+        self._begun = 0
         self._watch = Stopwatch(runtime.device)
         self._pipeline = DecodePipeline(decoder, sink)
         self._submitted = 0
@@ -233,11 +236,12 @@ class Session:
         """
         if not prompt.strip():
             raise ValueError("switch: the prompt is empty; say what the video shows from here on")
-        if not self._script:
-            raise ValueError("switch: the script is over; nothing is left that could show it")
         recache = self._sampling.recache if recache is None else recache
-        receipt = Receipt(prompt, recache, received=self.chunk)
-        self._switches.append(receipt)
+        with self._switching:
+            if not self._script or self._script[-1].chunk < self._begun:
+                raise ValueError("switch: the script is over; nothing is left that could show it")
+            receipt = Receipt(prompt, recache, received=self._begun)
+            self._switches.append(receipt)
         return receipt
 
     def __iter__(self) -> Session:
@@ -261,7 +265,7 @@ class Session:
         prompt = plan.prompt
         if at.spoken is not None and at.spoken[0] == plan.shot:
             prompt = at.spoken[1]
-        recache = receipts[-1].recache if receipts else self._sampling.recache
+        recache = receipts[-1].recache if receipts else plan.switches and self._sampling.recache
         text = self._set_prompt(prompt, recache and not plan.opens_shot)
         positions = self._positions(plan.chunk, cuts)
         pages = self._table.plan()
@@ -377,7 +381,7 @@ class Session:
         self._script = deque(
             ChunkPlan(**{**plan, "frames": range(*plan["frames"])}) for plan in facts["script"]
         )
-        self._submitted = facts["chunk"]
+        self._submitted = self._begun = facts["chunk"]
         if facts["prompt"] is not None:
             self._set_prompt(facts["prompt"], recache=False)
         left = sorted(named("video").items(), key=lambda item: int(item[0]))
@@ -390,9 +394,10 @@ class Session:
 
     def _receive(self, plan: ChunkPlan) -> tuple[Receipt, ...]:
         """The switches that came since the last chunk; the latest one speaks."""
-        receipts = []
-        while self._switches:
-            receipts.append(replace(self._switches.popleft(), applied=plan.chunk))
+        with self._switching:
+            receipts = [replace(receipt, applied=plan.chunk) for receipt in self._switches]
+            self._switches.clear()
+            self._begun = plan.chunk + 1
         if receipts:
             self._progress.spoken = (plan.shot, receipts[-1].prompt)
         return tuple(receipts)

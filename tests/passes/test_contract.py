@@ -56,6 +56,7 @@ class Case:
 
 
 STREAM, SCORE, TRAIN = PASSES["stream"], PASSES["score"], PASSES["train"]
+W4A4 = (*STREAM[:6], "nvfp4_infer")
 CANON, CAUSAL = Stage.CANONICAL, Stage.CAUSAL
 CASES = [
     Case("canonicalise", "train", "bitwise", CANON, ()),
@@ -70,6 +71,7 @@ CASES = [
     Case("commit", "stream", "bitwise", CAUSAL, STREAM[:5]),
     Case("nvfp4_cache", "stream", "changing", Stage.QUANTISED, STREAM[:6], head_dim=16),
     Case("nvfp4_infer", "stream", "changing", Stage.QUANTISED, STREAM[:6], 16, lossy=True),
+    Case("fuse_norm_quantise", "stream", "rounding", Stage.QUANTISED, W4A4, 16, lossy=True),
     Case("nvfp4_train", "train", "changing", Stage.QUANTISED, TRAIN[:5], head_dim=16),
     Case("lora", "stream", "bitwise", CAUSAL, STREAM[:6]),
     Case("merge_lora", "score", "rounding", CANON, (*CANONICAL, "lora")),

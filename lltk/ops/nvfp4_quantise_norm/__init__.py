@@ -1,0 +1,1 @@
+"""Layer norm, modulation and quantisation at once."""
