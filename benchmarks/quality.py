@@ -12,7 +12,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -32,8 +32,8 @@ from lltk.bench.agreement import (
     summarise,
     videos,
 )
-from lltk.bench.quality import STRETCH, ShotScore, draw_stories
-from lltk.bench.record import make_record, markdown, write_record
+from lltk.bench.quality import PARTS, STRETCH, ShotScore, draw_stories
+from lltk.bench.record import Record, make_record, markdown, markdown_table, write_record
 from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform
 from lltk.graph.module import instantiate
@@ -82,24 +82,46 @@ def main() -> None:
             "against its first two, per cent, with the 95 % interval of the mean.",
             _results(arguments, pool),
         )
+    write_record(arguments.output, record, text_of(record))
+    curves = {row["model"]: row["over_time"] for row in record.results if "over_time" in row}
+    if curves:
+        path = arguments.output.with_name("identity.svg")
+        path.write_text(_plot(curves), encoding="utf-8")
+
+
+def text_of(record: Record) -> str:
+    """The cells, and a table of their own for shots of 60 s."""
+    cells = [row for row in record.results if "over_time" not in row]
+    long = [row for row in record.results if "over_time" in row]
     text = markdown(
-        record,
+        record.model_copy(update={"results": cells}),
         "Quality on the tiny world",
         {
             "model": lambda row: row["model"],
             "steps": lambda row: str(row["steps"]),
             "shots": lambda row: str(row["shots"]),
             "agreement %": lambda row: interval(row["agreement"]),
-            "after a cut %": lambda row: interval(row["after_cut"]),
-            "each part %": lambda row: ", ".join(f"{p} {v:.1f}" for p, v in row["parts"].items()),
+            "of those after a cut": lambda row: str(row["later"] or "–"),
+            "agreement %, after a cut": lambda row: interval(row["after_cut"]),
+            **{f"{part} %": partial(_part, part) for part in PARTS},
             "identity %": lambda row: interval(row["identity"]),
         },
     )
-    write_record(arguments.output, record, text)
-    curves = {row["model"]: row["over_time"] for row in record.results if "over_time" in row}
-    if curves:
-        path = arguments.output.with_name("identity.svg")
-        path.write_text(_plot(curves), encoding="utf-8")
+    headings = ["60 s", "steps", "shots", "identity % at 2 s", "at 60 s", "change"]
+    lines = [
+        [
+            row["model"],
+            str(row["steps"]),
+            str(row["shots"]),
+            *(interval(row[key]) for key in ("identity_early", "identity", "change")),
+        ]
+        for row in long
+    ]
+    return "\n".join([text, *markdown_table(headings, lines)]) + "\n" if long else text
+
+
+def _part(part: str, row: Mapping[str, Any]) -> str:
+    return interval(row["parts"][part])
 
 
 def _results(arguments: argparse.Namespace, pool: Executor) -> Iterator[dict[str, Any]]:
@@ -174,9 +196,10 @@ def _minutes_row(
 
     def row() -> dict[str, Any]:
         found = kept()
-        return _row(f"AR, {name}, 60 s", 4, scores) | {
+        return _row(f"AR, {name}", 4, scores) | {
             "identity": found.late,
             "identity_early": found.early,
+            "change": found.change,
             "over_time": found.over_time,
         }
 

@@ -81,6 +81,7 @@ def timings(**changes: Any) -> Timings:
         "warm": 104.0,
         "ended": 112.0,
         "frames": 40,
+        "every": 60,
         "decoding": 2.0,
         "reports": [report(4), report(5), report(6, 4.0)],
     }
@@ -93,6 +94,7 @@ def test_numbers_mean_what_their_words_say() -> None:
     assert found["dit_fps"] == pytest.approx(24 / 3)
     assert found["decode_fps"] == pytest.approx(40 / 2)
     assert found["e2e_fps"] == pytest.approx(40 / 8)
+    assert found["all_fps"] == pytest.approx(60 / (3 + 12))
     assert found["first_frame_seconds"] == pytest.approx(1.5)
     assert found["chunk_seconds"] == {"p50": 2.0, "p90": 4.0}
     assert found["outside_share"] == pytest.approx((8 - 3 * (0.1 + 1.25 + 0.5) + 3 * 0.1) / 8)

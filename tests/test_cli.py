@@ -171,6 +171,12 @@ def test_demo(run: Run, tmp_path: Path) -> None:
     assert sheet.height > 4 * 128
 
 
+def test_the_demo_can_be_planned(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("demo", "-o", tmp_path / "demo.mp4", "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["plan"]["pipeline"] == "tiny"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_pass_is_one_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worked example of docs/writing-a-pass.md, in a folder beside the shipped passes."""
     import lltk.passes

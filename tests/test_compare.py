@@ -65,10 +65,11 @@ def score(index: int, right: bool, kept: float) -> ShotScore:
 def test_shots_are_summarised() -> None:
     scores = [score(0, True, 100.0), score(1, False, math.nan), score(1, True, 80.0)]
     found = summarise(scores)
-    assert found.shots == 3 and found.after_cut is not None and found.identity is not None
+    assert (found.shots, found.later) == (3, 2)
+    assert found.after_cut is not None and found.identity is not None
     assert found.agreement[0] == pytest.approx(200 / 3)
     assert found.after_cut[0] == 50 and found.identity[0] == 90
-    assert found.parts["background"] == pytest.approx(200 / 3) and found.parts["shape"] == 100
+    assert found.parts["background"] == found.agreement and found.parts["shape"][0] == 100
     assert summarise(scores[:1]).after_cut is None
     assert summarise([score(0, True, math.nan)]).identity is None
 
@@ -80,6 +81,7 @@ def test_lasting_identity_is_early_and_late() -> None:
     with ThreadPoolExecutor(1) as pool:
         same, changed = lasting(pool, [film])(), lasting(pool, [turned])()
     assert same.over_time == [100.0] * 3 and same.late[0] == 100
+    assert same.change == (0, 0, 0) and changed.change[0] == changed.late[0] - 100
     assert changed.early[0] == 100 and changed.late[0] < 100
 
 

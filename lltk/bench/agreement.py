@@ -40,16 +40,18 @@ class Agreement:
     Attributes:
         shots: how many.
         agreement: share whose shape, colour, motion and background are all as the caption has them.
-        after_cut: the same of shots that follow a cut; None where there are none.
-        parts: share that shows each part of the caption, per cent.
+        later: how many follow a cut.
+        after_cut: the same of these; None where there are none.
+        parts: share that shows each part of the caption.
         identity: what the last two seconds share with the first two of it; None where every shot is
             shorter than four.
     """
 
     shots: int
     agreement: Interval
+    later: int
     after_cut: Interval | None
-    parts: dict[str, float]
+    parts: dict[str, Interval]
     identity: Interval | None
 
 
@@ -60,11 +62,13 @@ class Lasting:
     Attributes:
         early: in seconds 2 to 4.
         late: in the last four.
+        change: from early to late, points, of the same shots.
         over_time: mean of the shots, every two seconds.
     """
 
     early: Interval
     late: Interval
+    change: Interval
     over_time: list[float]
 
 
@@ -74,25 +78,30 @@ def summarise(scores: Sequence[ShotScore]) -> Agreement:
     kept = [score.kept for score in scores if not math.isnan(score.kept)]
     return Agreement(
         len(scores),
-        share(scores),
-        share(later) if later else None,
-        {p: 100 * fmean(score.right[i] for score in scores) for i, p in enumerate(PARTS)},
+        share([all(score.right) for score in scores]),
+        len(later),
+        share([all(score.right) for score in later]) if later else None,
+        {part: share([score.right[i] for score in scores]) for i, part in enumerate(PARTS)},
         mean(kept) if kept else None,
     )
 
 
-def share(scores: Sequence[ShotScore]) -> Interval:
-    """Shots that show all parts, with Wilson's interval."""
-    hits = sum(all(score.right) for score in scores)
-    low, high = wilson(hits, len(scores))
-    return 100 * hits / len(scores), 100 * low, 100 * high
+def share(hits: Sequence[bool]) -> Interval:
+    """How many are true, with Wilson's interval."""
+    low, high = wilson(sum(hits), len(hits))
+    return 100 * fmean(hits), 100 * low, 100 * high
 
 
 def mean(values: Sequence[float]) -> Interval:
     """The mean of percentages with its interval; a single value has none."""
+    middle, low, high = _mean(values)
+    return middle, max(0.0, low), min(100.0, high)
+
+
+def _mean(values: Sequence[float]) -> Interval:
     middle = fmean(values)
     reach = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return middle, max(0.0, middle - reach), min(100.0, middle + reach)
+    return middle, middle - reach, middle + reach
 
 
 def overlap(a: Interval, b: Interval) -> bool:
@@ -156,9 +165,11 @@ def lasting(pool: Executor, films: Sequence[Tensor]) -> Callable[[], Lasting]:
 
     def result() -> Lasting:
         kept = [job.result() for job in jobs]
+        early, late = [values[0] for values in kept], [fmean(values[-2:]) for values in kept]
         return Lasting(
-            mean([values[0] for values in kept]),
-            mean([fmean(values[-2:]) for values in kept]),
+            mean(early),
+            mean(late),
+            _mean([after - before for before, after in zip(early, late, strict=True)]),
             [fmean(values) for values in zip(*kept, strict=True)],
         )
 

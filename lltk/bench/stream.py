@@ -47,6 +47,7 @@ class Timings:
         warm: when the warm-up was over.
         ended: when the file was.
         frames: written from ``warm`` to ``ended``.
+        every: written in all.
         decoding: seconds in the decoder's graphs from ``warm`` to ``ended``.
         reports: of the chunks after the warm-up, without their latents.
     """
@@ -57,6 +58,7 @@ class Timings:
     warm: float
     ended: float
     frames: int
+    every: int
     decoding: float
     reports: Sequence[ChunkReport]
 
@@ -113,6 +115,9 @@ def summary(timings: Sequence[Timings]) -> dict[str, Any]:
         ),
         "decode_fps": median(each.frames / each.decoding for each in timings),
         "e2e_fps": median(each.frames / (each.ended - each.warm) for each in timings),
+        "all_fps": median(
+            each.every / (each.loading + each.ended - each.begun) for each in timings
+        ),
         "first_frame_seconds": median(each.first - each.begun for each in timings),
         "chunk_seconds": {"p50": percentile(taken, 0.5), "p90": percentile(taken, 0.9)},
         "outside_share": sum(r.outside + r.decoding["deliver"] for r in reports) / sum(taken),
@@ -157,7 +162,8 @@ def _details(result: Mapping[str, Any]) -> list[str]:
         f"- {result['runs']} runs, {result['chunks']} chunks ({result['frames']} frames) measured "
         f"after {warm_up['chunks']} chunks of warm-up a run ({warm_up['seconds']:.2f} s), "
         f"{warm_up['loading_seconds']:.1f} s of loading before",
-        f"- text encoded on {encoder['device']}, before the stream, {counted}",
+        f"- text encoded on {encoder['device']}, before the stream, {counted} in these; with it, "
+        f"all loading and the warm-up: {result['all_fps']:.1f} FPS",
         *(f"- {part}: {what}" for part, what in result["ran"].items()),
         f"- resolved recipe: {result['recipe']}",
         "",
@@ -204,7 +210,8 @@ def _timed(plan: StreamPlan, script: Sequence[Shot], path: Path, warm_up: int) -
                 decoded = stream.session.decoding["decode"]
     ended = time.perf_counter()
     decoding = stream.session.decoding["decode"] - decoded
-    return Timings(begun - start, begun, first, warm, ended, written - before, decoding, reports)
+    loading, frames = begun - start, written - before
+    return Timings(loading, begun, first, warm, ended, frames, written, decoding, reports)
 
 
 def _peak() -> dict[str, int]:

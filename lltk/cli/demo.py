@@ -20,8 +20,12 @@ from lltk.cli import stream
     help="The video; a contact sheet lies beside it.",
 )
 @click.option("--seed", type=click.IntRange(0), help="Of the noise (default: the recipe's).")
+@click.option("--dry-run", is_flag=True, help="Show the plan and its memory; make nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
-def command(ctx: click.Context, output: Path, seed: int | None) -> None:
+def command(
+    ctx: click.Context, output: Path, seed: int | None, dry_run: bool, as_json: bool
+) -> None:
     """Stream four shots from captions to an MP4 and a contact sheet, with the shipped tiny model.
 
     It is `lltk stream tiny_stream` with a shipped script.
@@ -40,5 +44,8 @@ def command(ctx: click.Context, output: Path, seed: int | None) -> None:
         contact_sheet=sheet,
         seed=seed,
         device="cpu",
+        dry_run=dry_run,
+        as_json=as_json,
     )
-    click.echo(f"The video is {output}, its shots are in {sheet}; the script is {script}.")
+    if not (dry_run or as_json):
+        click.echo(f"The video is {output}, its shots are in {sheet}; the script is {script}.")
