@@ -31,6 +31,7 @@ from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, parse_recipe
 from lltk.models import wan_vae
 from lltk.models.pipelines import find_pipeline
+from lltk.ops.implementations import check_device
 from lltk.stream.decoder import Decoder
 from lltk.stream.memory import Parts, check_memory, loading_memory, stream_memory
 from lltk.stream.recipe import StreamSection, stream_section
@@ -259,8 +260,10 @@ def open_stream(
         resume: a state that `Stream.save` wrote; script, image and seed are then the state's.
 
     Raises:
-        ValueError: a file that is damaged or does not fit, or not enough memory.
+        ValueError: a file that is damaged or does not fit, not enough memory, or a device that
+            lacks what the recipe wants.
     """
+    check_device(plan.transformer.implementations, plan.device)
     check_memory(plan.parts, image is not None)
     state = None if resume is None else load_state(resume, plan.identity)
     chunks = plan.chunks(script) if state is None else []

@@ -92,9 +92,10 @@ class Nvfp4Cache(Pass[Config]):
 def _arenas(pages: fx.Node, smooth: bool) -> Mapping[str, torch.Tensor | None]:
     batch, count, tokens, heads, width = shape(pages)
     if width % BLOCK:
+        layer = str(pages.target).rpartition("_")[2]
         raise ValueError(
-            f"{pages.target}: heads of {width} are not a multiple of {BLOCK}, a block of NVFP4; "
-            "remove it from the recipe's passes"
+            f"self-attention of block {layer}: heads of {width} are not a multiple of {BLOCK}, a "
+            "block of NVFP4; remove it from the recipe's passes"
         )
     page, head = (batch, count, tokens, heads), (batch, count, heads)
     empty = partial(torch.empty, device="meta")

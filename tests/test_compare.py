@@ -12,12 +12,12 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from helpers import Run
+from helpers import Run, refused
 from streams import planned, save_pipeline
 
 from lltk.bench.agreement import interval, lasting, mean, one_ahead, overlap, summarise
 from lltk.bench.compare import OUTPUT, layer_errors
-from lltk.bench.quality import ShotScore, draw_stories
+from lltk.bench.quality import ShotScore, draw_stories, streamed
 from lltk.compiler import with_weights
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
@@ -49,6 +49,17 @@ def test_errors_begin_where_a_weight_changes(program: Program) -> None:
     weights["blocks.1.ffn.net.2.weight"] = weights["blocks.1.ffn.net.2.weight"] * 1.1
     found = errors(program, with_weights(program, weights))
     assert found["blocks.0"] == 0 and found["blocks.1"] > 0 and found[OUTPUT] > 0
+
+
+def test_what_is_not_finite_is_named(program: Program) -> None:
+    weights = dict(program.weights)
+    weights["blocks.1.ffn.net.2.bias"] = torch.full_like(weights["blocks.1.ffn.net.2.bias"], 3e38)
+    broken = with_weights(program, weights)
+    message = refused(errors, program, broken)
+    assert "chunk 0, pass 0: " in message and "is not finite" in message
+    text = torch.randn(1, 3, program.geometry.text_tokens, program.spec.text_dim)
+    chunks = streamed(broken, instantiate(broken), text, (0,), 1, seed=1)
+    assert "chunk 0: its latents are not finite" in refused(list, chunks)
 
 
 def test_errors_of_the_first_layer_reach_the_next_chunk(program: Program) -> None:

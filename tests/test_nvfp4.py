@@ -200,10 +200,11 @@ def mean_error(x: Tensor, quantise: Callable[[int], Tensor], draws: int = 300) -
     return float((total / draws - x).square().mean()) / (single / draws)
 
 
-@pytest.mark.parametrize("rule", ["none", "mse", "abs_max"])
-def test_stochastic_rounding_is_unbiased(rule: str) -> None:
+@pytest.mark.parametrize("tile", [1, 16])
+@pytest.mark.parametrize("rule", RULES)
+def test_stochastic_rounding_is_unbiased(rule: str, tile: int) -> None:
     x = normal(32, 64)
-    ratio = mean_error(x, lambda draw: decoded(x, 1, rule, torch.tensor([3, draw])))
+    ratio = mean_error(x, lambda draw: decoded(x, tile, rule, torch.tensor([3, draw])))
     assert ratio < 1.25
 
 
@@ -312,6 +313,8 @@ def test_gradients_have_the_reference_errors() -> None:
     """
     assert errors(1024, False, "none") == pytest.approx([0.146, 0.146, 0.134], rel=0.03)
     assert errors(1024, True, "mse") == pytest.approx([0.146, 0.177, 0.167], rel=0.03)
+    unbiased = errors(1024, True, "none")
+    assert unbiased == pytest.approx([0.146, 0.185, 0.177], rel=0.01)
 
 
 def test_the_transform_is_what_lowers_the_weights_error() -> None:

@@ -56,6 +56,17 @@ def test_a_stream_repeats_and_differs_from_the_plain_one(pipeline: Path, plan: S
     assert torch.equal(latents[:, :, first], plain[:, :, first]), "the first chunk reads no page"
 
 
+def test_a_state_with_broken_scales_is_refused(plan: StreamPlan) -> None:
+    stream, _ = opened(plan)
+    with stream:
+        next(stream.session)
+        state = stream.session.state()
+    raw(dict(state.tensors))["cache.v_pages_scales_0"].flatten()[3] = 0x7F
+    other, _ = opened(plan)
+    message = refused(other.session.restore, state)
+    assert "v_pages_scales_0 has block scales that are NaN or negative" in message
+
+
 @pytest.mark.parametrize("at", [1, 5])
 def test_a_saved_stream_goes_on_to_the_bit(plan: StreamPlan, tmp_path: Path, at: int) -> None:
     whole, video = streamed(plan)

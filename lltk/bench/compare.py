@@ -74,6 +74,9 @@ def layer_errors(
         text: [B, N, S, E], a prompt a chunk.
         steps: denoising passes a chunk.
         seed: of the noise.
+
+    Raises:
+        ValueError: the other model's block or output is not finite.
     """
     rollouts = [Rollout(program, module) for program, module in (base, other)]
     programs = [base[0], other[0]]
@@ -95,6 +98,12 @@ def layer_errors(
                     rollout.step(sampler.latents.to(program.dtype), level, positions, index).float()
                     for rollout, program in zip(rollouts, programs, strict=True)
                 ]
+                for path, value in {**found, OUTPUT: flows[1]}.items():
+                    if not bool(value.isfinite().all()):
+                        raise ValueError(
+                            f"chunk {chunk}, pass {index}: {path} is not finite; keep it in high "
+                            "precision, or use other weights"
+                        )
                 errors.add({**found, OUTPUT: flows[1]}, {**wanted, OUTPUT: flows[0]})
                 sampler.step(index, flows[0])
             for rollout, program in zip(rollouts, programs, strict=True):

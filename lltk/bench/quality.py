@@ -68,6 +68,9 @@ def streamed(
         opens: chunks that open a shot.
         steps: denoising passes a chunk.
         seed: of the noise, which is drawn on the device.
+
+    Raises:
+        ValueError: a chunk is not finite.
     """
     rollout = Rollout(program, module)
     geometry, device = program.geometry, text.device
@@ -82,6 +85,10 @@ def streamed(
             level = sampler.timestep(index).expand(geometry.batch, geometry.chunk)
             latents = sampler.latents.to(program.dtype)
             sampler.step(index, rollout.step(latents, level, positions, index))
+        if not bool(sampler.result.isfinite().all()):
+            raise ValueError(
+                f"chunk {chunk}: its latents are not finite; lltk stream tells the layer and pass"
+            )
         rollout.commit(sampler.result.to(program.dtype), positions, chunk in opens)
         yield sampler.result
 

@@ -23,6 +23,7 @@ from lltk.models import wan22, wan_vae
 from lltk.models.checkpoint import save_checkpoint, save_lora
 from lltk.models.configs import named_config
 from lltk.models.tiny.world import FPS
+from lltk.ops.implementations import check_device
 from lltk.stream.video import VideoWriter, pixels
 from lltk.train.data import Batches, Dataset
 from lltk.train.objective import FlowMatching, Objective, mean_loss
@@ -98,6 +99,7 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
         memory["average"] = copy
 
     def dataset() -> Dataset:
+        check_device(program.implementations, device)  # before clips are encoded
         encoder = encoder_for(section.data, recipe.geometry, device, program.dtype)
         return dataset_for(section, recipe.geometry, encoder, device)
 

@@ -27,6 +27,11 @@ _FIRST_BROKEN = 0x7F
 """The least byte of E4M3 that is NaN or negative; all above it are too."""
 
 
+def has_broken_scales(scales: Tensor) -> bool:
+    """Whether any of E4M3 block scales is NaN or negative."""
+    return bool((scales.view(torch.uint8) >= _FIRST_BROKEN).any())
+
+
 def is_packed(weights: Iterable[str]) -> bool:
     """Whether a state dict, or its names, hold NVFP4 weights in lltk's form."""
     return any(_ENDING.search(name) for name in weights)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lltk.graph.diagnose import first_bad_node
 from lltk.graph.geometry import Geometry
 from lltk.graph.module import ProgramModule
+from lltk.graph.packed import has_broken_scales
 from lltk.graph.program import Program
 from lltk.graph.spec import ModelSpec
 from lltk.graph.verify import STEP_HIGH
@@ -125,6 +126,12 @@ class TorchRuntime:
                 f"state: its pages {found} are not this program's, {wanted}; restore a state of "
                 "the same model and geometry"
             )
+        for name, page in state.items():
+            if page.dtype is torch.float8_e4m3fn and has_broken_scales(page):
+                raise ValueError(
+                    f"state: {name} has block scales that are NaN or negative; the file is "
+                    "damaged: resume from another"
+                )
         for name, arena in self._pages.items():
             arena.copy_(state[name])
 
