@@ -135,7 +135,7 @@ def test_plans(run: Run, recipe: str) -> None:
         ),
         (
             ["tiny_train_nvfp4", "--set", "passes.lower.nvfp4=scaled_mm", "--device", "cpu"],
-            "nvfp4: scaled_mm runs on cuda, not on cpu; cpu has reference: set nvfp4 of the recipe's",
+            "nvfp4: scaled_mm runs on cuda, not on cpu; cpu has reference: set nvfp4 of the",
         ),
         (["tiny_train", "--set", "geometry.batch=3"], "the nearest that fit: 63 and 66"),
         (["tiny_vae", "--set", "vae.frames=6"], "the nearest that fit: 5 and 9"),

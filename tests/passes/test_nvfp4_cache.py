@@ -196,8 +196,7 @@ def test_without_pages_the_step_is_the_plain_one() -> None:
 def test_heads_of_no_whole_blocks_are_refused() -> None:
     assert refused(after, reached("stream", *STEPS), "nvfp4_cache") == (
         "nvfp4_cache: self-attention of block 0: heads of 12 are not a multiple of 16, a block of "
-        "NVFP4; "
-        "remove it from the recipe's passes"
+        "NVFP4; remove it from the recipe's passes"
     )
 
 
