@@ -271,6 +271,7 @@ def test_a_killed_process_leaves_a_video_that_plays(pipeline: Path, tmp_path: Pa
         (["--prompt", "x", "--contact-sheet", "SCRIPT/sheet.png"], "sheet.png: cannot be written"),
         (["--prompt", "x", "--save", "FOLDER"], "cannot be written (it is a folder)"),
         (["--resume", "x", "--image", "y"], "a resumed stream has its first frame"),
+        (["--resume", "x", "--seed", "1"], "a resumed stream has its own"),
     ],
 )
 def test_bad_input_is_refused_before_work(

@@ -79,6 +79,8 @@ def command(
     given = {"seed": seed, "steps": steps, "guidance": guidance}
     changes = [f"stream.{key}={value}" for key, value in given.items() if value is not None]
     shots = _shots(script, prompt, seconds, resume, image)
+    if resume is not None and seed is not None:
+        raise ValueError("--seed: a resumed stream has its own; drop the option")
 
     from lltk.cli.outputs import check_writable, share_cores
     from lltk.graph.recipe import load_recipe
@@ -115,7 +117,8 @@ def command(
     assert output is not None
     again = ["lltk", "stream", recipe]
     for change in (*overrides, *changes):
-        again += ["--set", change]
+        if not change.startswith("stream.seed="):  # the state knows it
+            again += ["--set", change]
     result = _run(console, plan, shots, output, contact_sheet, image, save, resume, again)
     if as_json:
         click.echo(json.dumps(result, indent=2))
