@@ -60,6 +60,8 @@ def test_transform_then_inspect(run: Run, recipe: Path, tmp_path: Path) -> None:
     assert described["contracts"]["commit"]["outputs"] == {}
     assert [entry["name"] for entry in described["log"]][-1] == "lower"
 
+    code, _, err = run("inspect", program, "--joint")
+    assert code == 2 and "--joint: a stream program has no backward" in err
     code, _, err = run("inspect", program, "--graph", "nothing")
     assert code == 2
     assert "the program has prologue, step, commit" in " ".join(err.split())

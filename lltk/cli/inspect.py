@@ -16,19 +16,24 @@ from lltk.cli.tables import contract_table, kept_table, memory_table, pass_table
 @click.command("inspect")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--graph", metavar="NAME", help="Print this graph or region (default: the block).")
-@click.option("--diagram", type=click.Path(path_type=Path), help="Draw that graph to an SVG file.")
+@click.option("--joint", is_flag=True, help="Print its backward with it; for a block's region.")
+@click.option("--diagram", type=click.Path(path_type=Path), help="Draw that graph, as SVG.")
 @click.option("--json", "as_json", is_flag=True, help="Print log and contracts as JSON.")
-def command(directory: Path, graph: str | None, diagram: Path | None, as_json: bool) -> None:
+def command(
+    directory: Path, graph: str | None, joint: bool, diagram: Path | None, as_json: bool
+) -> None:
     """Show a Program DIRECTORY: pass log, stage, contracts, a block's graph.
 
     \b
     Example:
       lltk inspect program
       lltk inspect program --graph step_block --diagram step_block.svg
+      lltk inspect trained --graph train_block --joint
     """
     from lltk.artefact import load_program
     from lltk.graph.diagram import draw
     from lltk.graph.files import written_whole
+    from lltk.graph.joint import joint_graph
     from lltk.graph.memory import estimate
     from lltk.graph.text import print_graph
 
@@ -40,6 +45,12 @@ def command(directory: Path, graph: str | None, diagram: Path | None, as_json: b
     name = graph or (blocks or list(graphs))[0]
     if name not in graphs:
         raise ValueError(f"--graph {name}: the program has {', '.join(graphs)}")
+    if joint:
+        if program.kind != "train":
+            raise ValueError(f"--joint: a {program.kind} program has no backward")
+        if name not in program.regions:
+            raise ValueError(f"--joint: {name} is no region; name one of {', '.join(blocks)}")
+        graphs[name] = joint_graph(program.regions[name])
     if diagram is not None:
         with written_whole(diagram) as temporary:
             temporary.write_text(draw(graphs[name], name), encoding="utf-8")

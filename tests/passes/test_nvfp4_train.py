@@ -20,12 +20,14 @@ from helpers import (
     texts,
     tiny_config,
 )
-from torch import Tensor
+from torch import Tensor, fx
 
+from lltk.graph.joint import joint_graph
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
+from lltk.graph.text import print_graph
 from lltk.ops.hadamard.reference import SIGNS, hadamard
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
@@ -113,6 +115,35 @@ def test_rewrites_the_text() -> None:
     (entry,) = program.log
     assert entry.matches == {"attn1.to_q": 1, "attn1.to_k": 1}
     assert entry.kept == {"not among include": ["proj_out"]}
+
+
+def test_a_blocks_joint_graph_shows_every_operand() -> None:
+    program = trained(1, "regionalise", "lower")
+    (region,) = [r for name, r in program.regions.items() if name.startswith("train")]
+    graph = joint_graph(region)
+    printed = print_graph(graph, "joint")
+    for part in ("'grad_attn1_to_q_weight': nvfp4_matmul", "lltk.nvfp4_linear", "grad_0: f32["):
+        assert part in printed
+    linears, products = (printed.count(f"lltk.nvfp4_{op}.") for op in ("linear", "matmul"))
+    assert products == 2 * linears > 0, "dx and dW of each"
+    generator = torch.Generator().manual_seed(0)
+    given = []
+    for node in region.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        drawn = torch.rand(value.shape, generator=generator)
+        drawn = drawn.to(value.dtype) if value.dtype.itemsize < 8 else torch.ones_like(drawn).long()
+        given.append(drawn.requires_grad_(value.dtype == torch.float32))
+    module = torch.nn.Module()
+    (result,) = fx.GraphModule(module, region.graph)(*given)
+    read = [t for t in given if t.requires_grad]
+    grads = torch.autograd.grad(result, read, result.detach(), allow_unused=True)
+    graph.output_node().args = (list(graph.output_node().args[0].values()),)
+    with torch.no_grad():
+        found = fx.GraphModule(module, graph)(*given, result.detach())
+    wanted = [result.detach(), *(grad for grad in grads if grad is not None)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert float((ours - theirs).norm()) <= 1e-4 * float(theirs.norm())
+    assert sum(bool(each.any()) for each in wanted) >= linears
 
 
 def test_what_is_not_asked_for_is_not_in_the_text() -> None:
