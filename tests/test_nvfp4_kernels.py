@@ -22,6 +22,7 @@ from torch import Tensor
 from lltk.bench.record import Record
 from lltk.ops import hardware
 from lltk.ops.hadamard.reference import SIGNS, random_signs
+from lltk.ops.implementations import check_device
 from lltk.ops.nvfp4_backends import (
     ARITHMETIC,
     BACKENDS,
@@ -574,6 +575,9 @@ def test_absent_hardware_is_an_error_that_lists_what_there_is(
     with pytest.raises(ValueError, match=r"not on sm_90; cuda has reference and triton: set nvfp4"):
         check_backend("scaled_mm", has(9, 0))
     check_backend("scaled_mm", has(12, 0))
+    check_device({"nvfp4_paged_attention": "decode_triton"}, has(12, 0))
+    with pytest.raises(ValueError, match=r"not on sm_75; cuda has reference and decode: set"):
+        check_device({"nvfp4_paged_attention": "decode_triton"}, has(7, 5))
     # A successor is not taken for what came before it.
     with pytest.raises(ValueError, match=r"not on sm_150; cuda has reference: set nvfp4"):
         check_backend("triton", has(15, 0))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import lltk.ops
-from lltk.ops.hardware import lacking
-from lltk.ops.nvfp4_backends import check_backend
+from lltk.ops.hardware import Capability, lacking
+from lltk.ops.nvfp4_backends import ARITHMETIC, E2M1, check_backend
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Implementation:
         where: ``module:function`` of the callable with the op's signature.
         devices: device types it runs on.
         module: a Python module it needs beyond torch.
+        architectures: compute capabilities of CUDA devices, or None for any.
     """
 
     op: str
@@ -34,6 +35,7 @@ class Implementation:
     where: str
     devices: tuple[str, ...]
     module: str | None = None
+    architectures: tuple[Capability, ...] | None = None
 
     def load(self) -> Callable[..., Any]:
         """The callable."""
@@ -43,7 +45,7 @@ class Implementation:
 
     def missing(self, device: torch.device) -> str | None:
         """What the device or installation lacks to run it, or None."""
-        return lacking(device, self.devices, self.module)
+        return lacking(device, self.devices, self.module, self.architectures)
 
 
 _ANY = ("cpu", "cuda")
@@ -52,6 +54,11 @@ _Nvfp4Paged = partial(Implementation, "nvfp4_paged_attention")
 _Causal = partial(Implementation, "block_causal_attention")
 _OPS = "lltk.ops."
 _NVFP4_PAGED = _OPS + "nvfp4_paged_attention.triton"
+_KERNELS: dict[str, Any] = {
+    "devices": ("cuda",),
+    "module": "triton",
+    "architectures": ARITHMETIC + E2M1,
+}
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Paged("reference", _OPS + "paged_attention.op:paged_attention", _ANY),
@@ -62,8 +69,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Causal("flex", _OPS + "block_causal_attention.flex:flex", ("cuda",), module="triton"),
     _Nvfp4Paged("reference", _OPS + "nvfp4_paged_attention.op:nvfp4_paged_attention", _ANY),
     _Nvfp4Paged("decode", _OPS + "nvfp4_paged_attention.decode:decode", _ANY),
-    _Nvfp4Paged("decode_triton", _NVFP4_PAGED + ":decode", ("cuda",), module="triton"),
-    _Nvfp4Paged("triton", _NVFP4_PAGED + ":attention", ("cuda",), module="triton"),
+    _Nvfp4Paged("decode_triton", _NVFP4_PAGED + ":decode", **_KERNELS),
+    _Nvfp4Paged("triton", _NVFP4_PAGED + ":attention", **_KERNELS),
 )
 
 
