@@ -20,13 +20,13 @@ from torch import Tensor
 from lltk.bench.clock import Clock
 from lltk.bench.record import make_record, markdown, write_record
 from lltk.ops.implementations import IMPLEMENTATIONS, register_ops
+from lltk.ops.nvfp4_paged_attention.reference import Pages, empty_pages
 
 _METHOD = """\
 One layer, keys and values: a commit writes a page of each; a read is attention to the chunk's own
 keys and to all listed pages, gathered or decoded for it. A chunk: every layer's commit and,
 in {passes} passes, its reads; against the fastest reader of bfloat16 pages. Of a chunk: of its
 attention and linears in bfloat16, measured alike, a lower bound of its time."""
-_READS = {"bfloat16": "paged_attention", "NVFP4": "nvfp4_paged_attention"}
 
 
 def main() -> None:
@@ -94,23 +94,24 @@ def _rows(options: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]
     slots = options.pages + 1
     table = torch.arange(options.pages, device=clock.device)
     plain = [k.new_zeros(1, slots, *size[1:]) for _ in range(2)]
-    caches: list[tuple[str, list[Tensor | None], Callable[[Tensor], None]]] = [
-        ("bfloat16", [*plain], partial(_commit, plain, k, v)),
+    caches: list[tuple[str, str, list[Tensor | None], Callable[[Tensor], None]]] = [
+        ("bfloat16", "paged_attention", [*plain], partial(_commit, plain, k, v)),
     ]
     for name, smoothing, rule in (
         ("NVFP4", False, "none"),
         ("NVFP4, smoothed", True, "none"),
         ("NVFP4, smoothed, 4/6 mse", True, "mse"),
     ):
-        arenas = [_arena(k, slots, smoothing) for _ in range(2)]
+        arenas = [empty_pages((1, slots, *size[1:]), smoothing, clock.device) for _ in range(2)]
         write = partial(_commit_nvfp4, arenas, k, v, rule, options.backend)
-        caches.append((name, [part for arena in arenas for part in arena], write))
-    for name, pages, commit in caches:
+        parts = [part for arena in arenas for part in arena]
+        caches.append((name, "nvfp4_paged_attention", parts, write))
+    for name, attention, pages, commit in caches:
         for slot in table.split(1):
             commit(slot)
         times = clock(partial(commit, torch.tensor([options.pages], device=clock.device)))
         for choice in IMPLEMENTATIONS:
-            if choice.op != _READS[name.partition(",")[0]] or choice.name == "reference":
+            if choice.op != attention or choice.name == "reference":
                 continue
             if choice.name == "decode" and clock.cuda:
                 continue  # it copies a table from the host, which a graph cannot record
@@ -125,22 +126,10 @@ def _commit(arenas: list[Tensor], k: Tensor, v: Tensor, slot: Tensor) -> None:
 
 
 def _commit_nvfp4(
-    arenas: list[list[Tensor | None]], k: Tensor, v: Tensor, rule: str, backend: str, slot: Tensor
+    arenas: list[Pages], k: Tensor, v: Tensor, rule: str, backend: str, slot: Tensor
 ) -> None:
     for arena, value in zip(arenas, (k, v), strict=True):
         torch.ops.lltk.nvfp4_write_page(*arena, value, slot, rule, backend)
-
-
-def _arena(like: Tensor, slots: int, smoothing: bool) -> list[Tensor | None]:
-    """Codes, scales, decode scales and means, as the nvfp4_cache pass lays them out."""
-    batch, tokens, heads, width = like.shape
-    head = (batch, slots, heads)
-    return [
-        like.new_zeros((batch, slots, tokens, heads, width // 2), dtype=torch.uint8),
-        like.new_zeros((batch, slots, tokens, heads, width // 16), dtype=torch.float8_e4m3fn),
-        like.new_zeros(head, dtype=torch.float32),
-        like.new_zeros((*head, width)) if smoothing else None,
-    ]
 
 
 def _linears(options: argparse.Namespace, clock: Clock) -> float:

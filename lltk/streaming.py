@@ -81,7 +81,7 @@ class StreamPlan:
         """Where prompts are encoded."""
         return torch.device(self.section.text.device or self.device)
 
-    @property
+    @cached_property
     def parts(self) -> Parts:
         """What is to be held in memory, and where."""
         return Parts(

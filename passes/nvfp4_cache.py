@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from pydantic import Field
@@ -15,6 +14,7 @@ from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
+from lltk.ops.nvfp4_paged_attention.reference import empty_pages
 from lltk.ops.nvfp4_quantise.reference import BLOCK
 from lltk.ops.nvfp4_write_page.op import OVERLOAD as NVFP4_WRITE_PAGE
 from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
@@ -90,18 +90,11 @@ class Nvfp4Cache(Pass[Config]):
 
 
 def _arenas(pages: fx.Node, smooth: bool) -> Mapping[str, torch.Tensor | None]:
-    batch, count, tokens, heads, width = shape(pages)
-    if width % BLOCK:
+    sizes = shape(pages)
+    if sizes[-1] % BLOCK:
         layer = str(pages.target).rpartition("_")[2]
         raise ValueError(
-            f"self-attention of block {layer}: heads of {width} are not a multiple of {BLOCK}, a "
-            "block of NVFP4; remove it from the recipe's passes"
+            f"self-attention of block {layer}: heads of {sizes[-1]} are not a multiple of {BLOCK}, "
+            "a block of NVFP4; remove it from the recipe's passes"
         )
-    page, head = (batch, count, tokens, heads), (batch, count, heads)
-    empty = partial(torch.empty, device="meta")
-    return {
-        "codes": empty((*page, width // 2), dtype=torch.uint8),
-        "scales": empty((*page, width // BLOCK), dtype=torch.float8_e4m3fn),
-        "decode_scales": empty(head, dtype=torch.float32),
-        "means": empty((*head, width), dtype=torch.bfloat16) if smooth else None,
-    }
+    return empty_pages(sizes, smooth, "meta")._asdict()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.ops.nvfp4_paged_attention.op import nvfp4_paged_attention, nvfp4_paged_attention_backward
-from lltk.ops.nvfp4_paged_attention.reference import Pages, decode
+from lltk.ops.nvfp4_paged_attention.reference import Pages, decode, empty_pages
 from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
 from lltk.ops.nvfp4_write_page.op import nvfp4_write_page
 
@@ -31,21 +31,9 @@ def _random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def empty(shape: Sequence[int], smooth: bool) -> Pages:
-    """An arena of pages that nothing was written to; ``shape`` is [B, P, T, H, D]."""
-    *page, width = shape
-    heads = (*shape[:2], shape[3])
-    return Pages(
-        torch.zeros(*page, width // 2, dtype=torch.uint8),
-        torch.zeros(*page, width // 16, dtype=torch.float8_e4m3fn),
-        torch.zeros(heads),
-        torch.zeros(*heads, width, dtype=torch.bfloat16) if smooth else None,
-    )
-
-
 def written(values: Tensor, smooth: bool, rule: str = "mse") -> Pages:
     """An arena of `values`, [B, P, T, H, D], page by page."""
-    pages = empty(values.shape, smooth)
+    pages = empty_pages(values.shape, smooth)
     for slot in range(values.shape[1]):
         nvfp4_write_page(*pages, values[:, slot], torch.tensor([slot]), rule)
     return pages
@@ -118,7 +106,7 @@ def compare_writing(device: str) -> None:
         if bad:
             values[1, 1, 3, 0, 7] = bad
         wanted = written(values, smooth, rule)
-        ours = [None if t is None else t.to(device) for t in empty(values.shape, smooth)]
+        ours = empty_pages(values.shape, smooth, device)
         for slot in (1, 0):
             where = torch.tensor([slot], device=device)
             nvfp4_write_page(*ours, values[:, slot].to(device), where, rule, "triton")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvfp4_pages import PAGES, by_hand, compare_kernels, compare_writing, empty, operands, written
+from nvfp4_pages import PAGES, by_hand, compare_kernels, compare_writing, operands, written
 from test_ops import ANY_DTYPE, BOUND, FAR, TABLES, dense_paged_in, random, with_gradients, worst
 from torch import Tensor
 from torch.library import opcheck
@@ -23,7 +23,7 @@ from lltk.ops.nvfp4_paged_attention.op import (
     nvfp4_paged_attention,
     nvfp4_paged_attention_backward,
 )
-from lltk.ops.nvfp4_paged_attention.reference import Pages, decode
+from lltk.ops.nvfp4_paged_attention.reference import Pages, decode, empty_pages
 from lltk.ops.nvfp4_quantise.reference import RULES
 from lltk.ops.nvfp4_write_page.op import nvfp4_write_page
 from lltk.ops.paged_attention.reference import attention
@@ -116,7 +116,7 @@ def test_any_size_survives(size: float) -> None:
         decoded = read(written(values * size, smooth))
         assert float((decoded - values * size).abs().max()) <= 0.6 * size
         assert bool(decoded.any()) == bool(size)
-    assert not read(empty(values.shape, True)).any()
+    assert not read(empty_pages(values.shape, True)).any()
 
 
 @cpu

@@ -292,10 +292,10 @@ def test_a_switch_during_a_chunk_waits_for_the_next(plan: StreamPlan) -> None:
 
 def test_a_script_switches_without_a_cut(pipeline: Path) -> None:
     """As a live switch does at the same chunk; with a cut it is another video."""
-    later = Shot(caption="a red square moving left", seconds=3, cut=False)
+    later = CUTLESS[1]
     for recache in ("true", "false"):
         plan = planned(pipeline, f"stream.recache={recache}", "stream.shot_offset=2")
-        scripted, _ = streamed(plan, [SHOTS[0], later])
+        scripted, _ = streamed(plan, CUTLESS)
 
         def act(stream: Stream, chunk: int) -> None:
             if chunk == 3:

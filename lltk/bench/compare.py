@@ -98,13 +98,14 @@ def layer_errors(
                     rollout.step(sampler.latents.to(program.dtype), level, positions, index).float()
                     for rollout, program in zip(rollouts, programs, strict=True)
                 ]
-                for path, value in {**found, OUTPUT: flows[1]}.items():
+                made = {**found, OUTPUT: flows[1]}
+                for path, value in made.items():
                     if not bool(value.isfinite().all()):
                         raise ValueError(
                             f"chunk {chunk}, pass {index}: {path} is not finite; keep it in high "
                             "precision, or use other weights"
                         )
-                errors.add({**found, OUTPUT: flows[1]}, {**wanted, OUTPUT: flows[0]})
+                errors.add(made, {**wanted, OUTPUT: flows[0]})
                 sampler.step(index, flows[0])
             for rollout, program in zip(rollouts, programs, strict=True):
                 rollout.commit(sampler.result.to(program.dtype), positions)

@@ -27,9 +27,9 @@ _FIRST_BROKEN = 0x7F
 """The least byte of E4M3 that is NaN or negative; all above it are too."""
 
 
-def has_broken_scales(scales: Tensor) -> bool:
-    """Whether any of E4M3 block scales is NaN or negative."""
-    return bool((scales.view(torch.uint8) >= _FIRST_BROKEN).any())
+def broken_scales(scales: Tensor) -> int:
+    """How many of E4M3 block scales are NaN or negative."""
+    return int((scales.view(torch.uint8) >= _FIRST_BROKEN).sum())
 
 
 def is_packed(weights: Iterable[str]) -> bool:
@@ -99,8 +99,7 @@ def check_quantised(weight: Quantised, subject: str, endings: tuple[str, str, st
         raise ValueError(f"{of_scale} is {tuple(scale.shape)}; NVFP4 has one number a weight")
     if scales.is_meta:
         return
-    broken = int((scales.view(torch.uint8) >= _FIRST_BROKEN).sum())
-    if broken:
+    if broken := broken_scales(scales):
         raise ValueError(
             f"{of_scales}: {broken} of {scales.numel()} are NaN or negative; quantise the weight "
             "again"

@@ -54,11 +54,9 @@ _Nvfp4Paged = partial(Implementation, "nvfp4_paged_attention")
 _Causal = partial(Implementation, "block_causal_attention")
 _OPS = "lltk.ops."
 _NVFP4_PAGED = _OPS + "nvfp4_paged_attention.triton"
-_KERNELS: dict[str, Any] = {
-    "devices": ("cuda",),
-    "module": "triton",
-    "architectures": ARITHMETIC + E2M1,
-}
+_PagedKernel = partial(
+    _Nvfp4Paged, devices=("cuda",), module="triton", architectures=ARITHMETIC + E2M1
+)
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Paged("reference", _OPS + "paged_attention.op:paged_attention", _ANY),
@@ -69,8 +67,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Causal("flex", _OPS + "block_causal_attention.flex:flex", ("cuda",), module="triton"),
     _Nvfp4Paged("reference", _OPS + "nvfp4_paged_attention.op:nvfp4_paged_attention", _ANY),
     _Nvfp4Paged("decode", _OPS + "nvfp4_paged_attention.decode:decode", _ANY),
-    _Nvfp4Paged("decode_triton", _NVFP4_PAGED + ":decode", **_KERNELS),
-    _Nvfp4Paged("triton", _NVFP4_PAGED + ":attention", **_KERNELS),
+    _PagedKernel("decode_triton", _NVFP4_PAGED + ":decode"),
+    _PagedKernel("triton", _NVFP4_PAGED + ":attention"),
 )
 
 

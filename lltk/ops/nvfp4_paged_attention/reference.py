@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lltk.ops.nvfp4_dequantise.reference import block_values
+from lltk.ops.nvfp4_quantise.reference import BLOCK
 from lltk.ops.paged_attention.reference import attention, attention_backward
 
 
@@ -25,6 +28,19 @@ class Pages(NamedTuple):
     scales: Tensor
     decode_scales: Tensor
     means: Tensor | None
+
+
+def empty_pages(shape: Sequence[int], smoothing: bool, device: torch.device | str = "cpu") -> Pages:
+    """Arenas that nothing was written to, of keys or values [B, P, T, H, D], D whole blocks."""
+    batch, count, tokens, heads, width = shape
+    page, head = (batch, count, tokens, heads), (batch, count, heads)
+    zeros = partial(torch.zeros, device=device)
+    return Pages(
+        zeros((*page, width // 2), dtype=torch.uint8),
+        zeros((*page, width // BLOCK), dtype=torch.float8_e4m3fn),
+        zeros(head, dtype=torch.float32),
+        zeros((*head, width), dtype=torch.bfloat16) if smoothing else None,
+    )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 from lltk.graph.diagnose import first_bad_node
 from lltk.graph.geometry import Geometry
 from lltk.graph.module import ProgramModule
-from lltk.graph.packed import has_broken_scales
+from lltk.graph.packed import broken_scales
 from lltk.graph.program import Program
 from lltk.graph.spec import ModelSpec
 from lltk.graph.verify import STEP_HIGH
@@ -127,7 +127,7 @@ class TorchRuntime:
                 "the same model and geometry"
             )
         for name, page in state.items():
-            if page.dtype is torch.float8_e4m3fn and has_broken_scales(page):
+            if page.dtype is torch.float8_e4m3fn and broken_scales(page):
                 raise ValueError(
                     f"state: {name} has block scales that are NaN or negative; the file is "
                     "damaged: resume from another"
