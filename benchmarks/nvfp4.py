@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lltk.bench.clock import Clock
@@ -90,6 +91,20 @@ def bandwidths(
             lambda rule=rule, random=random: ops.nvfp4_quantise(x, 1, rule, random, 0, backend),
             reads=2,
         )
+    hidden = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+    scale, shift = torch.randn(2, 1, width, device=device).unbind()
+
+    def in_two() -> Any:
+        made = F.layer_norm(hidden.float(), (width,), eps=1e-6) * scale + shift
+        return ops.nvfp4_quantise(made.to(hidden.dtype), 1, "none", None, 0, backend)
+
+    yield row(
+        "norm + modulate + quantise, fused",
+        (hidden,),
+        lambda: ops.nvfp4_quantise_norm(hidden, scale, shift, 1e-6, "none", backend),
+        reads=2,
+    )
+    yield row("norm + modulate + quantise, torch and quantise", (hidden,), in_two, reads=2)
     yield row(
         "quantise, 16×16",
         (weight,),
