@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import runpy
@@ -11,12 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import transformer_engine_api
 from torch import Tensor
 
 from lltk.bench.record import Record
@@ -514,31 +518,33 @@ def test_scaled_mm_refuses_what_it_should(
 
 
 @cpu
-def test_transformer_engine_takes_what_we_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own signatures bind our arguments; nothing is computed."""
+@pytest.mark.parametrize(("m", "n", "k"), [(5, 17, 48), (130, 20, 80), (16, 16, 64)])
+def test_transformer_engine_takes_what_we_call(m: int, n: int, k: int) -> None:
+    """Under its signatures, and what they mean, the product is ours."""
+    with patch.dict(sys.modules, transformer_engine_api.modules()):
+        sys.modules.pop("lltk.ops.nvfp4_matmul.te", None)
+        te = importlib.import_module("lltk.ops.nvfp4_matmul.te")
+    a, b = nvfp4_quantise(torch.randn(1, m, k)), nvfp4_quantise(torch.randn(n, k), 16)
+    wanted = implementation("nvfp4_matmul", "reference")(*a, *b, torch.float32)
+    torch.testing.assert_close(te.nvfp4_matmul(*a, *b, torch.float32), wanted)
+    a.codes[0, 0, 0] ^= 0x77
+    assert (te.nvfp4_matmul(*a, *b, torch.float32) - wanted).abs().max() > 0.01
+
+
+@cpu
+def test_transformer_engine_is_what_we_call() -> None:
+    """The installed library's signatures are the ones that the test above restates."""
     pytest.importorskip("transformer_engine.pytorch", reason="transformer_engine is not installed")
-    from lltk.ops.nvfp4_matmul import te
-
-    bound: list[str] = []
-
-    def bind(name: str, function: Callable[..., Any], *before: Any) -> None:
-        signature = inspect.signature(function)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            given = signature.bind(*before, *arguments, **options)
-            unknown = given.arguments.get("kwargs", {}).keys() - {"shape", "dtype", "requires_grad"}
-            assert not unknown, f"{name} does not name {unknown}"
-            bound.append(name)
-            return [torch.zeros(16, 32)]
-
-        monkeypatch.setattr(te, name, call)
-
-    bind("general_gemm", te.general_gemm)
-    bind("NVFP4Tensor", te.NVFP4Tensor.__new__, te.NVFP4Tensor)
-    bind("NVFP4Quantizer", te.NVFP4Quantizer.__init__, None)
-    a, b = nvfp4_quantise(torch.randn(5, 48)), nvfp4_quantise(torch.randn(17, 48))
-    assert te.nvfp4_matmul(*a, *b, torch.bfloat16).shape == (5, 17)
-    assert bound == ["NVFP4Quantizer", "NVFP4Tensor"] * 2 + ["general_gemm"]
+    for name, module in transformer_engine_api.modules().items():
+        theirs = importlib.import_module(name)
+        for attribute in ("general_gemm", "NVFP4Tensor.__new__", "NVFP4Quantizer.__init__"):
+            if hasattr(module, attribute.partition(".")[0]):
+                find = attrgetter(attribute)
+                ours, found = (
+                    {p.name: p.kind for p in inspect.signature(find(where)).parameters.values()}
+                    for where in (module, theirs)
+                )
+                assert ours.items() <= found.items(), attribute
 
 
 # Choosing a backend
