@@ -87,6 +87,20 @@ def test_every_size_ships_every_kind() -> None:
     }
 
 
+@pytest.mark.parametrize("size", ["tiny", "wan22_5b"])
+def test_weights_are_rounded_as_they_were_trained(size: str) -> None:
+    steps = {
+        path.stem: options
+        for path in PROGRAMS
+        for name, options in load_recipe(path).steps()
+        if path.stem.startswith(size) and name in ("nvfp4_train", "nvfp4_infer")
+    }
+    trained = steps.pop(f"{size}_train_nvfp4")
+    assert f"{size}_stream_nvfp4" in steps
+    for rule in ("weight_rule", "activation_rule"):
+        assert {options.get(rule) for options in steps.values()} == {trained.get(rule)}
+
+
 # Extending
 
 

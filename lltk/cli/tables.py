@@ -68,8 +68,9 @@ def memory_table(owners: Mapping[str, int]) -> Table:
 
 
 def row_table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
-    """Rows with the same keys; the keys are the headings."""
+    """Rows with the same keys; the keys are the headings, and the first names a row."""
     table = Table(*rows[0], title=title, **_STYLE)
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
     return table
