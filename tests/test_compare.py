@@ -120,7 +120,7 @@ def test_the_command_compares(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("lltk.cli.compare._CHUNKS", 1)
     monkeypatch.setattr("lltk.cli.compare._LONG_CHUNKS", 6)
     output = tmp_path / "record"
-    line = ["compare", "tiny_stream", "tiny_stream_nvfp4", "--shots", "1", "--minutes", "1"]
+    line = ["compare", "tiny_stream", "tiny_stream_nvfp4", "--shots", "1", "--minutes", "2"]
     code, out, _ = run(
         *line, "--workers", "1", "--device", "cpu", "--set", "stream.steps=1", "-o", str(output)
     )

@@ -153,7 +153,7 @@ def _measure(
     geometry, steps = plan.transformer.geometry, plan.section.steps
     stories = draw_stories(_SEED, films, _SHOTS, _CHUNKS, geometry.chunk)
     pairs = [(p.transformer, instantiate(p.transformer, p.device)) for p in (base, plan)]
-    text = encoded(base, stories[: geometry.batch])
+    text = encoded(base, _filled(stories, geometry.batch))
     errors = layer_errors(pairs[0], pairs[1], text, steps, _SEED)
     del pairs
     scores = [scored(pool, made, some) for made, some in _films(plan, stories)]
@@ -182,8 +182,13 @@ def _films(
     batch = plan.transformer.geometry.batch
     for start in range(0, len(stories), batch):
         some = stories[start : start + batch]
-        filled = list(islice(cycle(some), batch))
-        yield videos(plan, filled, plan.section.steps, _SEED + start)[: len(some)], some
+        made = videos(plan, _filled(some, batch), plan.section.steps, _SEED + start)
+        yield made[: len(some)], some
+
+
+def _filled(stories: Sequence[Story], batch: int) -> list[Story]:
+    """A batch of stories, repeated where they are too few."""
+    return list(islice(cycle(stories), batch))
 
 
 def _error_row(row: dict[str, Any]) -> dict[str, str]:
