@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lltk.compiler import transform, with_weights
 from lltk.graph.files import written_whole
-from lltk.graph.packed import packed_weights
+from lltk.graph.packed import check_fp8_weights, packed_weights
 from lltk.graph.program import LogEntry, Program
 from lltk.graph.recipe import parse_recipe
 from lltk.graph.stages import Stage
@@ -49,6 +49,7 @@ def save_program(program: Program, directory: Path) -> None:
             (graphs / f"{name}.txt").write_text(print_graph(graph, name), encoding="utf-8")
         if not any(tensor.is_meta for tensor in program.weights.values()):
             packed_weights(program.weights, "weights")  # which holds no broken scale
+            check_fp8_weights(program.weights, "weights")
             contiguous = {name: tensor.contiguous() for name, tensor in program.weights.items()}
             save_file(contiguous, folder / WEIGHTS, {"format": "pt"})
         manifest = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lltk.graph.packed import is_packed, packed_weights
+from lltk.graph.packed import check_fp8_weights, is_packed, packed_weights
 from lltk.graph.passes import Pass, run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import ModelSection, Recipe
@@ -138,9 +138,11 @@ def with_weights(program: Program, weights: Mapping[str, Tensor]) -> Program:
         weights: a state dict of the captured model or of the Program itself.
 
     Raises:
-        ValueError: missing, unexpected, misshapen or non-finite tensors.
+        ValueError: missing, unexpected, misshapen or non-finite tensors, or quantised weights that
+            do not fit together.
     """
     own = dict(weights)
+    check_fp8_weights(own, "weights")
     if own.keys() != program.weights.keys():
         own = program.map_state(own)
     shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}

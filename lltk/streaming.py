@@ -132,9 +132,10 @@ class StreamPlan:
         geometry = program.geometry
         choices = ", ".join(f"{op} {name}" for op, name in program.implementations.items())
         guided = f", guidance {section.guidance:g}" if section.guidance != 1 else ""
+        compiled = "blocks compiled, " if section.compile else ""
         return {
             "pipeline": section.pipeline,
-            "transformer": f"{_where(self.device, program)}, {choices}",
+            "transformer": f"{_where(self.device, program)}, {compiled}{choices}",
             "decoder": f"{_where(self.decoder_device, self.decoder)}, "
             f"passes {', '.join(entry.name for entry in self.decoder.log)}",
             "text encoder": f"{self.text_device}, {section.text.after} after use"
@@ -285,6 +286,8 @@ def open_stream(
     prompts.prepare([*texts, *([section.negative_prompt] if guided else [])])
     latent = None if image is None else _encoded(plan, image)
     module = instantiate(program, device)
+    if section.compile:
+        module.compile_blocks()
     session = Session(
         TorchRuntime(program, module),
         Decoder(plan.decoder, instantiate(plan.decoder, plan.decoder_device)),

@@ -39,14 +39,22 @@ NVFP4_OPS = frozenset(
 class Config(PassConfig):
     """An implementation by name for each op; `lltk doctor` lists them."""
 
-    paged_attention: str = Field("sdpa", description="reference, sdpa or cudnn")
+    paged_attention: str = Field(
+        "sdpa",
+        description="reference, sdpa or cudnn; arena or cudnn_arena (copy no pages), or fp8_arena "
+        "(pages of fp8_cache)",
+    )
     block_causal_attention: str = Field("sdpa", description="reference, sdpa or flex")
     nvfp4_paged_attention: str = Field(
         "decode", description="reference, decode, decode_triton or triton (decodes as it attends)"
     )
+    fp8_quantise: str = Field(
+        "reference", description="reference, or torch: operations that a compiler can fuse"
+    )
+    fp8_matmul: str = Field("reference", description="reference or scaled_mm")
     nvfp4: str = Field("reference", description="backend of every NVFP4 op; lltk doctor lists them")
 
-    @field_validator("paged_attention", "block_causal_attention", "nvfp4_paged_attention")
+    @field_validator(*ops_with_choices())
     @classmethod
     def _is_known(cls, name: str, info: ValidationInfo) -> str:
         return find_implementation(str(info.field_name), name).name

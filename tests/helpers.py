@@ -87,8 +87,9 @@ def randomise(state: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
 
 
 def _is_packed(name: str) -> bool:
-    """Whether it is a part of a weight in NVFP4."""
-    return name.endswith(("weight_codes", "weight_scales", "weight_decode_scale"))
+    """Whether it is a part of a quantised weight."""
+    endings = ("weight_codes", "weight_scales", "weight_decode_scale", "weight_row_scales")
+    return name.endswith(endings)
 
 
 def _packed(value: Tensor, dtype: torch.dtype) -> Tensor:

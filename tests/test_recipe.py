@@ -80,7 +80,7 @@ def test_every_size_ships_every_kind() -> None:
         *(
             f"{size}_{use}"
             for size in ("tiny", "wan22_5b")
-            for use in ("stream_nvfp4", "stream_nvfp4_cache", "train_nvfp4")
+            for use in ("stream_fp8", "stream_nvfp4", "stream_nvfp4_cache", "train_nvfp4")
         ),
         "tiny_stream_w4a4",
         "wan22_decode",

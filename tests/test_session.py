@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from streams import SHOTS, opened, planned, save_pipeline, streamed
 from torch import Tensor
 
-from lltk.graph.module import instantiate
+from lltk.graph.module import ProgramModule, instantiate
 from lltk.models import wan_vae
 from lltk.stream.image import read_image
 from lltk.stream.rollout import Rollout
@@ -288,6 +288,23 @@ def test_a_switch_during_a_chunk_waits_for_the_next(plan: StreamPlan) -> None:
             next(stream.session)
         stream.session._begun += 1
         assert "the script is over" in refused(stream.switch, "as the last chunk is made")
+
+
+def test_blocks_may_be_compiled(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_blocks, compiled = ProgramModule.compile_blocks, []
+
+    def quickly(module: ProgramModule) -> None:
+        compile_blocks(module, backend="aot_eager")
+        compiled.append(module)
+
+    monkeypatch.setattr(ProgramModule, "compile_blocks", quickly)
+    plain, plan = planned(pipeline), planned(pipeline, "stream.compile=true")
+    assert "blocks compiled" in plan.describe()["transformer"]
+    assert "compiled" not in plain.describe()["transformer"]
+    wanted, _ = streamed(plain)
+    assert not compiled
+    latents, _ = streamed(plan)
+    assert len(compiled) == 1 and (latents - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
 def test_a_script_switches_without_a_cut(pipeline: Path) -> None:

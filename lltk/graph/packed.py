@@ -1,12 +1,19 @@
-"""Weights that a state dict holds in NVFP4.
+"""Weights that a state dict holds in NVFP4 or in FP8.
 
-A quantised weight [N, K] is three entries; x̂ = e2m1(code) · scale · decode scale:
+A weight [N, K] in NVFP4 is three entries; x̂ = e2m1(code) · scale · decode scale:
 
 | entry | dtype and shape |
 |---|---|
 | ``<module>.weight_codes`` | uint8 [N, K/2], the even element in the low nibble |
 | ``<module>.weight_scales`` | float8_e4m3fn [N, K/16], by rows |
 | ``<module>.weight_decode_scale`` | float32 [] |
+
+One in FP8 is two; x̂ = value · scale:
+
+| entry | dtype and shape |
+|---|---|
+| ``<module>.weight_values`` | float8_e4m3fn [N, K] |
+| ``<module>.weight_row_scales`` | float32 [N, 1], by rows |
 """
 
 from __future__ import annotations
@@ -22,9 +29,14 @@ from lltk.ops.nvfp4_quantise.reference import BLOCK, Quantised
 DECODE_SCALE = "weight_decode_scale"
 ENDINGS = (".weight_codes", ".weight_scales", f".{DECODE_SCALE}")
 """What follows the module's path, codes first."""
+ROW_SCALES = "weight_row_scales"
+FP8_ENDINGS = (".weight_values", f".{ROW_SCALES}")
+"""What follows the module's path of a weight in FP8, values first."""
 _ENDING = re.compile(r"\.weight_(codes|scales|decode_scale)$")
 _FIRST_BROKEN = 0x7F
 """The least byte of E4M3 that is NaN or negative; all above it are too."""
+_E4M3_NAN = 0x7F
+"""The byte of E4M3 that is NaN, but for its sign."""
 
 
 def broken_scales(scales: Tensor) -> int:
@@ -72,6 +84,13 @@ def quantised_entries(
     state: Mapping[str, Tensor], module: str, endings: tuple[str, str, str], where: str
 ) -> Quantised:
     """A module's quantised weight; ValueError if it is not whole, or there is a plain one too."""
+    _check_whole(state, module, endings, where)
+    return Quantised(*(state[module + ending] for ending in endings))
+
+
+def _check_whole(
+    state: Mapping[str, Tensor], module: str, endings: tuple[str, ...], where: str
+) -> None:
     missing = [module + ending for ending in endings if module + ending not in state]
     if missing:
         raise ValueError(
@@ -79,7 +98,6 @@ def quantised_entries(
         )
     if not {".weight", ENDINGS[0]} & set(endings) and f"{module}.weight" in state:
         raise ValueError(f"{where}: {module} has a plain weight and a quantised one; keep one")
-    return Quantised(*(state[module + ending] for ending in endings))
 
 
 def check_quantised(weight: Quantised, subject: str, endings: tuple[str, str, str]) -> None:
@@ -107,6 +125,47 @@ def check_quantised(weight: Quantised, subject: str, endings: tuple[str, str, st
     if not scale.isfinite() or scale <= 0:
         raise ValueError(
             f"{of_scale} is {scale.item()!r}; it must be finite and above 0, 1 for a weight of "
+            "zeros; quantise the weight again"
+        )
+
+
+def check_fp8_weights(weights: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError unless every weight in FP8 is whole, alone and decodes to numbers."""
+    for module in quantised_modules(weights, FP8_ENDINGS):
+        _check_whole(weights, module, FP8_ENDINGS, where)
+        values, scales = (weights[module + ending] for ending in FP8_ENDINGS)
+        of_values, of_scales = (f"{where}: {module}{ending}" for ending in FP8_ENDINGS)
+        _check_values(values, of_values)
+        _check_row_scales(scales, values, of_scales)
+
+
+def _check_values(values: Tensor, subject: str) -> None:
+    check_dtype(values, torch.float8_e4m3fn, subject)
+    if values.dim() != 2:
+        raise ValueError(
+            f"{subject} is {tuple(values.shape)}; values are [N, K]; quantise the weight again"
+        )
+    if values.is_meta:
+        return
+    if broken := int((values.view(torch.uint8) & _E4M3_NAN == _E4M3_NAN).sum()):
+        raise ValueError(
+            f"{subject}: {broken} of {values.numel()} are NaN; quantise the weight again"
+        )
+
+
+def _check_row_scales(scales: Tensor, values: Tensor, subject: str) -> None:
+    check_dtype(scales, torch.float32, subject)
+    expected = (values.shape[0], 1)
+    if tuple(scales.shape) != expected:
+        raise ValueError(
+            f"{subject} is {tuple(scales.shape)}; values of {tuple(values.shape)} have scales of "
+            f"{expected}, one a row; quantise the weight again"
+        )
+    if scales.is_meta:
+        return
+    if broken := int((~scales.isfinite() | (scales <= 0)).sum()):
+        raise ValueError(
+            f"{subject}: {broken} of {scales.numel()} are not finite and above 0, 1 for a row of "
             "zeros; quantise the weight again"
         )
 

@@ -48,10 +48,14 @@ class Implementation:
         return lacking(device, self.devices, self.module, self.architectures)
 
 
+E4M3: tuple[Capability, ...] = ((8, 9), (9, 0), *E2M1)
+"""CUDA architectures that multiply E4M3."""
 _ANY = ("cpu", "cuda")
 _Paged = partial(Implementation, "paged_attention")
 _Nvfp4Paged = partial(Implementation, "nvfp4_paged_attention")
 _Causal = partial(Implementation, "block_causal_attention")
+_Quantise = partial(Implementation, "fp8_quantise")
+_Matmul = partial(Implementation, "fp8_matmul")
 _OPS = "lltk.ops."
 _NVFP4_PAGED = _OPS + "nvfp4_paged_attention.triton"
 _PagedKernel = partial(
@@ -62,6 +66,11 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Paged("reference", _OPS + "paged_attention.op:paged_attention", _ANY),
     _Paged("sdpa", _OPS + "paged_attention.sdpa:sdpa", _ANY),
     _Paged("cudnn", _OPS + "paged_attention.sdpa:cudnn", ("cuda",)),
+    _Paged("arena", _OPS + "paged_attention.arena:arena", _ANY),
+    _Paged("cudnn_arena", _OPS + "paged_attention.arena:cudnn_arena", ("cuda",)),
+    _Paged(
+        "fp8_arena", _OPS + "paged_attention.arena:fp8_arena", ("cuda",), "cudnn", ((9, 0), *E2M1)
+    ),
     _Causal("reference", _OPS + "block_causal_attention.op:block_causal_attention", _ANY),
     _Causal("sdpa", _OPS + "block_causal_attention.sdpa:sdpa", _ANY),
     _Causal("flex", _OPS + "block_causal_attention.flex:flex", ("cuda",), module="triton"),
@@ -69,6 +78,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Nvfp4Paged("decode", _OPS + "nvfp4_paged_attention.decode:decode", _ANY),
     _PagedKernel("decode_triton", _NVFP4_PAGED + ":decode"),
     _PagedKernel("triton", _NVFP4_PAGED + ":attention"),
+    _Quantise("reference", _OPS + "fp8_quantise.op:fp8_quantise", _ANY),
+    _Quantise("torch", _OPS + "fp8_quantise.reference:fp8_quantise", _ANY),
+    _Matmul("reference", _OPS + "fp8_matmul.op:fp8_matmul", _ANY),
+    _Matmul("scaled_mm", _OPS + "fp8_matmul.scaled_mm:fp8_matmul", ("cuda",), architectures=E4M3),
 )
 
 

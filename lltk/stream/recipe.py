@@ -63,6 +63,9 @@ class StreamSection(BaseModel):
         False, description="whether a prompt switch within a shot renews the cache"
     )
     seed: int = Field(0, ge=0, description="of the noise")
+    compile: bool = Field(
+        False, description="whether the transformer's blocks are compiled; the first chunks wait"
+    )
     text: TextSection = Field(TextSection.model_validate({}), description="prompts")
     decoder: DecoderSection = Field(DecoderSection.model_validate({}), description="frames")
 

@@ -75,6 +75,8 @@ def test_matches_are_one_a_region_however_many_layers(kind: Kind, layers: int) -
         "paged_attention": "sdpa",
         "block_causal_attention": "sdpa",
         "nvfp4_paged_attention": "decode",
+        "fp8_quantise": "reference",
+        "fp8_matmul": "reference",
         "nvfp4": "reference",
     }
     for _, graph in program.every_graph():
@@ -134,8 +136,9 @@ def test_gpu_implementations_transform_here_but_do_not_run(kind: Kind, name: str
     """A laptop can make a program for a GPU; running it says what this device has."""
     program = after(regional(kind), {"lower": {OPS[kind]: name}})
     assert program.log[-1].matches == {f"{OPS[kind]} → {name}": 1}
+    able = "reference and sdpa and arena" if kind == "stream" else "reference and sdpa"
     assert refused(instantiate, program) == (
-        f"{OPS[kind]}: {name} runs on cuda, not on cpu; cpu has reference and sdpa: "
+        f"{OPS[kind]}: {name} runs on cuda, not on cpu; cpu has {able}: "
         f"set {OPS[kind]} of the recipe's lower pass"
     )
 

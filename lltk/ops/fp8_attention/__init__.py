@@ -1,0 +1,1 @@
+"""Attention in FP8."""

@@ -1,0 +1,29 @@
+"""Attention of FP8 operands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.floats import to_e4m3
+from lltk.ops.paged_attention.reference import attention
+
+
+def largest(values: Tensor) -> Tensor:
+    """The largest magnitude among E4M3 values: float32 [], NaN where one is."""
+    bits = (values.view(torch.uint8) & 0x7F).amax()  # without signs, they are in order
+    return bits.view(torch.float8_e4m3fn).float()
+
+
+def fp8_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+    """e4m3(scale · softmax(q kᵀ / √D) v) per head, saturating.
+
+    Args:
+        q: float8_e4m3fn [B, L, H, D].
+        k, v: float8_e4m3fn [B, M, H, D].
+        scale: float32 [], of the result, which is a mean of rows of v.
+
+    Returns:
+        float8_e4m3fn [B, L, H, D].
+    """
+    return to_e4m3(attention(q.float(), k.float(), v.float()) * scale)

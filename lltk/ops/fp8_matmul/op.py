@@ -1,0 +1,39 @@
+"""``lltk::fp8_matmul``; no gradient flows through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.fp8_matmul import reference
+
+
+@torch.library.custom_op("lltk::fp8_matmul", mutates_args=())
+def fp8_matmul(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.fp8_matmul`."""
+    return reference.fp8_matmul(a, a_scales, b, b_scales, bias, dtype)
+
+
+@fp8_matmul.register_fake
+def _(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    torch._check(a.shape[-1] == b.shape[-1])
+    torch._check(a_scales.shape == (*a.shape[:-1], 1) and b_scales.shape == (b.shape[0], 1))
+    return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
+
+
+OVERLOAD = torch.ops.lltk.fp8_matmul.default
+"""The op as a graph node's target."""

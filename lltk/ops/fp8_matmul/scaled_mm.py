@@ -1,0 +1,44 @@
+"""The product of torch's scaled matrix multiplication, a scale for each row of both operands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+_MULTIPLE = 16
+"""What K and N must be a multiple of."""
+
+
+def fp8_matmul(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference.fp8_matmul`, summed as tensor cores do and rounded to bfloat16 first.
+
+    K and N are padded with zeros to multiples of 16.
+    """
+    columns, width = b.shape
+    missing = -columns % _MULTIPLE
+    a, b = _padded(a.flatten(0, -2), 0, -width % _MULTIPLE), _padded(b, missing, -width % _MULTIPLE)
+    # The public scaled_mm breaks graphs under torch.compile before torch 2.12.
+    product = torch._scaled_mm(
+        a,
+        b.t(),
+        scale_a=a_scales.flatten(0, -2),
+        scale_b=pad(b_scales, (0, 0, 0, missing)).t(),
+        bias=None if bias is None else pad(bias.bfloat16(), (0, missing)),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return product[:, :columns].reshape(*a_scales.shape[:-1], columns).to(dtype)
+
+
+def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
+    if not rows and not columns:
+        return values.contiguous()
+    return pad(values.view(torch.uint8), (0, columns, 0, rows)).view(values.dtype)

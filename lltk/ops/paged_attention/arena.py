@@ -1,0 +1,60 @@
+"""Paged attention that reads the arena itself, not a copy of its pages; without gradients.
+
+Where the table lists all pages but one and their dtype is the chunk's, its keys and values are
+written to that one first, which its commit writes again. Elsewhere pages are copied.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lltk.ops.floats import E4M3_MAX, to_e4m3
+from lltk.ops.fp8_attention.op import fp8_attention as attend_fp8
+from lltk.ops.fp8_attention.reference import largest
+from lltk.ops.paged_attention.reference import gather
+from lltk.ops.paged_attention.sdpa import attend
+from lltk.ops.write_page.reference import write_page
+
+
+def arena(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
+) -> Tensor:
+    """`reference.paged_attention`, by the backend torch picks for the device."""
+    return attend(q, *_held(k, v, k_pages, v_pages, table))
+
+
+def cudnn_arena(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
+) -> Tensor:
+    """`reference.paged_attention` by cuDNN alone: an error where cuDNN cannot run it."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return arena(q, k, v, k_pages, v_pages, table)
+
+
+def fp8_arena(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
+) -> Tensor:
+    """`reference.paged_attention` of q, k and v rounded to E4M3, over pages that hold it.
+
+    The result is rounded too, scaled so that what v's largest element weighs alone is E4M3's
+    maximum.
+    """
+    keys, values = _held(to_e4m3(k), to_e4m3(v), k_pages, v_pages, table)
+    most = largest(values)
+    scale = E4M3_MAX / most.masked_fill(most == 0, 1.0)
+    out = attend_fp8(to_e4m3(q), keys, values, scale)
+    return (out.float() / scale).to(q.dtype)
+
+
+def _held(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
+) -> tuple[Tensor, Tensor]:
+    """All keys and values to attend to, [B, M, H, D] each."""
+    pages = k_pages.shape[1]
+    if table.shape[0] + 1 != pages or k.dtype != k_pages.dtype:
+        return gather(k, k_pages, table), gather(v, v_pages, table)
+    free = pages * (pages - 1) // 2 - table.sum().view(1)
+    write_page(k_pages, k, free)
+    write_page(v_pages, v, free)
+    return k_pages.flatten(1, 2), v_pages.flatten(1, 2)
