@@ -37,9 +37,9 @@ HERE = Path(__file__).parent
 _METHOD = """\
 Milliseconds of {runs} passes after a warm-up of three, with the cache full: {how}. DiT FPS: a
 chunk's video frames over its denoising passes and its commit. First: the first denoising pass and
-the first commit, compilation included, kernels and compiler caches cold. Error: of the first
-recipe's eager output, relative, one denoising pass with the recipe's own cache. Owners: shares of
-the time of a denoising pass, by the names of its kernels. Random weights of the true shape."""
+the first commit; of compilation, what no recipe above has compiled. Error: of the first recipe's
+eager output, relative, one denoising pass with the recipe's own cache. Owners: shares of the time
+of a denoising pass, by the names of its kernels. Random weights of the true shape."""
 _OWNERS = {
     "attention": ("sdpa", "fmha", "flash", "attention"),
     "GEMM": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm"),
