@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
+from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import make_record, markdown, percentile, write_record
 from lltk.cli.recipes import find_recipe
-from lltk.compiler import capture, transform, with_weights
+from lltk.compiler import transform
 from lltk.graph.memory import readable
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.program import Program
@@ -59,11 +59,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
     recipes = {Path(name).stem: load_recipe(find_recipe(name)) for name in options.recipes}
-    weights = _weights(capture(next(iter(recipes.values())), weights=False), options.device)
     results: list[dict[str, Any]] = []
     reference = None
     for name, recipe in recipes.items():
-        for row, output in _rows(recipe, weights, options.device, options.runs, reference is None):
+        for row, output in _rows(recipe, options.device, options.runs, reference is None):
             reference = output if reference is None else reference
             error = float((output - reference).std() / reference.std())
             results.append({"name": name, **row, "error": error})
@@ -93,13 +92,11 @@ def main() -> None:
 
 
 def _rows(
-    recipe: Recipe, weights: Mapping[str, Tensor], device: torch.device, runs: int, eager: bool
+    recipe: Recipe, device: torch.device, runs: int, eager: bool
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
     """A recipe's result and its output, float32, with compiled blocks; eager before, if wanted."""
-    program = transform(recipe, weights=False)
-    program = with_weights(program, {name: weight.to(device) for name, weight in weights.items()})
+    program = with_random_weights(transform(recipe, weights=False), device)
     module = instantiate(program, device)
-    program = replace(program, weights={n: w.to("meta") for n, w in program.weights.items()})
     frames = program.geometry.chunk * program.spec.stride[0]
     for compiled in (False, True) if eager else (True,):
         if compiled:
@@ -110,22 +107,6 @@ def _rows(
         fps = {str(n): frames / (n * step + commit) * 1e3 for n in (4, 2)}
         ran = dict(program.implementations)
         yield {"compiled": compiled, **row, "dit_fps": fps, "ran": ran}, output
-
-
-def _weights(program: Program, device: torch.device) -> dict[str, Tensor]:
-    """Normal numbers of a captured model's shapes, on the host; they keep activations in size."""
-    generator = torch.Generator(device).manual_seed(0)
-    made = {}
-    for name, like in program.weights.items():
-        value = torch.randn(like.shape, generator=generator, device=device)
-        if name.endswith("weight") and like.dim() > 1:
-            value *= like[0].numel() ** -0.5
-        elif "norm" in name and name.endswith("weight"):
-            value = 1 + 0.1 * value
-        else:
-            value *= 0.1
-        made[name] = value.to(program.run_dtype(name)).cpu()
-    return made
 
 
 def _measured(

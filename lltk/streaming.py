@@ -249,6 +249,7 @@ def open_stream(
     *,
     image: Tensor | None = None,
     resume: Path | None = None,
+    prompts: Callable[[str], Tensor] | None = None,
 ) -> Stream:
     """Load what a stream needs: the text encoder, which encodes the script, then the models.
 
@@ -259,6 +260,8 @@ def open_stream(
         script: the shots; none where a saved stream goes on.
         image: the first frame, [B, 3, H, W] in [-1, 1].
         resume: a state that `Stream.save` wrote; script, image and seed are then the state's.
+        prompts: a prompt's embedding, [1, S, E] where the transformer runs; None for the
+            pipeline's text encoder.
 
     Raises:
         ValueError: a file that is damaged or does not fit, not enough memory, or a device that
@@ -274,16 +277,9 @@ def open_stream(
         else [*filter(None, [state.facts["prompt"]]), *(c["prompt"] for c in state.facts["script"])]
     )
     section, program, device = plan.section, plan.transformer, plan.device
-    encoder = TextEncoder(
-        plan.folder,
-        program.geometry.text_tokens,
-        program.dtype,
-        plan.text_device,
-        None if section.text.cache is None else Path(section.text.cache),
-    )
-    prompts = Prompts(encoder, section.text.after, device)
     guided = section.guidance != 1
-    prompts.prepare([*texts, *([section.negative_prompt] if guided else [])])
+    if prompts is None:
+        prompts = _encoded_prompts(plan, [*texts, *([section.negative_prompt] if guided else [])])
     latent = None if image is None else _encoded(plan, image)
     module = instantiate(program, device)
     if section.compile:
@@ -309,6 +305,21 @@ def _onednn(section: StreamSection, device: torch.device) -> list[str]:
     wanted = torch.device(section.decoder.device or device).type == "cpu"
     wanted = wanted and section.decoder.dtype == "float32"
     return ["onednn_conv3d"] if wanted and torch.backends.mkldnn.is_available() else []
+
+
+def _encoded_prompts(plan: StreamPlan, texts: Sequence[str]) -> Prompts:
+    """The pipeline's encoder, these texts encoded."""
+    section, program = plan.section, plan.transformer
+    encoder = TextEncoder(
+        plan.folder,
+        program.geometry.text_tokens,
+        program.dtype,
+        plan.text_device,
+        None if section.text.cache is None else Path(section.text.cache),
+    )
+    prompts = Prompts(encoder, section.text.after, plan.device)
+    prompts.prepare(texts)
+    return prompts
 
 
 def _encoded(plan: StreamPlan, image: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Run, tiny_config
+from helpers import PASSES, Run, make_recipe, tiny_config
 from streams import SIZES, save_pipeline
 
+from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import (
     Record,
     digest,
@@ -22,6 +23,8 @@ from lltk.bench.record import (
     write_record,
 )
 from lltk.bench.stream import METHOD, Timings, summary, text
+from lltk.compiler import transform
+from lltk.ops.fp8_quantise.reference import fp8_quantise
 from lltk.stream.script import ChunkPlan
 from lltk.stream.session import ChunkReport
 
@@ -156,6 +159,40 @@ def test_a_recipe_is_measured(run: Run, tmp_path: Path) -> None:
     assert result["memory"]["planned"].keys() == {"cpu"}
     assert 0 < result["outside_share"] < 1
     assert "--warmup 1" in record.command
+
+
+def test_random_weights_need_no_files(run: Run, tmp_path: Path) -> None:
+    options = ["--seconds", "1", "--warmup", "1", "--runs", "1", "--device", "cpu", "--json"]
+    sizes = tiny_config(1, in_channels=24, out_channels=24)  # of the tiny decoder
+    config = {key: value for key, value in sizes.items() if isinstance(value, int)}
+    changes = [f"model.config={json.dumps(config)}", "stream.decoder.config=tiny_vae"]
+    for change in (*SIZES, *changes, "stream.pipeline=nowhere", "stream.steps=1"):
+        options += ["--set", change]
+    line = ["stream", "tiny_stream", *options, "-o", tmp_path / "record"]
+    code, out, err = run(*line, "--random-weights")
+    assert code == 0, err
+    record = Record.model_validate_json(out)
+    assert record.results[0]["text"] == {"device": "random", "counted": False}
+    assert "--random-weights" in record.command and "random embeddings" in text(record)
+    code, _, err = run(*line)
+    assert code == 2 and "nowhere" in err
+
+
+def test_random_weights_follow_from_their_names() -> None:
+    """So they are the same whatever the passes."""
+    steps = [*PASSES["stream"][:-2], "regionalise", "lower"]
+    config = tiny_config(1, num_attention_heads=2, attention_head_dim=16)
+    programs = [
+        transform(make_recipe("stream", passes, config=config), weights=False)
+        for passes in (steps, [*steps[:-2], "fp8_infer", *steps[-2:]])
+    ]
+    plain, packed = (with_random_weights(program) for program in programs)
+    name = "blocks.0.attn1.to_q.weight"
+    values = fp8_quantise(plain.weights[name])[0]
+    assert torch.equal(packed.weights["blocks.0.attn1.to_q.weight_values"].float(), values.float())
+    norms = plain.weights["blocks.0.norm2.weight"]
+    assert 0.5 < float(norms.mean()) < 1.5 and plain.weights[name].std() < 1
+    assert not torch.equal(plain.weights[name], plain.weights[name.replace("to_q", "to_k")])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -63,7 +63,13 @@ class Timings:
     reports: Sequence[ChunkReport]
 
 
-def measure(plan: StreamPlan, seconds: float, warm_up: int, runs: int) -> dict[str, Any]:
+def measure(
+    plan: StreamPlan,
+    seconds: float,
+    warm_up: int,
+    runs: int,
+    prompts: Callable[[str], Tensor] | None = None,
+) -> dict[str, Any]:
     """Stream shots of at most 5 s and record how that went.
 
     Args:
@@ -71,6 +77,7 @@ def measure(plan: StreamPlan, seconds: float, warm_up: int, runs: int) -> dict[s
         seconds: of video that are measured, rounded to whole chunks.
         warm_up: chunks before these.
         runs: how often.
+        prompts: embeddings in place of the text encoder's; see `open_stream`.
 
     Returns:
         A result for a `Record`: `summary`'s numbers, and what ran.
@@ -78,13 +85,13 @@ def measure(plan: StreamPlan, seconds: float, warm_up: int, runs: int) -> dict[s
     script = _script(plan, seconds, warm_up)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
-        timings = [_timed(plan, script, path, warm_up) for _ in range(runs)]
+        timings = [_timed(plan, script, path, warm_up, prompts) for _ in range(runs)]
     section = plan.section
     return {
         "recipe": digest(plan.recipe.resolved()),
         "ran": plan.describe(),
         "implementations": dict(plan.transformer.implementations),
-        "text": {"device": str(plan.text_device), "counted": False},
+        "text": {"device": "random" if prompts else str(plan.text_device), "counted": False},
         "steps": section.steps,
         "runs": runs,
         "warm_up": {
@@ -153,6 +160,9 @@ def text(record: Record) -> str:
 def _details(result: Mapping[str, Any]) -> list[str]:
     warm_up, encoder = result["warm_up"], result["text"]
     counted = "counted" if encoder["counted"] else "not counted"
+    said = f"text encoded on {encoder['device']}, before the stream, {counted} in these; with it"
+    if encoder["device"] == "random":
+        said = "random embeddings in place of text; with them"
     planned = [
         [device, owner, readable(size)]
         for device, owners in result["memory"]["planned"].items()
@@ -162,8 +172,7 @@ def _details(result: Mapping[str, Any]) -> list[str]:
         f"- {result['runs']} runs, {result['chunks']} chunks ({result['frames']} frames) measured "
         f"after {warm_up['chunks']} chunks of warm-up a run ({warm_up['seconds']:.2f} s), "
         f"{warm_up['loading_seconds']:.1f} s of loading before",
-        f"- text encoded on {encoder['device']}, before the stream, {counted} in these; with it, "
-        f"all loading and the warm-up: {result['all_fps']:.1f} FPS",
+        f"- {said}, all loading and the warm-up: {result['all_fps']:.1f} FPS",
         *(f"- {part}: {what}" for part, what in result["ran"].items()),
         f"- resolved recipe: {result['recipe']}",
         "",
@@ -185,7 +194,13 @@ def _script(plan: StreamPlan, seconds: float, warm_up: int) -> list[Shot]:
     return shots
 
 
-def _timed(plan: StreamPlan, script: Sequence[Shot], path: Path, warm_up: int) -> Timings:
+def _timed(
+    plan: StreamPlan,
+    script: Sequence[Shot],
+    path: Path,
+    warm_up: int,
+    prompts: Callable[[str], Tensor] | None,
+) -> Timings:
     written, first, reports = 0, 0.0, []
     start = time.perf_counter()
 
@@ -198,7 +213,7 @@ def _timed(plan: StreamPlan, script: Sequence[Shot], path: Path, warm_up: int) -
 
     with (
         VideoWriter(path, *plan.size, plan.section.fps) as writer,
-        open_stream(plan, sink, script) as stream,
+        open_stream(plan, sink, script, prompts=prompts) as stream,
     ):
         begun = warm = time.perf_counter()
         before, decoded = 0, 0.0

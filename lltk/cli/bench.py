@@ -40,6 +40,10 @@ def command() -> None:
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="How often.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 @click.option("--device", help="Where it runs (default: a GPU if there is one).")
+@click.option(
+    "--random-weights", is_flag=True,
+    help="Weights and prompts are random, of the true shape; no files are needed.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; measure nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 def stream(
@@ -50,6 +54,7 @@ def stream(
     runs: int,
     overrides: tuple[str, ...],
     device: str | None,
+    random_weights: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -62,12 +67,14 @@ def stream(
     Example:
       lltk bench stream tiny_stream -o benchmarks/stream
       lltk bench stream tiny_stream --set stream.steps=2 --seconds 30 -o benchmarks/two_steps
+      lltk bench stream wan22_5b_stream_fp8 --random-weights -o benchmarks/stream_5b
     """
     console = Console(quiet=as_json)
     path = find_recipe(recipe)
     if output is None and not dry_run:
         raise ValueError("-o: name the record's files, without a suffix")
 
+    from lltk.bench.random_weights import random_prompts, with_random_models
     from lltk.bench.record import make_record, write_record
     from lltk.bench.stream import METHOD, measure, text
     from lltk.cli.outputs import check_writable, share_cores
@@ -79,7 +86,10 @@ def stream(
     chosen = chosen_device(device)
     hide_loading()
     with console.status("compiling"):
-        plan = plan_stream(load_recipe(path, overrides), chosen, weights=not dry_run)
+        wanted = not (dry_run or random_weights)
+        plan = plan_stream(load_recipe(path, overrides), chosen, weights=wanted)
+        if random_weights and not dry_run:
+            plan = with_random_models(plan)
     for part, what in plan.describe().items():
         console.print(f"{part}: {what}", highlight=False)
     for owners in plan.memory.values():
@@ -91,8 +101,10 @@ def stream(
     share_cores(chosen)
     chunks = plan.transformer.geometry.pages if warmup is None else warmup
     with console.status("streaming"):
-        result = {"name": path.stem} | measure(plan, seconds, chunks, runs)
-    flags = [part for change in overrides for part in ("--set", change)]
+        prompts = random_prompts(plan) if random_weights else None
+        result = {"name": path.stem} | measure(plan, seconds, chunks, runs, prompts)
+    flags = ["--random-weights"] if random_weights else []
+    flags += [part for change in overrides for part in ("--set", change)]
     flags += ["--seconds", f"{seconds:g}", "--runs", str(runs), "--device", str(chosen)]
     flags += [] if warmup is None else ["--warmup", str(warmup)]
     line = shlex.join(["lltk", "bench", "stream", recipe, *flags])

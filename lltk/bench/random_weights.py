@@ -1,0 +1,61 @@
+"""Random weights of a model's true shape, for timing where no checkpoint is at hand."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lltk.compiler import with_weights
+from lltk.graph.program import Program
+from lltk.streaming import StreamPlan
+
+
+def with_random_weights(program: Program, device: torch.device | str = "cpu") -> Program:
+    """The Program with normal numbers for weights, on the host.
+
+    A weight follows from its name, so programs of one model have the same ones. Norms lie about 1,
+    other vectors are small, matrices and kernels keep the scale of their input.
+
+    Args:
+        program: at any stage; its weights may be absent.
+        device: where they are made, and quantised if the program's are.
+    """
+    captured = replace(program, weights=program.unmap_state(program.weights))
+    made = {}
+    for name, like in captured.weights.items():
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        value = torch.randn(like.shape, generator=generator, device=device)
+        if name.endswith("weight") and like.dim() > 1:
+            value *= like[0].numel() ** -0.5
+        elif "norm" in name and name.endswith(("weight", "gamma")):
+            value = 1 + 0.1 * value
+        else:
+            value *= 0.1
+        made[name] = value.to(captured.run_dtype(name))
+    full = with_weights(program, made)
+    return replace(full, weights={name: value.cpu() for name, value in full.weights.items()})
+
+
+def with_random_models(plan: StreamPlan) -> StreamPlan:
+    """A plan made without weights, its transformer's and its decoder's random."""
+    return replace(
+        plan,
+        transformer=with_random_weights(plan.transformer, plan.device),
+        decoder=with_random_weights(plan.decoder, plan.decoder_device),
+    )
+
+
+def random_prompts(plan: StreamPlan) -> Callable[[str], Tensor]:
+    """Embeddings, [1, S, E] on the transformer's device, that follow from their text."""
+    program = plan.transformer
+    shape = (1, program.geometry.text_tokens, program.spec.text_dim)
+
+    def embed(prompt: str) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+        return torch.randn(shape, generator=generator).to(plan.device, program.dtype)
+
+    return embed
