@@ -9,6 +9,8 @@ import torch
 
 Capability = tuple[int, int]
 """CUDA compute capability, as (9, 0)."""
+_PACKAGES = {"cudnn": "nvidia-cudnn-frontend", "transformer_engine": "transformer-engine"}
+"""What a module is installed as, where its name is another."""
 
 
 def lacking(
@@ -28,7 +30,7 @@ def lacking(
     if device.type not in devices:
         return f"runs on {' and '.join(devices)}, not on {device.type}"
     if module is not None and find_spec(module) is None:
-        return f"needs the package {module}"
+        return f"needs the package {_PACKAGES.get(module, module)}"
     if device.type == "cuda":
         if not torch.cuda.is_available():
             return "no CUDA device is visible"
