@@ -31,6 +31,7 @@ from lltk.graph.memory import readable
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, load_recipe
+from lltk.stream.recipe import stream_section
 from lltk.stream.rollout import Rollout
 
 HERE = Path(__file__).parent
@@ -51,8 +52,9 @@ _OWNERS = {
 def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    steps = [str(HERE / "dit" / f"{name}.yaml") for name in ("copied_pages", "fp8_attention")]
-    default = [steps[0], "wan22_5b_stream", "wan22_5b_stream_fp8", steps[1]]
+    names = ("copied_pages", "fp8_attention", "nvfp4_cache")
+    copied, *fp8 = (str(HERE / "dit" / f"{name}.yaml") for name in names)
+    default = [copied, "wan22_5b_stream", "wan22_5b_stream_fp8", *fp8]
     parser.add_argument("recipes", nargs="*", default=default)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--runs", type=int, default=20)
@@ -77,6 +79,7 @@ def main() -> None:
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "recipe": lambda row: row["name"],
         "blocks": lambda row: "compiled" if row["compiled"] else "eager",
+        "CUDA graphs": lambda row: "yes" if row["graphs"] else "no",
         "step ms": lambda row: f"{row['step']['median_ms']:.1f}",
         "p90": lambda row: f"{row['step']['p90_ms']:.1f}",
         "commit ms": lambda row: f"{row['commit']['median_ms']:.1f}",
@@ -94,23 +97,25 @@ def main() -> None:
 def _rows(
     recipe: Recipe, device: torch.device, runs: int, eager: bool
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """A recipe's result and its output, float32, with compiled blocks; eager before, if wanted."""
+    """A recipe's result and its output, float32, as it says; eager before, if wanted."""
     program = with_random_weights(transform(recipe, weights=False), device)
     module = instantiate(program, device)
+    section = stream_section(recipe.stream, "recipe")
     frames = program.geometry.chunk * program.spec.stride[0]
-    for compiled in (False, True) if eager else (True,):
+    for as_said in (False, True) if eager else (True,):
+        compiled, graphs = as_said and section.compile, as_said and section.cuda_graphs
         if compiled:
             module.compile_blocks()
         with torch.no_grad():
-            row, output = _measured(program, module, device, runs)
+            row, output = _measured(program, module, graphs, device, runs)
         step, commit = row["step"]["median_ms"], row["commit"]["median_ms"]
         fps = {str(n): frames / (n * step + commit) * 1e3 for n in (4, 2)}
         ran = dict(program.implementations)
-        yield {"compiled": compiled, **row, "dit_fps": fps, "ran": ran}, output
+        yield {"compiled": compiled, "graphs": graphs, **row, "dit_fps": fps, "ran": ran}, output
 
 
 def _measured(
-    program: Program, module: ProgramModule, device: torch.device, runs: int
+    program: Program, module: ProgramModule, graphs: bool, device: torch.device, runs: int
 ) -> tuple[dict[str, Any], Tensor]:
     generator = torch.Generator(device).manual_seed(1)
     geometry, spec = program.geometry, program.spec
@@ -124,7 +129,7 @@ def _measured(
     positions = torch.arange(geometry.chunk, dtype=torch.float64, device=device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    run = Rollout(program, module)
+    run = Rollout(program, module, graphs)
     run.set_text(normal(1, geometry.text_tokens, spec.text_dim))
 
     def step() -> Tensor:

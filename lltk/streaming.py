@@ -132,10 +132,11 @@ class StreamPlan:
         geometry = program.geometry
         choices = ", ".join(f"{op} {name}" for op, name in program.implementations.items())
         guided = f", guidance {section.guidance:g}" if section.guidance != 1 else ""
-        compiled = "blocks compiled, " if section.compile else ""
+        ways = {"blocks compiled": section.compile, "CUDA graphs": section.cuda_graphs}
+        how = "".join(f"{way}, " for way, used in ways.items() if used)
         return {
             "pipeline": section.pipeline,
-            "transformer": f"{_where(self.device, program)}, {compiled}{choices}",
+            "transformer": f"{_where(self.device, program)}, {how}{choices}",
             "decoder": f"{_where(self.decoder_device, self.decoder)}, "
             f"passes {', '.join(entry.name for entry in self.decoder.log)}",
             "text encoder": f"{self.text_device}, {section.text.after} after use"
@@ -285,14 +286,14 @@ def open_stream(
     if section.compile:
         module.compile_blocks()
     session = Session(
-        TorchRuntime(program, module),
+        TorchRuntime(program, module, section.cuda_graphs),
         Decoder(plan.decoder, instantiate(plan.decoder, plan.decoder_device)),
         sink,
         prompts,
         chunks,
         plan.sampling,
         section.seed,
-        TorchRuntime(program, module) if guided else None,
+        TorchRuntime(program, module, section.cuda_graphs) if guided else None,
         latent,
     )
     if state is not None:

@@ -46,7 +46,9 @@ class Config(PassConfig):
     )
     block_causal_attention: str = Field("sdpa", description="reference, sdpa or flex")
     nvfp4_paged_attention: str = Field(
-        "decode", description="reference, decode, decode_triton or triton (decodes as it attends)"
+        "decode",
+        description="reference, decode, decode_triton, triton (decodes as it attends) or "
+        "fp8_decode (to E4M3, and attends in FP8)",
     )
     fp8_quantise: str = Field(
         "reference", description="reference, or torch: operations that a compiler can fuse"

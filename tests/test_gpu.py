@@ -167,3 +167,22 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with other:
         list(other)
     assert torch.equal(torch.cat([*before, *rest], dim=2), video)
+
+
+def test_cuda_graphs_change_nothing(tmp_path: Path) -> None:
+    """Over every count of listed pages, and a switch of prompt at each shot."""
+    import streams
+
+    from lltk.streaming import plan_stream
+
+    folder = streams.save_pipeline(tmp_path / "pipeline")
+    settings = (*streams.SIZES, f"stream.pipeline={folder}")
+    plain, replayed = (
+        streams.streamed(
+            plan_stream(
+                streams.open_recipe("tiny_stream", (*settings, f"stream.cuda_graphs={on}")), "cuda"
+            )
+        )
+        for on in ("false", "true")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))

@@ -13,17 +13,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvfp4_pages import PAGES, by_hand, compare_kernels, compare_writing, operands, written
+from nvfp4_pages import (
+    PAGES,
+    by_hand,
+    compare_fp8,
+    compare_kernels,
+    compare_writing,
+    operands,
+    written,
+)
 from test_ops import ANY_DTYPE, BOUND, FAR, TABLES, dense_paged_in, random, with_gradients, worst
 from torch import Tensor
 from torch.library import opcheck
 
+from lltk.ops.floats import to_e4m3
+from lltk.ops.fp8_attention.op import fp8_attention
+from lltk.ops.fp8_attention.reference import largest
 from lltk.ops.implementations import find_implementation
+from lltk.ops.nvfp4_paged_attention.fp8 import centre, fp8_decode, gather_fp8
 from lltk.ops.nvfp4_paged_attention.op import (
     nvfp4_paged_attention,
     nvfp4_paged_attention_backward,
 )
-from lltk.ops.nvfp4_paged_attention.reference import Pages, decode, empty_pages
+from lltk.ops.nvfp4_paged_attention.reference import Pages, decode, empty_pages, gather
 from lltk.ops.nvfp4_quantise.reference import RULES
 from lltk.ops.nvfp4_write_page.op import nvfp4_write_page
 from lltk.ops.paged_attention.reference import attention
@@ -226,6 +238,67 @@ def test_committed_pages_are_constants(name: str) -> None:
     assert [part.grad for part in floats] == [None] * 4
 
 
+def in_fp8(bias: float, smooth: bool, table: list[int]) -> tuple[float, float]:
+    """Errors of attention in FP8 over v biased by channel, centred and not, less the bias."""
+    own, arenas = operands(torch.float32, 64, 16)
+    shared = bias * random((1, 1, 1, arenas[1].shape[3], 16), torch.float32, 7)
+    own[2], arenas[1] = own[2] + shared[0], arenas[1] + shared
+    pages = [written(values, smooth) for values in arenas]
+    listed = torch.tensor(table, dtype=torch.int64)
+    rest = (*own[:3], *pages[0], *pages[1], listed)
+    exact = nvfp4_paged_attention(*rest)
+    raw_keys, raw_values = (
+        to_e4m3(gather(t, p, listed, torch.float32)) for t, p in zip(own[1:3], pages, strict=True)
+    )
+    scale = 448 / largest(raw_values)
+    plain = fp8_attention(to_e4m3(own[0]), raw_keys, raw_values, scale).float() / scale
+    spread = (exact - shared[0]).std()
+    return tuple(float((t - exact).std() / spread) for t in (fp8_decode(*rest), plain))
+
+
+@cpu
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("table", [[], [2], [3, 0, 1]])
+def test_attention_in_fp8(table: list[int], smooth: bool) -> None:
+    """What the values of a channel have in common costs nothing."""
+    ours, plain = in_fp8(0.0, smooth, table)
+    assert 1e-3 < ours < 0.12 and plain < 0.12
+    biased, plain = in_fp8(30.0, smooth, table)
+    assert biased < 0.15 and plain > 3 * biased
+
+
+@cpu
+def test_keys_are_centred_too() -> None:
+    own, arenas = operands(torch.float32, 64, 16)
+    arenas[0], own[1] = arenas[0] + 20, own[1] + 20
+    pages = [*written(arenas[0], True), *written(arenas[1], True)]
+    rest = (*own[:3], *pages, torch.tensor([1, 3]))
+    exact = nvfp4_paged_attention(*rest)
+    assert float((fp8_decode(*rest) - exact).std() / exact.std()) < 0.1
+    shifted = [own[0], own[1] + random(own[1].shape, torch.float32, 8)]
+    other = fp8_decode(*shifted, *rest[2:])
+    assert float((other - exact).std() / exact.std()) > 0.3
+
+
+@cpu
+def test_fp8_shows_what_is_not_finite() -> None:
+    own, arenas = operands(torch.float32)
+    own[2][0, 0, 0, 0] = torch.nan
+    pages = [*written(arenas[0], True), *written(arenas[1], True)]
+    assert fp8_decode(*own[:3], *pages, torch.tensor([1])).isnan().all()
+
+
+@cpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("table", TABLES)
+def test_opcheck_of_decoding_to_fp8(table: list[int]) -> None:
+    own, arenas = operands(torch.bfloat16)
+    pages, listed = written(arenas[0], True), torch.tensor(table, dtype=torch.int64)
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    middle = centre(own[1], pages.means, listed)
+    opcheck(gather_fp8, (own[1], middle, *pages, listed), test_utils=checks)
+
+
 def op_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     for dtype, smooth in product((torch.float32, torch.bfloat16), (False, True)):
@@ -296,6 +369,7 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels(dtype: torch.dtype) -> None:
     compare_kernels("cuda", dtype)
+    compare_fp8("cuda", dtype)
 
 
 @gpu
@@ -313,6 +387,25 @@ def test_kernels_over_many_tiles() -> None:
         run = find_implementation("nvfp4_paged_attention", name).load()
         ours = run(*(t.cuda() for t in (*own[:3], *pages, table)))
         assert worst([ours], [wanted]) <= BOUND[torch.bfloat16], name
+
+
+@gpu
+@pytest.mark.parametrize("listed", [[], [3, 0, 2]])
+def test_attention_in_fp8_on_cuda(listed: list[int]) -> None:
+    """Long rows of values that a channel shares, which few bits would lose."""
+    own, arenas = operands(torch.bfloat16, 4096, 128)
+    own, arenas = [t[:1] for t in own], [t[:1] + 1 for t in arenas]
+    own[2] = own[2] + 1
+    pages = [*written(arenas[0], True), *written(arenas[1], True)]
+    given = [t.cuda() for t in (*own[:3], *pages, torch.tensor(listed, dtype=torch.int64))]
+    run = find_implementation("nvfp4_paged_attention", "fp8_decode").load()
+    with torch.no_grad():
+        wanted = find_implementation("nvfp4_paged_attention", "decode").load()(*given).float()
+        wanted_spread = (wanted - wanted.mean(1, keepdim=True)).norm()
+        for attend in (run, torch.compile(run)):
+            ours = attend(*given).float()
+            assert float((ours - wanted).norm() / wanted_spread) < 0.15
+            assert float((ours.roll(1, 1) - wanted).norm() / wanted_spread) > 0.5
 
 
 @cpu
@@ -339,7 +432,11 @@ def test_what_the_kernels_do_not_do_is_refused() -> None:
 def test_kernels_compile_for(architecture: int, product: str) -> None:
     """With the tensor cores' instruction of each, and no more shared memory than it has."""
     pytest.importorskip("triton")
-    from lltk.ops.nvfp4_paged_attention.triton import attention_kernel, decode_kernel
+    from lltk.ops.nvfp4_paged_attention.triton import (
+        attention_kernel,
+        decode_fp8_kernel,
+        decode_kernel,
+    )
     from lltk.ops.nvfp4_write_page.triton import _write
 
     sizes = {"WIDTH": 128, "M": 128, "N": 64, "PRECISION": "tf32"}
@@ -349,25 +446,33 @@ def test_kernels_compile_for(architecture: int, product: str) -> None:
     assert product in compiled.asm["ptx"]
     assert compiled.metadata.shared <= {90: 227, 100: 227, 120: 99}[architecture] * 1024
     cross_compiled(decode_kernel, architecture, {"WIDTH": 128, "ROWS": 32, "MEANS": True}, {})
+    sizes = {"WIDTH": 128, "ROWS": 32, "MEANS": True}
+    compiled = cross_compiled(decode_fp8_kernel, architecture, sizes, {}, {"out_ptr": "*fp8e4nv"})
+    assert "cvt.rn.satfinite.e4m3x2" in compiled.asm["ptx"]
     sizes = {"TOP": 256.0, "RULE": "mse", "AMOUNT": 128, "NATIVE": architecture >= 100}
     compiled = cross_compiled(_write, architecture, sizes, {"enable_fp_fusion": False})
     assert ("cvt.rn.satfinite.e2m1x2" in compiled.asm["ptx"]) == (architecture >= 100)
 
 
 def cross_compiled(
-    kernel: Any, architecture: int, constants: dict[str, Any], options: dict[str, Any]
+    kernel: Any,
+    architecture: int,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    others: dict[str, str] | None = None,
 ) -> Any:
-    """A kernel for a GPU that need not be here, for bfloat16."""
+    """A kernel for a GPU that need not be here, for bfloat16 but for the types of `others`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_means", "means"), "*bf16")
-    types |= {"value": "*bf16", "mean": "*bf16", "largest": "*fp32", "slot": "*i64"}
+    types |= {"value": "*bf16", "mean": "*bf16", "largest": "*i32", "slot": "*i64"}
     types |= dict.fromkeys(("k_codes", "k_scales", "v_codes", "v_scales"), "*u8")
     types |= dict.fromkeys(("codes", "scales"), "*u8")
     types |= dict.fromkeys(("k_decode_scales", "v_decode_scales", "decode_scales"), "*fp32")
-    types |= {"table": "*i64", "scale": "fp32"}
+    types |= {"table": "*i64", "scale": "fp32", "own": "*bf16", "centre": "*fp32"}
+    types |= others or {}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32")
         for name in kernel.arg_names

@@ -141,6 +141,13 @@ def test_stream_sections() -> None:
         assert message in refused(stream_section, data, "r.yaml")
 
 
+def test_cuda_graphs_need_a_gpu() -> None:
+    from lltk.stream.runtimes.cuda_graph import CudaGraphs
+
+    message = refused(CudaGraphs, torch.device("cpu"))
+    assert "stream.cuda_graphs: is for GPUs, not for cpu; set it to false" in message
+
+
 def test_shipped_recipes_stream() -> None:
     from lltk.cli.recipes import open_recipe, shipped
 

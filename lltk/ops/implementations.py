@@ -78,6 +78,13 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Nvfp4Paged("decode", _OPS + "nvfp4_paged_attention.decode:decode", _ANY),
     _PagedKernel("decode_triton", _NVFP4_PAGED + ":decode"),
     _PagedKernel("triton", _NVFP4_PAGED + ":attention"),
+    _Nvfp4Paged(
+        "fp8_decode",
+        _OPS + "nvfp4_paged_attention.fp8:fp8_decode",
+        ("cuda",),
+        "cudnn",
+        ((9, 0), *E2M1),
+    ),
     _Quantise("reference", _OPS + "fp8_quantise.op:fp8_quantise", _ANY),
     _Quantise("torch", _OPS + "fp8_quantise.reference:fp8_quantise", _ANY),
     _Matmul("reference", _OPS + "fp8_matmul.op:fp8_matmul", _ANY),

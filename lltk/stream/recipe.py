@@ -66,6 +66,9 @@ class StreamSection(BaseModel):
     compile: bool = Field(
         False, description="whether the transformer's blocks are compiled; the first chunks wait"
     )
+    cuda_graphs: bool = Field(
+        False, description="whether the transformer's passes are recorded and replayed (GPUs)"
+    )
     text: TextSection = Field(TextSection.model_validate({}), description="prompts")
     decoder: DecoderSection = Field(DecoderSection.model_validate({}), description="frames")
 

@@ -16,10 +16,11 @@ class Rollout:
     Args:
         program: a causal stream Program (or later).
         module: the same Program, runnable.
+        cuda_graphs: as `TorchRuntime`'s; then no gradients flow.
     """
 
-    def __init__(self, program: Program, module: ProgramModule) -> None:
-        self._runtime = TorchRuntime(program, module)
+    def __init__(self, program: Program, module: ProgramModule, cuda_graphs: bool = False) -> None:
+        self._runtime = TorchRuntime(program, module, cuda_graphs)
         self._table = PageTable(program.geometry)
 
     @property

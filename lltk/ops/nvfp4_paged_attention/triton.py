@@ -126,16 +126,11 @@ def attention_kernel(
 
 
 @triton.jit
-def decode_kernel(
-    out_ptr, codes, scales, decode_scales, means, table,
-    pages, rows, heads, out_batch,
+def _decoded(
+    codes, scales, decode_scales, means, page, row, held, rows, heads,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows (token and head) of one listed page, decoded to their place among the listed."""
-    index, batch = tl.program_id(1), tl.program_id(2)
-    page = batch.to(tl.int64) * pages + tl.load(table + index)
-    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    held = row < rows
+    """Some rows (token and head) of a page, float32 [ROWS, WIDTH]."""
     values = _block_values(
         codes + page * rows * (WIDTH // 2), scales + page * rows * (WIDTH // 16),
         row, held, WIDTH, ROWS,
@@ -143,11 +138,61 @@ def decode_kernel(
     head = page * heads + row % heads
     values *= (tl.load(decode_scales + head, mask=held, other=0.0) * 16384.0)[:, None]
     if MEANS:
-        places = head[:, None] * WIDTH + channel[None, :]
+        places = head[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         values += tl.load(means + places, mask=held[:, None], other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def decode_kernel(
+    out_ptr, codes, scales, decode_scales, means, table,
+    pages, rows, heads, out_batch,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, MEANS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one listed page, decoded to their place among the listed."""
+    index, batch = tl.program_id(1), tl.program_id(2)
+    page = batch.to(tl.int64) * pages + tl.load(table + index)
+    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    held = row < rows
+    values = _decoded(
+        codes, scales, decode_scales, means, page, row, held, rows, heads, WIDTH, ROWS, MEANS
+    )
     places = batch.to(tl.int64) * out_batch + (index.to(tl.int64) * rows + row[:, None]) * WIDTH
     result = values.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + places + channel[None, :], result, mask=held[:, None])
+
+
+@triton.jit
+def decode_fp8_kernel(
+    out_ptr, largest, own, centre, codes, scales, decode_scales, means, table,
+    pages, rows, owned, heads,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, MEANS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one listed page or, after the last, of the chunk's own, less a centre, in E4M3.
+
+    Float32 magnitudes, NaN above all, are ordered as their bits are.
+    """
+    index, listed, batch = tl.program_id(1), tl.num_programs(1) - 1, tl.program_id(2).to(tl.int64)
+    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    held = row < tl.where(index < listed, rows, owned)
+    if index < listed:
+        page = batch * pages + tl.load(table + index)
+        values = _decoded(
+            codes, scales, decode_scales, means, page, row, held, rows, heads, WIDTH, ROWS, MEANS
+        )
+    else:
+        places = (batch * owned + row[:, None]) * WIDTH + channel[None, :]
+        values = tl.load(own + places, mask=held[:, None], other=0.0).to(tl.float32)
+    places = (batch * heads + row[:, None] % heads) * WIDTH + channel[None, :]
+    values -= tl.load(centre + places, mask=held[:, None], other=0.0)
+    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bits = tl.where(held[:, None], bits, 0)
+    tl.atomic_max(largest, tl.max(tl.max(bits, 1), 0))
+    first = batch * (listed * rows + owned) + index.to(tl.int64) * rows
+    places = (first + row[:, None]) * WIDTH + channel[None, :]
+    number = values == values
+    values = tl.where(number, tl.minimum(tl.maximum(values, -448.0), 448.0), values)
+    tl.store(out_ptr + places, values.to(out_ptr.dtype.element_ty), mask=held[:, None])
 
 
 def attention(
@@ -304,3 +349,29 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 gather.register_autograd(_backward, setup_context=_save)
+
+
+def gather_fp8(
+    own: Tensor,
+    centre: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    decode_scales: Tensor,
+    means: Tensor | None,
+    table: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `fp8.gather_fp8`."""
+    batch, length, heads, width = own.shape
+    tokens, listed = codes.shape[2], table.shape[0]
+    size = (batch, listed * tokens + length, heads, width)
+    out = torch.empty(size, dtype=torch.float8_e4m3fn, device=own.device)
+    largest = torch.zeros((), device=own.device)
+    tile = 4096 // width
+    with torch.cuda.device_of(own):
+        decode_fp8_kernel[(triton.cdiv(max(tokens, length) * heads, tile), listed + 1, batch)](
+            out, largest.view(torch.int32), own.contiguous(), centre.contiguous(),
+            codes, scales.view(torch.uint8), decode_scales, means, table,
+            codes.shape[1], tokens * heads, length * heads, heads,
+            WIDTH=width, ROWS=tile, MEANS=means is not None, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out, largest

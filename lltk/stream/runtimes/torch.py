@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from lltk.graph.packed import broken_scales
 from lltk.graph.program import Program
 from lltk.graph.spec import ModelSpec
 from lltk.graph.verify import STEP_HIGH
+from lltk.stream.runtimes.cuda_graph import CudaGraphs
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -29,9 +31,14 @@ class TorchRuntime:
     Args:
         program: a causal stream Program (or later).
         module: the same Program, runnable; runtimes may share it.
+        cuda_graphs: whether passes are recorded once for each count of listed pages, and then
+            replayed; without gradients.
+
+    Raises:
+        ValueError: CUDA graphs where there is no GPU.
     """
 
-    def __init__(self, program: Program, module: ProgramModule) -> None:
+    def __init__(self, program: Program, module: ProgramModule, cuda_graphs: bool = False) -> None:
         self._program, self._module = program, module
         self._geometry, self._spec, self._dtype = program.geometry, program.spec, program.dtype
         self._device = next(module.parameters()).device
@@ -46,6 +53,7 @@ class TorchRuntime:
         self._slots = torch.arange(program.geometry.pages, device=self._device)
         self._listed: tuple[tuple[int, ...], Tensor] | None = None
         self._text: dict[str, Tensor] = {}
+        self._graphs = CudaGraphs(self._device) if cuda_graphs else None
 
     @property
     def geometry(self) -> Geometry:
@@ -97,7 +105,7 @@ class TorchRuntime:
         index: int = 0,
     ) -> str | None:
         graph, inputs = self._step_inputs(latents, timestep, positions, index)
-        given = self._given(graph, inputs, table)
+        given = self._given(graph, {**inputs, "table": self._indices(tuple(table))})
         return first_bad_node(self._program, self._module, graph, given)
 
     def _step_inputs(
@@ -138,13 +146,17 @@ class TorchRuntime:
     def _run(
         self, graph: str, inputs: dict[str, Tensor], table: Sequence[int]
     ) -> dict[str, Tensor]:
-        return self._module(graph, **self._given(graph, inputs, table))
+        moving = {**inputs, "table": self._indices(tuple(table))}
+        if self._graphs is None:
+            return self._call(graph, moving)
+        return self._graphs((graph, len(table)), partial(self._call, graph), moving)
 
-    def _given(
-        self, graph: str, inputs: dict[str, Tensor], table: Sequence[int]
-    ) -> dict[str, Tensor]:
-        """All inputs of a graph."""
-        every = {**inputs, **self._text, **self._pages, "table": self._indices(tuple(table))}
+    def _call(self, graph: str, moving: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._module(graph, **self._given(graph, moving))
+
+    def _given(self, graph: str, moving: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All inputs of a graph: those that change from call to call, prompt and cache."""
+        every = {**moving, **self._text, **self._pages}
         return {name: every[name] for name in self._inputs[graph]}
 
     def _indices(self, table: tuple[int, ...]) -> Tensor:
