@@ -87,16 +87,18 @@ def timings(**changes: Any) -> Timings:
         "every": 60,
         "decoding": 2.0,
         "reports": [report(4), report(5), report(6, 4.0)],
+        "marks": [(-8, 104.0), (8, 106.0), (16, 108.0), (24, 112.0)],
     }
     return Timings(**(values | changes))
 
 
 def test_numbers_mean_what_their_words_say() -> None:
-    found = summary([timings()])
+    found = summary([timings()], 1)
     assert found["chunks"] == 3 and found["frames"] == 24
     assert found["dit_fps"] == pytest.approx(24 / 3)
     assert found["decode_fps"] == pytest.approx(40 / 2)
-    assert found["e2e_fps"] == pytest.approx(40 / 8)
+    assert found["e2e_fps"] == pytest.approx(24 / 8)
+    assert found["e2e_seconds"] == {"16": pytest.approx(4.0)}
     assert found["all_fps"] == pytest.approx(60 / (3 + 12))
     assert found["first_frame_seconds"] == pytest.approx(1.5)
     assert found["chunk_seconds"] == {"p50": 2.0, "p90": 4.0}
@@ -105,8 +107,8 @@ def test_numbers_mean_what_their_words_say() -> None:
 
 def test_rates_are_medians_and_percentiles_are_over_all_runs() -> None:
     runs = [timings(), timings(ended=108.0), timings(ended=124.0, reports=[report(4, 9.0)])]
-    found = summary(runs)
-    assert found["e2e_fps"] == pytest.approx(40 / 8)
+    found = summary(runs, 1)
+    assert found["e2e_fps"] == pytest.approx(24 / 8) and found["e2e_seconds"] == {}
     assert found["chunks"] == 7
     assert found["chunk_seconds"] == {"p50": 2.0, "p90": 9.0}
 
@@ -120,14 +122,14 @@ def test_a_stream_record_reads_whole() -> None:
         "steps": 4,
         "runs": 1,
         "warm_up": {"chunks": 4, "loading_seconds": 3.0, "seconds": 4.0},
-        **summary([timings()]),
+        **summary([timings()], 1),
         "memory": {
             "planned": {"cpu": {"weights": 3 << 20, "cache pages": 1 << 20}},
             "peak": {"process": 5 << 30},
         },
     }
     read = text(make_record("stream", "lltk bench stream tiny_stream", METHOD, [result]))
-    row = "| tiny_stream | 8.0 | 20.0 | 5.0 | 1.50 | 2.000 | 4.000 | 34.4% | process 5.0 GiB |"
+    row = "| tiny_stream | 8.0 | 20.0 | 3.0 | 1.50 | 2.000 | 4.000 | 34.4% | process 5.0 GiB |"
     assert row in read
     for said in (
         "4 chunks of warm-up", "text encoded on cpu, before the stream, not counted",

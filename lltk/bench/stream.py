@@ -26,12 +26,15 @@ METHOD = (
     "its first chunks warm up and count in none but the first-frame latency, which is from the "
     "beginning of the first chunk to its first frame written. DiT: the frames over the seconds in "
     "the step and commit graphs. Decode: over those in the decoder's, which overlap with the next "
-    "chunk. E2E: over wall time, from after the warm-up to the file's end. Outside: the share of a "
-    "chunk's time that the session's thread spends neither in model graphs or the text encoder nor "
-    "in waiting for the decoder, plus what the decoder's thread takes to write its frames. FPS and "
-    "latencies are medians of the runs, p50 and p90 are over all chunks measured."
+    "chunk. E2E: over wall time, from after the warm-up, whose last frames may be in the making, "
+    "to the file's end; E2E seconds, to where so much of the video is written. Outside: the share "
+    "of a chunk's time that the session's thread spends neither in model graphs or the text "
+    "encoder nor in waiting for the decoder, plus what the decoder's thread takes to write its "
+    "frames. FPS and latencies are medians of the runs, p50 and p90 are over all chunks measured."
 )
 _CAPTIONS = ("A red square moves to the right.", "A blue circle moves up.")
+_LENGTHS = (16, 32, 64)
+"""Seconds of video whose E2E time is told, where as much is measured."""
 _SHOT = 5.0
 """Seconds of a shot, at most."""
 
@@ -46,10 +49,11 @@ class Timings:
         first: when the first frame was written.
         warm: when the warm-up was over.
         ended: when the file was.
-        frames: written from ``warm`` to ``ended``.
+        frames: written from ``warm`` to ``ended``, of the warm-up's last chunk too.
         every: written in all.
         decoding: seconds in the decoder's graphs from ``warm`` to ``ended``.
         reports: of the chunks after the warm-up, without their latents.
+        marks: how many frames of these chunks were written, and when.
     """
 
     loading: float
@@ -61,6 +65,7 @@ class Timings:
     every: int
     decoding: float
     reports: Sequence[ChunkReport]
+    marks: Sequence[tuple[int, float]]
 
 
 def measure(
@@ -99,29 +104,35 @@ def measure(
             "loading_seconds": median(t.loading for t in timings),
             "seconds": median(t.warm - t.begun for t in timings),
         },
-        **summary(timings),
+        **summary(timings, section.fps),
         "memory": {"planned": plan.memory, "peak": _peak()},
     }
 
 
-def summary(timings: Sequence[Timings]) -> dict[str, Any]:
-    """The numbers of runs: FPS, seconds, and shares of 1."""
+def summary(timings: Sequence[Timings], fps: float) -> dict[str, Any]:
+    """The numbers of runs: FPS, seconds, and shares of 1; ``fps`` is the video's."""
 
     def transformed(report: ChunkReport) -> float:
         return report.graphs["step"] + report.graphs["commit"]
 
+    def frames(each: Timings) -> int:
+        return sum(len(report.plan.frames) for report in each.reports)
+
+    def until(each: Timings, seconds: int) -> float:
+        return next(at for count, at in each.marks if count >= seconds * fps) - each.warm
+
+    long = [seconds for seconds in _LENGTHS if seconds * fps <= min(map(frames, timings))]
     reports = [report for each in timings for report in each.reports]
     taken = [report.seconds for report in reports]
     return {
         "chunks": len(reports),
-        "frames": sum(len(report.plan.frames) for report in reports),
+        "frames": sum(map(frames, timings)),
         "dit_fps": median(
-            sum(len(report.plan.frames) for report in each.reports)
-            / sum(transformed(report) for report in each.reports)
-            for each in timings
+            frames(each) / sum(transformed(report) for report in each.reports) for each in timings
         ),
         "decode_fps": median(each.frames / each.decoding for each in timings),
-        "e2e_fps": median(each.frames / (each.ended - each.warm) for each in timings),
+        "e2e_fps": median(frames(each) / (each.ended - each.warm) for each in timings),
+        "e2e_seconds": {str(n): median(until(each, n) for each in timings) for n in long},
         "all_fps": median(
             each.every / (each.loading + each.ended - each.begun) for each in timings
         ),
@@ -201,32 +212,37 @@ def _timed(
     warm_up: int,
     prompts: Callable[[str], Tensor] | None,
 ) -> Timings:
-    written, first, reports = 0, 0.0, []
+    written = 0
+    reports: list[ChunkReport] = []
+    marks: list[tuple[int, float]] = []
     start = time.perf_counter()
 
     def sink(video: Tensor) -> None:
-        nonlocal written, first
+        nonlocal written
         frames = pixels(video)
         writer.write(frames)
-        first = first or time.perf_counter()
         written += len(frames)
+        marks.append((written, time.perf_counter()))
 
     with (
         VideoWriter(path, *plan.size, plan.section.fps) as writer,
         open_stream(plan, sink, script, prompts=prompts) as stream,
     ):
         begun = warm = time.perf_counter()
-        before, decoded = 0, 0.0
+        warmed, before, decoded = 0, 0, 0.0
         for index, report in enumerate(stream, 1):
-            if index > warm_up:
+            if index <= warm_up:
+                warmed += len(report.plan.frames)
+            else:
                 reports.append(replace(report, latents=torch.empty(0)))  # or memory would grow
-            elif index == warm_up:
+            if index == warm_up:
                 before, warm = written, time.perf_counter()
                 decoded = stream.session.decoding["decode"]
     ended = time.perf_counter()
     decoding = stream.session.decoding["decode"] - decoded
     loading, frames = begun - start, written - before
-    return Timings(loading, begun, first, warm, ended, frames, written, decoding, reports)
+    first, marks = marks[0][1], [(count - warmed, at) for count, at in marks]
+    return Timings(loading, begun, first, warm, ended, frames, written, decoding, reports, marks)
 
 
 def _peak() -> dict[str, int]:
