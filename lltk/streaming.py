@@ -81,6 +81,11 @@ class StreamPlan:
         """Where prompts are encoded."""
         return torch.device(self.section.text.device or self.device)
 
+    @property
+    def writer_threads(self) -> int:
+        """For a `VideoWriter`: one where a model runs on the CPU, whose cores it would take."""
+        return 1 if "cpu" in (self.device.type, self.decoder_device.type) else 8
+
     @cached_property
     def parts(self) -> Parts:
         """What is to be held in memory, and where."""
@@ -256,8 +261,8 @@ def open_stream(
 
     Args:
         plan: with weights.
-        sink: takes the video of each latent, [B, 3, 1 or stride, H, W] in [-1, 1], in the
-            decoder's thread.
+        sink: takes the video of each latent, [B, 3, 1 or stride, H, W] in [-1, 1], in a
+            thread of its own.
         script: the shots; none where a saved stream goes on.
         image: the first frame, [B, 3, H, W] in [-1, 1].
         resume: a state that `Stream.save` wrote; script, image and seed are then the state's.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -276,8 +277,8 @@ def test_pipeline_keeps_order_and_frames() -> None:
 
 
 def test_pipeline_runs_ahead_by_its_bound_and_no_further() -> None:
-    """With the sink shut, the third submit of two allowed ones waits until it opens."""
-    opened, third, got = threading.Event(), threading.Event(), []
+    """With the sink shut on one video, a second is decoded; two latents more may wait."""
+    opened, last, got = threading.Event(), threading.Event(), []
 
     def sink(video: Tensor) -> None:
         assert opened.wait(timeout=60)
@@ -285,17 +286,60 @@ def test_pipeline_runs_ahead_by_its_bound_and_no_further() -> None:
 
     def produce() -> None:
         with DecodePipeline(decoder(), sink, ahead=2) as pipeline:
-            for part in video_latents()[:, :, :3].split(1, dim=2):
+            for part in video_latents()[:, :, :4].split(1, dim=2):
                 pipeline.submit(part)
-            third.set()
+            last.set()
 
     producer = threading.Thread(target=produce)
     producer.start()
-    assert not third.wait(timeout=0.5)
+    assert not last.wait(timeout=0.5)
     opened.set()
     producer.join(timeout=60)
-    assert third.is_set()
-    assert len(got) == 3
+    assert last.is_set()
+    assert len(got) == 4
+
+
+def test_pipeline_decodes_while_the_sink_works() -> None:
+    """The video of the second latent is ready before the first is taken."""
+    opened, got = threading.Event(), []
+
+    def sink(video: Tensor) -> None:
+        assert opened.wait(timeout=60)
+        got.append(video)
+
+    with DecodePipeline(decoder(), sink) as pipeline:
+        pipeline.submit(video_latents()[:, :, :2])
+        deadline = time.monotonic() + 60
+        while len(pipeline.videos) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [video.shape[2] for video in pipeline.videos] == [1, 4] and not got
+        opened.set()
+    assert not pipeline.videos and not pipeline.latents
+    assert torch.equal(torch.cat(got, dim=2), decoder().decode(video_latents()[:, :, :2]))
+
+
+def test_pipeline_keeps_what_the_sink_has_not_taken() -> None:
+    latents, got = video_latents()[:, :, :6], []
+
+    def sink(video: Tensor) -> None:
+        if len(got) == 2:
+            raise OSError("disk full")
+        got.append(video)
+
+    run = decoder()
+    pipeline = DecodePipeline(run, sink, ahead=8)
+    for part in latents.split(3, dim=2):
+        pipeline.submit(part)
+    with pytest.raises(OSError, match="disk full"):
+        pipeline.close()
+    pipeline.rest()
+    videos, left = pipeline.videos, pipeline.latents
+    assert 1 <= len(videos) <= 2 and len(got) + len(videos) + len(left) == 6
+    with DecodePipeline(run, got.append) as rest:
+        for video in videos:
+            rest.deliver(video)
+        rest.submit(torch.cat(left, dim=2))
+    assert torch.equal(torch.cat(got, dim=2), decoder().decode(latents))
 
 
 def test_pipeline_hands_on_an_error_and_decodes_nothing_after_it() -> None:
@@ -332,7 +376,7 @@ def test_pipeline_left_with_an_error_drops_what_has_not_begun() -> None:
         assert begun.wait(timeout=60)
         threading.Timer(0.1, go_on.set).start()
         raise KeyError
-    assert len(got) == 1
+    assert len(got) <= 2
     with pytest.raises(RuntimeError):
         pipeline.submit(video_latents()[:, :, :1])
 

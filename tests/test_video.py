@@ -44,10 +44,11 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float((levels[0] - levels[1]).abs().max())
 
 
-def test_frames_come_back_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 4])
+def test_frames_come_back_in_order(tmp_path: Path, threads: int) -> None:
     path = tmp_path / "new" / "folder" / "video.mp4"
     frames = numbered(0, 61)
-    with VideoWriter(path, SIDE, SIDE, 24) as video:
+    with VideoWriter(path, SIDE, SIDE, 24, threads) as video:
         for chunk in frames.split((29, 32)):
             video.write(chunk)
     video.close()

@@ -29,8 +29,8 @@ METHOD = (
     "chunk. E2E: over wall time, from after the warm-up, whose last frames may be in the making, "
     "to the file's end; E2E seconds, to where so much of the video is written. Outside: the share "
     "of a chunk's time that the session's thread spends neither in model graphs or the text "
-    "encoder nor in waiting for the decoder, plus what the decoder's thread takes to write its "
-    "frames. FPS and latencies are medians of the runs, p50 and p90 are over all chunks measured."
+    "encoder nor in waiting for the decoder, plus what another thread takes to write the frames. "
+    "FPS and latencies are medians of the runs, p50 and p90 are over all chunks measured."
 )
 _CAPTIONS = ("A red square moves to the right.", "A blue circle moves up.")
 _LENGTHS = (16, 32, 64)
@@ -225,7 +225,7 @@ def _timed(
         marks.append((written, time.perf_counter()))
 
     with (
-        VideoWriter(path, *plan.size, plan.section.fps) as writer,
+        VideoWriter(path, *plan.size, plan.section.fps, plan.writer_threads) as writer,
         open_stream(plan, sink, script, prompts=prompts) as stream,
     ):
         begun = warm = time.perf_counter()

@@ -62,10 +62,11 @@ class Frames:
         path: of the video.
         size: its height and width.
         fps: frames a second.
+        threads: of the video's encoder.
     """
 
-    def __init__(self, path: Path, size: tuple[int, int], fps: float) -> None:
-        self._open = partial(VideoWriter, path, *size, fps)
+    def __init__(self, path: Path, size: tuple[int, int], fps: float, threads: int) -> None:
+        self._open = partial(VideoWriter, path, *size, fps, threads)
         self._wanted: dict[int, int] = {}
         self._kept: dict[int, list[Tensor]] = {}
         self._next = 0

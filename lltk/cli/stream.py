@@ -203,7 +203,7 @@ def _run(
         first, note = read_image(image, *plan.size)
         if note is not None:
             console.print(note)
-    frames = Frames(output, plan.size, plan.section.fps)
+    frames = Frames(output, plan.size, plan.section.fps, plan.writer_threads)
     for where, owners in plan.memory.items():
         free = readable(available(torch.device(where)))
         console.print(f"memory: {readable(total(owners))} on {where}, of {free} free")

@@ -116,7 +116,7 @@ class Decoder:
 
 
 class DecodePipeline:
-    """Decodes in a worker thread, on a GPU on a stream of its own, while the caller goes on.
+    """Decodes in a thread, on a GPU on a stream of its own, and delivers in another.
 
     ::
 
@@ -129,9 +129,9 @@ class DecodePipeline:
 
     Args:
         decoder: what decodes; its state goes on from where it is.
-        sink: takes the video of each latent, [B, 3, 1 or stride, H, W], in order, in the worker
-            thread; on a GPU, on the worker's stream. While it blocks, decoding waits.
-        ahead: submitted latents that may be unfinished, 1 or more; at that many, `submit` waits.
+        sink: takes the video of each latent, [B, 3, 1 or stride, H, W], in order, in a thread of
+            its own; on a GPU, on a stream of its own. While it blocks, one video more is decoded.
+        ahead: submitted latents that may be undecoded, 1 or more; at that many, `submit` waits.
     """
 
     def __init__(self, decoder: Decoder, sink: Callable[[Tensor], None], ahead: int = 2) -> None:
@@ -142,21 +142,30 @@ class DecodePipeline:
         self._ahead = ahead
         self._pending: deque[Future[None]] = deque()
         self._last: Future[None] | None = None
-        self._undelivered: deque[Tensor] = deque()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._delivery: Future[None] | None = None
+        self._latents: deque[Tensor] = deque()
+        self._videos: deque[Tensor] = deque()
+        self._decoding, self._delivering = (
+            ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("decode", "deliver")
+        )
         self._watch = Stopwatch(decoder.device)
         self._seconds = {"decode": 0.0, "deliver": 0.0}
-        self._stream: torch.cuda.Stream | None = None
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         if decoder.device.type == "cuda":
-            self._stream = torch.cuda.Stream(decoder.device)
+            self._streams = torch.cuda.Stream(decoder.device), torch.cuda.Stream(decoder.device)
 
     @property
-    def undelivered(self) -> list[Tensor]:
-        """Submitted latents, [B, z, 1, h, w] each, whose video the sink has not taken.
+    def latents(self) -> list[Tensor]:
+        """Submitted latents that are not decoded, [B, z, 1, h, w] each; ask at rest.
 
-        The decoder's state is that before the first of them whenever the pipeline is at rest.
+        The decoder's state is then that before the first of them.
         """
-        return list(self._undelivered)
+        return list(self._latents)
+
+    @property
+    def videos(self) -> list[Tensor]:
+        """What is decoded and the sink has not taken, a latent's each; ask at rest."""
+        return list(self._videos)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -174,24 +183,34 @@ class DecodePipeline:
             self._pending[0].result()
             self._pending.popleft()
         ready = None
-        if self._stream is not None:
+        if self._streams is not None:
             ready = torch.cuda.current_stream(self._decoder.device).record_event()
         single = latents.split(1, dim=2)
-        self._undelivered.extend(single)
-        self._last = self._worker.submit(self._run, single, ready, self._last)
+        self._latents.extend(single)
+        self._last = self._decoding.submit(self._run, single, ready, self._last)
         self._pending.append(self._last)
 
+    def deliver(self, video: Tensor) -> None:
+        """Queue a video for the sink, decoded before anything was submitted."""
+        assert self._last is None, "latents were submitted"
+        self._hand_over(video)
+
     def rest(self) -> None:
-        """Wait until nothing is being decoded, for what was submitted or after an error."""
+        """Wait until nothing is being decoded or delivered, after an error too."""
         wait(self._pending)
+        if self._delivery is not None:
+            wait([self._delivery])
 
     def close(self) -> None:
         """Wait for what was submitted; raises as `submit`."""
         try:
             while self._pending:
                 self._pending.popleft().result()
+            delivery, self._delivery = self._delivery, None
+            if delivery is not None:
+                delivery.result()
         finally:
-            self._worker.shutdown(cancel_futures=True)
+            self._shut_down()
 
     def __enter__(self) -> DecodePipeline:
         return self
@@ -206,7 +225,11 @@ class DecodePipeline:
             self.close()
         else:
             self._pending.clear()
-            self._worker.shutdown(cancel_futures=True)
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        self._decoding.shutdown(cancel_futures=True)
+        self._delivering.shutdown()
 
     def _run(
         self,
@@ -216,27 +239,39 @@ class DecodePipeline:
     ) -> None:
         if before is not None:
             before.result()  # after an error nothing more is decoded
-        if self._stream is None or ready is None:
+        if self._streams is None or ready is None:
             self._decode(latents)
             return
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
+        stream, _ = self._streams
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
             for latent in latents:
-                latent.record_stream(self._stream)
+                latent.record_stream(stream)
             self._decode(latents)
-            self._stream.synchronize()
 
     def _decode(self, latents: Sequence[Tensor]) -> None:
         for latent in latents:
-            before = self._decoder.state
-            try:
-                with self._watch.measure("decode"):
-                    video = self._decoder.decode(latent)
-                self._seconds["decode"] += self._watch.read()["decode"]
-                begun = time.perf_counter()
+            with self._watch.measure("decode"):
+                video = self._decoder.decode(latent)
+            self._seconds["decode"] += self._watch.read()["decode"]  # once it is decoded
+            self._latents.popleft()
+            self._hand_over(video)
+
+    def _hand_over(self, video: Tensor) -> None:
+        """Let the sink take a video once it has taken the one before."""
+        self._videos.append(video)
+        if self._delivery is not None:
+            self._delivery.result()
+        self._delivery = self._delivering.submit(self._deliver, video)
+
+    def _deliver(self, video: Tensor) -> None:
+        begun = time.perf_counter()
+        if self._streams is None:
+            self._sink(video)
+        else:
+            _, stream = self._streams
+            video.record_stream(stream)
+            with torch.cuda.stream(stream):
                 self._sink(video)
-            except BaseException:
-                self._decoder.state = before
-                raise
-            self._undelivered.popleft()
-            self._seconds["deliver"] += time.perf_counter() - begun
+        self._videos.popleft()
+        self._seconds["deliver"] += time.perf_counter() - begun

@@ -68,7 +68,7 @@ class ChunkReport:
         graphs: of these, in the transformer's graphs: ``prologue``, ``step``, ``commit``,
             ``recache``; on a GPU the device's time.
         waited: of these, until the decoder had room.
-        decoding: seconds in the decoder's thread since the report before: ``decode`` in the
+        decoding: seconds in other threads since the report before: ``decode`` in the decoder's
             graphs, ``deliver`` in the sink.
     """
 
@@ -136,7 +136,7 @@ class Session:
     Args:
         runtime: the transformer's, for this session alone.
         decoder: for this session alone.
-        sink: takes the video of each latent, in the decoder's thread; see `DecodePipeline`.
+        sink: takes the video of each latent, in a thread of its own; see `DecodePipeline`.
         encode: a prompt's embedding, [1, S, E] on the runtime's device, the same every time.
         script: every chunk.
         sampling: how chunks are sampled.
@@ -182,7 +182,8 @@ class Session:
         self._pipeline = DecodePipeline(decoder, sink)
         self._submitted = 0
         self._left: Sequence[Tensor] = ()
-        """Latents of a restored session that are to be decoded before its own."""
+        self._left_videos: Sequence[Tensor] = ()
+        """What a restored session has to decode, and before it to deliver, ahead of its own."""
         self._decoding = self._pipeline.seconds
 
     @property
@@ -196,14 +197,15 @@ class Session:
         return self._progress.chunk
 
     @property
-    def undelivered(self) -> Sequence[Tensor]:
-        """Latents of chunks that were made, a frame each, whose video the sink has not taken."""
-        return self._left or self._pipeline.undelivered
+    def undelivered(self) -> int:
+        """How many latent frames, of chunks that were made, the sink has not taken as video."""
+        made = (self._pipeline.latents, self._pipeline.videos, self._left, self._left_videos)
+        return sum(map(len, made))
 
     @property
     def frame(self) -> int:
         """The video frame that the sink is to take next."""
-        latents = self.chunk * self._runtime.geometry.chunk - len(self.undelivered)
+        latents = self.chunk * self._runtime.geometry.chunk - self.undelivered
         return max(0, (latents - 1) * self._runtime.spec.stride[0] + 1)
 
     @property
@@ -218,7 +220,7 @@ class Session:
 
     @property
     def decoding(self) -> Mapping[str, float]:
-        """Seconds in the decoder's thread so far; see `ChunkReport`."""
+        """Seconds in the decoder and the sink so far; see `ChunkReport`."""
         return self._pipeline.seconds
 
     def switch(self, prompt: str, recache: bool | None = None) -> Receipt:
@@ -255,7 +257,9 @@ class Session:
             StopIteration: the script is over.
             Exception: what decoding or the sink raised for earlier chunks.
         """
-        assert not self._left, "a restored session is iterated within its block"
+        assert not self._left and not self._left_videos, (
+            "a restored session is iterated within its block"
+        )
         if not self._script:
             raise StopIteration
         begun = time.perf_counter()
@@ -294,6 +298,9 @@ class Session:
         self._pipeline.close()
 
     def __enter__(self) -> Session:
+        for video in self._left_videos:
+            self._pipeline.deliver(video.to(self._decoder.device))
+        self._left_videos = ()
         if self._left:
             self._pipeline.submit(torch.cat(tuple(self._left), dim=2).to(self._decoder.device))
             self._left = ()
@@ -327,7 +334,11 @@ class Session:
         for prefix, runtime in zip(("cache", "unconditional"), self._runtimes(), strict=False):
             tensors |= {f"{prefix}.{name}": page for name, page in runtime.state().items()}
         tensors |= {f"decoder.{n}": cache for n, cache in self._decoder.state.caches.items()}
-        tensors |= {f"video.{i}": part for i, part in enumerate(self.undelivered)}
+        for prefix, left, own in (
+            ("undecoded", self._left, self._pipeline.latents),
+            ("undelivered", self._left_videos, self._pipeline.videos),
+        ):
+            tensors |= {f"{prefix}.{i}": part for i, part in enumerate((*left, *own))}
         if self._image is not None and self.chunk == 0:
             tensors["image"] = self._image
         facts = {
@@ -384,8 +395,10 @@ class Session:
         self._submitted = self._begun = facts["chunk"]
         if facts["prompt"] is not None:
             self._set_prompt(facts["prompt"], recache=False)
-        left = sorted(named("video").items(), key=lambda item: int(item[0]))
-        self._left = [part for _, part in left]
+        self._left, self._left_videos = (
+            [part for _, part in sorted(named(prefix).items(), key=lambda item: int(item[0]))]
+            for prefix in ("undecoded", "undelivered")
+        )
 
     # One chunk
 

@@ -68,13 +68,14 @@ class VideoWriter:
         path: the file.
         height, width: pixels, even.
         fps: frames a second.
+        threads: of the encoder; fewer than the models leave free.
 
     Raises:
         ValueError: odd sides, or no frame rate.
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, height: int, width: int, fps: float) -> None:
+    def __init__(self, path: Path, height: int, width: int, fps: float, threads: int = 1) -> None:
         for name, size in (("height", height), ("width", width)):
             if size < 2 or size % 2:
                 below = max(size // 2 * 2, 2)
@@ -118,8 +119,7 @@ class VideoWriter:
             self._stream.height, self._stream.width = height, width
             self._stream.pix_fmt = "yuv420p"
             self._stream.gop_size = KEYFRAME_EVERY
-            # Its cores are the models'.
-            self._stream.thread_count = 1
+            self._stream.thread_count = threads
             self._stream.colorspace = self._stream.color_primaries = BT709
             self._stream.color_trc = BT709
             self._stream.color_range = LIMITED
