@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
+from lltk.bench.compare import OUTPUT, Errors, watched
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import make_record, markdown, percentile, write_record
 from lltk.cli.recipes import find_recipe
@@ -38,9 +39,10 @@ HERE = Path(__file__).parent
 _METHOD = """\
 Milliseconds of {runs} passes after a warm-up of three, with the cache full: {how}. DiT FPS: a
 chunk's video frames over its denoising passes and its commit. First: the first denoising pass and
-the first commit; of compilation, what no recipe above has compiled. Error: of the first recipe's
-eager output, relative, one denoising pass with the recipe's own cache. Owners: shares of the time
-of a denoising pass, by the names of its kernels. Random weights of the true shape."""
+the first commit; of compilation, what no recipe above has compiled. Error: of a denoising pass's
+output and of each block's, relative to the first recipe's eager ones, each recipe over its own
+cache. Owners: shares of the time of a denoising pass, by the names of its kernels. Random weights
+of the true shape."""
 _OWNERS = {
     "attention": ("sdpa", "fmha", "flash", "attention"),
     "GEMM": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm"),
@@ -64,10 +66,11 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     reference = None
     for name, recipe in recipes.items():
-        for row, output in _rows(recipe, options.device, options.runs, reference is None):
-            reference = output if reference is None else reference
-            error = float((output - reference).std() / reference.std())
-            results.append({"name": name, **row, "error": error})
+        for row, outputs in _rows(recipe, options.device, options.runs, reference is None):
+            reference = outputs if reference is None else reference
+            errors = Errors()
+            errors.add(outputs, reference)
+            results.append({"name": name, **row, "errors": errors.relative()})
             print(results[-1], flush=True)
     how = "CUDA events" if options.device.type == "cuda" else "wall time"
     record = make_record(
@@ -87,7 +90,8 @@ def main() -> None:
         "2 steps": lambda row: f"{row['dit_fps']['2']:.1f}",
         "first s": lambda row: f"{row['first_seconds']:.1f}",
         "peak memory": lambda row: readable(row["peak_bytes"]),
-        "error": lambda row: f"{row['error']:.4f}",
+        "error": lambda row: f"{row['errors'][OUTPUT]:.4f}",
+        "of a block, at most": lambda row: f"{max(row['errors'].values()):.4f}",
         "owners": lambda row: ", ".join(f"{k} {v:.0%}" for k, v in row["owners"].items()) or "–",
         "ran": lambda row: ", ".join(f"{op} {how}" for op, how in row["ran"].items()),
     }
@@ -96,8 +100,8 @@ def main() -> None:
 
 def _rows(
     recipe: Recipe, device: torch.device, runs: int, eager: bool
-) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """A recipe's result and its output, float32, as it says; eager before, if wanted."""
+) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """A recipe's result and what its blocks give, as it says; eager before, if wanted."""
     program = with_random_weights(transform(recipe, weights=False), device)
     module = instantiate(program, device)
     section = stream_section(recipe.stream, "recipe")
@@ -107,49 +111,72 @@ def _rows(
         if compiled:
             module.compile_blocks()
         with torch.no_grad():
-            row, output = _measured(program, module, graphs, device, runs)
+            row = _measured(program, module, graphs, device, runs)
+            outputs = _outputs(program, module, device)
         step, commit = row["step"]["median_ms"], row["commit"]["median_ms"]
         fps = {str(n): frames / (n * step + commit) * 1e3 for n in (4, 2)}
         ran = dict(program.implementations)
-        yield {"compiled": compiled, "graphs": graphs, **row, "dit_fps": fps, "ran": ran}, output
+        yield {"compiled": compiled, "graphs": graphs, **row, "dit_fps": fps, "ran": ran}, outputs
+
+
+class _Passes:
+    """Passes over a full window, whose inputs are the same for every recipe."""
+
+    def __init__(
+        self, program: Program, module: ProgramModule, device: torch.device, graphs: bool
+    ) -> None:
+        geometry, spec = program.geometry, program.spec
+        self._generator = torch.Generator(device).manual_seed(1)
+        self._device, self._dtype = device, program.dtype
+        self._shape = (1, spec.channels, geometry.chunk, *geometry.latent(spec))
+        self._latents = self._normal(*self._shape)
+        self._level = torch.full((1, geometry.chunk), 700.0, device=device)
+        self._positions = torch.arange(geometry.chunk, dtype=torch.float64, device=device)
+        self._pages = geometry.pages
+        self._run = Rollout(program, module, graphs)
+        self._run.set_text(self._normal(1, geometry.text_tokens, spec.text_dim))
+
+    def _normal(self, *shape: int) -> Tensor:
+        values = torch.randn(shape, generator=self._generator, device=self._device)
+        return values.to(self._dtype)
+
+    def step(self) -> Tensor:
+        return self._run.step(self._latents, self._level, self._positions)
+
+    def commit(self) -> None:
+        self._run.commit(self._latents, self._positions)
+
+    def fill(self) -> None:
+        """Commit other chunks until the window is full."""
+        for _ in range(self._pages):
+            self._run.commit(self._normal(*self._shape), self._positions)
 
 
 def _measured(
     program: Program, module: ProgramModule, graphs: bool, device: torch.device, runs: int
-) -> tuple[dict[str, Any], Tensor]:
-    generator = torch.Generator(device).manual_seed(1)
-    geometry, spec = program.geometry, program.spec
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(program.dtype)
-
-    shape = (1, spec.channels, geometry.chunk, *geometry.latent(spec))
-    latents = normal(*shape)
-    level = torch.full((1, geometry.chunk), 700.0, device=device)
-    positions = torch.arange(geometry.chunk, dtype=torch.float64, device=device)
+) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    run = Rollout(program, module, graphs)
-    run.set_text(normal(1, geometry.text_tokens, spec.text_dim))
-
-    def step() -> Tensor:
-        return run.step(latents, level, positions)
-
-    def commit() -> None:
-        run.commit(latents, positions)
-
+    passes = _Passes(program, module, device, graphs)
     begun = time.perf_counter()
-    step()
-    commit()
+    passes.step()
+    passes.commit()
     _wait(device)
     first = time.perf_counter() - begun
-    for _ in range(geometry.pages):
-        run.commit(normal(*shape), positions)
-    output = step().float()
-    row = {"step": _timed(step, device, runs), "owners": _owners(step, device)}
-    row["commit"] = _timed(commit, device, runs)
+    passes.fill()
+    row = {"step": _timed(passes.step, device, runs), "owners": _owners(passes.step, device)}
+    row["commit"] = _timed(passes.commit, device, runs)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return {**row, "first_seconds": first, "peak_bytes": peak}, output
+    return {**row, "first_seconds": first, "peak_bytes": peak}
+
+
+def _outputs(program: Program, module: ProgramModule, device: torch.device) -> dict[str, Tensor]:
+    """What every block and the model give, float32, on the CPU."""
+    passes = _Passes(program, module, device, graphs=False)
+    passes.fill()
+    with watched(module) as seen:
+        output = passes.step()
+    return {name: value.float().cpu() for name, value in {**seen, OUTPUT: output}.items()}
 
 
 def _timed(call: Callable[[], object], device: torch.device, runs: int) -> dict[str, float]:
