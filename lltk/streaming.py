@@ -137,6 +137,7 @@ class StreamPlan:
             "pipeline": section.pipeline,
             "transformer": f"{_where(self.device, program)}, {compiled}{choices}",
             "decoder": f"{_where(self.decoder_device, self.decoder)}, "
+            f"{'compiled, ' if section.decoder.compile else ''}"
             f"passes {', '.join(entry.name for entry in self.decoder.log)}",
             "text encoder": f"{self.text_device}, {section.text.after} after use"
             + ("" if self.parts.text else "; its memory is not known without the pipeline's files"),
@@ -177,7 +178,7 @@ def plan_stream(
                 "dtype": section.decoder.dtype,
             },
             "geometry": recipe.geometry.model_dump(),
-            "passes": ["canonicalise", *_onednn(section, torch.device(device))],
+            "passes": _decoder_passes(section, torch.device(device)),
         },
         "stream.decoder",
     )
@@ -268,6 +269,7 @@ def open_stream(
             lacks what the recipe wants.
     """
     check_device(plan.transformer.implementations, plan.device)
+    check_device(plan.decoder.implementations, plan.decoder_device)
     check_memory(plan.parts, image is not None)
     state = None if resume is None else load_state(resume, plan.identity)
     chunks = plan.chunks(script) if state is None else []
@@ -284,9 +286,12 @@ def open_stream(
     module = instantiate(program, device)
     if section.compile:
         module.compile_blocks()
+    decoding = instantiate(plan.decoder, plan.decoder_device)
+    if section.decoder.compile:
+        decoding.compile_graph("step")
     session = Session(
         TorchRuntime(program, module),
-        Decoder(plan.decoder, instantiate(plan.decoder, plan.decoder_device)),
+        Decoder(plan.decoder, decoding),
         sink,
         prompts,
         chunks,
@@ -300,11 +305,14 @@ def open_stream(
     return Stream(plan, session)
 
 
-def _onednn(section: StreamSection, device: torch.device) -> list[str]:
-    """The pass that a CPU's decoder gains by."""
+def _decoder_passes(section: StreamSection, device: torch.device) -> list[Any]:
+    """The recipe's; else what is needed, and the pass that a CPU's decoder gains by."""
+    if section.decoder.passes is not None:
+        return section.decoder.passes
     wanted = torch.device(section.decoder.device or device).type == "cpu"
     wanted = wanted and section.decoder.dtype == "float32"
-    return ["onednn_conv3d"] if wanted and torch.backends.mkldnn.is_available() else []
+    onednn = ["onednn_conv3d"] if wanted and torch.backends.mkldnn.is_available() else []
+    return ["canonicalise", *onednn]
 
 
 def _encoded_prompts(plan: StreamPlan, texts: Sequence[str]) -> Prompts:

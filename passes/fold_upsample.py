@@ -62,9 +62,7 @@ class FoldUpsample(Pass[Config]):
     kinds = ("decode",)
     numerics = Numerics.ROUNDING
 
-    def __init__(self, config: Config | None = None) -> None:
-        super().__init__(config)
-        self._modules: frozenset[str] = frozenset()
+    _modules: frozenset[str] = frozenset()
 
     def apply(self, program: Program, report: Report) -> None:
         modules = set()

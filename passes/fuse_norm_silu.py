@@ -153,17 +153,14 @@ def _match(conv: fx.Node, report: Report) -> _Input | None:
     if pad.target is not aten.pad.default or len(conv.args) > 3:
         report.miss(conv, "does not read padded frames")
         return None
-    inner, (side, *sides) = pad.args[0], pad.args[1]  # type: ignore[misc]
-    cache = None
-    if isinstance(inner, fx.Node) and inner.target is aten.cat.default:
-        parts, axis = inner.args
-        if axis == 2 and isinstance(parts, list) and len(parts) == 2:
-            cache, inner = parts
-    before = CACHED if cache is None else 0
-    if sides != [side] * 3 + [before, 0]:
-        report.miss(conv, f"its input is padded by {[side, *sides]}")
-        return None
+    inner, amounts, cache = pad.args[0], pad.args[1], None
     assert isinstance(inner, fx.Node)
+    if inner.target is aten.cat.default and inner.args[1] == 2 and len(inner.all_input_nodes) == 2:
+        cache, inner = inner.all_input_nodes
+    side = amounts[0] if isinstance(amounts, list) else None
+    if not isinstance(side, int) or amounts != [side] * 4 + [CACHED if cache is None else 0, 0]:
+        report.miss(conv, f"its input is padded by {amounts}")
+        return None
     if inner.target is not aten.silu.default:
         report.miss(conv, f"its input is made by {inner.target}, not by SiLU")
         return None

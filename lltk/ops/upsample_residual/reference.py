@@ -24,9 +24,8 @@ def fold(weight: Tensor) -> Tensor:
 
 def unfold(phases: Tensor) -> Tensor:
     """What `fold` was given, but for rounding: [4·O, I, 2, 2] → [O, I, 3, 3]."""
-    corners = phases.to(_wide(phases)).chunk(4)
-    rows = [_unfold(*corners[2 * a : 2 * a + 2], 3) for a in range(2)]
-    return _unfold(*rows, 2).to(phases.dtype)
+    p00, p01, p10, p11 = phases.to(_wide(phases)).chunk(4)
+    return _unfold(_unfold(p00, p01, 3), _unfold(p10, p11, 3), 2).to(phases.dtype)
 
 
 def _fold(taps: Tensor, axis: int) -> tuple[Tensor, Tensor]:
