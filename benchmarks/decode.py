@@ -81,8 +81,8 @@ ROWS = {
     "fused, not folded": Row(_FUSED, trial=True),
     "channels last": Row(("channels_last",), trial=True),
     "fused, compiled": Row(_ALL, "compiled", trial=True),
+    "folded, compiled": Row(("fold_upsample", "channels_last"), "compiled", trial=True),
     "plain, compiled": Row((), "compiled", trial=True),
-    "channels last, compiled": Row(("fold_upsample", "channels_last"), "compiled", trial=True),
 }
 
 
@@ -174,7 +174,7 @@ def _measured(
 
 def _rewritten(base: Program, passes: tuple[str, ...], device: torch.device) -> Program:
     steps = [make_pass(name, {}) for name in passes]
-    if "fuse_norm_silu" in passes:
+    if {"fold_upsample", "fuse_norm_silu"} & set(passes):
         backend = "triton" if device.type == "cuda" else "reference"
         ops = ("cached_norm_silu", "upsample_residual")
         steps.append(make_pass("lower", dict.fromkeys(ops, backend)))

@@ -38,7 +38,7 @@ def far(ours: Tensor, wanted: Tensor) -> float:
 
 def norm_cases(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Widths and areas that fill no block, one frame and several, each operand there or not."""
-    for width, frames, sides in ((20, 1, (3, 5)), (256, 3, (5, 7))):
+    for width, frames, sides in ((20, 1, (3, 5)), (128, 3, (5, 7))):
         x, residual = (random(2, width, frames, *sides, dtype=dtype, seed=s) for s in (0, 1))
         cache = random(2, width, 2, *sides, dtype=dtype, seed=2)
         gamma, bias = (random(width, 1, 1, 1, dtype=dtype, seed=s) for s in (3, 4))
@@ -119,10 +119,9 @@ def test_shortcut_is_the_models() -> None:
 
 @cpu
 def test_opcheck() -> None:
-    for arguments in list(norm_cases(torch.float32))[:5]:
+    for arguments in list(norm_cases(torch.float32))[1:3]:
         opcheck(cached_norm_silu, arguments)
-    for arguments in upsample_cases(torch.float32):
-        opcheck(upsample_residual, arguments)
+    opcheck(upsample_residual, next(upsample_cases(torch.float32)))
 
 
 # Kernels

@@ -59,6 +59,7 @@ def _launch(
             made[2] if keep else x,
             frames,
             area,
+            int(cache is not None),
             width**0.5,
             EPS=EPS,
             WIDTH=width,
@@ -66,7 +67,6 @@ def _launch(
             ROWS=rows,
             BIAS=bias is not None,
             RESIDUAL=residual is not None,
-            CACHE=cache is not None,
             KEEP=keep,
         )
     return made
@@ -79,7 +79,7 @@ def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "area", "cached"])
 def _cached_norm_silu(
     x,
     gamma,
@@ -91,6 +91,7 @@ def _cached_norm_silu(
     total,
     frames,
     area,
+    cached,
     root,
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -98,10 +99,12 @@ def _cached_norm_silu(
     ROWS: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    CACHE: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """A program makes some pixels of one frame of the result."""
+    """A program makes some pixels of one frame of the result.
+
+    Sizes are no part of what is compiled, so that a decoder needs few kernels.
+    """
     frame, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, ROW)[None, :]
@@ -110,10 +113,8 @@ def _cached_norm_silu(
     size = area.to(tl.int64) * WIDTH
     kind = x.dtype.element_ty
     if frame < 2:
-        if CACHE:
-            result = tl.load(cache + (batch * 2 + frame) * size + pixel, mask=inside, other=0.0)
-        else:
-            result = tl.zeros((ROWS, ROW), kind)
+        held = cache + (batch * 2 + frame) * size + pixel
+        result = tl.load(held, mask=inside & (cached > 0), other=0.0)
     else:
         place = (batch * frames + frame - 2) * size + pixel
         values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)

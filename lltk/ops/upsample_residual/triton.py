@@ -50,7 +50,7 @@ def _launch(phases: Tensor, bias: Tensor, shortcut: Tensor, stride: int) -> Tens
 _launch.register_fake(empty_result)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "given", "height", "columns"])
 def _upsample_residual(
     phases,
     bias,
