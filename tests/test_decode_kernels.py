@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -196,7 +197,7 @@ def test_kernels_compile(architecture: int, monkeypatch: pytest.MonkeyPatch) -> 
     ptx = compiled(architecture, monkeypatch)
     assert ptx.keys() == {"_cached_norm_silu", "_upsample_residual"}
     for code in ptx.values():
-        assert "ld.global" in code and "st.global.v4" in code
+        assert "st.global.v4" in code and not re.search(r"ld\.global\.b16", code)
 
 
 def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
@@ -219,7 +220,7 @@ def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
 
     def compile_only(kernel: Any, *arguments: Any, **options: Any) -> Any:
         result = run(kernel, *arguments, **{**options, "warmup": True})
-        found[kernel.fn.__name__] = result.asm["ptx"]
+        found[kernel.fn.__name__] = found.get(kernel.fn.__name__, "") + result.asm["ptx"]
         return result
 
     norm = find_implementation("cached_norm_silu", "triton").load()
@@ -230,5 +231,7 @@ def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
         patch.setattr(driver, "_active", Absent())
         patch.setattr(JITFunction, "run", compile_only)
         norm(x, gamma, gamma.flatten(), x, x, True)
-        upsample(random(2, 1024, 5, 17, dtype=kind), gamma.flatten(), x, 1)
+        for width in (256, 512):
+            shortcut = random(1, width, 2, 4, 16, dtype=kind)
+            upsample(random(2, 1024, 5, 17, dtype=kind), gamma.flatten(), shortcut, 1)
     return found

@@ -82,7 +82,18 @@ def _upsample_residual(
     ).to(tl.float32)
     values += tl.load(bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     spot = ((batch * given + frame // STRIDE) * height + i).to(tl.int64) * columns + j
-    channel = (4 * (column * STRIDE + frame % STRIDE) + phase) // repeats
-    values += tl.load(shortcut + spot[:, None] * SHORTCUT + channel, mask=inside, other=0.0)
+    source = shortcut + spot[:, None] * SHORTCUT
+    if repeats == 4 * STRIDE:
+        near = tl.load(source + column, mask=inside, other=0.0)
+    elif repeats == 2 and STRIDE == 1:  # one channel for each row of the result
+        pair = tl.arange(0, 2 * ROW)[None, :]
+        within = (pixel < 4 * height * columns)[:, None] & (pair < SHORTCUT)
+        pairs = tl.reshape(tl.load(source + pair, mask=within, other=0.0), (ROWS, ROW, 2))
+        even, odd = tl.split(pairs)
+        near = tl.where((a == 1)[:, None], odd, even)
+    else:
+        channel = (4 * (column * STRIDE + frame % STRIDE) + phase) // repeats
+        near = tl.load(source + channel, mask=inside, other=0.0)
+    values += near.to(tl.float32)
     place = (image.to(tl.int64) * (4 * height * columns) + pixel)[:, None] * WIDTH + column
     tl.store(made + place, values.to(made.dtype.element_ty), mask=inside)
