@@ -176,6 +176,7 @@ def plan_stream(
                 "config": None if weights else section.decoder.config,
                 "checkpoint": str(folder) if weights else None,
                 "dtype": section.decoder.dtype,
+                "latents": section.decoder.latents,
             },
             "geometry": recipe.geometry.model_dump(),
             "passes": _decoder_passes(section, torch.device(device)),
@@ -256,8 +257,8 @@ def open_stream(
 
     Args:
         plan: with weights.
-        sink: takes the video of each latent, [B, 3, 1 or stride, H, W] in [-1, 1], in the
-            decoder's thread.
+        sink: takes the video of latents as they are decoded, [B, 3, 1 or n · stride, H, W] in
+            [-1, 1], in the decoder's thread.
         script: the shots; none where a saved stream goes on.
         image: the first frame, [B, 3, H, W] in [-1, 1].
         resume: a state that `Stream.save` wrote; script, image and seed are then the state's.
@@ -288,7 +289,7 @@ def open_stream(
         module.compile_blocks()
     decoding = instantiate(plan.decoder, plan.decoder_device)
     if section.decoder.compile:
-        decoding.compile_graph("step")
+        decoding.compile_graph("steps" if section.decoder.latents > 1 else "step")
     session = Session(
         TorchRuntime(program, module),
         Decoder(plan.decoder, decoding),

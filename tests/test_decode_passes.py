@@ -11,9 +11,10 @@ import pytest
 import streams
 import torch
 import yaml
-from helpers import refused, same
+from helpers import after, refused, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import AUTOENCODER as CONFIG
 from test_vae import exact, make_recipe, streamed, video_latents, worst
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from lltk.graph.recipe import load_recipe, parse_recipe
 from lltk.graph.stages import Stage
 from lltk.models import wan_vae
 from lltk.passes import make_pass
-from lltk.stream.decoder import Decoder, DecoderState
+from lltk.stream.decoder import DecodePipeline, Decoder, DecoderState
 from lltk.stream.recipe import stream_section
 from lltk.streaming import plan_stream
 
@@ -64,6 +65,39 @@ def test_any_split_is_the_plain_decode(split: list[int]) -> None:
     for passes in SETS:
         plain = streamed([sum(split)], lifted="fold_upsample" in passes)
         assert worst(decoded(decoder(rewritten(passes)), split), plain) <= 1e-12
+
+
+@cache
+def several() -> Program:
+    """Its steady calls take three latents where there are so many."""
+    geometry = make_recipe().geometry
+    program = after(wan_vae.captured(CONFIG, geometry, torch.float64, 3), "canonicalise", *ALL)
+    return with_weights(program, exact(False)[0].weights)
+
+
+@cpu
+@settings(max_examples=4, deadline=None)
+@given(st.lists(st.integers(2, 4), min_size=1, max_size=2))
+def test_several_latents_at_once_are_the_plain_decode(split: list[int]) -> None:
+    assert worst(decoded(decoder(several()), split), streamed([sum(split)], lifted=True)) <= 1e-12
+
+
+@cpu
+def test_latents_are_taken_together_as_far_as_they_reach() -> None:
+    """And a pipeline that goes on from what was left decodes it in the same parts."""
+    run, latents, got = decoder(several()), video_latents()[:, :, :9], []
+    assert several().contract("steps").outputs["video"].shape[2] == 3 * 4
+    with DecodePipeline(run, got.append, ahead=3) as pipeline:
+        pipeline.submit(latents[:, :, :3])
+        pipeline.submit(latents[:, :, 3:])
+    assert [video.shape[2] for video in got] == [1, 4, 4, 12, 12]
+    plain, rest = decoder(several()), []
+    assert torch.equal(torch.cat(got, 2), decoded(plain, [3, 6]))
+    again = decoder(several())
+    again.decode(latents[:, :, :2])
+    with DecodePipeline(again, rest.append) as pipeline:
+        pipeline.submit(*latents[:, :, 2:].split([1, 3, 3], dim=2))
+    assert torch.equal(torch.cat(rest, 2), torch.cat(got[2:], 2))
 
 
 @cpu
@@ -174,14 +208,17 @@ def test_nothing_to_fuse_is_an_error() -> None:
 def test_a_stream_decodes_by_its_recipes_passes(tmp_path: Path) -> None:
     folder = streams.save_pipeline(tmp_path)
     passes = f"stream.decoder.passes=[canonicalise, {', '.join(ALL)}]"
-    overrides = (*streams.SIZES, f"stream.pipeline={folder}", passes, "stream.decoder.compile=true")
+    overrides = (*streams.SIZES, f"stream.pipeline={folder}", passes)
+    overrides += ("stream.decoder.compile=true", "stream.decoder.latents=2")
     plan = plan_stream(open_recipe("tiny_stream", overrides))
     program = plan.decoder
     assert [entry.name for entry in program.log] == ["canonicalise", *ALL]
     assert f"compiled, passes canonicalise, {', '.join(ALL)}" in plan.describe()["decoder"]
-    plain = transform(parse_recipe({**program.recipe, "passes": ["canonicalise"]}, "test"))
+    only = {"passes": ["canonicalise"], "model": {**program.recipe["model"], "latents": 1}}
+    plain = transform(parse_recipe({**program.recipe, **only}, "test"))
     shape = program.contract("first").inputs["latents"].shape
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 2, 1, 1)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 4, 1, 1)
+    assert set(program.graphs) == {"first", "step", "steps"} > set(plain.graphs)
     videos = [decoder(each).decode(latents) for each in (program, plain)]
     assert worst(*videos) <= 1e-5 < float(videos[0].std())
 

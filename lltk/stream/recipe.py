@@ -39,6 +39,9 @@ class DecoderSection(BaseModel):
         None,
         description="as a recipe's passes; null: canonicalise, and on a CPU what it gains by",
     )
+    latents: int = Field(
+        1, ge=1, description="latents that are decoded at once where so many are at hand"
+    )
     compile: bool = Field(
         False, description="whether steady decoding is compiled; the second latent waits"
     )

@@ -136,7 +136,8 @@ class Session:
     Args:
         runtime: the transformer's, for this session alone.
         decoder: for this session alone.
-        sink: takes the video of each latent, in the decoder's thread; see `DecodePipeline`.
+        sink: takes the video of latents as they are decoded, in the decoder's thread; see
+            `DecodePipeline`.
         encode: a prompt's embedding, [1, S, E] on the runtime's device, the same every time.
         script: every chunk.
         sampling: how chunks are sampled.
@@ -197,13 +198,14 @@ class Session:
 
     @property
     def undelivered(self) -> Sequence[Tensor]:
-        """Latents of chunks that were made, a frame each, whose video the sink has not taken."""
+        """Latents of chunks that were made, as decoded, whose video the sink has not taken."""
         return self._left or self._pipeline.undelivered
 
     @property
     def frame(self) -> int:
         """The video frame that the sink is to take next."""
-        latents = self.chunk * self._runtime.geometry.chunk - len(self.undelivered)
+        waiting = sum(part.shape[2] for part in self.undelivered)
+        latents = self.chunk * self._runtime.geometry.chunk - waiting
         return max(0, (latents - 1) * self._runtime.spec.stride[0] + 1)
 
     @property
@@ -295,7 +297,7 @@ class Session:
 
     def __enter__(self) -> Session:
         if self._left:
-            self._pipeline.submit(torch.cat(tuple(self._left), dim=2).to(self._decoder.device))
+            self._pipeline.submit(*(part.to(self._decoder.device) for part in self._left))
             self._left = ()
         return self
 
