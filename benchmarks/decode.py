@@ -40,11 +40,11 @@ from lltk.stream.decoder import Decoder
 
 HERE = Path(__file__).parent
 _METHOD = """\
-Milliseconds a video frame of {runs} latents after a warm-up of two: {how}. First: the video's first
-two latents; of compilation and of libraries' loading, what no row above had. A row that is
-replayed is one CUDA graph of a latent, whose caches nothing copies back. Error: of the video of two
+Milliseconds a video frame of {runs} steady calls after a warm-up of two: {how}. First: the video's
+first five latents; of compilation and of libraries' loading, what no row above had. A row that is
+replayed is one CUDA graph of a call, whose caches nothing copies back. Error: of the video of five
 latents, relative to a decode in float32 and to the first row. Owners: shares of the time of a
-latent, by the names of its kernels. Random weights of the true shape."""
+call, by the names of its kernels. Random weights of the true shape."""
 _OWNERS = {
     "compiled": ("triton_",),
     "norm and cache": ("_cached_norm_silu",),
@@ -66,18 +66,24 @@ class Row:
         passes: after canonicalise.
         how: eager, compiled (by torch.compile) or replayed (as a CUDA graph).
         trial: whether cuDNN finds its kernels by trying them.
+        latents: of a steady call.
     """
 
     passes: tuple[str, ...] = ()
     how: str = "eager"
     trial: bool = False
+    latents: int = 1
 
 
+_OPENING = 5
+"""Latents that every row decodes first: one, and four that are steady calls for each row."""
 ROWS = {
     "plain": Row(),
     "fused": Row(_ALL),
     "fused, cuDNN's trial": Row(_ALL, trial=True),
     "fused, replayed": Row(_ALL, "replayed", trial=True),
+    "fused, 2 latents": Row(_ALL, trial=True, latents=2),
+    "fused, 4 latents": Row(_ALL, trial=True, latents=4),
     "fused, not folded": Row(_FUSED, trial=True),
     "channels last": Row(("channels_last",), trial=True),
     "fused, compiled": Row(_ALL, "compiled", trial=True),
@@ -96,18 +102,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
     recipe, device = load_recipe(find_recipe(options.recipe)), options.device
-    base = with_random_weights(transform(recipe, weights=False), device)
+    bases = {1: with_random_weights(transform(recipe, weights=False), device)}
+    weights = bases[1].weights
     results: list[dict[str, Any]] = []
     videos: list[Tensor] = []
     for name in options.rows:
-        row, video = _measured(base, ROWS[name], device, options.runs)
+        row = ROWS[name]
+        if row.latents not in bases:
+            bases[row.latents] = _captured(recipe, weights, latents=row.latents)
+        result, video = _measured(bases[row.latents], row, device, options.runs)
         videos.append(video)
-        results.append({"name": name, **row, "error_first": _error(video, videos[0])})
+        results.append({"name": name, **result, "error_first": _error(video, videos[0])})
         print(results[-1], flush=True)
         _write(options.output, device, options.runs, results)
         gc.collect()
         torch._dynamo.reset()
-    exact = _exact(recipe, base.weights, device)
+    exact = _exact(_captured(recipe, weights, dtype="float32"), device)
     for result, video in zip(results, videos, strict=True):
         result["error"] = _error(video, exact)
         print(result["name"], result["error"])
@@ -140,31 +150,33 @@ def _write(folder: Path, device: torch.device, runs: int, results: list[dict[str
 def _measured(
     base: Program, row: Row, device: torch.device, runs: int
 ) -> tuple[dict[str, Any], Tensor]:
-    """A row's result, and its video of two latents, float32 on the host."""
+    """A row's result, and its video of the opening latents, float32 on the host."""
     program = _rewritten(base, row.passes, device)
     torch.backends.cudnn.benchmark = row.trial
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     module = instantiate(program, device)
     if row.how == "compiled":
-        module.compile_graph("step")
+        module.compile_graph("steps" if row.latents > 1 else "step")
     decoder = Decoder(program, module)
     latents = _latents(program, device)
     begun = time.perf_counter()
-    video = _decoded(decoder, latents[:, :, :2])
+    video = _decoded(decoder, latents)
     first = time.perf_counter() - begun
-    call = lambda: decoder.decode(latents[:, :, 2:])  # noqa: E731
+    steady = latents[:, :, -row.latents :]
+    call = lambda: decoder.decode(steady)  # noqa: E731
     if row.how == "replayed":
-        call = _replayed(decoder, module, latents[:, :, 2:])
-    stride = program.model.stride[0]
+        call = _replayed(decoder, module, steady)
+    frames = program.model.stride[0] * row.latents
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    tflop = sum(flops for _, flops in _shapes(program).values()) / stride / 1e12
+    tflop = sum(flops for _, flops in _shapes(program).values()) / frames / 1e12
     return {
         "passes": [entry.name for entry in program.log],
         "ran": dict(program.implementations),
         "how": row.how,
         "trial": row.trial,
-        "frame": {k: v / stride for k, v in _timed(call, device, runs).items()},
+        "latents": row.latents,
+        "frame": {k: v / frames for k, v in _timed(call, device, runs).items()},
         "tflop": tflop,
         "first_seconds": first,
         "peak_bytes": peak,
@@ -182,11 +194,11 @@ def _rewritten(base: Program, passes: tuple[str, ...], device: torch.device) -> 
 
 
 def _latents(program: Program, device: torch.device) -> Tensor:
-    """Three of a video."""
+    """A video's first."""
     inputs = program.contract("first").inputs
     batch, channels, _, *sides = inputs[program.model.latent_input].shape
     generator = torch.Generator(device).manual_seed(1)
-    return torch.randn(batch, channels, 3, *sides, generator=generator, device=device)
+    return torch.randn(batch, channels, _OPENING, *sides, generator=generator, device=device)
 
 
 @torch.no_grad()
@@ -211,14 +223,18 @@ def _replayed(decoder: Decoder, module: ProgramModule, latents: Tensor) -> Calla
     return replay
 
 
-def _exact(recipe: Recipe, weights: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """The video of two latents in float32."""
-    model = recipe.model.model_copy(update={"dtype": "float32"})
-    program = transform(recipe.model_copy(update={"model": model}), weights=False)
-    program = with_weights(program, {name: value.float() for name, value in weights.items()})
+def _captured(recipe: Recipe, weights: Mapping[str, Tensor], **model: Any) -> Program:
+    """The recipe's program with other choices of its model section."""
+    section = recipe.model.model_copy(update=model)
+    program = transform(recipe.model_copy(update={"model": section}), weights=False)
+    return with_weights(program, weights)
+
+
+def _exact(program: Program, device: torch.device) -> Tensor:
+    """The video of the opening latents, in float32."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
         decoder = Decoder(program, instantiate(program, device))
-        return _decoded(decoder, _latents(program, device)[:, :, :2])
+        return _decoded(decoder, _latents(program, device))
 
 
 def _error(ours: Tensor, theirs: Tensor) -> float:
@@ -248,7 +264,7 @@ def _timed(call: Callable[[], object], device: torch.device, runs: int) -> dict[
 
 @torch.no_grad()
 def _profiled(call: Callable[[], object], program: Program, device: torch.device) -> dict[str, Any]:
-    """Of a latent on a GPU: shares by owner, the longest kernels, convolutions by their shapes."""
+    """Of a call on a GPU: shares by owner, the longest kernels, convolutions by their shapes."""
     if device.type != "cuda":
         return {"owners": {}, "kernels": [], "convolutions": []}
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
@@ -296,10 +312,11 @@ def _by_shape(found: profile, program: Program) -> list[dict[str, Any]]:
 
 
 def _shapes(program: Program) -> dict[tuple[tuple[int, ...], ...], tuple[int, int]]:
-    """Convolutions of ``step`` and their floating-point operations, by input and weight."""
+    """Convolutions of a steady call and their floating-point operations, by input and weight."""
     counted: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = {}
+    graph = program.graphs.get("steps", program.graphs["step"])
     for target in (torch.ops.aten.conv3d.default, torch.ops.aten.conv2d.default):
-        for conv in calls(program.graphs["step"], target):
+        for conv in calls(graph, target):
             x, weight = conv.args[:2]
             assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
             operands = (shape(x), shape(weight))
