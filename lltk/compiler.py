@@ -52,7 +52,9 @@ _DECODER = _Family(
     wan_vae.CONFIGS,
     wan_vae.validate_config,
     _load_decoder,
-    lambda config, recipe, dtype: wan_vae.captured(config, recipe.geometry, dtype),
+    lambda config, recipe, dtype: wan_vae.captured(
+        config, recipe.geometry, dtype, recipe.model.latents
+    ),
 )
 
 

@@ -143,6 +143,7 @@ class StreamPlan:
             "pipeline": section.pipeline,
             "transformer": f"{_where(self.device, program)}, {how}{choices}",
             "decoder": f"{_where(self.decoder_device, self.decoder)}, "
+            f"{'compiled, ' if section.decoder.compile else ''}"
             f"passes {', '.join(entry.name for entry in self.decoder.log)}",
             "text encoder": f"{self.text_device}, {section.text.after} after use"
             + ("" if self.parts.text else "; its memory is not known without the pipeline's files"),
@@ -181,9 +182,10 @@ def plan_stream(
                 "config": None if weights else section.decoder.config,
                 "checkpoint": str(folder) if weights else None,
                 "dtype": section.decoder.dtype,
+                "latents": section.decoder.latents,
             },
             "geometry": recipe.geometry.model_dump(),
-            "passes": ["canonicalise", *_onednn(section, torch.device(device))],
+            "passes": _decoder_passes(section, torch.device(device)),
         },
         "stream.decoder",
     )
@@ -261,8 +263,8 @@ def open_stream(
 
     Args:
         plan: with weights.
-        sink: takes the video of each latent, [B, 3, 1 or stride, H, W] in [-1, 1], in a
-            thread of its own.
+        sink: takes the video of latents as they are decoded, [B, 3, 1 or n · stride, H, W] in
+            [-1, 1], in a thread of its own.
         script: the shots; none where a saved stream goes on.
         image: the first frame, [B, 3, H, W] in [-1, 1].
         resume: a state that `Stream.save` wrote; script, image and seed are then the state's.
@@ -274,6 +276,7 @@ def open_stream(
             lacks what the recipe wants.
     """
     check_device(plan.transformer.implementations, plan.device)
+    check_device(plan.decoder.implementations, plan.decoder_device)
     check_memory(plan.parts, image is not None)
     state = None if resume is None else load_state(resume, plan.identity)
     chunks = plan.chunks(script) if state is None else []
@@ -290,9 +293,12 @@ def open_stream(
     module = instantiate(program, device)
     if section.compile:
         module.compile_blocks()
+    decoding = instantiate(plan.decoder, plan.decoder_device)
+    if section.decoder.compile:
+        decoding.compile_graph("steps" if section.decoder.latents > 1 else "step")
     session = Session(
         TorchRuntime(program, module, section.cuda_graphs),
-        Decoder(plan.decoder, instantiate(plan.decoder, plan.decoder_device)),
+        Decoder(plan.decoder, decoding),
         sink,
         prompts,
         chunks,
@@ -306,11 +312,14 @@ def open_stream(
     return Stream(plan, session)
 
 
-def _onednn(section: StreamSection, device: torch.device) -> list[str]:
-    """The pass that a CPU's decoder gains by."""
+def _decoder_passes(section: StreamSection, device: torch.device) -> list[Any]:
+    """The recipe's; else what is needed, and the pass that a CPU's decoder gains by."""
+    if section.decoder.passes is not None:
+        return section.decoder.passes
     wanted = torch.device(section.decoder.device or device).type == "cpu"
     wanted = wanted and section.decoder.dtype == "float32"
-    return ["onednn_conv3d"] if wanted and torch.backends.mkldnn.is_available() else []
+    onednn = ["onednn_conv3d"] if wanted and torch.backends.mkldnn.is_available() else []
+    return ["canonicalise", *onednn]
 
 
 def _encoded_prompts(plan: StreamPlan, texts: Sequence[str]) -> Prompts:

@@ -130,18 +130,22 @@ def build(config: Mapping[str, Any]) -> Any:
     return AutoencoderKLWan(**config)
 
 
-def captured(config: Mapping[str, Any], geometry: Geometry, dtype: torch.dtype) -> Program:
+def captured(
+    config: Mapping[str, Any], geometry: Geometry, dtype: torch.dtype, latents: int = 1
+) -> Program:
     """Capture the decoder at a geometry, without allocating its weights.
 
-    Graph ``first`` decodes a video's first latent, ``step`` one latent more. Latents are float32
-    [B, z, 1, h, w], normalised as the transformer gives them; video is [B, 3, 1 or stride, H, W] in
-    the compute dtype, in [-1, 1]. Feature caches are two frames long, the older one zero after
-    ``first``, so that one ``step`` serves every call after it.
+    Graph ``first`` decodes a video's first latent, ``step`` one latent more, ``steps`` so many as
+    `latents` says, if more than one. Latents are float32 [B, z, n, h, w], normalised as the
+    transformer gives them; video is [B, 3, 1 or n · stride, H, W] in the compute dtype, in [-1, 1].
+    Feature caches are two frames long, the older one zero after ``first``, so that one ``step``
+    serves every call after it.
 
     Args:
         config: of AutoencoderKLWan.
         geometry: batch and resolution.
         dtype: compute dtype.
+        latents: of a call of ``steps``.
 
     Returns:
         A captured Program of kind ``decode``: meta weights in the configuration's dtypes under
@@ -151,10 +155,12 @@ def captured(config: Mapping[str, Any], geometry: Geometry, dtype: torch.dtype) 
     program = Program("decode", model_spec, geometry, dtype, graphs={}, weights={})
     outputs = (model_spec.output, *model_spec.cache_outputs)
     latent = (geometry.batch, model_spec.channels, 1, *geometry.latent(model_spec))
-    inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        model_spec.latent_input: (latent, torch.float32)
-    }
-    for name, module in (("first", _First), ("step", _Step)):
+    inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    graphs: list[tuple[str, type[_Decoder], int]] = [("first", _First, 1), ("step", _Step, 1)]
+    if latents > 1:
+        graphs.append(("steps", _Step, latents))
+    for name, module, count in graphs:
+        inputs[model_spec.latent_input] = ((*latent[:2], count, *latent[3:]), torch.float32)
         program.graphs[name], program.weights, _ = capture(
             partial(module, config, dtype), inputs, outputs, lambda _name, _parameter: dtype
         )

@@ -54,6 +54,8 @@ class Config(PassConfig):
         "reference", description="reference, or torch: operations that a compiler can fuse"
     )
     fp8_matmul: str = Field("reference", description="reference or scaled_mm")
+    cached_norm_silu: str = Field("reference", description="reference or triton")
+    upsample_residual: str = Field("reference", description="reference or triton")
     nvfp4: str = Field("reference", description="backend of every NVFP4 op; lltk doctor lists them")
 
     @field_validator(*ops_with_choices())
@@ -79,9 +81,17 @@ class Lower(Pass[Config]):
     """
 
     Config = Config
-    reads = (Stage.REGIONAL,)
+    reads = (Stage.CANONICAL, Stage.REGIONAL)
     leaves = Stage.LOWERED
+    kinds = (*Pass.kinds, "decode")
     numerics = Numerics.ROUNDING
+
+    def requires(self, program: Program) -> None:
+        if program.stage is not Stage.REGIONAL and program.kind != "decode":
+            raise ValueError(
+                f"reads a regional program, this one is {program.stage}; move it behind "
+                "regionalise in the recipe's passes"
+            )
 
     def apply(self, program: Program, report: Report) -> None:
         chosen = self.config.model_dump()

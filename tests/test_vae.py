@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lltk.artefact import load_program, save_program
 from lltk.compiler import transform, with_weights
 from lltk.graph.edit import copy_graph
-from lltk.graph.memory import estimate
+from lltk.graph.memory import activations, estimate
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, parse_recipe
@@ -221,6 +221,10 @@ def test_wan22_at_full_size() -> None:
     for name in caches:
         assert step.inputs[name] == step.outputs[f"next_{name}"] == first.outputs[f"next_{name}"]
     assert round(estimate(made)["feature caches"] / 2**30, 1) == 6.0
+    fused = after(made, "fold_upsample", "fuse_norm_silu", "channels_last")
+    folded, normed, _ = (entry.matches for entry in fused.log[1:])
+    assert folded == {"upsamplings": 2 * 3} and normed["convolutions"] == 2 * 29
+    assert activations(fused) < 0.85 * activations(made)
 
 
 def test_two_decoders_never_meet() -> None:

@@ -192,7 +192,8 @@ def _infer_node(program: Program, node: fx.Node, values: Mapping[fx.Node, Any]) 
     if node.op == "get_attr":
         name = str(node.target)
         if name in program.weights:
-            return torch.empty(program.weights[name].shape, dtype=program.run_dtype(name))
+            made = torch.empty(program.weights[name].shape, dtype=program.run_dtype(name))
+            return made.to(memory_format=program.memory_format(name))
         constant = program.constants[name]
         return torch.empty(constant.shape, dtype=constant.dtype)
     args = map_arg(node.args, values.__getitem__)

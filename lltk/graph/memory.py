@@ -99,9 +99,9 @@ def _gathers(program: Program, node: fx.Node) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether the result lies in its first argument's memory."""
+    """Whether the result lies in its first argument's memory; each of several has its own."""
     if node.target is operator.getitem:
-        return True
+        return _is_view(node.all_input_nodes[0])
     target = node.meta.get("op", node.target)
     if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes:
         return False
@@ -109,9 +109,8 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.dtype.itemsize
-    return sum(_bytes(part) for part in value) if isinstance(value, tuple | list) else 0
+    """Of several results none: each is counted where it is taken."""
+    return value.numel() * value.dtype.itemsize if isinstance(value, Tensor) else 0
 
 
 def available(device: torch.device) -> int:

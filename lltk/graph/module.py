@@ -63,7 +63,8 @@ class ProgramModule(nn.Module):
             if dtype is not None and run_dtype.is_floating_point and run_dtype.itemsize > 1:
                 run_dtype = dtype
             trains = program.trainable is None or name in program.trainable
-            value = tensor.to(device=device, dtype=run_dtype, copy=True)
+            layout = program.memory_format(name)
+            value = tensor.to(device=device, dtype=run_dtype, copy=True, memory_format=layout)
             parameter = nn.Parameter(value, requires_grad=trains and _differentiable(value))
             _assign(self, name, parameter)
         for name, tensor in program.constants.items():
@@ -113,6 +114,15 @@ class ProgramModule(nn.Module):
         for name, region in self._regions.items():
             if not name.startswith("prologue"):
                 self._regions[name] = torch.compile(region, **options)
+
+    def compile_graph(self, name: str, **options: Any) -> None:
+        """Compile a named graph as a whole.
+
+        Args:
+            name: of a graph without regions.
+            options: for torch.compile.
+        """
+        self._graphs[name] = torch.compile(self._graphs[name], fullgraph=True, **options)
 
 
 def instantiate(

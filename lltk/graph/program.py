@@ -112,6 +112,7 @@ class Program:
         regions: block graphs shared by layers, from the regional stage on.
         implementations: what runs each op, by name, once lowered.
         trainable: parameters that train, or None for all.
+        channels_last: weights of convolutions that lie in memory with channels last when they run.
         high_steps: denoising passes of a chunk, from 0, that the graph ``step_high`` makes.
         recipe: the resolved recipe it was made from, as plain data.
         stage, log, passes: how far it is and what brought it there.
@@ -127,6 +128,7 @@ class Program:
     regions: dict[str, Region] = field(default_factory=dict)
     implementations: dict[str, str] = field(default_factory=dict)
     trainable: frozenset[str] | None = None
+    channels_last: frozenset[str] = frozenset()
     high_steps: frozenset[int] = frozenset()
     recipe: dict[str, Any] = field(default_factory=dict)
     stage: Stage = Stage.CAPTURED
@@ -146,6 +148,13 @@ class Program:
             return stored
         parts = name.split(".")
         return torch.float32 if any(kept in parts for kept in self.model.keep_fp32) else self.dtype
+
+    def memory_format(self, name: str) -> torch.memory_format:
+        """How parameter ``name`` lies in memory when it runs, for ``Tensor.to``."""
+        if name not in self.channels_last:
+            return torch.preserve_format
+        images = self.weights[name].dim() == 4
+        return torch.channels_last if images else torch.channels_last_3d
 
     def every_graph(self) -> Iterator[tuple[str, fx.Graph]]:
         """Named graphs, then regions."""

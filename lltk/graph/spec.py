@@ -75,11 +75,12 @@ class ModelSpec(Spec):
 class DecoderSpec(Spec):
     """Names and sizes of one captured streaming video decoder.
 
-    Graph ``first`` decodes a video's first latent, which is one frame; ``step`` one latent more.
+    Graph ``first`` decodes a video's first latent, which is one frame; ``step`` one latent more;
+    ``steps``, if there is one, several more.
 
     Attributes:
-        caches: number of feature caches; ``step`` reads ``cache_{i}``, both graphs give
-            ``next_cache_{i}``.
+        caches: number of feature caches; ``step`` and ``steps`` read ``cache_{i}``, every graph
+            gives ``next_cache_{i}``.
     """
 
     caches: int
@@ -96,5 +97,5 @@ class DecoderSpec(Spec):
 
     def contract_names(self, graph: str) -> tuple[set[str], set[str]]:
         """``first`` reads no caches."""
-        read = self.cache_inputs if graph == "step" else ()
+        read = () if graph == "first" else self.cache_inputs
         return {self.latent_input, *read}, {self.output, *self.cache_outputs}

@@ -56,6 +56,8 @@ _Nvfp4Paged = partial(Implementation, "nvfp4_paged_attention")
 _Causal = partial(Implementation, "block_causal_attention")
 _Quantise = partial(Implementation, "fp8_quantise")
 _Matmul = partial(Implementation, "fp8_matmul")
+_Norm = partial(Implementation, "cached_norm_silu")
+_Upsample = partial(Implementation, "upsample_residual")
 _OPS = "lltk.ops."
 _NVFP4_PAGED = _OPS + "nvfp4_paged_attention.triton"
 _PagedKernel = partial(
@@ -89,6 +91,12 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Quantise("torch", _OPS + "fp8_quantise.reference:fp8_quantise", _ANY),
     _Matmul("reference", _OPS + "fp8_matmul.op:fp8_matmul", _ANY),
     _Matmul("scaled_mm", _OPS + "fp8_matmul.scaled_mm:fp8_matmul", ("cuda",), architectures=E4M3),
+    _Norm("reference", _OPS + "cached_norm_silu.op:cached_norm_silu", _ANY),
+    _Norm("triton", _OPS + "cached_norm_silu.triton:cached_norm_silu", ("cuda",), module="triton"),
+    _Upsample("reference", _OPS + "upsample_residual.op:upsample_residual", _ANY),
+    _Upsample(
+        "triton", _OPS + "upsample_residual.triton:upsample_residual", ("cuda",), module="triton"
+    ),
 )
 
 

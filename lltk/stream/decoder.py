@@ -53,6 +53,10 @@ class Decoder:
         self._caches = {
             name: program.contract("step").inputs[name].shape for name in self._spec.cache_inputs
         }
+        several = "steps" in program.graphs
+        self._several = (
+            program.contract("steps").inputs[self._spec.latent_input].shape[2] if several else 1
+        )
         self._state = DecoderState()
 
     @property
@@ -96,16 +100,31 @@ class Decoder:
                 f"latents: {tuple(latents.shape)} is not [{batch}, {channels}, n, "
                 f"{sides[0]}, {sides[1]}] with n ≥ 1; decode what the program was captured for"
             )
-        video = [self._decode_one(latent) for latent in latents.split(1, dim=2)]
+        video = [self._decode(part) for part in self.parts(latents, not self._state.caches)]
         return torch.cat(video, dim=2)
 
-    def _decode_one(self, latent: Tensor) -> Tensor:
+    def parts(self, latents: Tensor, first: bool) -> list[Tensor]:
+        """Latents as they are decoded: a video's first alone, then as many as the program takes at
+        once, and those that are left one by one.
+
+        Args:
+            latents: [B, z, n, h, w].
+            first: whether they are a video's first.
+        """
+        opening = int(first)
+        together = (latents.shape[2] - opening) // self._several * self._several
+        alone = latents.shape[2] - opening - together
+        sizes = [1] * opening + [self._several] * (together // self._several) + [1] * alone
+        return list(latents.split(sizes, dim=2))
+
+    def _decode(self, latents: Tensor) -> Tensor:
         spec, caches = self._spec, self._state.caches
-        if latent.is_cuda:
+        if latents.is_cuda:
             for cache in caches.values():  # they may come from another stream
-                cache.record_stream(torch.cuda.current_stream(latent.device))
-        graph = "step" if caches else "first"
-        result = self._module(graph, **{spec.latent_input: latent}, **caches)
+                cache.record_stream(torch.cuda.current_stream(latents.device))
+        steady = "step" if latents.shape[2] == 1 else "steps"
+        graph = steady if caches else "first"
+        result = self._module(graph, **{spec.latent_input: latents}, **caches)
         self._state = DecoderState(
             {
                 read: result[given]
@@ -129,8 +148,9 @@ class DecodePipeline:
 
     Args:
         decoder: what decodes; its state goes on from where it is.
-        sink: takes the video of each latent, [B, 3, 1 or stride, H, W], in order, in a thread of
-            its own; on a GPU, on a stream of its own. While it blocks, one video more is decoded.
+        sink: takes the video of latents as they are decoded, [B, 3, 1 or n · stride, H, W], in
+            order, in a thread of its own; on a GPU, on a stream of its own. While it blocks, one
+            video more is decoded.
         ahead: submitted latents that may be undecoded, 1 or more; at that many, `submit` waits.
     """
 
@@ -156,7 +176,7 @@ class DecodePipeline:
 
     @property
     def latents(self) -> list[Tensor]:
-        """Submitted latents that are not decoded, [B, z, 1, h, w] each; ask at rest.
+        """Submitted latents that are not decoded, [B, z, n, h, w] as they will be; ask at rest.
 
         The decoder's state is then that before the first of them.
         """
@@ -172,8 +192,11 @@ class DecodePipeline:
         """What decoding and the sink took so far: ``decode`` and ``deliver``."""
         return dict(self._seconds)
 
-    def submit(self, latents: Tensor) -> None:
+    def submit(self, *latents: Tensor) -> None:
         """Queue latents for `Decoder.decode`; they must not be changed afterwards.
+
+        Args:
+            latents: [B, z, n, h, w]; what is given apart is decoded apart.
 
         Raises:
             Exception: what decoding or the sink raised for earlier latents; none is decoded after
@@ -185,9 +208,12 @@ class DecodePipeline:
         ready = None
         if self._streams is not None:
             ready = torch.cuda.current_stream(self._decoder.device).record_event()
-        single = latents.split(1, dim=2)
-        self._latents.extend(single)
-        self._last = self._decoding.submit(self._run, single, ready, self._last)
+        first = self._last is None and not self._decoder.state.caches
+        parts: list[Tensor] = []
+        for given in latents:
+            parts += self._decoder.parts(given, first and not parts)
+        self._latents.extend(parts)
+        self._last = self._decoding.submit(self._run, parts, ready, self._last)
         self._pending.append(self._last)
 
     def deliver(self, video: Tensor) -> None:

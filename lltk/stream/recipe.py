@@ -35,6 +35,16 @@ class DecoderSection(BaseModel):
     )
     dtype: Dtype = Field("float32", description="compute dtype")
     device: str | None = Field(None, description="where it runs; null: with the rest")
+    passes: list[str | dict[str, dict[str, Any] | None]] | None = Field(
+        None,
+        description="as a recipe's passes; null: canonicalise, and on a CPU what it gains by",
+    )
+    latents: int = Field(
+        1, ge=1, description="latents that are decoded at once where so many are at hand"
+    )
+    compile: bool = Field(
+        False, description="whether steady decoding is compiled; the second latent waits"
+    )
 
 
 class StreamSection(BaseModel):

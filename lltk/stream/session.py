@@ -136,7 +136,8 @@ class Session:
     Args:
         runtime: the transformer's, for this session alone.
         decoder: for this session alone.
-        sink: takes the video of each latent, in a thread of its own; see `DecodePipeline`.
+        sink: takes the video of latents as they are decoded, in a thread of its own; see
+            `DecodePipeline`.
         encode: a prompt's embedding, [1, S, E] on the runtime's device, the same every time.
         script: every chunk.
         sampling: how chunks are sampled.
@@ -198,14 +199,19 @@ class Session:
 
     @property
     def undelivered(self) -> int:
-        """How many latent frames, of chunks that were made, the sink has not taken as video."""
-        made = (self._pipeline.latents, self._pipeline.videos, self._left, self._left_videos)
-        return sum(map(len, made))
+        """How many video frames, of chunks that were made, the sink has not taken."""
+        return self._frames(self.chunk * self._runtime.geometry.chunk) - self.frame
 
     @property
     def frame(self) -> int:
         """The video frame that the sink is to take next."""
-        latents = self.chunk * self._runtime.geometry.chunk - self.undelivered
+        undecoded = sum(part.shape[2] for part in (*self._left, *self._pipeline.latents))
+        waiting = sum(part.shape[2] for part in (*self._left_videos, *self._pipeline.videos))
+        made = self.chunk * self._runtime.geometry.chunk
+        return self._frames(made - undecoded) - waiting
+
+    def _frames(self, latents: int) -> int:
+        """Video frames of a video's first latents."""
         return max(0, (latents - 1) * self._runtime.spec.stride[0] + 1)
 
     @property
@@ -302,7 +308,7 @@ class Session:
             self._pipeline.deliver(video.to(self._decoder.device))
         self._left_videos = ()
         if self._left:
-            self._pipeline.submit(torch.cat(tuple(self._left), dim=2).to(self._decoder.device))
+            self._pipeline.submit(*(part.to(self._decoder.device) for part in self._left))
             self._left = ()
         return self
 

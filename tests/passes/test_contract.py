@@ -80,8 +80,8 @@ CASES = [
     Case("regionalise", "stream", "bitwise", Stage.REGIONAL, STREAM[:6]),
     Case("lower", "stream", "rounding", Stage.LOWERED, STREAM[:7]),
 ]
-DECODE = ["onednn_conv3d"]
-"""For decode programs: tests/test_runtime.py has its case."""
+DECODE = ["channels_last", "fold_upsample", "fuse_norm_silu", "onednn_conv3d"]
+"""For decode programs: tests/test_decode_passes.py and tests/test_runtime.py have their cases."""
 every_pass = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

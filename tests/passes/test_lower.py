@@ -77,6 +77,8 @@ def test_matches_are_one_a_region_however_many_layers(kind: Kind, layers: int) -
         "nvfp4_paged_attention": "decode",
         "fp8_quantise": "reference",
         "fp8_matmul": "reference",
+        "cached_norm_silu": "reference",
+        "upsample_residual": "reference",
         "nvfp4": "reference",
     }
     for _, graph in program.every_graph():
@@ -147,3 +149,8 @@ def test_graph_without_ops_is_refused() -> None:
     call = "lltk.block_causal_attention.default(q, q, q, 8, False)"
     message = refused(after, made(CAUSAL.replace(call, "aten.neg.default(q)")), "lower")
     assert message.startswith("lower: matched nothing: the graphs hold no candidate for it")
+
+
+def test_only_decoders_are_lowered_before_their_regions() -> None:
+    message = refused(after, reached("stream", "canonicalise"), "lower")
+    assert message.startswith("lower: reads a regional program, this one is canonical; move it")

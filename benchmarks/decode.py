@@ -1,0 +1,335 @@
+"""Time of the VAE's decoder by video frame, and where it goes.
+
+    .venv/bin/python benchmarks/decode.py [--rows ROW …] [--runs 8]
+
+Weights are random at the true shape, the same in every row, so errors can be compared too. The
+record is written after each row, and once more with every row's error against a decode in float32.
+
+Writes decode.json and decode.md beside this file, or into --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.profiler import DeviceType, ProfilerActivity, profile
+
+from lltk.bench.random_weights import with_random_weights
+from lltk.bench.record import make_record, markdown, percentile, write_record
+from lltk.cli.recipes import find_recipe
+from lltk.compiler import transform, with_weights
+from lltk.graph.edit import calls, shape
+from lltk.graph.memory import readable
+from lltk.graph.module import ProgramModule, instantiate
+from lltk.graph.passes import run_passes
+from lltk.graph.program import Program
+from lltk.graph.recipe import Recipe, load_recipe
+from lltk.passes import make_pass
+from lltk.stream.decoder import Decoder
+
+HERE = Path(__file__).parent
+_METHOD = """\
+Milliseconds a video frame of {runs} steady calls after a warm-up of two: {how}. First: the video's
+first five latents; of compilation and of libraries' loading, what no row above had. A row that is
+replayed is one CUDA graph of a call, whose caches nothing copies back. Error: of the video of five
+latents, relative to a decode in float32 and to the first row. Owners: shares of the time of a
+call, by the names of its kernels. Random weights of the true shape."""
+_OWNERS = {
+    "compiled": ("triton_",),
+    "norm and cache": ("_cached_norm_silu",),
+    "upsampling": ("_upsample_residual",),
+    "layout": ("nchwtonhwc", "nhwctonchw"),
+    "attention": ("sdpa", "fmha", "flash", "attention"),
+    "convolution": ("conv", "xmma", "fprop", "cutlass", "cudnn", "gemm", "nvjet", "sm90", "sm80"),
+}
+"""Parts of the names of an owner's kernels, the first that fits; what has none is other."""
+_FUSED = ("fuse_norm_silu", "channels_last")
+_ALL = ("fold_upsample", *_FUSED)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to decode.
+
+    Attributes:
+        passes: after canonicalise.
+        how: eager, compiled (by torch.compile) or replayed (as a CUDA graph).
+        trial: whether cuDNN finds its kernels by trying them.
+        latents: of a steady call.
+    """
+
+    passes: tuple[str, ...] = ()
+    how: str = "eager"
+    trial: bool = False
+    latents: int = 1
+
+
+_OPENING = 5
+"""Latents that every row decodes first: one, and four that are steady calls for each row."""
+ROWS = {
+    "plain": Row(),
+    "fused": Row(_ALL),
+    "fused, cuDNN's trial": Row(_ALL, trial=True),
+    "fused, replayed": Row(_ALL, "replayed", trial=True),
+    "fused, 2 latents": Row(_ALL, trial=True, latents=2),
+    "fused, 4 latents": Row(_ALL, trial=True, latents=4),
+    "fused, not folded": Row(_FUSED, trial=True),
+    "channels last": Row(("channels_last",), trial=True),
+    "fused, compiled": Row(_ALL, "compiled", trial=True),
+    "folded, compiled": Row(("fold_upsample", "channels_last"), "compiled", trial=True),
+    "plain, compiled": Row((), "compiled", trial=True),
+}
+
+
+def main() -> None:
+    """Measure and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="wan22_decode")
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=HERE)
+    options = parser.parse_args()
+    recipe, device = load_recipe(find_recipe(options.recipe)), options.device
+    bases = {1: with_random_weights(transform(recipe, weights=False), device)}
+    weights = bases[1].weights
+    results: list[dict[str, Any]] = []
+    videos: list[Tensor] = []
+    for name in options.rows:
+        row = ROWS[name]
+        if row.latents not in bases:
+            bases[row.latents] = _captured(recipe, weights, latents=row.latents)
+        result, video = _measured(bases[row.latents], row, device, options.runs)
+        videos.append(video)
+        results.append({"name": name, **result, "error_first": _error(video, videos[0])})
+        print(results[-1], flush=True)
+        _write(options.output, device, options.runs, results)
+        gc.collect()
+        torch._dynamo.reset()
+    exact = _exact(_captured(recipe, weights, dtype="float32"), device)
+    for result, video in zip(results, videos, strict=True):
+        result["error"] = _error(video, exact)
+        print(result["name"], result["error"])
+    _write(options.output, device, options.runs, results)
+
+
+def _write(folder: Path, device: torch.device, runs: int, results: list[dict[str, Any]]) -> None:
+    how = "CUDA events" if device.type == "cuda" else "wall time"
+    record = make_record(
+        "decode",
+        f"benchmarks/decode.py {' '.join(sys.argv[1:])}".strip(),
+        _METHOD.format(runs=runs, how=how).replace("\n", " "),
+        results,
+    )
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "decoder": lambda row: row["name"],
+        "ms a frame": lambda row: f"{row['frame']['median_ms']:.1f}",
+        "p90": lambda row: f"{row['frame']['p90_ms']:.1f}",
+        "TFLOP a frame": lambda row: f"{row['tflop']:.1f}",
+        "first s": lambda row: f"{row['first_seconds']:.1f}",
+        "peak memory": lambda row: readable(row["peak_bytes"]),
+        "error": lambda row: f"{row['error']:.4f}" if "error" in row else "–",
+        "against the first row": lambda row: f"{row['error_first']:.4f}",
+        "owners": lambda row: ", ".join(f"{k} {v:.0%}" for k, v in row["owners"].items()) or "–",
+        "passes": lambda row: ", ".join(row["passes"]),
+    }
+    write_record(folder / "decode", record, markdown(record, "Decoding", columns))
+
+
+def _measured(
+    base: Program, row: Row, device: torch.device, runs: int
+) -> tuple[dict[str, Any], Tensor]:
+    """A row's result, and its video of the opening latents, float32 on the host."""
+    program = _rewritten(base, row.passes, device)
+    torch.backends.cudnn.benchmark = row.trial
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    module = instantiate(program, device)
+    if row.how == "compiled":
+        module.compile_graph("steps" if row.latents > 1 else "step")
+    decoder = Decoder(program, module)
+    latents = _latents(program, device)
+    begun = time.perf_counter()
+    video = _decoded(decoder, latents)
+    first = time.perf_counter() - begun
+    steady = latents[:, :, -row.latents :]
+    call = lambda: decoder.decode(steady)  # noqa: E731
+    if row.how == "replayed":
+        call = _replayed(decoder, module, steady)
+    frames = program.model.stride[0] * row.latents
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    tflop = sum(flops for _, flops in _shapes(program).values()) / frames / 1e12
+    return {
+        "passes": [entry.name for entry in program.log],
+        "ran": dict(program.implementations),
+        "how": row.how,
+        "trial": row.trial,
+        "latents": row.latents,
+        "frame": {k: v / frames for k, v in _timed(call, device, runs).items()},
+        "tflop": tflop,
+        "first_seconds": first,
+        "peak_bytes": peak,
+        **_profiled(call, program, device),
+    }, video
+
+
+def _rewritten(base: Program, passes: tuple[str, ...], device: torch.device) -> Program:
+    steps = [make_pass(name, {}) for name in passes]
+    if {"fold_upsample", "fuse_norm_silu"} & set(passes):
+        backend = "triton" if device.type == "cuda" else "reference"
+        ops = ("cached_norm_silu", "upsample_residual")
+        steps.append(make_pass("lower", dict.fromkeys(ops, backend)))
+    return run_passes(base, steps)
+
+
+def _latents(program: Program, device: torch.device) -> Tensor:
+    """A video's first."""
+    inputs = program.contract("first").inputs
+    batch, channels, _, *sides = inputs[program.model.latent_input].shape
+    generator = torch.Generator(device).manual_seed(1)
+    return torch.randn(batch, channels, _OPENING, *sides, generator=generator, device=device)
+
+
+@torch.no_grad()
+def _decoded(decoder: Decoder, latents: Tensor) -> Tensor:
+    video = decoder.decode(latents)
+    return video.float().cpu()
+
+
+def _replayed(decoder: Decoder, module: ProgramModule, latents: Tensor) -> Callable[[], object]:
+    caches = dict(decoder.state.caches)
+    with torch.no_grad():
+        for _ in range(2):
+            module("step", latents=latents, **caches)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = module("step", latents=latents, **caches)
+
+    def replay() -> object:
+        graph.replay()
+        return held
+
+    return replay
+
+
+def _captured(recipe: Recipe, weights: Mapping[str, Tensor], **model: Any) -> Program:
+    """The recipe's program with other choices of its model section."""
+    section = recipe.model.model_copy(update=model)
+    program = transform(recipe.model_copy(update={"model": section}), weights=False)
+    return with_weights(program, weights)
+
+
+def _exact(program: Program, device: torch.device) -> Tensor:
+    """The video of the opening latents, in float32."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        decoder = Decoder(program, instantiate(program, device))
+        return _decoded(decoder, _latents(program, device))
+
+
+def _error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).std() / theirs.std())
+
+
+@torch.no_grad()
+def _timed(call: Callable[[], object], device: torch.device, runs: int) -> dict[str, float]:
+    for _ in range(2):
+        call()
+    _wait(device)
+    times = []
+    for _ in range(runs):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            _wait(device)
+            times.append(start.elapsed_time(end))
+        else:
+            begun = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - begun) * 1e3)
+    return {"median_ms": statistics.median(times), "p90_ms": percentile(times, 0.9)}
+
+
+@torch.no_grad()
+def _profiled(call: Callable[[], object], program: Program, device: torch.device) -> dict[str, Any]:
+    """Of a call on a GPU: shares by owner, the longest kernels, convolutions by their shapes."""
+    if device.type != "cuda":
+        return {"owners": {}, "kernels": [], "convolutions": []}
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with profile(activities=activities, record_shapes=True) as found:
+        start.record()
+        call()
+        end.record()
+        _wait(device)
+    total = start.elapsed_time(end) * 1e3
+    taken: dict[str, float] = {}
+    kernels = [event for event in found.key_averages() if event.device_type == DeviceType.CUDA]
+    for event in kernels:
+        name = event.key.lower()
+        owners = (o for o, parts in _OWNERS.items() if any(part in name for part in parts))
+        owner = next(owners, "other")
+        taken[owner] = taken.get(owner, 0) + event.self_device_time_total
+    taken["idle"] = max(0.0, total - sum(taken.values()))
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    return {
+        "owners": {owner: spent / total for owner, spent in taken.items()},
+        "kernels": [
+            {"name": e.key[:100], "count": e.count, "ms": e.self_device_time_total / 1e3}
+            for e in kernels[:16]
+        ],
+        "convolutions": _by_shape(found, program),
+    }
+
+
+def _by_shape(found: profile, program: Program) -> list[dict[str, Any]]:
+    """Convolutions that eager calls made, by the shapes of their operands, longest first."""
+    wanted = _shapes(program)
+    rows = []
+    for event in found.key_averages(group_by_input_shape=True):
+        if event.key != "aten::cudnn_convolution":
+            continue
+        operands = (tuple(event.input_shapes[0]), tuple(event.input_shapes[1]))
+        count, flops = wanted.get(operands, (event.count, 0))
+        ms = event.device_time_total / 1e3
+        speed = {"tflop": flops / 1e12, "tflops": flops / ms / 1e9 if ms else 0.0}
+        rows.append(
+            {"input": operands[0], "weight": operands[1], "count": count, "ms": ms, **speed}
+        )
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def _shapes(program: Program) -> dict[tuple[tuple[int, ...], ...], tuple[int, int]]:
+    """Convolutions of a steady call and their floating-point operations, by input and weight."""
+    counted: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = {}
+    graph = program.graphs.get("steps", program.graphs["step"])
+    for target in (torch.ops.aten.conv3d.default, torch.ops.aten.conv2d.default):
+        for conv in calls(graph, target):
+            x, weight = conv.args[:2]
+            assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+            operands = (shape(x), shape(weight))
+            count, flops = counted.get(operands, (0, 0))
+            flops += 2 * prod(shape(conv)) * prod(shape(weight)[1:])
+            counted[operands] = (count + 1, flops)
+    return counted
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

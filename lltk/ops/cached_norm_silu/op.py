@@ -1,0 +1,49 @@
+"""``lltk::cached_norm_silu``; no gradient flows through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.cached_norm_silu import reference
+
+
+@torch.library.custom_op("lltk::cached_norm_silu", mutates_args=())
+def cached_norm_silu(
+    x: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    cache: Tensor | None = None,
+    keep: bool = False,
+) -> list[Tensor]:
+    """See `reference.cached_norm_silu`."""
+    return reference.cached_norm_silu(x, gamma, bias, residual, cache, keep)
+
+
+@cached_norm_silu.register_fake
+def empty_results(
+    x: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    cache: Tensor | None = None,
+    keep: bool = False,
+) -> list[Tensor]:
+    """The results' tensors, not filled."""
+    batch, width, frames, *sides = x.shape
+    torch._check(gamma.numel() == width and (bias is None or bias.numel() == width))
+    torch._check(residual is None or residual.shape == x.shape)
+    kept = (batch, width, reference.CACHED, *sides)
+    torch._check(cache is None or tuple(cache.shape) == kept)
+    shapes = [(batch, width, reference.CACHED + frames, *sides), kept]
+    if keep:
+        shapes.append(tuple(x.shape))
+    layout = torch.channels_last_3d
+    return [
+        torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout) for shape in shapes
+    ]
+
+
+OVERLOAD = torch.ops.lltk.cached_norm_silu.default
+"""The op as a graph node's target."""

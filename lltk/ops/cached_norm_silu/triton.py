@@ -1,0 +1,135 @@
+"""Norm and SiLU behind cached frames: everything is read once and written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lltk.ops.cached_norm_silu.op import empty_results
+from lltk.ops.cached_norm_silu.reference import EPS
+
+_ELEMENTS = 4096
+"""What a program holds at once."""
+
+
+def cached_norm_silu(
+    x: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    cache: Tensor | None = None,
+    keep: bool = False,
+) -> list[Tensor]:
+    """See `reference.cached_norm_silu`, from which it differs as its sums are rounded.
+
+    Operands that do not lie in memory with channels last are copied first.
+    """
+    made: list[Tensor] = torch.ops.lltk.cached_norm_silu_triton(
+        x, gamma, bias, residual, cache, keep
+    )
+    return made
+
+
+@torch.library.custom_op("lltk::cached_norm_silu_triton", mutates_args=())
+def _launch(
+    x: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    cache: Tensor | None = None,
+    keep: bool = False,
+) -> list[Tensor]:
+    made = empty_results(x, gamma, bias, residual, cache, keep)
+    batch, width, frames, height, columns = x.shape
+    area = height * columns
+    row = triton.next_power_of_2(width)
+    rows = max(1, _ELEMENTS // row)
+    x = _last(x)
+    with torch.cuda.device_of(x):
+        _cached_norm_silu[(triton.cdiv(area, rows), 2 + frames, batch)](
+            x,
+            gamma.contiguous(),
+            x if bias is None else bias.contiguous(),
+            x if residual is None else _last(residual),
+            x if cache is None else _last(cache),
+            made[0],
+            made[1],
+            made[2] if keep else x,
+            frames,
+            area,
+            int(cache is not None),
+            width**0.5,
+            EPS=EPS,
+            WIDTH=width,
+            ROW=row,
+            ROWS=rows,
+            BIAS=bias is not None,
+            RESIDUAL=residual is not None,
+            KEEP=keep,
+        )
+    return made
+
+
+_launch.register_fake(empty_results)
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+@triton.jit(do_not_specialize=["frames", "area", "cached"])
+def _cached_norm_silu(
+    x,
+    gamma,
+    bias,
+    residual,
+    cache,
+    made,
+    kept,
+    total,
+    frames,
+    area,
+    cached,
+    root,
+    EPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """A program makes some pixels of one frame of the result.
+
+    Sizes are no part of what is compiled, so that a decoder needs few kernels.
+    """
+    frame, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, ROW)[None, :]
+    inside = (row < area)[:, None] & (column < WIDTH)
+    pixel = row.to(tl.int64)[:, None] * WIDTH + column
+    size = area.to(tl.int64) * WIDTH
+    kind = x.dtype.element_ty
+    if frame < 2:
+        held = cache + (batch * 2 + frame) * size + pixel
+        result = tl.load(held, mask=inside & (cached > 0), other=0.0)
+    else:
+        place = (batch * frames + frame - 2) * size + pixel
+        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            values += tl.load(bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            values += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+        rounded = values.to(kind)
+        if KEEP:
+            tl.store(total + place, rounded, mask=inside)
+        values = rounded.to(tl.float32)
+        length = tl.maximum(tl.sqrt(tl.sum(values * values, 1)), EPS)
+        values *= (root / length)[:, None]
+        values *= tl.load(gamma + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        result = (values / (1.0 + tl.exp(-values))).to(kind)
+    tl.store(made + (batch * (frames + 2) + frame) * size + pixel, result, mask=inside)
+    if frame >= frames:
+        tl.store(kept + (batch * 2 + frame - frames) * size + pixel, result, mask=inside)

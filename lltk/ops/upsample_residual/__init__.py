@@ -1,0 +1,1 @@
+"""The last step of an upsampling: its phases interleaved, its shortcut added."""

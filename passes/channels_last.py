@@ -1,0 +1,74 @@
+"""A decoder's images lie in memory with channels last."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from lltk.graph.edit import building, calls, output, replace, shape
+from lltk.graph.passes import Numerics, Pass, PassConfig, Report
+from lltk.graph.program import Program
+from lltk.graph.stages import Stage
+
+aten = torch.ops.aten
+
+
+class Config(PassConfig):
+    """Nothing to configure."""
+
+
+class ChannelsLast(Pass[Config]):
+    """Keep channels last in memory: weights from loading on, images because of their weights.
+
+    ::
+
+        conv3d(x, weight), conv2d(x, weight)  →  the same, its weight's channels last in memory
+        reshape(stack([x[:, :C], x[:, C:]], 3))  →  the same frames by moving whole pixels
+        contiguous(cache)  →  clone(cache), as it lies
+
+    A convolution's result lies as its weight does, and what follows keeps it so. Names, shapes and
+    values stay; cuDNN takes other kernels, so that sums are rounded otherwise.
+    """
+
+    Config = Config
+    reads = (Stage.CANONICAL,)
+    kinds = ("decode",)
+    numerics = Numerics.ROUNDING
+
+    def apply(self, program: Program, report: Report) -> None:
+        weights = set()
+        for graph in program.graphs.values():
+            for target in (aten.conv3d.default, aten.conv2d.default):
+                for conv in calls(graph, target):
+                    weight = conv.args[1]
+                    assert isinstance(weight, fx.Node)
+                    weights.add(str(weight.target))
+            for stack in calls(graph, aten.stack.default):
+                _interleave(stack, report)
+            for cache in calls(graph, aten.contiguous.default):
+                if output(graph) in cache.users:
+                    cache.target = aten.clone.default
+                    report.match("caches")
+        program.channels_last = frozenset(weights)
+        report.match("weights", len(weights))
+
+
+def _interleave(stack: fx.Node, report: Report) -> None:
+    """Frames from the halves of channels, without taking pixels apart."""
+    parts, (end, *more) = stack.all_input_nodes, stack.users
+    halves = parts[0].all_input_nodes[0]
+    picked = [(aten.select.int, (halves, 1, index)) for index in range(2)]
+    if [(part.target, part.args) for part in parts] != picked or stack.args[1:] != (3,):
+        report.miss(stack, "does not make frames of halves of channels")
+        return
+    if more or end.target is not aten.reshape.default or len(shape(end)) != 5:
+        report.miss(stack, "is not followed by its frames alone")
+        return
+    batch, channels, frames, *sides = shape(end)
+    with building(end) as build:
+        moved = build(aten.permute.default, halves, [0, 3, 1, 4, 5, 2])
+        moved = build(aten.contiguous.default, moved)
+        moved = build(aten.view.default, moved, [batch, frames, *sides, channels])
+        moved = build(aten.permute.default, moved, [0, 4, 1, 2, 3])
+    replace(end, moved)
+    report.match("interleaved frames")
