@@ -34,6 +34,7 @@ NVFP4_OPS = frozenset(
     }
 )
 """Ops that take a backend, and pass it on to what they call."""
+_ROWS = "reference, torch (operations that a compiler can fuse) or triton"
 
 
 class Config(PassConfig):
@@ -48,10 +49,13 @@ class Config(PassConfig):
     nvfp4_paged_attention: str = Field(
         "decode", description="reference, decode, decode_triton or triton (decodes as it attends)"
     )
-    fp8_quantise: str = Field(
-        "reference", description="reference, or torch: operations that a compiler can fuse"
-    )
+    fp8_quantise: str = Field("reference", description=_ROWS)
+    fp8_quantise_norm: str = Field("reference", description=_ROWS)
+    fp8_quantise_add_norm: str = Field("reference", description=_ROWS)
+    fp8_quantise_gelu: str = Field("reference", description=_ROWS)
     fp8_matmul: str = Field("reference", description="reference or scaled_mm")
+    gated_add: str = Field("reference", description=_ROWS)
+    rms_norm_rope: str = Field("reference", description=_ROWS)
     nvfp4: str = Field("reference", description="backend of every NVFP4 op; lltk doctor lists them")
 
     @field_validator(*ops_with_choices())
