@@ -91,8 +91,8 @@ def _fuse(found: _Sum, norm: fx.Node | None) -> None:
 def _gated(node: fx.Node) -> _Sum | None:
     """A sum in float32 with frames scaled by their gate, rounded after it."""
     total = node
-    x, product = node.args[:2]
-    frames, gate = operands(operands(product, aten.flatten.using_ints)[0], aten.mul.Tensor)
+    x: Any = node.args[0]
+    frames, gate = operands(operands(node.args[1], aten.flatten.using_ints)[0], aten.mul.Tensor)
     y = operands(frames, aten.unflatten.int)[0]
     if y is None:
         return None
@@ -102,7 +102,8 @@ def _gated(node: fx.Node) -> _Sum | None:
 
 
 def _plain(node: fx.Node) -> _Sum | None:
-    x, y = node.args[:2]
+    x: Any = node.args[0]
+    y: Any = node.args[1]
     return _Sum(node, x, y, None) if _fits(node, x, y) else None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lltk.graph.edit import building, calls, module_of, prune, replace
@@ -36,11 +38,9 @@ class FuseGeluQuantise(Pass[Config]):
     def apply(self, program: Program, report: Report) -> None:
         for graph in program.graphs.values():
             for node in calls(graph, QUANTISE):
-                gelu = node.args[0]
-                if (
-                    not read_once(gelu, aten.gelu.default)
-                    or gelu.kwargs.get("approximate") != "tanh"
-                ):
+                gelu: Any = node.args[0]
+                by_tanh = gelu.kwargs.get("approximate") == "tanh"
+                if not by_tanh or not read_once(gelu, aten.gelu.default):
                     report.miss(node, "quantises no GELU by tanh that it alone reads")
                     continue
                 with building(node, module_of(gelu)) as build:

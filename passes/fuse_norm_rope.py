@@ -89,17 +89,19 @@ def _norm(even: Any, odd: Any) -> Any:
     """The norm over all heads that pairs of adjacent channels are from, with its weight."""
     if not _all_calls([even, odd], operator.getitem) or (even.args[1], odd.args[1]) != (0, 1):
         return None
-    pairs, found = even.args[0], None
-    if pairs is odd.args[0] and is_call(pairs, aten.unbind.int) and pairs.args[1] == -1:
-        heads = pairs.args[0]
-        if is_call(heads, aten.unflatten.int) and heads.args[1:] == (-1, [-1, 2]):
-            found = heads.args[0]
-    if not is_call(found, aten.unflatten.int) or found.args[1] != 2:
+    pairs = even.args[0]
+    if pairs is not odd.args[0] or not is_call(pairs, aten.unbind.int) or pairs.args[1] != -1:
         return None
-    norm = found.args[0]
-    if not is_call(norm, aten.rms_norm.default) or norm.args[2] is None:
+    pairs = pairs.args[0]
+    if not is_call(pairs, aten.unflatten.int) or pairs.args[1:] != (-1, [-1, 2]):
         return None
-    return norm if norm.args[1] == [shape(norm)[-1]] and len(norm.args) == 4 else None
+    heads = pairs.args[0]
+    if not is_call(heads, aten.unflatten.int) or heads.args[1] != 2:
+        return None
+    norm = heads.args[0]
+    if not is_call(norm, aten.rms_norm.default) or norm.args[1:2] != ([shape(norm)[-1]],):
+        return None
+    return norm if len(norm.args) == 4 and norm.args[2] is not None else None
 
 
 def _table(part: Any, first: int) -> Any:
