@@ -94,7 +94,7 @@ def _gated(node: fx.Node) -> _Sum | None:
     x: Any = node.args[0]
     frames, gate = operands(operands(node.args[1], aten.flatten.using_ints)[0], aten.mul.Tensor)
     y = operands(frames, aten.unflatten.int)[0]
-    if y is None:
+    if y is None or node.kwargs:
         return None
     if len(node.users) == 1 and is_call(user := next(iter(node.users)), aten.to.dtype):
         total, x, y = user, before_cast(x), before_cast(y)
@@ -104,12 +104,12 @@ def _gated(node: fx.Node) -> _Sum | None:
 def _plain(node: fx.Node) -> _Sum | None:
     x: Any = node.args[0]
     y: Any = node.args[1]
-    return _Sum(node, x, y, None) if _fits(node, x, y) else None
+    return _Sum(node, x, y, None) if _fits(node, x, y) and not node.kwargs else None
 
 
 def _fits(total: fx.Node, x: Any, y: Any) -> bool:
     """Whether all are of one shape and dtype."""
-    if not isinstance(x, fx.Node) or not isinstance(y, fx.Node) or total.kwargs:
+    if not isinstance(x, fx.Node) or not isinstance(y, fx.Node):
         return False
     return all(
         shape(v) == shape(total) and v.meta["val"].dtype == total.meta["val"].dtype for v in (x, y)
