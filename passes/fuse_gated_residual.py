@@ -84,7 +84,8 @@ def _fuse(found: _Sum, norm: fx.Node | None) -> None:
     replace(found.total, total)
     if norm is not None:
         for user in list(norm.users):
-            user.args = (made, user.args[1] + 1)
+            index: Any = user.args[1]
+            user.args = (made, index + 1)
         norm.graph.erase_node(norm)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lltk.bench.record import Record
 from lltk.ops.fp8_quantise_add_norm.op import fp8_quantise_add_norm
 from lltk.ops.fp8_quantise_gelu.op import fp8_quantise_gelu
 from lltk.ops.fp8_quantise_norm.op import fp8_quantise_norm
@@ -414,3 +417,26 @@ def test_heads_that_the_kernel_cannot_hold_are_refused() -> None:
     x, weight = normal(1, 6, 48), normal(48)
     with pytest.raises(ValueError, match="heads of 16, 32, 64, …, not of 24; set rms_norm_rope"):
         ran("rms_norm_rope", "triton", (x, weight, *tables(6, 24), EPS))
+
+
+# The benchmark
+
+
+@cpu
+def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "fusions.py"
+    options = {"device": "cpu", "implementation": "torch", "frames": 2, "tokens": 8, "heads": 1}
+    options |= {"ffn": 256, "layers": 3, "runs": 2, "output": tmp_path}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    monkeypatch.setattr(sys, "argv", [str(script), *flags])
+    monkeypatch.setattr(torch, "compile", lambda run, **options: run)
+    runpy.run_path(str(script), run_name="__main__")
+    record = Record.model_validate_json((tmp_path / "fusions.json").read_text())
+    rows = {row["op"]: row for row in record.results}
+    assert rows["fp8_quantise"]["bytes"] == 8 * 128 * 3 + 8 * 4
+    assert rows["gated_add"]["bytes"] == 8 * 128 * 6 + 2 * 128 * 4
+    kernels = [row for row in rows.values() if "compiled_ms" in row]
+    assert rows["all"]["pass_ms"] == pytest.approx(sum(row["pass_ms"] for row in kernels))
+    norms = rows["rms_norm_rope"]
+    assert norms["pass_ms"] == pytest.approx(3 * 2 * norms["median_ms"])
+    assert {row["op"].partition(",")[0] for row in kernels} == set(OPS)

@@ -67,7 +67,9 @@ def _rows(op: str, architectures: tuple[Capability, ...]) -> Iterator[Implementa
     where = f"{_OPS}{op}."
     yield Implementation(op, "reference", f"{where}op:{op}", _ANY)
     yield Implementation(op, "torch", f"{where}reference:{op}", _ANY)
-    yield Implementation(op, "triton", f"{where}triton:{op}", ("cuda",), "triton", architectures)
+    yield Implementation(
+        op, "triton", f"{where}triton:OVERLOAD", ("cuda",), "triton", architectures
+    )
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (

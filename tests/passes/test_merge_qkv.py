@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,9 @@ from torch import Tensor
 
 from lltk.compiler import with_weights
 from lltk.graph.geometry import Kind
+from lltk.graph.module import instantiate
 from lltk.graph.program import Program
+from lltk.graph.recipe import load_recipe
 from lltk.graph.stages import Stage
 from lltk.ops.fp8_quantise.reference import fp8_quantise
 
@@ -162,3 +165,22 @@ def test_all_fusions_together() -> None:
         assert difference(run(program, graph, given), wanted) < 1e-5
         assert difference(run(plain, graph, given), wanted) > 0.005
     assert len(program.regions) == 3
+
+
+def test_the_benchmarks_recipe_transforms() -> None:
+    passes = load_recipe(Path(__file__).parents[2] / "benchmarks" / "dit" / "fused.yaml").passes
+    config = tiny_config(2, attention_head_dim=16)
+    program = make_program(make_recipe("stream", passes, config=config, dtype="bfloat16"), None)
+    block = text(program, "step_block")
+    for op, count in {
+        "fp8_quantise": 2,
+        "fp8_quantise_norm": 1,
+        "fp8_quantise_add_norm": 2,
+        "fp8_quantise_gelu": 1,
+        "gated_add": 1,
+        "rms_norm_rope": 2,
+    }.items():
+        assert program.implementations[op] == "triton"
+        assert block.count(f"lltk.{op}_triton.default(") == count
+    assert block.count(".fp8_matmul(") == 6
+    assert "runs on cuda, not on cpu" in refused(instantiate, program)

@@ -55,6 +55,10 @@ def _(
     return (torch.empty(x.shape, dtype=x.dtype, device=x.device), *new_fp8(x))
 
 
+OVERLOAD = torch.ops.lltk.fp8_quantise_add_norm_triton.default
+"""The op as a graph node's target."""
+
+
 @triton.jit
 def _add_norm(
     x,

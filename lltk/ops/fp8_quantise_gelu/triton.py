@@ -35,6 +35,10 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return new_fp8(x)
 
 
+OVERLOAD = torch.ops.lltk.fp8_quantise_gelu_triton.default
+"""The op as a graph node's target."""
+
+
 @triton.jit
 def _quantise_gelu(x, stride, width, out, scales, ROW: tl.constexpr, NATIVE: tl.constexpr):
     row = tl.program_id(0)

@@ -41,6 +41,10 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tens
     return new_fp8(x)
 
 
+OVERLOAD = torch.ops.lltk.fp8_quantise_norm_triton.default
+"""The op as a graph node's target."""
+
+
 @triton.jit
 def _quantise_norm(
     x,

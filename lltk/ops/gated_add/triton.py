@@ -38,6 +38,10 @@ def _(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+OVERLOAD = torch.ops.lltk.gated_add_triton.default
+"""The op as a graph node's target."""
+
+
 @triton.jit
 def _add(x, x_stride, y, y_stride, gate, gate_stride, together, width, out, ROW: tl.constexpr):
     row = tl.program_id(0)

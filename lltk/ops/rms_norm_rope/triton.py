@@ -58,6 +58,10 @@ def _heads(x: Tensor, cos: Tensor) -> Tensor:
     return torch.empty(size, dtype=x.dtype, device=x.device)
 
 
+OVERLOAD = torch.ops.lltk.rms_norm_rope_triton.default
+"""The op as a graph node's target."""
+
+
 @triton.jit
 def _norm_rope(
     x,
