@@ -38,8 +38,8 @@ class MergeQkv(Pass[Config]):
             →  y = linear(x, [Wq; Wk; Wv]); q, k, v = slices of y
 
     ``attn1.to_q.weight``, ``….to_k.weight`` and ``….to_v.weight`` become ``attn1.to_qkv.weight``,
-    biases likewise. Where only some of the three are wanted, as in the commit's last block, the
-    others are computed all the same.
+    biases likewise; patterns of later passes name ``to_qkv``. Where only some of the three are
+    wanted, as in the commit's last block, the others are computed all the same.
     """
 
     Config = Config

@@ -224,7 +224,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         "gated_add": gated_add,
         "rms_norm_rope": rms_norm_rope,
     }
-    for op, arguments in [case for case in cases(dtype) if case[0] in ops][:7]:
+    for op, arguments in dict(case for case in cases(dtype) if case[0] in ops).items():
         torch.library.opcheck(ops[op], arguments)
 
 

@@ -79,7 +79,8 @@ def _quantise_norm(
 def normed(values, scale, shift, width, eps, dtype: tl.constexpr, ROW: tl.constexpr):
     """The norm of float32 [ROW], scaled and shifted, rounded to ``dtype``; 0 beyond ``width``."""
     inside = tl.arange(0, ROW) < width
+    # Read first, so that the sums do not wait for it.
+    scale_row, shift_row = load_row(scale, 0, width, ROW), load_row(shift, 0, width, ROW)
     values = tl.where(inside, values - tl.sum(values, 0) / width, 0.0)
     values *= tl.rsqrt(tl.sum(values * values, 0) / width + eps)
-    values = values * load_row(scale, 0, width, ROW) + load_row(shift, 0, width, ROW)
-    return values.to(dtype).to(tl.float32)
+    return (values * scale_row + shift_row).to(dtype).to(tl.float32)

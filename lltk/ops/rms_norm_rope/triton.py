@@ -84,15 +84,16 @@ def _norm_rope(
     inside = head < heads
     place = head * WIDTH + tl.arange(0, WIDTH)[None, :]
     values = tl.load(x + row.to(tl.int64) * x_stride + place, mask=inside, other=0.0)
-    values = values.to(tl.float32)
-    mean = tl.sum(tl.sum(values * values, 1), 0) / (heads * WIDTH)
-    values *= tl.rsqrt(mean + eps)
-    values *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-    values = values.to(x.dtype.element_ty).to(tl.float32)
-    even, odd = tl.split(tl.reshape(values, (HEADS, WIDTH // 2, 2)))
+    # Read first, so that the sum does not wait for them.
+    weights = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     pair = 2 * tl.arange(0, WIDTH // 2)[None, :]
     cosine = tl.load(cos + token * cos_stride + pair)
     sine = tl.load(sin + token * sin_stride + pair + 1)
+    values = values.to(tl.float32)
+    mean = tl.sum(values * values) / (heads * WIDTH)
+    values = values * tl.rsqrt(mean + eps) * weights
+    values = values.to(x.dtype.element_ty).to(tl.float32)
+    even, odd = tl.split(tl.reshape(values, (HEADS, WIDTH // 2, 2)))
     turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
     turned = tl.reshape(turned, (HEADS, WIDTH)).to(out.dtype.element_ty)
     tl.store(out + row.to(tl.int64) * heads * WIDTH + place, turned, mask=inside)
