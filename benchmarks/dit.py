@@ -49,6 +49,8 @@ _OWNERS = {
     "communication": ("nccl",),
 }
 """Parts of the names of an owner's kernels; what has none is element-wise."""
+_FUSED = ("triton_per_", "triton_poi_", "triton_red_")
+"""How the names of torch.compile's element-wise kernels begin, which name their neighbours too."""
 
 
 def main() -> None:
@@ -215,7 +217,7 @@ def _owners(call: Callable[[], object], device: torch.device) -> dict[str, float
         if event.device_type == DeviceType.CUDA:
             name = event.key.lower()
             owners = (o for o, parts in _OWNERS.items() if any(part in name for part in parts))
-            owner = next(owners, "element-wise")
+            owner = "element-wise" if name.startswith(_FUSED) else next(owners, "element-wise")
             taken[owner] = taken.get(owner, 0) + event.self_device_time_total
     taken["idle"] = max(0.0, total - sum(taken.values()))
     return {owner: time / total for owner, time in taken.items()}

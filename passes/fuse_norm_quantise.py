@@ -9,12 +9,15 @@ import torch
 from torch import fx
 
 from lltk.graph.edit import building, calls, module_of, prune, replace, shape
+from lltk.graph.match import is_of_rows, operands, read_once
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.nvfp4_quantise.op import OVERLOAD as QUANTISE
+from lltk.ops.fp8_quantise.op import OVERLOAD as FP8_QUANTISE
+from lltk.ops.fp8_quantise_norm.op import OVERLOAD as FP8_QUANTISE_NORM
+from lltk.ops.nvfp4_quantise.op import OVERLOAD as NVFP4_QUANTISE
 from lltk.ops.nvfp4_quantise.reference import BLOCK
-from lltk.ops.nvfp4_quantise_norm.op import OVERLOAD as QUANTISE_NORM
+from lltk.ops.nvfp4_quantise_norm.op import OVERLOAD as NVFP4_QUANTISE_NORM
 
 aten = torch.ops.aten
 
@@ -28,6 +31,7 @@ class FuseNormQuantise(Pass[Config]):
 
     ::
 
+        fp8_quantise(layer_norm(x) · scale + shift)    →  fp8_quantise_norm(x, scale, shift)
         nvfp4_quantise(layer_norm(x) · scale + shift)  →  nvfp4_quantise_norm(x, scale, shift)
 
     Scale and shift are the norm's weight and bias, or of the frame that a token belongs to.
@@ -39,14 +43,16 @@ class FuseNormQuantise(Pass[Config]):
 
     def apply(self, program: Program, report: Report) -> None:
         for graph in program.graphs.values():
-            for node in calls(graph, QUANTISE):
+            for node in [*calls(graph, NVFP4_QUANTISE), *calls(graph, FP8_QUANTISE)]:
                 found = _find(node.args[0])
-                if found is None:
+                in_fp8 = node.target == FP8_QUANTISE
+                if found is None or not (in_fp8 or shape(found.x)[-1] % BLOCK == 0):
                     report.miss(node, "quantises no norm that it alone reads")
                     continue
-                rule = node.args[2] if len(node.args) > 2 else "none"
+                target = FP8_QUANTISE_NORM if in_fp8 else NVFP4_QUANTISE_NORM
+                rule = () if in_fp8 else (node.args[2] if len(node.args) > 2 else "none",)
                 with building(node, module_of(found.norm)) as build:
-                    made = build(QUANTISE_NORM, found.x, found.scale, found.shift, found.eps, rule)
+                    made = build(target, found.x, found.scale, found.shift, found.eps, *rule)
                 replace(node, made)
                 report.match("modulated norms" if found.modulated else "norms")
             prune(graph)
@@ -66,15 +72,15 @@ def _find(value: Any) -> _Norm | None:
     """The norm that makes a value, computed in float32, if nothing else reads what is between."""
     dtype = value.meta["val"].dtype
     if dtype != torch.float32:
-        value = _operands(value, aten.to.dtype)[0]
+        value = operands(value, aten.to.dtype)[0]
     norm: Any = value
     scale: Any = None
     shift: Any = None
-    if modulated := _is_call(value, aten.flatten.using_ints):
-        product, shift = _operands(value.args[0], aten.add.Tensor)
-        norm, scale = _operands(product, aten.mul.Tensor)
-        norm = _operands(norm, aten.unflatten.int)[0]
-    if not _is_call(norm, aten.layer_norm.default):
+    if modulated := read_once(value, aten.flatten.using_ints):
+        product, shift = operands(value.args[0], aten.add.Tensor)
+        norm, scale = operands(product, aten.mul.Tensor)
+        norm = operands(norm, aten.unflatten.int)[0]
+    if not read_once(norm, aten.layer_norm.default):
         return None
     x, size, weight, bias, eps = norm.args[:5]
     if not modulated:
@@ -83,27 +89,7 @@ def _find(value: Any) -> _Norm | None:
         return None
     if dtype != torch.float32:
         x = x.args[0]
-    fits = x.meta["val"].dtype == dtype and list(size) == [shape(x)[-1]] and not size[0] % BLOCK
-    if fits and _is_of_rows(scale, x) and _is_of_rows(shift, x):
+    fits = x.meta["val"].dtype == dtype and list(size) == [shape(x)[-1]]
+    if fits and is_of_rows(scale, x) and is_of_rows(shift, x):
         return _Norm(norm, x, scale, shift, eps, modulated)
     return None
-
-
-def _is_of_rows(scale: Any, x: fx.Node) -> bool:
-    """Whether a scale is float32 [D], or [B, F, 1, D] for the frames of tokens [B, F · T, D]."""
-    if not isinstance(scale, fx.Node) or scale.meta["val"].dtype != torch.float32:
-        return False
-    (batch, *_, width), sizes = shape(x), shape(scale)
-    return sizes == (width,) or (len(sizes) == 4 and (sizes[0], *sizes[2:]) == (batch, 1, width))
-
-
-def _is_call(node: Any, target: Any) -> bool:
-    """Whether it is a call that is read once."""
-    return isinstance(node, fx.Node) and node.target == target and len(node.users) == 1
-
-
-def _operands(node: Any, target: Any) -> tuple[Any, Any]:
-    """The first two of a call that is read once, or None."""
-    if not _is_call(node, target):
-        return None, None
-    return node.args[0], node.args[1]

@@ -51,6 +51,13 @@ class Lora(Pass[Config]):
     _adapted: tuple[str, ...] = ()
     """Modules that got an adapter, sorted."""
 
+    def requires(self, program: Program) -> None:
+        if any(entry.name == "merge_qkv" for entry in program.log):
+            raise ValueError(
+                "queries, keys and values share one linear already; put lora, and merge_lora, "
+                "before merge_qkv in the recipe"
+            )
+
     def apply(self, program: Program, report: Report) -> None:
         adapted: dict[str, Tensor] = {}
         for graph in program.graphs.values():

@@ -34,6 +34,7 @@ NVFP4_OPS = frozenset(
     }
 )
 """Ops that take a backend, and pass it on to what they call."""
+_ROWS = "reference, torch (operations that a compiler can fuse) or triton"
 
 
 class Config(PassConfig):
@@ -50,12 +51,15 @@ class Config(PassConfig):
         description="reference, decode, decode_triton, triton (decodes as it attends) or "
         "fp8_decode (to E4M3, and attends in FP8)",
     )
-    fp8_quantise: str = Field(
-        "reference", description="reference, or torch: operations that a compiler can fuse"
-    )
+    fp8_quantise: str = Field("reference", description=_ROWS)
+    fp8_quantise_norm: str = Field("reference", description=_ROWS)
+    fp8_quantise_add_norm: str = Field("reference", description=_ROWS)
+    fp8_quantise_gelu: str = Field("reference", description=_ROWS)
     fp8_matmul: str = Field("reference", description="reference or scaled_mm")
     cached_norm_silu: str = Field("reference", description="reference or triton")
     upsample_residual: str = Field("reference", description="reference or triton")
+    gated_add: str = Field("reference", description=_ROWS)
+    rms_norm_rope: str = Field("reference", description=_ROWS)
     nvfp4: str = Field("reference", description="backend of every NVFP4 op; lltk doctor lists them")
 
     @field_validator(*ops_with_choices())

@@ -12,6 +12,7 @@ import replay_longlive
 import torch
 from torch import Tensor
 
+from lltk.compiler import transform, with_weights
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.stream.rollout import Rollout
@@ -74,6 +75,36 @@ def test_bfloat16_stream(attention: str, compiled: bool) -> None:
     scale = reference.std()
     assert (ours - reference).std() / scale < 0.02
     assert (ours.roll(1, 0) - reference).std() / scale > 0.2
+
+
+FUSIONS = ("fuse_norm_quantise", "fuse_gelu_quantise", "fuse_gated_residual")
+ROW_OPS = ("fp8_quantise", "fp8_quantise_norm", "fp8_quantise_add_norm", "fp8_quantise_gelu",
+           "gated_add", "rms_norm_rope")  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_stream(compiled: bool) -> None:
+    """As near to float32 as the unfused W8A8 stream is, and nearer to that."""
+    plain = compiled_for("stream", "float32", paged_attention="reference")
+
+    def in_fp8(*passes: str, **lower: str) -> Program:
+        steps = [*helpers.PASSES["stream"][:6], *passes, "regionalise"]
+        chosen = {"paged_attention": "arena", "fp8_matmul": "scaled_mm", **lower}
+        sizes = {key: value for key, value in WIDE.items() if key != "layers"}
+        recipe = helpers.make_recipe(
+            "stream", [*steps, {"lower": chosen}], config=HEADS, dtype="bfloat16", **sizes
+        )
+        return with_weights(transform(recipe, weights=False), plain.weights)
+
+    wanted = rollout(plain, "cpu")
+    unfused = rollout(in_fp8("fp8_infer", fp8_quantise="torch"), "cuda")
+    passes = ("merge_qkv", "fuse_norm_rope", "fp8_infer", *FUSIONS)
+    ours = rollout(in_fp8(*passes, **dict.fromkeys(ROW_OPS, "triton")), "cuda", compiled)
+    scale, error = wanted.std(), (unfused - wanted).std()
+    assert 0.01 < error / scale < 0.15
+    assert (ours - wanted).std() < 1.2 * error
+    assert (ours - unfused).std() < error
+    assert (ours.roll(1, 0) - wanted).std() / scale > 0.2
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -19,7 +19,7 @@ from lltk.graph.program import Program
 aten = torch.ops.aten
 Rule = Literal["none", "mse", "mae", "abs_max"]
 """What Four Over Six minimises; "none" is plain NVFP4."""
-BLOCK_LINEARS = r"blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
+BLOCK_LINEARS = r"blocks\.\d+\.(attn[12]\.to_(qkv|q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
 """Every linear of every block, by module path."""
 
 

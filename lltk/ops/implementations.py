@@ -54,7 +54,6 @@ _ANY = ("cpu", "cuda")
 _Paged = partial(Implementation, "paged_attention")
 _Nvfp4Paged = partial(Implementation, "nvfp4_paged_attention")
 _Causal = partial(Implementation, "block_causal_attention")
-_Quantise = partial(Implementation, "fp8_quantise")
 _Matmul = partial(Implementation, "fp8_matmul")
 _Norm = partial(Implementation, "cached_norm_silu")
 _Upsample = partial(Implementation, "upsample_residual")
@@ -63,6 +62,17 @@ _NVFP4_PAGED = _OPS + "nvfp4_paged_attention.triton"
 _PagedKernel = partial(
     _Nvfp4Paged, devices=("cuda",), module="triton", architectures=ARITHMETIC + E2M1
 )
+
+
+def _rows(op: str, architectures: tuple[Capability, ...]) -> Iterator[Implementation]:
+    """Of an op whose formula compilers can fuse, and which has a kernel of ours."""
+    where = f"{_OPS}{op}."
+    yield Implementation(op, "reference", f"{where}op:{op}", _ANY)
+    yield Implementation(op, "torch", f"{where}reference:{op}", _ANY)
+    yield Implementation(
+        op, "triton", f"{where}triton:OVERLOAD", ("cuda",), "triton", architectures
+    )
+
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Paged("reference", _OPS + "paged_attention.op:paged_attention", _ANY),
@@ -87,8 +97,12 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         "cudnn",
         ((9, 0), *E2M1),
     ),
-    _Quantise("reference", _OPS + "fp8_quantise.op:fp8_quantise", _ANY),
-    _Quantise("torch", _OPS + "fp8_quantise.reference:fp8_quantise", _ANY),
+    *_rows("fp8_quantise", E4M3),
+    *_rows("fp8_quantise_norm", E4M3),
+    *_rows("fp8_quantise_add_norm", E4M3),
+    *_rows("fp8_quantise_gelu", E4M3),
+    *_rows("gated_add", ARITHMETIC + E2M1),
+    *_rows("rms_norm_rope", ARITHMETIC + E2M1),
     _Matmul("reference", _OPS + "fp8_matmul.op:fp8_matmul", _ANY),
     _Matmul("scaled_mm", _OPS + "fp8_matmul.scaled_mm:fp8_matmul", ("cuda",), architectures=E4M3),
     _Norm("reference", _OPS + "cached_norm_silu.op:cached_norm_silu", _ANY),

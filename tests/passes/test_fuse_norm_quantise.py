@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from helpers import (
     inputs,
     make_program,
     make_recipe,
+    reached,
     refused,
     run,
     same,
@@ -51,7 +53,16 @@ lltk.nvfp4_quantise_norm.default(hidden_states, scale, shift, 1e-06, 'mse')
     getitem: u8[1, 4, 8] = getitem(nvfp4_quantise_norm, 0)
     return {'sample': getitem}
 """
-STEPS = [*PASSES["stream"][:6], "nvfp4_infer"]
+NVFP4 = ("(u8[1, 4, 8], f8e4m3[1, 4, 1], f32[()],)", "u8[1, 4, 8]")
+FP8 = ("(f8e4m3[1, 4, 16], f32[1, 4, 1],)", "f8e4m3[1, 4, 16]")
+STEPS = PASSES["stream"][:6]
+
+
+def in_fp8(graph: str) -> str:
+    """The text with FP8 for NVFP4, whose ops take no rule."""
+    for old, new in zip(NVFP4, FP8, strict=True):
+        graph = graph.replace(old, new)
+    return graph.replace("nvfp4", "fp8").replace(", 1, 'mse'", "").replace(", 'mse'", "")
 
 
 def made(step: str = BEFORE) -> Program:
@@ -59,12 +70,14 @@ def made(step: str = BEFORE) -> Program:
     return hand_made("stream", Stage.QUANTISED, texts)
 
 
-def test_rewrites_the_text() -> None:
-    program = after(made(), "fuse_norm_quantise")
-    assert text(program, "step") == AFTER.strip()
+@pytest.mark.parametrize("form", [str, in_fp8])
+def test_rewrites_the_text(form: Callable[[str], str]) -> None:
+    program = after(made(form(BEFORE)), "fuse_norm_quantise")
+    assert text(program, "step") == form(AFTER).strip()
     assert program.log[-1].matches == {"modulated norms": 3}
 
 
+@pytest.mark.parametrize("form", [str, in_fp8])
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -76,10 +89,30 @@ def test_rewrites_the_text() -> None:
          "aten.layer_norm.default(to, [16], None, 0"),
     ],
 )  # fmt: skip
-def test_other_norms_stay(old: str, new: str) -> None:
+def test_other_norms_stay(old: str, new: str, form: Callable[[str], str]) -> None:
     assert old in BEFORE
-    message = refused(after, made(BEFORE.replace(old, new)), "fuse_norm_quantise")
+    message = refused(after, made(form(BEFORE.replace(old, new))), "fuse_norm_quantise")
     assert "quantises no norm that it alone reads" in message
+
+
+def test_widths_that_are_no_blocks_are_for_fp8_alone() -> None:
+    def narrow(graph: str) -> str:
+        return graph.replace("16]", "8]")
+
+    program = after(made(narrow(in_fp8(BEFORE))), "fuse_norm_quantise")
+    assert text(program, "step") == narrow(in_fp8(AFTER)).strip()
+
+
+def test_results_in_fp8_stay() -> None:
+    """In bfloat16, which hides how a product and a sum were rounded before."""
+    plain = reached("stream", *STEPS, "fp8_infer", dtype="bfloat16", head_dim=16)
+    program = after(plain, "fuse_norm_quantise")
+    assert program.log[-1].matches == {"modulated norms": 7, "norms": 3}
+    given = inputs(plain, "step")
+    wanted = run(plain, "step", given)
+    assert same(run(program, "step", given), wanted)
+    given["hidden_states"] = 1.1 * given["hidden_states"]
+    assert not same(run(program, "step", given), wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -87,7 +120,7 @@ def test_results_stay(dtype: str) -> None:
     wide: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64}
 
     def built(*extra: str) -> Program:
-        steps = [*STEPS, *extra, "regionalise", "lower"]
+        steps = [*STEPS, "nvfp4_infer", *extra, "regionalise", "lower"]
         return make_program(
             make_recipe("stream", steps, config=tiny_config(2, **wide), dtype=dtype), None
         )
@@ -95,7 +128,7 @@ def test_results_stay(dtype: str) -> None:
     plain = built()
     weights = make_program(
         make_recipe(
-            "stream", [*STEPS[:-1], "regionalise", "lower"], config=tiny_config(2, **wide),
+            "stream", [*STEPS, "regionalise", "lower"], config=tiny_config(2, **wide),
             dtype=dtype,
         ), 0,
     ).weights  # fmt: skip

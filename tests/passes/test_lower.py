@@ -76,9 +76,14 @@ def test_matches_are_one_a_region_however_many_layers(kind: Kind, layers: int) -
         "block_causal_attention": "sdpa",
         "nvfp4_paged_attention": "decode",
         "fp8_quantise": "reference",
+        "fp8_quantise_norm": "reference",
+        "fp8_quantise_add_norm": "reference",
+        "fp8_quantise_gelu": "reference",
         "fp8_matmul": "reference",
         "cached_norm_silu": "reference",
         "upsample_residual": "reference",
+        "gated_add": "reference",
+        "rms_norm_rope": "reference",
         "nvfp4": "reference",
     }
     for _, graph in program.every_graph():

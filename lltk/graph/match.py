@@ -1,0 +1,42 @@
+"""What passes need to recognise a pattern."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from lltk.graph.edit import shape
+
+aten = torch.ops.aten
+
+
+def is_call(node: Any, target: Any) -> bool:
+    """Whether it is a call of an operator."""
+    return isinstance(node, fx.Node) and node.target == target
+
+
+def read_once(node: Any, target: Any) -> bool:
+    """Whether it is a call of an operator, read once."""
+    return is_call(node, target) and len(node.users) == 1
+
+
+def operands(node: Any, target: Any) -> tuple[Any, Any]:
+    """The first two of a call that is read once; None and None of anything else."""
+    if not read_once(node, target):
+        return None, None
+    return node.args[0], node.args[1]
+
+
+def before_cast(node: Any) -> Any:
+    """What a cast was made from; the node itself if it is none."""
+    return node.args[0] if is_call(node, aten.to.dtype) else node
+
+
+def is_of_rows(scale: Any, x: fx.Node) -> bool:
+    """Whether a scale is float32 [D], or [B, F, 1, D] for the frames of tokens [B, F · T, D]."""
+    if not isinstance(scale, fx.Node) or scale.meta["val"].dtype != torch.float32:
+        return False
+    (batch, *_, width), sizes = shape(x), shape(scale)
+    return sizes == (width,) or (len(sizes) == 4 and (sizes[0], *sizes[2:]) == (batch, 1, width))

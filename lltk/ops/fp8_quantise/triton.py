@@ -1,0 +1,56 @@
+"""Rows in FP8, each read once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, rows_of, store_fp8_row
+
+
+@torch.library.custom_op("lltk::fp8_quantise_triton", mutates_args=())
+def fp8_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.fp8_quantise`, but for ties, as x is multiplied by 1 / scale.
+
+    A row whose largest element is below 1.4e-36 keeps less of its precision.
+    """
+    width = x.shape[-1]
+    values, scales = new_fp8(x)
+    rows = rows_of(x, width)
+    with torch.cuda.device_of(x):
+        _quantise[(rows.shape[0],)](
+            rows,
+            rows.stride(0),
+            width,
+            values.view(torch.uint8),
+            scales,
+            NATIVE=converts_e4m3(x.device),
+            **row_options(width),
+        )
+    return values, scales
+
+
+def new_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where x's values in FP8 and its rows' scales go."""
+    return (
+        torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
+        torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device),
+    )
+
+
+@fp8_quantise.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return new_fp8(x)
+
+
+OVERLOAD = torch.ops.lltk.fp8_quantise_triton.default
+"""The op as a graph node's target."""
+
+
+@triton.jit
+def _quantise(x, stride, width, out, scales, ROW: tl.constexpr, NATIVE: tl.constexpr):
+    row = tl.program_id(0)
+    values = load_row(x, row.to(tl.int64) * stride, width, ROW)
+    store_fp8_row(out, scales, row, values, width, ROW, NATIVE)

@@ -1,0 +1,1 @@
+"""A gated residual added, and the sum normed and quantised to FP8 at once."""

@@ -1,0 +1,1 @@
+"""GELU and quantisation to FP8 at once."""

@@ -1,0 +1,50 @@
+"""GELU and quantisation to FP8, each row read once and written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lltk.ops.fp8_quantise.triton import new_fp8
+from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, rows_of, store_fp8_row
+
+
+@torch.library.custom_op("lltk::fp8_quantise_gelu_triton", mutates_args=())
+def fp8_quantise_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.fp8_quantise_gelu` to float32's rounding; as `fp8_quantise` says of ties."""
+    width = x.shape[-1]
+    values, scales = new_fp8(x)
+    rows = rows_of(x, width)
+    with torch.cuda.device_of(x):
+        _quantise_gelu[(rows.shape[0],)](
+            rows,
+            rows.stride(0),
+            width,
+            values.view(torch.uint8),
+            scales,
+            NATIVE=converts_e4m3(x.device),
+            **row_options(width),
+        )
+    return values, scales
+
+
+@fp8_quantise_gelu.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return new_fp8(x)
+
+
+OVERLOAD = torch.ops.lltk.fp8_quantise_gelu_triton.default
+"""The op as a graph node's target."""
+
+
+@triton.jit
+def _quantise_gelu(x, stride, width, out, scales, ROW: tl.constexpr, NATIVE: tl.constexpr):
+    row = tl.program_id(0)
+    values = load_row(x, row.to(tl.int64) * stride, width, ROW)
+    # (1 + tanh(u)) / 2 = 1 / (1 + exp(−2u)), here as a power of 2; 2 √(2/π) log₂ e = 2.3022…
+    power = values * (-2.302208198144325 - 0.10294324008002367 * values * values)
+    values = values / (1.0 + tl.exp2(power))
+    values = values.to(x.dtype.element_ty).to(tl.float32)
+    store_fp8_row(out, scales, row, values, width, ROW, NATIVE)

@@ -1,0 +1,1 @@
+"""Layer norm, modulation and quantisation to FP8 at once."""

@@ -1,0 +1,1 @@
+"""A residual scaled by a gate and added."""

@@ -1,0 +1,1 @@
+"""RMS norm over all heads, then rotary positions, at once."""

@@ -1,0 +1,26 @@
+"""``lltk::rms_norm_rope``; no gradient flows through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.rms_norm_rope import reference
+
+
+@torch.library.custom_op("lltk::rms_norm_rope", mutates_args=())
+def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm_rope`."""
+    return reference.rms_norm_rope(x, weight, cos, sin, eps)
+
+
+@rms_norm_rope.register_fake
+def _(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    batch, length, width = x.shape
+    torch._check(weight.shape == (width,) and cos.shape == sin.shape)
+    torch._check(cos.shape[:3] == (1, length, 1) and width % cos.shape[3] == 0)
+    return x.new_empty((batch, length, width // cos.shape[3], cos.shape[3]))
+
+
+OVERLOAD = torch.ops.lltk.rms_norm_rope.default
+"""The op as a graph node's target."""

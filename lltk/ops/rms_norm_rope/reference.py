@@ -1,0 +1,29 @@
+"""RMS norm over all heads, then rotary positions, one after another."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """Heads of x / √(mean(x²) + eps) · weight, rounded as x is, rotated in float32, rounded again.
+
+    A pair (a, b) of adjacent channels becomes (a cos − b sin, a sin + b cos).
+
+    Args:
+        x: [B, L, H · D], normed over H · D.
+        weight: [H · D].
+        cos, sin: float32 [1, L, 1, D], each number twice, as diffusers has them: of the cosines the
+            even channels are read, of the sines the odd ones.
+        eps: of the norm.
+
+    Returns:
+        [B, L, H, D] in x's dtype.
+    """
+    heads = F.rms_norm(x, (x.shape[-1],), weight, eps).unflatten(2, (-1, cos.shape[-1]))
+    even, odd = heads.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return turned.flatten(-2).to(x.dtype)

@@ -1,0 +1,64 @@
+"""What kernels share that work on a row a program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lltk.ops.triton_floats import round_e4m3
+
+
+def rows_of(x: Tensor, width: int) -> Tensor:
+    """A tensor as rows of adjacent elements, [R, width]; a view where its strides allow one."""
+    rows = x.reshape(-1, width)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def row_options(width: int) -> dict[str, Any]:
+    """How a kernel that holds a row of ``width`` elements in registers is launched."""
+    row = triton.next_power_of_2(width)
+    return {"ROW": row, "num_warps": min(max(row // 512, 1), 16)}
+
+
+def converts_e4m3(device: torch.device) -> bool:
+    """Whether the instruction is there that converts to E4M3: GPUs that multiply it have it."""
+    return device.type == "cuda"
+
+
+@triton.jit
+def load_row(x, start, width, ROW: tl.constexpr):
+    """float32 [ROW] from an element on, 0 beyond ``width``."""
+    column = tl.arange(0, ROW)
+    return tl.load(x + start + column, mask=column < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(out, row, values, width, ROW: tl.constexpr):
+    """Store [ROW] as row ``row`` of ``width`` elements."""
+    column = tl.arange(0, ROW)
+    start = row.to(tl.int64) * width
+    tl.store(out + start + column, values.to(out.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def store_fp8_row(out, scales, row, values, width, ROW: tl.constexpr, NATIVE: tl.constexpr):
+    """Store float32 [ROW], 0 beyond ``width``, as bytes of E4M3 and the row's scale.
+
+    Values are multiplied by 1 / scale, at most float32's largest; NaN is the largest of a row.
+    """
+    largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), 448.0)
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    tl.store(scales + row, scale)
+    values *= tl.minimum(tl.div_rn(1.0, scale), 3.4028234663852886e38)
+    if NATIVE:
+        codes = values.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        sign = (values.to(tl.int32, bitcast=True) >> 24) & 0x80
+        codes = round_e4m3(tl.minimum(tl.abs(values), 448.0)) | sign
+        codes = tl.where(values == values, codes, 0x7F)
+    store_row(out, row, codes, width, ROW)
