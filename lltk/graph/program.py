@@ -113,6 +113,7 @@ class Program:
         implementations: what runs each op, by name, once lowered.
         trainable: parameters that train, or None for all.
         high_steps: denoising passes of a chunk, from 0, that the graph ``step_high`` makes.
+        ranks: processes that run it together.
         recipe: the resolved recipe it was made from, as plain data.
         stage, log, passes: how far it is and what brought it there.
     """
@@ -128,6 +129,7 @@ class Program:
     implementations: dict[str, str] = field(default_factory=dict)
     trainable: frozenset[str] | None = None
     high_steps: frozenset[int] = frozenset()
+    ranks: int = 1
     recipe: dict[str, Any] = field(default_factory=dict)
     stage: Stage = Stage.CAPTURED
     log: list[LogEntry] = field(default_factory=list)

@@ -1,0 +1,179 @@
+"""A stream over several ranks: frames are shared out among them, and heads for self-attention."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import fx
+
+from lltk.graph.edit import Builder, building, calls, has_input, output, placeholder, shape
+from lltk.graph.passes import Numerics, Pass, PassConfig, Report
+from lltk.graph.program import Contract, Program, is_page
+from lltk.graph.stages import Stage
+from lltk.ops.fp8_quantise.op import OVERLOAD as FP8_QUANTISE
+from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
+from lltk.ops.nvfp4_write_page.op import OVERLOAD as NVFP4_WRITE_PAGE
+from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
+from lltk.ops.write_page.op import OVERLOAD as WRITE_PAGE
+from lltk.parallel.exchange import ALL_PARTS, HEADS_TO_TOKENS, OWN_PART, TOKENS_TO_HEADS
+from lltk.parallel.groups import SEQUENCE
+
+aten = torch.ops.aten
+_WRITTEN = {WRITE_PAGE: 1, NVFP4_WRITE_PAGE: 4}
+"""Ops that write a page, and which argument they write."""
+
+
+class Config(PassConfig):
+    """How many ranks, and what they exchange."""
+
+    size: int = Field(2, ge=2, description="ranks; divides the heads and a chunk's latent frames")
+    exchange: Literal["fp8", "compute"] = Field(
+        "fp8",
+        description="what a chunk's keys and values travel in: E4M3 with a scale for each head of "
+        "a token, or the compute dtype",
+    )
+
+
+class UlyssesStream(Pass[Config]):
+    """Give each rank a part of the chunk's frames, and in self-attention a part of the heads.
+
+    ::
+
+        hidden_states, timestep, positions  →  own_part(hidden_states, 2), …: F/n frames of F
+        paged_attention(q, k, v, k_pages_i, v_pages_i, table)
+            →  q', k', v' = tokens_to_heads([q, k, v]): [B, L/n, H, D] → [B, L, H/n, D]
+               heads_to_tokens(paged_attention(q', k', v', k_pages_i, v_pages_i, table))
+        write_page(k_pages_i, k, slot)      →  write_page(k_pages_i, k', slot)
+        k_pages_i: [B, P, T, H, D]          →  [B, P, T, H/n, D]
+        sample                              →  made of all_parts(tokens, 1)
+
+    With ``exchange: fp8`` keys and values are quantised before they leave and decoded where they
+    arrive. Graphs take and give whole chunks, the same on every rank. What a linear in NVFP4 scales
+    by a whole tensor is scaled by this rank's tokens.
+    """
+
+    Config = Config
+    reads = (Stage.CAUSAL, Stage.QUANTISED)
+    leaves = Stage.PARTITIONED
+    kinds = ("stream",)
+    numerics = Numerics.CHANGING
+
+    _before: dict[str, Contract]
+    """Contracts of the graphs that are shared out, as they were."""
+
+    def requires(self, program: Program) -> None:
+        heads, chunk, size = program.spec.heads, program.geometry.chunk, self.config.size
+        if heads % size or chunk % size:
+            common = math.gcd(heads, chunk)
+            fit = [str(n) for n in range(2, common + 1) if common % n == 0]
+            raise ValueError(
+                f"size: {size} ranks cannot share {heads} heads and chunks of {chunk} latent "
+                f"frames evenly; set a size that can ({', '.join(fit) or 'there is none'}), or "
+                "geometry.chunk"
+            )
+
+    def apply(self, program: Program, report: Report) -> None:
+        latents = program.spec.latent_input
+        shared = {n: graph for n, graph in program.graphs.items() if has_input(graph, latents)}
+        self._before = {name: program.contract(name) for name in shared}
+        for graph in shared.values():
+            self._share_heads(graph, report)
+            self._share_frames(program, graph, report)
+        program.ranks = self.config.size
+
+    def _share_heads(self, graph: fx.Graph, report: Report) -> None:
+        for page in graph.find_nodes(op="placeholder"):
+            if is_page(str(page.target)):
+                _divide(page, 3 if len(shape(page)) == 5 else 2, self.config.size)
+        exchanged: dict[fx.Node, fx.Node] = {}
+        for target in (PAGED_ATTENTION, NVFP4_PAGED_ATTENTION):
+            for node in calls(graph, target):
+                q, k, v, *_ = own = node.args[:3]
+                with building(node) as build:
+                    self._exchange(build, [q], [k, v], exchanged)
+                node.args = (*(exchanged[x] for x in own), *node.args[3:])
+                with building(node.next) as build:
+                    back = build(HEADS_TO_TOKENS, node, self.config.size, SEQUENCE)
+                node.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
+                report.match("self-attention")
+        for target, position in _WRITTEN.items():
+            for node in calls(graph, target):
+                value = node.args[position]
+                if value not in exchanged:  # of the commit's last block, which does not attend
+                    with building(node) as build:
+                        self._exchange(build, [], [value], exchanged)
+                node.update_arg(position, exchanged[value])
+                report.match("pages")
+
+    def _exchange(
+        self,
+        build: Builder,
+        exact: list[fx.Node],
+        rounded: list[fx.Node],
+        exchanged: dict[fx.Node, fx.Node],
+    ) -> None:
+        """Turn tokens into heads, in one call; ``rounded`` as the recipe says."""
+        size, fp8 = self.config.size, self.config.exchange == "fp8"
+        sent = list(exact)
+        for value in rounded:
+            if fp8:
+                made = build(FP8_QUANTISE, value)
+                sent += [build(operator.getitem, made, part) for part in range(2)]
+            else:
+                sent.append(value)
+        received = build(TOKENS_TO_HEADS, sent, size, SEQUENCE)
+        arrived = iter([build(operator.getitem, received, i) for i in range(len(sent))])
+        for value in exact:
+            exchanged[value] = next(arrived)
+        for value in rounded:
+            arrival = next(arrived)
+            if fp8:
+                wide = build(aten.to.dtype, arrival, torch.float32)
+                arrival = build(aten.mul.Tensor, wide, next(arrived))
+                dtype = value.meta["val"].dtype
+                if dtype != torch.float32:
+                    arrival = build(aten.to.dtype, arrival, dtype)
+            exchanged[value] = arrival
+
+    def _share_frames(self, program: Program, graph: fx.Graph, report: Report) -> None:
+        spec, size = program.spec, self.config.size
+        inputs = {spec.latent_input: 2, spec.time_input: 1, "positions": 0}
+        first = next(node for node in graph.nodes if node.op != "placeholder")
+        for node in calls(graph, aten.new_zeros.default):  # the commit's timesteps
+            batch, frames = shape(node)
+            node.update_arg(1, [batch, frames // size])
+        for name, dim in inputs.items():
+            if has_input(graph, name):
+                whole = placeholder(graph, name)
+                with building(first, "") as build:
+                    part = build(OWN_PART, whole, dim, size, SEQUENCE)
+                whole.replace_all_uses_with(part, delete_user_cb=lambda u, own=part: u is not own)
+                report.match("inputs")
+        batch = program.geometry.batch
+        tokens = program.geometry.chunk * program.geometry.frame_tokens(spec)
+        for value in output(graph).all_input_nodes:
+            last: Any = value
+            while shape(last)[:2] != (batch, tokens) or len(shape(last)) != 3:
+                (last,) = last.all_input_nodes
+            with building(last.next, "") as build:
+                whole = build(ALL_PARTS, last, 1, size, SEQUENCE)
+            last.replace_all_uses_with(whole, delete_user_cb=lambda u, own=whole: u is not own)
+            report.match("outputs")
+
+    def ensures(self, program: Program) -> None:
+        for name, before in self._before.items():
+            now = program.contract(name)
+            changed = {n for n, spec in now.inputs.items() if spec != before.inputs[n]}
+            assert now.outputs == before.outputs, f"{name}: its outputs are not whole"
+            assert changed == {n for n in now.inputs if is_page(n)}, f"{name}: {changed} changed"
+
+
+def _divide(page: fx.Node, dim: int, size: int) -> None:
+    """Let a page hold this rank's heads only."""
+    sizes = list(shape(page))
+    sizes[dim] //= size
+    page.meta["val"] = page.meta["val"].new_empty(sizes)
