@@ -1,4 +1,4 @@
-"""Two ranks on this machine's CPU, for tests of what they make together; run by torchrun's rules."""
+"""Ranks on this machine's CPU: in processes of their own, in this one, or made up."""
 
 from __future__ import annotations
 
@@ -7,39 +7,53 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lltk.parallel.groups import SEQUENCE, registered
 
 LIMIT = 120
 """Seconds until hung ranks are ended."""
+Ended = tuple[int, str, str]
+"""Exit code, output and errors."""
 
 
-def start(size: int, *arguments: str | Path, cwd: Path | None = None) -> list[subprocess.Popen[str]]:
-    """A Python process a rank, with what torchrun would tell it."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-    paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path]))
-    command = [sys.executable, *sys.orig_argv[1:2], *map(str, arguments)]
+        return int(probe.getsockname()[1])
+
+
+def started(size: int, *arguments: object) -> list[subprocess.Popen[str]]:
+    """A Python process a rank, told what torchrun would tell it."""
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(size),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
+    }
     return [
         subprocess.Popen(
-            command,
-            env=os.environ
-            | told
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            | {"PYTHONPATH": paths},
+            [sys.executable, "-P", *map(str, arguments)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=cwd,
         )
         for rank in range(size)
     ]
 
 
-def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each, once all have ended."""
+def ended(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
+    """What became of each; they are killed where they do not end."""
     end = time.monotonic() + LIMIT
     try:
         results = []
@@ -50,3 +64,51 @@ def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, st
     finally:
         for process in processes:
             process.kill()
+
+
+@contextmanager
+def grouped(rank: int, size: int, port: int) -> Iterator[None]:
+    """This process as a rank."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=LIMIT),
+    )
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        with registered(SEQUENCE, group):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _Alike:
+    """A group whose every rank holds what this one does, which is rank 0."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return 0
+
+    def wait(self) -> None:
+        pass
+
+
+@contextmanager
+def alike(size: int = 2) -> Iterator[None]:
+    """Exchanges with ranks that are not there, and would hold what this one does."""
+
+    def swap(to: Tensor, x: Tensor, group: Any, async_op: bool) -> Any:
+        to.copy_(x[:1].expand_as(x))
+        return group
+
+    group: Any = _Alike(size)
+    with patch.object(dist, "all_to_all_single", swap), registered(SEQUENCE, group):
+        yield

@@ -1,35 +1,40 @@
-"""What each rank runs for `test_ulysses`: exchanges, rollouts and a stream; a script."""
+"""What each of two ranks makes, for `test_sequence_parallel`."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from helpers import PASSES, Steps, after, make_program, make_recipe, tiny_config
+from helpers import PASSES, after, make_program, make_recipe, tiny_config
+from ranks import grouped
 from safetensors.torch import save_file
-from streams import planned
 from torch import Tensor
 
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.parallel import reference
 from lltk.parallel.exchange import all_parts, heads_to_tokens, own_part, tokens_to_heads
-from lltk.parallel.groups import SEQUENCE
-from lltk.parallel.ranks import joined
+from lltk.parallel.groups import SEQUENCE, rank_in, same_on_all
+from lltk.stream.decoder import DecodedElsewhere
 from lltk.stream.rollout import Rollout
-from lltk.streaming import open_stream
+from lltk.stream.runtimes.torch import TorchRuntime
+from lltk.stream.script import ChunkPlan
+from lltk.stream.session import Sampling, Session
 
-CASES: dict[str, tuple[Steps, str]] = {
+SIZE = 2
+CASES: dict[str, tuple[Sequence[str], str]] = {
     "plain": ((), "compute"),
-    "fp8": (("fp8_infer",), "fp8"),
+    "plain in fp8": ((), "fp8"),
     "fp8 pages": (("fp8_cache",), "compute"),
-    "nvfp4": (("nvfp4_cache",), "compute"),
+    "nvfp4 pages": (("nvfp4_cache",), "compute"),
     "all": (("fp8_infer", "nvfp4_cache"), "fp8"),
 }
-"""Passes before the ranks part, and what is exchanged."""
+"""Passes before the frames are shared, and what is exchanged."""
 CHUNKS = 6
+"""Over a window of 4."""
 
 
 @cache
@@ -39,16 +44,22 @@ def _streaming() -> Program:
     return make_program(make_recipe("stream", PASSES["stream"][:-2], config=config, **sizes))
 
 
-def program(name: str, size: int) -> Program:
-    """A case's Program; for one rank without exchanges."""
-    steps, exchange = CASES[name]
+def programs() -> list[Program]:
+    """Every case's, for each rank."""
+    return [program(case, SIZE) for case in CASES]
+
+
+@cache
+def program(case: str, size: int) -> Program:
+    """A case's Program for so many ranks."""
+    steps, exchange = CASES[case]
     shared = [{"ulysses_stream": {"size": size, "exchange": exchange}}] if size > 1 else []
     return after(_streaming(), *steps, *shared, "regionalise", "lower")
 
 
 @torch.no_grad()
 def rolled(made: Program) -> dict[str, Tensor]:
-    """Samples of chunks over a window that rolls, with a cut, and the pages in the end."""
+    """Samples of chunks over a window that rolls, with a cut; and the pages in the end."""
     run = Rollout(made, instantiate(made))
     generator = torch.Generator().manual_seed(1)
     geometry, spec = made.geometry, made.spec
@@ -64,50 +75,76 @@ def rolled(made: Program) -> dict[str, Tensor]:
     return {"samples": torch.stack(samples), **run.pages}
 
 
-def exchanged(rank: int, size: int) -> None:
-    """Every op is its reference, for dtypes that a backend knows and one that it does not."""
+def session(made: Program, seed: int = 5) -> Session:
+    """Of guided latents alone, with a cut."""
+    geometry, spec = made.geometry, made.spec
+    module = instantiate(made)
+    script = [
+        ChunkPlan(chunk, chunk // 3, f"shot {chunk // 3}", chunk % 3 == 0, range(chunk, chunk + 1))
+        for chunk in range(CHUNKS)
+    ]
+
+    def embedded(prompt: str) -> Tensor:
+        generator = torch.Generator().manual_seed(len(prompt) + ord(prompt[-1]))
+        return torch.randn(1, geometry.text_tokens, spec.text_dim, generator=generator)
+
+    return Session(
+        TorchRuntime(made, module),
+        DecodedElsewhere(torch.device("cpu")),
+        lambda video: None,
+        embedded,
+        script,
+        Sampling(steps=2, guidance=1.5, negative_prompt="none", shot_offset=0.5),
+        seed,
+        TorchRuntime(made, module),
+    )
+
+
+def streamed(made: Program) -> Tensor:
+    """Latents of a session that is saved and restored on its way."""
+    with session(made) as before:
+        latents = [next(before).latents for _ in range(2)]
+        state = before.state()
+        with session(made, seed=0) as after_:
+            after_.restore(state)
+            latents += [report.latents for report in after_]
+    return torch.cat(latents, dim=2)
+
+
+def exchanged(rank: int) -> None:
+    """Every op gives what its reference does, in dtypes that a backend may not know too."""
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
         generator = torch.Generator().manual_seed(0)
-        shards = [torch.randn(2, 3, 8, 5, generator=generator).to(dtype) for _ in range(size)]
+        shards = [torch.randn(2, 3, 8, 5, generator=generator).to(dtype) for _ in range(SIZE)]
         scales = [shard[..., :1].float() for shard in shards]
-        heads, wide = tokens_to_heads([shards[rank], scales[rank]], size, SEQUENCE)
-        wanted = [reference.tokens_to_heads(shards, other) for other in range(size)]
+        heads, few = tokens_to_heads([shards[rank], scales[rank]], SIZE, SEQUENCE)
+        wanted = [reference.tokens_to_heads(shards, other) for other in range(SIZE)]
         assert torch.equal(heads.float(), wanted[rank].float())
         assert not torch.equal(heads.float(), wanted[1 - rank].float())
-        assert torch.equal(wide, reference.tokens_to_heads(scales, rank))
-        back = heads_to_tokens(heads, size, SEQUENCE)
+        assert torch.equal(few, reference.tokens_to_heads(scales, rank))
+        back = heads_to_tokens(heads, SIZE, SEQUENCE)
         assert torch.equal(back.float(), reference.heads_to_tokens(wanted, rank).float())
         assert torch.equal(back.float(), shards[rank].float())
     whole = torch.arange(24.0).view(2, 6, 2)
-    part = own_part(whole, 1, size, SEQUENCE)
-    assert torch.equal(part, whole.chunk(size, 1)[rank])
-    assert torch.equal(all_parts(part, 1, size, SEQUENCE), whole)
+    part = own_part(whole, 1, SIZE, SEQUENCE)
+    assert torch.equal(part, whole.chunk(SIZE, 1)[rank])
+    assert torch.equal(all_parts(part, 1, SIZE, SEQUENCE), whole)
+    assert rank_in(SEQUENCE, SIZE) == rank
+    assert same_on_all("same", SEQUENCE, SIZE) and not same_on_all(rank, SEQUENCE, SIZE)
 
 
-def main(folder: Path, pipeline: Path, overrides: list[str]) -> None:
-    torch.set_num_threads(1)
-    with joined(torch.device("cpu")) as ranks:
-        rank, size = ranks.rank, ranks.size
-        assert ranks.any(rank == 1) and not ranks.any(False)
-        exchanged(rank, size)
-        for name in CASES:
-            made = rolled(program(name, size))
-            save_file({n: t.contiguous() for n, t in made.items()}, folder / f"{name}.{rank}")
-        plan = planned(pipeline, *overrides)
-        video: list[Tensor] = []
-        sink = video.append if rank == 0 else None
-        from streams import SHOTS
-
-        with open_stream(plan, sink, SHOTS) as stream:
-            latents = [next(stream.session).latents for _ in range(3)]
-            stream.save(folder / "state.safetensors")
-        with open_stream(plan, sink, resume=folder / "state.safetensors") as stream:
-            latents += [report.latents for report in stream]
-        result = {"latents": torch.cat(latents, dim=2)}
-        if rank == 0:
-            result["video"] = torch.cat(video, dim=2)
-        save_file(result, folder / f"stream.{rank}")
+def made_by(rank: int, port: int) -> dict[str, Tensor]:
+    """All that a rank makes, by ``case.what``."""
+    with grouped(rank, SIZE, port):
+        exchanged(rank)
+        made: dict[str, Any] = {}
+        for case in CASES:
+            shared = program(case, SIZE)
+            made |= {f"{case}.{name}": t for name, t in rolled(shared).items()}
+        made["session"] = streamed(program("nvfp4 pages", SIZE))
+    return made
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+def save_made(rank: int, port: int, path: Path) -> None:
+    """`made_by`, to a file; for a process of its own."""
+    save_file({name: tensor.contiguous() for name, tensor in made_by(rank, port).items()}, path)

@@ -128,7 +128,9 @@ def command(
         result = _run(
             console, ranks, plan, shots, output, contact_sheet, image, save, resume, again
         )
-        if as_json and speaks:
+        if not speaks:
+            return
+        if as_json:
             click.echo(json.dumps(result, indent=2))
         rows = [{"what": what, "": value} for what, value in _summary(result).items()]
         console.print(row_table(str(output), rows))
