@@ -10,7 +10,16 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from lltk.graph.edit import Builder, building, calls, has_input, output, placeholder, shape
+from lltk.graph.edit import (
+    Builder,
+    building,
+    calls,
+    has_input,
+    module_of,
+    output,
+    placeholder,
+    shape,
+)
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Contract, Program, is_page
 from lltk.graph.stages import Stage
@@ -89,16 +98,14 @@ class UlyssesStream(Pass[Config]):
         for page in graph.find_nodes(op="placeholder"):
             if is_page(str(page.target)):
                 _divide(page, 3 if len(shape(page)) == 5 else 2, self.config.size)
-        exchanged: dict[fx.Node, fx.Node] = {}
+        exchanged: dict[Any, fx.Node] = {}
         for target in (PAGED_ATTENTION, NVFP4_PAGED_ATTENTION):
             for node in calls(graph, target):
-                q, k, v, *_ = own = node.args[:3]
+                q, k, v, *arenas = node.args
                 with building(node) as build:
                     self._exchange(build, [q], [k, v], exchanged)
-                node.args = (*(exchanged[x] for x in own), *node.args[3:])
-                with building(node.next) as build:
-                    back = build(HEADS_TO_TOKENS, node, self.config.size, SEQUENCE)
-                node.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
+                node.args = (exchanged[q], exchanged[k], exchanged[v], *arenas)
+                self._insert(HEADS_TO_TOKENS, node, node.next, module_of(node))
                 report.match("self-attention")
         for target, position in _WRITTEN.items():
             for node in calls(graph, target):
@@ -112,9 +119,9 @@ class UlyssesStream(Pass[Config]):
     def _exchange(
         self,
         build: Builder,
-        exact: list[fx.Node],
-        rounded: list[fx.Node],
-        exchanged: dict[fx.Node, fx.Node],
+        exact: list[Any],
+        rounded: list[Any],
+        exchanged: dict[Any, fx.Node],
     ) -> None:
         """Turn tokens into heads, in one call; ``rounded`` as the recipe says."""
         size, fp8 = self.config.size, self.config.exchange == "fp8"
@@ -148,21 +155,21 @@ class UlyssesStream(Pass[Config]):
             node.update_arg(1, [batch, frames // size])
         for name, dim in inputs.items():
             if has_input(graph, name):
-                whole = placeholder(graph, name)
-                with building(first, "") as build:
-                    part = build(OWN_PART, whole, dim, size, SEQUENCE)
-                whole.replace_all_uses_with(part, delete_user_cb=lambda u, own=part: u is not own)
+                self._insert(OWN_PART, placeholder(graph, name), first, "", dim)
                 report.match("inputs")
-        batch = program.geometry.batch
         tokens = program.geometry.chunk * program.geometry.frame_tokens(spec)
         for value in output(graph).all_input_nodes:
             last: Any = value
-            while shape(last)[:2] != (batch, tokens) or len(shape(last)) != 3:
+            while len(shape(last)) != 3 or shape(last)[1] != tokens:
                 (last,) = last.all_input_nodes
-            with building(last.next, "") as build:
-                whole = build(ALL_PARTS, last, 1, size, SEQUENCE)
-            last.replace_all_uses_with(whole, delete_user_cb=lambda u, own=whole: u is not own)
+            self._insert(ALL_PARTS, last, last.next, "", 1)
             report.match("outputs")
+
+    def _insert(self, op: Any, value: fx.Node, before: fx.Node, module: str, *dim: int) -> None:
+        """Let what reads a value read an op of it."""
+        with building(before, module) as build:
+            new = build(op, value, *dim, self.config.size, SEQUENCE)
+        value.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def ensures(self, program: Program) -> None:
         for name, before in self._before.items():

@@ -86,29 +86,30 @@ def grouped(rank: int, size: int, port: int) -> Iterator[None]:
 
 
 class _Alike:
-    """A group whose every rank holds what this one does, which is rank 0."""
+    """A group whose every rank holds what this one does."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, rank: int) -> None:
         self._size = size
+        self._rank = rank
 
     def size(self) -> int:
         return self._size
 
     def rank(self) -> int:
-        return 0
+        return self._rank
 
     def wait(self) -> None:
         pass
 
 
 @contextmanager
-def alike(size: int = 2) -> Iterator[None]:
+def alike(size: int = 2, rank: int = 0) -> Iterator[None]:
     """Exchanges with ranks that are not there, and would hold what this one does."""
 
     def swap(to: Tensor, x: Tensor, group: Any, async_op: bool) -> Any:
-        to.copy_(x[:1].expand_as(x))
+        to.copy_(x[rank : rank + 1].expand_as(x))
         return group
 
-    group: Any = _Alike(size)
+    group: Any = _Alike(size, rank)
     with patch.object(dist, "all_to_all_single", swap), registered(SEQUENCE, group):
         yield

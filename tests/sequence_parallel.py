@@ -1,7 +1,8 @@
-"""What each of two ranks makes, for `test_sequence_parallel`."""
+"""What each of two ranks makes, for the tests; run by torchrun, on two GPUs."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from lltk.graph.program import Program
 from lltk.parallel import reference
 from lltk.parallel.exchange import all_parts, heads_to_tokens, own_part, tokens_to_heads
 from lltk.parallel.groups import SEQUENCE, rank_in, same_on_all
+from lltk.parallel.ranks import joined
 from lltk.stream.decoder import DecodedElsewhere
 from lltk.stream.rollout import Rollout
 from lltk.stream.runtimes.torch import TorchRuntime
@@ -58,21 +60,27 @@ def program(case: str, size: int) -> Program:
 
 
 @torch.no_grad()
-def rolled(made: Program) -> dict[str, Tensor]:
+def rolled(made: Program, device: str = "cpu", compiled: bool = False) -> dict[str, Tensor]:
     """Samples of chunks over a window that rolls, with a cut; and the pages in the end."""
-    run = Rollout(made, instantiate(made))
+    module = instantiate(made, device)
+    if compiled:
+        module.compile_blocks()
+    run = Rollout(made, module)
     generator = torch.Generator().manual_seed(1)
     geometry, spec = made.geometry, made.spec
     shape = (1, spec.channels, geometry.chunk, *geometry.latent(spec))
-    run.set_text(torch.randn(1, geometry.text_tokens, spec.text_dim, generator=generator))
+    text = torch.randn(1, geometry.text_tokens, spec.text_dim, generator=generator)
+    run.set_text(text.to(device))
     samples = []
     for chunk in range(CHUNKS):
-        latents = torch.randn(shape, generator=generator)
+        latents = torch.randn(shape, generator=generator).to(device)
         positions = torch.arange(geometry.chunk, dtype=torch.float64) + chunk * geometry.chunk
-        level = torch.linspace(900, 100, geometry.chunk)[None]
+        positions = positions.to(device)
+        level = torch.linspace(900, 100, geometry.chunk, device=device)[None]
         samples.append(run.step(latents, level, positions))
         run.commit(latents, positions, opens_shot=chunk == 3)
-    return {"samples": torch.stack(samples), **run.pages}
+    found = {"samples": torch.stack(samples), **run.pages}
+    return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
 
 def session(made: Program, seed: int = 5) -> Session:
@@ -147,4 +155,20 @@ def made_by(rank: int, port: int) -> dict[str, Tensor]:
 
 def save_made(rank: int, port: int, path: Path) -> None:
     """`made_by`, to a file; for a process of its own."""
-    save_file({name: tensor.contiguous() for name, tensor in made_by(rank, port).items()}, path)
+    save_file(made_by(rank, port), path)
+
+
+def main(folder: Path) -> None:
+    """Every case on GPUs that torchrun gave, blocks compiled or not, to a file a rank."""
+    with joined(torch.device("cuda")) as ranks:
+        made = {
+            f"{case}.{compiled}.{name}": tensor
+            for case in CASES
+            for compiled in (False, True)
+            for name, tensor in rolled(program(case, SIZE), str(ranks.device), compiled).items()
+        }
+        save_file(made, folder / f"{ranks.rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

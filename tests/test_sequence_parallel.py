@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused
+import torch.distributed as dist
+from helpers import Run, refused
 from ranks import LIMIT, alike, ended, free_port, started
 from safetensors.torch import load_file
 from sequence_parallel import CASES, SIZE, made_by, program, programs, rolled, save_made, streamed
-from streams import SIZES, save_pipeline
+from streams import planned, save_pipeline
 from torch import Tensor
 from torch.library import opcheck
 
 from lltk.cli.recipes import open_recipe
 from lltk.parallel.exchange import all_parts, heads_to_tokens, own_part, tokens_to_heads
 from lltk.parallel.groups import SEQUENCE, find_group, rank_in, same_on_all
-from lltk.stream.runtimes.torch import TorchRuntime
-from lltk.stream.video import read_video
+from lltk.parallel.ranks import Ranks, _check_alike, _own_device
+from lltk.streaming import StreamPlan
 
 pytestmark = pytest.mark.cpu
 
@@ -134,21 +138,75 @@ def test_where_a_rank_fails_all_stop() -> None:
     assert not any("error" in silent or "Traceback" in silent for _, _, silent in others)
 
 
-def test_the_command_streams_over_ranks(tmp_path: Path) -> None:
-    """One writes the video and speaks; each keeps its part of the state."""
+@dataclass(frozen=True)
+class _Alone(Ranks):
+    """A rank whose peers agree with it."""
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_writes_and_speaks(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: StreamPlan, rank: int
+) -> None:
+    """Each keeps its part of the state."""
+
+    @contextmanager
+    def joined(device: torch.device) -> Iterator[Ranks]:
+        with alike(rank=rank):
+            yield _Alone(rank, 2, device)
+
+    monkeypatch.setattr("lltk.parallel.ranks.joined", joined)
+    monkeypatch.setattr("lltk.streaming.plan_stream", lambda *given, **options: plan)
+    files = ["-o", tmp_path / "video.mp4", "--save", tmp_path / "state"]
+    shots = ["--prompt", "a red circle", "--seconds", 2]
+    code, out, err = run("stream", "tiny_stream", *shots, *files, "--device", "cpu")
+    assert code == 0, err
+    assert ("E2E FPS" in out and "ranks: 2" in out) == (rank == 0) == bool(out)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == ({"video.mp4", "state"} if rank == 0 else {"state.rank1"})
+
+
+def test_a_stream_for_two_ranks_is_refused_by_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: StreamPlan
+) -> None:
+    monkeypatch.setattr("lltk.streaming.plan_stream", lambda *given, **options: plan)
+    shots = ["--prompt", "a red circle", "--seconds", 2, "-o", tmp_path / "video.mp4"]
+    code, _, err = run("stream", "tiny_stream", *shots, "--device", "cpu")
+    assert code == 2 and "the program is for 2 and 1 ran it; start as many (torchrun" in err
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> StreamPlan:
+    """Of a stream for two ranks."""
     passes = [*open_recipe("tiny_stream", ()).passes]
     passes.insert(6, {"ulysses_stream": {"exchange": "compute"}})
-    pipeline = save_pipeline(tmp_path / "pipeline")
-    changes = [*SIZES, f"stream.pipeline={pipeline}", f"passes={json.dumps(passes)}"]
-    sets = [part for change in changes for part in ("--set", change)]
-    video, state = tmp_path / "video.mp4", tmp_path / "state.safetensors"
-    files = ["-o", video, "--save", state, "--prompt", "a red circle", "--seconds", "2"]
-    command = ["-m", "lltk", "stream", "tiny_stream", *files, *sets, "--device", "cpu"]
-    (code, out, err), (other, nothing, silent) = ended(started(2, *command))
-    assert code == other == 0, err + silent
-    assert "E2E FPS" in out and "ranks: 2" in out and not nothing
-    assert len(read_video(video)) == 15
-    parts = [load_file(path) for path in (state, tmp_path / "state.rank1.safetensors")]
-    assert torch.equal(*(part["latents.1"] for part in parts))
-    assert parts[0].keys() - parts[1].keys() == {n for n in parts[0] if n.startswith("decoder.")}
-    assert not torch.equal(*(part["cache.k_pages_0"] for part in parts))
+    pipeline = save_pipeline(tmp_path_factory.mktemp("pipeline"))
+    return planned(pipeline, f"passes={json.dumps(passes)}")
+
+
+def test_ranks_need_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert _own_device(torch.device("cpu")) == torch.device("cpu")
+    message = refused(_own_device, torch.device("cuda:1"))
+    assert message == "ranks: cuda:1 is one GPU, and each rank needs its own; name cuda"
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    assert "this torch has no NCCL" in refused(_own_device, torch.device("cuda"))
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    message = refused(_own_device, torch.device("cuda"))
+    assert message == "ranks: rank 3 needs a GPU of its own, there are 2"
+
+
+def test_gpus_of_several_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(names: list[str], own: str) -> None:
+        names[:] = [own, "NVIDIA H200"]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    message = refused(_check_alike, torch.device("cuda"))
+    assert message.endswith("of one kind; rank 0 has NVIDIA H100, rank 1 has NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    _check_alike(torch.device("cuda"))

@@ -1,7 +1,7 @@
 """``lltk::`` ops that move a chunk between ranks; no gradient flows through them.
 
-``group`` is a name that is resolved when an op runs (`lltk.parallel.groups`) and ``size`` the number
-of its ranks, so that shapes are known without them.
+``group`` is a name that is resolved when an op runs (`lltk.parallel.groups`) and ``size`` the
+number of its ranks, so that shapes are known without them.
 """
 
 from __future__ import annotations

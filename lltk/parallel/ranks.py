@@ -12,6 +12,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from lltk.parallel.groups import SEQUENCE, registered
 
@@ -55,8 +57,8 @@ def launched() -> bool:
 def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """Run the block together with the other ranks that torchrun started, if it did.
 
-    Where any rank fails, all end within seconds: the first to fail raises what it raised; the others
-    exit with code 1 and say nothing. Each rank takes the GPU of its own number.
+    Where any rank fails, all end within seconds: the first to fail raises what it raised, the
+    others exit with code 1 and say nothing. Each rank takes the GPU of its own number.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -68,14 +70,14 @@ def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks
     if not launched():
         yield Ranks(0, 1, device)
         return
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
     done = threading.Event()
     threading.Thread(target=_watch, args=(store.clone(), done), daemon=True).start()
     try:
         own = _own_device(device)
         dist.init_process_group(
             "gloo" if own.type == "cpu" else "cpu:gloo,cuda:nccl",
-            store=dist.PrefixStore("lltk", store),
+            store=PrefixStore("lltk", store),
             rank=rank,
             world_size=size,
             timeout=timeout,
@@ -95,7 +97,7 @@ def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks
     dist.destroy_process_group()
 
 
-def _watch(store: dist.Store, done: threading.Event) -> None:
+def _watch(store: Store, done: threading.Event) -> None:
     """End this process soon after any rank has failed, whatever it waits for."""
     while not done.wait(_POLL):
         try:
