@@ -110,6 +110,10 @@ def alike(size: int = 2, rank: int = 0) -> Iterator[None]:
         to.copy_(x[rank : rank + 1].expand_as(x))
         return group
 
+    def gather(values: list[object], own: object, group: Any) -> None:
+        values[:] = [own] * size
+
     group: Any = _Alike(size, rank)
-    with patch.object(dist, "all_to_all_single", swap), registered(SEQUENCE, group):
+    patches = {"all_to_all_single": swap, "all_gather_object": gather}
+    with patch.multiple(dist, **patches), registered(SEQUENCE, group):
         yield

@@ -7,7 +7,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from helpers import Run, refused
 from ranks import LIMIT, alike, ended, free_port, started
 from safetensors.torch import load_file
 from sequence_parallel import CASES, SIZE, made_by, program, programs, rolled, save_made, streamed
-from streams import planned, save_pipeline
+from streams import SHOTS, planned, save_pipeline
 from torch import Tensor
 from torch.library import opcheck
 
@@ -25,7 +25,7 @@ from lltk.cli.recipes import open_recipe
 from lltk.parallel.exchange import all_parts, heads_to_tokens, own_part, tokens_to_heads
 from lltk.parallel.groups import SEQUENCE, find_group, rank_in, same_on_all
 from lltk.parallel.ranks import Ranks, _check_alike, _own_device
-from lltk.streaming import StreamPlan
+from lltk.streaming import StreamPlan, open_stream
 
 pytestmark = pytest.mark.cpu
 
@@ -98,11 +98,15 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 def test_another_number_of_ranks_is_refused() -> None:
     assert rank_in(SEQUENCE, 1) == 0 and same_on_all(object(), SEQUENCE, 1)
-    message = refused(find_group, SEQUENCE, 2)
-    assert message.startswith("ranks: the program is for 2 and 1 ran it; start as many (torchrun ")
+    assert refused(find_group, SEQUENCE, 2) == (
+        "ranks: the recipe is for 2, and 1 ran it; start torchrun --nproc-per-node 2 -m lltk …, "
+        "or take a recipe with no ulysses_stream in its passes"
+    )
     with alike(4):
-        assert "is for 2 and 4 ran it" in refused(find_group, SEQUENCE, 2)
-        assert "is for 1 and 4 ran it" in refused(rank_in, SEQUENCE, 1)
+        assert refused(rank_in, SEQUENCE, 1) == (
+            "ranks: the recipe is for 1, and 4 ran it; start one process, or take a recipe with "
+            "ulysses_stream.size=4"
+        )
 
 
 FAILING = """
@@ -168,13 +172,32 @@ def test_one_rank_writes_and_speaks(
     assert found == ({"video.mp4", "state"} if rank == 0 else {"state.rank1"})
 
 
+def test_a_rank_goes_on_from_its_own_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: StreamPlan
+) -> None:
+    path = tmp_path / "state.safetensors"
+    with alike(rank=1):
+        plan = replace(plan)  # whose identity is not known yet
+        with open_stream(plan, None, SHOTS[:1]) as stream:
+            next(stream.session)
+            stream.save(path)
+            wanted = [report.latents for report in stream]
+        assert [each.name for each in tmp_path.iterdir()] == ["state.rank1.safetensors"]
+        with open_stream(plan, None, resume=path) as stream:
+            found = [report.latents for report in stream]
+        assert wanted and torch.equal(torch.cat(found), torch.cat(wanted))
+        monkeypatch.setattr("lltk.streaming.same_on_all", lambda *given: False)
+        message = refused(open_stream, plan, None, resume=path)
+    assert message == f"{path}: its ranks' files are of different chunks; resume another"
+
+
 def test_a_stream_for_two_ranks_is_refused_by_one(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: StreamPlan
 ) -> None:
     monkeypatch.setattr("lltk.streaming.plan_stream", lambda *given, **options: plan)
     shots = ["--prompt", "a red circle", "--seconds", 2, "-o", tmp_path / "video.mp4"]
     code, _, err = run("stream", "tiny_stream", *shots, "--device", "cpu")
-    assert code == 2 and "the program is for 2 and 1 ran it; start as many (torchrun" in err
+    assert code == 2 and "the recipe is for 2, and 1 ran it; start torchrun" in err
 
 
 @pytest.fixture(scope="module")

@@ -77,13 +77,13 @@ ALL_PARTS = torch.ops.lltk.all_parts.default
 def _swap(values: Sequence[Tensor], size: int, group: str) -> list[Tensor]:
     """Give block r of each tensor, [size, …], to rank r; block r of a result is from rank r."""
     ranks = find_group(group, size)
-    sent = [x.contiguous() for x in values]
-    received = [torch.empty_like(x) for x in sent]
+    received, started = [], []
     try:
-        started = [
-            dist.all_to_all_single(_raw(to), _raw(x), group=ranks, async_op=True)
-            for to, x in zip(received, sent, strict=True)
-        ]
+        for x in values:
+            sent = x.contiguous()
+            received.append(torch.empty_like(sent))
+            raw = _raw(received[-1]), _raw(sent)
+            started.append(dist.all_to_all_single(*raw, group=ranks, async_op=True))
         for work in started:
             work.wait()
     except RuntimeError as error:
