@@ -11,6 +11,7 @@ from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform
 from lltk.graph.edit import calls
 from lltk.graph.memory import estimate
+from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.models.configs import named_config
@@ -166,6 +167,17 @@ def test_ranks_that_hold_the_same_frames() -> None:
         given["timestep"][:, 0] += 100
         assert not same(run(program, "step", given), {"sample": sample})
     assert torch.equal(sample[:, :, 0], sample[:, :, 1])
+
+
+@torch.no_grad()
+def test_blocks_compile() -> None:
+    program = after(shared(), "regionalise", "lower")
+    given = inputs(program, "step")
+    with alike():
+        wanted = run(program, "step", given)["sample"]
+        module = instantiate(program)
+        module.compile_blocks(backend="aot_eager")
+        assert torch.equal(module("step", **given)["sample"], wanted)
 
 
 @pytest.mark.parametrize(("size", "fit"), [(3, "2"), (4, "2")])
