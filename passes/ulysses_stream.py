@@ -28,7 +28,14 @@ from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
 from lltk.ops.nvfp4_write_page.op import OVERLOAD as NVFP4_WRITE_PAGE
 from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
 from lltk.ops.write_page.op import OVERLOAD as WRITE_PAGE
-from lltk.parallel.exchange import ALL_PARTS, HEADS_TO_TOKENS, OWN_PART, TOKENS_TO_HEADS
+from lltk.parallel.exchange import (
+    ALL_PARTS,
+    HEADS_TO_TOKENS,
+    OWN_PART,
+    RECEIVE_HEADS,
+    SEND_TOKENS,
+    TOKENS_TO_HEADS,
+)
 from lltk.parallel.groups import SEQUENCE
 
 aten = torch.ops.aten
@@ -54,7 +61,9 @@ class UlyssesStream(Pass[Config]):
 
         hidden_states, timestep, positions  →  own_part(hidden_states, 2), …: F/n frames of F
         paged_attention(q, k, v, k_pages_i, v_pages_i, table)
-            →  q', k', v' = tokens_to_heads([q, k, v]): [B, L/n, H, D] → [B, L, H/n, D]
+            →  sent = send_tokens([k, v]), then what makes q
+               q' = tokens_to_heads([q]): [B, L/n, H, D] → [B, L, H/n, D]
+               k', v' = receive_heads(sent, [k, v])
                heads_to_tokens(paged_attention(q', k', v', k_pages_i, v_pages_i, table))
         write_page(k_pages_i, k, slot)      →  write_page(k_pages_i, k', slot)
         k_pages_i: [B, P, T, H, D]          →  [B, P, T, H/n, D]
@@ -98,53 +107,57 @@ class UlyssesStream(Pass[Config]):
         for page in graph.find_nodes(op="placeholder"):
             if is_page(str(page.target)):
                 _divide(page, 3 if len(shape(page)) == 5 else 2, self.config.size)
-        exchanged: dict[Any, fx.Node] = {}
+        arrived: dict[Any, fx.Node] = {}
         for target in (PAGED_ATTENTION, NVFP4_PAGED_ATTENTION):
             for node in calls(graph, target):
-                q, k, v, *arenas = node.args
+                own: list[Any] = list(node.args[:3])
+                q, k, v = own
+                with building(max(k, v).next, module_of(node)) as build:
+                    values = self._packed(build, k, v)
+                    sent = self._build(build, SEND_TOKENS, values)
+                _delay(q, sent)
                 with building(node) as build:
-                    self._exchange(build, [q], [k, v], exchanged)
-                node.args = (exchanged[q], exchanged[k], exchanged[v], *arenas)
+                    (heads,) = self._parts(build, TOKENS_TO_HEADS, [q])
+                    parts = self._parts(build, RECEIVE_HEADS, sent, values)
+                    arrived |= zip((k, v), self._unpacked(build, parts, k, v), strict=True)
+                node.args = (heads, arrived[k], arrived[v], *node.args[3:])
                 self._insert(HEADS_TO_TOKENS, node, node.next, module_of(node))
                 report.match("self-attention")
         for target, position in _WRITTEN.items():
             for node in calls(graph, target):
                 value = node.args[position]
-                if value not in exchanged:  # of the commit's last block, which does not attend
+                if value not in arrived:  # of the commit's last block, which does not attend
                     with building(node) as build:
-                        self._exchange(build, [], [value], exchanged)
-                node.update_arg(position, exchanged[value])
+                        parts = self._parts(build, TOKENS_TO_HEADS, self._packed(build, value))
+                        (arrived[value],) = self._unpacked(build, parts, value)
+                node.update_arg(position, arrived[value])
                 report.match("pages")
 
-    def _exchange(
-        self,
-        build: Builder,
-        exact: list[Any],
-        rounded: list[Any],
-        exchanged: dict[Any, fx.Node],
-    ) -> None:
-        """Turn tokens into heads, in one call; ``rounded`` as the recipe says."""
-        size, fp8 = self.config.size, self.config.exchange == "fp8"
-        sent = list(exact)
-        for value in rounded:
-            if fp8:
-                made = build(FP8_QUANTISE, value)
-                sent += [build(operator.getitem, made, part) for part in range(2)]
-            else:
-                sent.append(value)
-        received = build(TOKENS_TO_HEADS, sent, size, SEQUENCE)
-        arrived = iter([build(operator.getitem, received, i) for i in range(len(sent))])
-        for value in exact:
-            exchanged[value] = next(arrived)
-        for value in rounded:
-            arrival = next(arrived)
-            if fp8:
-                wide = build(aten.to.dtype, arrival, torch.float32)
-                arrival = build(aten.mul.Tensor, wide, next(arrived))
-                dtype = value.meta["val"].dtype
-                if dtype != torch.float32:
-                    arrival = build(aten.to.dtype, arrival, dtype)
-            exchanged[value] = arrival
+    def _build(self, build: Builder, op: Any, *args: Any) -> fx.Node:
+        return build(op, *args, self.config.size, SEQUENCE)
+
+    def _parts(self, build: Builder, op: Any, *args: Any) -> list[fx.Node]:
+        """What an op gives for each of the values, its last argument."""
+        made = self._build(build, op, *args)
+        return [build(operator.getitem, made, index) for index in range(len(args[-1]))]
+
+    def _packed(self, build: Builder, *values: Any) -> list[fx.Node]:
+        """What keys and values travel as."""
+        if self.config.exchange == "compute":
+            return list(values)
+        made = [build(FP8_QUANTISE, value) for value in values]
+        return [build(operator.getitem, each, part) for each in made for part in range(2)]
+
+    def _unpacked(self, build: Builder, parts: list[fx.Node], *values: Any) -> list[fx.Node]:
+        """Keys and values from what they travelled as."""
+        if self.config.exchange == "compute":
+            return parts
+        made = []
+        for value, codes, scales in zip(values, parts[::2], parts[1::2], strict=True):
+            wide = build(aten.mul.Tensor, build(aten.to.dtype, codes, torch.float32), scales)
+            dtype = value.meta["val"].dtype
+            made.append(wide if dtype == torch.float32 else build(aten.to.dtype, wide, dtype))
+        return made
 
     def _share_frames(self, program: Program, graph: fx.Graph, report: Report) -> None:
         spec, size = program.spec, self.config.size
@@ -168,7 +181,7 @@ class UlyssesStream(Pass[Config]):
     def _insert(self, op: Any, value: fx.Node, before: fx.Node, module: str, *dim: int) -> None:
         """Let what reads a value read an op of it."""
         with building(before, module) as build:
-            new = build(op, value, *dim, self.config.size, SEQUENCE)
+            new = self._build(build, op, value, *dim)
         value.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def ensures(self, program: Program) -> None:
@@ -177,6 +190,24 @@ class UlyssesStream(Pass[Config]):
             changed = {n for n, spec in now.inputs.items() if spec != before.inputs[n]}
             assert now.outputs == before.outputs, f"{name}: its outputs are not whole"
             assert changed == {n for n in now.inputs if is_page(n)}, f"{name}: {changed} changed"
+
+
+def _delay(value: fx.Node, until: fx.Node) -> None:
+    """Move what makes a value, as far as ``until`` does not need it, behind ``until``."""
+    needed, makers = _ancestors(until), _ancestors(value) | {value}
+    for node in sorted(makers - needed, reverse=True):
+        if node < until and node.op == "call_function":
+            until.append(node)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        new = set(pending.pop().all_input_nodes) - found
+        found |= new
+        pending += new
+    return found
 
 
 def _divide(page: fx.Node, dim: int, size: int) -> None:

@@ -17,7 +17,14 @@ from torch import Tensor
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.parallel import reference
-from lltk.parallel.exchange import all_parts, heads_to_tokens, own_part, tokens_to_heads
+from lltk.parallel.exchange import (
+    all_parts,
+    heads_to_tokens,
+    own_part,
+    receive_heads,
+    send_tokens,
+    tokens_to_heads,
+)
 from lltk.parallel.groups import SEQUENCE, rank_in, same_on_all
 from lltk.parallel.ranks import joined
 from lltk.stream.decoder import DecodedElsewhere
@@ -130,7 +137,11 @@ def exchanged(rank: int) -> None:
         assert torch.equal(heads.float(), wanted[rank].float())
         assert not torch.equal(heads.float(), wanted[1 - rank].float())
         assert torch.equal(few, reference.tokens_to_heads(scales, rank))
+        sent = send_tokens([scales[rank], shards[rank]], SIZE, SEQUENCE)
         back = heads_to_tokens(heads, SIZE, SEQUENCE)
+        received = receive_heads(sent, [scales[rank], shards[rank]], SIZE, SEQUENCE)
+        assert torch.equal(received[0], few)
+        assert torch.equal(received[1].float(), heads.float())
         assert torch.equal(back.float(), reference.heads_to_tokens(wanted, rank).float())
         assert torch.equal(back.float(), shards[rank].float())
     whole = torch.arange(24.0).view(2, 6, 2)

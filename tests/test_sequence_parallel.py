@@ -111,17 +111,17 @@ def test_another_number_of_ranks_is_refused() -> None:
 
 FAILING = """
 import sys, time, torch
-from lltk.parallel.exchange import _swap
+from lltk.parallel.exchange import _start
 from lltk.parallel.groups import SEQUENCE
 from lltk.parallel.ranks import joined
 
 def run():
     with joined(torch.device("cpu")) as ranks:
-        _swap([torch.ones(3, 4)], 3, SEQUENCE)
+        _start([torch.ones(3, 4)], 3, SEQUENCE).wait()
         if ranks.rank == 0:
             raise ValueError("layer 3 is broken")
         while ranks.rank == 1:
-            _swap([torch.ones(3, 4)], 3, SEQUENCE)
+            _start([torch.ones(3, 4)], 3, SEQUENCE).wait()
         time.sleep(100)
 
 try:

@@ -15,7 +15,7 @@ from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.models.configs import named_config
-from lltk.parallel.exchange import TOKENS_TO_HEADS
+from lltk.parallel.exchange import RECEIVE_HEADS
 
 pytestmark = pytest.mark.cpu
 
@@ -32,9 +32,11 @@ BEFORE = {
     "step": f"""
     def step(hidden_states: bf16[1, 24, 2, 2, 2], table: i64[3], {ARENAS}):
         # blocks.0.attn1
-        q: bf16[1, 8, 2, 12] = aten.reshape.default(hidden_states, [1, -1, 2, 12])
-        k: bf16[1, 8, 2, 12] = aten.neg.default(q)
-        v: bf16[1, 8, 2, 12] = aten.abs.default(q)
+        x: bf16[1, 8, 2, 12] = aten.reshape.default(hidden_states, [1, -1, 2, 12])
+        half: bf16[1, 8, 2, 12] = aten.mul.Tensor(x, 0.5)
+        q: bf16[1, 8, 2, 12] = aten.sin.default(half)
+        k: bf16[1, 8, 2, 12] = aten.neg.default(x)
+        v: bf16[1, 8, 2, 12] = aten.abs.default(x)
         attend: bf16[1, 8, 2, 12] = \
 lltk.paged_attention.default(q, k, v, k_pages_0, v_pages_0, table)
         # root
@@ -57,14 +59,18 @@ def step(hidden_states: bf16[1, 24, 2, 2, 2], table: i64[3], {HALVES}):
     # root
     own_part: bf16[1, 24, 1, 2, 2] = lltk.own_part.default(hidden_states, 2, 2, 'sequence')
     # blocks.0.attn1
-    q: bf16[1, 4, 2, 12] = aten.reshape.default(own_part, [1, -1, 2, 12])
-    k: bf16[1, 4, 2, 12] = aten.neg.default(q)
-    v: bf16[1, 4, 2, 12] = aten.abs.default(q)
-    tokens_to_heads: (bf16[1, 8, 1, 12], bf16[1, 8, 1, 12], bf16[1, 8, 1, 12],) = \
-lltk.tokens_to_heads.default([q, k, v], 2, 'sequence')
+    x: bf16[1, 4, 2, 12] = aten.reshape.default(own_part, [1, -1, 2, 12])
+    k: bf16[1, 4, 2, 12] = aten.neg.default(x)
+    v: bf16[1, 4, 2, 12] = aten.abs.default(x)
+    send_tokens: bf16[1] = lltk.send_tokens.default([k, v], 2, 'sequence')
+    half: bf16[1, 4, 2, 12] = aten.mul.Tensor(x, 0.5)
+    q: bf16[1, 4, 2, 12] = aten.sin.default(half)
+    tokens_to_heads: (bf16[1, 8, 1, 12],) = lltk.tokens_to_heads.default([q], 2, 'sequence')
     getitem: bf16[1, 8, 1, 12] = getitem(tokens_to_heads, 0)
-    getitem_1: bf16[1, 8, 1, 12] = getitem(tokens_to_heads, 1)
-    getitem_2: bf16[1, 8, 1, 12] = getitem(tokens_to_heads, 2)
+    receive_heads: (bf16[1, 8, 1, 12], bf16[1, 8, 1, 12],) = \
+lltk.receive_heads.default(send_tokens, [k, v], 2, 'sequence')
+    getitem_1: bf16[1, 8, 1, 12] = getitem(receive_heads, 0)
+    getitem_2: bf16[1, 8, 1, 12] = getitem(receive_heads, 1)
     attend: bf16[1, 8, 1, 12] = lltk.paged_attention.default(getitem, getitem_1, getitem_2, \
 k_pages_0, v_pages_0, table)
     heads_to_tokens: bf16[1, 4, 2, 12] = lltk.heads_to_tokens.default(attend, 2, 'sequence')
@@ -123,8 +129,10 @@ def test_rewrites_the_text() -> None:
 def test_keys_and_values_travel_in_fp8() -> None:
     program = after(made(), "ulysses_stream")
     assert IN_FP8.strip() in text(program, "commit")
-    sent = "[q, getitem, getitem_1, getitem_2, getitem_3], 2, 'sequence'"
-    assert f"lltk.tokens_to_heads.default({sent})" in text(program, "step")
+    parts = "[getitem, getitem_1, getitem_2, getitem_3], 2, 'sequence')"
+    assert f"lltk.send_tokens.default({parts}" in text(program, "step")
+    assert f"lltk.receive_heads.default(send_tokens, {parts}" in text(program, "step")
+    assert "lltk.tokens_to_heads.default([q], 2, 'sequence')" in text(program, "step")
 
 
 @pytest.mark.parametrize("cache", [None, "fp8_cache", "nvfp4_cache"])
@@ -202,7 +210,6 @@ def test_the_large_recipe_holds_half_the_heads() -> None:
     model = recipe.model.model_copy(update={"config": config})
     program = transform(recipe.model_copy(update={"model": model}), weights=False)
     assert program.pages["k_pages_codes_0"].shape == (1, 4, 7040, 12, 64)
-    (exchange,) = calls(program.regions["step_block"].graph, TOKENS_TO_HEADS)
-    assert [str(value.dtype) for value in exchange.meta["val"]] == [
-        "torch.bfloat16", *["torch.float8_e4m3fn", "torch.float32"] * 2,
-    ]  # fmt: skip
+    (received,) = calls(program.regions["step_block"].graph, RECEIVE_HEADS)
+    dtypes = [torch.float8_e4m3fn, torch.float32] * 2
+    assert [value.dtype for value in received.meta["val"]] == dtypes
