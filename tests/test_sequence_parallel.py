@@ -105,7 +105,7 @@ def test_another_number_of_ranks_is_refused() -> None:
     with alike(4):
         assert refused(rank_in, SEQUENCE, 1) == (
             "ranks: the recipe is for 1, and 4 ran it; start one process, or take a recipe with "
-            "ulysses_stream.size=4"
+            "passes.ulysses_stream.size=4"
         )
 
 
