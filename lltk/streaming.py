@@ -32,7 +32,8 @@ from lltk.graph.recipe import Recipe, parse_recipe
 from lltk.models import wan_vae
 from lltk.models.pipelines import find_pipeline
 from lltk.ops.implementations import check_device
-from lltk.stream.decoder import Decoder
+from lltk.parallel.groups import SEQUENCE, rank_in, same_on_all
+from lltk.stream.decoder import DecodedElsewhere, Decoder
 from lltk.stream.memory import Parts, check_memory, loading_memory, stream_memory
 from lltk.stream.recipe import StreamSection, stream_section
 from lltk.stream.runtimes.torch import TorchRuntime
@@ -109,6 +110,15 @@ class StreamPlan:
         """Bytes by device and owner before it runs; see `loading_memory`."""
         return loading_memory(self.parts, image)
 
+    @property
+    def rank(self) -> int:
+        """Which of the transformer's ranks this process is.
+
+        Raises:
+            ValueError: it is not one of as many as the recipe is for.
+        """
+        return rank_in(SEQUENCE, self.transformer.ranks)
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What must be the same where a saved stream goes on; reads every weight, once."""
@@ -118,6 +128,7 @@ class StreamPlan:
             "decoder": fingerprint(self.decoder),
             "fps": self.section.fps,
             **asdict(self.sampling),
+            **({"rank": self.rank} if self.transformer.ranks > 1 else {}),
         }
 
     def chunks(self, script: Sequence[Shot]) -> list[ChunkPlan]:
@@ -149,6 +160,7 @@ class StreamPlan:
             + ("" if self.parts.text else "; its memory is not known without the pipeline's files"),
             "sampler": f"{section.steps} steps and a commit, shift {section.shift:g}{guided}",
             "video": f"{geometry.width}×{geometry.height} at {section.fps:g} fps",
+            **({"ranks": str(program.ranks)} if program.ranks > 1 else {}),
             "cache": f"{geometry.window} latent frames in pages of {geometry.chunk}, "
             f"sinks of {geometry.sink}{' (global and shot)' if geometry.shot_sink else ''}",
         }
@@ -227,11 +239,13 @@ class Stream:
     def save(self, path: Path) -> None:
         """Write what `open_stream` needs to go on from here, bit for bit.
 
+        Of several ranks each writes a file of its own, rank 0 the one that is named.
+
         Raises:
             ValueError: the session was interrupted within a chunk.
             OSError: the file cannot be written.
         """
-        save_state(path, self.session.state(), self.plan.identity)
+        save_state(_own_file(path, self.plan.rank), self.session.state(), self.plan.identity)
 
     def close(self) -> None:
         """Wait for the last frames; raises what decoding or the sink raised."""
@@ -252,7 +266,7 @@ class Stream:
 
 def open_stream(
     plan: StreamPlan,
-    sink: Callable[[Tensor], None],
+    sink: Callable[[Tensor], None] | None,
     script: Sequence[Shot] = (),
     *,
     image: Tensor | None = None,
@@ -264,7 +278,7 @@ def open_stream(
     Args:
         plan: with weights.
         sink: takes the video of latents as they are decoded, [B, 3, 1 or n · stride, H, W] in
-            [-1, 1], in a thread of its own.
+            [-1, 1], in a thread of its own; None in a rank whose latents another one decodes.
         script: the shots; none where a saved stream goes on.
         image: the first frame, [B, 3, H, W] in [-1, 1].
         resume: a state that `Stream.save` wrote; script, image and seed are then the state's.
@@ -272,13 +286,16 @@ def open_stream(
             pipeline's text encoder.
 
     Raises:
-        ValueError: a file that is damaged or does not fit, not enough memory, or a device that
-            lacks what the recipe wants.
+        ValueError: a file that is damaged or does not fit, not enough memory, a device that
+            lacks what the recipe wants, or not as many ranks as it is for.
     """
+    rank = plan.rank
     check_device(plan.transformer.implementations, plan.device)
     check_device(plan.decoder.implementations, plan.decoder_device)
     check_memory(plan.parts, image is not None)
-    state = None if resume is None else load_state(resume, plan.identity)
+    state = None if resume is None else load_state(_own_file(resume, rank), plan.identity)
+    if state and not same_on_all(state.facts["chunk"], SEQUENCE, plan.transformer.ranks):
+        raise ValueError(f"{resume}: its ranks' files are of different chunks; resume another")
     chunks = plan.chunks(script) if state is None else []
     texts = (
         [chunk.prompt for chunk in chunks]
@@ -293,13 +310,10 @@ def open_stream(
     module = instantiate(program, device)
     if section.compile:
         module.compile_blocks()
-    decoding = instantiate(plan.decoder, plan.decoder_device)
-    if section.decoder.compile:
-        decoding.compile_graph("steps" if section.decoder.latents > 1 else "step")
     session = Session(
         TorchRuntime(program, module, section.cuda_graphs),
-        Decoder(plan.decoder, decoding),
-        sink,
+        DecodedElsewhere(device) if sink is None else _decoder(plan),
+        sink or (lambda video: None),
         prompts,
         chunks,
         plan.sampling,
@@ -310,6 +324,18 @@ def open_stream(
     if state is not None:
         session.restore(state)
     return Stream(plan, session)
+
+
+def _own_file(path: Path, rank: int) -> Path:
+    """Where a rank keeps its part of a state."""
+    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+def _decoder(plan: StreamPlan) -> Decoder:
+    module, section = instantiate(plan.decoder, plan.decoder_device), plan.section.decoder
+    if section.compile:
+        module.compile_graph("steps" if section.latents > 1 else "step")
+    return Decoder(plan.decoder, module)
 
 
 def _decoder_passes(section: StreamSection, device: torch.device) -> list[Any]:

@@ -35,9 +35,10 @@ ARROWS: dict[str, set[str]] = {
 }
 ARROWS["compiler"] = {"graph", "ops", "models", "passes"}
 ARROWS["artefact"] = ARROWS["compiler"] | {"compiler"}
-ARROWS["streaming"] = ARROWS["compiler"] | {"compiler", "stream"}
+ARROWS["streaming"] = ARROWS["compiler"] | {"compiler", "parallel", "stream"}
 ARROWS["bench"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)
+ARROWS["__main__"] = {"cli"}
 
 
 def source_files() -> Iterator[PurePosixPath]:

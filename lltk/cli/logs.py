@@ -14,11 +14,17 @@ from rich.logging import RichHandler
 _NEVER = logging.CRITICAL + 1
 
 
-def hide_loading() -> None:
-    """Keep transformers from drawing a bar of its own when it loads a model."""
+def hide_loading(speaks: bool = True) -> None:
+    """Keep transformers from drawing a bar of its own when it loads a model.
+
+    Args:
+        speaks: whether warnings are shown; of several ranks one shows them.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if not speaks:
+        logging.disable(logging.WARNING)
 
 
 @contextmanager

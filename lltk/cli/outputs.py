@@ -128,12 +128,18 @@ class Frames:
 
 @contextmanager
 def asked_to_stop() -> Iterator[list[int]]:
-    """Signals that ask to stop, Ctrl-C's and a kill's, as a list; the second one interrupts."""
+    """Signals that ask to stop, Ctrl-C's and a kill's, as a list; a later one interrupts.
+
+    One within a second is the same one: torchrun passes on what a terminal gives its ranks too.
+    """
     received: list[int] = []
+    first = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received:
+        nonlocal first
+        if received and time.monotonic() - first > 1:
             raise KeyboardInterrupt
+        first = first if received else time.monotonic()
         received.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lltk.cli.outputs import Frames
+    from lltk.parallel.ranks import Ranks
     from lltk.stream.script import Shot
     from lltk.streaming import StreamPlan
 
@@ -73,57 +75,65 @@ def command(
       lltk stream tiny_stream --script shots.yaml -o video.mp4 --contact-sheet shots.png
       lltk stream tiny_stream --prompt "a red circle moving left" --seconds 10 -o red.mp4
       lltk stream tiny_stream --resume video.state.safetensors -o rest.mp4
+      torchrun --nproc-per-node 2 -m lltk stream wan22_5b_stream_sp2 --script s.yaml -o video.mp4
     """
-    console = Console(quiet=as_json)
-    path = find_recipe(recipe)
-    given = {"seed": seed, "steps": steps, "guidance": guidance}
-    changes = [f"stream.{key}={value}" for key, value in given.items() if value is not None]
-    shots = _shots(script, prompt, seconds, resume, image)
-    if resume is not None and seed is not None:
-        raise ValueError("--seed: a resumed stream has its own; drop the option")
-
     from lltk.cli.outputs import check_writable, share_cores
     from lltk.graph.recipe import load_recipe
+    from lltk.parallel.ranks import joined
     from lltk.streaming import plan_stream
 
-    chosen = chosen_device(device)
-    resolved = load_recipe(path, (*overrides, *changes))
-    if not dry_run:
-        if output is None:
-            raise ValueError("-o: name a file for the video")
-        if resume is not None and output.exists():
-            raise ValueError(
-                f"-o: {output} exists, and a resumed stream's file holds the continuation alone; "
-                "name a new file"
-            )
-        check_writable(file for file in (output, contact_sheet, save) if file is not None)
-        share_cores(chosen)
-    hide_loading()
-    with console.status("compiling"):
-        plan = plan_stream(resolved, chosen, weights=not dry_run)
-    if shots:
-        console.print(plan.statement(shots), highlight=False)
-    for part, what in plan.describe().items():
-        console.print(f"{part}: {what}", highlight=False)
-    if dry_run:
-        loading = plan.loading_memory(image is not None)
+    with joined(chosen_device(device)) as ranks:
+        speaks = ranks.rank == 0
+        console = Console(quiet=as_json or not speaks)
+        path = find_recipe(recipe)
+        given = {"seed": seed, "steps": steps, "guidance": guidance}
+        changes = [f"stream.{key}={value}" for key, value in given.items() if value is not None]
+        shots = _shots(script, prompt, seconds, resume, image)
+        if resume is not None and seed is not None:
+            raise ValueError("--seed: a resumed stream has its own; drop the option")
+        resolved = load_recipe(path, (*overrides, *changes))
+        if not dry_run:
+            if output is None:
+                raise ValueError("-o: name a file for the video")
+            if resume is not None and output.exists():
+                raise ValueError(
+                    f"-o: {output} exists, and a resumed stream's file holds the continuation "
+                    "alone; name a new file"
+                )
+            check_writable(file for file in (output, contact_sheet, save) if file is not None)
+            share_cores(ranks.device)
+        hide_loading(speaks)
+        with console.status("compiling"):
+            plan = plan_stream(resolved, ranks.device, weights=not dry_run)
+        if shots:
+            console.print(plan.statement(shots), highlight=False)
+        for part, what in plan.describe().items():
+            console.print(f"{part}: {what}", highlight=False)
+        if dry_run:
+            loading = plan.loading_memory(image is not None)
+            if as_json and speaks:
+                facts = {"plan": plan.describe(), "memory": plan.memory, "loading": loading}
+                click.echo(json.dumps(facts, indent=2))
+            for when, devices in (("before it runs", loading), ("while it runs", plan.memory)):
+                for where, owners in devices.items():
+                    console.print(f"On {where}, {when}:", memory_table(owners), sep="\n")
+            return
+        assert output is not None
+        again = ["lltk", "stream", recipe]
+        if ranks.size > 1:
+            again[:1] = ["torchrun", "--nproc-per-node", str(ranks.size), "-m", "lltk"]
+        for change in (*overrides, *changes):
+            if not change.startswith("stream.seed="):  # the state knows it
+                again += ["--set", change]
+        result = _run(
+            console, ranks, plan, shots, output, contact_sheet, image, save, resume, again
+        )
+        if not speaks:
+            return
         if as_json:
-            facts = {"plan": plan.describe(), "memory": plan.memory, "loading": loading}
-            click.echo(json.dumps(facts, indent=2))
-        for when, devices in (("before it runs", loading), ("while it runs", plan.memory)):
-            for where, owners in devices.items():
-                console.print(f"On {where}, {when}:", memory_table(owners), sep="\n")
-        return
-    assert output is not None
-    again = ["lltk", "stream", recipe]
-    for change in (*overrides, *changes):
-        if not change.startswith("stream.seed="):  # the state knows it
-            again += ["--set", change]
-    result = _run(console, plan, shots, output, contact_sheet, image, save, resume, again)
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-    rows = [{"what": what, "": value} for what, value in _summary(result).items()]
-    console.print(row_table(str(output), rows))
+            click.echo(json.dumps(result, indent=2))
+        rows = [{"what": what, "": value} for what, value in _summary(result).items()]
+        console.print(row_table(str(output), rows))
 
 
 def _unwritten(frames: Frames, sheet: Path | None, captions: Mapping[int, str]) -> str:
@@ -181,6 +191,7 @@ def _shots(
 
 def _run(
     console: Console,
+    ranks: Ranks,
     plan: StreamPlan,
     shots: Sequence[Shot],
     output: Path,
@@ -190,7 +201,10 @@ def _run(
     resume: Path | None,
     again: Sequence[str],
 ) -> dict[str, Any]:
-    """Stream to the files; what it did, as plain data."""
+    """Stream to the files; what it did, as plain data.
+
+    Of several ranks the first writes the files; all stop after the same chunk.
+    """
     import torch
 
     from lltk.cli.outputs import Frames, Tally, asked_to_stop, captions_of, memory_used
@@ -209,9 +223,10 @@ def _run(
         console.print(f"memory: {readable(total(owners))} on {where}, of {free} free")
     begun = time.perf_counter()
     with console.status("encoding prompts, loading models"):
-        stream = open_stream(plan, frames, shots, image=first, resume=resume)
+        sink = frames if ranks.rank == 0 else None
+        stream = open_stream(plan, sink, shots, image=first, resume=resume)
     chunks, start = stream.session.script, stream.session.frame
-    if not chunks and not stream.session.undelivered:
+    if not chunks and not ranks.any(bool(stream.session.undelivered)):
         raise ValueError(f"--resume: {resume}: its script is over; nothing is left to make")
     if resume is not None:
         console.print(f"going on at frame {start}; the new file holds the continuation")
@@ -224,7 +239,7 @@ def _run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with (
         asked_to_stop() as stops,
-        frames,
+        nullcontext() if sink is None else sink,
         stream,
         Progress(*columns, TimeRemainingColumn(), console=console) as progress,
     ):
@@ -236,10 +251,12 @@ def _run(
                 held = f"{report.pages + 1} of {plan.transformer.geometry.pages} pages"
                 text = f"{tally.rate(frames.count):.1f} fps, {held}, {used}"
                 progress.update(bar, advance=1, description=text)
-                if stops:
+                if ranks.any(bool(stops)):
                     break
             stream.close()
         except OSError as error:
+            if ranks.size > 1:
+                raise  # the other ranks wait within a chunk
             failure = error
         done = time.perf_counter()
         left = len(stream.session.script)
@@ -253,7 +270,8 @@ def _run(
                     f"{what}; the state is not kept: {error}; stream again, with --save to "
                     "another disk"
                 ) from error
-        if stopped:
+        ranks.any(False)  # all have saved
+        if stopped and ranks.rank == 0:
             following = output.with_name(f"{output.stem}_rest{output.suffix}")
             resumed = shlex.join([*again, "--resume", str(state), "-o", str(following)])
             what = str(failure) if failure else f"stopped: {output} plays, {frames.count} frames"

@@ -114,6 +114,7 @@ class Program:
         trainable: parameters that train, or None for all.
         channels_last: weights of convolutions that lie in memory with channels last when they run.
         high_steps: denoising passes of a chunk, from 0, that the graph ``step_high`` makes.
+        ranks: processes that run it together.
         recipe: the resolved recipe it was made from, as plain data.
         stage, log, passes: how far it is and what brought it there.
     """
@@ -130,6 +131,7 @@ class Program:
     trainable: frozenset[str] | None = None
     channels_last: frozenset[str] = frozenset()
     high_steps: frozenset[int] = frozenset()
+    ranks: int = 1
     recipe: dict[str, Any] = field(default_factory=dict)
     stage: Stage = Stage.CAPTURED
     log: list[LogEntry] = field(default_factory=list)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,42 @@ class DecoderState:
     """
 
     caches: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class LatentDecoder(Protocol):
+    """What a pipeline decodes with."""
+
+    state: DecoderState
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes latents."""
+
+    def parts(self, latents: Tensor, first: bool) -> list[Tensor]:
+        """Latents as they are decoded; ``first`` says whether they are a video's first."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Video of the next latents."""
+
+
+class DecodedElsewhere:
+    """The decoder of a rank whose latents another rank decodes: it gives no video."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.state = DecoderState()
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the latents are."""
+        return self._device
+
+    def parts(self, latents: Tensor, first: bool) -> list[Tensor]:
+        return [latents]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """No frames: [B, 3, 0, 0, 0]."""
+        return latents.new_empty((len(latents), 3, 0, 0, 0))
 
 
 class Decoder:
@@ -154,7 +191,9 @@ class DecodePipeline:
         ahead: submitted latents that may be undecoded, 1 or more; at that many, `submit` waits.
     """
 
-    def __init__(self, decoder: Decoder, sink: Callable[[Tensor], None], ahead: int = 2) -> None:
+    def __init__(
+        self, decoder: LatentDecoder, sink: Callable[[Tensor], None], ahead: int = 2
+    ) -> None:
         if ahead < 1:
             raise ValueError(f"ahead: {ahead} leaves no latents to decode; make it 1 or more")
         self._decoder = decoder

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lltk.stream.decoder import DecodePipeline, Decoder, DecoderState
+from lltk.stream.decoder import DecodePipeline, DecoderState, LatentDecoder
 from lltk.stream.pages import PageTable
 from lltk.stream.positions import frame_positions
 from lltk.stream.runtimes import Runtime
@@ -150,7 +150,7 @@ class Session:
     def __init__(
         self,
         runtime: Runtime,
-        decoder: Decoder,
+        decoder: LatentDecoder,
         sink: Callable[[Tensor], None],
         encode: Callable[[str], Tensor],
         script: Sequence[ChunkPlan],

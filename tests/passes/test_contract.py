@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -21,6 +22,7 @@ from helpers import (
     same,
     texts,
 )
+from ranks import alike
 
 from lltk.compiler import with_weights
 from lltk.graph.geometry import Kind
@@ -30,6 +32,13 @@ from lltk.graph.stages import Stage
 from lltk.passes import make_pass, pass_names
 
 pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(autouse=True)
+def _ranks() -> Iterator[None]:
+    """Of a program that is for two, one runs."""
+    with alike():
+        yield
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ CASES = [
     Case("nvfp4_train", "train", "changing", Stage.QUANTISED, TRAIN[:5], head_dim=16),
     Case("lora", "stream", "bitwise", CAUSAL, STREAM[:6]),
     Case("merge_lora", "score", "rounding", CANON, (*CANONICAL, "lora")),
+    Case("ulysses_stream", "stream", "changing", Stage.PARTITIONED, STREAM[:6]),
     Case("regionalise", "stream", "bitwise", Stage.REGIONAL, STREAM[:6]),
     Case("lower", "stream", "rounding", Stage.LOWERED, STREAM[:7]),
 ]

@@ -1,0 +1,134 @@
+"""Joining the ranks that torchrun started, and stopping together."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from lltk.parallel.groups import SEQUENCE, registered
+
+TIMEOUT = timedelta(minutes=5)
+"""After which a rank that waits for another gives up; compiling blocks takes less."""
+GRACE = 2.0
+"""Seconds that a rank has to end by itself once any has failed."""
+_POLL = 0.2
+_FAILED = "lltk/failed"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that run a stream together, and which one this is.
+
+    Attributes:
+        rank: this process's, from 0. Rank 0 takes the video and speaks.
+        size: how many there are; 1 for a process by itself.
+        device: where this one computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all must ask."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+
+def launched() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
+    """Run the block together with the other ranks that torchrun started, if it did.
+
+    Where any rank fails, all end within seconds: the first to fail raises what it raised, the
+    others exit with code 1 and say nothing. Each rank takes the GPU of its own number.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        timeout: after which an exchange that another rank does not join fails.
+
+    Raises:
+        ValueError: ranks on GPUs of several kinds or on one, or no library to exchange with.
+    """
+    if not launched():
+        yield Ranks(0, 1, device)
+        return
+    store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+    done = threading.Event()
+    threading.Thread(target=_watch, args=(store.clone(), done), daemon=True).start()
+    try:
+        own = _own_device(device)
+        dist.init_process_group(
+            "gloo" if own.type == "cpu" else "cpu:gloo,cuda:nccl",
+            store=PrefixStore("lltk", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
+        _check_alike(own)
+        group = dist.group.WORLD
+        assert group is not None
+        ranks = Ranks(rank, size, own)
+        with registered(SEQUENCE, group):
+            yield ranks
+        ranks.any(False)  # all are done
+    except BaseException:
+        if store.add(_FAILED, 1) > 1:
+            raise SystemExit(1) from None
+        raise
+    done.set()
+    dist.destroy_process_group()
+
+
+def _watch(store: Store, done: threading.Event) -> None:
+    """End this process soon after any rank has failed, whatever it waits for."""
+    while not done.wait(_POLL):
+        try:
+            failed = store.check([_FAILED])
+        except RuntimeError:  # who kept it is gone
+            failed = not done.is_set()
+        if failed:
+            time.sleep(GRACE)
+            os._exit(1)
+
+
+def _own_device(device: torch.device) -> torch.device:
+    """The GPU of this rank's number on its machine."""
+    if device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ValueError(f"ranks: {device} is one GPU, and each rank needs its own; name cuda")
+    if not dist.is_nccl_available():
+        raise ValueError("ranks: this torch has no NCCL to exchange with; install one that has")
+    index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f"ranks: rank {index} needs a GPU of its own, there are {count}")
+    own = torch.device("cuda", index)
+    torch.cuda.set_device(own)
+    return own
+
+
+def _check_alike(device: torch.device) -> None:
+    name = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, name)
+    if len(set(names)) > 1:
+        found = ", ".join(f"rank {rank} has {name}" for rank, name in enumerate(names))
+        raise ValueError(f"ranks: they must run on GPUs of one kind; {found}")

@@ -1,0 +1,217 @@
+"""A stream over several ranks: frames are shared out among them, and heads for self-attention."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import fx
+
+from lltk.graph.edit import (
+    Builder,
+    building,
+    calls,
+    has_input,
+    module_of,
+    output,
+    placeholder,
+    shape,
+)
+from lltk.graph.passes import Numerics, Pass, PassConfig, Report
+from lltk.graph.program import Contract, Program, is_page
+from lltk.graph.stages import Stage
+from lltk.ops.fp8_quantise.op import OVERLOAD as FP8_QUANTISE
+from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
+from lltk.ops.nvfp4_write_page.op import OVERLOAD as NVFP4_WRITE_PAGE
+from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
+from lltk.ops.write_page.op import OVERLOAD as WRITE_PAGE
+from lltk.parallel.exchange import (
+    ALL_PARTS,
+    HEADS_TO_TOKENS,
+    OWN_PART,
+    RECEIVE_HEADS,
+    SEND_TOKENS,
+    TOKENS_TO_HEADS,
+)
+from lltk.parallel.groups import SEQUENCE
+
+aten = torch.ops.aten
+_WRITTEN = {WRITE_PAGE: 1, NVFP4_WRITE_PAGE: 4}
+"""Ops that write a page, and which argument they write."""
+
+
+class Config(PassConfig):
+    """How many ranks, and what they exchange."""
+
+    size: int = Field(2, ge=2, description="ranks; divides the heads and a chunk's latent frames")
+    exchange: Literal["fp8", "compute"] = Field(
+        "fp8",
+        description="what a chunk's keys and values travel in: E4M3 with a scale for each head of "
+        "a token, or the compute dtype",
+    )
+
+
+class UlyssesStream(Pass[Config]):
+    """Give each rank a part of the chunk's frames, and in self-attention a part of the heads.
+
+    ::
+
+        hidden_states, timestep, positions  →  own_part(hidden_states, 2), …: F/n frames of F
+        paged_attention(q, k, v, k_pages_i, v_pages_i, table)
+            →  sent = send_tokens([k, v]), then what makes q
+               q' = tokens_to_heads([q]): [B, L/n, H, D] → [B, L, H/n, D]
+               k', v' = receive_heads(sent, [k, v])
+               heads_to_tokens(paged_attention(q', k', v', k_pages_i, v_pages_i, table))
+        write_page(k_pages_i, k, slot)      →  write_page(k_pages_i, k', slot)
+        k_pages_i: [B, P, T, H, D]          →  [B, P, T, H/n, D]
+        sample                              →  made of all_parts(tokens, 1)
+
+    With ``exchange: fp8`` keys and values are quantised before they leave and decoded where they
+    arrive. Graphs take and give whole chunks, the same on every rank. What a linear in NVFP4 scales
+    by a whole tensor is scaled by this rank's tokens.
+    """
+
+    Config = Config
+    reads = (Stage.CAUSAL, Stage.QUANTISED)
+    leaves = Stage.PARTITIONED
+    kinds = ("stream",)
+    numerics = Numerics.CHANGING
+
+    _before: dict[str, Contract]
+    """Contracts of the graphs that are shared out, as they were."""
+
+    def requires(self, program: Program) -> None:
+        heads, chunk, size = program.spec.heads, program.geometry.chunk, self.config.size
+        if heads % size or chunk % size:
+            common = math.gcd(heads, chunk)
+            fit = [str(n) for n in range(2, common + 1) if common % n == 0]
+            raise ValueError(
+                f"size: {size} ranks cannot share {heads} heads and chunks of {chunk} latent "
+                f"frames evenly; set a size that can ({', '.join(fit) or 'there is none'}), or "
+                "geometry.chunk"
+            )
+
+    def apply(self, program: Program, report: Report) -> None:
+        latents = program.spec.latent_input
+        shared = {n: graph for n, graph in program.graphs.items() if has_input(graph, latents)}
+        self._before = {name: program.contract(name) for name in shared}
+        for graph in shared.values():
+            self._share_heads(graph, report)
+            self._share_frames(program, graph, report)
+        program.ranks = self.config.size
+
+    def _share_heads(self, graph: fx.Graph, report: Report) -> None:
+        for page in graph.find_nodes(op="placeholder"):
+            if is_page(str(page.target)):
+                _divide(page, 3 if len(shape(page)) == 5 else 2, self.config.size)
+        arrived: dict[Any, fx.Node] = {}
+        for target in (PAGED_ATTENTION, NVFP4_PAGED_ATTENTION):
+            for node in calls(graph, target):
+                own: list[Any] = list(node.args[:3])
+                q, k, v = own
+                with building(max(k, v).next, module_of(node)) as build:
+                    values = self._packed(build, k, v)
+                    sent = self._build(build, SEND_TOKENS, values)
+                _delay(q, sent)
+                with building(node) as build:
+                    (heads,) = self._parts(build, TOKENS_TO_HEADS, [q])
+                    parts = self._parts(build, RECEIVE_HEADS, sent, values)
+                    arrived |= zip((k, v), self._unpacked(build, parts, k, v), strict=True)
+                node.args = (heads, arrived[k], arrived[v], *node.args[3:])
+                self._insert(HEADS_TO_TOKENS, node, node.next, module_of(node))
+                report.match("self-attention")
+        for target, position in _WRITTEN.items():
+            for node in calls(graph, target):
+                value = node.args[position]
+                if value not in arrived:  # of the commit's last block, which does not attend
+                    with building(node) as build:
+                        parts = self._parts(build, TOKENS_TO_HEADS, self._packed(build, value))
+                        (arrived[value],) = self._unpacked(build, parts, value)
+                node.update_arg(position, arrived[value])
+                report.match("pages")
+
+    def _build(self, build: Builder, op: Any, *args: Any) -> fx.Node:
+        return build(op, *args, self.config.size, SEQUENCE)
+
+    def _parts(self, build: Builder, op: Any, *args: Any) -> list[fx.Node]:
+        """What an op gives for each of the values, its last argument."""
+        made = self._build(build, op, *args)
+        return [build(operator.getitem, made, index) for index in range(len(args[-1]))]
+
+    def _packed(self, build: Builder, *values: Any) -> list[fx.Node]:
+        """What keys and values travel as."""
+        if self.config.exchange == "compute":
+            return list(values)
+        made = [build(FP8_QUANTISE, value) for value in values]
+        return [build(operator.getitem, each, part) for each in made for part in range(2)]
+
+    def _unpacked(self, build: Builder, parts: list[fx.Node], *values: Any) -> list[fx.Node]:
+        """Keys and values from what they travelled as."""
+        if self.config.exchange == "compute":
+            return parts
+        made = []
+        for value, codes, scales in zip(values, parts[::2], parts[1::2], strict=True):
+            wide = build(aten.mul.Tensor, build(aten.to.dtype, codes, torch.float32), scales)
+            dtype = value.meta["val"].dtype
+            made.append(wide if dtype == torch.float32 else build(aten.to.dtype, wide, dtype))
+        return made
+
+    def _share_frames(self, program: Program, graph: fx.Graph, report: Report) -> None:
+        spec, size = program.spec, self.config.size
+        inputs = {spec.latent_input: 2, spec.time_input: 1, "positions": 0}
+        first = next(node for node in graph.nodes if node.op != "placeholder")
+        for node in calls(graph, aten.new_zeros.default):  # the commit's timesteps
+            batch, frames = shape(node)
+            node.update_arg(1, [batch, frames // size])
+        for name, dim in inputs.items():
+            if has_input(graph, name):
+                self._insert(OWN_PART, placeholder(graph, name), first, "", dim)
+                report.match("inputs")
+        tokens = program.geometry.chunk * program.geometry.frame_tokens(spec)
+        for value in output(graph).all_input_nodes:
+            last: Any = value
+            while len(shape(last)) != 3 or shape(last)[1] != tokens:
+                (last,) = last.all_input_nodes
+            self._insert(ALL_PARTS, last, last.next, "", 1)
+            report.match("outputs")
+
+    def _insert(self, op: Any, value: fx.Node, before: fx.Node, module: str, *dim: int) -> None:
+        """Let what reads a value read an op of it."""
+        with building(before, module) as build:
+            new = self._build(build, op, value, *dim)
+        value.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def ensures(self, program: Program) -> None:
+        for name, before in self._before.items():
+            now = program.contract(name)
+            changed = {n for n, spec in now.inputs.items() if spec != before.inputs[n]}
+            assert now.outputs == before.outputs, f"{name}: its outputs are not whole"
+            assert changed == {n for n in now.inputs if is_page(n)}, f"{name}: {changed} changed"
+
+
+def _delay(value: fx.Node, until: fx.Node) -> None:
+    """Move what makes a value, as far as ``until`` does not need it, behind ``until``."""
+    needed, makers = _ancestors(until), _ancestors(value) | {value}
+    for node in sorted(makers - needed, reverse=True):
+        if node < until and node.op == "call_function":
+            until.append(node)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        new = set(pending.pop().all_input_nodes) - found
+        found |= new
+        pending += new
+    return found
+
+
+def _divide(page: fx.Node, dim: int, size: int) -> None:
+    """Let a page hold this rank's heads only."""
+    sizes = list(shape(page))
+    sizes[dim] //= size
+    page.meta["val"] = page.meta["val"].new_empty(sizes)

@@ -1,0 +1,119 @@
+"""Ranks on this machine's CPU: in processes of their own, in this one, or made up."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lltk.parallel.groups import SEQUENCE, registered
+
+LIMIT = 120
+"""Seconds until hung ranks are ended."""
+Ended = tuple[int, str, str]
+"""Exit code, output and errors."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def started(size: int, *arguments: object) -> list[subprocess.Popen[str]]:
+    """A Python process a rank, told what torchrun would tell it."""
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(size),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-P", *map(str, arguments)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def ended(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
+    """What became of each; they are killed where they do not end."""
+    end = time.monotonic() + LIMIT
+    try:
+        results = []
+        for process in processes:
+            out, err = process.communicate(timeout=max(1.0, end - time.monotonic()))
+            results.append((process.returncode, out, err))
+        return results
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@contextmanager
+def grouped(rank: int, size: int, port: int) -> Iterator[None]:
+    """This process as a rank."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=LIMIT),
+    )
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        with registered(SEQUENCE, group):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _Alike:
+    """A group whose every rank holds what this one does."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        self._size = size
+        self._rank = rank
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def wait(self) -> None:
+        pass
+
+
+@contextmanager
+def alike(size: int = 2, rank: int = 0) -> Iterator[None]:
+    """Exchanges with ranks that are not there, and would hold what this one does."""
+
+    def swap(to: Tensor, x: Tensor, group: Any, async_op: bool) -> Any:
+        to.copy_(x[rank : rank + 1].expand_as(x))
+        return group
+
+    def gather(values: list[object], own: object, group: Any) -> None:
+        values[:] = [own] * size
+
+    group: Any = _Alike(size, rank)
+    patches = {"all_to_all_single": swap, "all_gather_object": gather}
+    with patch.multiple(dist, **patches), registered(SEQUENCE, group):
+        yield

@@ -1,0 +1,185 @@
+"""What each of two ranks makes, for the tests; run by torchrun, on two GPUs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import PASSES, after, make_program, make_recipe, tiny_config
+from ranks import grouped
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lltk.graph.module import instantiate
+from lltk.graph.program import Program
+from lltk.parallel import reference
+from lltk.parallel.exchange import (
+    all_parts,
+    heads_to_tokens,
+    own_part,
+    receive_heads,
+    send_tokens,
+    tokens_to_heads,
+)
+from lltk.parallel.groups import SEQUENCE, rank_in, same_on_all
+from lltk.parallel.ranks import joined
+from lltk.stream.decoder import DecodedElsewhere
+from lltk.stream.rollout import Rollout
+from lltk.stream.runtimes.torch import TorchRuntime
+from lltk.stream.script import ChunkPlan
+from lltk.stream.session import Sampling, Session
+
+SIZE = 2
+CASES: dict[str, tuple[Sequence[str], str]] = {
+    "plain": ((), "compute"),
+    "plain in fp8": ((), "fp8"),
+    "fp8 pages": (("fp8_cache",), "compute"),
+    "nvfp4 pages": (("nvfp4_cache",), "compute"),
+    "all": (("fp8_infer", "nvfp4_cache"), "fp8"),
+}
+"""Passes before the frames are shared, and what is exchanged."""
+CHUNKS = 6
+"""Over a window of 4."""
+
+
+@cache
+def _streaming() -> Program:
+    config = tiny_config(2, num_attention_heads=4, attention_head_dim=16, ffn_dim=64)
+    sizes = {"chunk": 4, "window": 16, "sink": 4, "frames": 4}
+    return make_program(make_recipe("stream", PASSES["stream"][:-2], config=config, **sizes))
+
+
+def programs() -> list[Program]:
+    """Every case's, for each rank."""
+    return [program(case, SIZE) for case in CASES]
+
+
+@cache
+def program(case: str, size: int) -> Program:
+    """A case's Program for so many ranks."""
+    steps, exchange = CASES[case]
+    shared = [{"ulysses_stream": {"size": size, "exchange": exchange}}] if size > 1 else []
+    return after(_streaming(), *steps, *shared, "regionalise", "lower")
+
+
+@torch.no_grad()
+def rolled(made: Program, device: str = "cpu", compiled: bool = False) -> dict[str, Tensor]:
+    """Samples of chunks over a window that rolls, with a cut; and the pages in the end."""
+    module = instantiate(made, device)
+    if compiled:
+        module.compile_blocks()
+    run = Rollout(made, module)
+    generator = torch.Generator().manual_seed(1)
+    geometry, spec = made.geometry, made.spec
+    shape = (1, spec.channels, geometry.chunk, *geometry.latent(spec))
+    text = torch.randn(1, geometry.text_tokens, spec.text_dim, generator=generator)
+    run.set_text(text.to(device))
+    samples = []
+    for chunk in range(CHUNKS):
+        latents = torch.randn(shape, generator=generator).to(device)
+        positions = torch.arange(geometry.chunk, dtype=torch.float64) + chunk * geometry.chunk
+        positions = positions.to(device)
+        level = torch.linspace(900, 100, geometry.chunk, device=device)[None]
+        samples.append(run.step(latents, level, positions))
+        run.commit(latents, positions, opens_shot=chunk == 3)
+    found = {"samples": torch.stack(samples), **run.pages}
+    return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+
+def session(made: Program, seed: int = 5) -> Session:
+    """Of guided latents alone, with a cut."""
+    geometry, spec = made.geometry, made.spec
+    module = instantiate(made)
+    script = [
+        ChunkPlan(chunk, chunk // 3, f"shot {chunk // 3}", chunk % 3 == 0, range(chunk, chunk + 1))
+        for chunk in range(CHUNKS)
+    ]
+
+    def embedded(prompt: str) -> Tensor:
+        generator = torch.Generator().manual_seed(len(prompt) + ord(prompt[-1]))
+        return torch.randn(1, geometry.text_tokens, spec.text_dim, generator=generator)
+
+    return Session(
+        TorchRuntime(made, module),
+        DecodedElsewhere(torch.device("cpu")),
+        lambda video: None,
+        embedded,
+        script,
+        Sampling(steps=2, guidance=1.5, negative_prompt="none", shot_offset=0.5),
+        seed,
+        TorchRuntime(made, module),
+    )
+
+
+def streamed(made: Program) -> Tensor:
+    """Latents of a session that is saved and restored on its way."""
+    with session(made) as before:
+        latents = [next(before).latents for _ in range(2)]
+        state = before.state()
+        with session(made, seed=0) as after_:
+            after_.restore(state)
+            latents += [report.latents for report in after_]
+    return torch.cat(latents, dim=2)
+
+
+def exchanged(rank: int) -> None:
+    """Every op gives what its reference does, in dtypes that a backend may not know too."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        generator = torch.Generator().manual_seed(0)
+        shards = [torch.randn(2, 3, 8, 5, generator=generator).to(dtype) for _ in range(SIZE)]
+        scales = [shard[..., :1].float() for shard in shards]
+        heads, few = tokens_to_heads([shards[rank], scales[rank]], SIZE, SEQUENCE)
+        wanted = [reference.tokens_to_heads(shards, other) for other in range(SIZE)]
+        assert torch.equal(heads.float(), wanted[rank].float())
+        assert not torch.equal(heads.float(), wanted[1 - rank].float())
+        assert torch.equal(few, reference.tokens_to_heads(scales, rank))
+        sent = send_tokens([scales[rank], shards[rank]], SIZE, SEQUENCE)
+        back = heads_to_tokens(heads, SIZE, SEQUENCE)
+        received = receive_heads(sent, [scales[rank], shards[rank]], SIZE, SEQUENCE)
+        assert torch.equal(received[0], few)
+        assert torch.equal(received[1].float(), heads.float())
+        assert torch.equal(back.float(), reference.heads_to_tokens(wanted, rank).float())
+        assert torch.equal(back.float(), shards[rank].float())
+    whole = torch.arange(24.0).view(2, 6, 2)
+    part = own_part(whole, 1, SIZE, SEQUENCE)
+    assert torch.equal(part, whole.chunk(SIZE, 1)[rank])
+    assert torch.equal(all_parts(part, 1, SIZE, SEQUENCE), whole)
+    assert rank_in(SEQUENCE, SIZE) == rank
+    assert same_on_all("same", SEQUENCE, SIZE) and not same_on_all(rank, SEQUENCE, SIZE)
+
+
+def made_by(rank: int, port: int) -> dict[str, Tensor]:
+    """All that a rank makes, by ``case.what``."""
+    with grouped(rank, SIZE, port):
+        exchanged(rank)
+        made: dict[str, Any] = {}
+        for case in CASES:
+            shared = program(case, SIZE)
+            made |= {f"{case}.{name}": t for name, t in rolled(shared).items()}
+        made["session"] = streamed(program("nvfp4 pages", SIZE))
+    return made
+
+
+def save_made(rank: int, port: int, path: Path) -> None:
+    """`made_by`, to a file; for a process of its own."""
+    save_file(made_by(rank, port), path)
+
+
+def main(folder: Path) -> None:
+    """Every case on GPUs that torchrun gave, blocks compiled or not, to a file a rank."""
+    with joined(torch.device("cuda")) as ranks:
+        made = {
+            f"{case}.{compiled}.{name}": tensor
+            for case in CASES
+            for compiled in (False, True)
+            for name, tensor in rolled(program(case, SIZE), str(ranks.device), compiled).items()
+        }
+        save_file(made, folder / f"{ranks.rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

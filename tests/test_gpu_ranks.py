@@ -1,0 +1,61 @@
+"""Two GPUs stream what a CPU does; `torchrun` starts what users start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import ended, started
+from safetensors.torch import load_file
+from sequence_parallel import CASES, program, rolled
+from streams import SIZES, save_pipeline
+
+from lltk.cli.recipes import open_recipe
+from lltk.stream.video import read_video
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _two_gpus() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+
+def test_ranks_stream_what_a_cpu_does(tmp_path: Path) -> None:
+    """Eager and compiled, over NCCL."""
+    for code, _, err in ended(
+        started(2, Path(__file__).with_name("sequence_parallel.py"), tmp_path)
+    ):
+        assert code == 0, err
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    for case, (_, exchange) in CASES.items():
+        wanted = rolled(program(case, 1))["samples"]
+        for compiled in (False, True):
+            name = f"{case}.{compiled}.samples"
+            assert torch.equal(first[name], second[name])
+            error = float((first[name] - wanted).std() / wanted.std())
+            assert error < (0.01 if exchange == "compute" else 0.05), (name, error)
+            assert float((first[name].roll(1, 0) - wanted).std() / wanted.std()) > 0.3
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_command_streams_over_ranks(tmp_path: Path, device: str) -> None:
+    passes = [*open_recipe("tiny_stream", ()).passes]
+    passes.insert(6, {"ulysses_stream": {"exchange": "fp8"}})
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    changes = [*SIZES, f"stream.pipeline={pipeline}", f"passes={json.dumps(passes)}"]
+    sets = [part for change in changes for part in ("--set", change)]
+    video, state = tmp_path / "video.mp4", tmp_path / "state.safetensors"
+    files = ["-o", video, "--save", state, "--prompt", "a red circle", "--seconds", "2"]
+    command = ["-m", "lltk", "stream", "tiny_stream", *files, *sets, "--device", device]
+    (code, out, err), (other, nothing, silent) = ended(started(2, *command))
+    assert code == other == 0, err + silent
+    assert "E2E FPS" in out and "ranks: 2" in out and not nothing
+    assert len(read_video(video)) == 13
+    parts = [load_file(path) for path in (state, tmp_path / "state.rank1.safetensors")]
+    assert torch.equal(*(part["latents.1"] for part in parts))
+    assert parts[0].keys() - parts[1].keys() == {n for n in parts[0] if n.startswith("decoder.")}
+    assert not torch.equal(*(part["cache.k_pages_0"] for part in parts))

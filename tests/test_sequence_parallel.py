@@ -1,0 +1,235 @@
+"""Two ranks stream what one does; where one fails, both stop."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import Run, refused
+from ranks import LIMIT, alike, ended, free_port, started
+from safetensors.torch import load_file
+from sequence_parallel import CASES, SIZE, made_by, program, programs, rolled, save_made, streamed
+from streams import SHOTS, planned, save_pipeline
+from torch import Tensor
+from torch.library import opcheck
+
+from lltk.cli.recipes import open_recipe
+from lltk.parallel.exchange import all_parts, heads_to_tokens, own_part, tokens_to_heads
+from lltk.parallel.groups import SEQUENCE, find_group, rank_in, same_on_all
+from lltk.parallel.ranks import Ranks, _check_alike, _own_device
+from lltk.streaming import StreamPlan, open_stream
+
+pytestmark = pytest.mark.cpu
+
+BOUND = 2e-6
+"""Between ranks' sums and one's, relative to the largest value: float32's rounding."""
+ROUNDED = 0.06
+"""With keys and values in FP8."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """What each of two ranks makes; this process is the first."""
+    port, path = free_port(), tmp_path_factory.mktemp("ranks") / "second.safetensors"
+    programs()  # before the fork, so that they are made once
+    second = multiprocessing.get_context("fork").Process(target=save_made, args=(1, port, path))
+    second.start()
+    try:
+        first = made_by(0, port)
+    finally:
+        second.join(LIMIT)
+        second.kill()
+    return [first, load_file(path)]
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_stream_what_one_does(pair: list[dict[str, Tensor]], case: str) -> None:
+    """Samples, and in the ranks' pages the heads of one's."""
+    alone = rolled(program(case, 1))
+    bound = BOUND if CASES[case][1] == "compute" else ROUNDED
+    first, second = (each[f"{case}.samples"] for each in pair)
+    assert torch.equal(first, second)
+    found = apart(first, alone["samples"])
+    assert found < bound and (found > 1e-4) == (bound == ROUNDED)
+    assert apart(first.roll(1, 0), alone["samples"]) > 0.3
+    for name in alone.keys() - {"samples"}:
+        dim = 3 if alone[name].dim() == 5 else 2
+        halves = [each[f"{case}.{name}"] for each in pair]
+        assert halves[0].shape[dim] * SIZE == alone[name].shape[dim]
+        whole, swapped = (torch.cat([h.float() for h in o], dim) for o in (halves, halves[::-1]))
+        wanted = alone[name].float()
+        if case == "nvfp4 pages" and name.split("_")[2] in ("codes", "scales"):
+            assert torch.equal(whole, wanted), name
+        elif bound == BOUND:
+            assert apart(whole, wanted) < (1e-2 if "means" in name else 5 * BOUND), name
+        assert apart(swapped, wanted) > 0.1, name
+
+
+def test_a_session_is_the_same_on_every_rank(pair: list[dict[str, Tensor]]) -> None:
+    """With guidance, saved and restored."""
+    first, second = (each["session"] for each in pair)
+    assert torch.equal(first, second)
+    wanted = streamed(program("nvfp4 pages", 1))
+    assert apart(first, wanted) < 1e-4 and apart(first.roll(1, 2), wanted) > 0.3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 4, 6, 3).to(dtype)
+    with alike():
+        opcheck(tokens_to_heads, ([x, x[..., :1]], 2, SEQUENCE))
+        opcheck(heads_to_tokens, (x.transpose(1, 2), 2, SEQUENCE))
+        opcheck(own_part, (x, 1, 2, SEQUENCE))
+        opcheck(all_parts, (x, 2, 2, SEQUENCE))
+
+
+def test_another_number_of_ranks_is_refused() -> None:
+    assert rank_in(SEQUENCE, 1) == 0 and same_on_all(object(), SEQUENCE, 1)
+    assert refused(find_group, SEQUENCE, 2) == (
+        "ranks: the recipe is for 2, and 1 ran it; start torchrun --nproc-per-node 2 -m lltk …, "
+        "or take a recipe with no ulysses_stream in its passes"
+    )
+    with alike(4):
+        assert refused(rank_in, SEQUENCE, 1) == (
+            "ranks: the recipe is for 1, and 4 ran it; start one process, or take a recipe with "
+            "passes.ulysses_stream.size=4"
+        )
+
+
+FAILING = """
+import sys, time, torch
+from lltk.parallel.exchange import _start
+from lltk.parallel.groups import SEQUENCE
+from lltk.parallel.ranks import joined
+
+def run():
+    with joined(torch.device("cpu")) as ranks:
+        _start([torch.ones(3, 4)], 3, SEQUENCE).wait()
+        if ranks.rank == 0:
+            raise ValueError("layer 3 is broken")
+        while ranks.rank == 1:
+            _start([torch.ones(3, 4)], 3, SEQUENCE).wait()
+        time.sleep(100)
+
+try:
+    run()
+except ValueError as error:
+    print("error:", error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def test_where_a_rank_fails_all_stop() -> None:
+    """At once, whether they wait for it or not, with its message alone."""
+    begun = time.monotonic()
+    (failed, _, err), *others = ended(started(3, "-c", FAILING))
+    assert time.monotonic() - begun < LIMIT / 2
+    assert failed == 2 and err == "error: layer 3 is broken\n"
+    assert [(code, out) for code, out, _ in others] == [(1, "")] * 2
+    assert not any("error" in silent or "Traceback" in silent for _, _, silent in others)
+
+
+@dataclass(frozen=True)
+class _Alone(Ranks):
+    """A rank whose peers agree with it."""
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_writes_and_speaks(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: StreamPlan, rank: int
+) -> None:
+    """Each keeps its part of the state."""
+
+    @contextmanager
+    def joined(device: torch.device) -> Iterator[Ranks]:
+        with alike(rank=rank):
+            yield _Alone(rank, 2, device)
+
+    monkeypatch.setattr("lltk.parallel.ranks.joined", joined)
+    monkeypatch.setattr("lltk.streaming.plan_stream", lambda *given, **options: plan)
+    files = ["-o", tmp_path / "video.mp4", "--save", tmp_path / "state"]
+    shots = ["--prompt", "a red circle", "--seconds", 2]
+    code, out, err = run("stream", "tiny_stream", *shots, *files, "--device", "cpu")
+    assert code == 0, err
+    assert ("E2E FPS" in out and "ranks: 2" in out) == (rank == 0) == bool(out)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == ({"video.mp4", "state"} if rank == 0 else {"state.rank1"})
+
+
+def test_a_rank_goes_on_from_its_own_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: StreamPlan
+) -> None:
+    path = tmp_path / "state.safetensors"
+    with alike(rank=1):
+        plan = replace(plan)  # whose identity is not known yet
+        with open_stream(plan, None, SHOTS[:1]) as stream:
+            next(stream.session)
+            stream.save(path)
+            wanted = [report.latents for report in stream]
+        assert [each.name for each in tmp_path.iterdir()] == ["state.rank1.safetensors"]
+        with open_stream(plan, None, resume=path) as stream:
+            found = [report.latents for report in stream]
+        assert wanted and torch.equal(torch.cat(found), torch.cat(wanted))
+        monkeypatch.setattr("lltk.streaming.same_on_all", lambda *given: False)
+        message = refused(open_stream, plan, None, resume=path)
+    assert message == f"{path}: its ranks' files are of different chunks; resume another"
+
+
+def test_a_stream_for_two_ranks_is_refused_by_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: StreamPlan
+) -> None:
+    monkeypatch.setattr("lltk.streaming.plan_stream", lambda *given, **options: plan)
+    shots = ["--prompt", "a red circle", "--seconds", 2, "-o", tmp_path / "video.mp4"]
+    code, _, err = run("stream", "tiny_stream", *shots, "--device", "cpu")
+    assert code == 2 and "the recipe is for 2, and 1 ran it; start torchrun" in err
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> StreamPlan:
+    """Of a stream for two ranks."""
+    passes = [*open_recipe("tiny_stream", ()).passes]
+    passes.insert(6, {"ulysses_stream": {"exchange": "compute"}})
+    pipeline = save_pipeline(tmp_path_factory.mktemp("pipeline"))
+    return planned(pipeline, f"passes={json.dumps(passes)}")
+
+
+def test_ranks_need_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert _own_device(torch.device("cpu")) == torch.device("cpu")
+    message = refused(_own_device, torch.device("cuda:1"))
+    assert message == "ranks: cuda:1 is one GPU, and each rank needs its own; name cuda"
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    assert "this torch has no NCCL" in refused(_own_device, torch.device("cuda"))
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    message = refused(_own_device, torch.device("cuda"))
+    assert message == "ranks: rank 3 needs a GPU of its own, there are 2"
+
+
+def test_gpus_of_several_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(names: list[str], own: str) -> None:
+        names[:] = [own, "NVIDIA H200"]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    message = refused(_check_alike, torch.device("cuda"))
+    assert message.endswith("of one kind; rank 0 has NVIDIA H100, rank 1 has NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    _check_alike(torch.device("cuda"))
