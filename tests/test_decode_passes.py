@@ -225,6 +225,12 @@ def test_a_stream_decodes_by_its_recipes_passes(tmp_path: Path) -> None:
 
 
 @cpu
+def test_only_decoders_take_several_latents() -> None:
+    recipe = load_recipe(find_recipe("tiny_stream"), ["model.latents=2"])
+    assert refused(transform, recipe).startswith("model.latents: 2 is for decoders")
+
+
+@cpu
 def test_the_5b_stream_names_passes_and_kernels_that_exist() -> None:
     section = stream_section(load_recipe(find_recipe("wan22_5b_stream")).stream, "test")
     names = []
