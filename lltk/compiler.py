@@ -99,6 +99,11 @@ def _capture(
 ) -> tuple[Program, dict[str, Tensor] | None]:
     """The captured model; and its weights, if they fit it only after the passes: packed ones."""
     family = _DECODER if recipe.program == "decode" else _TRANSFORMER
+    if family is _TRANSFORMER and recipe.model.latents != 1:
+        raise ValueError(
+            f"{section}.latents: {recipe.model.latents} is for decoders; a transformer takes "
+            "geometry.chunk latent frames at once"
+        )
     config, loaded = _model(family, recipe, weights, section)
     program = family.capture(config, recipe, getattr(torch, recipe.model.dtype))
     packed = loaded if loaded is not None and is_packed(loaded) else None
