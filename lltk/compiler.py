@@ -53,7 +53,7 @@ _DECODER = _Family(
     wan_vae.validate_config,
     _load_decoder,
     lambda config, recipe, dtype: wan_vae.captured(
-        config, recipe.geometry, dtype, recipe.model.latents
+        config, recipe.geometry, dtype, recipe.model.latents, recipe.model.columns
     ),
 )
 

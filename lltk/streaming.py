@@ -33,9 +33,10 @@ from lltk.models import wan_vae
 from lltk.models.pipelines import find_pipeline
 from lltk.ops.implementations import check_device
 from lltk.parallel.groups import SEQUENCE, rank_in, same_on_all
-from lltk.stream.decoder import DecodedElsewhere, Decoder
-from lltk.stream.memory import Parts, check_memory, loading_memory, stream_memory
-from lltk.stream.recipe import StreamSection, stream_section
+from lltk.stream.columns import ColumnDecoder
+from lltk.stream.decoder import DecodedElsewhere, Decoder, LatentDecoder
+from lltk.stream.memory import Parts, Placed, check_memory, loading_memory, stream_memory
+from lltk.stream.recipe import DecoderSection, StreamSection, stream_section
 from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.script import ChunkPlan, Shot, plan, statement
 from lltk.stream.session import ChunkReport, Receipt, Sampling, Session
@@ -51,7 +52,8 @@ class StreamPlan:
         recipe: what it was made from.
         section: its ``stream`` section.
         folder: the pipeline's.
-        transformer, decoder: the Programs.
+        transformer: its Program.
+        decoders: their Programs and where they run; several make a part of the columns each.
         device: where the transformer runs, and what the recipe puts nowhere else.
     """
 
@@ -59,7 +61,7 @@ class StreamPlan:
     section: StreamSection
     folder: Path
     transformer: Program
-    decoder: Program
+    decoders: tuple[Placed, ...]
     device: torch.device
 
     @property
@@ -74,8 +76,8 @@ class StreamPlan:
 
     @property
     def decoder_device(self) -> torch.device:
-        """Where latents become frames."""
-        return torch.device(self.section.decoder.device or self.device)
+        """Where the frames are; of several decoders, the first one's."""
+        return self.decoders[0].device
 
     @property
     def text_device(self) -> torch.device:
@@ -93,11 +95,10 @@ class StreamPlan:
         return Parts(
             self.section,
             self.transformer,
-            self.decoder,
+            self.decoders,
             weight_bytes(self.folder / "text_encoder", self.transformer.dtype),
-            weight_bytes(self.folder / "vae", self.decoder.dtype),
+            weight_bytes(self.folder / "vae", self.decoders[0].program.dtype),
             self.device,
-            self.decoder_device,
             self.text_device,
         )
 
@@ -125,7 +126,7 @@ class StreamPlan:
         return {
             "lltk": __version__,
             "transformer": fingerprint(self.transformer),
-            "decoder": fingerprint(self.decoder),
+            "decoder": "+".join(fingerprint(decoder.program) for decoder in self.decoders),
             "fps": self.section.fps,
             **asdict(self.sampling),
             **({"rank": self.rank} if self.transformer.ranks > 1 else {}),
@@ -153,9 +154,9 @@ class StreamPlan:
         return {
             "pipeline": section.pipeline,
             "transformer": f"{_where(self.device, program)}, {how}{choices}",
-            "decoder": f"{_where(self.decoder_device, self.decoder)}, "
+            "decoder": f"{' and '.join(_where(d.device, d.program) for d in self.decoders)}, "
             f"{'compiled, ' if section.decoder.compile else ''}"
-            f"passes {', '.join(entry.name for entry in self.decoder.log)}",
+            f"passes {', '.join(entry.name for entry in self.decoders[0].program.log)}",
             "text encoder": f"{self.text_device}, {section.text.after} after use"
             + ("" if self.parts.text else "; its memory is not known without the pipeline's files"),
             "sampler": f"{section.steps} steps and a commit, shift {section.shift:g}{guided}",
@@ -187,34 +188,47 @@ def plan_stream(
     if model.checkpoint is None and weights:
         model = model.model_copy(update={"checkpoint": str(folder)})
     own = recipe.model_copy(update={"model": model})
-    decode = parse_recipe(
-        {
-            "program": "decode",
-            "model": {
-                "config": None if weights else section.decoder.config,
-                "checkpoint": str(folder) if weights else None,
-                "dtype": section.decoder.dtype,
-                "latents": section.decoder.latents,
-            },
-            "geometry": recipe.geometry.model_dump(),
-            "passes": _decoder_passes(section, torch.device(device)),
-        },
-        "stream.decoder",
-    )
     transformer = transform(own, weights=weights)
     if late := [index for index in transformer.high_steps if index >= section.steps]:
         raise ValueError(
             f"keep_steps: {late} are no passes of a chunk, which has {section.steps} "
             f"(0 to {section.steps - 1}); set keep_steps or stream.steps"
         )
+    _, width = transformer.geometry.latent(transformer.spec)
     return StreamPlan(
         own,
         section,
         folder,
         transformer,
-        transform(decode, weights=weights, section="stream.decoder"),
+        tuple(_decoders(own, section, folder if weights else None, torch.device(device), width)),
         torch.device(device),
     )
+
+
+def _decoders(
+    recipe: Recipe, section: StreamSection, folder: Path | None, device: torch.device, width: int
+) -> Iterator[Placed]:
+    """The decoders of latents so wide, with the weights of a pipeline's folder if it is given."""
+    own = section.decoder
+    names = own.device if isinstance(own.device, tuple) else (own.device or device,)
+    devices = [torch.device(name) for name in names]
+    model: dict[str, Any] = {
+        "config": own.config if folder is None else None,
+        "checkpoint": None if folder is None else str(folder),
+        "dtype": own.dtype,
+        "latents": own.latents,
+    }
+    for index, place in enumerate(devices):
+        if len(devices) > 1:
+            model["columns"] = [width * i // len(devices) for i in (index, index + 1)]
+        decode = {
+            "program": "decode",
+            "model": model,
+            "geometry": recipe.geometry.model_dump(),
+            "passes": _decoder_passes(own, devices),
+        }
+        parsed = parse_recipe(decode, "stream.decoder")
+        yield Placed(transform(parsed, weights=folder is not None, section="stream.decoder"), place)
 
 
 class Stream:
@@ -291,7 +305,8 @@ def open_stream(
     """
     rank = plan.rank
     check_device(plan.transformer.implementations, plan.device)
-    check_device(plan.decoder.implementations, plan.decoder_device)
+    for decoder in plan.decoders:
+        check_device(decoder.program.implementations, decoder.device)
     check_memory(plan.parts, image is not None)
     state = None if resume is None else load_state(_own_file(resume, rank), plan.identity)
     if state and not same_on_all(state.facts["chunk"], SEQUENCE, plan.transformer.ranks):
@@ -312,7 +327,7 @@ def open_stream(
         module.compile_blocks()
     session = Session(
         TorchRuntime(program, module, section.cuda_graphs),
-        DecodedElsewhere(device) if sink is None else _decoder(plan),
+        DecodedElsewhere(device) if sink is None else open_decoder(plan),
         sink or (lambda video: None),
         prompts,
         chunks,
@@ -331,19 +346,22 @@ def _own_file(path: Path, rank: int) -> Path:
     return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
-def _decoder(plan: StreamPlan) -> Decoder:
-    module, section = instantiate(plan.decoder, plan.decoder_device), plan.section.decoder
-    if section.compile:
-        module.compile_graph("steps" if section.latents > 1 else "step")
-    return Decoder(plan.decoder, module)
+def open_decoder(plan: StreamPlan) -> LatentDecoder:
+    """Load what turns a plan's latents into frames."""
+    section, made = plan.section.decoder, []
+    for placed in plan.decoders:
+        module = instantiate(placed.program, placed.device)
+        if section.compile:
+            module.compile_graph("steps" if section.latents > 1 else "step")
+        made.append(Decoder(placed.program, module))
+    return made[0] if len(made) == 1 else ColumnDecoder(made)
 
 
-def _decoder_passes(section: StreamSection, device: torch.device) -> list[Any]:
+def _decoder_passes(section: DecoderSection, devices: Sequence[torch.device]) -> list[Any]:
     """The recipe's; else what is needed, and the pass that a CPU's decoder gains by."""
-    if section.decoder.passes is not None:
-        return section.decoder.passes
-    wanted = torch.device(section.decoder.device or device).type == "cpu"
-    wanted = wanted and section.decoder.dtype == "float32"
+    if section.passes is not None:
+        return section.passes
+    wanted = section.dtype == "float32" and all(device.type == "cpu" for device in devices)
     onednn = ["onednn_conv3d"] if wanted and torch.backends.mkldnn.is_available() else []
     return ["canonicalise", *onednn]
 
@@ -367,7 +385,7 @@ def _encoded(plan: StreamPlan, image: Tensor) -> Tensor:
     """The image's latent, on the transformer's device."""
     device = plan.decoder_device
     loaded = wan_vae.load_vae(plan.folder)
-    dtype = plan.decoder.dtype
+    dtype = plan.decoders[0].program.dtype
     weights = {name: weight.to(device, dtype) for name, weight in loaded.weights.items()}
     vae = wan_vae.make_vae(loaded.config or {}, weights)
     return wan_vae.encode_image(vae, image.to(device)).to(plan.device)

@@ -19,6 +19,7 @@ from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import verify
 from lltk.models.checkpoint import Checkpoint, check_weights, load_folder, save_folder
 from lltk.models.configs import fill_config
+from lltk.models.vae_columns import Columns, cut
 
 _MODEL = "AutoencoderKLWan"
 _CACHED_FRAMES = 2
@@ -131,7 +132,11 @@ def build(config: Mapping[str, Any]) -> Any:
 
 
 def captured(
-    config: Mapping[str, Any], geometry: Geometry, dtype: torch.dtype, latents: int = 1
+    config: Mapping[str, Any],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    latents: int = 1,
+    columns: Columns | None = None,
 ) -> Program:
     """Capture the decoder at a geometry, without allocating its weights.
 
@@ -146,6 +151,10 @@ def captured(
         geometry: batch and resolution.
         dtype: compute dtype.
         latents: of a call of ``steps``.
+        columns: of the latents, those whose pixels the video has; None for all.
+
+    Raises:
+        ValueError: there are no such columns.
 
     Returns:
         A captured Program of kind ``decode``: meta weights in the configuration's dtypes under
@@ -156,13 +165,19 @@ def captured(
     outputs = (model_spec.output, *model_spec.cache_outputs)
     latent = (geometry.batch, model_spec.channels, 1, *geometry.latent(model_spec))
     inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if columns is not None and not 0 <= columns[0] < columns[1] <= latent[-1]:
+        raise ValueError(
+            f"model.columns: {columns[0]} to {columns[1]} are none of latents {latent[-1]} wide; "
+            "name the first column and the one after the last"
+        )
+    part = None if columns is None else (columns, latent[-1])
     graphs: list[tuple[str, type[_Decoder], int]] = [("first", _First, 1), ("step", _Step, 1)]
     if latents > 1:
         graphs.append(("steps", _Step, latents))
     for name, module, count in graphs:
         inputs[model_spec.latent_input] = ((*latent[:2], count, *latent[3:]), torch.float32)
         program.graphs[name], program.weights, _ = capture(
-            partial(module, config, dtype), inputs, outputs, lambda _name, _parameter: dtype
+            partial(module, config, dtype, part), inputs, outputs, lambda _name, _parameter: dtype
         )
         made = program.contract(name).outputs
         for read, given in zip(model_spec.cache_inputs, model_spec.cache_outputs, strict=True):
@@ -184,9 +199,13 @@ class _Decoder(nn.Module):
     latents_mean: Tensor
     latents_std: Tensor
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], dtype: torch.dtype, part: tuple[Columns, int] | None
+    ) -> None:
         super().__init__()
         vae = build(config)
+        if part is not None:
+            cut(vae.decoder, config, *part)
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
         self.dtype = dtype

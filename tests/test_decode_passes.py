@@ -212,7 +212,7 @@ def test_a_stream_decodes_by_its_recipes_passes(tmp_path: Path) -> None:
     overrides = (*streams.SIZES, f"stream.pipeline={folder}", passes)
     overrides += ("stream.decoder.compile=true", "stream.decoder.latents=2")
     plan = plan_stream(open_recipe("tiny_stream", overrides))
-    program = plan.decoder
+    program = plan.decoders[0].program
     assert [entry.name for entry in program.log] == ["canonicalise", *ALL]
     assert f"compiled, passes canonicalise, {', '.join(ALL)}" in plan.describe()["decoder"]
     assert set(program.graphs) == {"first", "step", "steps"}

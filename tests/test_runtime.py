@@ -77,7 +77,7 @@ def test_a_page_table_goes_on_from_its_state() -> None:
 
 def test_onednn_gives_the_same_video(plan: StreamPlan) -> None:
     """Up to rounding; it takes every convolution, and refuses what it is not for."""
-    program = plan.decoder
+    program = plan.decoders[0].program
     (entry,) = (entry for entry in program.log if entry.name == "onednn_conv3d")
     plain = transform(parse_recipe({**program.recipe, "passes": ["canonicalise"]}, "test"))
     count = sum(
@@ -94,7 +94,7 @@ def test_onednn_gives_the_same_video(plan: StreamPlan) -> None:
     ours, theirs = (run(each, "step", given)["video"] for each in (program, plain))
     assert float((ours - theirs).abs().max()) < 1e-4 < float(theirs.std())
     assert fingerprint(program) != fingerprint(plain)
-    assert fingerprint(plan.decoder) == fingerprint(program)
+    assert fingerprint(plan.decoders[0].program) == fingerprint(program)
     wide = make_pass("onednn_conv3d", {})
     plain.dtype = torch.bfloat16
     assert "is for float32" in refused(wide.requires, plain)

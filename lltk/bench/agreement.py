@@ -23,10 +23,9 @@ from lltk.bench.quality import (
 )
 from lltk.graph.module import instantiate
 from lltk.models.tiny.world import Story
-from lltk.stream.decoder import Decoder
 from lltk.stream.text import TextEncoder
 from lltk.stream.video import levels
-from lltk.streaming import StreamPlan
+from lltk.streaming import StreamPlan, open_decoder
 
 T = TypeVar("T")
 Interval = tuple[float, float, float]
@@ -123,7 +122,7 @@ def encoded(plan: StreamPlan, stories: Sequence[Story]) -> Tensor:
 
 def decoded(plan: StreamPlan, latents: Iterator[Tensor]) -> list[Tensor]:
     """Videos, uint8 [F, 3, H, W] on the CPU, of latents that come chunk by chunk."""
-    decoder = Decoder(plan.decoder, instantiate(plan.decoder, plan.decoder_device))
+    decoder = open_decoder(plan)
     parts = []
     for chunk in latents:
         video = decoder.decode(chunk.to(plan.decoder_device))

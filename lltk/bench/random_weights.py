@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lltk.compiler import with_weights
 from lltk.graph.program import Program
+from lltk.stream.memory import Placed
 from lltk.streaming import StreamPlan
 
 
@@ -45,7 +46,10 @@ def with_random_models(plan: StreamPlan) -> StreamPlan:
     return replace(
         plan,
         transformer=with_random_weights(plan.transformer, plan.device),
-        decoder=with_random_weights(plan.decoder, plan.decoder_device),
+        decoders=tuple(
+            Placed(with_random_weights(decoder.program, decoder.device), decoder.device)
+            for decoder in plan.decoders
+        ),
     )
 
 

@@ -24,6 +24,9 @@ class ModelSection(BaseModel):
     checkpoint: str | None = Field(None, description="weights: a directory or file")
     ema: bool = Field(False, description="take the averaged weights of a LongLive file")
     latents: int = Field(1, ge=1, description="latents that a decoder's steady call may take")
+    columns: tuple[int, int] | None = Field(
+        None, description="latents' columns that a decoder makes: first, end; null: all"
+    )
     lora: str | None = Field(None, description="adapter weights for the lora pass: a file")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="compute dtype; stored weights keep theirs"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,23 +16,31 @@ _CACHE = ("cache pages", "cross-attention K/V")
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A Program and where it runs."""
+
+    program: Program
+    device: torch.device
+
+
+@dataclass(frozen=True)
 class Parts:
     """A stream's parts and where they are.
 
     Attributes:
         section: the recipe's.
-        transformer, decoder: the Programs.
+        transformer: its Program.
+        decoders: their Programs and where they run, the first with the image encoder.
         text, image: bytes of the weights of the text encoder and of the autoencoder.
-        device, decoder_device, text_device: where each runs.
+        device, text_device: where transformer and text encoder run.
     """
 
     section: StreamSection
     transformer: Program
-    decoder: Program
+    decoders: Sequence[Placed]
     text: int
     image: int
     device: torch.device
-    decoder_device: torch.device
     text_device: torch.device
 
 
@@ -48,13 +56,16 @@ def stream_memory(parts: Parts) -> dict[str, dict[str, int]]:
     if parts.section.guidance != 1:
         own["second cache, for guidance"] = sum(own[name] for name in _CACHE)
     own["activations"] = activations(parts.transformer)
-    decoder = devices.setdefault(str(parts.decoder_device), {})
-    decoder |= {f"decoder: {name}": size for name, size in estimate(parts.decoder).items()}
-    decoder["decoder: activations"] = activations(parts.decoder)
+    for decoder in parts.decoders:
+        place = devices.setdefault(str(decoder.device), {})
+        sizes = {**estimate(decoder.program), "activations": activations(decoder.program)}
+        for name, size in sizes.items():
+            owner = f"decoder: {name}"
+            place[owner] = place.get(owner, 0) + size
     stays = {"keep": parts.text_device, "offload": torch.device("cpu"), "free": None}
-    place = stays[parts.section.text.after]
-    if place is not None:
-        devices.setdefault(str(place), {})["text encoder"] = parts.text
+    text = stays[parts.section.text.after]
+    if text is not None:
+        devices.setdefault(str(text), {})["text encoder"] = parts.text
     return devices
 
 
@@ -67,7 +78,7 @@ def loading_memory(parts: Parts, image: bool) -> dict[str, dict[str, int]]:
     if parts.text:
         devices.setdefault(str(parts.text_device), {})[_TEXT] = parts.text
     if image:
-        devices.setdefault(str(parts.decoder_device), {})[_IMAGE] = parts.image
+        devices.setdefault(str(parts.decoders[0].device), {})[_IMAGE] = parts.image
     return devices
 
 
@@ -133,7 +144,7 @@ def _savings(parts: Parts, owners: Mapping[str, int]) -> dict[str, int]:
         saved["stream.guidance=1"] = owners["second cache, for guidance"]
     for owner, key, device in (
         (_TEXT, "stream.text.device", parts.text_device),
-        (_IMAGE, "stream.decoder.device", parts.decoder_device),
+        (_IMAGE, "stream.decoder.device", parts.decoders[0].device),
     ):
         if owner in owners and device.type != "cpu":
             saved[f"{key}=cpu"] = owners[owner]

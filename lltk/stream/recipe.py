@@ -34,7 +34,10 @@ class DecoderSection(BaseModel):
         None, description="a named configuration, to plan without the pipeline's files"
     )
     dtype: Dtype = Field("float32", description="compute dtype")
-    device: str | None = Field(None, description="where it runs; null: with the rest")
+    device: str | tuple[str, ...] | None = Field(
+        None,
+        description="where it runs, null: with the rest; several share a frame's columns",
+    )
     passes: list[str | dict[str, dict[str, Any] | None]] | None = Field(
         None,
         description="as a recipe's passes; null: canonicalise, and on a CPU what it gains by",

@@ -1,0 +1,53 @@
+"""Decoders that share a video's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lltk.stream.decoder import Decoder, DecoderState
+
+
+class ColumnDecoder:
+    """Decoders whose videos lie side by side, each on a device of its own, working at once.
+
+    Args:
+        decoders: from the left; all take whole latents.
+    """
+
+    def __init__(self, decoders: Sequence[Decoder]) -> None:
+        self._decoders = decoders
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes latents and gives video: the first decoder's."""
+        return self._decoders[0].device
+
+    @property
+    def state(self) -> DecoderState:
+        """All decoders' states; see `Decoder.state`."""
+        return DecoderState(
+            {
+                f"{index}.{name}": cache
+                for index, decoder in enumerate(self._decoders)
+                for name, cache in decoder.state.caches.items()
+            }
+        )
+
+    @state.setter
+    def state(self, state: DecoderState) -> None:
+        for index, decoder in enumerate(self._decoders):
+            start = f"{index}."
+            own = {n.removeprefix(start): c for n, c in state.caches.items() if n.startswith(start)}
+            decoder.state = DecoderState(own)
+
+    def parts(self, latents: Tensor, first: bool) -> list[Tensor]:
+        """See `Decoder.parts`."""
+        return self._decoders[0].parts(latents, first)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Decoder.decode`."""
+        parts = [decoder.decode(latents.to(decoder.device)) for decoder in self._decoders]
+        return torch.cat([part.to(self.device) for part in parts], dim=-1)
