@@ -115,8 +115,10 @@ def main() -> None:
         results.append({"name": name, **result, "error_first": _error(video, videos[0])})
         print(results[-1], flush=True)
         _write(options.output, device, options.runs, results)
-        gc.collect()
         torch._dynamo.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     exact = _exact(_captured(recipe, weights, dtype="float32"), device)
     for result, video in zip(results, videos, strict=True):
         result["error"] = _error(video, exact)

@@ -90,14 +90,11 @@ class FuseNormSilu(Pass[Config]):
 def _fuse(conv: fx.Node, found: _Input, spec: DecoderSpec, report: Report) -> None:
     source = found.source
     x, residual, bias = source, None, None
-    if _is_biased(source):
-        x = source
-    elif source.target is aten.add.Tensor and shape(source) == shape(source.all_input_nodes[0]):
-        pair = source.all_input_nodes
+    pair = source.all_input_nodes
+    if source.target is aten.add.Tensor and len(pair) == 2:
         own = [node for node in pair if _is_biased(node) and list(node.users) == [source]]
-        if own and len(pair) == 2:
-            x = own[0]
-            residual = pair[1 - pair.index(x)]
+        if own and shape(own[0]) == shape(source):
+            x, residual = own[0], pair[1 - pair.index(own[0])]
     others = [user for user in source.users if user not in found.readers]
     absorbed = _is_biased(x)
     with building(source.next, module_of(found.silu)) as build:
