@@ -91,9 +91,9 @@ def _fuse(conv: fx.Node, found: _Input, spec: DecoderSpec, report: Report) -> No
     source = found.source
     x, residual, bias = source, None, None
     pair = source.all_input_nodes
-    if source.target is aten.add.Tensor and len(pair) == 2 and shape(pair[0]) == shape(pair[1]):
+    if source.target is aten.add.Tensor and len(pair) == 2:
         own = [node for node in pair if _is_biased(node) and list(node.users) == [source]]
-        if own:
+        if own and shape(own[0]) == shape(source):
             x, residual = own[0], pair[1 - pair.index(own[0])]
     others = [user for user in source.users if user not in found.readers]
     absorbed = _is_biased(x)
