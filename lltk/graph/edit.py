@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
 
 from lltk.graph.program import Program
 
@@ -171,9 +172,10 @@ def sort_topologically(graph: fx.Graph) -> None:
 
 
 def infer(program: Program, graph: fx.Graph) -> None:
-    """Recompute every node's fake value from the inputs' and parameters'.
+    """Recompute fake values from the inputs' and parameters'.
 
-    A lowered call has the shape of the op it implements, whatever device it is for.
+    Calls whose arguments are as they were keep theirs. A lowered call has the shape of the op it
+    implements, whatever device it is for.
 
     Raises:
         ValueError: a call does not fit its arguments; names the node and its module.
@@ -182,11 +184,30 @@ def infer(program: Program, graph: fx.Graph) -> None:
     values: dict[fx.Node, Any] = {}
     with mode, torch.no_grad():
         for node in graph.nodes:
-            values[node] = _infer_node(program, node, values)
-            node.meta["val"] = values[node]
+            if node.op != "call_function":
+                values[node] = node.meta["val"] = _infer_leaf(program, node)
+                continue
+            made_from = _made_from(node)
+            if "val" not in node.meta or node.meta.get("made_from") != made_from:
+                node.meta["val"] = _infer_call(node, values)
+                node.meta["made_from"] = made_from
+                values[node] = node.meta["val"]
 
 
-def _infer_node(program: Program, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+def _made_from(node: fx.Node) -> Any:
+    """All that a call's value follows from, arguments by their sizes and dtypes."""
+    arguments = map_arg((node.args, node.kwargs), lambda source: _like(source.meta["val"]))
+    return node.meta.get("op", node.target), arguments
+
+
+def _like(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype
+    return [_like(part) for part in value] if isinstance(value, (tuple, list)) else value
+
+
+def _infer_leaf(program: Program, node: fx.Node) -> Any:
+    """The value of what is no call of an operator."""
     if node.op == "placeholder":
         return _empty(node.meta["val"])
     if node.op == "get_attr":
@@ -196,13 +217,21 @@ def _infer_node(program: Program, node: fx.Node, values: Mapping[fx.Node, Any]) 
             return made.to(memory_format=program.memory_format(name))
         constant = program.constants[name]
         return torch.empty(constant.shape, dtype=constant.dtype)
-    args = map_arg(node.args, values.__getitem__)
     if node.op == "output":
         return None
-    if node.op == "call_module":
-        region = program.regions[str(node.args[0])]
-        return tuple(_empty(n.meta["val"]) for n in output(region.graph).all_input_nodes)
-    kwargs = map_arg(node.kwargs, values.__getitem__)
+    region = program.regions[str(node.args[0])]
+    return tuple(_empty(n.meta["val"]) for n in output(region.graph).all_input_nodes)
+
+
+def _infer_call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The value of a call; `values` are those of the mode in force, as far as they are needed."""
+
+    def value(source: fx.Node) -> Any:
+        if source not in values:
+            values[source] = tree_map_only(Tensor, _empty, source.meta["val"])
+        return values[source]
+
+    args, kwargs = map_arg((node.args, node.kwargs), value)
     try:
         target = node.meta.get("op", node.target)
         assert callable(target)

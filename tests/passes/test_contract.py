@@ -23,8 +23,10 @@ from helpers import (
     texts,
 )
 from ranks import alike
+from torch import Tensor
 
 from lltk.compiler import with_weights
+from lltk.graph.edit import copy_graph, infer
 from lltk.graph.geometry import Kind
 from lltk.graph.passes import Numerics
 from lltk.graph.program import Program, TensorSpec
@@ -126,6 +128,37 @@ def test_input_is_left_alone_and_the_result_repeats(case: Case) -> None:
     assert (texts(before), list(before.weights), list(before.constants), len(before.log)) == was
     assert texts(again) == texts(case.after())
     assert texts(again) != texts(before)
+
+
+@every_pass
+def test_values_are_known_as_they_would_be_from_nothing(case: Case) -> None:
+    """Metadata that was kept, where a call's arguments did not change, is right."""
+    program = case.after()
+    for _, graph in program.every_graph():
+        anew = copy_graph(graph)
+        for node in anew.nodes:
+            if node.op == "call_function":
+                del node.meta["val"]
+        infer(program, anew)
+        for kept, made in zip(graph.nodes, anew.nodes, strict=True):
+            if kept.op == "call_function":
+                assert _like(kept.meta["val"]) == _like(made.meta["val"]), kept.name
+
+
+def _like(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return [_like(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def test_a_changed_argument_changes_what_follows() -> None:
+    program = captured("stream", layers=1)
+    (graph,) = program.graphs.values()
+    infer(program, graph)
+    (latents,) = (n for n in graph.nodes if n.target == program.spec.latent_input)
+    batch, channels, *rest = latents.meta["val"].shape
+    latents.meta["val"] = latents.meta["val"].new_empty((batch, channels + 1, *rest))
+    assert "does not fit its arguments" in refused(infer, program, graph)
 
 
 @every_pass
