@@ -1,6 +1,7 @@
 """Time of the transformer's passes at a full window, and where it goes.
 
     .venv/bin/python benchmarks/dit.py [RECIPE …] [--runs 20]
+    .venv/bin/torchrun --nproc-per-node 2 benchmarks/dit.py wan22_5b_stream_sp2
 
 Recipes are files or shipped recipes' names, of one model; by default each step from copied
 pages in bfloat16 to FP8 throughout. Weights are random at the true shape, the same for every
@@ -32,6 +33,7 @@ from lltk.graph.memory import readable
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, load_recipe
+from lltk.parallel.ranks import joined
 from lltk.stream.recipe import stream_section
 from lltk.stream.rollout import Rollout
 
@@ -65,15 +67,27 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
     recipes = {Path(name).stem: load_recipe(find_recipe(name)) for name in options.recipes}
-    results: list[dict[str, Any]] = []
+    with joined(options.device) as ranks:
+        results = list(_results(recipes, ranks.device, options.runs))
+        if ranks.rank == 0:
+            _write(options, results)
+
+
+def _results(
+    recipes: Mapping[str, Recipe], device: torch.device, runs: int
+) -> Iterator[dict[str, Any]]:
     reference = None
     for name, recipe in recipes.items():
-        for row, outputs in _rows(recipe, options.device, options.runs, reference is None):
+        for row, outputs in _rows(recipe, device, runs, reference is None):
             reference = outputs if reference is None else reference
             errors = Errors()
             errors.add(outputs, reference)
-            results.append({"name": name, **row, "errors": errors.relative()})
-            print(results[-1], flush=True)
+            result = {"name": name, **row, "errors": errors.relative()}
+            print(result, flush=True)
+            yield result
+
+
+def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     how = "CUDA events" if options.device.type == "cuda" else "wall time"
     record = make_record(
         "dit",
