@@ -58,7 +58,7 @@ _FUSED = ("triton_per_", "triton_poi_", "triton_red_")
 def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    names = ("copied_pages", "fp8_attention", "nvfp4_cache")
+    names = ("copied_pages", "fused", "fp8_attention", "nvfp4_cache", "fused_nvfp4_cache")
     copied, *fp8 = (str(HERE / "dit" / f"{name}.yaml") for name in names)
     default = [copied, "wan22_5b_stream", "wan22_5b_stream_fp8", *fp8]
     parser.add_argument("recipes", nargs="*", default=default)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,9 +86,14 @@ def measure(
         prompts: embeddings in place of the text encoder's; see `open_stream`.
 
     Returns:
-        A result for a `Record`: `summary`'s numbers, and what ran.
+        A result for a `Record`: `summary`'s numbers, and what ran; nothing on ranks but the first.
     """
     script = _script(plan, seconds, warm_up)
+    if plan.rank != 0:
+        for _ in range(runs):
+            with open_stream(plan, None, script, prompts=prompts) as stream:
+                deque(stream, maxlen=0)
+        return {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         timings = [_timed(plan, script, path, warm_up, prompts) for _ in range(runs)]

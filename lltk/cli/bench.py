@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -13,6 +14,9 @@ from lltk.cli.devices import chosen_device
 from lltk.cli.logs import hide_loading
 from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import memory_table
+
+if TYPE_CHECKING:
+    from lltk.parallel.ranks import Ranks
 
 
 @click.group("bench")
@@ -68,8 +72,30 @@ def stream(
       lltk bench stream tiny_stream -o benchmarks/stream
       lltk bench stream tiny_stream --set stream.steps=2 --seconds 30 -o benchmarks/two_steps
       lltk bench stream wan22_5b_stream_fp8 --random-weights -o benchmarks/stream_5b
+      torchrun --nproc-per-node 2 -m lltk bench stream wan22_5b_stream_sp2 --random-weights -o sp2
     """
-    console = Console(quiet=as_json)
+    from lltk.parallel.ranks import joined
+
+    with joined(chosen_device(device)) as ranks:
+        _stream(
+            Console(quiet=as_json or ranks.rank > 0), ranks, recipe, output, seconds, warmup, runs,
+            overrides, random_weights, dry_run, as_json,
+        )  # fmt: skip
+
+
+def _stream(
+    console: Console,
+    ranks: Ranks,
+    recipe: str,
+    output: Path | None,
+    seconds: float,
+    warmup: int | None,
+    runs: int,
+    overrides: tuple[str, ...],
+    random_weights: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     path = find_recipe(recipe)
     if output is None and not dry_run:
         raise ValueError("-o: name the record's files, without a suffix")
@@ -83,11 +109,10 @@ def stream(
 
     if output is not None:
         check_writable(output.with_name(output.name + suffix) for suffix in (".json", ".md"))
-    chosen = chosen_device(device)
     hide_loading()
     with console.status("compiling"):
         wanted = not (dry_run or random_weights)
-        plan = plan_stream(load_recipe(path, overrides), chosen, weights=wanted)
+        plan = plan_stream(load_recipe(path, overrides), ranks.device, weights=wanted)
         if random_weights and not dry_run:
             plan = with_random_models(plan)
     for part, what in plan.describe().items():
@@ -98,14 +123,16 @@ def stream(
         if as_json:
             click.echo(json.dumps({"plan": plan.describe(), "memory": plan.memory}, indent=2))
         return
-    share_cores(chosen)
+    share_cores(ranks.device)
     chunks = plan.transformer.geometry.pages if warmup is None else warmup
     with console.status("streaming"):
         prompts = random_prompts(plan) if random_weights else None
         result = {"name": path.stem} | measure(plan, seconds, chunks, runs, prompts)
+    if ranks.rank != 0:
+        return
     flags = ["--random-weights"] if random_weights else []
     flags += [part for change in overrides for part in ("--set", change)]
-    flags += ["--seconds", f"{seconds:g}", "--runs", str(runs), "--device", str(chosen)]
+    flags += ["--seconds", f"{seconds:g}", "--runs", str(runs), "--device", str(ranks.device)]
     flags += [] if warmup is None else ["--warmup", str(warmup)]
     line = shlex.join(["lltk", "bench", "stream", recipe, *flags])
     record = make_record("stream", line, METHOD, [result])
