@@ -1,6 +1,7 @@
 """A stream of the 5B model from prompts to a file: what each step to real time gains.
 
     .venv/bin/python benchmarks/inference.py [--seconds 64] [--only NAME …]
+    .venv/bin/torchrun --nproc-per-node 2 benchmarks/inference.py
 
 Weights and prompts are random, at the true shape. Writes inference.json and inference.md beside
 this file, or into --output.
@@ -12,6 +13,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +25,56 @@ from lltk.bench.stream import METHOD, measure
 from lltk.cli.recipes import find_recipe
 from lltk.graph.memory import readable
 from lltk.graph.recipe import load_recipe
+from lltk.parallel.ranks import joined
 from lltk.streaming import plan_stream
 
 HERE = Path(__file__).parent
-_NVFP4 = str(HERE / "dit" / "nvfp4_cache.yaml")
+_NVFP4 = str(HERE / "dit" / "fused_nvfp4_cache.yaml")
+_SHARED = "wan22_5b_stream_sp2"
 _ELSEWHERE = "stream.decoder.device=cuda:1"
+_ON_TWO = "stream.decoder.device=[cuda:1, cuda:2]"
+_BEHIND = "stream.decoder.device=[cuda:2, cuda:3]"
 _METHOD = """\
 Random weights of the true shape, random embeddings in place of text, whose encoding does not count.
 The decoder works while the next chunk is made, on a CUDA stream of its own or, where it says so, on
 a GPU of its own. First frame: compilation and recording in it, caches cold in the first row alone.
 """
-Row = tuple[str, str, tuple[str, ...], int]
-"""A name, a recipe, its overrides, and how many GPUs it needs."""
-ROWS: tuple[Row, ...] = (
-    ("BF16", "wan22_5b_stream", (), 1),
-    ("FP8", "wan22_5b_stream_fp8", (), 1),
-    ("+ NVFP4 KV cache", _NVFP4, (), 1),
-    ("3 steps", _NVFP4, ("stream.steps=3",), 1),
-    ("2 steps", _NVFP4, ("stream.steps=2",), 1),
-    ("+ decoder on its own GPU", _NVFP4, (_ELSEWHERE,), 2),
-    ("both, 3 steps", _NVFP4, (_ELSEWHERE, "stream.steps=3"), 2),
-    ("both, 2 steps", _NVFP4, (_ELSEWHERE, "stream.steps=2"), 2),
-)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to stream.
+
+    Attributes:
+        recipe: a file, or a shipped recipe's name.
+        changes: of it.
+        gpus: that it needs.
+        ranks: processes that share it, started by torchrun.
+    """
+
+    recipe: str
+    changes: tuple[str, ...] = ()
+    gpus: int = 1
+    ranks: int = 1
+
+
+_FOUR = "passes.ulysses_stream.size=4"
+ROWS: Mapping[str, Row] = {
+    "BF16": Row("wan22_5b_stream"),
+    "FP8": Row("wan22_5b_stream_fp8"),
+    "+ NVFP4 KV cache": Row(_NVFP4),
+    "3 steps": Row(_NVFP4, ("stream.steps=3",)),
+    "2 steps": Row(_NVFP4, ("stream.steps=2",)),
+    "decoder on its own GPU": Row(_NVFP4, (_ELSEWHERE,), 2),
+    "decoder on its own GPU, 3 steps": Row(_NVFP4, (_ELSEWHERE, "stream.steps=3"), 2),
+    "decoder on its own GPU, 2 steps": Row(_NVFP4, (_ELSEWHERE, "stream.steps=2"), 2),
+    "decoder on two GPUs of its own": Row(_NVFP4, (_ON_TWO,), 3),
+    "2 ranks": Row(_SHARED, (), 2, 2),
+    "2 ranks, 2 steps": Row(_SHARED, ("stream.steps=2",), 2, 2),
+    "2 ranks, decoder on two GPUs of its own": Row(_SHARED, (_BEHIND,), 4, 2),
+    "4 ranks": Row(_SHARED, (_FOUR,), 4, 4),
+    "4 ranks, 2 steps": Row(_SHARED, (_FOUR, "stream.steps=2"), 4, 4),
+}
 
 
 def main() -> None:
@@ -52,30 +82,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=64.0, help="of video, a row")
     parser.add_argument("--warmup", type=int, default=4, help="chunks before")
-    parser.add_argument("--only", action="append", choices=[row[0] for row in ROWS])
+    parser.add_argument("--only", action="append", choices=ROWS)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--recipe", help="in place of every row's")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if options.device.type == "cuda" else len(ROWS)
     results: list[dict[str, Any]] = []
-    for name, recipe, changes, needed in ROWS:
-        wanted = options.only is None or name in options.only
-        if wanted and (needed <= gpus or options.device == "cpu"):
-            given = (*changes[: 0 if options.device != "cuda" else None], *options.overrides)
-            results.append({"name": name, **_row(options, options.recipe or recipe, given)})
-            print(name, results[-1]["e2e_seconds"], results[-1]["dit_fps"], flush=True)
-            _write(options.output, results)
+    with joined(options.device) as ranks:
+        for name, row in ROWS.items():
+            wanted = options.only is None or name in options.only
+            if not wanted or row.gpus > gpus or row.ranks != ranks.size:
+                continue
+            result = _measured(options, row, ranks.device)
+            if ranks.rank == 0:
+                results.append({"name": name, **result})
+                print(name, result["e2e_seconds"], result["dit_fps"], flush=True)
+                _write(options.output, results)
 
 
-def _row(options: argparse.Namespace, recipe: str, changes: tuple[str, ...]) -> dict[str, Any]:
+def _measured(options: argparse.Namespace, row: Row, device: torch.device) -> dict[str, Any]:
     gc.collect()
+    torch.cuda.empty_cache()
     for index in range(torch.cuda.device_count()):
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(index)
-    plan = plan_stream(load_recipe(find_recipe(recipe), changes), options.device, weights=False)
-    plan = with_random_models(plan)
+    path = find_recipe(options.recipe or row.recipe)
+    recipe = load_recipe(path, (*row.changes, *options.overrides))
+    plan = with_random_models(plan_stream(recipe, device, weights=False))
     return measure(plan, options.seconds, options.warmup, 1, random_prompts(plan))
 
 
