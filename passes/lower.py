@@ -55,11 +55,11 @@ class Config(PassConfig):
     fp8_quantise_norm: str = Field("reference", description=_ROWS)
     fp8_quantise_add_norm: str = Field("reference", description=_ROWS)
     fp8_quantise_gelu: str = Field("reference", description=_ROWS)
+    gated_add: str = Field("reference", description=_ROWS)
+    rms_norm_rope: str = Field("reference", description=_ROWS)
     fp8_matmul: str = Field("reference", description="reference or scaled_mm")
     cached_norm_silu: str = Field("reference", description="reference or triton")
     upsample_residual: str = Field("reference", description="reference or triton")
-    gated_add: str = Field("reference", description=_ROWS)
-    rms_norm_rope: str = Field("reference", description=_ROWS)
     nvfp4: str = Field("reference", description="backend of every NVFP4 op; lltk doctor lists them")
 
     @field_validator(*ops_with_choices())
