@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.profiler import DeviceType, ProfilerActivity, profile
+from torch.profiler import DeviceType, profile
 
+from lltk.bench.profiling import profiled, timed
 from lltk.bench.random_weights import with_random_weights
-from lltk.bench.record import make_record, markdown, percentile, write_record
+from lltk.bench.record import make_record, markdown, write_record
 from lltk.cli.recipes import find_recipe
 from lltk.compiler import transform, with_weights
 from lltk.graph.edit import calls, shape
@@ -52,8 +52,9 @@ _OWNERS = {
     "layout": ("nchwtonhwc", "nhwctonchw"),
     "attention": ("sdpa", "fmha", "flash", "attention"),
     "convolution": ("conv", "xmma", "fprop", "cutlass", "cudnn", "gemm", "nvjet", "sm90", "sm80"),
+    "other": (),
 }
-"""Parts of the names of an owner's kernels, the first that fits; what has none is other."""
+"""Parts of the names of an owner's kernels, the first that fits."""
 _FUSED = ("fuse_norm_silu", "channels_last")
 _ALL = ("fold_upsample", *_FUSED)
 
@@ -178,7 +179,7 @@ def _measured(
         "how": row.how,
         "trial": row.trial,
         "latents": row.latents,
-        "frame": {k: v / frames for k, v in _timed(call, device, runs).items()},
+        "frame": {k: v / frames for k, v in timed(call, device, runs, warm_up=2).items()},
         "tflop": tflop,
         "first_seconds": first,
         "peak_bytes": peak,
@@ -244,50 +245,15 @@ def _error(ours: Tensor, theirs: Tensor) -> float:
 
 
 @torch.no_grad()
-def _timed(call: Callable[[], object], device: torch.device, runs: int) -> dict[str, float]:
-    for _ in range(2):
-        call()
-    _wait(device)
-    times = []
-    for _ in range(runs):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            _wait(device)
-            times.append(start.elapsed_time(end))
-        else:
-            begun = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - begun) * 1e3)
-    return {"median_ms": statistics.median(times), "p90_ms": percentile(times, 0.9)}
-
-
-@torch.no_grad()
 def _profiled(call: Callable[[], object], program: Program, device: torch.device) -> dict[str, Any]:
     """Of a call on a GPU: shares by owner, the longest kernels, convolutions by their shapes."""
-    if device.type != "cuda":
+    owners, found = profiled(call, device, _OWNERS)
+    if found is None:
         return {"owners": {}, "kernels": [], "convolutions": []}
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with profile(activities=activities, record_shapes=True) as found:
-        start.record()
-        call()
-        end.record()
-        _wait(device)
-    total = start.elapsed_time(end) * 1e3
-    taken: dict[str, float] = {}
     kernels = [event for event in found.key_averages() if event.device_type == DeviceType.CUDA]
-    for event in kernels:
-        name = event.key.lower()
-        owners = (o for o, parts in _OWNERS.items() if any(part in name for part in parts))
-        owner = next(owners, "other")
-        taken[owner] = taken.get(owner, 0) + event.self_device_time_total
-    taken["idle"] = max(0.0, total - sum(taken.values()))
     kernels.sort(key=lambda event: -event.self_device_time_total)
     return {
-        "owners": {owner: spent / total for owner, spent in taken.items()},
+        "owners": owners,
         "kernels": [
             {"name": e.key[:100], "count": e.count, "ms": e.self_device_time_total / 1e3}
             for e in kernels[:16]
@@ -326,11 +292,6 @@ def _shapes(program: Program) -> dict[tuple[tuple[int, ...], ...], tuple[int, in
             flops += 2 * prod(shape(conv)) * prod(shape(weight)[1:])
             counted[operands] = (count + 1, flops)
     return counted
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Writes dit.json and dit.md beside this file, or into --output.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from lltk.bench.compare import OUTPUT, Errors, watched
+from lltk.bench.profiling import profiled, timed, wait
 from lltk.bench.random_weights import with_random_weights
-from lltk.bench.record import make_record, markdown, percentile, write_record
+from lltk.bench.record import make_record, markdown, write_record
 from lltk.cli.recipes import find_recipe
 from lltk.compiler import transform
 from lltk.graph.memory import readable
@@ -46,13 +45,13 @@ output and of each block's, relative to the first recipe's eager ones, each reci
 cache. Owners: shares of the time of a denoising pass, by the names of its kernels. Random weights
 of the true shape."""
 _OWNERS = {
+    "element-wise, compiled": ("triton_per_", "triton_poi_", "triton_red_"),
     "attention": ("sdpa", "fmha", "flash", "attention"),
     "GEMM": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm"),
     "communication": ("nccl",),
+    "element-wise": (),
 }
-"""Parts of the names of an owner's kernels; what has none is element-wise."""
-_FUSED = ("triton_per_", "triton_poi_", "triton_red_")
-"""How the names of torch.compile's element-wise kernels begin, which name their neighbours too."""
+"""Parts of the names of kernels; torch.compile's name their neighbours too, and so come first."""
 
 
 def main() -> None:
@@ -177,11 +176,12 @@ def _measured(
     begun = time.perf_counter()
     passes.step()
     passes.commit()
-    _wait(device)
+    wait(device)
     first = time.perf_counter() - begun
     passes.fill()
-    row = {"step": _timed(passes.step, device, runs), "owners": _owners(passes.step, device)}
-    row["commit"] = _timed(passes.commit, device, runs)
+    owners, _ = profiled(passes.step, device, _OWNERS)
+    row = {"step": timed(passes.step, device, runs), "owners": owners}
+    row["commit"] = timed(passes.commit, device, runs)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {**row, "first_seconds": first, "peak_bytes": peak}
 
@@ -193,53 +193,6 @@ def _outputs(program: Program, module: ProgramModule, device: torch.device) -> d
     with watched(module) as seen:
         output = passes.step()
     return {name: value.float().cpu() for name, value in {**seen, OUTPUT: output}.items()}
-
-
-def _timed(call: Callable[[], object], device: torch.device, runs: int) -> dict[str, float]:
-    for _ in range(3):
-        call()
-    _wait(device)
-    times = []
-    for _ in range(runs):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            _wait(device)
-            times.append(start.elapsed_time(end))
-        else:
-            begun = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - begun) * 1e3)
-    return {"median_ms": statistics.median(times), "p90_ms": percentile(times, 0.9)}
-
-
-def _owners(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Shares of a call's time on a GPU, by owner, idle time too."""
-    if device.type != "cuda":
-        return {}
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        start.record()
-        call()
-        end.record()
-        _wait(device)
-    total = start.elapsed_time(end) * 1e3
-    taken: dict[str, float] = {}
-    for event in found.key_averages():
-        if event.device_type == DeviceType.CUDA:
-            name = event.key.lower()
-            owners = (o for o, parts in _OWNERS.items() if any(part in name for part in parts))
-            owner = "element-wise" if name.startswith(_FUSED) else next(owners, "element-wise")
-            taken[owner] = taken.get(owner, 0) + event.self_device_time_total
-    taken["idle"] = max(0.0, total - sum(taken.values()))
-    return {owner: time / total for owner, time in taken.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,19 @@ def test_tables_and_digests() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
 
 
+def test_a_kernel_has_one_owner() -> None:
+    from lltk.bench.profiling import owner_of, profiled, timed
+
+    owners = {"compiled": ("triton_poi_",), "GEMM": ("gemm", "nvjet"), "other": ()}
+    assert owner_of("triton_poi_fused_gemm_0", owners) == "compiled"
+    assert owner_of("nvJet_hsh_128", owners) == "GEMM"
+    assert owner_of("vectorized_copy", owners) == "other"
+    calls: list[int] = []
+    found = timed(lambda: calls.append(1), torch.device("cpu"), runs=4, warm_up=2)
+    assert len(calls) == 6 and 0 <= found["median_ms"] <= found["p90_ms"]
+    assert profiled(lambda: None, torch.device("cpu"), owners) == ({}, None)
+
+
 def report(chunk: int, seconds: float = 2.0) -> ChunkReport:
     """A chunk of 8 frames: 1 s in the graphs that DiT FPS counts."""
     graphs = {"prologue": 0.25, "step": 0.75, "commit": 0.25}
