@@ -322,6 +322,18 @@ def test_pipeline_decodes_while_the_sink_works() -> None:
     assert torch.equal(torch.cat(got, dim=2), decoder().decode(video_latents()[:, :, :2]))
 
 
+def test_pipeline_waits_for_the_sink_where_it_is_told_to() -> None:
+    got: list[int] = []
+
+    def sink(video: Tensor) -> None:
+        time.sleep(0.05)
+        got.append(len(pipeline.videos))
+
+    with DecodePipeline(decoder(), sink, overlap=False) as pipeline:
+        pipeline.submit(video_latents()[:, :, :3])
+    assert got == [1, 1, 1]
+
+
 def test_pipeline_keeps_what_the_sink_has_not_taken() -> None:
     latents, got = video_latents()[:, :, :6], []
 

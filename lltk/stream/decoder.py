@@ -189,16 +189,23 @@ class DecodePipeline:
             order, in a thread of its own; on a GPU, on a stream of its own. While it blocks, one
             video more is decoded.
         ahead: submitted latents that may be undecoded, 1 or more; at that many, `submit` waits.
+        overlap: whether the next video is decoded while the sink takes one; on a CPU both would
+            wait for its cores.
     """
 
     def __init__(
-        self, decoder: LatentDecoder, sink: Callable[[Tensor], None], ahead: int = 2
+        self,
+        decoder: LatentDecoder,
+        sink: Callable[[Tensor], None],
+        ahead: int = 2,
+        overlap: bool = True,
     ) -> None:
         if ahead < 1:
             raise ValueError(f"ahead: {ahead} leaves no latents to decode; make it 1 or more")
         self._decoder = decoder
         self._sink = sink
         self._ahead = ahead
+        self._overlap = overlap
         self._pending: deque[Future[None]] = deque()
         self._last: Future[None] | None = None
         self._delivery: Future[None] | None = None
@@ -271,11 +278,11 @@ class DecodePipeline:
         try:
             while self._pending:
                 self._pending.popleft().result()
-            delivery, self._delivery = self._delivery, None
-            if delivery is not None:
-                delivery.result()
+            if self._delivery is not None:
+                self._delivery.result()
         finally:
             self._shut_down()
+            self._delivery = None  # what it raised is told once
 
     def __enter__(self) -> DecodePipeline:
         return self
@@ -328,6 +335,8 @@ class DecodePipeline:
         if self._delivery is not None:
             self._delivery.result()
         self._delivery = self._delivering.submit(self._deliver, video)
+        if not self._overlap:
+            self._delivery.result()
 
     def _deliver(self, video: Tensor) -> None:
         begun = time.perf_counter()

@@ -180,7 +180,8 @@ class Session:
         self._switching = threading.Lock()
         self._begun = 0
         self._watch = Stopwatch(runtime.device)
-        self._pipeline = DecodePipeline(decoder, sink)
+        overlap = decoder.device.type != "cpu"
+        self._pipeline = DecodePipeline(decoder, sink, overlap=overlap)
         self._submitted = 0
         self._left: Sequence[Tensor] = ()
         self._left_videos: Sequence[Tensor] = ()
