@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from lltk.graph.edit import building, calls, module_of, output, shape
+from lltk.graph.match import before_cast
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
@@ -181,7 +182,7 @@ def _match_norm(node: fx.Node) -> tuple[fx.Node, frozenset[fx.Node], str] | None
     assert isinstance(normed, fx.Node) and isinstance(gamma, fx.Node)
     if gamma.op != "get_attr" or root != shape(node)[1] ** 0.5:
         return None
-    divided = _uncast(normed)
+    divided = before_cast(normed)
     if divided.target is not aten.div.Tensor:
         return None
     wide, length = divided.all_input_nodes
@@ -190,13 +191,9 @@ def _match_norm(node: fx.Node) -> tuple[fx.Node, frozenset[fx.Node], str] | None
         return None
     if clamped.all_input_nodes[0].args != (wide, 2.0, [1], True):
         return None
-    source = _uncast(wide)
+    source = before_cast(wide)
     readers = {wide} if source is not wide else set(wide.users) & _used_by(divided)
     return source, frozenset(readers), str(gamma.target)
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    return node.all_input_nodes[0] if node.target is aten.to.dtype else node
 
 
 def _used_by(divided: fx.Node) -> set[fx.Node]:

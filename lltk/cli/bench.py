@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -14,9 +13,6 @@ from lltk.cli.devices import chosen_device
 from lltk.cli.logs import hide_loading
 from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import memory_table
-
-if TYPE_CHECKING:
-    from lltk.parallel.ranks import Ranks
 
 
 @click.group("bench")
@@ -74,70 +70,50 @@ def stream(
       lltk bench stream wan22_5b_stream_fp8 --random-weights -o benchmarks/stream_5b
       torchrun --nproc-per-node 2 -m lltk bench stream wan22_5b_stream_sp2 --random-weights -o sp2
     """
-    from lltk.parallel.ranks import joined
-
-    with joined(chosen_device(device)) as ranks:
-        _stream(
-            Console(quiet=as_json or ranks.rank > 0), ranks, recipe, output, seconds, warmup, runs,
-            overrides, random_weights, dry_run, as_json,
-        )  # fmt: skip
-
-
-def _stream(
-    console: Console,
-    ranks: Ranks,
-    recipe: str,
-    output: Path | None,
-    seconds: float,
-    warmup: int | None,
-    runs: int,
-    overrides: tuple[str, ...],
-    random_weights: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    path = find_recipe(recipe)
-    if output is None and not dry_run:
-        raise ValueError("-o: name the record's files, without a suffix")
-
     from lltk.bench.random_weights import random_prompts, with_random_models
     from lltk.bench.record import make_record, write_record
     from lltk.bench.stream import METHOD, measure, text
     from lltk.cli.outputs import check_writable, share_cores
     from lltk.graph.recipe import load_recipe
+    from lltk.parallel.ranks import joined
     from lltk.streaming import plan_stream
 
-    if output is not None:
-        check_writable(output.with_name(output.name + suffix) for suffix in (".json", ".md"))
-    hide_loading()
-    with console.status("compiling"):
-        wanted = not (dry_run or random_weights)
-        plan = plan_stream(load_recipe(path, overrides), ranks.device, weights=wanted)
-        if random_weights and not dry_run:
-            plan = with_random_models(plan)
-    for part, what in plan.describe().items():
-        console.print(f"{part}: {what}", highlight=False)
-    for owners in plan.memory.values():
-        console.print(memory_table(owners))
-    if output is None or dry_run:
+    with joined(chosen_device(device)) as ranks:
+        console = Console(quiet=as_json or ranks.rank > 0)
+        path = find_recipe(recipe)
+        if output is None and not dry_run:
+            raise ValueError("-o: name the record's files, without a suffix")
+        if output is not None:
+            check_writable(output.with_name(output.name + suffix) for suffix in (".json", ".md"))
+        hide_loading(ranks.rank == 0)
+        with console.status("compiling"):
+            wanted = not (dry_run or random_weights)
+            plan = plan_stream(load_recipe(path, overrides), ranks.device, weights=wanted)
+            if random_weights and not dry_run:
+                plan = with_random_models(plan)
+        for part, what in plan.describe().items():
+            console.print(f"{part}: {what}", highlight=False)
+        for owners in plan.memory.values():
+            console.print(memory_table(owners))
+        if output is None or dry_run:
+            if as_json and ranks.rank == 0:
+                click.echo(json.dumps({"plan": plan.describe(), "memory": plan.memory}, indent=2))
+            return
+        share_cores(ranks.device)
+        chunks = plan.transformer.geometry.pages if warmup is None else warmup
+        with console.status("streaming"):
+            prompts = random_prompts(plan) if random_weights else None
+            result = {"name": path.stem} | measure(plan, seconds, chunks, runs, prompts)
+        if ranks.rank != 0:
+            return
+        flags = ["--random-weights"] if random_weights else []
+        flags += [part for change in overrides for part in ("--set", change)]
+        flags += ["--seconds", f"{seconds:g}", "--runs", str(runs), "--device", str(ranks.device)]
+        flags += [] if warmup is None else ["--warmup", str(warmup)]
+        line = shlex.join(["lltk", "bench", "stream", recipe, *flags])
+        record = make_record("stream", line, METHOD, [result])
+        table = text(record)
+        write_record(output, record, table)
         if as_json:
-            click.echo(json.dumps({"plan": plan.describe(), "memory": plan.memory}, indent=2))
-        return
-    share_cores(ranks.device)
-    chunks = plan.transformer.geometry.pages if warmup is None else warmup
-    with console.status("streaming"):
-        prompts = random_prompts(plan) if random_weights else None
-        result = {"name": path.stem} | measure(plan, seconds, chunks, runs, prompts)
-    if ranks.rank != 0:
-        return
-    flags = ["--random-weights"] if random_weights else []
-    flags += [part for change in overrides for part in ("--set", change)]
-    flags += ["--seconds", f"{seconds:g}", "--runs", str(runs), "--device", str(ranks.device)]
-    flags += [] if warmup is None else ["--warmup", str(warmup)]
-    line = shlex.join(["lltk", "bench", "stream", recipe, *flags])
-    record = make_record("stream", line, METHOD, [result])
-    table = text(record)
-    write_record(output, record, table)
-    if as_json:
-        click.echo(record.model_dump_json(indent=2))
-    console.print(table, markup=False, highlight=False, soft_wrap=True)
+            click.echo(record.model_dump_json(indent=2))
+        console.print(table, markup=False, highlight=False, soft_wrap=True)

@@ -15,7 +15,8 @@ def fp8_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @fp8_quantise.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
+def new_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where x's values in FP8 and its rows' scales go, not filled."""
     scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scales
 

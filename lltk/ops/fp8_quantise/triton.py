@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, rows_of, store_fp8_row
 
 
@@ -32,17 +33,7 @@ def fp8_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def new_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Where x's values in FP8 and its rows' scales go."""
-    return (
-        torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
-        torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device),
-    )
-
-
-@fp8_quantise.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return new_fp8(x)
+fp8_quantise.register_fake(new_fp8)
 
 
 OVERLOAD = torch.ops.lltk.fp8_quantise_triton.default

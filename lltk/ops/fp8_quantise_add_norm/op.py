@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.fp8_quantise_add_norm import reference
 
 
@@ -22,8 +23,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(x.shape == y.shape and (gate is None or gate.shape[-1] == x.shape[-1]))
     torch._check(scale.shape[-1] == x.shape[-1] and shift.shape == scale.shape)
-    scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scales
+    return (x.new_empty(x.shape), *new_fp8(x))
 
 
 OVERLOAD = torch.ops.lltk.fp8_quantise_add_norm.default

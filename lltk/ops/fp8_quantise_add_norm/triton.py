@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lltk.ops.fp8_quantise.triton import new_fp8
+from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.fp8_quantise_norm.triton import normed
 from lltk.ops.gated_add.triton import gated_sum
 from lltk.ops.triton_rows import converts_e4m3, row_options, rows_of, store_fp8_row, store_row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.fp8_quantise_norm import reference
 
 
@@ -17,8 +18,7 @@ def fp8_quantise_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tu
 @fp8_quantise_norm.register_fake
 def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     torch._check(scale.shape[-1] == x.shape[-1] and shift.shape == scale.shape)
-    scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scales
+    return new_fp8(x)
 
 
 OVERLOAD = torch.ops.lltk.fp8_quantise_norm.default

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lltk.ops.floats import E4M3_MAX, to_e4m3
-from lltk.ops.fp8_attention.op import fp8_attention as attend_fp8
+from lltk.ops.floats import to_e4m3
+from lltk.ops.fp8_attention.op import attend as attend_fp8
 from lltk.ops.fp8_attention.reference import largest
 from lltk.ops.paged_attention.reference import gather
 from lltk.ops.paged_attention.sdpa import attend
@@ -41,10 +41,7 @@ def fp8_arena(
     maximum.
     """
     keys, values = _held(to_e4m3(k), to_e4m3(v), k_pages, v_pages, table)
-    most = largest(values)
-    scale = E4M3_MAX / most.masked_fill(most == 0, 1.0)
-    out = attend_fp8(to_e4m3(q), keys, values, scale)
-    return (out.float() / scale).to(q.dtype)
+    return attend_fp8(q, keys, values, largest(values)).to(q.dtype)
 
 
 def _held(
