@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.profiler import DeviceType, profile
+from torch.profiler import profile
 
-from lltk.bench.profiling import profiled, timed
+from lltk.bench.profiling import longest_kernels, profiled, timed
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import make_record, markdown, write_record
 from lltk.cli.recipes import find_recipe
@@ -250,14 +250,9 @@ def _profiled(call: Callable[[], object], program: Program, device: torch.device
     owners, found = profiled(call, device, _OWNERS)
     if found is None:
         return {"owners": {}, "kernels": [], "convolutions": []}
-    kernels = [event for event in found.key_averages() if event.device_type == DeviceType.CUDA]
-    kernels.sort(key=lambda event: -event.self_device_time_total)
     return {
         "owners": owners,
-        "kernels": [
-            {"name": e.key[:100], "count": e.count, "ms": e.self_device_time_total / 1e3}
-            for e in kernels[:16]
-        ],
+        "kernels": longest_kernels(found),
         "convolutions": _by_shape(found, program),
     }
 

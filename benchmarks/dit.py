@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lltk.bench.compare import OUTPUT, Errors, watched
-from lltk.bench.profiling import profiled, timed, wait
+from lltk.bench.profiling import longest_kernels, profiled, timed, wait
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import make_record, markdown, write_record
 from lltk.cli.recipes import find_recipe
@@ -179,8 +179,9 @@ def _measured(
     wait(device)
     first = time.perf_counter() - begun
     passes.fill()
-    owners, _ = profiled(passes.step, device, _OWNERS)
-    row = {"step": timed(passes.step, device, runs), "owners": owners}
+    owners, found = profiled(passes.step, device, _OWNERS)
+    row: dict[str, Any] = {"step": timed(passes.step, device, runs), "owners": owners}
+    row["kernels"] = [] if found is None else longest_kernels(found, 40)
     row["commit"] = timed(passes.commit, device, runs)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {**row, "first_seconds": first, "peak_bytes": peak}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, profile
@@ -63,6 +64,16 @@ def profiled(
             taken[owner] = taken.get(owner, 0) + event.self_device_time_total
     taken["idle"] = max(0.0, total - sum(taken.values()))
     return {owner: spent / total for owner, spent in taken.items()}, found
+
+
+def longest_kernels(found: profile, count: int = 16) -> list[dict[str, Any]]:
+    """The kernels that took longest in all: name, launches and milliseconds."""
+    kernels = [event for event in found.key_averages() if event.device_type == DeviceType.CUDA]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    return [
+        {"name": e.key[:100], "count": e.count, "ms": e.self_device_time_total / 1e3}
+        for e in kernels[:count]
+    ]
 
 
 def owner_of(kernel: str, owners: Mapping[str, tuple[str, ...]]) -> str:
