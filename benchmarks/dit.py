@@ -42,8 +42,9 @@ Milliseconds of {runs} passes after a warm-up of three, with the cache full: {ho
 chunk's video frames over its denoising passes and its commit. First: the first denoising pass and
 the first commit; of compilation, what no recipe above has compiled. Error: of a denoising pass's
 output and of each block's, relative to the first recipe's eager ones, each recipe over its own
-cache. Owners: shares of the time of a denoising pass, by the names of its kernels. Random weights
-of the true shape."""
+cache; then the largest ratio, at any block or the output, to fp8_linears' there. Owners: shares of
+the time of a denoising pass, by the names of its kernels. Random weights of the true shape."""
+_LINEARS = "fp8_linears"
 _OWNERS = {
     "element-wise, compiled": ("triton_per_", "triton_poi_", "triton_red_"),
     "attention": ("sdpa", "fmha", "flash", "attention"),
@@ -57,9 +58,9 @@ _OWNERS = {
 def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    names = ("copied_pages", "fused", "fp8_attention", "nvfp4_cache", "fused_nvfp4_cache")
-    copied, *fp8 = (str(HERE / "dit" / f"{name}.yaml") for name in names)
-    default = [copied, "wan22_5b_stream", "wan22_5b_stream_fp8", *fp8]
+    names = ("copied_pages", _LINEARS, "fused")
+    copied, *linears = (str(HERE / "dit" / f"{name}.yaml") for name in names)
+    default = [copied, "wan22_5b_stream", *linears, "wan22_5b_stream_fp8"]
     parser.add_argument("recipes", nargs="*", default=default)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--runs", type=int, default=20)
@@ -94,6 +95,12 @@ def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
         _METHOD.format(runs=options.runs, how=how).replace("\n", " "),
         results,
     )
+    linears = next((row["errors"] for row in results if row["name"] == _LINEARS), {})
+
+    def more(row: Mapping[str, Any]) -> str:
+        errors = row["errors"]
+        return f"{max(errors[at] / linears[at] for at in errors):.2f}" if linears else "–"
+
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "recipe": lambda row: row["name"],
         "blocks": lambda row: "compiled" if row["compiled"] else "eager",
@@ -107,6 +114,7 @@ def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
         "peak memory": lambda row: readable(row["peak_bytes"]),
         "error": lambda row: f"{row['errors'][OUTPUT]:.4f}",
         "of a block, at most": lambda row: f"{max(row['errors'].values()):.4f}",
+        "over FP8 linears', at most": more,
         "owners": lambda row: ", ".join(f"{k} {v:.0%}" for k, v in row["owners"].items()) or "–",
         "ran": lambda row: ", ".join(f"{op} {how}" for op, how in row["ran"].items()),
     }
@@ -179,9 +187,9 @@ def _measured(
     wait(device)
     first = time.perf_counter() - begun
     passes.fill()
-    owners, found = profiled(passes.step, device, _OWNERS)
-    row: dict[str, Any] = {"step": timed(passes.step, device, runs), "owners": owners}
-    row["kernels"] = [] if found is None else longest_kernels(found, 40)
+    row: dict[str, Any] = {"step": timed(passes.step, device, runs)}
+    row["owners"], found = profiled(passes.step, device, _OWNERS)
+    row["kernels"] = [] if found is None else longest_kernels(found)
     row["commit"] = timed(passes.commit, device, runs)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {**row, "first_seconds": first, "peak_bytes": peak}

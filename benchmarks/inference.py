@@ -29,7 +29,8 @@ from lltk.parallel.ranks import joined
 from lltk.streaming import plan_stream
 
 HERE = Path(__file__).parent
-_NVFP4 = str(HERE / "dit" / "fused_nvfp4_cache.yaml")
+_FP8 = str(HERE / "dit" / "fused.yaml")
+_NVFP4 = "wan22_5b_stream_fp8"
 _SHARED = "wan22_5b_stream_sp2"
 _ELSEWHERE = "stream.decoder.device=cuda:1"
 _ON_TWO = "stream.decoder.device=[cuda:1, cuda:2]"
@@ -61,7 +62,7 @@ class Row:
 _FOUR = "passes.ulysses_stream.size=4"
 ROWS: Mapping[str, Row] = {
     "BF16": Row("wan22_5b_stream"),
-    "FP8": Row("wan22_5b_stream_fp8"),
+    "FP8": Row(_FP8),
     "+ NVFP4 KV cache": Row(_NVFP4),
     "3 steps": Row(_NVFP4, ("stream.steps=3",)),
     "2 steps": Row(_NVFP4, ("stream.steps=2",)),
@@ -105,7 +106,7 @@ def main() -> None:
 def _measured(options: argparse.Namespace, row: Row, device: torch.device) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         torch.cuda.reset_peak_memory_stats(index)
     path = find_recipe(options.recipe or row.recipe)
     recipe = load_recipe(path, (*row.changes, *options.overrides))

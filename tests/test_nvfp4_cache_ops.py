@@ -437,7 +437,7 @@ def test_kernels_compile_for(architecture: int, product: str) -> None:
         decode_fp8_kernel,
         decode_kernel,
     )
-    from lltk.ops.nvfp4_write_page.triton import _write
+    from lltk.ops.nvfp4_write_page.triton import _sums, _write
 
     sizes = {"WIDTH": 128, "M": 128, "N": 64, "PRECISION": "tf32"}
     means = {"K_MEANS": True, "V_MEANS": False, "v_means": None}
@@ -449,6 +449,7 @@ def test_kernels_compile_for(architecture: int, product: str) -> None:
     sizes = {"WIDTH": 128, "ROWS": 32, "MEANS": True}
     compiled = cross_compiled(decode_fp8_kernel, architecture, sizes, {}, {"out_ptr": "*fp8e4nv"})
     assert "cvt.rn.satfinite.e4m3x2" in compiled.asm["ptx"]
+    cross_compiled(_sums, architecture, {"TOKENS": 64, "CHANNELS": 128}, {}, {"sums": "*fp64"})
     sizes = {"TOP": 256.0, "RULE": "mse", "AMOUNT": 128, "NATIVE": architecture >= 100}
     compiled = cross_compiled(_write, architecture, sizes, {"enable_fp_fusion": False})
     assert ("cvt.rn.satfinite.e2m1x2" in compiled.asm["ptx"]) == (architecture >= 100)
@@ -467,7 +468,7 @@ def cross_compiled(
     from triton.compiler import ASTSource
 
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_means", "means"), "*bf16")
-    types |= {"value": "*bf16", "mean": "*bf16", "largest": "*i32", "slot": "*i64"}
+    types |= {"value": "*bf16", "mean": "*bf16", "largest": "*i32", "peaks": "*i32", "slot": "*i64"}
     types |= dict.fromkeys(("k_codes", "k_scales", "v_codes", "v_scales"), "*u8")
     types |= dict.fromkeys(("codes", "scales"), "*u8")
     types |= dict.fromkeys(("k_decode_scales", "v_decode_scales", "decode_scales"), "*fp32")

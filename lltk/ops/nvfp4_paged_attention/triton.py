@@ -126,24 +126,6 @@ def attention_kernel(
 
 
 @triton.jit
-def _decoded(
-    codes, scales, decode_scales, means, page, row, held, rows, heads,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, MEANS: tl.constexpr,
-):  # fmt: skip
-    """Some rows (token and head) of a page, float32 [ROWS, WIDTH]."""
-    values = _block_values(
-        codes + page * rows * (WIDTH // 2), scales + page * rows * (WIDTH // 16),
-        row, held, WIDTH, ROWS,
-    ).to(tl.float32)  # fmt: skip
-    head = page * heads + row % heads
-    values *= (tl.load(decode_scales + head, mask=held, other=0.0) * 16384.0)[:, None]
-    if MEANS:
-        places = head[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        values += tl.load(means + places, mask=held[:, None], other=0.0).to(tl.float32)
-    return values
-
-
-@triton.jit
 def decode_kernel(
     out_ptr, codes, scales, decode_scales, means, table,
     pages, rows, heads, out_batch,
@@ -154,9 +136,15 @@ def decode_kernel(
     page = batch.to(tl.int64) * pages + tl.load(table + index)
     row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     held = row < rows
-    values = _decoded(
-        codes, scales, decode_scales, means, page, row, held, rows, heads, WIDTH, ROWS, MEANS
-    )
+    values = _block_values(
+        codes + page * rows * (WIDTH // 2), scales + page * rows * (WIDTH // 16),
+        row, held, WIDTH, ROWS,
+    ).to(tl.float32)  # fmt: skip
+    head = page * heads + row % heads
+    values *= (tl.load(decode_scales + head, mask=held, other=0.0) * 16384.0)[:, None]
+    if MEANS:
+        places = head[:, None] * WIDTH + channel[None, :]
+        values += tl.load(means + places, mask=held[:, None], other=0.0).to(tl.float32)
     places = batch.to(tl.int64) * out_batch + (index.to(tl.int64) * rows + row[:, None]) * WIDTH
     result = values.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + places + channel[None, :], result, mask=held[:, None])
@@ -164,34 +152,40 @@ def decode_kernel(
 
 @triton.jit
 def decode_fp8_kernel(
-    out_ptr, largest, own, centre, codes, scales, decode_scales, means, table,
-    pages, rows, owned, heads,
+    out_ptr, peaks, own, centre, codes, scales, decode_scales, means, table,
+    pages, tokens, owned, heads,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one listed page or, after the last, of the chunk's own, less a centre, in E4M3.
+    """One head of ROWS tokens of a listed page or, after the last, of the chunk, in E4M3.
 
-    Float32 magnitudes, NaN above all, are ordered as their bits are.
+    Less a centre. Each program's largest magnitude is kept as its bits, in whose order NaN is above
+    all.
     """
-    index, listed, batch = tl.program_id(1), tl.num_programs(1) - 1, tl.program_id(2).to(tl.int64)
-    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    held = row < tl.where(index < listed, rows, owned)
+    index, listed = tl.program_id(1), tl.num_programs(1) - 1
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), tl.program_id(2) % heads
+    token, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    held = token < tl.where(index < listed, tokens, owned)
     if index < listed:
         page = batch * pages + tl.load(table + index)
-        values = _decoded(
-            codes, scales, decode_scales, means, page, row, held, rows, heads, WIDTH, ROWS, MEANS
-        )
+        first = page * tokens * heads + head
+        values = _block_values(
+            codes + first * (WIDTH // 2), scales + first * (WIDTH // 16),
+            token * heads, held, WIDTH, ROWS,
+        ).to(tl.float32)  # fmt: skip
+        values *= tl.load(decode_scales + page * heads + head) * 16384.0
+        if MEANS:
+            mean = tl.load(means + (page * heads + head) * WIDTH + channel)
+            values += mean.to(tl.float32)[None, :]
     else:
-        places = (batch * owned + row[:, None]) * WIDTH + channel[None, :]
+        places = ((batch * owned + token[:, None]) * heads + head) * WIDTH + channel[None, :]
         values = tl.load(own + places, mask=held[:, None], other=0.0).to(tl.float32)
-    places = (batch * heads + row[:, None] % heads) * WIDTH + channel[None, :]
-    values -= tl.load(centre + places, mask=held[:, None], other=0.0)
-    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    bits = tl.where(held[:, None], bits, 0)
-    tl.atomic_max(largest, tl.max(tl.max(bits, 1), 0))
-    first = batch * (listed * rows + owned) + index.to(tl.int64) * rows
-    places = (first + row[:, None]) * WIDTH + channel[None, :]
-    number = values == values
-    values = tl.where(number, tl.minimum(tl.maximum(values, -448.0), 448.0), values)
+    values -= tl.load(centre + (batch * heads + head) * WIDTH + channel)[None, :]
+    bits = tl.where(held[:, None], values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    program = (tl.program_id(2) * (listed + 1) + index) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(peaks + program, tl.max(tl.max(bits, 1), 0))
+    row = batch * (listed * tokens + owned) + index.to(tl.int64) * tokens + token[:, None]
+    values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    places = (row * heads + head) * WIDTH + channel[None, :]
     tl.store(out_ptr + places, values.to(out_ptr.dtype.element_ty), mask=held[:, None])
 
 
@@ -365,13 +359,14 @@ def gather_fp8(
     tokens, listed = codes.shape[2], table.shape[0]
     size = (batch, listed * tokens + length, heads, width)
     out = torch.empty(size, dtype=torch.float8_e4m3fn, device=own.device)
-    largest = torch.zeros((), device=own.device)
     tile = 4096 // width
+    grid = (triton.cdiv(max(tokens, length), tile), listed + 1, batch * heads)
+    peaks = torch.empty(grid, device=own.device)
     with torch.cuda.device_of(own):
-        decode_fp8_kernel[(triton.cdiv(max(tokens, length) * heads, tile), listed + 1, batch)](
-            out, largest.view(torch.int32), own.contiguous(), centre.contiguous(),
+        decode_fp8_kernel[grid](
+            out, peaks.view(torch.int32), own.contiguous(), centre.contiguous(),
             codes, scales.view(torch.uint8), decode_scales, means, table,
-            codes.shape[1], tokens * heads, length * heads, heads,
+            codes.shape[1], tokens, length, heads,
             WIDTH=width, ROWS=tile, MEANS=means is not None, enable_fp_fusion=False,
         )  # fmt: skip
-    return out, largest
+    return out, peaks.amax()

@@ -1,4 +1,4 @@
-"""Writing a page of the cache in NVFP4 as two kernels: the heads' magnitudes, then the page."""
+"""Writing a page of the cache in NVFP4: sums for means, the heads' magnitudes, then the page."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from lltk.ops.nvfp4_backends import has_e2m1
 from lltk.ops.nvfp4_quantise.reference import BLOCK, FOUR_OVER_SIX_MAX
 from lltk.ops.nvfp4_quantise.triton import check_dtype, quantise_blocks, tensor_scales
 from lltk.ops.triton_floats import is_finite
+
+_TOKENS, _CHANNELS = 64, 128
+"""Whose sums one program makes."""
 
 
 def nvfp4_write_page(
@@ -33,7 +36,7 @@ def nvfp4_write_page(
     batch, tokens, heads, width = value.shape
     mean = None
     if means is not None:
-        mean = value.mean(1, dtype=torch.float64).to(means.dtype)
+        mean = _mean(value).to(means.dtype)
         means.index_copy_(1, slot, mean.unsqueeze(1))
     largest = value.new_zeros((batch, heads), dtype=torch.float32)
     blocks = width // BLOCK
@@ -58,6 +61,31 @@ def nvfp4_write_page(
             NATIVE=has_e2m1(value.device),
             enable_fp_fusion=False,
         )
+
+
+def _mean(value: Tensor) -> Tensor:
+    """Over the tokens, float64 [B, H, D]."""
+    batch, tokens, heads, width = value.shape
+    parts, channels = triton.cdiv(tokens, _TOKENS), heads * width
+    sums = value.new_empty((batch, parts, heads, width), dtype=torch.float64)
+    with torch.cuda.device_of(value):
+        _sums[(triton.cdiv(channels, _CHANNELS), parts, batch)](
+            value, sums, tokens, channels, TOKENS=_TOKENS, CHANNELS=_CHANNELS
+        )
+    return sums.sum(1) / tokens
+
+
+@triton.jit
+def _sums(value, sums, tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Of some channels over some tokens."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    batch = tl.program_id(2).to(tl.int64)
+    inside = (token < tokens) & (channel < channels)[None, :]
+    places = (batch * tokens + token) * channels + channel[None, :]
+    values = tl.load(value + places, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
+    place = (batch * tl.num_programs(1) + tl.program_id(1)) * channels + channel
+    tl.store(sums + place, tl.sum(values, 0), mask=channel < channels)
 
 
 @triton.jit
