@@ -27,8 +27,6 @@ One layer, keys and values: a commit writes a page of each; a read is attention 
 keys and to all listed pages, gathered or decoded for it. A chunk: every layer's commit and,
 in {passes} passes, its reads; against the fastest reader of bfloat16 pages. Of a chunk: of its
 attention and linears in bfloat16, measured alike, a lower bound of its time."""
-_EIGHT = "E4M3"
-"""The cache that FP8 attention reads; no other reader is timed on it."""
 
 
 def main() -> None:
@@ -96,10 +94,8 @@ def _rows(options: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]
     slots = options.pages + 1
     table = torch.arange(options.pages, device=clock.device)
     plain = [k.new_zeros(1, slots, *size[1:]) for _ in range(2)]
-    eight = [pages.to(torch.float8_e4m3fn) for pages in plain]
     caches: list[tuple[str, str, list[Tensor | None], Callable[[Tensor], None]]] = [
         ("bfloat16", "paged_attention", [*plain], partial(_commit, plain, k, v)),
-        (_EIGHT, "paged_attention", [*eight], partial(_commit, eight, k, v)),
     ]
     for name, smoothing, rule in (
         ("NVFP4", False, "none"),
@@ -116,8 +112,6 @@ def _rows(options: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]
         times = clock(partial(commit, torch.tensor([options.pages], device=clock.device)))
         for choice in IMPLEMENTATIONS:
             if choice.op != attention or choice.name == "reference":
-                continue
-            if (choice.name == "fp8_arena") != (name == _EIGHT):
                 continue
             if choice.name == "decode" and clock.cuda:
                 continue  # it copies a table from the host, which a graph cannot record

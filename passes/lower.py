@@ -41,9 +41,7 @@ class Config(PassConfig):
     """An implementation by name for each op; `lltk doctor` lists them."""
 
     paged_attention: str = Field(
-        "sdpa",
-        description="reference, sdpa or cudnn; arena or cudnn_arena (copy no pages), or fp8_arena "
-        "(pages of fp8_cache)",
+        "sdpa", description="reference, sdpa or cudnn; arena or cudnn_arena (copy no pages)"
     )
     block_causal_attention: str = Field("sdpa", description="reference, sdpa or flex")
     nvfp4_paged_attention: str = Field(

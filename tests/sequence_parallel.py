@@ -37,7 +37,6 @@ SIZE = 2
 CASES: dict[str, tuple[Sequence[str], str]] = {
     "plain": ((), "compute"),
     "plain in fp8": ((), "fp8"),
-    "fp8 pages": (("fp8_cache",), "compute"),
     "nvfp4 pages": (("nvfp4_cache",), "compute"),
     "all": (("fp8_infer", "nvfp4_cache"), "fp8"),
 }

@@ -22,13 +22,22 @@ from nvfp4_pages import (
     operands,
     written,
 )
-from test_ops import ANY_DTYPE, BOUND, FAR, TABLES, dense_paged_in, random, with_gradients, worst
+from test_ops import (
+    ANY_DTYPE,
+    BOUND,
+    FAR,
+    TABLES,
+    dense,
+    dense_paged_in,
+    random,
+    with_gradients,
+    worst,
+)
 from torch import Tensor
 from torch.library import opcheck
 
 from lltk.ops.floats import to_e4m3
 from lltk.ops.fp8_attention.op import fp8_attention
-from lltk.ops.fp8_attention.reference import largest
 from lltk.ops.implementations import find_implementation
 from lltk.ops.nvfp4_paged_attention.fp8 import centre, fp8_decode, gather_fp8
 from lltk.ops.nvfp4_paged_attention.op import (
@@ -250,7 +259,7 @@ def in_fp8(bias: float, smooth: bool, table: list[int]) -> tuple[float, float]:
     raw_keys, raw_values = (
         to_e4m3(gather(t, p, listed, torch.float32)) for t, p in zip(own[1:3], pages, strict=True)
     )
-    scale = 448 / largest(raw_values)
+    scale = 448 / raw_values.float().abs().amax()
     plain = fp8_attention(to_e4m3(own[0]), raw_keys, raw_values, scale).float() / scale
     spread = (exact - shared[0]).std()
     return tuple(float((t - exact).std() / spread) for t in (fp8_decode(*rest), plain))
@@ -278,6 +287,47 @@ def test_keys_are_centred_too() -> None:
     shifted = [own[0], own[1] + random(own[1].shape, torch.float32, 8)]
     other = fp8_decode(*shifted, *rest[2:])
     assert float((other - exact).std() / exact.std()) > 0.3
+
+
+@cpu
+@pytest.mark.parametrize("size", [0.01, 100.0])
+def test_fp8_scales_its_result(size: float) -> None:
+    """A mean of small values is smaller still, and E4M3 ends at 2⁻⁹."""
+    own, arenas = operands(torch.float32, 64, 16)
+    own[2], arenas[1] = own[2] * size, arenas[1] * size
+    pages = [written(values, True) for values in arenas]
+    rest = (*own[:3], *pages[0], *pages[1], torch.tensor([3, 0, 1]))
+    exact = nvfp4_paged_attention(*rest)
+    ours = fp8_decode(*rest)
+    assert 1e-3 < float((ours - exact).std() / exact.std()) < 0.2
+    assert float((ours.roll(1, 1) - exact).std() / exact.std()) > 0.5
+
+
+@cpu
+def test_fp8_of_nothing_is_nothing() -> None:
+    own, arenas = operands(torch.float32)
+    pages = [*written(arenas[0], True), *written(0 * arenas[1], True)]
+    assert not fp8_decode(*own[:2], 0 * own[2], *pages, torch.tensor([1])).any()
+
+
+@cpu
+def test_fp8_attention_is_its_formula() -> None:
+    """Exact attention of its operands, scaled, but for one rounding of the result."""
+    (q, k, v, _), _ = operands(torch.float32, 32, 16)
+    given = [to_e4m3(t) for t in (q, k, v)]
+    ours = fp8_attention(*given, torch.tensor(50.0)).double()
+    theirs = 50 * dense(*(t.double() for t in given), torch.ones(32, 32, dtype=torch.bool))
+    assert float(((ours - theirs).abs() / theirs.abs().clamp_min(2**-6)).max()) <= 2**-4 + 1e-3
+    assert float((ours - theirs).std() / theirs.std()) > 1e-3
+
+
+@cpu
+def test_opcheck_of_fp8_attention() -> None:
+    q, k = to_e4m3(torch.randn(1, 5, 2, 16)), to_e4m3(torch.randn(1, 9, 2, 16))
+    checks = ("test_faketensor", "test_aot_dispatch_dynamic")  # others compare with allclose
+    opcheck(fp8_attention, (q, k, k, torch.tensor(3.0)), test_utils=checks)
+    with pytest.raises(RuntimeError):
+        fp8_attention(*(t.to("meta") for t in (q, k, q)), torch.tensor(3.0, device="meta"))
 
 
 @cpu

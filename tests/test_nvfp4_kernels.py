@@ -570,8 +570,8 @@ def test_absent_hardware_is_an_error_that_lists_what_there_is(
         patch.setattr(hardware, "find_spec", lambda module: None)
         with pytest.raises(ValueError, match="triton needs the package triton"):
             check_backend("triton", torch.device("cuda"))
-        with pytest.raises(ValueError, match="fp8_arena needs the package nvidia-cudnn-frontend"):
-            check_device({"paged_attention": "fp8_arena"}, torch.device("cuda"))
+        with pytest.raises(ValueError, match="fp8_decode needs the package nvidia-cudnn-frontend"):
+            check_device({"nvfp4_paged_attention": "fp8_decode"}, torch.device("cuda"))
 
     def has(*capability: int) -> torch.device:
         monkeypatch.setattr(hardware, "find_spec", lambda module: module)

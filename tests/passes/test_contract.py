@@ -84,7 +84,6 @@ CASES = [
     Case("commit", "stream", "bitwise", CAUSAL, STREAM[:5]),
     Case("nvfp4_cache", "stream", "changing", Stage.QUANTISED, STREAM[:6], head_dim=16),
     Case("nvfp4_infer", "stream", "changing", Stage.QUANTISED, STREAM[:6], 16, lossy=True),
-    Case("fp8_cache", "stream", "changing", Stage.QUANTISED, STREAM[:6]),
     Case("fp8_infer", "stream", "changing", Stage.QUANTISED, STREAM[:6], 16, lossy=True),
     Case("fuse_norm_quantise", "stream", "rounding", Stage.QUANTISED, W4A4, 16, lossy=True),
     Case("fuse_gelu_quantise", "stream", "rounding", Stage.QUANTISED, W8A8, 16, lossy=True),

@@ -135,7 +135,7 @@ def test_keys_and_values_travel_in_fp8() -> None:
     assert "lltk.tokens_to_heads.default([q], 2, 'sequence')" in text(program, "step")
 
 
-@pytest.mark.parametrize("cache", [None, "fp8_cache", "nvfp4_cache"])
+@pytest.mark.parametrize("cache", [None, "nvfp4_cache"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_matches_follow_from_the_layers(layers: int, cache: str | None) -> None:
     """The commit's last block ends at its K/V; step and commit share their other blocks."""

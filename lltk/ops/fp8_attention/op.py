@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.floats import E4M3_MAX, to_e4m3
 from lltk.ops.fp8_attention import reference
 
 
@@ -23,18 +22,3 @@ def fp8_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
 def _(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
     torch._check(k.shape == v.shape and q.shape[2:] == k.shape[2:])
     return q.new_empty(q.shape)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, most: Tensor) -> Tensor:
-    """`fp8_attention` of q rounded to E4M3, scaled so that `most` becomes E4M3's maximum.
-
-    Args:
-        q: [B, L, H, D], any floating dtype.
-        k, v: float8_e4m3fn [B, M, H, D].
-        most: float32 [], the largest magnitude in v.
-
-    Returns:
-        float32 [B, L, H, D], the scale taken off again.
-    """
-    scale = E4M3_MAX / most.masked_fill(most == 0, 1.0)
-    return fp8_attention(to_e4m3(q), k, v, scale).float() / scale

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lltk.ops.floats import to_e4m3
 from lltk.ops.paged_attention.reference import attention
-
-
-def largest(values: Tensor) -> Tensor:
-    """The largest magnitude among E4M3 values: float32 [], NaN where one is."""
-    bits = (values.view(torch.uint8) & 0x7F).amax()  # without signs, they are in order
-    return bits.view(torch.float8_e4m3fn).float()
 
 
 def fp8_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:

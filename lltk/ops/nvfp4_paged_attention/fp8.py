@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.floats import to_e4m3
-from lltk.ops.fp8_attention.op import attend
+from lltk.ops.floats import E4M3_MAX, to_e4m3
+from lltk.ops.fp8_attention.op import fp8_attention
 from lltk.ops.nvfp4_paged_attention.reference import Pages, gather
 
 
@@ -40,7 +40,10 @@ def fp8_decode(
     k_centre, v_centre = centre(k, k_means, table), centre(v, v_means, table)
     keys, _ = gather_fp8(k, k_centre, k_codes, k_scales, k_decode_scales, k_means, table)
     values, largest = gather_fp8(v, v_centre, v_codes, v_scales, v_decode_scales, v_means, table)
-    return (attend(q, keys, values, to_e4m3(largest).float()) + v_centre).to(q.dtype)
+    most = to_e4m3(largest).float()
+    scale = E4M3_MAX / most.masked_fill(most == 0, 1.0)
+    out = fp8_attention(to_e4m3(q), keys, values, scale).float() / scale
+    return (out + v_centre).to(q.dtype)
 
 
 def centre(own: Tensor, means: Tensor | None, table: Tensor) -> Tensor:

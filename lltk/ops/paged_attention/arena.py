@@ -9,9 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lltk.ops.floats import to_e4m3
-from lltk.ops.fp8_attention.op import attend as attend_fp8
-from lltk.ops.fp8_attention.reference import largest
 from lltk.ops.paged_attention.reference import gather
 from lltk.ops.paged_attention.sdpa import attend
 from lltk.ops.write_page.reference import write_page
@@ -30,18 +27,6 @@ def cudnn_arena(
     """`reference.paged_attention` by cuDNN alone: an error where cuDNN cannot run it."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return arena(q, k, v, k_pages, v_pages, table)
-
-
-def fp8_arena(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
-) -> Tensor:
-    """`reference.paged_attention` of q, k and v rounded to E4M3, over pages that hold it.
-
-    The result is rounded too, scaled so that what v's largest element weighs alone is E4M3's
-    maximum.
-    """
-    keys, values = _held(to_e4m3(k), to_e4m3(v), k_pages, v_pages, table)
-    return attend_fp8(q, keys, values, largest(values)).to(q.dtype)
 
 
 def _held(

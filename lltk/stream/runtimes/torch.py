@@ -135,7 +135,7 @@ class TorchRuntime:
                 "the same model and geometry"
             )
         for name, page in state.items():
-            if "scales" in name and page.dtype is torch.float8_e4m3fn and broken_scales(page):
+            if page.dtype is torch.float8_e4m3fn and broken_scales(page):
                 raise ValueError(
                     f"state: {name} has block scales that are NaN or negative; the file is "
                     "damaged: resume from another"
