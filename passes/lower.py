@@ -41,7 +41,7 @@ class Config(PassConfig):
     """An implementation by name for each op; `lltk doctor` lists them."""
 
     paged_attention: str = Field(
-        "sdpa", description="reference, sdpa or cudnn; arena or cudnn_arena (copy no pages)"
+        "sdpa", description="reference, sdpa, cudnn or arena (copies no pages)"
     )
     block_causal_attention: str = Field("sdpa", description="reference, sdpa or flex")
     nvfp4_paged_attention: str = Field(

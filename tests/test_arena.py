@@ -113,7 +113,7 @@ def error(ours: Tensor, wanted: Tensor) -> float:
 @gpu
 @pytest.mark.parametrize("table", [[2], [3, 0, 1]])
 def test_an_arena_on_cuda(table: list[int]) -> None:
-    run = find_implementation("paged_attention", "cudnn_arena").load()
+    run = find_implementation("paged_attention", "arena").load()
     (q, k, v, _), arenas = page_operands(torch.bfloat16, tokens=256, width=128)
     exact = dense_paged(*(t.double() for t in (q, k, v, *arenas)), table)
     moved = [*(t.cuda() for t in (q, k, v, *arenas)), torch.tensor(table).cuda()]

@@ -79,7 +79,6 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Paged("sdpa", _OPS + "paged_attention.sdpa:sdpa", _ANY),
     _Paged("cudnn", _OPS + "paged_attention.sdpa:cudnn", ("cuda",)),
     _Paged("arena", _OPS + "paged_attention.arena:arena", _ANY),
-    _Paged("cudnn_arena", _OPS + "paged_attention.arena:cudnn_arena", ("cuda",)),
     _Causal("reference", _OPS + "block_causal_attention.op:block_causal_attention", _ANY),
     _Causal("sdpa", _OPS + "block_causal_attention.sdpa:sdpa", _ANY),
     _Causal("flex", _OPS + "block_causal_attention.flex:flex", ("cuda",), module="triton"),

@@ -7,7 +7,6 @@ written to that one first, which its commit writes again. Elsewhere pages are co
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lltk.ops.paged_attention.reference import gather
 from lltk.ops.paged_attention.sdpa import attend
@@ -19,14 +18,6 @@ def arena(
 ) -> Tensor:
     """`reference.paged_attention`, by the backend torch picks for the device."""
     return attend(q, *_held(k, v, k_pages, v_pages, table))
-
-
-def cudnn_arena(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
-) -> Tensor:
-    """`reference.paged_attention` by cuDNN alone: an error where cuDNN cannot run it."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return arena(q, k, v, k_pages, v_pages, table)
 
 
 def _held(

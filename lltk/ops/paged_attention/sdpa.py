@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lltk.ops.paged_attention.reference import gather
 
@@ -25,6 +25,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def cudnn(
     q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
 ) -> Tensor:
-    """`reference.paged_attention` by cuDNN alone: an error where cuDNN cannot run it."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(q, k, v, k_pages, v_pages, table)
+    """`reference.paged_attention` by cuDNN alone: an error where cuDNN cannot run it.
+
+    Asked for by name, since torch's choice of backends is the whole process's, and the decoder
+    attends in another thread.
+    """
+    queries, keys, values = (
+        t.transpose(1, 2) for t in (q, gather(k, k_pages, table), gather(v, v_pages, table))
+    )
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (queries, keys, values))
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(queries, keys, values, None, grad)
+    return found[0].transpose(1, 2)
