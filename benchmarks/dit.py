@@ -4,8 +4,8 @@
     .venv/bin/torchrun --nproc-per-node 2 benchmarks/dit.py wan22_5b_stream_sp2
 
 Recipes are files or shipped recipes' names, of one model; by default each step from bfloat16 to
-FP8 throughout. Weights are random at the true shape, the same for every
-recipe, so errors can be compared too.
+FP8 throughout. Weights are random at the true shape, the same for every recipe, so errors can be
+compared too.
 
 Writes dit.json and dit.md beside this file, or into --output.
 """
