@@ -104,6 +104,11 @@ def _capture(
             f"{section}.latents: {recipe.model.latents} is for decoders; a transformer takes "
             "geometry.chunk latent frames at once"
         )
+    if family is _TRANSFORMER and recipe.model.columns is not None:
+        raise ValueError(
+            f"{section}.columns: {recipe.model.columns} is for decoders; ulysses_stream shares a "
+            "transformer among devices"
+        )
     config, loaded = _model(family, recipe, weights, section)
     program = family.capture(config, recipe, getattr(torch, recipe.model.dtype))
     packed = loaded if loaded is not None and is_packed(loaded) else None

@@ -225,9 +225,12 @@ def test_a_stream_decodes_by_its_recipes_passes(tmp_path: Path) -> None:
 
 
 @cpu
-def test_only_decoders_take_several_latents() -> None:
-    recipe = load_recipe(find_recipe("tiny_stream"), ["model.latents=2"])
-    assert refused(transform, recipe).startswith("model.latents: 2 is for decoders")
+@pytest.mark.parametrize("key", ["latents=2", "columns=[0, 4]"])
+def test_what_only_decoders_take(key: str) -> None:
+    recipe = load_recipe(find_recipe("tiny_stream"), [f"model.{key}"])
+    name = key.partition("=")[0]
+    assert refused(transform, recipe).startswith(f"model.{name}: ")
+    assert "is for decoders" in refused(transform, recipe)
 
 
 @cpu

@@ -29,7 +29,15 @@ def cudnn(
 
     Asked for by name, since torch's choice of backends is the whole process's, and the decoder
     attends in another thread.
+
+    Raises:
+        ValueError: q is neither bfloat16 nor float16.
     """
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"paged_attention: cudnn attends in bfloat16 or float16, not in {q.dtype}; set "
+            "model.dtype, or paged_attention of the recipe's lower pass to sdpa"
+        )
     queries, keys, values = (
         t.transpose(1, 2) for t in (q, gather(k, k_pages, table), gather(v, v_pages, table))
     )
