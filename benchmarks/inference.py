@@ -4,7 +4,8 @@
     .venv/bin/torchrun --nproc-per-node 2 benchmarks/inference.py
 
 Weights and prompts are random, at the true shape. Writes inference.json and inference.md beside
-this file, or into --output.
+this file, or into --output; rows of the record there that were measured on other GPUs, or that are
+not measured now, stay in it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 
 from lltk.bench.random_weights import random_prompts, with_random_models
-from lltk.bench.record import make_record, markdown, write_record
+from lltk.bench.record import Record, commit, hardware, make_record, markdown, write_record
 from lltk.bench.stream import METHOD, measure
 from lltk.cli.recipes import find_recipe
 from lltk.graph.memory import readable
@@ -38,8 +40,8 @@ _BEHIND = "stream.decoder.device=[cuda:2, cuda:3]"
 _METHOD = """\
 Random weights of the true shape, random embeddings in place of text, whose encoding does not count.
 The decoder works while the next chunk is made, on a CUDA stream of its own or, where it says so, on
-a GPU of its own. First frame: compilation and recording in it, caches cold in the first row alone.
-"""
+a GPU of its own. First frame: compilation and recording in it, caches cold in a run's first row
+alone. Each row's run has a commit."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def main() -> None:
                 continue
             result = _measured(options, row, ranks.device)
             if ranks.rank == 0:
-                results.append({"name": name, **result})
+                on = " + ".join(_counted(hardware().gpus[: row.gpus])) or "CPU"
+                results.append({"name": name, "on": on, "commit": commit(), **result})
                 print(name, result["e2e_seconds"], result["dit_fps"], flush=True)
                 _write(options.output, results)
 
@@ -114,7 +117,22 @@ def _measured(options: argparse.Namespace, row: Row, device: torch.device) -> di
     return measure(plan, options.seconds, options.warmup, 1, random_prompts(plan))
 
 
+def _counted(gpus: Sequence[str]) -> list[str]:
+    """Such as 2× NVIDIA H200."""
+    return [f"{count}× {name}" for name, count in Counter(gpus).items()]
+
+
+def _with_others(path: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results, and what a record has of other rows and other GPUs; in the table's order."""
+    if path.exists():
+        measured = {(row["name"], row["on"]) for row in results}
+        held = Record.model_validate_json(path.read_text()).results
+        results = [*results, *(row for row in held if (row["name"], row["on"]) not in measured)]
+    return sorted(results, key=lambda row: (row["on"], list(ROWS).index(row["name"])))
+
+
 def _write(folder: Path, results: list[dict[str, Any]]) -> None:
+    results = _with_others(folder / "inference.json", results)
     command = f"benchmarks/inference.py {' '.join(sys.argv[1:])}".strip()
     method = f"{METHOD} {_METHOD}".replace("\n", " ").strip()
     record = make_record("inference", command, method, results)
@@ -125,6 +143,7 @@ def _write(folder: Path, results: list[dict[str, Any]]) -> None:
         )
 
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "on": lambda row: row["on"],
         "": lambda row: row["name"],
         "steps": lambda row: str(row["steps"]),
         "DiT FPS": lambda row: f"{row['dit_fps']:.1f}",
@@ -135,6 +154,7 @@ def _write(folder: Path, results: list[dict[str, Any]]) -> None:
         "peak memory": lambda row: _peaks(row["memory"]["peak"]),
         "planned": lambda row: _owners(row["memory"]["planned"]),
         "ran": lambda row: row["ran"]["transformer"] + "; decoder " + row["ran"]["decoder"],
+        "commit": lambda row: row["commit"],
     }
     write_record(folder / "inference", record, markdown(record, "Inference", columns))
 

@@ -475,7 +475,7 @@ def test_cudnn(table: list[int], dtype: torch.dtype) -> None:
 def test_cudnn_refuses_float32() -> None:
     run = find_implementation("paged_attention", "cudnn").load()
     own, arenas = page_operands(torch.float32, tokens=64, width=64)
-    with pytest.raises(ValueError, match="attends in bfloat16 or float16, not in torch.float32"):
+    with pytest.raises(ValueError, match="attends in bfloat16 or float16, not in"):
         run(*own[:3], *arenas, torch.tensor([0]))
 
 
