@@ -38,7 +38,17 @@ CASES: dict[str, tuple[Sequence[str], str]] = {
     "plain": ((), "compute"),
     "plain in fp8": ((), "fp8"),
     "nvfp4 pages": (("nvfp4_cache",), "compute"),
-    "all": (("fp8_infer", "nvfp4_cache"), "fp8"),
+    "all": (
+        (
+            "fuse_norm_rope",
+            "nvfp4_cache",
+            "fp8_infer",
+            "fuse_norm_quantise",
+            "fuse_gelu_quantise",
+            "fuse_gated_residual",
+        ),
+        "fp8",
+    ),
 }
 """Passes before the frames are shared, and what is exchanged."""
 CHUNKS = 6
