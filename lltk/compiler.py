@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lltk.graph.packed import check_fp8_weights, is_packed, packed_weights
+from lltk.graph.packed import check_fp8_weights, is_packed, packed_weights, plain_name
 from lltk.graph.passes import Pass, run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import ModelSection, Recipe
 from lltk.models import configs, wan22, wan_vae
 from lltk.models.checkpoint import Checkpoint, check_weights, load_checkpoint, load_lora
 from lltk.models.configs import named_config
+from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.passes import make_pass
 
 Observer = Callable[[Program], None]
@@ -112,13 +113,14 @@ def _capture(
     config, loaded = _model(family, recipe, weights, section)
     program = family.capture(config, recipe, getattr(torch, recipe.model.dtype))
     packed = loaded if loaded is not None and is_packed(loaded) else None
-    if packed is not None:
-        if "nvfp4_infer" not in dict(recipe.steps()):
+    if packed is not None and "nvfp4_infer" not in dict(recipe.steps()):
+        if "fp8_infer" not in dict(recipe.steps()):
             raise ValueError(
                 f"model.checkpoint: {recipe.model.checkpoint} holds weights in NVFP4; add "
-                "nvfp4_infer to the recipe's passes"
+                "nvfp4_infer, or fp8_infer, to the recipe's passes"
             )
-    elif loaded is not None:
+        loaded, packed = _decoded(packed, program), None
+    if packed is None and loaded is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}
         check_weights(loaded, shapes, str(recipe.model.checkpoint))
         program.weights = loaded
@@ -128,6 +130,16 @@ def _capture(
         key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
     }
     return program, packed
+
+
+def _decoded(weights: Mapping[str, Tensor], program: Program) -> dict[str, Tensor]:
+    """Weights with those in NVFP4 as what they stand for, in the dtype and width of the model's."""
+    plain = {name: tensor for name, tensor in weights.items() if plain_name(name) == name}
+    for module, weight in packed_weights(weights, "weights").items():
+        values, like = nvfp4_dequantise(*weight), program.weights.get(f"{module}.weight")
+        fits = values if like is None else values[:, : like.shape[1]].to(like.dtype)
+        plain[f"{module}.weight"] = fits
+    return plain
 
 
 def plan(recipe: Recipe, stop_after: str | None, disable: Collection[str]) -> list[Pass[Any]]:

@@ -206,6 +206,21 @@ def test_a_packed_checkpoint_is_taken_as_it_is(layout: str, tmp_path: Path) -> N
     assert "holds weights in NVFP4; add nvfp4_infer" in refused(transform, plain)
 
 
+def test_a_packed_checkpoint_infers_in_fp8(tmp_path: Path) -> None:
+    """As the values that it stands for do, whose queries, keys and values can be merged."""
+    program, config = quantised(), tiny_config(2, **WIDE)
+    save_checkpoint(tmp_path / "transformer", program.weights, "modelopt", config)
+    steps = [*STEPS, "merge_qkv", "fp8_infer", "regionalise", "lower"]
+    recipe = make_recipe("stream", steps, config=config)
+    model = recipe.model.model_copy(update={"checkpoint": str(tmp_path / "transformer")})
+    loaded = transform(recipe.model_copy(update={"model": model}))
+    decoded = with_weights(transform(recipe, weights=False), program.unmap_state(program.weights))
+    given = inputs(loaded, "step")
+    assert same(run(loaded, "step", given), run(decoded, "step", given))
+    other = with_weights(transform(recipe, weights=False), streaming().weights)
+    assert not same(run(loaded, "step", given), run(other, "step", given))
+
+
 def test_precision_by_denoising_pass() -> None:
     """A pass that is kept, and the commit, give the plain program's bits; the others do not."""
     kept, plain, packed = quantised(keep_steps=[0, 2], keep_commit=True), streaming(), quantised()
