@@ -24,6 +24,7 @@ from helpers import (
 )
 from torch import Tensor
 
+from lltk.cli.recipes import open_recipe
 from lltk.compiler import with_weights
 from lltk.graph.geometry import Kind
 from lltk.graph.module import instantiate
@@ -152,7 +153,7 @@ def test_adapters_come_before() -> None:
 
 
 def test_all_fusions_together() -> None:
-    """In the order of benchmarks/dit/fused.yaml; products alone may be summed otherwise."""
+    """In the order of wan22_5b_stream_fp8; products alone may be summed otherwise."""
     steps = [*CAUSAL, "merge_qkv", "fuse_norm_rope", "fp8_infer", "fuse_norm_quantise",
              "fuse_gelu_quantise", "fuse_gated_residual", "regionalise", "lower"]  # fmt: skip
     recipe = make_recipe("stream", steps, config=tiny_config(2, attention_head_dim=16))
@@ -167,8 +168,10 @@ def test_all_fusions_together() -> None:
     assert len(program.regions) == 3
 
 
-def test_the_benchmarks_recipe_transforms() -> None:
-    passes = load_recipe(Path(__file__).parents[2] / "benchmarks" / "dit" / "fused.yaml").passes
+def test_the_fast_recipe_transforms() -> None:
+    passes = open_recipe("wan22_5b_stream_fp8", ()).passes
+    compared = Path(__file__).parents[2] / "benchmarks" / "precisions" / "fp8.yaml"
+    assert load_recipe(compared).passes == passes
     config = tiny_config(2, attention_head_dim=16)
     program = make_program(make_recipe("stream", passes, config=config, dtype="bfloat16"), None)
     block = text(program, "step_block")
