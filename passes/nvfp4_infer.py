@@ -44,8 +44,8 @@ class Nvfp4Infer(Pass[Config]):
         linear(x, W, b)  →  nvfp4_matmul(*nvfp4_quantise(x), codes, scales, decode scale) + b
 
     ``<module>.weight`` becomes ``<module>.weight_codes``, ``…_scales`` and ``…_decode_scale``, in
-    16×16 tiles as training rounds it, K padded to whole blocks. Linears that read the same x share
-    its quantised values. Weights that are stored so already are taken as they are.
+    16×16 tiles as training rounds it, from the dtype that it would run in; K padded to whole
+    blocks. Linears that read the same x share its quantised values. Weights that are stored so already are taken as they are.
 
     Passes that keep high precision read the weights as they were, which then stay beside the packed
     ones: graph ``step_high`` is the step before this rewrite.
@@ -131,7 +131,8 @@ class Nvfp4Infer(Pass[Config]):
             weight = torch.empty(weight.shape, device="meta")
             made = torch.ops.lltk.nvfp4_quantise(weight, BLOCK, self.config.weight_rule)
         else:
-            made = nvfp4_quantise(weight, BLOCK, self.config.weight_rule)
+            running = weight.to(self._packed[module].dtype)
+            made = nvfp4_quantise(running, BLOCK, self.config.weight_rule)
             if bool(made[2].isnan()):
                 raise ValueError(f"{module}.weight: is not finite; repair the checkpoint")
         return {module + ending: part for ending, part in zip(ENDINGS, made, strict=True)}

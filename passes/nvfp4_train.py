@@ -37,7 +37,7 @@ class Config(LinearChoice):
     weight_rule: Rule = Field("none", description="Four Over Six rule of weights")
     gradient_rule: Rule = Field("mse", description="Four Over Six rule of output gradients")
     stochastic: bool = Field(True, description="round output gradients stochastically")
-    hadamard: Literal[0, 16, 32, 64, 128] = Field(
+    hadamard: Literal[0, 16, 32, 64] = Field(
         16, description="width of the Hadamard transform of dW's operands; 0 for none"
     )
     hadamard_seed: int | None = Field(

@@ -27,6 +27,7 @@ from helpers import (
 from torch import Tensor
 
 from lltk.artefact import load_program, save_program
+from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform, with_weights
 from lltk.graph.fingerprint import fingerprint
 from lltk.graph.memory import estimate
@@ -37,6 +38,7 @@ from lltk.models.checkpoint import save_checkpoint
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
 from lltk.stream.rollout import Rollout
+from lltk.streaming import plan_stream
 
 pytestmark = pytest.mark.cpu
 
@@ -106,14 +108,22 @@ def test_rewrites_the_text() -> None:
     assert program.log[-1].matches == {"attn1.to_q": 3, "attn1.to_k": 3}
 
 
-def test_weights_are_packed_as_training_rounds_them() -> None:
-    program = after(made(), {"nvfp4_infer": {"weight_rule": "mse"}})
-    for module in ("blocks.0.attn1.to_q", "blocks.0.attn1.to_k"):
-        wanted = nvfp4_quantise(WEIGHTS[f"{module}.weight"], 16, "mse")
-        assert f"{module}.weight" not in program.weights
-        for part, value in zip(("codes", "scales", "decode_scale"), wanted, strict=True):
-            held = program.weights[f"{module}.weight_{part}"]
-            assert held.dtype == value.dtype and torch.equal(held.float(), value.float())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_packed_as_training_rounds_them(dtype: str) -> None:
+    """Training rounds them in the dtype that it runs in, and saves float32."""
+    file, rule = streaming().weights, {"weight_rule": "mse"}
+    steps = [*CANONICAL, "text_per_chunk", "teacher_forcing", {"nvfp4_train": rule}]
+    recipe = make_recipe("train", steps, config=tiny_config(2, **WIDE), dtype=dtype)
+    trained = instantiate(with_weights(make_program(recipe, None), file)).quantised_weights()
+    program = streaming({"nvfp4_infer": rule}, dtype=dtype, seed=None)
+    packed = with_weights(program, file).weights
+    for layer, linear in ((0, "attn1.to_q"), (1, "ffn.net.2")):
+        for part, name in (("codes", "codes"), ("scales", "scales"), ("scale", "decode_scale")):
+            wanted = trained[f"{linear.replace('.', '_')}_{part}_{layer}"]
+            held = packed[f"blocks.{layer}.{linear}.weight_{name}"]
+            assert held.dtype == wanted.dtype and torch.equal(held.float(), wanted.float())
+        exact = nvfp4_quantise(file[f"blocks.{layer}.{linear}.weight"], 16, "mse").decode_scale
+        assert torch.equal(held, exact) == (dtype == "float32")
 
 
 def test_states_map_both_ways() -> None:
@@ -250,6 +260,28 @@ def test_precision_by_denoising_pass() -> None:
     for index, wanted in enumerate(("plain", "packed", "plain")):
         assert torch.equal(results["kept"][index], results[wanted][index])
     assert not torch.equal(results["plain"][1], results["packed"][1])
+
+
+def test_widths_that_are_not_whole_blocks() -> None:
+    ragged = BEFORE.replace("4, 16]", "4, 24]")
+    texts = {name: ragged.replace("step", name) for name in ("prologue", "step", "commit")}
+    wide = {n: torch.randn(32, 24) if "weight" in n else w for n, w in WEIGHTS.items()}
+    program = hand_made("stream", Stage.CAUSAL, texts, wide)
+    message = refused(after, program, "nvfp4_infer")
+    assert "blocks.0.attn1.to_q: in 24 features are not a multiple of 16" in message
+    padded = after(program, {"nvfp4_infer": {"ragged": "pad"}})
+    given = {"hidden_states": torch.randn(1, 4, 24)}
+    assert difference(run(padded, "step", given), run(program, "step", given)) < 0.25
+    back = padded.unmap_state(padded.weights)["blocks.0.attn1.to_q.weight"]
+    assert back.shape == (32, 24)
+
+
+def test_passes_that_a_chunk_lacks_cannot_be_kept() -> None:
+    recipe = open_recipe("tiny_stream_w4a4", ["passes.nvfp4_infer.keep_steps=[0, 4]"])
+    assert refused(plan_stream, recipe, "cpu") == (
+        "keep_steps: [4] are no passes of a chunk, which has 4 (0 to 3); set keep_steps or "
+        "stream.steps"
+    )
 
 
 def spoiled(name: str, value: Tensor) -> dict[str, Tensor]:
