@@ -45,7 +45,8 @@ class Nvfp4Infer(Pass[Config]):
 
     ``<module>.weight`` becomes ``<module>.weight_codes``, ``…_scales`` and ``…_decode_scale``, in
     16×16 tiles as training rounds it, from the dtype that it would run in; K padded to whole
-    blocks. Linears that read the same x share its quantised values. Weights that are stored so already are taken as they are.
+    blocks. Linears that read the same x share its quantised values. Weights that are stored so
+    already are taken as they are.
 
     Passes that keep high precision read the weights as they were, which then stay beside the packed
     ones: graph ``step_high`` is the step before this rewrite.
