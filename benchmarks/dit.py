@@ -47,6 +47,7 @@ the time of a denoising pass, by the names of its kernels. Random weights of the
 _LINEARS = "fp8_linears"
 _OWNERS = {
     "element-wise, compiled": ("triton_per_", "triton_poi_", "triton_red_"),
+    "decoding pages": ("decode_kernel", "decode_fp8_kernel"),
     "attention": ("sdpa", "fmha", "flash", "attention"),
     "GEMM": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm"),
     "communication": ("nccl",),
