@@ -135,6 +135,25 @@ def streamed(made: Program) -> Tensor:
     return torch.cat(latents, dim=2)
 
 
+def stopped(made: Program, rank: int) -> str:
+    """What each rank says of a commit that leaves the last one's heads not finite."""
+    with session(made) as stream:
+        runtime: Any = stream._runtime
+        commit = runtime.commit
+
+        def broken(*given: Any) -> None:
+            commit(*given)
+            if rank == SIZE - 1:
+                runtime.pages["k_pages_decode_scales_1"][:, given[-1]] = torch.nan
+
+        runtime.commit = broken
+        try:
+            next(stream)
+        except ValueError as error:
+            return str(error)
+    return "nothing"
+
+
 def exchanged(rank: int) -> None:
     """Every op gives what its reference does, in dtypes that a backend may not know too."""
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
@@ -170,6 +189,8 @@ def made_by(rank: int, port: int) -> dict[str, Tensor]:
             shared = program(case, SIZE)
             made |= {f"{case}.{name}": t for name, t in rolled(shared).items()}
         made["session"] = streamed(program("nvfp4 pages", SIZE))
+        said = stopped(program("nvfp4 pages", SIZE), rank)
+        made["stopped"] = torch.tensor(list(said.encode()), dtype=torch.uint8)
     return made
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
@@ -163,7 +164,7 @@ def trained(program: Program, device: str, graphs: bool) -> list[dict[str, Tenso
 
 
 def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A session on a GPU is the CPU's, waits for nothing within a chunk's steps, and resumes."""
+    """A session on a GPU is the CPU's, waits for nothing within passes and commits, and resumes."""
     import streams
 
     from lltk.stream.session import Session
@@ -172,19 +173,22 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = streams.save_pipeline(tmp_path / "pipeline")
     recipe = streams.open_recipe("tiny_stream", (*streams.SIZES, f"stream.pipeline={folder}"))
     wanted, wanted_video = streams.streamed(plan_stream(recipe))
-    passes = Session._passes
 
-    def watched(self: Session, positions: Tensor, table: Sequence[int]) -> Tensor:
-        self._pipeline.rest()  # the decoder's thread may wait, and the mode is every thread's
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return passes(self, positions, table)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Session, *given: Any) -> Any:
+            self._pipeline.rest()  # the decoder's thread may wait, and the mode is every thread's
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return method(self, *given)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return call
 
     plan = plan_stream(recipe, "cuda")
     streams.streamed(plan, streams.SHOTS[:1])  # warm-up: libraries are loaded with waiting
-    monkeypatch.setattr(Session, "_passes", watched)
+    for method in (Session._passes, Session._commit):
+        monkeypatch.setattr(Session, method.__name__, watched(method))
     latents, video = streams.streamed(plan)
     assert float((latents.cpu() - wanted).abs().max() / wanted.abs().max()) < 1e-2
     assert float((video.cpu() - wanted_video).abs().mean()) < 1e-2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 from lltk.graph.memory import estimate
 from lltk.stream.memory import stream_memory
 from lltk.stream.rollout import Rollout
+from lltk.stream.script import Shot
 from lltk.streaming import Stream, StreamPlan
 
 pytestmark = pytest.mark.cpu
@@ -56,15 +60,117 @@ def test_a_stream_repeats_and_differs_from_the_plain_one(pipeline: Path, plan: S
     assert torch.equal(latents[:, :, first], plain[:, :, first]), "the first chunk reads no page"
 
 
-def test_a_state_with_broken_scales_is_refused(plan: StreamPlan) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("v_pages_scales_0", torch.nan, "block scales that are NaN or negative"),
+        ("v_pages_scales_0", -1.0, "block scales that are NaN or negative"),
+        ("k_pages_decode_scales_1", torch.nan, "values that are not finite"),
+        ("k_pages_decode_scales_1", torch.inf, "values that are not finite"),
+        ("k_pages_decode_scales_1", -1.0, "decode scales that are negative"),
+        ("v_pages_means_0", torch.nan, "values that are not finite"),
+        ("v_pages_means_0", -1.0, None),
+        ("v_pages_scales_0", 1.0, None),
+        ("k_pages_decode_scales_1", 1.0, None),
+    ],
+)
+def test_a_state_with_broken_scales_is_refused(
+    plan: StreamPlan, tmp_path: Path, name: str, value: float, what: str | None
+) -> None:
+    """Where it is restored and where it would be saved."""
     stream, _ = opened(plan)
+    other, _ = opened(plan)
     with stream:
         next(stream.session)
         state = stream.session.state()
-    raw(dict(state.tensors))["cache.v_pages_scales_0"].flatten()[3] = 0x7F
-    other, _ = opened(plan)
-    message = refused(other.session.restore, state)
-    assert "v_pages_scales_0 has block scales that are NaN or negative" in message
+        page = state.tensors[f"cache.{name}"]
+        page[0, stream.session.table.slots[0]].view(-1)[1] = value
+        if what is None:
+            other.session.restore(state)
+            stream.save(tmp_path / "state")
+            return
+        for action in (lambda: other.session.restore(state), lambda: stream.save(tmp_path / "s")):
+            assert refused(action).startswith(f"state: {name} has {what}; ")
+    assert not list(tmp_path.iterdir())
+    assert not other.session.pages[name].float().any(), "nothing was taken over"
+
+
+def breaking(stream: Stream, weight: str, recached: bool = False) -> None:
+    """Let the next commit, or recache, find a weight so large that what it makes overflows."""
+    runtime: Any = stream.session._runtime
+    commit = runtime.commit
+
+    def broken(latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
+        if recached == (slot in stream.session.table.slots.values()):
+            with torch.no_grad():
+                runtime._module.get_parameter(weight).fill_(3e38)
+        commit(latents, positions, table, slot)
+
+    runtime.commit = broken
+
+
+@pytest.mark.parametrize("passes", [NVFP4, "stream.seed=0"], ids=["nvfp4", "plain"])
+@pytest.mark.parametrize("weight", ["blocks.1.attn1.norm_k.weight", "blocks.0.ffn.net.2.weight"])
+def test_a_commit_that_is_not_finite_stops_it(
+    pipeline: Path, tmp_path: Path, passes: str, weight: str
+) -> None:
+    """At once, named with chunk and layer; its state is not saved."""
+    stream, _ = opened(planned(pipeline, passes))
+    with stream:
+        next(stream.session)
+        breaking(stream, weight)
+        message = refused(next, stream.session)
+        assert re.match(
+            r"chunk 1, commit: \w+ \(blocks\.[01]\b.*\) is not finite; keep its", message
+        )
+        assert message.count(weight.rpartition(".")[0]) == 1
+        assert "chunk 1 was interrupted" in refused(stream.save, tmp_path / "state")
+        assert refused(stream.session._runtime.state).startswith("state: k_pages_")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_commit_does_not_read_does_not_stop_it(plan: StreamPlan, tmp_path: Path) -> None:
+    stream, _ = opened(plan)
+    with stream:
+        next(stream.session)
+        breaking(stream, "blocks.1.ffn.net.2.weight")
+        next(stream.session)
+        stream.save(tmp_path / "state")
+        assert refused(next, stream.session).startswith("chunk 2, pass 0: ")
+
+
+def test_a_recache_that_is_not_finite_stops_it(plan: StreamPlan, tmp_path: Path) -> None:
+    """Before the chunk that would attend to it goes to the decoder, the oldest page first."""
+    stream, video = opened(plan, [Shot(caption="a red circle moving left", seconds=6)])
+    with stream:
+        for _ in range(4):
+            next(stream.session)
+        breaking(stream, "blocks.1.attn1.norm_k.weight", recached=True)
+        stream.switch("a green star falling", recache=True)
+        pages = stream.session.table.slots
+        message = refused(next, stream.session)
+        assert stream.session.table.slots == pages
+        assert message.startswith("chunk 4, recache: ") and "(blocks.1.attn1.norm_k)" in message
+        message = refused(stream.save, tmp_path / "state")
+    assert message.startswith("state: k_pages_decode_scales_1 has values that are not finite; ")
+    assert sum(part.shape[2] for part in video) == 29
+
+
+def test_a_page_tells_what_no_node_does(plan: StreamPlan) -> None:
+    """As where kernels round otherwise than the graph does node by node."""
+    stream, _ = opened(plan)
+    with stream:
+        runtime: Any = stream.session._runtime
+        commit = runtime.commit
+
+        def broken(latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
+            commit(latents, positions, table, slot)
+            runtime.pages["v_pages_decode_scales_0"][:, slot, 1] = torch.nan
+
+        next(stream.session)
+        runtime.commit = broken
+        message = refused(next, stream.session)
+    assert message.startswith("chunk 1, commit: v_pages_decode_scales_0 is not finite; ")
 
 
 @pytest.mark.parametrize("at", [1, 5])

@@ -85,6 +85,13 @@ def test_a_session_is_the_same_on_every_rank(pair: list[dict[str, Tensor]]) -> N
     assert apart(first, wanted) < 1e-4 and apart(first.roll(1, 2), wanted) > 0.3
 
 
+def test_every_rank_hears_of_a_page_that_is_not_finite(pair: list[dict[str, Tensor]]) -> None:
+    """It is the second's alone."""
+    first, second = (bytes(each["stopped"].tolist()).decode() for each in pair)
+    assert first == second
+    assert first.startswith("chunk 0, commit: k_pages_decode_scales_1 of rank 1 is not finite; ")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class _Watch(fx.Interpreter):
         program: whose graph or region it is.
         root: owns what the graph reads.
         graph: what to run.
-        labels: what to call each input.
+        labels: what to call each input; None for one that is not looked at.
         owner: path of the block that a region runs for.
     """
 
@@ -39,7 +39,7 @@ class _Watch(fx.Interpreter):
         program: Program,
         root: nn.Module,
         graph: fx.Graph,
-        labels: Iterable[str],
+        labels: Iterable[str | None],
         owner: str = "",
     ) -> None:
         super().__init__(fx.GraphModule(root, graph))
@@ -49,11 +49,12 @@ class _Watch(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if not _finite(value):
-            raise _Found(self._describe(n))
+        where = self._describe(n)
+        if where is not None and not _finite(value):
+            raise _Found(where)
         return value
 
-    def _describe(self, node: fx.Node) -> str:
+    def _describe(self, node: fx.Node) -> str | None:
         if node in self._labels:
             return self._labels[node]
         if node.op == "get_attr":
@@ -65,7 +66,7 @@ class _Watch(fx.Interpreter):
         region = self._program.regions[args[0]]
         owner = self.fetch_attr(target)
         parameters = [operator.attrgetter(name)(owner) for name in region.parameters]
-        labels = [f"{name} of {target}" for name in region.inputs]
+        labels: list[str | None] = [None] * len(region.inputs)  # nodes that were looked at
         labels += [f"parameter {target}.{name}" for name in region.parameters]
         watch = _Watch(self._program, nn.Module(), region.graph, labels, target)
         return watch.run(*args[1:], *parameters)
@@ -73,7 +74,11 @@ class _Watch(fx.Interpreter):
 
 @torch.no_grad()
 def first_bad_node(
-    program: Program, module: ProgramModule, graph: str, inputs: Mapping[str, Tensor]
+    program: Program,
+    module: ProgramModule,
+    graph: str,
+    inputs: Mapping[str, Tensor],
+    unseen: Collection[str] = (),
 ) -> str | None:
     """The first input, parameter or node of a graph, in order, with a non-finite value, or None.
 
@@ -82,9 +87,10 @@ def first_bad_node(
         module: the same Program, runnable.
         graph: the graph's name.
         inputs: by name.
+        unseen: those that are not looked at.
     """
     order = [str(n.target) for n in program.graphs[graph].find_nodes(op="placeholder")]
-    labels = [f"input {name}" for name in order]
+    labels = [None if name in unseen else f"input {name}" for name in order]
     try:
         watch = _Watch(program, module, program.graphs[graph], labels)
         watch.run(*(inputs[name] for name in order))

@@ -120,6 +120,23 @@ class _Progress:
     cuts_at: dict[int, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Committed:
+    """A page that was written and not looked at yet.
+
+    Attributes:
+        what: ``commit`` or ``recache``.
+        runtime: whose page it is.
+        given: latents, positions, table and slot.
+        magnitudes: the page's.
+    """
+
+    what: str
+    runtime: Runtime
+    given: tuple[Tensor, Tensor, Sequence[int], int]
+    magnitudes: Tensor
+
+
 class Session:
     """Streams a planned video; iterating makes a chunk at a time.
 
@@ -176,6 +193,7 @@ class Session:
         self._progress = _Progress()
         self._prompt: str | None = None
         self._clean: dict[int, Tensor] = {}
+        self._committed: list[_Committed] = []
         self._switches: deque[Receipt] = deque()
         self._switching = threading.Lock()
         self._begun = 0
@@ -218,7 +236,7 @@ class Session:
     @property
     def pages(self) -> Mapping[str, Tensor]:
         """The cache, by name; not copies."""
-        return self._runtime.state()
+        return self._runtime.pages
 
     @property
     def table(self) -> PageTable:
@@ -262,6 +280,7 @@ class Session:
 
         Raises:
             StopIteration: the script is over.
+            ValueError: a value is not finite; says in which pass or commit, and where.
             Exception: what decoding or the sink raised for earlier chunks.
         """
         assert not self._left and not self._left_videos, (
@@ -287,8 +306,8 @@ class Session:
         waited = time.perf_counter() - waited
         latents = clean.to(self._runtime.dtype)
         for runtime in self._runtimes():
-            with self._watch.measure("commit"):
-                runtime.commit(latents, positions, pages.table, pages.slot)
+            self._commit("commit", runtime, latents, positions, pages.table, pages.slot)
+        self._check_committed()
         self._table.commit(plan.opens_shot)
         self._keep(plan.chunk, clean, cuts)
         self._script.popleft()
@@ -329,7 +348,7 @@ class Session:
         Waits for the decoder. The tensors are the session's own: store them before the next chunk.
 
         Raises:
-            ValueError: it was interrupted within a chunk.
+            ValueError: it was interrupted within a chunk, or a page is broken.
         """
         if self._submitted != self.chunk:
             raise ValueError(
@@ -372,7 +391,7 @@ class Session:
         work on what the state has left.
 
         Raises:
-            ValueError: its tensors are another model's.
+            ValueError: its tensors are another model's, or a page is broken.
         """
         assert self.chunk == 0 and self._submitted == 0, "the session has begun"
         facts, tensors, device = state.facts, state.tensors, self._runtime.device
@@ -450,8 +469,37 @@ class Session:
             older = [page for other, page in slots.items() if other < chunk]
             latents = self._clean[chunk].to(self._runtime.dtype)
             positions = self._positions(chunk, self._progress.cuts_at[chunk])
-            with self._watch.measure("recache"):
-                self._runtime.commit(latents, positions, older, slot)
+            self._commit("recache", self._runtime, latents, positions, older, slot)
+
+    def _commit(
+        self,
+        what: str,
+        runtime: Runtime,
+        latents: Tensor,
+        positions: Tensor,
+        table: Sequence[int],
+        slot: int,
+    ) -> None:
+        """Write a page, for `_check_committed` to look at once the device is waited for."""
+        with self._watch.measure(what):
+            runtime.commit(latents, positions, table, slot)
+        given = latents, positions, table, slot
+        self._committed.append(_Committed(what, runtime, given, runtime.magnitudes(slot)))
+
+    def _check_committed(self) -> None:
+        """Wait for the pages that were written; where one is not finite, say where that begins."""
+        committed, self._committed = self._committed, []
+        if not committed or bool(torch.stack([c.magnitudes for c in committed]).isfinite().all()):
+            return
+        first = next(c for c in committed if not c.magnitudes.isfinite().all())
+        found = first.runtime.first_bad_commit(*first.given, first.magnitudes)
+        raise self._not_finite(first.what, found)
+
+    def _not_finite(self, during: str, where: str) -> ValueError:
+        return ValueError(
+            f"chunk {self.chunk}, {during}: {where} is not finite; keep its layer in high "
+            "precision, or use other weights"
+        )
 
     def _denoise(self, positions: Tensor, table: Sequence[int]) -> Tensor:
         """A chunk of clean latents, float32 [B, C, F, h, w].
@@ -459,6 +507,7 @@ class Session:
         If they are not finite, the passes are made once more, to say where that begins.
         """
         clean = self._passes(positions, table)
+        self._check_committed()
         if bool(clean.isfinite().all()):
             return clean
         self._passes(positions, table, look=True)
@@ -474,12 +523,9 @@ class Session:
             if image is not None:
                 timestep[:, 0] = 0
             given = (latents, timestep, positions, table, index)
-            bad = [r.first_bad(*given) for r in self._runtimes()] if look else []
+            bad = (r.first_bad(*given) for r in self._runtimes() if look)
             if found := next(filter(None, bad), None):
-                raise ValueError(
-                    f"chunk {self.chunk}, pass {index}: {found} is not finite; keep its layer in "
-                    "high precision, or use other weights"
-                )
+                raise self._not_finite(f"pass {index}", found)
             with self._watch.measure("step"):
                 samples = [r.step(*given) for r in self._runtimes()]
             velocity = samples[0]

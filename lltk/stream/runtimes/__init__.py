@@ -15,7 +15,8 @@ from lltk.graph.spec import ModelSpec
 class Runtime(Protocol):
     """Prologue, step and commit of one video, over buffers it owns at fixed addresses.
 
-    It knows pages, not chunks: which page holds what is the caller's. No call waits for the device.
+    It knows pages, not chunks: which page holds what is the caller's. Only `state`, `restore` and
+    what looks for a bad value wait for the device.
     """
 
     @property
@@ -33,6 +34,10 @@ class Runtime(Protocol):
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
+
+    @property
+    def pages(self) -> dict[str, Tensor]:
+        """The cache, by input name: [B, P, …] each; not copies."""
 
     def set_prompt(self, text: Tensor) -> None:
         """Take a prompt, [B, S, E], for the calls that follow."""
@@ -71,12 +76,42 @@ class Runtime(Protocol):
     def commit(self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
         """Write a clean chunk's K/V to page ``slot``; the rest as `step`'s."""
 
+    def magnitudes(self, slot: int) -> Tensor:
+        """Of all that page ``slot`` holds, those that tell whether it is finite, of every rank.
+
+        Returns:
+            Of the pages' dtype or float32, [n], the same on every rank; not finite where the page
+            is not.
+        """
+
+    def first_bad_commit(
+        self,
+        latents: Tensor,
+        positions: Tensor,
+        table: Sequence[int],
+        slot: int,
+        magnitudes: Tensor,
+    ) -> str:
+        """Where the first value of a `commit` that is not finite is; makes the commit again.
+
+        Args:
+            latents, positions, table, slot: the commit's.
+            magnitudes: the page's after it, not all of them finite.
+
+        Returns:
+            A node of its graph; the page's name, where all nodes of this rank are finite.
+        """
+
     def state(self) -> dict[str, Tensor]:
-        """The pages, by name; not copies."""
+        """The pages, by name; not copies.
+
+        Raises:
+            ValueError: a page is not finite, or has scales that are NaN or negative.
+        """
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over pages that `state` gave.
 
         Raises:
-            ValueError: other names, shapes or dtypes.
+            ValueError: other names, shapes or dtypes, or what `state` refuses.
         """

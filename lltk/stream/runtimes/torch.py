@@ -15,7 +15,12 @@ from lltk.graph.packed import broken_scales
 from lltk.graph.program import Program
 from lltk.graph.spec import ModelSpec
 from lltk.graph.verify import STEP_HIGH
+from lltk.parallel.exchange import all_parts
+from lltk.parallel.groups import SEQUENCE
 from lltk.stream.runtimes.cuda_graph import CudaGraphs
+
+_DECODE_SCALES = "_pages_decode_scales_"
+"""In the names of pages that are NaN where what the others of their layer hold is not finite."""
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -23,6 +28,32 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest magnitude, []; NaN above all. One pass over the values, and no copy."""
+    return torch.linalg.vector_norm(values, torch.inf)
+
+
+def _check_pages(pages: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a page holds what none may; waits for the device."""
+    for name, page in pages.items():
+        if wrong := _wrong(name, page):
+            raise ValueError(
+                f"state: {name} has {wrong}; what wrote it is broken, or the file is damaged: "
+                "resume from another"
+            )
+
+
+def _wrong(name: str, page: Tensor) -> str | None:
+    if page.dtype is torch.float8_e4m3fn:
+        return "block scales that are NaN or negative" if broken_scales(page) else None
+    if not page.is_floating_point():
+        return None
+    if not _largest(page).isfinite():
+        return "values that are not finite"
+    negative = _DECODE_SCALES in name and bool((page < 0).any())
+    return "decode scales that are negative" if negative else None
 
 
 class TorchRuntime:
@@ -50,6 +81,9 @@ class TorchRuntime:
             name: torch.zeros(spec.shape, dtype=spec.dtype, device=self._device)
             for name, spec in program.pages.items()
         }
+        scales = {name: page for name, page in self._pages.items() if _DECODE_SCALES in name}
+        self._telling = scales or self._pages
+        """Those that tell whether a page is finite."""
         self._slots = torch.arange(program.geometry.pages, device=self._device)
         self._listed: tuple[tuple[int, ...], Tensor] | None = None
         self._text: dict[str, Tensor] = {}
@@ -73,7 +107,6 @@ class TorchRuntime:
 
     @property
     def pages(self) -> dict[str, Tensor]:
-        """The cache, by input name: [B, P, …] each."""
         return self._pages
 
     def set_prompt(self, text: Tensor) -> None:
@@ -117,11 +150,38 @@ class TorchRuntime:
         return STEP_HIGH if index in self._high_steps else "step", inputs
 
     def commit(self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
+        self._run("commit", self._commit_inputs(latents, positions, slot), table)
+
+    def magnitudes(self, slot: int) -> Tensor:
+        found = torch.stack([_largest(page[:, slot]) for page in self._telling.values()])
+        ranks = self._program.ranks
+        return all_parts(found, 0, ranks, SEQUENCE) if ranks > 1 else found
+
+    def first_bad_commit(
+        self,
+        latents: Tensor,
+        positions: Tensor,
+        table: Sequence[int],
+        slot: int,
+        magnitudes: Tensor,
+    ) -> str:
+        inputs = self._commit_inputs(latents, positions, slot)
+        given = self._given("commit", {**inputs, "table": self._indices(tuple(table))})
+        # Pages that it does not list, its own among them, may be broken.
+        if found := first_bad_node(self._program, self._module, "commit", given, self._pages):
+            return found
+        first = int(magnitudes.isfinite().logical_not().nonzero()[0])
+        rank, index = divmod(first, len(self._telling))
+        of_rank = f" of rank {rank}" if self._program.ranks > 1 else ""
+        return f"{list(self._telling)[index]}{of_rank}"
+
+    def _commit_inputs(self, latents: Tensor, positions: Tensor, slot: int) -> dict[str, Tensor]:
+        """What a commit reads beside prompt and cache."""
         inputs = {self._spec.latent_input: latents, "positions": positions}
-        inputs["slot"] = self._slots[slot : slot + 1]
-        self._run("commit", inputs, table)
+        return inputs | {"slot": self._slots[slot : slot + 1]}
 
     def state(self) -> dict[str, Tensor]:
+        _check_pages(self._pages)
         return dict(self._pages)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -134,12 +194,7 @@ class TorchRuntime:
                 f"state: its pages {found} are not this program's, {wanted}; restore a state of "
                 "the same model and geometry"
             )
-        for name, page in state.items():
-            if page.dtype is torch.float8_e4m3fn and broken_scales(page):
-                raise ValueError(
-                    f"state: {name} has block scales that are NaN or negative; the file is "
-                    "damaged: resume from another"
-                )
+        _check_pages(state)
         for name, arena in self._pages.items():
             arena.copy_(state[name])
 
