@@ -149,6 +149,38 @@ def test_doctor(run: Run) -> None:
     assert "lltk[export]" in out
 
 
+def test_doctor_tells_hardware_apart(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = json.loads(run("doctor", "--json")[1])["NVFP4 by hardware"]
+
+    def older(row: dict[str, str]) -> str:
+        return next(text for column, text in row.items() if "sm_90" in column)
+
+    needy = {"scaled_mm", "te"}
+    assert {older(row) for row in rows if row["backend"] in needy} == {"–"}
+    assert {older(row) for row in rows if row["backend"] == "triton"} > {"arithmetic"}
+    readers = {row["backend"]: row for row in rows if row["op"] == "nvfp4_paged_attention"}
+    assert {name: older(row) for name, row in readers.items()} == {
+        "reference": "runs", "decode": "runs", "decode_triton": "runs", "triton": "runs",
+        "fp8_decode": "sm_90: runs",
+    }  # fmt: skip
+    assert readers["decode_triton"]["cpu"] == "–" and readers["decode"]["cpu"] == "runs"
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run("doctor")[1]
+    assert "…" not in out and max(map(len, out.splitlines())) <= 80
+    for op in {row["op"] for row in rows}:
+        assert op in out
+
+
+def test_doctor_checks_all_that_a_backend_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from lltk.ops import hardware
+    from lltk.ops.nvfp4_backends import BACKENDS
+
+    monkeypatch.setattr(hardware, "find_spec", lambda module: None if module == "triton" else True)
+    assert BACKENDS["te"].missing(torch.device("cuda")) == "needs the package triton"
+
+
 @pytest.mark.parametrize("command", ["doctor", "transform", "inspect", "stream", "train", "demo"])
 def test_help_has_an_example(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")

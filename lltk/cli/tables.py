@@ -18,7 +18,8 @@ _STYLE: dict[str, Any] = {"box": SIMPLE_HEAD, "title_justify": "left", "title_st
 
 def pass_table(log: Sequence[LogEntry]) -> Table:
     """The numbered passes with the stage they left, what they matched, ops and time."""
-    table = Table("", "pass", "stage", "matches", title="Passes", **_STYLE)
+    table = Table("", "pass", "stage", title="Passes", **_STYLE)
+    table.add_column("matches", overflow="fold")
     for heading in ("ops", "s"):
         table.add_column(heading, justify="right")
     for column in table.columns[1:3]:
@@ -69,8 +70,9 @@ def memory_table(owners: Mapping[str, int]) -> Table:
 
 def row_table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
     """Rows with the same keys; the keys are the headings, and the first names a row."""
-    table = Table(*rows[0], title=title, **_STYLE)
-    table.columns[0].no_wrap = True
+    table = Table(title=title, **_STYLE)
+    for number, heading in enumerate(rows[0]):
+        table.add_column(heading, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
     return table
