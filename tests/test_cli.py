@@ -67,6 +67,22 @@ def test_transform_then_inspect(run: Run, recipe: Path, tmp_path: Path) -> None:
     assert "the program has prologue, step, commit" in " ".join(err.split())
 
 
+def test_the_documented_regions_are_there(run: Run) -> None:
+    """The commands of docs/nvfp4.md that print joint graphs, of a narrower model."""
+    text = (Path(__file__).parents[1] / "docs" / "nvfp4.md").read_text("utf-8")
+    lines = [line.split() for line in text.splitlines() if line.startswith("    lltk inspect")]
+    small = SMALL.replace("layers: 2", "layers: 8").replace("head_dim: 12", "head_dim: 16")
+    small = small.replace("text_dim: 8", "text_dim: 16")
+    sizes = ["geometry.frames=6", "geometry.batch=1", "geometry.height=64", "geometry.width=64"]
+    sets = [part for each in (f"model.config={small}", *sizes) for part in ("--set", each)]
+    code, out, err = run("transform", "tiny_train_nvfp4", "--no-weights", "--json", *sets)
+    assert code == 0, err
+    (made,) = (e["matches"] for e in json.loads(out)["log"] if e["name"] == "regionalise")
+    named = [line[line.index("--graph") + 1] for line in lines if "--graph" in line]
+    assert named and set(named) <= set(made)
+    assert next(iter(made)) == "train_block_0_1_2", "the first is converted"
+
+
 def test_transform_can_stop_leave_out_and_plan(run: Run, recipe: Path) -> None:
     code, out, _ = run(
         "transform", recipe, "--no-weights", "--stop-after", "frame_positions",

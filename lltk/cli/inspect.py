@@ -15,8 +15,12 @@ from lltk.cli.tables import contract_table, kept_table, memory_table, pass_table
 
 @click.command("inspect")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--graph", metavar="NAME", help="Print this graph or region (default: the block).")
-@click.option("--joint", is_flag=True, help="Print its backward with it; for a block's region.")
+@click.option(
+    "--graph", metavar="NAME", help="Print this graph or region (default: the first block's)."
+)
+@click.option(
+    "--joint", is_flag=True, help="Print its backward with it; for a train program's block."
+)
 @click.option("--diagram", type=click.Path(path_type=Path), help="Draw that graph, as SVG.")
 @click.option("--json", "as_json", is_flag=True, help="Print log and contracts as JSON.")
 def command(
@@ -28,7 +32,7 @@ def command(
     Example:
       lltk inspect program
       lltk inspect program --graph step_block --diagram step_block.svg
-      lltk inspect trained --graph train_block --joint
+      lltk inspect trained --joint
     """
     from lltk.artefact import load_program
     from lltk.graph.diagram import draw
