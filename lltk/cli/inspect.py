@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.syntax import Syntax
 
-from lltk.cli.tables import contract_table, kept_table, memory_table, pass_table
+from lltk.cli.tables import contract_table, log_tables, memory_table
 
 
 @click.command("inspect")
@@ -64,7 +63,7 @@ def command(
             "stage": str(program.stage),
             "kind": program.kind,
             "recipe": program.recipe,
-            "log": [{**asdict(entry), "stage": str(entry.stage)} for entry in program.log],
+            "log": [entry.plain() for entry in program.log],
             "contracts": {
                 each: {
                     side: {
@@ -79,9 +78,7 @@ def command(
         click.echo(json.dumps(described, indent=2))
         return
     console.print(f"{directory}: a {program.stage} {program.kind} program")
-    console.print(pass_table(program.log))
-    if kept := kept_table(program.log):
-        console.print(kept)
+    console.print(log_tables(program.log))
     for each, contract in contracts.items():
         console.print(contract_table(each, contract))
     console.print(memory_table(estimate(program)))
