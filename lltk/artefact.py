@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def save_program(program: Program, directory: Path) -> None:
             "versions": versions(),
             "stage": str(program.stage),
             "recipe": program.recipe,
-            "log": [{**asdict(entry), "stage": str(entry.stage)} for entry in program.log],
+            "log": [entry.plain() for entry in program.log],
             "files": {
                 str(file.relative_to(folder)): _digest(file)
                 for file in sorted(folder.rglob("*"))

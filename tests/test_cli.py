@@ -67,6 +67,22 @@ def test_transform_then_inspect(run: Run, recipe: Path, tmp_path: Path) -> None:
     assert "the program has prologue, step, commit" in " ".join(err.split())
 
 
+def test_the_documented_regions_are_there(run: Run) -> None:
+    """The commands of docs/nvfp4.md that print joint graphs, of a narrower model."""
+    text = (Path(__file__).parents[1] / "docs" / "nvfp4.md").read_text("utf-8")
+    lines = [line.split() for line in text.splitlines() if line.startswith("    lltk inspect")]
+    small = SMALL.replace("layers: 2", "layers: 8").replace("head_dim: 12", "head_dim: 16")
+    small = small.replace("text_dim: 8", "text_dim: 16")
+    sizes = ["geometry.frames=6", "geometry.batch=1", "geometry.height=64", "geometry.width=64"]
+    sets = [part for each in (f"model.config={small}", *sizes) for part in ("--set", each)]
+    code, out, err = run("transform", "tiny_train_nvfp4", "--no-weights", "--json", *sets)
+    assert code == 0, err
+    (made,) = (e["matches"] for e in json.loads(out)["log"] if e["name"] == "regionalise")
+    named = [line[line.index("--graph") + 1] for line in lines if "--graph" in line]
+    assert named and set(named) <= set(made)
+    assert next(iter(made)) == "train_block_0_1_2", "the first is converted"
+
+
 def test_transform_can_stop_leave_out_and_plan(run: Run, recipe: Path) -> None:
     code, out, _ = run(
         "transform", recipe, "--no-weights", "--stop-after", "frame_positions",
@@ -147,6 +163,38 @@ def test_doctor(run: Run) -> None:
     assert [text for column, text in product.items() if "sm_100" in column] == ["cuBLAS, NVFP4"]
     code, out, _ = run("doctor")
     assert "lltk[export]" in out
+
+
+def test_doctor_tells_hardware_apart(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = json.loads(run("doctor", "--json")[1])["NVFP4 by hardware"]
+
+    def older(row: dict[str, str]) -> str:
+        return next(text for column, text in row.items() if "sm_90" in column)
+
+    needy = {"scaled_mm", "te"}
+    assert {older(row) for row in rows if row["backend"] in needy} == {"–"}
+    assert {older(row) for row in rows if row["backend"] == "triton"} > {"arithmetic"}
+    readers = {row["backend"]: row for row in rows if row["op"] == "nvfp4_paged_attention"}
+    assert {name: older(row) for name, row in readers.items()} == {
+        "reference": "runs", "decode": "runs", "decode_triton": "runs", "triton": "runs",
+        "fp8_decode": "sm_90: runs",
+    }  # fmt: skip
+    assert readers["decode_triton"]["cpu"] == "–" and readers["decode"]["cpu"] == "runs"
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run("doctor")[1]
+    assert "…" not in out and max(map(len, out.splitlines())) <= 80
+    for op in {row["op"] for row in rows}:
+        assert op in out
+
+
+def test_doctor_checks_all_that_a_backend_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from lltk.ops import hardware
+    from lltk.ops.nvfp4_backends import BACKENDS
+
+    monkeypatch.setattr(hardware, "find_spec", lambda module: None if module == "triton" else True)
+    assert BACKENDS["te"].missing(torch.device("cuda")) == "needs the package triton"
 
 
 @pytest.mark.parametrize("command", ["doctor", "transform", "inspect", "stream", "train", "demo"])

@@ -8,19 +8,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from helpers import Run, refused
-from streams import planned, save_pipeline
+import yaml
+from helpers import Run, refused, tiny_config
+from streams import SIZES, planned, save_pipeline
 
 from lltk.bench.agreement import interval, lasting, mean, one_ahead, overlap, summarise
 from lltk.bench.compare import OUTPUT, layer_errors
 from lltk.bench.quality import ShotScore, draw_stories, streamed
+from lltk.cli.recipes import shipped
 from lltk.compiler import with_weights
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
+from lltk.graph.recipe import Recipe
 from lltk.models.tiny.world import render
 from lltk.train.plot import Curve, line_plot
 
@@ -132,6 +136,71 @@ def test_the_command_compares(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
     assert len(other["minute"]["over_time"]) == 1 and "Single shots of 60 s" in out
     text = output.with_suffix(".md").read_text("utf-8")
     assert "tiny_stream_nvfp4" in text and "identity at 60 s" in text
+
+
+def test_the_command_tells_errors_alone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of frames that no scorer reads; nothing is decoded."""
+
+    def opened(plan: object) -> None:
+        raise AssertionError("errors need no frames")
+
+    monkeypatch.setattr("lltk.bench.agreement.open_decoder", opened)
+    monkeypatch.setattr("lltk.cli.compare._SHOTS", 1)
+    monkeypatch.setattr("lltk.cli.compare._CHUNKS", 1)
+    output = tmp_path / "record"
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    changes = [*SIZES, f"stream.pipeline={pipeline}", "stream.steps=1"]
+    line = ["compare", "tiny_stream", "tiny_stream_w4a4", "--shots", "0", "--device", "cpu"]
+    line += [part for change in changes for part in ("--set", change)]
+    code, out, err = run(*line, "-o", str(output))
+    assert code == 0, err
+    assert "Relative error" in out and "Tiny world" not in out
+    base, other = json.loads(output.with_suffix(".json").read_text("utf-8"))["results"]
+    assert set(base["errors"].values()) == {0.0} and "agreement" not in other
+    assert all(0.01 < error < 1 for error in other["errors"].values())
+    text = output.with_suffix(".md").read_text("utf-8")
+    assert "| recipe | blocks.0 | blocks.1 | output |" in text and "agreement" not in text
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_what_cannot_be_compared_is_refused_before_it_is_compiled(
+    run: Run, monkeypatch: pytest.MonkeyPatch, dry: list[str]
+) -> None:
+    def compiled(*_: object, **__: object) -> None:
+        raise AssertionError("refuse it first")
+
+    monkeypatch.setattr("lltk.streaming.plan_stream", compiled)
+    code, _, err = run("compare", "tiny_stream", "wan22_5b_stream", "--shots", "0", *dry)
+    assert code == 2
+    assert "wan22_5b_stream: geometry: differs from tiny_stream's in height (704, not 128)" in err
+    both = ["wan22_5b_stream", "wan22_5b_stream_nvfp4_cache"]
+    for more in ([], ["--shots", "0", "--minutes", "1"]):
+        code, _, err = run("compare", *both, *more, *dry)
+        assert code == 2 and "frames of 1280×704 are not the tiny world's" in err
+        assert "compare errors alone: --shots 0" in " ".join(err.split())
+
+
+def test_two_models_are_not_compared(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(recipe: Recipe, *_: object, **__: object) -> object:
+        transformer = SimpleNamespace(recipe=recipe.resolved())
+        return SimpleNamespace(transformer=transformer, describe=lambda: {"transformer": ""})
+
+    monkeypatch.setattr("lltk.streaming.plan_stream", planned)
+    paths = []
+    for layers in (1, 2):
+        path = tmp_path / f"of_{layers}.yaml"
+        recipe = {"extends": str(shipped()["tiny_stream"])}
+        path.write_text(yaml.safe_dump({**recipe, "model": {"config": tiny_config(layers)}}))
+        paths.append(path)
+    code, _, err = run("compare", *paths, "--dry-run")
+    assert code == 2
+    assert "of_2: model.config: differs from of_1's in num_layers (2, not 1)" in err
+    code, out, _ = run("compare", paths[0], paths[0], "--dry-run")
+    assert code == 0 and "30 shots and 0 minutes a recipe, 10 videos at once" in out
 
 
 def test_the_command_wants_two_recipes(run: Run) -> None:

@@ -625,7 +625,7 @@ def test_what_an_implementation_lacks_is_said() -> None:
             assert missing is None
         else:
             assert missing == "runs on cuda, not on cpu"
-    needy = Implementation("op", "name", "m:f", ("cpu",), module="lltk_no_such_package")
+    needy = Implementation("op", "name", "m:f", ("cpu",), modules=("torch", "lltk_no_such_package"))
     assert needy.missing(here) == "needs the package lltk_no_such_package"
     chosen = {"paged_attention": "sdpa", "block_causal_attention": "reference"}
     check_device(chosen, here)

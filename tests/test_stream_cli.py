@@ -123,8 +123,9 @@ def test_json_and_a_dry_run(run: Run, pipeline: Path, tmp_path: Path) -> None:
     plan = json.loads(out)
     assert "guidance 3" in plan["plan"]["sampler"]
     assert "second cache, for guidance" in plan["memory"]["cpu"]
+    assert "cached_step" in [entry["name"] for entry in plan["log"]]
     code, out, _ = run(*what, "--dry-run")
-    assert code == 0 and "decoder: feature caches" in out
+    assert code == 0 and "decoder: feature caches" in out and "cached_step" in out
     assert len(list(tmp_path.iterdir())) == 1
 
 

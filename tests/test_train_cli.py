@@ -68,8 +68,9 @@ def test_autoencoder_then_transformer(run: Run, tmp_path: Path) -> None:
         assert model.config.num_layers == 1
 
     more = ["--set", "train.steps=3", "--resume"]
-    code, _, err = run("train", "tiny_train", *options, "-o", tmp_path / "train", *more)
+    code, out, err = run("train", "tiny_train", *options, "-o", tmp_path / "train", *more)
     assert code == 0, err
+    assert "teacher_forcing" in out and "Kept" not in out
     resumed = WanTransformer3DModel.from_pretrained(tmp_path / "train" / "transformer")
     other = WanTransformer3DModel.from_pretrained(tmp_path / "reference" / "transformer")
     assert not torch.equal(resumed.proj_out.weight, other.proj_out.weight)
@@ -115,6 +116,18 @@ def test_plans(run: Run, recipe: str) -> None:
     assert memory["AdamW moments"] == 2 * memory["gradients"] == 2 * memory["average"] > 0
     code, out, _ = run("train", recipe, *small, "--dry-run")
     assert code == 0 and "AdamW moments" in out
+
+
+def test_what_passes_convert_and_keep_is_printed(run: Run) -> None:
+    config = json.dumps(TRANSFORMER | {"attention_head_dim": 16})
+    small = sets([*SMALL, f"model.config={config}", "passes.nvfp4_train.keep_last=0"])
+    line = ["train", "tiny_train_nvfp4", *small, "--dry-run", "--device", "cpu"]
+    code, out, err = run(*line)
+    assert code == 0, err
+    assert "1 ffn.net.2" in out and "excluded by" in out and "blocks.0.attn1.to_q" in out
+    (entry,) = (e for e in json.loads(run(*line, "--json")[1])["log"] if e["kept"])
+    assert entry["name"] == "nvfp4_train" and entry["stage"] == "quantised"
+    assert any("blocks.0.attn1.to_q" in kept for kept in entry["kept"].values())
 
 
 @pytest.mark.parametrize(

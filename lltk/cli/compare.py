@@ -16,11 +16,12 @@ from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import row_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Executor
 
     from torch import Tensor
 
+    from lltk.graph.geometry import Geometry
     from lltk.models.tiny.world import Story
     from lltk.streaming import StreamPlan
 
@@ -36,8 +37,8 @@ _LONG_CHUNKS = 80
 @click.argument("recipes", nargs=-1, required=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Record, without suffix.")
 @click.option(
-    "--shots", type=click.IntRange(1), default=30, show_default=True,
-    help="Shots of the tiny world to score, a recipe.",
+    "--shots", type=click.IntRange(0), default=30, show_default=True,
+    help="Shots of the tiny world to score, a recipe; 0 for errors alone.",
 )  # fmt: skip
 @click.option(
     "--minutes", type=click.IntRange(0), default=0, show_default=True,
@@ -66,15 +67,17 @@ def command(
     as_json: bool,
     dry_run: bool,
 ) -> None:
-    """Compare stream RECIPES of one model with the first of them.
+    """Compare stream RECIPES of one model and geometry with the first of them.
 
     Tells each block's and the output's relative error, and on the tiny world the share of shots
-    that show their caption and what identity they keep, with 95 % confidence intervals.
+    that show their caption and what identity they keep, with 95 % confidence intervals. With
+    --shots 0 it tells errors alone, of any model, and decodes nothing.
 
     \b
     Example:
       lltk compare tiny_stream tiny_stream_nvfp4 --shots 60
       lltk compare tiny_stream tiny_stream_nvfp4 --shots 1008 --device cuda -o benchmarks/nvfp4
+      lltk compare wan22_5b_stream wan22_5b_stream_nvfp4_cache --shots 0 --device cuda
     """
     if len(recipes) < 2:
         raise ValueError("RECIPES: name at least two; the first is what others are compared with")
@@ -96,17 +99,24 @@ def command(
     chosen = chosen_device(device)
     hide_loading()
     films = -(-shots // _SHOTS)
-    batch = min(max(films, minutes), at_once)
+    batch = min(max(films, minutes, 1), at_once)
     sizes = (*overrides, f"geometry.batch={batch}")
+    loaded = [(path.stem, load_recipe(path, sizes)) for path in paths]
+    _check_same("geometry", [(name, recipe.geometry.model_dump()) for name, recipe in loaded])
+    if films or minutes:
+        _check_size(loaded[0][1].geometry)
     plans = []
-    for path in paths:
-        with console.status(f"compiling {path.stem}"):
-            plan = plan_stream(load_recipe(path, sizes), chosen, weights=not dry_run)
-        console.print(f"{path.stem}: {plan.describe()['transformer']}", highlight=False)
-        plans.append((path.stem, plan))
+    for name, recipe in loaded:
+        with console.status(f"compiling {name}"):
+            plan = plan_stream(recipe, chosen, weights=not dry_run)
+        console.print(f"{name}: {plan.describe()['transformer']}", highlight=False)
+        plans.append((name, plan))
+        configs = [(name, plan.transformer.recipe["model"]["config"]) for name, plan in plans]
+        _check_same("model.config", configs)
     if dry_run:
         console.print(
-            f"{films * _SHOTS} shots and {minutes} minutes a recipe, {batch} videos at once"
+            f"Plan: errors over {_SHOTS * _CHUNKS} chunks, {films * _SHOTS} shots and {minutes} "
+            f"minutes a recipe, {batch} videos at once"
         )
         return
     share_cores(chosen)
@@ -125,18 +135,48 @@ def command(
     line += [part for change in overrides for part in ("--set", change)]
     method = (
         "Relative errors over the denoising passes of a video, both models seeing the latents that "
-        f"the first makes ({paths[0].stem}). Captions drawn with a fixed seed, the same for all; "
-        "agreement and identity as benchmarks/quality.py has them, 95 % intervals."
+        f"the first makes ({paths[0].stem}). Captions drawn with a fixed seed, the same for all"
     )
+    scores = "; agreement and identity as benchmarks/quality.py has them, 95 % intervals"
+    method += scores + "." if films or minutes else "."
     record = make_record("compare", shlex.join(line), method, results)
     if output is not None:
         write_record(output, record, _text(record))
     if as_json:
         click.echo(record.model_dump_json(indent=2))
     console.print(row_table("Relative error", [_error_row(row) for row in results]))
-    console.print(row_table("Tiny world", [_quality_row(row, results[0]) for row in results]))
+    if films:
+        console.print(row_table("Tiny world", [_quality_row(row, results[0]) for row in results]))
     if minutes:
         console.print(row_table("Single shots of 60 s", [_minute_row(row) for row in results]))
+
+
+def _check_same(what: str, recipes: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuse recipes that have not the first one's values; ``what`` they are is said."""
+    first, wanted = recipes[0]
+    for name, found in recipes[1:]:
+        differing = [
+            f"{key} ({found.get(key)}, not {wanted.get(key)})"
+            for key in {**wanted, **found}
+            if found.get(key) != wanted.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"{name}: {what}: differs from {first}'s in {', '.join(differing)}; name "
+                "recipes of one model and geometry"
+            )
+
+
+def _check_size(geometry: Geometry) -> None:
+    """Refuse frames that the scorer cannot read."""
+    from lltk.models.tiny.world import RESOLUTION
+
+    if (geometry.height, geometry.width) != (RESOLUTION, RESOLUTION):
+        raise ValueError(
+            f"geometry: frames of {geometry.width}×{geometry.height} are not the tiny world's, "
+            f"{RESOLUTION}×{RESOLUTION}, and cannot be scored; compare errors alone: --shots 0 "
+            "--minutes 0"
+        )
 
 
 def _measure(
@@ -151,12 +191,12 @@ def _measure(
     from lltk.graph.module import instantiate
 
     geometry, steps = plan.transformer.geometry, plan.section.steps
-    stories = draw_stories(_SEED, films, _SHOTS, _CHUNKS, geometry.chunk)
+    stories = draw_stories(_SEED, max(films, 1), _SHOTS, _CHUNKS, geometry.chunk)
     pairs = [(p.transformer, instantiate(p.transformer, p.device)) for p in (base, plan)]
     text = encoded(base, _filled(stories, geometry.batch))
     errors = layer_errors(pairs[0], pairs[1], text, steps, _SEED)
     del pairs
-    scores = [scored(pool, made, some) for made, some in _films(plan, stories)]
+    scores = [scored(pool, made, some) for made, some in _films(plan, stories[:films])]
     long = draw_stories(_SEED + 1, minutes, 1, _LONG_CHUNKS, geometry.chunk)
     kept = lasting(pool, [film for made, _ in _films(plan, long) for film in made])
 
@@ -166,9 +206,12 @@ def _measure(
             "errors": errors,
             "ran": plan.transformer.implementations,
             "recipe": plan.transformer.recipe["passes"],
-            **asdict(summarise([score for some in scores for score in some()])),
         }
-        return found | ({"minute": asdict(kept())} if minutes else {})
+        if films:
+            found |= asdict(summarise([score for some in scores for score in some()]))
+        if minutes:
+            found["minute"] = asdict(kept())
+        return found
 
     return row
 
@@ -230,9 +273,10 @@ def _text(record: Any) -> str:
     base = record.results[0]
 
     def cells(row: dict[str, Any]) -> dict[str, str]:
+        quality = _quality_row(row, base) if "shots" in row else {"recipe": row["name"]}
         minute = _minute_row(row) if "minute" in row else {}
         errors = {layer: f"{error:.4f}" for layer, error in row["errors"].items()}
-        return {**_quality_row(row, base), **minute, **errors}
+        return {**quality, **minute, **errors}
 
     columns = {heading: lambda row, key=heading: cells(row)[key] for heading in cells(base)}
     return markdown(record, "Precisions compared", columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import click
@@ -40,8 +41,11 @@ def command(as_json: bool) -> None:
         click.echo(json.dumps(findings, indent=2))
         return
     console = Console()
+    hardware = findings.pop("NVFP4 by hardware")
     for title, rows in findings.items():
         console.print(row_table(title[0].upper() + title[1:], rows))
+    for ops, rows in _by_ops(hardware):
+        console.print(row_table(f"{', '.join(ops)} by hardware", rows))
 
 
 def _packages() -> list[dict[str, str]]:
@@ -107,7 +111,22 @@ def _backends() -> list[dict[str, str]]:
     ]
 
 
+def _by_ops(
+    rows: Sequence[Mapping[str, str]],
+) -> Iterator[tuple[list[str], list[dict[str, str]]]]:
+    """Ops, and the rows of each without it: one group for ops whose rows are the same."""
+    of_op: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        rest = {heading: text for heading, text in row.items() if heading != "op"}
+        of_op.setdefault(row["op"], []).append(rest)
+    ops = list(of_op)
+    while ops:
+        own = of_op[ops[0]]
+        yield [op for op in ops if of_op[op] == own], own
+        ops = [op for op in ops if of_op[op] != own]
+
+
 def _hardware() -> list[dict[str, str]]:
-    from lltk.ops.nvfp4_backends import capability_table
+    from lltk.ops.implementations import capability_table
 
     return list(capability_table())

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.syntax import Syntax
 
-from lltk.cli.tables import contract_table, kept_table, memory_table, pass_table
+from lltk.cli.tables import contract_table, log_tables, memory_table
 
 
 @click.command("inspect")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--graph", metavar="NAME", help="Print this graph or region (default: the block).")
-@click.option("--joint", is_flag=True, help="Print its backward with it; for a block's region.")
+@click.option(
+    "--graph", metavar="NAME", help="Print this graph or region (default: the first block's)."
+)
+@click.option(
+    "--joint", is_flag=True, help="Print its backward with it; for a train program's block."
+)
 @click.option("--diagram", type=click.Path(path_type=Path), help="Draw that graph, as SVG.")
 @click.option("--json", "as_json", is_flag=True, help="Print log and contracts as JSON.")
 def command(
@@ -28,7 +31,7 @@ def command(
     Example:
       lltk inspect program
       lltk inspect program --graph step_block --diagram step_block.svg
-      lltk inspect trained --graph train_block --joint
+      lltk inspect trained --joint
     """
     from lltk.artefact import load_program
     from lltk.graph.diagram import draw
@@ -60,7 +63,7 @@ def command(
             "stage": str(program.stage),
             "kind": program.kind,
             "recipe": program.recipe,
-            "log": [{**asdict(entry), "stage": str(entry.stage)} for entry in program.log],
+            "log": [entry.plain() for entry in program.log],
             "contracts": {
                 each: {
                     side: {
@@ -75,9 +78,7 @@ def command(
         click.echo(json.dumps(described, indent=2))
         return
     console.print(f"{directory}: a {program.stage} {program.kind} program")
-    console.print(pass_table(program.log))
-    if kept := kept_table(program.log):
-        console.print(kept)
+    console.print(log_tables(program.log))
     for each, contract in contracts.items():
         console.print(contract_table(each, contract))
     console.print(memory_table(estimate(program)))

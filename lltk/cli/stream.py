@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lltk.cli.devices import chosen_device
 from lltk.cli.logs import hide_loading
 from lltk.cli.recipes import find_recipe
-from lltk.cli.tables import memory_table, row_table
+from lltk.cli.tables import log_tables, memory_table, row_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -111,9 +111,16 @@ def command(
             console.print(f"{part}: {what}", highlight=False)
         if dry_run:
             loading = plan.loading_memory(image is not None)
+            log = plan.transformer.log
             if as_json and speaks:
-                facts = {"plan": plan.describe(), "memory": plan.memory, "loading": loading}
+                facts = {
+                    "plan": plan.describe(),
+                    "log": [entry.plain() for entry in log],
+                    "memory": plan.memory,
+                    "loading": loading,
+                }
                 click.echo(json.dumps(facts, indent=2))
+            console.print(log_tables(log))
             for when, devices in (("before it runs", loading), ("while it runs", plan.memory)):
                 for where, owners in devices.items():
                     console.print(f"On {where}, {when}:", memory_table(owners), sep="\n")

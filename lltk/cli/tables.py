@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,9 +17,16 @@ from lltk.graph.text import dtype_name
 _STYLE: dict[str, Any] = {"box": SIMPLE_HEAD, "title_justify": "left", "title_style": "bold"}
 
 
-def pass_table(log: Sequence[LogEntry]) -> Table:
+def log_tables(log: Sequence[LogEntry]) -> Group:
+    """The passes, and what they were told to leave, if anything."""
+    kept = _kept_table(log)
+    return Group(_pass_table(log), *([kept] if kept.rows else []))
+
+
+def _pass_table(log: Sequence[LogEntry]) -> Table:
     """The numbered passes with the stage they left, what they matched, ops and time."""
-    table = Table("", "pass", "stage", "matches", title="Passes", **_STYLE)
+    table = Table("", "pass", "stage", title="Passes", **_STYLE)
+    table.add_column("matches", overflow="fold")
     for heading in ("ops", "s"):
         table.add_column(heading, justify="right")
     for column in table.columns[1:3]:
@@ -36,15 +44,15 @@ def pass_table(log: Sequence[LogEntry]) -> Table:
     return table
 
 
-def kept_table(log: Sequence[LogEntry]) -> Table | None:
-    """What passes were told to leave, and why; None where there is nothing."""
+def _kept_table(log: Sequence[LogEntry]) -> Table:
+    """What passes were told to leave, and why."""
     table = Table("pass", title="Kept", **_STYLE)
     table.add_column("modules", overflow="fold")
     table.add_column("because", overflow="fold")
     for entry in log:
         for reason, modules in entry.kept.items():
             table.add_row(entry.name, ", ".join(_ranges(modules)), reason)
-    return table if table.rows else None
+    return table
 
 
 def contract_table(name: str, contract: Contract) -> Table:
@@ -69,8 +77,9 @@ def memory_table(owners: Mapping[str, int]) -> Table:
 
 def row_table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
     """Rows with the same keys; the keys are the headings, and the first names a row."""
-    table = Table(*rows[0], title=title, **_STYLE)
-    table.columns[0].no_wrap = True
+    table = Table(title=title, **_STYLE)
+    for number, heading in enumerate(rows[0]):
+        table.add_column(heading, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
     return table

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lltk.compiler import transform, with_weights
 from lltk.graph.files import written_whole
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
+from lltk.graph.program import LogEntry
 from lltk.graph.recipe import parse_recipe
 from lltk.models import wan22, wan_vae
 from lltk.models.checkpoint import save_checkpoint, save_lora
@@ -43,6 +44,7 @@ class Task:
 
     Attributes:
         section: its train section.
+        log: the passes that its Program went through; none of an autoencoder.
         about: what checkpoints say of it: recipe, pass log, versions.
         memory: bytes by owner.
         dataset: loads what makes the clips, and gives them.
@@ -52,6 +54,7 @@ class Task:
     """
 
     section: TrainSection
+    log: Sequence[LogEntry]
     about: Mapping[str, Any]
     memory: Mapping[str, int]
     dataset: Callable[[], Dataset]
@@ -88,7 +91,7 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
     config = program.recipe["model"]["config"]
     about = {
         "recipe": program.recipe | {"train": section.model_dump(mode="json")},
-        "log": [{**asdict(entry), "stage": str(entry.stage)} for entry in program.log],
+        "log": [entry.plain() for entry in program.log],
         "versions": versions(),
     }
     memory = estimate(program)
@@ -147,7 +150,7 @@ def _transformer(data: Mapping[str, Any], where: str, device: torch.device) -> T
         fps = FPS if section.data.folder is None else section.data.fps
         _write(folder / "samples.mp4", torch.cat(tuple(video), dim=-1), fps)
 
-    return Task(section, about, memory, dataset, objective, export, write_samples)
+    return Task(section, program.log, about, memory, dataset, objective, export, write_samples)
 
 
 def _autoencoder(data: Mapping[str, Any], where: str, device: torch.device) -> Task:
@@ -206,7 +209,7 @@ def _autoencoder(data: Mapping[str, Any], where: str, device: torch.device) -> T
         rows = torch.cat([torch.cat(tuple(clips), dim=-1) for clips in (video, seen)], dim=-2)
         _write(folder / "reconstructions.mp4", rows, FPS)
 
-    return Task(section, about, memory, dataset, objective, export, write_samples)
+    return Task(section, (), about, memory, dataset, objective, export, write_samples)
 
 
 def _write(path: Path, video: Tensor, fps: float) -> None:

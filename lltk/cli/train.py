@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lltk.cli.devices import chosen_device
 from lltk.cli.logs import hide_loading, logged
 from lltk.cli.recipes import find_recipe
-from lltk.cli.tables import memory_table
+from lltk.cli.tables import log_tables, memory_table
 
 if TYPE_CHECKING:
     from lltk.cli.tasks import Task
@@ -61,10 +61,17 @@ def command(
     with console.status("reading the recipe"):
         task = task_of(read_recipe(path, overrides), str(path), chosen)
     section = task.section
+    if task.log:
+        console.print(log_tables(task.log))
     if dry_run:
         if as_json:
-            plan = {"device": str(chosen), "train": section.model_dump(mode="json")}
-            click.echo(json.dumps(plan | {"memory": task.memory}, indent=2))
+            plan = {
+                "device": str(chosen),
+                "train": section.model_dump(mode="json"),
+                "log": [entry.plain() for entry in task.log],
+                "memory": task.memory,
+            }
+            click.echo(json.dumps(plan, indent=2))
         console.print(f"Plan: {section.steps} steps of {section.batch} clips on {chosen}")
         console.print(memory_table(task.memory))
         return

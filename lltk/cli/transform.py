@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 from rich.console import Console
 
 from lltk.cli.recipes import open_recipe
-from lltk.cli.tables import kept_table, memory_table, pass_table
+from lltk.cli.tables import log_tables, memory_table
 
 
 @click.command("transform")
@@ -87,7 +86,7 @@ def command(
             save_program(program, output)
     seconds = time.perf_counter() - start
     if as_json:
-        log = [{**asdict(entry), "stage": str(entry.stage)} for entry in program.log]
+        log = [entry.plain() for entry in program.log]
         click.echo(
             json.dumps(
                 {"stage": str(program.stage), "seconds": seconds, "log": log,
@@ -95,9 +94,7 @@ def command(
                 indent=2,
             )
         )  # fmt: skip
-    console.print(pass_table(program.log))
-    if kept := kept_table(program.log):
-        console.print(kept)
+    console.print(log_tables(program.log))
     console.print(memory_table(estimate(program)))
     where = f", written to {output}" if output is not None else ""
     console.print(f"A {program.stage} {program.kind} program in {seconds:.1f} s{where}")

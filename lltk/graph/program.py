@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, Protocol
 
@@ -94,6 +94,10 @@ class LogEntry:
     ops_before: int
     ops_after: int
     seconds: float
+
+    def plain(self) -> dict[str, Any]:
+        """As data that JSON can hold."""
+        return {**asdict(self), "stage": str(self.stage)}
 
 
 @dataclass

@@ -16,7 +16,7 @@ _PACKAGES = {"cudnn": "nvidia-cudnn-frontend", "transformer_engine": "transforme
 def lacking(
     device: torch.device,
     devices: Sequence[str],
-    module: str | None = None,
+    modules: Sequence[str] = (),
     capabilities: Sequence[Capability] | None = None,
 ) -> str | None:
     """What is lacking to run something on a device, in words, or None.
@@ -24,13 +24,14 @@ def lacking(
     Args:
         device: where it is to run.
         devices: device types it runs on.
-        module: a Python module it needs.
+        modules: Python modules it needs.
         capabilities: CUDA devices it runs on, or None for any.
     """
     if device.type not in devices:
         return f"runs on {' and '.join(devices)}, not on {device.type}"
-    if module is not None and find_spec(module) is None:
-        return f"needs the package {_PACKAGES.get(module, module)}"
+    for module in modules:
+        if find_spec(module) is None:
+            return f"needs the package {_PACKAGES.get(module, module)}"
     if device.type == "cuda":
         if not torch.cuda.is_available():
             return "no CUDA device is visible"
@@ -44,3 +45,19 @@ def lacking(
 def architectures(capabilities: Sequence[Capability]) -> str:
     """Their names."""
     return ", ".join(f"sm_{major}{minor}" for major, minor in capabilities)
+
+
+def where_it_runs(
+    how: str | None, able: Sequence[Capability] | None, among: Sequence[Capability]
+) -> str:
+    """How something runs on some architectures, in words; a dash where it does not.
+
+    Args:
+        how: in words, or None if not at all.
+        able: CUDA devices it runs on, or None for any.
+        among: those asked for; if it runs on a part of them, that part is named.
+    """
+    some = [each for each in among if able is None or each in able]
+    if how is None or not some:
+        return "–"
+    return how if len(some) == len(among) else f"{architectures(some)}: {how}"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import lltk.ops
-from lltk.ops.hardware import Capability, lacking
-from lltk.ops.nvfp4_backends import ARITHMETIC, E2M1, check_backend
+from lltk.ops.hardware import Capability, architectures, lacking, where_it_runs
+from lltk.ops.nvfp4_backends import ARITHMETIC, BACKENDS, E2M1, Backend, check_backend
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Implementation:
         name: what recipes call it.
         where: ``module:function`` of the callable with the op's signature.
         devices: device types it runs on.
-        module: a Python module it needs beyond torch.
+        modules: Python modules it needs beyond torch.
         architectures: compute capabilities of CUDA devices, or None for any.
     """
 
@@ -34,7 +34,7 @@ class Implementation:
     name: str
     where: str
     devices: tuple[str, ...]
-    module: str | None = None
+    modules: tuple[str, ...] = ()
     architectures: tuple[Capability, ...] | None = None
 
     def load(self) -> Callable[..., Any]:
@@ -45,7 +45,7 @@ class Implementation:
 
     def missing(self, device: torch.device) -> str | None:
         """What the device or installation lacks to run it, or None."""
-        return lacking(device, self.devices, self.module, self.architectures)
+        return lacking(device, self.devices, self.modules, self.architectures)
 
 
 E4M3: tuple[Capability, ...] = ((8, 9), (9, 0), *E2M1)
@@ -60,7 +60,7 @@ _Upsample = partial(Implementation, "upsample_residual")
 _OPS = "lltk.ops."
 _NVFP4_PAGED = _OPS + "nvfp4_paged_attention.triton"
 _PagedKernel = partial(
-    _Nvfp4Paged, devices=("cuda",), module="triton", architectures=ARITHMETIC + E2M1
+    _Nvfp4Paged, devices=("cuda",), modules=("triton",), architectures=ARITHMETIC + E2M1
 )
 
 
@@ -70,7 +70,7 @@ def _rows(op: str, architectures: tuple[Capability, ...]) -> Iterator[Implementa
     yield Implementation(op, "reference", f"{where}op:{op}", _ANY)
     yield Implementation(op, "torch", f"{where}reference:{op}", _ANY)
     yield Implementation(
-        op, "triton", f"{where}triton:OVERLOAD", ("cuda",), "triton", architectures
+        op, "triton", f"{where}triton:OVERLOAD", ("cuda",), ("triton",), architectures
     )
 
 
@@ -81,7 +81,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Paged("arena", _OPS + "paged_attention.arena:arena", _ANY),
     _Causal("reference", _OPS + "block_causal_attention.op:block_causal_attention", _ANY),
     _Causal("sdpa", _OPS + "block_causal_attention.sdpa:sdpa", _ANY),
-    _Causal("flex", _OPS + "block_causal_attention.flex:flex", ("cuda",), module="triton"),
+    _Causal("flex", _OPS + "block_causal_attention.flex:flex", ("cuda",), modules=("triton",)),
     _Nvfp4Paged("reference", _OPS + "nvfp4_paged_attention.op:nvfp4_paged_attention", _ANY),
     _Nvfp4Paged("decode", _OPS + "nvfp4_paged_attention.decode:decode", _ANY),
     _PagedKernel("decode_triton", _NVFP4_PAGED + ":decode"),
@@ -90,7 +90,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         "fp8_decode",
         _OPS + "nvfp4_paged_attention.fp8:fp8_decode",
         ("cuda",),
-        "cudnn",
+        ("cudnn", "triton"),
         ((9, 0), *E2M1),
     ),
     *_rows("fp8_quantise", E4M3),
@@ -102,10 +102,15 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Matmul("reference", _OPS + "fp8_matmul.op:fp8_matmul", _ANY),
     _Matmul("scaled_mm", _OPS + "fp8_matmul.scaled_mm:fp8_matmul", ("cuda",), architectures=E4M3),
     _Norm("reference", _OPS + "cached_norm_silu.op:cached_norm_silu", _ANY),
-    _Norm("triton", _OPS + "cached_norm_silu.triton:cached_norm_silu", ("cuda",), module="triton"),
+    _Norm(
+        "triton", _OPS + "cached_norm_silu.triton:cached_norm_silu", ("cuda",), modules=("triton",)
+    ),
     _Upsample("reference", _OPS + "upsample_residual.op:upsample_residual", _ANY),
     _Upsample(
-        "triton", _OPS + "upsample_residual.triton:upsample_residual", ("cuda",), module="triton"
+        "triton",
+        _OPS + "upsample_residual.triton:upsample_residual",
+        ("cuda",),
+        modules=("triton",),
     ),
 )
 
@@ -127,6 +132,28 @@ def check_device(chosen: Mapping[str, str], device: torch.device) -> None:
                 f"{op}: {name} {reason}; {device.type} has {' and '.join(able) or 'none'}: set "
                 f"{op} of the recipe's lower pass"
             )
+
+
+def capability_table() -> Iterator[dict[str, str]]:
+    """How each backend runs each NVFP4 op on which hardware, and what reads the NVFP4 cache."""
+    for backend in BACKENDS.values():
+        for op, way in backend.ops.items():
+            yield _by_hardware(backend, op, "float32 in torch", way.arithmetic, way.native)
+    for reader in IMPLEMENTATIONS:
+        if reader.op == "nvfp4_paged_attention":
+            yield _by_hardware(reader, reader.op, "runs", "runs", "runs")
+
+
+def _by_hardware(
+    runs: Backend | Implementation, op: str, cpu: str, arithmetic: str | None, native: str
+) -> dict[str, str]:
+    return {
+        "op": op,
+        "backend": runs.name,
+        "cpu": cpu if "cpu" in runs.devices else "–",
+        architectures(ARITHMETIC): where_it_runs(arithmetic, runs.architectures, ARITHMETIC),
+        architectures(E2M1): where_it_runs(native, runs.architectures, E2M1),
+    }
 
 
 def ops_with_choices() -> Iterator[str]:

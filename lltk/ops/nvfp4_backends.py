@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lltk.ops.hardware import Capability, architectures, lacking
+from lltk.ops.hardware import Capability, lacking
 
 ARITHMETIC: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (9, 0))
 """CUDA architectures that run our kernels and compute E2M1 as integers and floats."""
@@ -44,18 +44,18 @@ class Backend:
         ops: how it runs each.
         devices: device types.
         architectures: compute capabilities of CUDA devices, or None for any.
-        module: a Python module it needs beyond torch.
+        modules: Python modules it needs beyond torch.
     """
 
     name: str
     ops: dict[str, Way]
     devices: tuple[str, ...]
     architectures: tuple[Capability, ...] | None = None
-    module: str | None = None
+    modules: tuple[str, ...] = ()
 
     def missing(self, device: torch.device) -> str | None:
         """What the device or installation lacks to run it, or None."""
-        return lacking(device, self.devices, self.module, self.architectures)
+        return lacking(device, self.devices, self.modules, self.architectures)
 
 
 def _ways(module: str, arithmetic: str | None, native: str, *ops: str) -> dict[str, Way]:
@@ -84,9 +84,9 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("reference", _REFERENCE, ("cpu", "cuda")),
-        Backend("triton", _TRITON, ("cuda",), ARITHMETIC + E2M1, "triton"),
-        Backend("scaled_mm", _SCALED_MM, ("cuda",), E2M1, "triton"),
-        Backend("te", _TE, ("cuda",), E2M1, "transformer_engine"),
+        Backend("triton", _TRITON, ("cuda",), ARITHMETIC + E2M1, ("triton",)),
+        Backend("scaled_mm", _SCALED_MM, ("cuda",), E2M1, ("triton",)),
+        Backend("te", _TE, ("cuda",), E2M1, ("transformer_engine", "triton")),
     )
 }
 
@@ -133,16 +133,3 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
 def has_e2m1(device: torch.device, among: tuple[Capability, ...] = E2M1) -> bool:
     """Whether a device is one of those that know E2M1."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in among
-
-
-def capability_table() -> Iterator[dict[str, str]]:
-    """How each backend runs each op on which hardware."""
-    for backend in BACKENDS.values():
-        for op, way in backend.ops.items():
-            yield {
-                "backend": backend.name,
-                "op": op,
-                "cpu": "float32 in torch" if "cpu" in backend.devices else "–",
-                architectures(ARITHMETIC): way.arithmetic or "–",
-                architectures(E2M1): way.native,
-            }
