@@ -203,6 +203,29 @@ def test_two_models_are_not_compared(
     assert code == 0 and "30 shots and 0 minutes a recipe, 10 videos at once" in out
 
 
+def test_what_the_device_lacks_is_refused_before_anything_streams(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(recipe: Recipe, *_: object, **__: object) -> object:
+        chosen = dict(recipe.steps())["lower"].get("paged_attention", "sdpa")
+        transformer = SimpleNamespace(
+            recipe=recipe.resolved() | {"model": {"config": {}}},
+            implementations={"paged_attention": chosen},
+        )
+        return SimpleNamespace(transformer=transformer, describe=lambda: {"transformer": ""})
+
+    def streamed(*_: object) -> None:
+        raise AssertionError("refuse it first")
+
+    monkeypatch.setattr("lltk.streaming.plan_stream", planned)
+    monkeypatch.setattr("lltk.cli.compare._measure", streamed)
+    line = ["compare", "tiny_stream", "tiny_stream", "--device", "cpu"]
+    code, _, err = run(*line, "--set", "passes.lower.paged_attention=cudnn")
+    assert code == 2 and "paged_attention: cudnn runs on cuda, not on cpu" in err
+    with pytest.raises(AssertionError):
+        run(*line)
+
+
 def test_the_command_wants_two_recipes(run: Run) -> None:
     code, _, err = run("compare", "tiny_stream")
     assert code == 2 and "name at least two" in err

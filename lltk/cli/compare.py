@@ -92,6 +92,7 @@ def command(
     from lltk.bench.record import make_record, write_record
     from lltk.cli.outputs import check_writable, share_cores
     from lltk.graph.recipe import load_recipe
+    from lltk.ops.implementations import check_device
     from lltk.streaming import plan_stream
 
     if output is not None:
@@ -119,6 +120,8 @@ def command(
             f"minutes a recipe, {batch} videos at once"
         )
         return
+    for _, plan in plans:
+        check_device(plan.transformer.implementations, chosen)
     share_cores(chosen)
     base = plans[0][1]
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
