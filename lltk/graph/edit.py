@@ -182,6 +182,7 @@ def infer(program: Program, graph: fx.Graph) -> None:
     """
     mode = FakeTensorMode()
     values: dict[fx.Node, Any] = {}
+    found: dict[str, Any] = {}
     with mode, torch.no_grad():
         for node in graph.nodes:
             if node.op != "call_function":
@@ -189,9 +190,11 @@ def infer(program: Program, graph: fx.Graph) -> None:
                 continue
             made_from = _made_from(node)
             if "val" not in node.meta or node.meta.get("made_from") != made_from:
-                node.meta["val"] = _infer_call(node, values)
+                same = repr(made_from)  # equal calls of other layers
+                if same not in found:
+                    found[same] = _infer_call(node, values)
+                values[node] = node.meta["val"] = found[same]
                 node.meta["made_from"] = made_from
-                values[node] = node.meta["val"]
 
 
 def _made_from(node: fx.Node) -> Any:
