@@ -240,7 +240,7 @@ class _First(_Decoder):
                 # A convolution that starts with the second latent, over two zero frames; it has as
                 # many channels as the one before it.
                 assert cache == "Rep"
-                padded.append(torch.zeros_like(padded[-1]))
+                padded.append(torch.zeros_like(padded[-1], dtype=padded[-1].dtype))
         return video, *padded
 
 

@@ -6,18 +6,16 @@ import operator
 from collections.abc import Mapping
 from dataclasses import replace as with_fields
 
-import torch
 from torch import Tensor, fx
 
 from lltk.graph.edit import building, module_of, replace
 from lltk.graph.linears import LinearChoice, chosen_linears
-from lltk.graph.packed import FP8_ENDINGS, ROW_SCALES
+from lltk.graph.packed import FP8_ENDINGS, ROW_SCALES, pack_fp8
 from lltk.graph.passes import Numerics, Pass, Report
 from lltk.graph.program import Program, TensorSpec
 from lltk.graph.stages import Stage
 from lltk.ops.fp8_matmul.op import OVERLOAD as MATMUL
 from lltk.ops.fp8_quantise.op import OVERLOAD as QUANTISE
-from lltk.ops.fp8_quantise.reference import fp8_quantise
 
 MULTIPLE = 16
 """What tensor cores want K and N to be a multiple of."""
@@ -81,7 +79,7 @@ class Fp8Infer(Pass[Config]):
                 mapped[name] = tensor
                 continue
             names = [module + ending for ending in FP8_ENDINGS]
-            mapped |= zip(names, _pack(name, tensor), strict=True)
+            mapped |= zip(names, pack_fp8(name, tensor), strict=True)
         return mapped
 
     def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,13 +90,3 @@ class Fp8Infer(Pass[Config]):
                 values, scales = (mapped.pop(module + ending) for ending in FP8_ENDINGS)
                 mapped[f"{module}.weight"] = (values.float() * scales).to(weight.dtype)
         return mapped
-
-
-def _pack(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if weight.is_meta:
-        made: tuple[Tensor, Tensor] = QUANTISE(torch.empty(weight.shape, device="meta"))
-        return made
-    values, scales = fp8_quantise(weight)
-    if not bool(scales.isfinite().all()):
-        raise ValueError(f"{name}: is not finite; repair the checkpoint")
-    return values, scales

@@ -58,6 +58,8 @@ class Config(PassConfig):
     fp8_matmul: str = Field("reference", description="reference or scaled_mm")
     cached_norm_silu: str = Field("reference", description="reference or triton")
     upsample_residual: str = Field("reference", description="reference or triton")
+    fp8_cached_norm_silu: str = Field("reference", description="reference or triton")
+    fp8_conv3d: str = Field("reference", description="reference or triton")
     nvfp4: str = Field("reference", description="backend of every NVFP4 op; lltk doctor lists them")
 
     @field_validator(*ops_with_choices())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,10 @@ from torch import Tensor
 from torch.library import opcheck
 
 from lltk.ops.cached_norm_silu.op import cached_norm_silu
+from lltk.ops.fp8_cached_norm_silu.op import fp8_cached_norm_silu
+from lltk.ops.fp8_conv3d.op import fp8_conv3d
+from lltk.ops.fp8_conv3d.reference import fold_taps, unfold_taps
+from lltk.ops.fp8_quantise.reference import fp8_quantise
 from lltk.ops.implementations import find_implementation
 from lltk.ops.upsample_residual.op import upsample_residual
 from lltk.ops.upsample_residual.reference import fold, unfold
@@ -65,6 +70,29 @@ def upsample_cases(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         phases = random(images, 4 * channels, 6, 4, dtype=dtype)
         shortcut = random(2, width, frames, 5, 3, dtype=dtype, seed=1)
         yield phases, random(channels, dtype=dtype, seed=2), shortcut, stride
+
+
+def fp8_norm_cases(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """The same, of 32 and of 128 channels, their caches in FP8."""
+    for x, gamma, bias, residual, cache, keep in norm_cases(dtype):
+        if cache is not None:
+            cache = fp8_cached_norm_silu(cache.contiguous(memory_format=LAST), gamma)[1]
+        yield x, gamma, bias, residual, cache, keep
+
+
+def fp8_conv_cases(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Widths that fill no tile and more than one, and clips of several frames and videos."""
+    for width, wide, frames, sides in (
+        (32, 48, 1, (3, 5)),
+        (144, 272, 3, (5, 30)),
+        (64, 16, 2, (1, 1)),
+    ):
+        clip = random(2, width, frames, *sides, dtype=dtype)
+        made, _, scale = fp8_cached_norm_silu(clip, random(width, dtype=dtype, seed=1))
+        rows = fold_taps(random(wide, width, 3, 3, 3, dtype=torch.float32, seed=2))
+        rows *= rows.shape[1] ** -0.5
+        for bias in (None, random(wide, dtype=dtype, seed=3)):
+            yield made, scale, *fp8_quantise(rows), bias, dtype
 
 
 # References
@@ -119,34 +147,111 @@ def test_shortcut_is_the_models() -> None:
 
 
 @cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_fp8_frames_are_the_norms_rounded(dtype: torch.dtype) -> None:
+    """Within E4M3's step of the norm, behind the very codes of the cache, inside zeros."""
+    for x, gamma, bias, residual, cache, keep in fp8_norm_cases(dtype):
+        frames, kept, scale, *sums = fp8_cached_norm_silu(x, gamma, bias, residual, cache, keep)
+        plain, _, *totals = cached_norm_silu(x, gamma, bias, residual, None, keep)
+        inner, wanted = frames[:, :, :, 1:-1, 1:-1].float(), plain.float() / scale
+        new = (inner[:, :, 2:] - wanted[:, :, 2:]).abs()
+        step = wanted[:, :, 2:].abs().clamp_min(2.0**-6) / 16
+        assert bool((new <= step * 1.01).all()) and bool((new > 0).any()) == bool(x.any())
+        before = torch.zeros(()) if cache is None else cache.float()
+        assert bool((inner[:, :, :2] == before).all()) and torch.equal(
+            kept.float(), inner[:, :, -2:]
+        )
+        assert float(frames.float().abs().sum()) == float(inner.abs().sum())
+        assert all(torch.equal(*pair) for pair in zip(sums, totals, strict=True))
+        assert frames.dtype is kept.dtype is torch.float8_e4m3fn
+
+
+@cpu
+def test_fp8_frames_fill_their_range_and_no_more() -> None:
+    """What one channel has alone is the most that a norm gives; NaN stays; zeros divide nothing."""
+    x, gamma = torch.zeros(1, 64, 1, 2, 2), torch.full((64,), 5.0)
+    x[0, 3, 0, 0, 0] = 7.0
+    x[0, 0, 0, 1, 1] = float("nan")
+    frames, _, scale = fp8_cached_norm_silu(x, gamma)
+    assert float(frames[0, 3, 2, 1, 1]) == 448 and float(scale) == pytest.approx(5 * 8 / 448)
+    assert bool(frames[0, :, 2, 2, 2].float().isnan().all())
+    assert int(frames.float().isnan().sum()) == 64
+    nothing, _, one = fp8_cached_norm_silu(x[:, :, :, :1], gamma * 0)
+    assert not nothing.float().any() and float(one) == 1
+
+
+@cpu
+def test_fp8_convolution_is_the_convolution_of_what_it_decodes_to() -> None:
+    for frames, scale, weight, scales, bias, dtype in fp8_conv_cases(torch.float32):
+        taps, clip = unfold_taps(weight.double() * scales), frames.double() * scale
+        wanted = F.conv3d(clip, taps, None if bias is None else bias.double())
+        ours = fp8_conv3d(frames, scale, weight, scales, bias, dtype)
+        assert far(ours, wanted) < 1e-5 and ours.is_contiguous(memory_format=LAST)
+        if wanted.shape[-1] > 1:
+            assert far(ours, wanted.flip(-1)) > 0.1
+    weight = random(3, 2, 3, 3, 3, dtype=torch.float32)
+    assert torch.equal(unfold_taps(fold_taps(weight)), weight)
+
+
+@cpu
 def test_opcheck() -> None:
     for arguments in list(norm_cases(torch.float32))[1:3]:
         opcheck(cached_norm_silu, arguments)
     opcheck(upsample_residual, next(upsample_cases(torch.float32)))
+    checks = ("test_autograd_registration", "test_faketensor")  # torch multiplies no FP8 elements
+    for arguments in list(fp8_norm_cases(torch.float32))[1:3]:
+        opcheck(fp8_cached_norm_silu, arguments, test_utils=checks)
+    for arguments in list(fp8_conv_cases(torch.float32))[:2]:
+        opcheck(fp8_conv3d, arguments, test_utils=checks)
 
 
 # Kernels
 
 
+def results(
+    op: str, device: str, cases: Iterator[tuple[Any, ...]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of a kernel and of its reference, which computes on the CPU."""
+    run = find_implementation(op, "triton").load()
+    reference = find_implementation(op, "reference").load()
+    for arguments in cases:
+        placed = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+        ours, wanted = run(*placed), reference(*arguments)
+        pairs = [(ours, wanted)] if isinstance(ours, Tensor) else zip(ours, wanted, strict=True)
+        for one, other in pairs:
+            assert one.shape == other.shape and one.dtype == other.dtype
+            assert one.stride() == other.stride()
+            yield one.cpu(), other
+
+
 def differences(device: str, dtype: torch.dtype) -> Iterator[float]:
-    """Of the kernels from the references, which compute on the CPU in float32."""
+    """Of the kernels that round nothing to FP8."""
     cases = {"cached_norm_silu": norm_cases, "upsample_residual": upsample_cases}
     for op, cases_of in cases.items():
-        run = find_implementation(op, "triton").load()
-        reference = find_implementation(op, "reference").load()
-        for arguments in cases_of(dtype):
-            placed = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
-            ours, wanted = run(*placed), reference(*arguments)
-            pairs = [(ours, wanted)] if isinstance(ours, Tensor) else zip(ours, wanted, strict=True)
-            for one, other in pairs:
-                assert one.shape == other.shape and one.dtype == other.dtype
-                assert one.stride() == other.stride()
-                yield far(one, other)
+        for one, other in results(op, device, cases_of(dtype)):
+            yield far(one, other)
+
+
+def other_codes(device: str, dtype: torch.dtype) -> Iterator[float]:
+    """Shares of FP8 frames' elements that are rounded otherwise, none more than a step away."""
+    for one, other in results("fp8_cached_norm_silu", device, fp8_norm_cases(dtype)):
+        if other.dtype is not torch.float8_e4m3fn:
+            assert far(one, other) <= (1e-2 if other.dtype is dtype else 1e-6)
+            continue
+        steps = one.view(torch.uint8).int() - other.view(torch.uint8).int()
+        assert int(steps.abs().max()) <= 1
+        yield float((steps != 0).float().mean())
+
+
+def convolution_errors(device: str, dtype: torch.dtype) -> Iterator[float]:
+    for one, other in results("fp8_conv3d", device, fp8_conv_cases(dtype)):
+        yield float((one.double() - other.double()).norm() / other.double().norm())
 
 
 def interpret() -> None:
-    """Print the worst difference under Triton's interpreter."""
-    print(max(differences("cpu", torch.float32)))  # noqa: T201
+    """Print the worst differences under Triton's interpreter."""
+    found = (differences, other_codes, convolution_errors)
+    print(json.dumps([max(each("cpu", torch.float32)) for each in found]))  # noqa: T201
 
 
 @cpu
@@ -162,7 +267,8 @@ def test_kernels_interpreted() -> None:
         env={**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
     )
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 4e-6
+    far, rounded, convolved = json.loads(result.stdout)
+    assert far < 4e-6 and rounded < 1e-3 and convolved < 1e-6
 
 
 @gpu
@@ -173,6 +279,32 @@ def test_kernels_equal_their_references(dtype: torch.dtype) -> None:
     found = list(differences("cuda", dtype))
     assert max(found) <= bound
     assert sum(found) / len(found) < bound / 2
+
+
+@gpu
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fp8_kernels_equal_their_references(dtype: torch.dtype) -> None:
+    """Frames but for ties; sums but for the bits that tensor cores keep."""
+    assert max(other_codes("cuda", dtype)) < 1e-2
+    assert max(convolution_errors("cuda", dtype)) < 1e-2
+
+
+@gpu
+@needs_triton
+def test_fp8_convolution_of_a_wide_clip() -> None:
+    """Of the 5B model's size, where tiles wait for one another; ten times the same."""
+    width, sides = 512, (176, 320)
+    clip = torch.randn(1, width, 2, *sides, device="cuda", dtype=torch.bfloat16)
+    gamma = torch.ones(width, device="cuda", dtype=torch.bfloat16)
+    frames, _, scale = find_implementation("fp8_cached_norm_silu", "triton").load()(clip, gamma)
+    rows = torch.randn(width, 27 * width, device="cuda")
+    weight, scales = fp8_quantise(rows)
+    run = find_implementation("fp8_conv3d", "triton").load()
+    ours = [run(frames, scale, weight, scales, None, torch.float32) for _ in range(10)]
+    wanted = fp8_conv3d(frames[:, :, :, :40], scale, weight, scales, None, torch.float32)
+    assert float((ours[0][:, :, :, :38] - wanted).norm() / wanted.norm()) < 1e-2
+    assert all(torch.equal(ours[0], other) for other in ours[1:])
 
 
 @gpu
@@ -193,20 +325,32 @@ def test_kernels_reach_past_32_bits() -> None:
 @needs_triton
 @pytest.mark.parametrize("architecture", [89, 90, 100])
 def test_kernels_compile(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a GPU that need not be there; values are read and written sixteen bytes at a time."""
-    ptx = compiled(architecture, monkeypatch)
-    assert ptx.keys() == {"_cached_norm_silu", "_upsample_residual"}
-    for code in ptx.values():
-        assert "st.global.v4" in code and not re.search(r"ld\.global\.b16", code)
+    """For a GPU that need not be there; values are read and written sixteen bytes at a time.
+
+    A convolution's are multiplied while the next are loaded, each to a buffer of its own.
+    """
+    kernels = compiled(architecture, monkeypatch)
+    convolutions = kernels.pop("_fp8_conv3d", [])
+    assert kernels.keys() == {"_cached_norm_silu", "_upsample_residual", "_fp8_cached_norm_silu"}
+    for made in kernels.values():
+        for code in (kernel.asm["ptx"] for kernel in made):
+            assert "st.global.v4" in code and not re.search(r"ld\.global\.b16", code)
+    assert len(convolutions) == (architecture >= 90)
+    for kernel in convolutions:
+        code = kernel.asm["ptx"]
+        assert "cp.async.bulk.tensor.2d" in code and "st.global.v4" in code
+        assert ("wgmma.wait_group.sync.aligned 1" in code) == (architecture == 90)
+        assert kernel.metadata.shared >= 4 * (128 + 256) * 128
 
 
-def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The kernels' code, as the 5B model's decoder calls them."""
+def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """The kernels, as the 5B model's decoder calls them."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    run, found = JITFunction.run, {}
+    run = JITFunction.run
+    found: dict[str, list[Any]] = {}
 
     class Absent:
         def get_current_target(self) -> GPUTarget:
@@ -220,17 +364,24 @@ def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
 
     def compile_only(kernel: Any, *arguments: Any, **options: Any) -> Any:
         result = run(kernel, *arguments, **{**options, "warmup": True})
-        found[kernel.fn.__name__] = found.get(kernel.fn.__name__, "") + result.asm["ptx"]
+        found.setdefault(kernel.fn.__name__, []).append(result)
         return result
 
-    norm = find_implementation("cached_norm_silu", "triton").load()
-    upsample = find_implementation("upsample_residual", "triton").load()
+    norm, fp8_norm, upsample, convolve = (
+        find_implementation(op, "triton").load()
+        for op in ("cached_norm_silu", "fp8_cached_norm_silu", "upsample_residual", "fp8_conv3d")
+    )
     kind = torch.bfloat16
     x, gamma = random(1, 256, 2, 4, 16, dtype=kind), random(256, 1, 1, 1, dtype=kind)
     with monkeypatch.context() as patch:
         patch.setattr(driver, "_active", Absent())
         patch.setattr(JITFunction, "run", compile_only)
         norm(x, gamma, gamma.flatten(), x, x, True)
+        cache = x.to(torch.float8_e4m3fn)
+        frames, _, scale, _ = fp8_norm(x, gamma, gamma.flatten(), x, cache, True)
+        if architecture >= 90:
+            weight = torch.zeros(512, 27 * 256).to(torch.float8_e4m3fn)
+            convolve(frames, scale, weight, torch.ones(512, 1), None, kind)
         for width in (256, 512):
             shortcut = random(1, width, 2, 4, 16, dtype=kind)
             upsample(random(2, 1024, 5, 17, dtype=kind), gamma.flatten(), shortcut, 1)

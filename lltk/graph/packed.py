@@ -24,6 +24,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lltk.ops.fp8_quantise.op import OVERLOAD as QUANTISE
+from lltk.ops.fp8_quantise.reference import fp8_quantise
 from lltk.ops.nvfp4_quantise.reference import BLOCK, Quantised
 
 DECODE_SCALE = "weight_decode_scale"
@@ -127,6 +129,21 @@ def check_quantised(weight: Quantised, subject: str, endings: tuple[str, str, st
             f"{of_scale} is {scale.item()!r}; it must be finite and above 0, 1 for a weight of "
             "zeros; quantise the weight again"
         )
+
+
+def pack_fp8(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight's rows in FP8, and their scales, as `FP8_ENDINGS` are.
+
+    Raises:
+        ValueError: it is not finite; names it.
+    """
+    if weight.is_meta:
+        made: tuple[Tensor, Tensor] = QUANTISE(torch.empty(weight.shape, device="meta"))
+        return made
+    values, scales = fp8_quantise(weight)
+    if not bool(scales.isfinite().all()):
+        raise ValueError(f"{name}: is not finite; repair the checkpoint")
+    return values, scales
 
 
 def check_fp8_weights(weights: Mapping[str, Tensor], where: str) -> None:

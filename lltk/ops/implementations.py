@@ -57,6 +57,8 @@ _Causal = partial(Implementation, "block_causal_attention")
 _Matmul = partial(Implementation, "fp8_matmul")
 _Norm = partial(Implementation, "cached_norm_silu")
 _Upsample = partial(Implementation, "upsample_residual")
+_Fp8Norm = partial(Implementation, "fp8_cached_norm_silu")
+_Fp8Conv = partial(Implementation, "fp8_conv3d")
 _OPS = "lltk.ops."
 _NVFP4_PAGED = _OPS + "nvfp4_paged_attention.triton"
 _PagedKernel = partial(
@@ -111,6 +113,16 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         _OPS + "upsample_residual.triton:upsample_residual",
         ("cuda",),
         modules=("triton",),
+    ),
+    _Fp8Norm("reference", _OPS + "fp8_cached_norm_silu.op:fp8_cached_norm_silu", _ANY),
+    _Fp8Norm("triton", _OPS + "fp8_cached_norm_silu.triton:OVERLOAD", ("cuda",), ("triton",), E4M3),
+    _Fp8Conv("reference", _OPS + "fp8_conv3d.op:fp8_conv3d", _ANY),
+    _Fp8Conv(
+        "triton",
+        _OPS + "fp8_conv3d.triton:OVERLOAD",
+        ("cuda",),
+        ("triton",),
+        ((9, 0), (10, 0), (10, 3)),
     ),
 )
 

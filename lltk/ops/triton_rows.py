@@ -48,17 +48,28 @@ def store_row(out, row, values, width, ROW: tl.constexpr):
 def store_fp8_row(out, scales, row, values, width, ROW: tl.constexpr, NATIVE: tl.constexpr):
     """Store float32 [ROW], 0 beyond ``width``, as bytes of E4M3 and the row's scale.
 
-    Values are multiplied by 1 / scale, at most float32's largest; NaN is the largest of a row.
+    Values are multiplied by 1 / scale; NaN is the largest of a row.
     """
     largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     scale = tl.div_rn(largest.to(tl.float32, bitcast=True), 448.0)
     scale = tl.where(scale == 0.0, 1.0, scale)
     tl.store(scales + row, scale)
-    values *= tl.minimum(tl.div_rn(1.0, scale), 3.4028234663852886e38)
+    codes = e4m3_codes(values * reciprocal(scale), NATIVE)
+    store_row(out, row, codes, width, ROW)
+
+
+@triton.jit
+def reciprocal(scale):
+    """1 / scale, at most float32's largest."""
+    return tl.minimum(tl.div_rn(1.0, scale), 3.4028234663852886e38)
+
+
+@triton.jit
+def e4m3_codes(values, NATIVE: tl.constexpr):
+    """Bytes of the nearest E4M3 values of float32, saturating at ±448."""
     if NATIVE:
-        codes = values.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        return values.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
         sign = (values.to(tl.int32, bitcast=True) >> 24) & 0x80
         codes = round_e4m3(tl.minimum(tl.abs(values), 448.0)) | sign
-        codes = tl.where(values == values, codes, 0x7F)
-    store_row(out, row, codes, width, ROW)
+        return tl.where(values == values, codes, 0x7F).to(tl.uint8)

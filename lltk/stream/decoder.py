@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lltk.graph.module import ProgramModule
-from lltk.graph.program import Program
+from lltk.graph.program import Program, TensorSpec
 from lltk.graph.spec import DecoderSpec
 from lltk.stream.timing import Stopwatch
 
@@ -87,9 +87,8 @@ class Decoder:
         self._spec = program.model
         self._module = module
         self._latents = program.contract("first").inputs[self._spec.latent_input].shape
-        self._caches = {
-            name: program.contract("step").inputs[name].shape for name in self._spec.cache_inputs
-        }
+        inputs = program.contract("step").inputs
+        self._caches = {name: inputs[name] for name in self._spec.cache_inputs}
         several = "steps" in program.graphs
         self._several = (
             program.contract("steps").inputs[self._spec.latent_input].shape[2] if several else 1
@@ -108,7 +107,7 @@ class Decoder:
 
     @state.setter
     def state(self, state: DecoderState) -> None:
-        found = {name: tuple(cache.shape) for name, cache in state.caches.items()}
+        found = {name: TensorSpec.of(cache) for name, cache in state.caches.items()}
         if found and found != self._caches:
             raise ValueError(
                 f"state: caches {found} are not this program's, {self._caches}; restore a state of "

@@ -10,7 +10,7 @@ from torch import Tensor
 from lltk.ops.cached_norm_silu.op import empty_results
 from lltk.ops.cached_norm_silu.reference import EPS
 
-_ELEMENTS = 4096
+ELEMENTS = 4096
 """What a program holds at once."""
 
 
@@ -45,15 +45,15 @@ def _launch(
     batch, width, frames, height, columns = x.shape
     area = height * columns
     row = triton.next_power_of_2(width)
-    rows = max(1, _ELEMENTS // row)
-    x = _last(x)
+    rows = max(1, ELEMENTS // row)
+    x = channels_last(x)
     with torch.cuda.device_of(x):
         _cached_norm_silu[(triton.cdiv(area, rows), 2 + frames, batch)](
             x,
             gamma.contiguous(),
             x if bias is None else bias.contiguous(),
-            x if residual is None else _last(residual),
-            x if cache is None else _last(cache),
+            x if residual is None else channels_last(residual),
+            x if cache is None else channels_last(cache),
             made[0],
             made[1],
             made[2] if keep else x,
@@ -75,7 +75,8 @@ def _launch(
 _launch.register_fake(empty_results)
 
 
-def _last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
+    """A clip whose channels lie last in memory."""
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
@@ -111,25 +112,66 @@ def _cached_norm_silu(
     inside = (row < area)[:, None] & (column < WIDTH)
     pixel = row.to(tl.int64)[:, None] * WIDTH + column
     size = area.to(tl.int64) * WIDTH
-    kind = x.dtype.element_ty
     if frame < 2:
         held = cache + (batch * 2 + frame) * size + pixel
         result = tl.load(held, mask=inside & (cached > 0), other=0.0)
     else:
-        place = (batch * frames + frame - 2) * size + pixel
-        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        if BIAS:
-            values += tl.load(bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        if RESIDUAL:
-            values += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-        rounded = values.to(kind)
-        if KEEP:
-            tl.store(total + place, rounded, mask=inside)
-        values = rounded.to(tl.float32)
-        length = tl.maximum(tl.sqrt(tl.sum(values * values, 1)), EPS)
-        values *= (root / length)[:, None]
-        values *= tl.load(gamma + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        result = (values / (1.0 + tl.exp(-values))).to(kind)
+        result = norm_silu(
+            x,
+            load_weights(gamma, column, WIDTH),
+            bias,
+            residual,
+            total,
+            (batch * frames + frame - 2) * size + pixel,
+            inside,
+            column,
+            root,
+            EPS,
+            WIDTH,
+            BIAS,
+            RESIDUAL,
+            KEEP,
+        )
     tl.store(made + (batch * (frames + 2) + frame) * size + pixel, result, mask=inside)
     if frame >= frames:
         tl.store(kept + (batch * 2 + frame - frames) * size + pixel, result, mask=inside)
+
+
+@triton.jit
+def load_weights(weights, column, WIDTH: tl.constexpr):
+    """float32 weights of a pixel's channels, 0 beyond ``WIDTH``."""
+    return tl.load(weights + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def norm_silu(
+    x,
+    gamma,
+    bias,
+    residual,
+    total,
+    place,
+    inside,
+    column,
+    root,
+    EPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """The new pixels that lie at ``place``, in x's dtype; stores their sums if to KEEP."""
+    kind = x.dtype.element_ty
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        values += load_weights(bias, column, WIDTH)
+    if RESIDUAL:
+        values += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    rounded = values.to(kind)
+    if KEEP:
+        tl.store(total + place, rounded, mask=inside)
+    values = rounded.to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(values * values, 1)), EPS)
+    values *= (root / length)[:, None]
+    values *= gamma
+    return (values / (1.0 + tl.exp(-values))).to(kind)

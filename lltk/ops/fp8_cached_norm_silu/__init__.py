@@ -1,0 +1,1 @@
+"""A causal convolution's input in FP8."""

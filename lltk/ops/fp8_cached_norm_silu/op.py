@@ -1,0 +1,49 @@
+"""``lltk::fp8_cached_norm_silu``; no gradient flows through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.cached_norm_silu.reference import CACHED
+from lltk.ops.fp8_cached_norm_silu import reference
+
+
+@torch.library.custom_op("lltk::fp8_cached_norm_silu", mutates_args=())
+def fp8_cached_norm_silu(
+    x: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    cache: Tensor | None = None,
+    keep: bool = False,
+) -> list[Tensor]:
+    """See `reference.fp8_cached_norm_silu`."""
+    return reference.fp8_cached_norm_silu(x, gamma, bias, residual, cache, keep)
+
+
+@fp8_cached_norm_silu.register_fake
+def empty_results(
+    x: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    cache: Tensor | None = None,
+    keep: bool = False,
+) -> list[Tensor]:
+    """The results' tensors, not filled."""
+    batch, width, frames, height, columns = x.shape
+    torch._check(gamma.numel() == width and (bias is None or bias.numel() == width))
+    torch._check(residual is None or residual.shape == x.shape)
+    kept = (batch, width, CACHED, height, columns)
+    fp8 = torch.float8_e4m3fn
+    torch._check(cache is None or (tuple(cache.shape) == kept and cache.dtype is fp8))
+    shapes = [(batch, width, CACHED + frames, height + 2, columns + 2), kept]
+    layout = torch.channels_last_3d
+    made = [torch.empty(s, dtype=fp8, device=x.device, memory_format=layout) for s in shapes]
+    total = [torch.empty_like(x, memory_format=layout)] if keep else []
+    return [*made, torch.empty((), device=x.device), *total]
+
+
+OVERLOAD = torch.ops.lltk.fp8_cached_norm_silu.default
+"""The op as a graph node's target."""

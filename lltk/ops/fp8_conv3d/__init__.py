@@ -1,0 +1,1 @@
+"""Convolutions of FP8 operands."""

@@ -1,0 +1,162 @@
+"""Causal convolutions in W8A8: FP8 weights with a scale a row, FP8 frames with one scale."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import replace as with_fields
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, fx
+
+from lltk.graph.edit import building, calls, replace, shape
+from lltk.graph.linears import check_pattern
+from lltk.graph.packed import FP8_ENDINGS, ROW_SCALES, pack_fp8
+from lltk.graph.passes import Numerics, Pass, PassConfig, Report
+from lltk.graph.program import Program, TensorSpec
+from lltk.graph.spec import DecoderSpec
+from lltk.graph.stages import Stage
+from lltk.ops.cached_norm_silu.op import OVERLOAD as NORM_SILU
+from lltk.ops.fp8_cached_norm_silu.op import OVERLOAD as FP8_NORM_SILU
+from lltk.ops.fp8_conv3d.op import OVERLOAD as FP8_CONV
+from lltk.ops.fp8_conv3d.reference import fold_taps, unfold_taps
+
+aten = torch.ops.aten
+MULTIPLE = 16
+"""What tensor cores want both widths to be a multiple of."""
+
+
+class Config(PassConfig):
+    """Which convolutions."""
+
+    exclude: tuple[str, ...] = Field(
+        (r"decoder\.conv_out",), description="modules to keep (whole-path regexes)"
+    )
+
+    @field_validator("exclude")
+    @classmethod
+    def _exclude_are_patterns(cls, exclude: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_pattern(pattern, "exclude") for pattern in exclude)
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """A causal convolution and the op that makes what it reads."""
+
+    node: fx.Node
+    made: fx.Node
+    module: str
+
+
+class Fp8Convolve(Pass[Config]):
+    """Convolve in FP8 what `fuse_norm_silu` made: weights packed, frames and caches in E4M3.
+
+    ::
+
+        frames, next_cache, s = cached_norm_silu(…, cache, keep)
+        conv3d(frames, W, b, padding=(0, 1, 1))
+            →  frames, next_cache, scale, s = fp8_cached_norm_silu(…, cache, keep)
+               fp8_conv3d(frames, scale, values, row scales, b)
+
+    ``<module>.weight`` becomes ``<module>.weight_values`` [O, 27 · C] and ``….weight_row_scales``.
+    A norm bounds its results, so frames need no scale that is measured. Convolutions of widths that
+    are no multiple of 16 stay; the last one, which makes pixels, too, unless it is included.
+    """
+
+    Config = Config
+    reads = (Stage.CANONICAL,)
+    kinds = ("decode",)
+    numerics = Numerics.CHANGING
+
+    _packed: Mapping[str, TensorSpec] = {}
+    """Weights that were packed, as they were, by module."""
+
+    def apply(self, program: Program, report: Report) -> None:
+        assert isinstance(program.model, DecoderSpec)
+        chosen = [
+            found
+            for graph in program.graphs.values()
+            for node in calls(graph, aten.conv3d.default)
+            if (found := self._match(node, report)) is not None
+        ]
+        self._packed = {
+            conv.module: TensorSpec.of(_weight(conv.node).meta["val"]) for conv in chosen
+        }
+        program.weights = self.map_state(program.weights)
+        program.model = with_fields(program.model, keep_fp32=(*program.model.keep_fp32, ROW_SCALES))
+        for conv in chosen:
+            _rewrite(conv)
+            report.match("convolutions")
+
+    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pack the convolutions' weights."""
+        mapped = dict(state)
+        for module in self._packed:
+            if f"{module}.weight" in mapped:
+                rows = fold_taps(mapped.pop(f"{module}.weight"))
+                packed = pack_fp8(f"{module}.weight", rows)
+                mapped |= zip((module + ending for ending in FP8_ENDINGS), packed, strict=True)
+        return mapped
+
+    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values that the packed weights stand for, in their former dtype."""
+        mapped = dict(state)
+        for module, weight in self._packed.items():
+            if f"{module}{FP8_ENDINGS[0]}" in mapped:
+                values, scales = (mapped.pop(module + ending) for ending in FP8_ENDINGS)
+                taps = unfold_taps(values.float() * scales)
+                mapped[f"{module}.weight"] = taps.to(weight.dtype).contiguous()
+        return mapped
+
+    def _match(self, conv: fx.Node, report: Report) -> _Convolution | None:
+        frames, weight = conv.args[0], _weight(conv)
+        assert isinstance(frames, fx.Node)
+        made = frames.args[0] if frames.target is operator.getitem else None
+        if not isinstance(made, fx.Node) or made.target is not NORM_SILU:
+            report.miss(conv, "does not read what fuse_norm_silu made")
+            return None
+        outer, inner, *taps = shape(weight)
+        if (
+            taps != [3, 3, 3]
+            or conv.args[3:] != ([1, 1, 1], [0, 1, 1])
+            or list(frames.users) != [conv]
+        ):
+            report.miss(conv, "is no causal 3×3×3 convolution with frames of its own")
+            return None
+        module = str(weight.target).removesuffix(".weight")
+        for pattern in self.config.exclude:
+            if re.fullmatch(pattern, module):
+                report.keep(conv, module, f"excluded by {pattern!r}")
+                return None
+        odd = [f"{what} {n}" for what, n in (("in", inner), ("out", outer)) if n % MULTIPLE]
+        if odd:
+            report.keep(conv, module, f"{' and '.join(odd)} channels: no multiple of {MULTIPLE}")
+            return None
+        return _Convolution(conv, made, module)
+
+
+def _weight(conv: fx.Node) -> fx.Node:
+    weight = conv.args[1]
+    assert isinstance(weight, fx.Node)
+    return weight
+
+
+def _rewrite(conv: _Convolution) -> None:
+    made, node = conv.made, conv.node
+    parts = {part.args[1]: part for part in made.users}
+    with building(made) as build:
+        fp8 = build(FP8_NORM_SILU, *made.args)
+        items = [build(operator.getitem, fp8, index) for index in range(3 + (2 in parts))]
+    cache = made.args[4]
+    if isinstance(cache, fx.Node):
+        cache.meta["val"] = cache.meta["val"].to(torch.float8_e4m3fn)
+    with building(node) as build:
+        weight = [build.attribute(conv.module + ending) for ending in FP8_ENDINGS]
+        bias, dtype = node.args[2], node.meta["val"].dtype
+        replace(node, build(FP8_CONV, items[0], items[2], *weight, bias, dtype))
+    for old, new in ((1, items[1]), (2, items[-1])):
+        if old in parts:
+            parts[old].replace_all_uses_with(new)
