@@ -29,12 +29,13 @@ from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import make_record, markdown, write_record
 from lltk.cli.recipes import find_recipe
 from lltk.compiler import transform, with_weights
-from lltk.graph.edit import calls, shape
+from lltk.graph.edit import shape
 from lltk.graph.memory import readable
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, load_recipe
+from lltk.ops.fp8_conv3d.op import OVERLOAD as FP8_CONVOLUTION
 from lltk.passes import make_pass
 from lltk.stream.decoder import Decoder
 
@@ -57,6 +58,15 @@ _OWNERS = {
 """Parts of the names of an owner's kernels, the first that fits."""
 _FUSED = ("fuse_norm_silu", "channels_last")
 _ALL = ("fold_upsample", *_FUSED)
+_FP8 = ("fold_upsample", "fuse_norm_silu", "fp8_convolve", "channels_last")
+_OPERANDS = {
+    torch.ops.aten.conv3d.default: (0, 1),
+    torch.ops.aten.conv2d.default: (0, 1),
+    FP8_CONVOLUTION: (0, 2),
+}
+"""Where convolutions have their input and their weight."""
+_EVENTS = {"aten::cudnn_convolution": (0, 1), "lltk::fp8_conv3d_triton": (0, 2)}
+"""The same of a profile's events."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,9 @@ _OPENING = 5
 ROWS = {
     "plain": Row(),
     "fused": Row(_ALL),
+    "FP8": Row(_FP8),
+    "FP8, replayed": Row(_FP8, "replayed"),
+    "FP8, 2 latents": Row(_FP8, latents=2),
     "fused, cuDNN's trial": Row(_ALL, trial=True),
     "fused, replayed": Row(_ALL, "replayed", trial=True),
     "fused, 2 latents": Row(_ALL, trial=True, latents=2),
@@ -191,7 +204,7 @@ def _rewritten(base: Program, passes: tuple[str, ...], device: torch.device) -> 
     steps = [make_pass(name, {}) for name in passes]
     if {"fold_upsample", "fuse_norm_silu"} & set(passes):
         backend = "triton" if device.type == "cuda" else "reference"
-        ops = ("cached_norm_silu", "upsample_residual")
+        ops = ("cached_norm_silu", "fp8_cached_norm_silu", "fp8_conv3d", "upsample_residual")
         steps.append(make_pass("lower", dict.fromkeys(ops, backend)))
     return run_passes(base, steps)
 
@@ -262,9 +275,10 @@ def _by_shape(found: profile, program: Program) -> list[dict[str, Any]]:
     wanted = _shapes(program)
     rows = []
     for event in found.key_averages(group_by_input_shape=True):
-        if event.key != "aten::cudnn_convolution":
+        if event.key not in _EVENTS:
             continue
-        operands = (tuple(event.input_shapes[0]), tuple(event.input_shapes[1]))
+        x, weight = (tuple(event.input_shapes[place]) for place in _EVENTS[event.key])
+        operands = (x, weight)
         count, flops = wanted.get(operands, (event.count, 0))
         ms = event.device_time_total / 1e3
         speed = {"tflop": flops / 1e12, "tflops": flops / ms / 1e9 if ms else 0.0}
@@ -278,9 +292,10 @@ def _shapes(program: Program) -> dict[tuple[tuple[int, ...], ...], tuple[int, in
     """Convolutions of a steady call and their floating-point operations, by input and weight."""
     counted: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = {}
     graph = program.graphs.get("steps", program.graphs["step"])
-    for target in (torch.ops.aten.conv3d.default, torch.ops.aten.conv2d.default):
-        for conv in calls(graph, target):
-            x, weight = conv.args[:2]
+    for conv in graph.nodes:
+        places = _OPERANDS.get(conv.meta.get("op", conv.target))
+        if places is not None:
+            x, weight = (conv.args[place] for place in places)
             assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
             operands = (shape(x), shape(weight))
             count, flops = counted.get(operands, (0, 0))
