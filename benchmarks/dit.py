@@ -57,7 +57,7 @@ _OWNERS = {
 
 
 def main() -> None:
-    """Measure and write the record."""
+    """Measure and write the record, anew after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
     between = (str(HERE / "dit" / f"{name}.yaml") for name in (_LINEARS, "fused"))
     default = ["wan22_5b_stream", *between, "wan22_5b_stream_fp8"]
@@ -67,10 +67,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
     recipes = {Path(name).stem: load_recipe(find_recipe(name)) for name in options.recipes}
+    results: list[dict[str, Any]] = []
     with joined(options.device) as ranks:
-        results = list(_results(recipes, ranks.device, options.runs))
-        if ranks.rank == 0:
-            _write(options, results)
+        for result in _results(recipes, ranks.device, options.runs):
+            results.append(result)
+            if ranks.rank == 0:
+                _write(options, results)
 
 
 def _results(

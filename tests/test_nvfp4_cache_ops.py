@@ -38,6 +38,9 @@ from torch.library import opcheck
 
 from lltk.ops.floats import to_e4m3
 from lltk.ops.fp8_attention.op import fp8_attention
+from lltk.ops.fp8_quantise.reference import fp8_quantise
+from lltk.ops.fp8_quantise_attention.fp8 import fp8_decode as quantised_fp8_decode
+from lltk.ops.fp8_quantise_attention.op import fp8_quantise_attention
 from lltk.ops.implementations import find_implementation
 from lltk.ops.nvfp4_paged_attention.fp8 import centre, fp8_decode, gather_fp8
 from lltk.ops.nvfp4_paged_attention.op import (
@@ -322,6 +325,22 @@ def test_fp8_attention_is_its_formula() -> None:
 
 
 @cpu
+@pytest.mark.parametrize("smooth", [False, True])
+def test_its_result_may_be_quantised_at_once(smooth: bool) -> None:
+    own, arenas = operands(torch.bfloat16, 64, 16)
+    pages = [*written(arenas[0], smooth), *written(arenas[1], smooth)]
+    rest = (*own[:3], *pages, torch.tensor([3, 0, 1]))
+    for attend, quantised in (
+        (fp8_decode, quantised_fp8_decode),
+        (nvfp4_paged_attention, fp8_quantise_attention),
+    ):
+        values, scales = quantised(*rest)
+        wanted, others = fp8_quantise(attend(*rest).flatten(2))
+        assert torch.equal(values.float(), wanted.float()) and torch.equal(scales, others)
+        assert not torch.equal(values.float(), wanted.roll(1, 1).float())
+
+
+@cpu
 def test_opcheck_of_fp8_attention() -> None:
     q, k = to_e4m3(torch.randn(1, 5, 2, 16)), to_e4m3(torch.randn(1, 9, 2, 16))
     checks = ("test_faketensor", "test_aot_dispatch_dynamic")  # others compare with allclose
@@ -456,6 +475,12 @@ def test_attention_in_fp8_on_cuda(listed: list[int]) -> None:
             ours = attend(*given).float()
             assert float((ours - wanted).norm() / wanted_spread) < 0.15
             assert float((ours.roll(1, 1) - wanted).norm() / wanted_spread) > 0.5
+        quantised = find_implementation("fp8_quantise_attention", "fp8_decode").load()
+        plain = run(*given).float().flatten(2)
+        for attend in (quantised, torch.compile(quantised)):
+            values, scales = attend(*given)
+            assert float((values.float() * scales - plain).norm() / plain.norm()) < 0.05
+            assert float((values.float() * scales - plain.roll(1, 2)).norm() / plain.norm()) > 0.05
 
 
 @cpu

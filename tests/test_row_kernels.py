@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import subprocess
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lltk.bench.record import Record
+from lltk.ops.floats import to_e4m3
 from lltk.ops.fp8_quantise_add_norm.op import fp8_quantise_add_norm
+from lltk.ops.fp8_quantise_centred.op import fp8_quantise_centred
 from lltk.ops.fp8_quantise_gelu.op import fp8_quantise_gelu
 from lltk.ops.fp8_quantise_norm.op import fp8_quantise_norm
 from lltk.ops.gated_add.op import gated_add
@@ -31,6 +34,7 @@ Case = tuple[str, tuple[Any, ...]]
 """An op and its arguments."""
 FP8_OPS = ("fp8_quantise", "fp8_quantise_norm", "fp8_quantise_add_norm", "fp8_quantise_gelu")
 OPS = (*FP8_OPS, "gated_add", "rms_norm_rope")
+CENTRED = "fp8_quantise_centred"
 EPS = 1e-6
 
 
@@ -88,8 +92,17 @@ def ran(op: str, name: str, arguments: tuple[Any, ...], device: str = "cpu") -> 
     for given, here in zip(arguments, placed, strict=True):
         if isinstance(given, Tensor) and given.stride() != here.stride():
             here.set_(torch.empty_strided(given.shape, given.stride(), device=device).copy_(here))
-    result = find_implementation(op, name).load()(*placed)
+    result = loaded(op, name)(*placed)
     return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def loaded(op: str, name: str) -> Callable[..., Any]:
+    """An implementation; of the op that leaves no choice too."""
+    if op != CENTRED:
+        return find_implementation(op, name).load()
+    module = importlib.import_module(f"lltk.ops.{op}.{'triton' if name == 'triton' else 'op'}")
+    found: Callable[..., Any] = getattr(module, op)
+    return found
 
 
 def disagreement(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
@@ -136,6 +149,29 @@ def failures(dtype: torch.dtype, device: str, bound: float) -> Iterator[str]:
             if (found := disagreement(ours, ran(op, "reference", others))) < 4 * bound:
                 yield f"{op}: {shapes}: unseen: {number}: {found}"
     yield from edges(dtype, device)
+    yield from centred_failures(dtype, device, bound)
+
+
+def centred(length: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention's result in FP8, its scale and its centre, of two videos."""
+    x = to_e4m3(20 * normal(2, length, heads, width, seed=1))
+    return x, torch.tensor(7.0), normal(2, 1, heads, width, seed=2)
+
+
+def centred_failures(dtype: torch.dtype, device: str, bound: float) -> Iterator[str]:
+    """As `failures`, of the op that adds a centre to what attention in FP8 gave."""
+    for sizes in ((6, 3, 16), (4, 2, 8)):
+        x, scale, centre = centred(*sizes)
+        ours = ran(CENTRED, "triton", (x, scale, centre, dtype), device)
+        found = disagreement(ours, ran(CENTRED, "reference", (x, scale, centre, dtype)))
+        if found > bound:
+            yield f"{CENTRED}: {sizes}: {found}"
+        turned = x.view(torch.uint8).flip(1).view(x.dtype)
+        for number, others in enumerate(
+            ((turned, scale, centre), (x, 1.5 * scale, centre), (x, scale, centre.flip(0)))
+        ):
+            if disagreement(ours, ran(CENTRED, "reference", (*others, dtype))) < 4 * bound:
+                yield f"{CENTRED}: {sizes}: unseen: {number}"
 
 
 def edges(dtype: torch.dtype, device: str) -> Iterator[str]:
@@ -193,6 +229,11 @@ def test_references_are_the_formulas(dtype: torch.dtype) -> None:
         near(result[1:], norm(result[0].double()))
     assert torch.equal(gated_add(x, y, gate), fp8_quantise_add_norm(x, y, gate, scale, shift, 1)[0])
     near(fp8_quantise_gelu(x), F.gelu(wide, approximate="tanh"))
+    values, factor, centre = centred(6, 3, 16)
+    near(
+        fp8_quantise_centred(values, factor, centre, dtype),
+        (values.double() / 7 + centre.double()).flatten(2),
+    )
     weight, (cos, sin) = normal(48, seed=3).to(dtype), tables(6, 16)
     unit = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
     pairs = torch.view_as_complex(unit.view(1, 6, 3, 8, 2).contiguous())
@@ -226,6 +267,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     }
     for op, arguments in dict(case for case in cases(dtype) if case[0] in ops).items():
         torch.library.opcheck(ops[op], arguments)
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(fp8_quantise_centred, (*centred(6, 3, 16), dtype), test_utils=checks)
 
 
 @cpu
@@ -367,7 +410,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str, tuple[Any, 
         with monkeypatch.context() as patched:
             patched.setattr(driver, "_active", Absent())
             patched.setattr(JITFunction, "run", compile_only)
-            if op in FP8_OPS:
+            if op in (*FP8_OPS, CENTRED):
                 where = f"lltk.ops.{op}.triton.converts_e4m3"
                 patched.setattr(where, lambda device: True)
             ran(op, "triton", arguments)
@@ -391,10 +434,11 @@ def test_kernels_compile(architecture: int, compiled: Any) -> None:
         "fp8_quantise_gelu": (normal(1, 2, 14336, dtype=torch.bfloat16),),
         "gated_add": (x, y, gate),
         "rms_norm_rope": (strided(x), gate[0, 0, 0].bfloat16(), *tables(16, 128), EPS),
+        CENTRED: (*centred(8, 24, 128), torch.bfloat16),
     }
     for op, arguments in given.items():
         ptx = compiled(architecture, op, arguments)
-        assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == (op in FP8_OPS), op
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == (op in (*FP8_OPS, CENTRED)), op
         assert "ld.global.v4.b32" in ptx and "ld.global.b16" not in ptx, op
         assert "ld.local" not in ptx and "st.local" not in ptx, op
 

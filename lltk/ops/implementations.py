@@ -56,6 +56,7 @@ _Nvfp4Paged = partial(Implementation, "nvfp4_paged_attention")
 _Causal = partial(Implementation, "block_causal_attention")
 _Matmul = partial(Implementation, "fp8_matmul")
 _Norm = partial(Implementation, "cached_norm_silu")
+_Fp8Attention = partial(Implementation, "fp8_quantise_attention")
 _Upsample = partial(Implementation, "upsample_residual")
 _Fp8Norm = partial(Implementation, "fp8_cached_norm_silu")
 _Fp8Conv = partial(Implementation, "fp8_conv3d")
@@ -98,6 +99,14 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     *_rows("fp8_quantise", E4M3),
     *_rows("fp8_quantise_norm", E4M3),
     *_rows("fp8_quantise_add_norm", E4M3),
+    _Fp8Attention("reference", _OPS + "fp8_quantise_attention.op:fp8_quantise_attention", _ANY),
+    _Fp8Attention(
+        "fp8_decode",
+        _OPS + "fp8_quantise_attention.fp8:fp8_decode",
+        ("cuda",),
+        ("cudnn", "triton"),
+        ((9, 0), *E2M1),
+    ),
     *_rows("fp8_quantise_gelu", E4M3),
     *_rows("gated_add", ARITHMETIC + E2M1),
     *_rows("rms_norm_rope", ARITHMETIC + E2M1),

@@ -69,6 +69,7 @@ class Case:
 STREAM, SCORE, TRAIN = PASSES["stream"], PASSES["score"], PASSES["train"]
 W4A4 = (*STREAM[:6], "nvfp4_infer")
 W8A8 = (*STREAM[:6], "fp8_infer")
+PAGES = (*STREAM[:6], "nvfp4_cache", "fp8_infer")
 NORMS = (*W8A8, "fuse_norm_quantise")
 CANON, CAUSAL = Stage.CANONICAL, Stage.CAUSAL
 CASES = [
@@ -87,6 +88,7 @@ CASES = [
     Case("fp8_infer", "stream", "changing", Stage.QUANTISED, STREAM[:6], 16, lossy=True),
     Case("fuse_norm_quantise", "stream", "rounding", Stage.QUANTISED, W4A4, 16, lossy=True),
     Case("fuse_gelu_quantise", "stream", "rounding", Stage.QUANTISED, W8A8, 16, lossy=True),
+    Case("fuse_attention_quantise", "stream", "rounding", Stage.QUANTISED, PAGES, 16, lossy=True),
     Case("fuse_gated_residual", "stream", "rounding", Stage.QUANTISED, NORMS, 16, lossy=True),
     Case("fuse_norm_rope", "stream", "rounding", CAUSAL, STREAM[:6]),
     Case("merge_qkv", "stream", "rounding", CAUSAL, STREAM[:6]),
@@ -97,7 +99,7 @@ CASES = [
     Case("regionalise", "stream", "bitwise", Stage.REGIONAL, STREAM[:6]),
     Case("lower", "stream", "rounding", Stage.LOWERED, STREAM[:7]),
 ]
-DECODE = ["channels_last", "fold_upsample", "fuse_norm_silu", "onednn_conv3d"]
+DECODE = ["channels_last", "fold_upsample", "fp8_convolve", "fuse_norm_silu", "onednn_conv3d"]
 """For decode programs: tests/test_decode_passes.py and tests/test_runtime.py have their cases."""
 every_pass = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

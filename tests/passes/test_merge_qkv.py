@@ -176,7 +176,7 @@ def test_the_fast_recipe_transforms() -> None:
     program = make_program(make_recipe("stream", passes, config=config, dtype="bfloat16"), None)
     block = text(program, "step_block")
     for op, count in {
-        "fp8_quantise": 2,
+        "fp8_quantise": 1,
         "fp8_quantise_norm": 1,
         "fp8_quantise_add_norm": 2,
         "fp8_quantise_gelu": 1,
@@ -185,5 +185,6 @@ def test_the_fast_recipe_transforms() -> None:
     }.items():
         assert program.implementations[op] == "triton"
         assert block.count(f"lltk.{op}_triton.default(") == count
+    assert program.implementations["fp8_quantise_attention"] == "fp8_decode"
     assert block.count(".fp8_matmul(") == 6
     assert "runs on cuda, not on cpu" in refused(instantiate, program)

@@ -34,16 +34,41 @@ def fp8_decode(
 ) -> Tensor:
     """`lltk::nvfp4_paged_attention` of operands rounded to E4M3, by cuDNN on a GPU.
 
-    The result is rounded too, scaled so that what the largest element of v, centred, weighs alone
-    is E4M3's maximum.
+    The result is rounded too, as `centred` says.
+    """
+    k_pages = (k_codes, k_scales, k_decode_scales, k_means)
+    v_pages = (v_codes, v_scales, v_decode_scales, v_means)
+    out, scale, v_centre = centred(q, k, v, *k_pages, *v_pages, table)
+    return (out.float() / scale + v_centre).to(q.dtype)
+
+
+def centred(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_codes: Tensor,
+    k_scales: Tensor,
+    k_decode_scales: Tensor,
+    k_means: Tensor | None,
+    v_codes: Tensor,
+    v_scales: Tensor,
+    v_decode_scales: Tensor,
+    v_means: Tensor | None,
+    table: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `fp8_decode` adds a centre to.
+
+    Returns:
+        out, float8_e4m3fn [B, L, H, D]; its scale, float32 []: what the largest element of v,
+        centred, weighs alone is E4M3's maximum; the centre, float32 [B, 1, H, D]. The result is
+        out / scale + centre.
     """
     k_centre, v_centre = centre(k, k_means, table), centre(v, v_means, table)
     keys, _ = gather_fp8(k, k_centre, k_codes, k_scales, k_decode_scales, k_means, table)
     values, largest = gather_fp8(v, v_centre, v_codes, v_scales, v_decode_scales, v_means, table)
     most = to_e4m3(largest).float()
     scale = E4M3_MAX / most.masked_fill(most == 0, 1.0)
-    out = fp8_attention(to_e4m3(q), keys, values, scale).float() / scale
-    return (out + v_centre).to(q.dtype)
+    return fp8_attention(to_e4m3(q), keys, values, scale), scale, v_centre
 
 
 def centre(own: Tensor, means: Tensor | None, table: Tensor) -> Tensor:

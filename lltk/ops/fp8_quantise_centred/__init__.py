@@ -1,0 +1,1 @@
+"""Attention's result in FP8, centred again, and quantisation to FP8 at once."""

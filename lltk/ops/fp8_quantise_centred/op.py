@@ -1,0 +1,28 @@
+"""``lltk::fp8_quantise_centred``; no gradient flows through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.fp8_quantise.op import new_fp8
+from lltk.ops.fp8_quantise_centred import reference
+
+
+@torch.library.custom_op("lltk::fp8_quantise_centred", mutates_args=())
+def fp8_quantise_centred(
+    x: Tensor, scale: Tensor, centre: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See `reference.fp8_quantise_centred`; a kernel on a GPU."""
+    if x.is_cuda:
+        from lltk.ops.fp8_quantise_centred import triton
+
+        return triton.fp8_quantise_centred(x, scale, centre, dtype)
+    return reference.fp8_quantise_centred(x, scale, centre, dtype)
+
+
+@fp8_quantise_centred.register_fake
+def _(x: Tensor, scale: Tensor, centre: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch, _, heads, width = x.shape
+    torch._check(tuple(centre.shape) == (batch, 1, heads, width))
+    return new_fp8(x.flatten(2))
