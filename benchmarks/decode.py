@@ -14,6 +14,7 @@ import argparse
 import gc
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -272,15 +273,14 @@ def _profiled(call: Callable[[], object], program: Program, device: torch.device
 
 def _by_shape(found: profile, program: Program) -> list[dict[str, Any]]:
     """Convolutions that eager calls made, by the shapes of their operands, longest first."""
-    wanted = _shapes(program)
-    rows = []
+    taken: dict[tuple[tuple[int, ...], ...], float] = defaultdict(float)
     for event in found.key_averages(group_by_input_shape=True):
-        if event.key not in _EVENTS:
-            continue
-        x, weight = (tuple(event.input_shapes[place]) for place in _EVENTS[event.key])
-        operands = (x, weight)
-        count, flops = wanted.get(operands, (event.count, 0))
-        ms = event.device_time_total / 1e3
+        if event.key in _EVENTS:
+            operands = tuple(tuple(event.input_shapes[place]) for place in _EVENTS[event.key])
+            taken[operands] += event.device_time_total / 1e3
+    rows = []
+    for operands, (count, flops) in _shapes(program).items():
+        ms = taken[operands]
         speed = {"tflop": flops / 1e12, "tflops": flops / ms / 1e9 if ms else 0.0}
         rows.append(
             {"input": operands[0], "weight": operands[1], "count": count, "ms": ms, **speed}

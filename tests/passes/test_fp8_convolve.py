@@ -30,10 +30,17 @@ CONVOLUTIONS = 2 * 2 + 3 * 3 * 2
 
 
 @cache
-def tiny(passes: tuple[str, ...], dtype: str = "float32") -> Program:
+def tiny(
+    passes: tuple[str, ...],
+    dtype: str = "float32",
+    height: int = 32,
+    width: int = 48,
+    columns: tuple[int, int] | None = None,
+) -> Program:
     """The tiny family's decoder with random weights, of small images."""
-    recipe = make_recipe("tiny_vae", dtype=dtype)
-    sizes = recipe.geometry.model_copy(update={"height": 32, "width": 48})
+    part = {} if columns is None else {"columns": list(columns)}
+    recipe = make_recipe("tiny_vae", dtype=dtype, **part)
+    sizes = recipe.geometry.model_copy(update={"height": height, "width": width})
     program = transform(
         recipe.model_copy(update={"passes": list(passes), "geometry": sizes}), weights=False
     )
@@ -79,6 +86,20 @@ def decoded_again(state: DecoderState) -> Tensor:
     run = decoder(tiny(FP8))
     run.state = state
     return run.decode(latents(1))
+
+
+@cpu
+def test_parts_of_the_columns_are_the_whole() -> None:
+    """But for sums that round to another code."""
+    size = (16, 16 * 40)
+    given = torch.randn(1, 24, 2, 1, 40, generator=torch.Generator().manual_seed(2))
+    whole = decoder(tiny(FP8, "float32", *size)).decode(given)
+    own = ((0, 17), (17, 40))
+    parts = [decoder(tiny(FP8, "float32", *size, columns)).decode(given) for columns in own]
+    assert parts[0].shape[-1] == 16 * 17
+    assert error(torch.cat(parts, dim=-1), whole) < 0.005
+    plain = decoder(tiny(("canonicalise",), "float32", *size)).decode(given)
+    assert error(whole, plain) > 0.01
 
 
 @cpu
