@@ -52,10 +52,10 @@ class Config(PassConfig):
     fp8_quantise: str = Field("reference", description=_ROWS)
     fp8_quantise_norm: str = Field("reference", description=_ROWS)
     fp8_quantise_add_norm: str = Field("reference", description=_ROWS)
-    fp8_quantise_gelu: str = Field("reference", description=_ROWS)
     fp8_quantise_attention: str = Field(
         "reference", description="reference or fp8_decode, as nvfp4_paged_attention's"
     )
+    fp8_quantise_gelu: str = Field("reference", description=_ROWS)
     gated_add: str = Field("reference", description=_ROWS)
     rms_norm_rope: str = Field("reference", description=_ROWS)
     fp8_matmul: str = Field("reference", description="reference or scaled_mm")

@@ -78,11 +78,11 @@ def test_ranks_stream_what_one_does(pair: list[dict[str, Tensor]], case: str) ->
 
 
 def test_a_session_is_the_same_on_every_rank(pair: list[dict[str, Tensor]]) -> None:
-    """With guidance, saved and restored."""
+    """With guidance, saved and restored; as one rank's but for codes that sums round otherwise."""
     first, second = (each["session"] for each in pair)
     assert torch.equal(first, second)
     wanted = streamed(program("nvfp4 pages", 1))
-    assert apart(first, wanted) < 1e-4 and apart(first.roll(1, 2), wanted) > 0.3
+    assert apart(first, wanted) < 1e-2 and apart(first.roll(1, 2), wanted) > 0.3
 
 
 def test_every_rank_hears_of_a_page_that_is_not_finite(pair: list[dict[str, Tensor]]) -> None:
