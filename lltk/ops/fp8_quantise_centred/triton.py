@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.triton_floats import decode_e4m3
-from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, store_fp8_row
+from lltk.ops.triton_rows import converts_e4m3, load_row, reciprocal, row_options, store_fp8_row
 
 _KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -17,7 +17,7 @@ _KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 def fp8_quantise_centred(
     x: Tensor, scale: Tensor, centre: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`reference.fp8_quantise_centred`; as `fp8_quantise` says of ties."""
+    """`reference.fp8_quantise_centred`, but for multiplying by 1 / scale, here and as there."""
     batch, tokens, heads, depth = x.shape
     width = heads * depth
     values, scales = new_fp8(x.flatten(2))
@@ -57,7 +57,7 @@ def _quantise_centred(
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
         values = decode_e4m3(codes.to(tl.int32))
-    values = tl.div_rn(values, tl.load(scale))
+    values *= reciprocal(tl.load(scale))
     values += load_row(centre, (row // tokens).to(tl.int64) * width, width, ROW)
     values = values.to(KIND).to(tl.float32)
     store_fp8_row(out, scales, row, values, width, ROW, NATIVE)

@@ -153,7 +153,7 @@ def decode_kernel(
 @triton.jit
 def decode_fp8_kernel(
     out_ptr, peaks, own, centre, codes, scales, decode_scales, means, table,
-    pages, tokens, owned, heads,
+    pages, tokens, owned, heads, own_batch, own_token, own_head,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
     """One head of ROWS tokens of a listed page or, after the last, of the chunk, in E4M3.
@@ -177,8 +177,9 @@ def decode_fp8_kernel(
             mean = tl.load(means + (page * heads + head) * WIDTH + channel)
             values += mean.to(tl.float32)[None, :]
     else:
-        places = ((batch * owned + token[:, None]) * heads + head) * WIDTH + channel[None, :]
-        values = tl.load(own + places, mask=held[:, None], other=0.0).to(tl.float32)
+        places = batch * own_batch + head * own_head + token[:, None].to(tl.int64) * own_token
+        values = tl.load(own + places + channel[None, :], mask=held[:, None], other=0.0)
+        values = values.to(tl.float32)
     values -= tl.load(centre + (batch * heads + head) * WIDTH + channel)[None, :]
     bits = tl.where(held[:, None], values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     program = (tl.program_id(2) * (listed + 1) + index) * tl.num_programs(0) + tl.program_id(0)
@@ -362,11 +363,12 @@ def gather_fp8(
     tile = 4096 // width
     grid = (triton.cdiv(max(tokens, length), tile), listed + 1, batch * heads)
     peaks = torch.empty(grid, device=own.device)
+    own = own if own.stride(-1) == 1 else own.contiguous()
     with torch.cuda.device_of(own):
         decode_fp8_kernel[grid](
-            out, peaks.view(torch.int32), own.contiguous(), centre.contiguous(),
+            out, peaks.view(torch.int32), own, centre.contiguous(),
             codes, scales.view(torch.uint8), decode_scales, means, table,
-            codes.shape[1], tokens, length, heads,
+            codes.shape[1], tokens, length, heads, *own.stride()[:3],
             WIDTH=width, ROWS=tile, MEANS=means is not None, enable_fp_fusion=False,
         )  # fmt: skip
     return out, peaks.amax()
