@@ -102,6 +102,22 @@ def test_latents_are_taken_together_as_far_as_they_reach() -> None:
 
 
 @cpu
+def test_warming_up_runs_every_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, ran = decoder(several()), []
+    spec = several().model
+    results = {name: torch.zeros(1) for name in (spec.output, *spec.cache_outputs)}
+
+    def module(graph: str, **given: Tensor) -> dict[str, Tensor]:
+        ran.append(graph)
+        return results
+
+    monkeypatch.setattr(Decoder, "device", torch.device("cpu"))
+    monkeypatch.setattr(run, "_module", module)
+    run.warm_up()
+    assert ran == ["first", "steps", "step"] and not run.state.caches
+
+
+@cpu
 def test_the_comparison_sees_lost_caches_and_other_weights() -> None:
     """Every cache that a fused convolution keeps matters, and every folded weight."""
     program = rewritten(ALL)

@@ -280,6 +280,37 @@ def test_pipeline_keeps_order_and_frames() -> None:
     assert torch.equal(torch.cat(got, dim=2), decoder().decode(latents))
 
 
+def test_warming_up_leaves_the_video_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs every graph, begun or not; what it raises is the next submit's."""
+    latents, got, run = video_latents()[:, :, :3], [], decoder()
+    graphs: list[str] = []
+    call = ProgramModule.forward
+
+    def seen(self: ProgramModule, graph: str, **given: Tensor) -> dict[str, Tensor]:
+        graphs.append(graph)
+        return call(self, graph, **given)
+
+    monkeypatch.setattr(ProgramModule, "forward", seen)
+    with DecodePipeline(run, got.append) as pipeline:
+        pipeline.warm_up()
+        pipeline.submit(latents)
+        pipeline.rest()
+        before = run.state
+        run.warm_up()
+    assert run.state is before and torch.equal(torch.cat(got, dim=2), decoder().decode(latents))
+    assert graphs[:5] == ["first", "step", "first", "step", "step"]
+    assert graphs[5:7] == ["first", "step"]
+
+    def broken(self: Decoder) -> None:
+        raise OSError("no kernel")
+
+    monkeypatch.setattr(Decoder, "warm_up", broken)
+    with pytest.raises(OSError, match="no kernel"), DecodePipeline(decoder(), got.append) as other:
+        other.warm_up()
+        other.rest()
+        other.submit(latents)
+
+
 def test_pipeline_runs_ahead_by_its_bound_and_no_further() -> None:
     """With the sink shut on one video, a second is decoded; two latents more may wait."""
     opened, last, got = threading.Event(), threading.Event(), []

@@ -51,3 +51,8 @@ class ColumnDecoder:
         """See `Decoder.decode`."""
         parts = [decoder.decode(latents.to(decoder.device)) for decoder in self._decoders]
         return torch.cat([part.to(self.device) for part in parts], dim=-1)
+
+    def warm_up(self) -> None:
+        """See `LatentDecoder.warm_up`."""
+        for decoder in self._decoders:
+            decoder.warm_up()

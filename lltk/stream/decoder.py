@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
@@ -46,6 +47,9 @@ class LatentDecoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Video of the next latents."""
 
+    def warm_up(self) -> None:
+        """Decode zeros, so that all that decoding runs is compiled and loaded; keeps the state."""
+
 
 class DecodedElsewhere:
     """The decoder of a rank whose latents another rank decodes: it gives no video."""
@@ -65,6 +69,9 @@ class DecodedElsewhere:
     def decode(self, latents: Tensor) -> Tensor:
         """No frames: [B, 3, 0, 0, 0]."""
         return latents.new_empty((len(latents), 3, 0, 0, 0))
+
+    def warm_up(self) -> None:
+        """Nothing to do."""
 
 
 class Decoder:
@@ -153,21 +160,31 @@ class Decoder:
         sizes = [1] * opening + [self._several] * (together // self._several) + [1] * alone
         return list(latents.split(sizes, dim=2))
 
+    def warm_up(self) -> None:
+        """See `LatentDecoder.warm_up`."""
+        batch, channels, _, *sides = self._latents
+        count = 2 if self._several == 1 else 1 + self._several + 1  # one call of each graph
+        zeros = torch.zeros(batch, channels, count, *sides, device=self.device)
+        state = DecoderState()
+        for part in self.parts(zeros, first=True):
+            _, state = self._decoded(part, state)
+
     def _decode(self, latents: Tensor) -> Tensor:
-        spec, caches = self._spec, self._state.caches
+        video, self._state = self._decoded(latents, self._state)
+        return video
+
+    @torch.no_grad()
+    def _decoded(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Video of latents that one graph takes, and the state after them."""
+        spec, caches = self._spec, state.caches
         if latents.is_cuda:
             for cache in caches.values():  # they may come from another stream
                 cache.record_stream(torch.cuda.current_stream(latents.device))
         steady = "step" if latents.shape[2] == 1 else "steps"
         graph = steady if caches else "first"
         result = self._module(graph, **{spec.latent_input: latents}, **caches)
-        self._state = DecoderState(
-            {
-                read: result[given]
-                for read, given in zip(spec.cache_inputs, spec.cache_outputs, strict=True)
-            }
-        )
-        return result[spec.output]
+        names = zip(spec.cache_inputs, spec.cache_outputs, strict=True)
+        return result[spec.output], DecoderState({read: result[given] for read, given in names})
 
 
 class DecodePipeline:
@@ -236,6 +253,10 @@ class DecodePipeline:
     def seconds(self) -> dict[str, float]:
         """What decoding and the sink took so far: ``decode`` and ``deliver``."""
         return dict(self._seconds)
+
+    def warm_up(self) -> None:
+        """Have the decoder warm up before it decodes; what that raises, `submit` raises."""
+        self._pending.append(self._decoding.submit(self._on_its_stream, self._decoder.warm_up))
 
     def submit(self, *latents: Tensor) -> None:
         """Queue latents for `Decoder.decode`; they must not be changed afterwards.
@@ -310,15 +331,15 @@ class DecodePipeline:
     ) -> None:
         if before is not None:
             before.result()  # after an error nothing more is decoded
-        if self._streams is None or ready is None:
-            self._decode(latents)
-            return
-        stream, _ = self._streams
-        with torch.cuda.stream(stream):
-            stream.wait_event(ready)
+        if self._streams is not None and ready is not None:
+            self._streams[0].wait_event(ready)
             for latent in latents:
-                latent.record_stream(stream)
-            self._decode(latents)
+                latent.record_stream(self._streams[0])
+        self._on_its_stream(lambda: self._decode(latents))
+
+    def _on_its_stream(self, run: Callable[[], None]) -> None:
+        with nullcontext() if self._streams is None else torch.cuda.stream(self._streams[0]):
+            run()
 
     def _decode(self, latents: Sequence[Tensor]) -> None:
         for latent in latents:
