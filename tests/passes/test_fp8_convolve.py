@@ -12,12 +12,15 @@ from test_decode_passes import ALL, decoder
 from test_vae import make_recipe
 from torch import Tensor
 
+from lltk.bench.quality import draw_stories
 from lltk.compiler import transform, with_weights
 from lltk.graph.memory import activations
 from lltk.graph.packed import FP8_ENDINGS
 from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
 from lltk.models import wan_vae
+from lltk.models.pipelines import find_pipeline
+from lltk.models.tiny.world import render
 from lltk.ops.fp8_conv3d.op import OVERLOAD as CONVOLVE
 from lltk.passes import make_pass
 from lltk.stream.decoder import Decoder, DecoderState
@@ -65,6 +68,29 @@ def test_it_decodes_as_the_plain_decoder_but_for_rounding(dtype: str) -> None:
     video = decoder(tiny(FP8, dtype)).decode(latents())
     assert 0.01 < error(video, wanted) < 0.12
     assert error(video.flip(2), wanted) > 0.3
+
+
+@cpu
+@torch.no_grad()
+def test_a_trained_decoder_loses_little() -> None:
+    """The tiny model's: far less than what it loses of the world it learnt."""
+    truth = render(draw_stories(5, 1, 2, 2, 3)).transpose(1, 2)
+    files = wan_vae.load_vae(find_pipeline("tiny") / "vae")
+    given = wan_vae.encode(wan_vae.make_vae(files.config, files.weights), truth)
+    videos = []
+    for passes in (("canonicalise",), FP8):
+        program = tiny(passes, height=truth.shape[-2], width=truth.shape[-1])
+        trained = with_weights(program, wan_vae.decoder_weights(files.weights))
+        videos.append(decoder(trained).decode(given))
+    plain, ours = videos
+    assert 50 < psnr(ours, plain) < 60
+    assert psnr(plain, truth) - psnr(ours, truth) < 0.05
+    assert psnr(plain, truth) < 30
+
+
+def psnr(ours: Tensor, wanted: Tensor) -> float:
+    """Of videos in [-1, 1], decibels."""
+    return float(10 * torch.log10(4 / (ours - wanted).square().mean()))
 
 
 @cpu
