@@ -306,7 +306,8 @@ def open_stream(
     rank = plan.rank
     check_device(plan.transformer.implementations, plan.device)
     for decoder in plan.decoders:
-        check_device(decoder.program.implementations, decoder.device)
+        made = decoder.program.implementations
+        check_device(made, decoder.device, "the lower pass in stream.decoder.passes")
     check_memory(plan.parts, image is not None)
     state = None if resume is None else load_state(_own_file(resume, rank), plan.identity)
     if state and not same_on_all(state.facts["chunk"], SEQUENCE, plan.transformer.ranks):

@@ -238,7 +238,8 @@ class _First(_Decoder):
                 padded.append(F.pad(cache, (0, 0, 0, 0, missing, 0)))
             else:
                 # A convolution that starts with the second latent, over two zero frames; it has as
-                # many channels as the one before it.
+                # many channels as the one before it. Its dtype is named, so that it stays where a
+                # pass gives that one's cache another.
                 assert cache == "Rep"
                 padded.append(torch.zeros_like(padded[-1], dtype=padded[-1].dtype))
         return video, *padded

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, fx
 
-from lltk.graph.edit import building, calls, replace, shape
+from lltk.graph.edit import building, replace, shape
 from lltk.graph.linears import check_pattern
 from lltk.graph.packed import FP8_ENDINGS, ROW_SCALES, pack_fp8
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
@@ -27,6 +27,8 @@ from lltk.ops.fp8_conv3d.reference import fold_taps, unfold_taps
 aten = torch.ops.aten
 MULTIPLE = 16
 """What tensor cores want both widths to be a multiple of."""
+_CACHE, _SUM = 1, 2
+"""Of `cached_norm_silu`'s results."""
 
 
 class Config(PassConfig):
@@ -63,7 +65,8 @@ class Fp8Convolve(Pass[Config]):
 
     ``<module>.weight`` becomes ``<module>.weight_values`` [O, 27 · C] and ``….weight_row_scales``.
     A norm bounds its results, so frames need no scale that is measured. Convolutions of widths that
-    are no multiple of 16 stay; the last one, which makes pixels, too, unless it is included.
+    are no multiple of 16 stay, and so does the last one, which makes pixels, unless `exclude` says
+    otherwise.
     """
 
     Config = Config
@@ -79,7 +82,8 @@ class Fp8Convolve(Pass[Config]):
         chosen = [
             found
             for graph in program.graphs.values()
-            for node in calls(graph, aten.conv3d.default)
+            for node in graph.nodes
+            if node.meta.get("op", node.target) is aten.conv3d.default
             if (found := self._match(node, report)) is not None
         ]
         self._packed = {
@@ -112,18 +116,18 @@ class Fp8Convolve(Pass[Config]):
         return mapped
 
     def _match(self, conv: fx.Node, report: Report) -> _Convolution | None:
+        if conv.target is not aten.conv3d.default:
+            report.miss(conv, "is chosen by another pass; run that behind fp8_convolve")
+            return None
         frames, weight = conv.args[0], _weight(conv)
         assert isinstance(frames, fx.Node)
         made = frames.args[0] if frames.target is operator.getitem else None
         if not isinstance(made, fx.Node) or made.target is not NORM_SILU:
-            report.miss(conv, "does not read what fuse_norm_silu made")
+            report.miss(conv, "does not read what fuse_norm_silu made; run that before")
             return None
         outer, inner, *taps = shape(weight)
-        if (
-            taps != [3, 3, 3]
-            or conv.args[3:] != ([1, 1, 1], [0, 1, 1])
-            or list(frames.users) != [conv]
-        ):
+        causal = taps == [3, 3, 3] and conv.args[3:] == ([1, 1, 1], [0, 1, 1])
+        if not causal or list(frames.users) != [conv]:
             report.miss(conv, "is no causal 3×3×3 convolution with frames of its own")
             return None
         module = str(weight.target).removesuffix(".weight")
@@ -149,7 +153,7 @@ def _rewrite(conv: _Convolution) -> None:
     parts = {part.args[1]: part for part in made.users}
     with building(made) as build:
         fp8 = build(FP8_NORM_SILU, *made.args)
-        items = [build(operator.getitem, fp8, index) for index in range(3 + (2 in parts))]
+        items = [build(operator.getitem, fp8, index) for index in range(3 + (_SUM in parts))]
     cache = made.args[4]
     if isinstance(cache, fx.Node):
         cache.meta["val"] = cache.meta["val"].to(torch.float8_e4m3fn)
@@ -157,6 +161,6 @@ def _rewrite(conv: _Convolution) -> None:
         weight = [build.attribute(conv.module + ending) for ending in FP8_ENDINGS]
         bias, dtype = node.args[2], node.meta["val"].dtype
         replace(node, build(FP8_CONV, items[0], items[2], *weight, bias, dtype))
-    for old, new in ((1, items[1]), (2, items[-1])):
-        if old in parts:
-            parts[old].replace_all_uses_with(new)
+    for index, now in ((_CACHE, items[_CACHE]), (_SUM, items[-1])):  # the sum follows the scale
+        if index in parts:
+            parts[index].replace_all_uses_with(now)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch import fx
 
 from lltk.graph.edit import building, calls, module_of, prune, replace
-from lltk.graph.match import read_once
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -29,7 +27,8 @@ class FuseAttentionQuantise(Pass[Config]):
 
         fp8_quantise(flatten(nvfp4_paged_attention(…), 2, 3))  →  fp8_quantise_attention(…)
 
-    Follows `nvfp4_cache` and `fp8_infer`. Attention to text is not over pages, and stays.
+    Follows `nvfp4_cache` and `fp8_infer`; `ulysses_stream`, which exchanges what attention gave,
+    refuses it. Attention to text is not over pages, and stays.
     """
 
     Config = Config
@@ -39,14 +38,19 @@ class FuseAttentionQuantise(Pass[Config]):
 
     def apply(self, program: Program, report: Report) -> None:
         for graph in program.graphs.values():
-            for node in calls(graph, QUANTISE):
-                heads: Any = node.args[0]
-                flat = read_once(heads, aten.flatten.using_ints) and heads.args[1:] == (2, 3)
-                if not flat or not read_once(heads.args[0], ATTENTION):
-                    report.miss(node, "quantises no attention over pages that it alone reads")
+            for node in calls(graph, ATTENTION):
+                heads = _reader(node, aten.flatten.using_ints)
+                quantise = _reader(heads, QUANTISE)
+                if heads is None or heads.args[1:] != (2, 3) or quantise is None:
+                    report.miss(node, "is not read by fp8_quantise alone; run fp8_infer before")
                     continue
-                attention = heads.args[0]
-                with building(node, module_of(attention)) as build:
-                    replace(node, build(QUANTISE_ATTENTION, *attention.args))
+                with building(quantise, module_of(node)) as build:
+                    replace(quantise, build(QUANTISE_ATTENTION, *node.args))
                 report.match("self-attention")
             prune(graph)
+
+
+def _reader(node: fx.Node | None, target: object) -> fx.Node | None:
+    """The call that alone reads a node, if it is of this operator."""
+    readers = [] if node is None else list(node.users)
+    return readers[0] if len(readers) == 1 and readers[0].target == target else None

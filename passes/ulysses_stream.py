@@ -24,6 +24,7 @@ from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Contract, Program, is_page
 from lltk.graph.stages import Stage
 from lltk.ops.fp8_quantise.op import OVERLOAD as FP8_QUANTISE
+from lltk.ops.fp8_quantise_attention.op import OVERLOAD as FP8_QUANTISE_ATTENTION
 from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
 from lltk.ops.nvfp4_write_page.op import OVERLOAD as NVFP4_WRITE_PAGE
 from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
@@ -92,6 +93,11 @@ class UlyssesStream(Pass[Config]):
                 f"size: {size} ranks cannot share {heads} heads and chunks of {chunk} latent "
                 f"frames evenly; set a size that can ({', '.join(fit) or 'there is none'}), or "
                 "geometry.chunk"
+            )
+        if any(calls(graph, FP8_QUANTISE_ATTENTION) for graph in program.graphs.values()):
+            raise ValueError(
+                "attention is quantised before its heads are whole tokens again; remove "
+                "fuse_attention_quantise from the recipe's passes"
             )
 
     def apply(self, program: Program, report: Report) -> None:

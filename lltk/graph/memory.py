@@ -6,7 +6,7 @@ import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -14,10 +14,17 @@ from torch import Tensor, fx
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import WEIGHTS
+from lltk.ops.fp8_quantise_attention.op import OVERLOAD as FP8_QUANTISE_ATTENTION
 from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
 from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
 
 _MEMINFO = Path("/proc/meminfo")
+_PAGED = {
+    PAGED_ATTENTION: "paged_attention",
+    NVFP4_PAGED_ATTENTION: "nvfp4_paged_attention",
+    FP8_QUANTISE_ATTENTION: "fp8_quantise_attention",
+}
+"""Ops that attend to pages."""
 
 
 def estimate(program: Program) -> dict[str, int]:
@@ -76,26 +83,30 @@ def _peak(program: Program, graph: fx.Graph) -> int:
     live = peak = 0
     held = [0] * (len(owner) + 1)
     for index, node in enumerate(graph.nodes):
-        inside = 0
         if node.op in ("call_function", "call_module") and owner[node] is node:
             size = _bytes(node.meta["val"])
             live += size
             held[last.get(node, index)] += size
         if node.op == "call_module":
             inside = _peak(program, program.regions[str(node.args[0])].graph)
-        elif _gathers(program, node):
-            pages = [program.geometry.pages * _bytes(own.meta["val"]) for own in node.args[1:3]]
-            inside = sum(pages) + max(pages)
+        else:
+            inside = _gathered(program, node)
         peak = max(peak, live + inside)
         live -= held[index]
     return peak
 
 
-def _gathers(program: Program, node: fx.Node) -> bool:
-    """Whether the call puts the pages it attends to beside the chunk's own keys and values."""
+def _gathered(program: Program, node: fx.Node) -> int:
+    """Bytes that a call takes to put pages beside the keys and values that it attends to."""
     op = node.meta.get("op", node.target)
-    fused = program.implementations.get("nvfp4_paged_attention") == "triton"
-    return op is PAGED_ATTENTION or (op is NVFP4_PAGED_ATTENTION and not fused)
+    chosen = program.implementations.get(_PAGED.get(op, ""))
+    if op not in _PAGED or chosen == "triton":
+        return 0
+    own: list[Any] = [each.meta["val"] for each in cast(list[fx.Node], node.args[1:3])]
+    if chosen == "fp8_decode":
+        return sum(program.geometry.pages * each.numel() for each in own)
+    pages = [program.geometry.pages * _bytes(each) for each in own]
+    return sum(pages) + max(pages)
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -136,8 +136,15 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
 )
 
 
-def check_device(chosen: Mapping[str, str], device: torch.device) -> None:
+def check_device(
+    chosen: Mapping[str, str], device: torch.device, lower: str = "the recipe's lower pass"
+) -> None:
     """Check that a device can run the chosen implementations, by op.
+
+    Args:
+        chosen: implementations, by op.
+        device: to run on.
+        lower: what the user calls the pass that chose.
 
     Raises:
         ValueError: says what is lacking and what the device has.
@@ -149,9 +156,10 @@ def check_device(chosen: Mapping[str, str], device: torch.device) -> None:
         reason = find_implementation(op, name).missing(device)
         if reason is not None:
             able = [c.name for c in IMPLEMENTATIONS if c.op == op and not c.missing(device)]
+            slow = f", or leave out the pass that makes {op}" if able == ["reference"] else ""
             raise ValueError(
                 f"{op}: {name} {reason}; {device.type} has {' and '.join(able) or 'none'}: set "
-                f"{op} of the recipe's lower pass"
+                f"{op} of {lower}{slow}"
             )
 
 

@@ -114,12 +114,19 @@ class Decoder:
 
     @state.setter
     def state(self, state: DecoderState) -> None:
-        found = {name: TensorSpec.of(cache) for name, cache in state.caches.items()}
-        if found and found != self._caches:
+        caches = state.caches
+        if caches and caches.keys() != self._caches.keys():
             raise ValueError(
-                f"state: caches {found} are not this program's, {self._caches}; restore a state of "
-                "the same decoder and resolution"
+                f"state: caches {', '.join(caches)} are not this program's, "
+                f"{', '.join(self._caches)}; restore a state of the same decoder"
             )
+        for name, cache in caches.items():
+            found, wanted = TensorSpec.of(cache), self._caches[name]
+            if found != wanted:
+                raise ValueError(
+                    f"state: {name} is {found.dtype} {found.shape}, not {wanted.dtype} "
+                    f"{wanted.shape}; restore a state of the same decoder and resolution"
+                )
         self._state = DecoderState({n: c.to(self.device) for n, c in state.caches.items()})
 
     @torch.no_grad()

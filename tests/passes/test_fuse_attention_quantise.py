@@ -7,6 +7,7 @@ import torch
 from helpers import after, inputs, reached, refused, run, same, text
 
 from lltk.graph.edit import calls, output
+from lltk.graph.memory import activations
 from lltk.graph.program import Program
 from lltk.ops.fp8_quantise.op import OVERLOAD as QUANTISE
 from lltk.ops.fp8_quantise_attention.op import OVERLOAD as QUANTISE_ATTENTION
@@ -50,11 +51,11 @@ def test_results_stay(dtype: str) -> None:
     assert not same(run(program, "step", given), wanted)
 
 
-@pytest.mark.parametrize("what", ["read twice", "heads apart", "pages in bfloat16"])
+@pytest.mark.parametrize("what", ["read twice", "heads apart", "in high precision"])
 def test_others_stay(what: str) -> None:
-    program = made()
-    if what == "pages in bfloat16":
-        program = reached("stream", *CAUSAL, "fp8_infer", head_dim=16)
+    program = after(made())
+    if what == "in high precision":
+        program = reached("stream", *CAUSAL, "nvfp4_cache", head_dim=16)
     for graph in program.graphs.values():
         for node in calls(graph, torch.ops.aten.flatten.using_ints):
             if what == "heads apart" and node.args[0].target is ATTENTION:
@@ -64,4 +65,30 @@ def test_others_stay(what: str) -> None:
                 end = output(graph)
                 end.args = ({**end.args[0], node.name: node},)
     message = refused(after, program, "fuse_attention_quantise")
-    assert "quantises no attention over pages that it alone reads" in message
+    assert "is not read by fp8_quantise alone; run fp8_infer before" in message
+
+
+def test_pages_in_bfloat16_are_no_candidates() -> None:
+    program = reached("stream", *CAUSAL, "fp8_infer", head_dim=16)
+    assert "the graphs hold no candidate" in refused(after, program, "fuse_attention_quantise")
+
+
+def test_heads_that_ranks_exchange_are_not_quantised_before() -> None:
+    program = after(made(), "fuse_attention_quantise")
+    message = refused(after, program, {"ulysses_stream": {"size": 2}})
+    assert message.endswith("remove fuse_attention_quantise from the recipe's passes")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_pages_that_are_decoded_count_as_memory(fused: bool) -> None:
+    """A byte each for keys and values in FP8; in the compute dtype, once more, for others."""
+    lowered = {}
+    for name in ("reference", "fp8_decode"):
+        keys = ("nvfp4_paged_attention", "fp8_quantise_attention")
+        steps = (*(["fuse_attention_quantise"] if fused else []), "regionalise")
+        program = after(made("bfloat16"), *steps, {"lower": {keys[fused]: name}})
+        lowered[name] = activations(program)
+    spec, geometry = made().spec, made().geometry
+    tokens = geometry.chunk * geometry.frame_tokens(spec)
+    elements = geometry.pages * tokens * spec.heads * spec.head_dim
+    assert lowered["reference"] - lowered["fp8_decode"] == (3 * 2 - 2) * elements

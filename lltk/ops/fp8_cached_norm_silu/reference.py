@@ -35,11 +35,11 @@ def fp8_cached_norm_silu(
     peak = gamma.float().abs().amax()
     scale = (peak * (x.shape[1] ** 0.5 / E4M3_MAX)).masked_fill(peak == 0, 1.0)
     codes = to_e4m3(made[:, :, CACHED:].float() / scale).view(torch.uint8)
-    before = codes.new_zeros((*codes.shape[:2], CACHED, *codes.shape[3:]))
-    before = before if cache is None else cache.view(torch.uint8)
+    held = (*codes.shape[:2], CACHED, *codes.shape[3:])
+    before = codes.new_zeros(held) if cache is None else cache.view(torch.uint8)
     codes = torch.cat([before, codes], dim=2)
     frames, kept = (
-        part.contiguous(memory_format=torch.channels_last_3d).view(torch.float8_e4m3fn)
-        for part in (pad(codes, (1, 1, 1, 1)), codes[:, :, -CACHED:].clone())
+        part.clone(memory_format=torch.channels_last_3d).view(torch.float8_e4m3fn)
+        for part in (pad(codes, (1, 1, 1, 1)), codes[:, :, -CACHED:])
     )
     return [frames, kept, scale, *total]
