@@ -60,6 +60,12 @@ _OWNERS = {
 _FUSED = ("fuse_norm_silu", "channels_last")
 _ALL = ("fold_upsample", *_FUSED)
 _FP8 = ("fold_upsample", "fuse_norm_silu", "fp8_convolve", "channels_last")
+_MADE = {
+    "fold_upsample": ("upsample_residual",),
+    "fuse_norm_silu": ("cached_norm_silu",),
+    "fp8_convolve": ("fp8_cached_norm_silu", "fp8_conv3d"),
+}
+"""Ops that passes make."""
 _OPERANDS = {
     torch.ops.aten.conv3d.default: (0, 1),
     torch.ops.aten.conv2d.default: (0, 1),
@@ -203,9 +209,9 @@ def _measured(
 
 def _rewritten(base: Program, passes: tuple[str, ...], device: torch.device) -> Program:
     steps = [make_pass(name, {}) for name in passes]
-    if {"fold_upsample", "fuse_norm_silu"} & set(passes):
-        backend = "triton" if device.type == "cuda" else "reference"
-        ops = ("cached_norm_silu", "fp8_cached_norm_silu", "fp8_conv3d", "upsample_residual")
+    backend = "triton" if device.type == "cuda" else "reference"
+    ops = [op for name in passes for op in _MADE.get(name, ())]
+    if ops:
         steps.append(make_pass("lower", dict.fromkeys(ops, backend)))
     return run_passes(base, steps)
 

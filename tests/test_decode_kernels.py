@@ -321,6 +321,29 @@ def test_kernels_reach_past_32_bits() -> None:
     assert torch.equal(large[:, :, -1], small) and not torch.equal(large[:, :, -2], small)
 
 
+@gpu
+@needs_triton
+def test_fp8_kernels_reach_past_32_bits() -> None:
+    norm, convolve = (
+        find_implementation(op, "triton").load() for op in ("fp8_cached_norm_silu", "fp8_conv3d")
+    )
+    x = torch.empty(1, 1024, 5, 512, 1024, dtype=torch.bfloat16, device="cuda", memory_format=LAST)
+    x.normal_()
+    gamma = torch.ones(1024, dtype=torch.bfloat16, device="cuda")
+    frames, _, scale = norm(x, gamma)
+    end, _, _ = norm(x[:, :, -1:], gamma)
+    codes, wanted = (part.view(torch.uint8) for part in (frames, end))
+    assert frames.numel() > 2**31
+    assert torch.equal(codes[:, :, -1], wanted[:, :, -1])
+    assert not torch.equal(codes[:, :, -2], wanted[:, :, -1])
+    weight = fp8_quantise(torch.randn(16, 27 * 1024, device="cuda"))
+    made, last = (
+        convolve(part, scale, *weight, None, torch.bfloat16) for part in (frames, frames[:, :, -3:])
+    )
+    assert torch.equal(made[:, :, -1], last[:, :, 0])
+    assert not torch.equal(made[:, :, -2], last[:, :, 0])
+
+
 @cpu
 @needs_triton
 @pytest.mark.parametrize("architecture", [89, 90, 100])

@@ -280,10 +280,18 @@ def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 LOWERED = {"lower": {"cached_norm_silu": "triton", "upsample_residual": "triton"}}
 
 
+FP8 = {"lower": {**LOWERED["lower"], "fp8_cached_norm_silu": "triton", "fp8_conv3d": "triton"}}
+WAYS = {
+    "plain": ["canonicalise"],
+    "fused": ["canonicalise", *ALL[:-1], LOWERED],
+    "FP8": ["canonicalise", *ALL[:2], "fp8_convolve", "channels_last", FP8],
+}
+
+
 @cache
-def wide(dtype: str, fused: bool) -> Program:
+def wide(dtype: str, way: str) -> Program:
     """The tiny family's decoder with random weights."""
-    passes = ["canonicalise", *ALL[:-1], LOWERED] if fused else ["canonicalise"]
+    passes = WAYS[way]
     recipe = make_recipe("tiny_vae", dtype=dtype)
     sizes = {"height": 96, "width": 160}
     recipe = recipe.model_copy(
@@ -299,13 +307,18 @@ def wide_latents() -> Tensor:
 
 
 @gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("way", "dtype", "bound"),
+    [("fused", "float32", 1e-4), ("fused", "bfloat16", 0.05), ("FP8", "bfloat16", 0.15)],
+)
 @pytest.mark.parametrize("how", ["eager", "compiled", "replayed"])
-def test_fused_decode_on_cuda(dtype: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_decode_on_cuda(
+    way: str, dtype: str, bound: float, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the plain decoder on the CPU in float32; caches lie with channels last."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch._dynamo.reset()
-    program, plain = wide(dtype, True), wide("float32", False)
+    program, plain = wide(dtype, way), wide("float32", "plain")
     wanted = decoder(plain).decode(wide_latents())
     module = instantiate(program, "cuda")
     if how == "compiled":
@@ -315,7 +328,6 @@ def test_fused_decode_on_cuda(dtype: str, how: str, monkeypatch: pytest.MonkeyPa
         video = torch.cat([run.decode(latents[:, :, :3]), replayed(run, latents[:, :, 3:])], 2)
     else:
         video = run.decode(latents)
-    bound = 1e-4 if dtype == "float32" else 0.05
     error = float((video.cpu().float() - wanted).std() / wanted.std())
     assert error < bound
     assert float((video.cpu().float().flip(2) - wanted).std() / wanted.std()) > 0.2
@@ -326,7 +338,7 @@ def test_fused_decode_on_cuda(dtype: str, how: str, monkeypatch: pytest.MonkeyPa
 
 
 def is_fused(node: fx.Node) -> bool:
-    return node.meta.get("op") is overload("cached_norm_silu")
+    return node.meta.get("op") in (overload("cached_norm_silu"), overload("fp8_cached_norm_silu"))
 
 
 def replayed(run: Decoder, latent: Tensor) -> Tensor:
@@ -342,9 +354,10 @@ def replayed(run: Decoder, latent: Tensor) -> Tensor:
 
 
 @gpu
-def test_a_state_from_a_file_goes_on_bit_for_bit() -> None:
+@pytest.mark.parametrize("way", ["fused", "FP8"])
+def test_a_state_from_a_file_goes_on_bit_for_bit(way: str) -> None:
     """Though it comes back with channels first."""
-    program = wide("bfloat16", True)
+    program = wide("bfloat16", way)
     module, latents = instantiate(program, "cuda"), wide_latents().cuda()
     run, other = Decoder(program, module), Decoder(program, module)
     run.decode(latents[:, :, :2])

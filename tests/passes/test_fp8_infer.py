@@ -458,7 +458,7 @@ def test_lowered_to_scaled_mm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert program.log[-1].matches.keys() == {"fp8_quantise → torch", "fp8_matmul → scaled_mm"}
     assert refused(instantiate, program) == (
         "fp8_matmul: scaled_mm runs on cuda, not on cpu; cpu has reference: set fp8_matmul of the "
-        "recipe's lower pass"
+        "recipe's lower pass, or leave out the pass that makes fp8_matmul"
     )
     given = inputs(program, "step")
     wanted = run(before, "step", given)

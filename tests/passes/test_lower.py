@@ -93,6 +93,17 @@ def test_matches_are_one_a_region_however_many_layers(kind: Kind, layers: int) -
         assert not graph.find_nodes(op="call_function", target=overload(op))
 
 
+def test_a_choice_for_an_op_that_is_not_there_is_refused() -> None:
+    """Defaults may be written out."""
+    before = regional("stream")
+    after(before, {"lower": {"nvfp4_paged_attention": "decode", "fp8_quantise": "reference"}})
+    message = refused(after, before, {"lower": {"nvfp4_paged_attention": "triton"}})
+    assert message == (
+        "lower: nvfp4_paged_attention: there is no such op to choose for; remove the key, or "
+        "choose for paged_attention"
+    )
+
+
 @pytest.mark.parametrize("kind", OPS)
 @pytest.mark.parametrize(("dtype", "bound"), [(None, 1e-5), (torch.float64, 1e-13)])
 def test_outputs_agree_with_the_op(kind: Kind, dtype: torch.dtype | None, bound: float) -> None:
