@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lltk.bench.ceiling import ceiling
 from lltk.bench.compare import OUTPUT, Errors, watched
 from lltk.bench.profiling import longest_kernels, profiled, timed, wait
 from lltk.bench.random_weights import with_random_weights
@@ -43,7 +44,9 @@ chunk's video frames over its denoising passes and its commit. First: the first 
 the first commit; of compilation, what no recipe above has compiled. Error: of a denoising pass's
 output and of each block's, relative to the first recipe's eager ones, each recipe over its own
 cache; then the largest ratio, at any block or the output, to fp8_linears' there. Owners: shares of
-the time of a denoising pass, by the names of its kernels. Random weights of the true shape."""
+the time of a denoising pass, by the names of its kernels. Products alone: its linears and its
+attention, each timed by itself in the same run and counted as often as it is made; beside them,
+what they are of the step. Random weights of the true shape."""
 _LINEARS = "fp8_linears"
 _OWNERS = {
     "element-wise, compiled": ("triton_per_", "triton_poi_", "triton_red_"),
@@ -109,6 +112,8 @@ def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
         "CUDA graphs": lambda row: "yes" if row["graphs"] else "no",
         "step ms": lambda row: f"{row['step']['median_ms']:.1f}",
         "p90": lambda row: f"{row['step']['p90_ms']:.1f}",
+        "products alone ms": lambda row: f"{_alone(row):.1f}",
+        "of the step": lambda row: f"{_alone(row) / row['step']['median_ms']:.0%}",
         "commit ms": lambda row: f"{row['commit']['median_ms']:.1f}",
         "DiT FPS, 4 steps": lambda row: f"{row['dit_fps']['4']:.1f}",
         "2 steps": lambda row: f"{row['dit_fps']['2']:.1f}",
@@ -121,6 +126,11 @@ def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
         "ran": lambda row: ", ".join(f"{op} {how}" for op, how in row["ran"].items()),
     }
     write_record(options.output / "dit", record, markdown(record, "Transformer passes", columns))
+
+
+def _alone(row: Mapping[str, Any]) -> float:
+    """Milliseconds of a pass's products."""
+    return float(sum(part["ms"] for part in row["ceiling"].values()))
 
 
 def _rows(
@@ -138,6 +148,7 @@ def _rows(
         with torch.no_grad():
             row = _measured(program, module, graphs, device, runs)
             outputs = _outputs(program, module, device)
+            row["ceiling"] = ceiling(program, "step", device, runs)
         step, commit = row["step"]["median_ms"], row["commit"]["median_ms"]
         fps = {str(n): frames / (n * step + commit) * 1e3 for n in (4, 2)}
         ran = dict(program.implementations)

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PASSES, Run, make_recipe, tiny_config
+from helpers import PASSES, Run, after, make_recipe, reached, refused, tiny_config
 from streams import SIZES, save_pipeline
+from torch import fx
 
+from lltk.bench.ceiling import Product, ceiling, products
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import (
     Record,
@@ -24,6 +26,7 @@ from lltk.bench.record import (
 )
 from lltk.bench.stream import METHOD, Timings, summary, text
 from lltk.compiler import transform
+from lltk.graph.program import Program
 from lltk.ops.fp8_quantise.reference import fp8_quantise
 from lltk.stream.script import ChunkPlan
 from lltk.stream.session import ChunkReport
@@ -237,3 +240,39 @@ def test_help_has_an_example(run: Run) -> None:
     for arguments in (["--help"], ["stream", "--help"]):
         code, out, _ = run(*arguments)
         assert code == 0 and "lltk bench stream tiny_stream" in out.split("Example:")[1]
+
+
+def test_a_passes_products_are_counted_and_timed() -> None:
+    """Every layer's, attention over a whole window; each by what the recipe names for it."""
+    steps = (*PASSES["stream"][:6], "nvfp4_cache", "fp8_infer", "fuse_attention_quantise")
+    lower = {"fp8_quantise_attention": "fp8_decode", "fp8_matmul": "scaled_mm"}
+    program = after(reached("stream", *steps, head_dim=16), "regionalise", {"lower": lower})
+    spec, geometry = program.spec, program.geometry
+    tokens, layers = geometry.chunk * geometry.frame_tokens(spec), spec.layers
+    width, keys = spec.heads * spec.head_dim, geometry.pages * tokens
+    found = products(program, "step")
+    attention = Product(True, "fp8_decode", (tokens, keys, spec.heads, spec.head_dim))
+    text = Product(True, None, (tokens, geometry.text_tokens, spec.heads, spec.head_dim))
+    assert {each: n for each, n in found.items() if each.attends} == {
+        attention: layers,
+        text: layers,
+    }
+    assert found[Product(False, "scaled_mm", (tokens, width, width))] >= 6 * layers
+    assert sum(n for p, n in found.items() if p.implementation == "scaled_mm") == 8 * layers
+    assert attention.flops == 4 * tokens * keys * width
+    assert Product(False, None, (2, 3, 5)).flops == 60
+    plain = reached("stream", *PASSES["stream"], head_dim=16)
+    timed = ceiling(plain, "step", torch.device("cpu"), 2)
+    for kind, part in timed.items():
+        made = products(plain, "step").items()
+        flops = sum(n * p.flops for p, n in made if p.attends == (kind == "attention"))
+        assert part["tflop"] == pytest.approx(flops / 1e12) and part["ms"] > 0
+    assert "has no linears and no attention" in refused(products, emptied(plain), "step")
+
+
+def emptied(program: Program) -> Program:
+    """The program with nothing but its inputs' sums."""
+    program = after(program)
+    for name in program.graphs:
+        program.graphs[name] = fx.Graph()
+    return program

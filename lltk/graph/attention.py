@@ -11,6 +11,7 @@ from torch import fx
 from lltk.graph.edit import Builder, calls, module_of
 from lltk.graph.passes import Report
 from lltk.graph.program import Program
+from lltk.ops.implementations import overload
 
 aten = torch.ops.aten
 _SWAP = [0, 2, 1, 3]
@@ -61,3 +62,14 @@ def attend(build: Builder, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     heads_first = (build(aten.permute.default, t, _SWAP) for t in (q, k, v))
     out = build(aten.scaled_dot_product_attention.default, *heads_first)
     return build(aten.permute.default, out, _SWAP)
+
+
+_PAGED = {
+    overload(op): op
+    for op in ("paged_attention", "nvfp4_paged_attention", "fp8_quantise_attention")
+}
+
+
+def paged_op(node: fx.Node) -> str | None:
+    """The op by which a call attends to pages and the chunk in flight, lowered or not; or None."""
+    return _PAGED.get(node.meta.get("op", node.target))

@@ -11,20 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from lltk.graph.attention import paged_op
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import WEIGHTS
-from lltk.ops.fp8_quantise_attention.op import OVERLOAD as FP8_QUANTISE_ATTENTION
-from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
-from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
 
 _MEMINFO = Path("/proc/meminfo")
-_PAGED = {
-    PAGED_ATTENTION: "paged_attention",
-    NVFP4_PAGED_ATTENTION: "nvfp4_paged_attention",
-    FP8_QUANTISE_ATTENTION: "fp8_quantise_attention",
-}
-"""Ops that attend to pages."""
 
 
 def estimate(program: Program) -> dict[str, int]:
@@ -98,9 +90,9 @@ def _peak(program: Program, graph: fx.Graph) -> int:
 
 def _gathered(program: Program, node: fx.Node) -> int:
     """Bytes that a call takes to put pages beside the keys and values that it attends to."""
-    op = node.meta.get("op", node.target)
-    chosen = program.implementations.get(_PAGED.get(op, ""))
-    if op not in _PAGED or chosen == "triton":
+    op = paged_op(node)
+    chosen = program.implementations.get(op or "")
+    if op is None or chosen == "triton":
         return 0
     own: list[Any] = [each.meta["val"] for each in cast(list[fx.Node], node.args[1:3])]
     if chosen == "fp8_decode":

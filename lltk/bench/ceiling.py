@@ -1,0 +1,122 @@
+"""What a graph's products would take alone: the least that fusing and overlapping can reach."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lltk.bench.profiling import timed
+from lltk.graph.attention import paged_op
+from lltk.graph.edit import shape
+from lltk.graph.program import Program
+from lltk.ops.fp8_attention.op import fp8_attention
+from lltk.ops.fp8_matmul.op import OVERLOAD as FP8_MATMUL
+from lltk.ops.fp8_quantise.op import fp8_quantise
+from lltk.ops.implementations import find_implementation
+from lltk.ops.paged_attention.sdpa import attend
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product or an attention.
+
+    Attributes:
+        attends: whether it is an attention.
+        implementation: of ``fp8_matmul`` or of attention to pages; None for torch's own.
+        sizes: M, K and N, or queries, keys, heads and their width.
+    """
+
+    attends: bool
+    implementation: str | None
+    sizes: tuple[int, ...]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations."""
+        return (4 if self.attends else 2) * prod(self.sizes)
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """A call of it alone, on random operands."""
+
+        def normal(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, device=device, dtype=dtype)
+
+        if self.attends:
+            queries, keys, heads, width = self.sizes
+            q, k, v = (normal(1, tokens, heads, width) for tokens in (queries, keys, keys))
+            if self.implementation != "fp8_decode":
+                return lambda: attend(q, k, v)
+            scale = torch.ones((), device=device)
+            codes = [each.to(torch.float8_e4m3fn) for each in (q, k, v)]
+            return lambda: fp8_attention(*codes, scale)
+        rows, depth, columns = self.sizes
+        a, b = normal(rows, depth), normal(columns, depth)
+        if self.implementation is None:
+            return lambda: torch.nn.functional.linear(a, b)
+        multiply = find_implementation("fp8_matmul", self.implementation).load()
+        operands = (*fp8_quantise(a), *fp8_quantise(b))
+        return lambda: multiply(*operands, None, dtype)
+
+
+def products(program: Program, graph: str) -> Counter[Product]:
+    """A stream's products, each as often as a pass makes it with all pages listed.
+
+    Raises:
+        ValueError: there are none that are known here.
+    """
+    found = Counter(filter(None, (_product(program, node) for node in _nodes(program, graph))))
+    if not found:
+        raise ValueError(f"{graph}: has no linears and no attention; name another graph")
+    return found
+
+
+def ceiling(program: Program, graph: str, device: torch.device, runs: int) -> dict[str, Any]:
+    """Milliseconds of a pass's products, each timed alone and counted as often as it is made.
+
+    Returns:
+        ``linears`` and ``attention``: ``ms``, ``tflop``, and ``rates``, TFLOP/s by sizes.
+    """
+    made: dict[str, Any] = {
+        kind: {"ms": 0.0, "tflop": 0.0, "rates": {}} for kind in ("linears", "attention")
+    }
+    for product, count in products(program, graph).items():
+        ms = timed(product.on(device, program.dtype), device, runs)["median_ms"]
+        part = made["attention" if product.attends else "linears"]
+        part["ms"] += count * ms
+        part["tflop"] += count * product.flops / 1e12
+        part["rates"]["×".join(map(str, product.sizes))] = product.flops / ms / 1e9
+    return made
+
+
+def _nodes(program: Program, graph: str) -> Iterator[fx.Node]:
+    """The calls of a pass, those of a block once for every layer."""
+    for node in program.graphs[graph].nodes:
+        if node.op == "call_module":
+            yield from program.regions[str(node.args[0])].graph.nodes
+        else:
+            yield node
+
+
+def _product(program: Program, node: fx.Node) -> Product | None:
+    op = node.meta.get("op", node.target)
+    operands: list[Any] = [each for each in node.args if isinstance(each, fx.Node)]
+    if op is aten.linear.default or op is FP8_MATMUL:
+        weight = shape(operands[1 if op is aten.linear.default else 2])
+        how = program.implementations.get("fp8_matmul") if op is FP8_MATMUL else None
+        return Product(False, how, (prod(shape(node)[:-1]), weight[1], weight[0]))
+    if op is aten.scaled_dot_product_attention.default:
+        (_, heads, queries, width), keys = shape(operands[0]), shape(operands[1])[2]
+        return Product(True, None, (queries, keys, heads, width))
+    if (paged := paged_op(node)) is not None:
+        (_, queries, heads, width), own = shape(operands[0]), shape(operands[1])[1]
+        how = program.implementations.get(paged)
+        return Product(True, how, (queries, own * program.geometry.pages, heads, width))
+    return None
