@@ -15,7 +15,7 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from lltk.cli.recipes import find_recipe
 from lltk.graph.memory import readable
 from lltk.graph.recipe import load_recipe
 from lltk.parallel.ranks import joined
-from lltk.streaming import plan_stream
+from lltk.stream.recipe import stream_section
+from lltk.streaming import StreamPlan, plan_stream
 
 HERE = Path(__file__).parent
 _FP8 = str(HERE / "dit" / "fused.yaml")
@@ -40,9 +41,10 @@ _ON_TWO = "stream.decoder.device=[cuda:1, cuda:2]"
 _BEHIND = "stream.decoder.device=[cuda:2, cuda:3]"
 _METHOD = """\
 Random weights of the true shape, random embeddings in place of text, whose encoding does not count.
-The decoder works while the next chunk is made, on a CUDA stream of its own or, where it says so, on
-a GPU of its own. First frame: compilation and recording in it, caches cold in a run's first row
-alone. Each row's run has a commit."""
+Decoding: meanwhile the next chunk is made, on a CUDA stream of the decoder's own or, where it says
+so, on a GPU of its own; or in turn, the next chunk waiting for the frames of this one. First frame:
+compilation and recording in it, caches cold in a run's first row alone. Each row's run has a
+commit."""
 
 
 @dataclass(frozen=True)
@@ -54,31 +56,36 @@ class Row:
         changes: of it.
         gpus: that it needs.
         ranks: processes that share it, started by torchrun.
+        steps: denoising passes a chunk.
+        in_turn: whether chunks wait for the frames of the one before.
     """
 
     recipe: str
     changes: tuple[str, ...] = ()
     gpus: int = 1
     ranks: int = 1
+    steps: int = 4
+    in_turn: bool = False
 
 
 _FOUR = "passes.ulysses_stream.size=4"
 ROWS: Mapping[str, Row] = {
-    "BF16": Row("wan22_5b_stream"),
-    "FP8": Row(_FP8),
-    "+ NVFP4 KV cache": Row(_NVFP4),
-    "+ FP8 decoder": Row(_FAST),
-    "3 steps": Row(_FAST, ("stream.steps=3",)),
-    "2 steps": Row(_FAST, ("stream.steps=2",)),
+    "BF16": Row("wan22_5b_stream", in_turn=True),
+    "FP8": Row(_FP8, in_turn=True),
+    "+ NVFP4 KV cache": Row(_NVFP4, in_turn=True),
+    "+ FP8 decoder": Row(_FAST, in_turn=True),
+    "+ async decoding": Row(_FAST),
+    "3 steps": Row(_FAST, steps=3),
+    "2 steps": Row(_FAST, steps=2),
     "decoder on its own GPU": Row(_FAST, (_ELSEWHERE,), 2),
-    "decoder on its own GPU, 3 steps": Row(_FAST, (_ELSEWHERE, "stream.steps=3"), 2),
-    "decoder on its own GPU, 2 steps": Row(_FAST, (_ELSEWHERE, "stream.steps=2"), 2),
+    "decoder on its own GPU, 3 steps": Row(_FAST, (_ELSEWHERE,), 2, steps=3),
+    "decoder on its own GPU, 2 steps": Row(_FAST, (_ELSEWHERE,), 2, steps=2),
     "decoder on two GPUs of its own": Row(_FAST, (_ON_TWO,), 3),
     "2 ranks": Row(_SHARED, (), 2, 2),
-    "2 ranks, 2 steps": Row(_SHARED, ("stream.steps=2",), 2, 2),
+    "2 ranks, 2 steps": Row(_SHARED, (), 2, 2, steps=2),
     "2 ranks, decoder on two GPUs of its own": Row(_SHARED, (_BEHIND,), 4, 2),
     "4 ranks": Row(_SHARED, (_FOUR,), 4, 4),
-    "4 ranks, 2 steps": Row(_SHARED, (_FOUR, "stream.steps=2"), 4, 4),
+    "4 ranks, 2 steps": Row(_SHARED, (_FOUR,), 4, 4, steps=2),
 }
 
 
@@ -96,11 +103,14 @@ def main() -> None:
     gpus = torch.cuda.device_count() if options.device.type == "cuda" else len(ROWS)
     results: list[dict[str, Any]] = []
     with joined(options.device) as ranks:
+        planned = _Planned(options, ranks.device)
         for name, row in ROWS.items():
             wanted = options.only is None or name in options.only
             if not wanted or row.gpus > gpus or row.ranks != ranks.size:
                 continue
-            result = _measured(options, row, ranks.device)
+            plan = planned(row)
+            prompts = random_prompts(plan)
+            result = measure(plan, options.seconds, options.warmup, 1, prompts, row.in_turn)
             if ranks.rank == 0:
                 on = " + ".join(_counted(hardware().gpus[: row.gpus])) or "CPU"
                 results.append({"name": name, "on": on, "commit": commit(), **result})
@@ -108,15 +118,30 @@ def main() -> None:
                 _write(options.output, results)
 
 
-def _measured(options: argparse.Namespace, row: Row, device: torch.device) -> dict[str, Any]:
-    gc.collect()
-    torch.cuda.empty_cache()
-    for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-        torch.cuda.reset_peak_memory_stats(index)
-    path = find_recipe(options.recipe or row.recipe)
-    recipe = load_recipe(path, (*row.changes, *options.overrides))
-    plan = with_random_models(plan_stream(recipe, device, weights=False))
-    return measure(plan, options.seconds, options.warmup, 1, random_prompts(plan))
+class _Planned:
+    """Plans of rows with random weights; rows that differ in how they run alone share one."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self._options = options
+        self._device = device
+        self._made: tuple[tuple[str, ...], StreamPlan] | None = None
+
+    def __call__(self, row: Row) -> StreamPlan:
+        file = find_recipe(self._options.recipe or row.recipe)
+        key = (str(file), *row.changes)
+        recipe = load_recipe(
+            file, (*row.changes, f"stream.steps={row.steps}", *self._options.overrides)
+        )
+        if self._made is None or self._made[0] != key:
+            self._made = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            plan = plan_stream(recipe, self._device, weights=False)
+            self._made = key, with_random_models(plan)
+        for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+            torch.cuda.reset_peak_memory_stats(index)
+        section = stream_section(recipe.stream, str(file))
+        return replace(self._made[1], recipe=recipe, section=section)
 
 
 def _counted(gpus: Sequence[str]) -> list[str]:
@@ -148,6 +173,7 @@ def _write(folder: Path, results: list[dict[str, Any]]) -> None:
         "on": lambda row: row["on"],
         "": lambda row: row["name"],
         "steps": lambda row: str(row["steps"]),
+        "decoding": lambda row: "in turn" if row.get("in_turn") else "meanwhile",
         "DiT FPS": lambda row: f"{row['dit_fps']:.1f}",
         "decode FPS": lambda row: f"{row['decode_fps']:.1f}",
         "E2E FPS": lambda row: f"{row['e2e_fps']:.1f}",

@@ -143,6 +143,16 @@ def test_noise_follows_from_seed_item_and_chunk(pipeline: Path, plan: StreamPlan
 # Sessions do not meet
 
 
+def test_at_rest_all_that_was_made_is_video(plan: StreamPlan) -> None:
+    _, whole = streamed(plan)
+    stream, video = opened(plan)
+    with stream:
+        for report in stream:
+            stream.session.rest()
+            assert sum(part.shape[2] for part in video) == report.plan.frames.stop
+    assert torch.equal(torch.cat(video, dim=2), whole)
+
+
 def test_interleaved_sessions_are_as_alone(pipeline: Path, plan: StreamPlan) -> None:
     other = planned(pipeline, "stream.seed=7")
     alone = [streamed(each) for each in (plan, other)]

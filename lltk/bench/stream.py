@@ -75,6 +75,7 @@ def measure(
     warm_up: int,
     runs: int,
     prompts: Callable[[str], Tensor] | None = None,
+    in_turn: bool = False,
 ) -> dict[str, Any]:
     """Stream shots of at most 5 s and record how that went.
 
@@ -84,6 +85,7 @@ def measure(
         warm_up: chunks before these.
         runs: how often.
         prompts: embeddings in place of the text encoder's; see `open_stream`.
+        in_turn: whether each chunk waits for the frames of the one before.
 
     Returns:
         A result for a `Record`: `summary`'s numbers, and what ran; nothing on ranks but the first.
@@ -96,7 +98,7 @@ def measure(
         return {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
-        timings = [_timed(plan, script, path, warm_up, prompts) for _ in range(runs)]
+        timings = [_timed(plan, script, path, warm_up, prompts, in_turn) for _ in range(runs)]
     section = plan.section
     return {
         "recipe": digest(plan.recipe.resolved()),
@@ -104,6 +106,7 @@ def measure(
         "implementations": dict(plan.transformer.implementations),
         "text": {"device": "random" if prompts else str(plan.text_device), "counted": False},
         "steps": section.steps,
+        "in_turn": in_turn,
         "runs": runs,
         "warm_up": {
             "chunks": warm_up,
@@ -217,6 +220,7 @@ def _timed(
     path: Path,
     warm_up: int,
     prompts: Callable[[str], Tensor] | None,
+    in_turn: bool,
 ) -> Timings:
     written = 0
     reports: list[ChunkReport] = []
@@ -237,6 +241,8 @@ def _timed(
         begun = warm = time.perf_counter()
         warmed, before, decoded = 0, 0, 0.0
         for index, report in enumerate(stream, 1):
+            if in_turn:
+                stream.session.rest()
             if index <= warm_up:
                 warmed += len(report.plan.frames)
             else:

@@ -319,6 +319,10 @@ class Session:
             plan, prompt, clean, receipts, len(pages.table), seconds, text, graphs, waited, decoding
         )
 
+    def rest(self) -> None:
+        """Wait until the chunks so far are video that the sink has taken, or until one fails."""
+        self._pipeline.rest()
+
     def close(self) -> None:
         """Wait for the last frames; raises what decoding or the sink raised."""
         self._pipeline.close()
