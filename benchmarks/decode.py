@@ -32,7 +32,7 @@ from lltk.cli.recipes import find_recipe
 from lltk.compiler import transform, with_weights
 from lltk.graph.edit import shape
 from lltk.graph.memory import readable
-from lltk.graph.module import ProgramModule, instantiate
+from lltk.graph.module import instantiate
 from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, load_recipe
@@ -44,7 +44,7 @@ HERE = Path(__file__).parent
 _METHOD = """\
 Milliseconds a video frame of {runs} steady calls after a warm-up of two: {how}. First: the video's
 first five latents; of compilation and of libraries' loading, what no row above had. A row that is
-replayed is one CUDA graph of a call, whose caches nothing copies back. Error: of the video of five
+replayed is one CUDA graph of a call, and the copies of its caches. Error: of the video of five
 latents, relative to a decode in float32 and to the first row. Owners: shares of the time of a
 call, by the names of its kernels. Random weights of the true shape."""
 _OWNERS = {
@@ -181,15 +181,13 @@ def _measured(
     module = instantiate(program, device)
     if row.how == "compiled":
         module.compile_graph("steps" if row.latents > 1 else "step")
-    decoder = Decoder(program, module)
+    decoder = Decoder(program, module, row.how == "replayed")
     latents = _latents(program, device)
     begun = time.perf_counter()
     video = _decoded(decoder, latents)
     first = time.perf_counter() - begun
     steady = latents[:, :, -row.latents :]
     call = lambda: decoder.decode(steady)  # noqa: E731
-    if row.how == "replayed":
-        call = _replayed(decoder, module, steady)
     frames = program.model.stride[0] * row.latents
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     tflop = sum(flops for _, flops in _shapes(program).values()) / frames / 1e12
@@ -228,22 +226,6 @@ def _latents(program: Program, device: torch.device) -> Tensor:
 def _decoded(decoder: Decoder, latents: Tensor) -> Tensor:
     video = decoder.decode(latents)
     return video.float().cpu()
-
-
-def _replayed(decoder: Decoder, module: ProgramModule, latents: Tensor) -> Callable[[], object]:
-    caches = dict(decoder.state.caches)
-    with torch.no_grad():
-        for _ in range(2):
-            module("step", latents=latents, **caches)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            held = module("step", latents=latents, **caches)
-
-    def replay() -> object:
-        graph.replay()
-        return held
-
-    return replay
 
 
 def _captured(recipe: Recipe, weights: Mapping[str, Tensor], **model: Any) -> Program:

@@ -156,6 +156,7 @@ class StreamPlan:
             "transformer": f"{_where(self.device, program)}, {how}{choices}",
             "decoder": f"{' and '.join(_where(d.device, d.program) for d in self.decoders)}, "
             f"{'compiled, ' if section.decoder.compile else ''}"
+            f"{'CUDA graphs, ' if section.decoder.cuda_graphs else ''}"
             f"passes {', '.join(entry.name for entry in self.decoders[0].program.log)}",
             "text encoder": f"{self.text_device}, {section.text.after} after use"
             + ("" if self.parts.text else "; its memory is not known without the pipeline's files"),
@@ -354,7 +355,7 @@ def open_decoder(plan: StreamPlan) -> LatentDecoder:
         module = instantiate(placed.program, placed.device)
         if section.compile:
             module.compile_graph("steps" if section.latents > 1 else "step")
-        made.append(Decoder(placed.program, module))
+        made.append(Decoder(placed.program, module, section.cuda_graphs))
     return made[0] if len(made) == 1 else ColumnDecoder(made)
 
 

@@ -205,19 +205,18 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cuda_graphs_change_nothing(tmp_path: Path) -> None:
-    """Over every count of listed pages, and a switch of prompt at each shot."""
+    """Over every count of listed pages, and a switch of prompt at each shot; of the decoder too."""
     import streams
 
     from lltk.streaming import plan_stream
 
     folder = streams.save_pipeline(tmp_path / "pipeline")
     settings = (*streams.SIZES, f"stream.pipeline={folder}")
-    plain, replayed = (
-        streams.streamed(
-            plan_stream(
-                streams.open_recipe("tiny_stream", (*settings, f"stream.cuda_graphs={on}")), "cuda"
-            )
-        )
-        for on in ("false", "true")
-    )
+
+    def streamed(on: str) -> tuple[Tensor, Tensor]:
+        graphs = (f"stream.cuda_graphs={on}", f"stream.decoder.cuda_graphs={on}")
+        recipe = streams.open_recipe("tiny_stream", (*settings, *graphs))
+        return streams.streamed(plan_stream(recipe, "cuda"))
+
+    plain, replayed = (streamed(on) for on in ("false", "true"))
     assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))

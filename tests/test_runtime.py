@@ -146,6 +146,8 @@ def test_cuda_graphs_need_a_gpu() -> None:
 
     message = refused(CudaGraphs, torch.device("cpu"))
     assert "stream.cuda_graphs: is for GPUs, not for cpu; set it to false" in message
+    message = refused(CudaGraphs, torch.device("cpu"), "stream.decoder.cuda_graphs")
+    assert message.endswith("--set stream.decoder.cuda_graphs=false")
 
 
 def test_shipped_recipes_stream() -> None:

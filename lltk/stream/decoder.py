@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program, TensorSpec
 from lltk.graph.spec import DecoderSpec
+from lltk.stream.runtimes.cuda_graph import CudaGraphs
 from lltk.stream.timing import Stopwatch
 
 
@@ -80,12 +82,13 @@ class Decoder:
     Args:
         program: a decode Program.
         module: the same Program, runnable; decoders may share it.
+        cuda_graphs: whether steady calls are recorded once, and then replayed.
 
     Raises:
-        ValueError: the Program is for something else.
+        ValueError: the Program is for something else, or CUDA graphs where there is no GPU.
     """
 
-    def __init__(self, program: Program, module: ProgramModule) -> None:
+    def __init__(self, program: Program, module: ProgramModule, cuda_graphs: bool = False) -> None:
         if not isinstance(program.model, DecoderSpec):
             raise ValueError(
                 f"the program is for {program.kind}, not for decode; make one from a recipe with "
@@ -101,6 +104,8 @@ class Decoder:
             program.contract("steps").inputs[self._spec.latent_input].shape[2] if several else 1
         )
         self._state = DecoderState()
+        option = "stream.decoder.cuda_graphs"
+        self._graphs = CudaGraphs(self.device, option) if cuda_graphs else None
 
     @property
     def device(self) -> torch.device:
@@ -189,9 +194,17 @@ class Decoder:
                 cache.record_stream(torch.cuda.current_stream(latents.device))
         steady = "step" if latents.shape[2] == 1 else "steps"
         graph = steady if caches else "first"
-        result = self._module(graph, **{spec.latent_input: latents}, **caches)
+        given = {spec.latent_input: latents, **caches}
+        if caches and self._graphs is not None:
+            result = self._graphs(graph, partial(_call, self._module, graph), given)
+        else:
+            result = self._module(graph, **given)
         names = zip(spec.cache_inputs, spec.cache_outputs, strict=True)
         return result[spec.output], DecoderState({read: result[given] for read, given in names})
+
+
+def _call(module: ProgramModule, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return module(graph, **inputs)
 
 
 class DecodePipeline:

@@ -59,6 +59,8 @@ def stream_memory(parts: Parts) -> dict[str, dict[str, int]]:
     for decoder in parts.decoders:
         place = devices.setdefault(str(decoder.device), {})
         sizes = {**estimate(decoder.program), "activations": activations(decoder.program)}
+        if parts.section.decoder.cuda_graphs:
+            sizes["CUDA graphs"] = sizes["feature caches"] + sizes["activations"]
         for name, size in sizes.items():
             owner = f"decoder: {name}"
             place[owner] = place.get(owner, 0) + size

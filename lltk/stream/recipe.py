@@ -48,6 +48,11 @@ class DecoderSection(BaseModel):
     compile: bool = Field(
         False, description="whether steady decoding is compiled; the second latent waits"
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="whether steady decoding is recorded and replayed; for a GPU of its own, at "
+        "the cost of memory",
+    )
 
 
 class StreamSection(BaseModel):

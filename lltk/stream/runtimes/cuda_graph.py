@@ -17,18 +17,20 @@ class CudaGraphs:
 
     Args:
         device: a GPU.
+        option: the recipe's key that asks for them.
 
     Raises:
         ValueError: the device is none.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, option: str = "stream.cuda_graphs") -> None:
         if device.type != "cuda":
             raise ValueError(
-                f"stream.cuda_graphs: is for GPUs, not for {device}; set it to false, as with "
-                "--set stream.cuda_graphs=false"
+                f"{option}: is for GPUs, not for {device}; set it to false, as with "
+                f"--set {option}=false"
             )
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # torch's own is the first device's, and shared
         self._recorded: dict[Hashable, _Recorded] = {}
 
     def __call__(
@@ -44,7 +46,8 @@ class CudaGraphs:
         """
         if key not in self._recorded:
             outputs = call(inputs)
-            self._recorded[key] = _Recorded(call, inputs, self._pool)
+            with torch.cuda.device(self._stream.device):
+                self._recorded[key] = _Recorded(call, inputs, self._pool, self._stream)
             return outputs
         return self._recorded[key](inputs)
 
@@ -52,11 +55,13 @@ class CudaGraphs:
 class _Recorded:
     """One graph, its inputs and outputs at fixed addresses."""
 
-    def __init__(self, call: Call, inputs: Mapping[str, Tensor], pool: Any) -> None:
+    def __init__(
+        self, call: Call, inputs: Mapping[str, Tensor], pool: Any, stream: torch.cuda.Stream
+    ) -> None:
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._graph = torch.cuda.CUDAGraph()
         # Other threads, as the decoder's, may do meanwhile what may not be recorded.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
             self._outputs = call(self._inputs)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
