@@ -112,8 +112,8 @@ def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
         "CUDA graphs": lambda row: "yes" if row["graphs"] else "no",
         "step ms": lambda row: f"{row['step']['median_ms']:.1f}",
         "p90": lambda row: f"{row['step']['p90_ms']:.1f}",
-        "products alone ms": lambda row: f"{_alone(row):.1f}",
-        "of the step": lambda row: f"{_alone(row) / row['step']['median_ms']:.0%}",
+        "products alone ms": lambda row: _alone(row, ".1f"),
+        "of the step": lambda row: _alone(row, ".0%", row["step"]["median_ms"]),
         "commit ms": lambda row: f"{row['commit']['median_ms']:.1f}",
         "DiT FPS, 4 steps": lambda row: f"{row['dit_fps']['4']:.1f}",
         "2 steps": lambda row: f"{row['dit_fps']['2']:.1f}",
@@ -128,9 +128,10 @@ def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     write_record(options.output / "dit", record, markdown(record, "Transformer passes", columns))
 
 
-def _alone(row: Mapping[str, Any]) -> float:
-    """Milliseconds of a pass's products."""
-    return float(sum(part["ms"] for part in row["ceiling"].values()))
+def _alone(row: Mapping[str, Any], form: str, of: float = 1.0) -> str:
+    """Milliseconds of a pass's products over a number, where they are known."""
+    parts = row["ceiling"]
+    return "–" if parts is None else format(sum(p["ms"] for p in parts.values()) / of, form)
 
 
 def _rows(

@@ -57,7 +57,7 @@ class Row:
         changes: of it.
         gpus: that it needs.
         ranks: processes that share it, started by torchrun.
-        steps: denoising passes a chunk.
+        steps: denoising passes a chunk; None for the recipe's.
         in_turn: whether chunks wait for the frames of the one before.
     """
 
@@ -65,7 +65,7 @@ class Row:
     changes: tuple[str, ...] = ()
     gpus: int = 1
     ranks: int = 1
-    steps: int = 4
+    steps: int | None = None
     in_turn: bool = False
 
 
@@ -109,9 +109,7 @@ def main() -> None:
             wanted = options.only is None or name in options.only
             if not wanted or row.gpus > gpus or row.ranks != ranks.size:
                 continue
-            plan = planned(row)
-            prompts = random_prompts(plan)
-            result = measure(plan, options.seconds, options.warmup, 1, prompts, row.in_turn)
+            result = planned.measured(row)
             if ranks.rank == 0:
                 on = " + ".join(_counted(hardware().gpus[: row.gpus])) or "CPU"
                 results.append({"name": name, "on": on, "commit": commit(), **result})
@@ -120,27 +118,32 @@ def main() -> None:
 
 
 class _Planned:
-    """Plans of rows with random weights; rows that differ in how they run alone share one."""
+    """Measures rows with random weights; those of one plan but for the steps share it."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self._options = options
         self._device = device
         self._made: tuple[tuple[str, ...], StreamPlan] | None = None
 
-    def __call__(self, row: Row) -> StreamPlan:
-        file = find_recipe(self._options.recipe or row.recipe)
-        key = (str(file), *row.changes)
-        recipe = load_recipe(
-            file, (*row.changes, f"stream.steps={row.steps}", *self._options.overrides)
-        )
-        if self._made is None or self._made[0] != key:
-            self._made = None
-            gc.collect()
-            torch.cuda.empty_cache()
-            plan = plan_stream(recipe, self._device, weights=False)
-            self._made = key, with_random_models(plan)
+    def measured(self, row: Row) -> dict[str, Any]:
+        """A row's result."""
+        options, plan = self._options, self._plan(row)
+        gc.collect()
+        torch.cuda.empty_cache()
         for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
             torch.cuda.reset_peak_memory_stats(index)
+        prompts = random_prompts(plan)
+        return measure(plan, options.seconds, options.warmup, 1, prompts, row.in_turn)
+
+    def _plan(self, row: Row) -> StreamPlan:
+        file = find_recipe(self._options.recipe or row.recipe)
+        steps = () if row.steps is None else (f"stream.steps={row.steps}",)
+        recipe = load_recipe(file, (*row.changes, *steps, *self._options.overrides))
+        key = (str(file), *row.changes)
+        if self._made is None or self._made[0] != key:
+            self._made = None
+            plan = plan_stream(recipe, self._device, weights=False)
+            self._made = key, with_random_models(plan)
         section = stream_section(recipe.stream, str(file))
         return replace(self._made[1], recipe=recipe, section=section)
 

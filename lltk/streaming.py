@@ -213,6 +213,13 @@ def _decoders(
     own = section.decoder
     names = own.device if isinstance(own.device, tuple) else (own.device or device,)
     devices = [torch.device(name) for name in names]
+    shared = [d for d in devices if (d.type, d.index or 0) == (device.type, device.index or 0)]
+    if own.cuda_graphs and shared:
+        raise ValueError(
+            f"stream.decoder.cuda_graphs: the transformer is on {shared[0]} too, whose waits would "
+            "break a recording; name another GPU in stream.decoder.device, or set "
+            "stream.decoder.cuda_graphs=false"
+        )
     model: dict[str, Any] = {
         "config": own.config if folder is None else None,
         "checkpoint": None if folder is None else str(folder),

@@ -84,8 +84,8 @@ class Lower(Pass[Config]):
         lltk.paged_attention(…)  →  lltk.ops.paged_attention.sdpa.sdpa(…)
         lltk.nvfp4_matmul(…)     →  lltk.nvfp4_matmul(…, backend='reference')
 
-    The choice is recorded with its count; nothing is chosen at run time. A choice for an op that no
-    graph has is refused.
+    The choice is recorded with its count; nothing is chosen at run time. A choice but
+    the default for an op that no graph has is refused.
     """
 
     Config = Config
@@ -120,7 +120,8 @@ class Lower(Pass[Config]):
                     program.implementations["nvfp4"] = self.config.nvfp4
         asked = {op for op, name in chosen.items() if name != Config.model_fields[op].default}
         if idle := sorted(asked - program.implementations.keys()):
+            there = ", ".join(program.implementations)
             raise ValueError(
-                f"{', '.join(idle)}: there is no such op to choose for; remove the key, or choose "
-                f"for {', '.join(program.implementations)}"
+                f"{', '.join(idle)}: there is no such op to choose for; remove the key, or add the "
+                f"pass that makes the op (there is {there or 'none yet'})"
             )

@@ -263,11 +263,15 @@ def test_a_passes_products_are_counted_and_timed() -> None:
     assert Product(False, None, (2, 3, 5)).flops == 60
     plain = reached("stream", *PASSES["stream"], head_dim=16)
     timed = ceiling(plain, "step", torch.device("cpu"), 2)
+    assert timed is not None
     for kind, part in timed.items():
         made = products(plain, "step").items()
         flops = sum(n * p.flops for p, n in made if p.attends == (kind == "attention"))
         assert part["tflop"] == pytest.approx(flops / 1e12) and part["ms"] > 0
     assert "has no linears and no attention" in refused(products, emptied(plain), "step")
+    packed = reached("stream", *PASSES["stream"][:6], "nvfp4_infer", head_dim=16)
+    assert "cannot be timed alone" in refused(products, packed, "step")
+    assert ceiling(packed, "step", torch.device("cpu"), 2) is None
 
 
 def emptied(program: Program) -> Program:

@@ -114,7 +114,29 @@ def test_warming_up_runs_every_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Decoder, "device", torch.device("cpu"))
     monkeypatch.setattr(run, "_module", module)
     run.warm_up()
-    assert ran == ["first", "steps", "step"] and not run.state.caches
+    assert ran == ["first", "steps", "steps", "step"] and not run.state.caches
+
+
+@cpu
+def test_what_warming_up_compiles_is_what_streams_run() -> None:
+    """Latents of a longer clip lie otherwise in memory."""
+    torch._dynamo.reset()
+    program, compiled = rewritten(ALL), []
+
+    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    module = instantiate(program)
+    module.compile_graph("step", backend=backend)
+    run = Decoder(program, module)
+    run.warm_up()
+    warm = len(compiled)
+    latents = video_latents()[:, :, :4].float()
+    assert worst(run.decode(latents), decoder(program).decode(latents)) <= 1e-12
+    assert len(compiled) == warm > 0
+    run.decode(latents.double())
+    assert len(compiled) > warm
 
 
 @cpu

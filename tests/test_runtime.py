@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import streams
 import torch
 from helpers import inputs, make_recipe, refused, run, runnable
 from streams import planned, save_pipeline
@@ -22,7 +23,7 @@ from lltk.stream.recipe import stream_section
 from lltk.stream.runtimes import Runtime
 from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.timing import Stopwatch
-from lltk.streaming import StreamPlan
+from lltk.streaming import StreamPlan, plan_stream
 
 pytestmark = pytest.mark.cpu
 
@@ -164,3 +165,18 @@ def test_pipelines_are_found_by_path_or_name(tmp_path: Path) -> None:
 
     assert find_pipeline(str(tmp_path)) == tmp_path
     assert "a shipped one: tiny" in refused(find_pipeline, str(tmp_path / "none"))
+
+
+def test_a_decoder_is_recorded_on_a_gpu_of_its_own(tmp_path: Path) -> None:
+    folder = streams.save_pipeline(tmp_path)
+    keys = (*streams.SIZES, f"stream.pipeline={folder}", "stream.decoder.cuda_graphs=true")
+    for device in ("cuda", "cuda:0"):
+        message = refused(plan_stream, streams.open_recipe("tiny_stream", keys), device)
+        assert "name another GPU in stream.decoder.device, or set stream.decoder.cuda" in message
+    elsewhere = streams.open_recipe("tiny_stream", (*keys, "stream.decoder.device=cuda:1"))
+    plan = plan_stream(elsewhere, "cuda")
+    assert "CUDA graphs, passes" in plan.describe()["decoder"]
+    sizes = plan.memory["cuda:1"]
+    assert sizes["decoder: CUDA graphs"] == (
+        sizes["decoder: feature caches"] + sizes["decoder: activations"]
+    )

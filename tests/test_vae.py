@@ -298,8 +298,8 @@ def test_warming_up_leaves_the_video_as_it_is(monkeypatch: pytest.MonkeyPatch) -
         before = run.state
         run.warm_up()
     assert run.state is before and torch.equal(torch.cat(got, dim=2), decoder().decode(latents))
-    assert graphs[:5] == ["first", "step", "first", "step", "step"]
-    assert graphs[5:7] == ["first", "step"]
+    assert graphs[:6] == ["first", "step", "step"] * 2
+    assert graphs[6:9] == ["first", "step", "step"]
 
     def broken(self: Decoder) -> None:
         raise OSError("no kernel")
@@ -309,6 +309,9 @@ def test_warming_up_leaves_the_video_as_it_is(monkeypatch: pytest.MonkeyPatch) -
         other.warm_up()
         other.rest()
         other.submit(latents)
+    other.close()  # it is told once
+    with pytest.raises(OSError, match="no kernel"), DecodePipeline(decoder(), got.append) as other:
+        other.warm_up()
 
 
 def test_pipeline_runs_ahead_by_its_bound_and_no_further() -> None:

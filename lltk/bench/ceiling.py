@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lltk.bench.profiling import timed
+from lltk.bench.clock import Clock
 from lltk.graph.attention import paged_op
 from lltk.graph.edit import shape
 from lltk.graph.program import Program
@@ -19,6 +19,8 @@ from lltk.ops.fp8_attention.op import fp8_attention
 from lltk.ops.fp8_matmul.op import OVERLOAD as FP8_MATMUL
 from lltk.ops.fp8_quantise.op import fp8_quantise
 from lltk.ops.implementations import find_implementation
+from lltk.ops.nvfp4_linear.op import OVERLOAD as NVFP4_LINEAR
+from lltk.ops.nvfp4_matmul.op import OVERLOAD as NVFP4_MATMUL
 from lltk.ops.paged_attention.sdpa import attend
 
 aten = torch.ops.aten
@@ -70,30 +72,43 @@ def products(program: Program, graph: str) -> Counter[Product]:
     """A stream's products, each as often as a pass makes it with all pages listed.
 
     Raises:
-        ValueError: there are none that are known here.
+        ValueError: it has none, or some in NVFP4, which are not known here.
     """
-    found = Counter(filter(None, (_product(program, node) for node in _nodes(program, graph))))
+    nodes = list(_nodes(program, graph))
+    if unknown := {str(node.target) for node in nodes if _is_nvfp4(node)}:
+        raise ValueError(f"{graph}: {', '.join(unknown)} cannot be timed alone; leave it out")
+    found = Counter(filter(None, (_product(program, node) for node in nodes)))
     if not found:
         raise ValueError(f"{graph}: has no linears and no attention; name another graph")
     return found
 
 
-def ceiling(program: Program, graph: str, device: torch.device, runs: int) -> dict[str, Any]:
+def ceiling(program: Program, graph: str, device: torch.device, runs: int) -> dict[str, Any] | None:
     """Milliseconds of a pass's products, each timed alone and counted as often as it is made.
 
     Returns:
-        ``linears`` and ``attention``: ``ms``, ``tflop``, and ``rates``, TFLOP/s by sizes.
+        ``linears`` and ``attention``: ``ms``, ``tflop``, and ``rates``, TFLOP/s by implementation
+        and sizes. None where linears are in NVFP4.
     """
+    if any(map(_is_nvfp4, _nodes(program, graph))):
+        return None
+    clock = Clock(device, runs)
     made: dict[str, Any] = {
         kind: {"ms": 0.0, "tflop": 0.0, "rates": {}} for kind in ("linears", "attention")
     }
     for product, count in products(program, graph).items():
-        ms = timed(product.on(device, program.dtype), device, runs)["median_ms"]
+        with torch.no_grad():
+            ms = clock(product.on(device, program.dtype))["median_ms"]
         part = made["attention" if product.attends else "linears"]
         part["ms"] += count * ms
         part["tflop"] += count * product.flops / 1e12
-        part["rates"]["×".join(map(str, product.sizes))] = product.flops / ms / 1e9
+        sizes = "×".join(map(str, product.sizes))
+        part["rates"][f"{product.implementation or 'torch'} {sizes}"] = product.flops / ms / 1e9
     return made
+
+
+def _is_nvfp4(node: fx.Node) -> bool:
+    return node.target in (NVFP4_LINEAR, NVFP4_MATMUL)
 
 
 def _nodes(program: Program, graph: str) -> Iterator[fx.Node]:

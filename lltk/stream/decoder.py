@@ -96,7 +96,7 @@ class Decoder:
             )
         self._spec = program.model
         self._module = module
-        self._latents = program.contract("first").inputs[self._spec.latent_input].shape
+        self._latents = program.contract("first").inputs[self._spec.latent_input]
         inputs = program.contract("step").inputs
         self._caches = {name: inputs[name] for name in self._spec.cache_inputs}
         several = "steps" in program.graphs
@@ -147,7 +147,7 @@ class Decoder:
         Raises:
             ValueError: the latents are of another shape.
         """
-        batch, channels, _, *sides = self._latents
+        batch, channels, _, *sides = self._latents.shape
         if latents.dim() != 5 or latents.shape[2] < 1 or (
             latents.shape[:2] != (batch, channels) or latents.shape[3:] != tuple(sides)
         ):  # fmt: skip
@@ -174,9 +174,11 @@ class Decoder:
 
     def warm_up(self) -> None:
         """See `LatentDecoder.warm_up`."""
-        batch, channels, _, *sides = self._latents
-        count = 2 if self._several == 1 else 1 + self._several + 1  # one call of each graph
-        zeros = torch.zeros(batch, channels, count, *sides, device=self.device)
+        batch, channels, _, *sides = self._latents.shape
+        # A steady graph's second call reads what it gave, which may lie otherwise than its first's.
+        count = 1 + 2 * self._several + int(self._several > 1)
+        size = (batch, channels, count, *sides)
+        zeros = torch.zeros(size, dtype=self._latents.dtype, device=self.device)
         state = DecoderState()
         for part in self.parts(zeros, first=True):
             _, state = self._decoded(part, state)
@@ -194,7 +196,7 @@ class Decoder:
                 cache.record_stream(torch.cuda.current_stream(latents.device))
         steady = "step" if latents.shape[2] == 1 else "steps"
         graph = steady if caches else "first"
-        given = {spec.latent_input: latents, **caches}
+        given = {spec.latent_input: latents.contiguous(), **caches}  # compilers tell strides apart
         if caches and self._graphs is not None:
             result = self._graphs(graph, partial(_call, self._module, graph), given)
         else:
@@ -244,6 +246,7 @@ class DecodePipeline:
         self._overlap = overlap
         self._pending: deque[Future[None]] = deque()
         self._last: Future[None] | None = None
+        self._warming: Future[None] | None = None
         self._delivery: Future[None] | None = None
         self._latents: deque[Tensor] = deque()
         self._videos: deque[Tensor] = deque()
@@ -275,8 +278,8 @@ class DecodePipeline:
         return dict(self._seconds)
 
     def warm_up(self) -> None:
-        """Have the decoder warm up before it decodes; what that raises, `submit` raises."""
-        self._pending.append(self._decoding.submit(self._on_its_stream, self._decoder.warm_up))
+        """Have the decoder warm up before it decodes; `submit` or `close` raises what that does."""
+        self._warming = self._decoding.submit(self._on_its_stream, self._decoder.warm_up)
 
     def submit(self, *latents: Tensor) -> None:
         """Queue latents for `Decoder.decode`; they must not be changed afterwards.
@@ -288,6 +291,8 @@ class DecodePipeline:
             Exception: what decoding or the sink raised for earlier latents; none is decoded after
                 such an error.
         """
+        if self._warming is not None and self._warming.done():
+            self._end_warm_up()
         while self._pending and (len(self._pending) >= self._ahead or self._pending[0].done()):
             self._pending[0].result()
             self._pending.popleft()
@@ -309,13 +314,14 @@ class DecodePipeline:
 
     def rest(self) -> None:
         """Wait until nothing is being decoded or delivered, after an error too."""
-        wait(self._pending)
+        wait([*self._pending, *([self._warming] if self._warming else [])])
         if self._delivery is not None:
             wait([self._delivery])
 
     def close(self) -> None:
         """Wait for what was submitted; raises as `submit`."""
         try:
+            self._end_warm_up()
             while self._pending:
                 self._pending.popleft().result()
             if self._delivery is not None:
@@ -356,6 +362,11 @@ class DecodePipeline:
             for latent in latents:
                 latent.record_stream(self._streams[0])
         self._on_its_stream(lambda: self._decode(latents))
+
+    def _end_warm_up(self) -> None:
+        warming, self._warming = self._warming, None
+        if warming is not None:
+            warming.result()
 
     def _on_its_stream(self, run: Callable[[], None]) -> None:
         with nullcontext() if self._streams is None else torch.cuda.stream(self._streams[0]):

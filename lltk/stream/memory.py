@@ -12,6 +12,7 @@ from lltk.graph.program import Program
 from lltk.stream.recipe import StreamSection
 
 _TEXT, _IMAGE = "text encoder at work", "image encoder"
+_GRAPHS = "decoder: CUDA graphs"
 _CACHE = ("cache pages", "cross-attention K/V")
 
 
@@ -60,7 +61,8 @@ def stream_memory(parts: Parts) -> dict[str, dict[str, int]]:
         place = devices.setdefault(str(decoder.device), {})
         sizes = {**estimate(decoder.program), "activations": activations(decoder.program)}
         if parts.section.decoder.cuda_graphs:
-            sizes["CUDA graphs"] = sizes["feature caches"] + sizes["activations"]
+            graphs = len(decoder.program.graphs) - 1  # all but a video's first latent's
+            sizes["CUDA graphs"] = graphs * sizes["feature caches"] + sizes["activations"]
         for name, size in sizes.items():
             owner = f"decoder: {name}"
             place[owner] = place.get(owner, 0) + size
@@ -144,6 +146,8 @@ def _savings(parts: Parts, owners: Mapping[str, int]) -> dict[str, int]:
         saved["stream.text.after=free"] = owners["text encoder"]
     if "second cache, for guidance" in owners:
         saved["stream.guidance=1"] = owners["second cache, for guidance"]
+    if _GRAPHS in owners:
+        saved["stream.decoder.cuda_graphs=false"] = owners[_GRAPHS]
     for owner, key, device in (
         (_TEXT, "stream.text.device", parts.text_device),
         (_IMAGE, "stream.decoder.device", parts.decoders[0].device),

@@ -46,7 +46,9 @@ class DecoderSection(BaseModel):
         1, ge=1, description="latents that are decoded at once where so many are at hand"
     )
     compile: bool = Field(
-        False, description="whether steady decoding is compiled; the second latent waits"
+        False,
+        description="whether steady decoding is compiled: on a GPU while the first chunk is made, "
+        "else the second latent waits",
     )
     cuda_graphs: bool = Field(
         False,

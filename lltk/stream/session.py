@@ -328,7 +328,8 @@ class Session:
         self._pipeline.close()
 
     def __enter__(self) -> Session:
-        if self._decoder.device.type == "cuda":  # whose kernels are compiled when they first run
+        owed = self._script or self._left
+        if owed and self._decoder.device.type == "cuda":  # which compiles kernels as they first run
             self._pipeline.warm_up()
         for video in self._left_videos:
             self._pipeline.deliver(video.to(self._decoder.device))

@@ -99,8 +99,8 @@ def test_a_choice_for_an_op_that_is_not_there_is_refused() -> None:
     after(before, {"lower": {"nvfp4_paged_attention": "decode", "fp8_quantise": "reference"}})
     message = refused(after, before, {"lower": {"nvfp4_paged_attention": "triton"}})
     assert message == (
-        "lower: nvfp4_paged_attention: there is no such op to choose for; remove the key, or "
-        "choose for paged_attention"
+        "lower: nvfp4_paged_attention: there is no such op to choose for; remove the key, or add "
+        "the pass that makes the op (there is paged_attention)"
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_CAPTURING = Lock()
+"""Held while a thread captures: to begin, torch waits for devices and empties their caches."""
 Call = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """From inputs to outputs, by name; whatever else it reads stays where it is."""
 
@@ -46,7 +49,7 @@ class CudaGraphs:
         """
         if key not in self._recorded:
             outputs = call(inputs)
-            with torch.cuda.device(self._stream.device):
+            with _CAPTURING, torch.cuda.device(self._stream.device):
                 self._recorded[key] = _Recorded(call, inputs, self._pool, self._stream)
             return outputs
         return self._recorded[key](inputs)
