@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lltk.ops.fp8_quantise_centred.op import fp8_quantise_centred
 from lltk.ops.nvfp4_paged_attention.fp8 import centred
+from lltk.ops.nvfp4_paged_attention.reference import Pages
 
 
 def fp8_decode(
@@ -23,6 +24,6 @@ def fp8_decode(
     table: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`lltk::fp8_quantise_attention` of what `nvfp4_paged_attention.fp8.fp8_decode` gives."""
-    k_pages = (k_codes, k_scales, k_decode_scales, k_means)
-    v_pages = (v_codes, v_scales, v_decode_scales, v_means)
-    return fp8_quantise_centred(*centred(q, k, v, *k_pages, *v_pages, table), q.dtype)
+    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
+    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
+    return fp8_quantise_centred(*centred(q, k, v, k_pages, v_pages, table), q.dtype)

@@ -36,25 +36,14 @@ def fp8_decode(
 
     The result is rounded too, as `centred` says.
     """
-    k_pages = (k_codes, k_scales, k_decode_scales, k_means)
-    v_pages = (v_codes, v_scales, v_decode_scales, v_means)
-    out, scale, v_centre = centred(q, k, v, *k_pages, *v_pages, table)
+    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
+    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
+    out, scale, v_centre = centred(q, k, v, k_pages, v_pages, table)
     return (out.float() / scale + v_centre).to(q.dtype)
 
 
 def centred(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_codes: Tensor,
-    k_scales: Tensor,
-    k_decode_scales: Tensor,
-    k_means: Tensor | None,
-    v_codes: Tensor,
-    v_scales: Tensor,
-    v_decode_scales: Tensor,
-    v_means: Tensor | None,
-    table: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Pages, v_pages: Pages, table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `fp8_decode` adds a centre to.
 
@@ -63,9 +52,11 @@ def centred(
         centred, weighs alone is E4M3's maximum; the centre, float32 [B, 1, H, D]. The result is
         out / scale + centre.
     """
-    k_centre, v_centre = centre(k, k_means, table), centre(v, v_means, table)
-    keys, _ = gather_fp8(k, k_centre, k_codes, k_scales, k_decode_scales, k_means, table)
-    values, largest = gather_fp8(v, v_centre, v_codes, v_scales, v_decode_scales, v_means, table)
+    k_centre, v_centre = (
+        centre(own, pages.means, table) for own, pages in ((k, k_pages), (v, v_pages))
+    )
+    keys, _ = gather_fp8(k, k_centre, *k_pages, table)
+    values, largest = gather_fp8(v, v_centre, *v_pages, table)
     most = to_e4m3(largest).float()
     scale = E4M3_MAX / most.masked_fill(most == 0, 1.0)
     return fp8_attention(to_e4m3(q), keys, values, scale), scale, v_centre
