@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +71,8 @@ def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks
         return
     store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
     done = threading.Event()
-    threading.Thread(target=_watch, args=(store.clone(), done), daemon=True).start()
+    watcher = threading.Thread(target=_watch, args=(store.clone(), done), daemon=True)
+    watcher.start()
     try:
         own = _own_device(device)
         dist.init_process_group(
@@ -90,11 +90,21 @@ def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks
             yield ranks
         ranks.any(False)  # all are done
     except BaseException:
-        if store.add(_FAILED, 1) > 1:
+        _end_soon()
+        if not _first_to_fail(store):
             raise SystemExit(1) from None
         raise
-    done.set()
+    finally:
+        done.set()
+        watcher.join(GRACE)  # the interpreter's end aborts a thread within the store
     dist.destroy_process_group()
+
+
+def _first_to_fail(store: Store) -> bool:
+    try:
+        return store.add(_FAILED, 1) == 1
+    except RuntimeError:  # who kept it is gone, so it failed before
+        return False
 
 
 def _watch(store: Store, done: threading.Event) -> None:
@@ -105,8 +115,15 @@ def _watch(store: Store, done: threading.Event) -> None:
         except RuntimeError:  # who kept it is gone
             failed = not done.is_set()
         if failed:
-            time.sleep(GRACE)
-            os._exit(1)
+            _end_soon()
+            return
+
+
+def _end_soon() -> None:
+    """End this process after `GRACE`, if it has not ended by itself."""
+    ending = threading.Timer(GRACE, os._exit, (1,))
+    ending.daemon = True
+    ending.start()
 
 
 def _own_device(device: torch.device) -> torch.device:
