@@ -6,7 +6,7 @@ import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -94,7 +94,8 @@ def _gathered(program: Program, node: fx.Node) -> int:
     chosen = program.implementations.get(op or "")
     if op is None or chosen == "triton":
         return 0
-    own: list[Any] = [each.meta["val"] for each in cast(list[fx.Node], node.args[1:3])]
+    operands: tuple[Any, ...] = node.args[1:3]
+    own = [each.meta["val"] for each in operands]
     if chosen == "fp8_decode":
         return sum(program.geometry.pages * each.numel() for each in own)
     pages = [program.geometry.pages * _bytes(each) for each in own]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from types import TracebackType
 from typing import Protocol
 
@@ -198,15 +197,11 @@ class Decoder:
         graph = steady if caches else "first"
         given = {spec.latent_input: latents.contiguous(), **caches}  # compilers tell strides apart
         if caches and self._graphs is not None:
-            result = self._graphs(graph, partial(_call, self._module, graph), given)
+            result = self._graphs(graph, lambda inputs: self._module(graph, **inputs), given)
         else:
             result = self._module(graph, **given)
         names = zip(spec.cache_inputs, spec.cache_outputs, strict=True)
         return result[spec.output], DecoderState({read: result[given] for read, given in names})
-
-
-def _call(module: ProgramModule, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return module(graph, **inputs)
 
 
 class DecodePipeline:

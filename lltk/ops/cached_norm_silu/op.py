@@ -32,10 +32,7 @@ def empty_results(
 ) -> list[Tensor]:
     """The results' tensors, not filled."""
     batch, width, frames, *sides = x.shape
-    torch._check(gamma.numel() == width and (bias is None or bias.numel() == width))
-    torch._check(residual is None or residual.shape == x.shape)
-    kept = (batch, width, reference.CACHED, *sides)
-    torch._check(cache is None or tuple(cache.shape) == kept)
+    kept = checked_cache(x, gamma, bias, residual, cache)
     shapes = [(batch, width, reference.CACHED + frames, *sides), kept]
     if keep:
         shapes.append(tuple(x.shape))
@@ -43,6 +40,18 @@ def empty_results(
     return [
         torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout) for shape in shapes
     ]
+
+
+def checked_cache(
+    x: Tensor, gamma: Tensor, bias: Tensor | None, residual: Tensor | None, cache: Tensor | None
+) -> tuple[int, ...]:
+    """The shape of a cache, [B, C, 2, H, W], of operands that fit together."""
+    batch, width, _, *sides = x.shape
+    torch._check(gamma.numel() == width and (bias is None or bias.numel() == width))
+    torch._check(residual is None or residual.shape == x.shape)
+    kept = (batch, width, reference.CACHED, *sides)
+    torch._check(cache is None or tuple(cache.shape) == kept)
+    return kept
 
 
 OVERLOAD = torch.ops.lltk.cached_norm_silu.default

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lltk.ops.cached_norm_silu.op import checked_cache
 from lltk.ops.cached_norm_silu.reference import CACHED
 from lltk.ops.fp8_cached_norm_silu import reference
 
@@ -33,11 +34,8 @@ def empty_results(
 ) -> list[Tensor]:
     """The results' tensors, not filled."""
     batch, width, frames, height, columns = x.shape
-    torch._check(gamma.numel() == width and (bias is None or bias.numel() == width))
-    torch._check(residual is None or residual.shape == x.shape)
-    kept = (batch, width, CACHED, height, columns)
-    fp8 = torch.float8_e4m3fn
-    torch._check(cache is None or (tuple(cache.shape) == kept and cache.dtype is fp8))
+    kept, fp8 = checked_cache(x, gamma, bias, residual, cache), torch.float8_e4m3fn
+    torch._check(cache is None or cache.dtype is fp8)
     shapes = [(batch, width, CACHED + frames, height + 2, columns + 2), kept]
     layout = torch.channels_last_3d
     made = [torch.empty(s, dtype=fp8, device=x.device, memory_format=layout) for s in shapes]
