@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,66 @@ def test_receipts(plan: StreamPlan) -> None:
         *["a blue square moving up"] * 2,
     ]
     assert "the prompt is empty" in refused(opened(plan)[0].switch, " ")
+
+
+@pytest.mark.parametrize("place", ["_encode", "_runtime.set_prompt", "_runtime.commit"])
+def test_a_switch_outlives_a_failure(
+    plan: StreamPlan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    """Before its first passes; the next attempt, or a restored session, shows it."""
+    prompt = "a green star falling"
+
+    def switch(stream: Stream, chunk: int) -> None:
+        if chunk == 2:
+            stream.switch(prompt, recache=True)
+
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    (wanted, _), (other, _) = streamed(plan, act=switch), streamed(plan)
+    assert not torch.equal(other, wanted)
+    stream, _ = opened(plan)
+    with stream:
+        first = [next(stream.session).latents for _ in range(2)]
+        switch(stream, 2)
+        with monkeypatch.context() as patch:
+            *path, name = place.split(".")
+            patch.setattr(attrgetter(".".join(["session", *path]))(stream), name, fail)
+            with pytest.raises(MemoryError):
+                next(stream.session)
+        if place == "_runtime.commit":
+            assert "chunk 2 was interrupted" in refused(stream.save, tmp_path / "state")
+        else:
+            stream.save(tmp_path / "state")
+            again, _ = opened(plan, (), resume=tmp_path / "state")
+            with again:
+                rest = [report.latents for report in again]
+            assert torch.equal(torch.cat([*first, *rest], 2), wanted)
+        reports = list(stream)
+    assert [receipt.prompt for receipt in reports[0].receipts] == [prompt]
+    assert torch.equal(torch.cat([*first, *(report.latents for report in reports)], 2), wanted)
+
+
+def test_a_prompt_that_failed_half_way_is_taken_back(
+    plan: StreamPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages that it wrote already are committed again under the one that speaks."""
+    stream, _ = opened(plan)
+    with stream:
+        for _ in range(2):
+            prompt = next(stream.session).prompt
+        before = cached(stream)
+        stream.switch("a green star falling", recache=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(stream.session, "_recache", lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                next(stream.session)
+        stream.switch(prompt, recache=False)
+        report = next(stream.session)
+        after = cached(stream)
+    assert report.prompt == prompt and "recache" in report.graphs
+    slots = [slot for chunk, slot in stream.session.table.slots.items() if chunk < 2]
+    assert slots and all(torch.equal(before[n][:, slots], after[n][:, slots]) for n in before)
 
 
 def test_a_cut_renews_no_page(pipeline: Path) -> None:

@@ -192,6 +192,9 @@ class Session:
         self._table = PageTable(geometry)
         self._progress = _Progress()
         self._prompt: str | None = None
+        """What the runtimes are conditioned on."""
+        self._stale = False
+        """Whether held pages have to be committed again under the prompt."""
         self._clean: dict[int, Tensor] = {}
         self._committed: list[_Committed] = []
         self._switches: deque[Receipt] = deque()
@@ -291,10 +294,9 @@ class Session:
         begun = time.perf_counter()
         plan, at = self._script[0], self._progress
         cuts = at.cuts + (plan.opens_shot and plan.chunk > 0)
-        receipts = self._receive(plan)
-        prompt = plan.prompt
-        if at.spoken is not None and at.spoken[0] == plan.shot:
-            prompt = at.spoken[1]
+        receipts = self._receipts(plan)
+        spoken = (plan.shot, receipts[-1].prompt) if receipts else at.spoken
+        prompt = spoken[1] if spoken is not None and spoken[0] == plan.shot else plan.prompt
         recache = receipts[-1].recache if receipts else plan.switches and self._sampling.recache
         text = self._set_prompt(prompt, recache and not plan.opens_shot)
         positions = self._positions(plan.chunk, cuts)
@@ -310,6 +312,8 @@ class Session:
         self._check_committed()
         self._table.commit(plan.opens_shot)
         self._keep(plan.chunk, clean, cuts)
+        at.spoken = spoken
+        self._answer(receipts)
         self._script.popleft()
         graphs = self._watch.read()
         seconds = time.perf_counter() - begun
@@ -357,7 +361,7 @@ class Session:
         Raises:
             ValueError: it was interrupted within a chunk, or a page is broken.
         """
-        if self._submitted != self.chunk:
+        if self._stale or self._submitted != self.chunk:
             raise ValueError(
                 f"session: chunk {self.chunk} was interrupted; save between two chunks"
             )
@@ -438,20 +442,34 @@ class Session:
     def _runtimes(self) -> list[Runtime]:
         return [r for r in (self._runtime, self._unconditional) if r is not None]
 
-    def _receive(self, plan: ChunkPlan) -> tuple[Receipt, ...]:
-        """The switches that came since the last chunk; the latest one speaks."""
+    def _receipts(self, plan: ChunkPlan) -> tuple[Receipt, ...]:
+        """The switches that came since the last chunk; the latest one speaks.
+
+        They wait until the chunk is made: where it fails, they are for the next attempt.
+        """
         with self._switching:
-            receipts = [replace(receipt, applied=plan.chunk) for receipt in self._switches]
-            self._switches.clear()
             self._begun = plan.chunk + 1
-        if receipts:
-            self._progress.spoken = (plan.shot, receipts[-1].prompt)
-        return tuple(receipts)
+            return tuple(replace(receipt, applied=plan.chunk) for receipt in self._switches)
+
+    def _answer(self, receipts: Sequence[Receipt]) -> None:
+        """Forget the oldest switches, which a chunk has shown."""
+        with self._switching:
+            for _ in receipts:
+                self._switches.popleft()
 
     def _set_prompt(self, prompt: str, recache: bool) -> float:
         """Take a prompt if it is another; seconds that its embedding took."""
-        if prompt == self._prompt:
-            return 0.0
+        seconds = 0.0
+        if prompt != self._prompt:
+            seconds = self._condition(prompt)
+            self._stale |= recache
+        if self._stale:
+            self._recache()
+            self._stale = False
+        return seconds
+
+    def _condition(self, prompt: str) -> float:
+        """Give the runtimes a prompt; seconds that its embedding took."""
         begun = time.perf_counter()
         texts = [prompt]
         if self._unconditional is not None and self._prompt is None:
@@ -459,11 +477,10 @@ class Session:
         batch = self._runtime.geometry.batch
         embeddings = [self._encode(text).expand(batch, -1, -1) for text in texts]
         seconds = time.perf_counter() - begun
+        self._prompt = None  # until all have taken the new one
         for runtime, embedding in zip(self._runtimes(), embeddings, strict=False):
             with self._watch.measure("prologue"):
                 runtime.set_prompt(embedding)
-        if recache and self._prompt is not None:
-            self._recache()
         self._prompt = prompt
         return seconds
 
