@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from lltk.graph.edit import building, calls, module_of, prune, replace, shape
-from lltk.graph.match import is_of_rows, operands, read_once
+from lltk.graph.match import before_cast, is_of_rows, operands, read_once
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -88,7 +88,7 @@ def _find(value: Any) -> _Norm | None:
     elif weight is not None or bias is not None:
         return None
     if dtype != torch.float32:
-        x = x.args[0]
+        x = before_cast(x)
     fits = x.meta["val"].dtype == dtype and list(size) == [shape(x)[-1]]
     if fits and is_of_rows(scale, x) and is_of_rows(shift, x):
         return _Norm(norm, x, scale, shift, eps, modulated)

@@ -63,7 +63,7 @@ class _Rotation:
 def _find(stack: fx.Node) -> _Rotation | None:
     """The rotation that ends in stacking [a cos − b sin, a sin + b cos] of pairs (a, b)."""
     parts: Any = stack.args[0]
-    if len(parts) != 2 or not is_call(parts[0], aten.sub.Tensor):
+    if len(parts) != 2 or stack.args[1:] != (-1,) or not is_call(parts[0], aten.sub.Tensor):
         return None
     products = [product for part in parts for product in part.args[:2]]
     if not is_call(parts[1], aten.add.Tensor) or not _all_calls(products, aten.mul.Tensor):
@@ -114,11 +114,11 @@ def _table(part: Any, first: int) -> Any:
 def _rounded(stack: fx.Node, dtype: torch.dtype) -> fx.Node | None:
     """The pairs as channels again, rounded to a dtype."""
     node: fx.Node = stack
-    for target in (aten.flatten.using_ints, aten.to.dtype):
+    for target, rest in ((aten.flatten.using_ints, (-2,)), (aten.to.dtype, (dtype,))):
         if node is not stack and node.meta["val"].dtype == dtype:
             break
         user = next(iter(node.users))
-        if len(node.users) != 1 or not is_call(user, target):
+        if len(node.users) != 1 or not is_call(user, target) or user.args[1:] != rest:
             return None
         node = user
     return node if node.meta["val"].dtype == dtype else None

@@ -87,6 +87,9 @@ def test_rewrites_the_text(form: Callable[[str], str]) -> None:
         ("torch.float32)\n        layer_norm: f32[1, 4, 16] = aten.layer_norm.default(to, [16], "
          "None, None", "torch.float32)\n        layer_norm: f32[1, 4, 16] = "
          "aten.layer_norm.default(to, [16], None, 0"),
+        ("]):\n        # blocks.0.norm1\n        to: f32[1, 4, 16] = aten.to.dtype(hidden_states, "
+         "torch.float32)", "], y: f32[1, 4, 16]):\n        # blocks.0.norm1\n"
+         "        to: f32[1, 4, 16] = aten.add.Tensor(hidden_states, y)"),
     ],
 )  # fmt: skip
 def test_other_norms_stay(old: str, new: str, form: Callable[[str], str]) -> None:

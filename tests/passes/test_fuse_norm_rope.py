@@ -65,6 +65,10 @@ def test_rewrites_the_text() -> None:
         ("[16], weight, 1e-06", "[16], None, 1e-06"),
         ("cos: f32[1, 4", "cos: f32[2, 4"),
         ("{'sample': to}", "{'sample': to, 'wide': flatten}"),
+        (
+            "4, 2] = aten.stack.default([sub, add], -1)",
+            "2, 4] = aten.stack.default([sub, add], -2)",
+        ),
     ],
 )
 def test_others_stay(old: str, new: str) -> None:
