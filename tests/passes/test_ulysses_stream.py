@@ -9,6 +9,7 @@ from ranks import alike
 
 from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform
+from lltk.graph.diagnose import first_bad_node
 from lltk.graph.edit import calls
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
@@ -186,6 +187,20 @@ def test_blocks_compile() -> None:
         module = instantiate(program)
         module.compile_blocks(backend="aot_eager")
         assert torch.equal(module("step", **given)["sample"], wanted)
+
+
+def test_a_pass_follows_one_that_failed_during_an_exchange() -> None:
+    program = after(shared(exchange="compute"), "regionalise", "lower")
+    given, name = inputs(program, "step"), "blocks.0.attn1.to_q.weight"
+    with alike(), torch.no_grad():
+        wanted = instantiate(program)("step", **given)
+        module = instantiate(program)
+        queries = module.get_parameter(name)
+        kept = queries.clone()
+        queries.fill_(1e38)
+        assert first_bad_node(program, module, "step", given) == "linear_2 (blocks.0.attn1.to_q)"
+        queries.copy_(kept)
+        assert same(module("step", **given), wanted)
 
 
 @pytest.mark.parametrize(("size", "fit"), [(3, "2"), (4, "2")])
