@@ -104,7 +104,9 @@ def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
 
     def more(row: Mapping[str, Any]) -> str:
         errors = row["errors"]
-        return f"{max(errors[at] / linears[at] for at in errors):.2f}" if linears else "–"
+        if not any(linears.values()):  # none, or what all are compared with
+            return "–"
+        return f"{max(errors[at] / linears[at] for at in errors):.2f}"
 
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "recipe": lambda row: row["name"],

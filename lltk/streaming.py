@@ -214,7 +214,7 @@ def _decoders(
     names = own.device if isinstance(own.device, tuple) else (own.device or device,)
     devices = [torch.device(name) for name in names]
     shared = [d for d in devices if (d.type, d.index or 0) == (device.type, device.index or 0)]
-    if own.cuda_graphs and shared:
+    if own.cuda_graphs and shared and device.type == "cuda":
         raise ValueError(
             f"stream.decoder.cuda_graphs: the transformer is on {shared[0]} too, whose waits would "
             "break a recording; name another GPU in stream.decoder.device, or set "

@@ -73,7 +73,7 @@ def upsample_cases(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 def fp8_norm_cases(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """The same, of 32 and of 128 channels, their caches in FP8."""
+    """The same, their caches in FP8."""
     for x, gamma, bias, residual, cache, keep in norm_cases(dtype):
         if cache is not None:
             cache = fp8_cached_norm_silu(cache.contiguous(memory_format=LAST), gamma)[1]
@@ -288,6 +288,18 @@ def test_fp8_kernels_equal_their_references(dtype: torch.dtype) -> None:
     """Frames but for ties; sums but for the bits that tensor cores keep."""
     assert max(other_codes("cuda", dtype)) < 1e-2
     assert max(convolution_errors("cuda", dtype)) < 1e-2
+
+
+@gpu
+@needs_triton
+@pytest.mark.parametrize("op", ["cached_norm_silu", "fp8_cached_norm_silu"])
+def test_a_pixel_that_is_not_finite_is_no_number(op: str) -> None:
+    """In all its channels, and no other pixel."""
+    x, gamma = random(1, 20, 2, 3, 4, dtype=torch.float32), torch.ones(20)
+    x[0, 3, 0, 1, 2], x[0, 5, 1, 0, 0] = float("nan"), float("inf")
+    for one, other in results(op, "cuda", iter([(x, gamma, None, None, None, True)])):
+        assert torch.equal(one.float().isnan(), other.float().isnan())
+        assert one.numel() < 2 or 0 < int(other.float().isnan().sum()) <= 80
 
 
 @gpu

@@ -36,7 +36,7 @@ from test_ops import (
 from torch import Tensor
 from torch.library import opcheck
 
-from lltk.ops.floats import to_e4m3
+from lltk.ops.floats import round_e4m3
 from lltk.ops.fp8_attention.op import fp8_attention
 from lltk.ops.fp8_quantise.reference import fp8_quantise
 from lltk.ops.fp8_quantise_attention.fp8 import fp8_decode as quantised_fp8_decode
@@ -260,10 +260,11 @@ def in_fp8(bias: float, smooth: bool, table: list[int]) -> tuple[float, float]:
     rest = (*own[:3], *pages[0], *pages[1], listed)
     exact = nvfp4_paged_attention(*rest)
     raw_keys, raw_values = (
-        to_e4m3(gather(t, p, listed, torch.float32)) for t, p in zip(own[1:3], pages, strict=True)
+        round_e4m3(gather(t, p, listed, torch.float32))
+        for t, p in zip(own[1:3], pages, strict=True)
     )
     scale = 448 / raw_values.float().abs().amax()
-    plain = fp8_attention(to_e4m3(own[0]), raw_keys, raw_values, scale).float() / scale
+    plain = fp8_attention(round_e4m3(own[0]), raw_keys, raw_values, scale).float() / scale
     spread = (exact - shared[0]).std()
     return tuple(float((t - exact).std() / spread) for t in (fp8_decode(*rest), plain))
 
@@ -317,7 +318,7 @@ def test_fp8_of_nothing_is_nothing() -> None:
 def test_fp8_attention_is_its_formula() -> None:
     """Exact attention of its operands, scaled, but for one rounding of the result."""
     (q, k, v, _), _ = operands(torch.float32, 32, 16)
-    given = [to_e4m3(t) for t in (q, k, v)]
+    given = [round_e4m3(t) for t in (q, k, v)]
     ours = fp8_attention(*given, torch.tensor(50.0)).double()
     theirs = 50 * dense(*(t.double() for t in given), torch.ones(32, 32, dtype=torch.bool))
     assert float(((ours - theirs).abs() / theirs.abs().clamp_min(2**-6)).max()) <= 2**-4 + 1e-3
@@ -342,7 +343,7 @@ def test_its_result_may_be_quantised_at_once(smooth: bool) -> None:
 
 @cpu
 def test_opcheck_of_fp8_attention() -> None:
-    q, k = to_e4m3(torch.randn(1, 5, 2, 16)), to_e4m3(torch.randn(1, 9, 2, 16))
+    q, k = round_e4m3(torch.randn(1, 5, 2, 16)), round_e4m3(torch.randn(1, 9, 2, 16))
     checks = ("test_faketensor", "test_aot_dispatch_dynamic")  # others compare with allclose
     opcheck(fp8_attention, (q, k, k, torch.tensor(3.0)), test_utils=checks)
     with pytest.raises(RuntimeError):

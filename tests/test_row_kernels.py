@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lltk.bench.record import Record
-from lltk.ops.floats import to_e4m3
+from lltk.ops.floats import round_e4m3
+from lltk.ops.fp8_quantise.op import fp8_quantise
 from lltk.ops.fp8_quantise_add_norm.op import fp8_quantise_add_norm
 from lltk.ops.fp8_quantise_centred.op import fp8_quantise_centred
 from lltk.ops.fp8_quantise_gelu.op import fp8_quantise_gelu
@@ -50,6 +51,11 @@ def strided(x: Tensor) -> Tensor:
     return torch.cat([x + 1, x, x - 1], -1)[..., x.shape[-1] : 2 * x.shape[-1]]
 
 
+def turned(x: Tensor) -> Tensor:
+    """The same values, tokens of a channel adjacent."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def modulation(frames: int, width: int) -> list[Tensor]:
     """Scale, shift and gate of each frame, as chunks of one tensor are: not contiguous."""
     generator = torch.Generator().manual_seed(5)
@@ -74,14 +80,17 @@ def cases(dtype: torch.dtype, large: bool = False) -> Iterator[Case]:
         scale, shift, gate = modulation(frames, columns)
         yield "fp8_quantise", (x,)
         yield "fp8_quantise", (strided(x),)
+        yield "fp8_quantise", (turned(x),)
         yield "fp8_quantise_gelu", (normal(3, 2, 5 * columns, seed=3, dtype=dtype),)
+        yield "fp8_quantise_gelu", (turned(x),)
         yield "fp8_quantise_norm", (x, scale, shift, EPS)
         yield "fp8_quantise_norm", (strided(x), scale[0, 0, 0], shift[0, 0, 0], EPS)
         yield "fp8_quantise_add_norm", (x, strided(y), gate, scale, shift, EPS)
         yield "fp8_quantise_add_norm", (x, y, gate, scale[0, 0, 0], shift[0, 0, 0], EPS)
-        yield "fp8_quantise_add_norm", (x, y, None, scale, shift, EPS)
+        yield "fp8_quantise_add_norm", (turned(x), y, None, scale, shift, EPS)
         yield "gated_add", (x, y, gate)
         yield "gated_add", (strided(x), y, None)
+        yield "gated_add", (turned(x), turned(y), gate)
         both = torch.cat([x, y]), scale[0, 0, 0].to(dtype)
         yield "rms_norm_rope", (*both, *tables(length, width), EPS)
         yield "rms_norm_rope", (strided(x), both[1], *tables(length, width), EPS)
@@ -154,7 +163,7 @@ def failures(dtype: torch.dtype, device: str, bound: float) -> Iterator[str]:
 
 def centred(length: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Attention's result in FP8, its scale and its centre, of two videos."""
-    x = to_e4m3(20 * normal(2, length, heads, width, seed=1))
+    x = round_e4m3(20 * normal(2, length, heads, width, seed=1))
     return x, torch.tensor(7.0), normal(2, 1, heads, width, seed=2)
 
 
@@ -242,7 +251,7 @@ def test_references_are_the_formulas(dtype: torch.dtype) -> None:
     ours = rms_norm_rope(x, weight, cos, sin, EPS)
     assert ours.shape == (1, 6, 3, 16) and ours.dtype == dtype
     assert torch.allclose(ours.double(), wanted, rtol=step, atol=4 * step)
-    assert not torch.allclose(ours.double(), wanted.conj().roll(1, 1), rtol=step, atol=4 * step)
+    assert not torch.allclose(ours.double(), wanted.roll(1, 1), rtol=step, atol=4 * step)
 
 
 @cpu
@@ -259,13 +268,14 @@ def test_ops_are_their_references(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     ops: dict[str, Any] = {
+        "fp8_quantise": fp8_quantise,
         "fp8_quantise_norm": fp8_quantise_norm,
         "fp8_quantise_add_norm": fp8_quantise_add_norm,
         "fp8_quantise_gelu": fp8_quantise_gelu,
         "gated_add": gated_add,
         "rms_norm_rope": rms_norm_rope,
     }
-    for op, arguments in dict(case for case in cases(dtype) if case[0] in ops).items():
+    for op, arguments in cases(dtype):
         torch.library.opcheck(ops[op], arguments)
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(fp8_quantise_centred, (*centred(6, 3, 16), dtype), test_utils=checks)

@@ -23,7 +23,7 @@ from lltk.stream.recipe import stream_section
 from lltk.stream.runtimes import Runtime
 from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.timing import Stopwatch
-from lltk.streaming import StreamPlan, plan_stream
+from lltk.streaming import StreamPlan, open_stream, plan_stream
 
 pytestmark = pytest.mark.cpu
 
@@ -173,6 +173,9 @@ def test_a_decoder_is_recorded_on_a_gpu_of_its_own(tmp_path: Path) -> None:
     for device in ("cuda", "cuda:0"):
         message = refused(plan_stream, streams.open_recipe("tiny_stream", keys), device)
         assert "name another GPU in stream.decoder.device, or set stream.decoder.cuda" in message
+    plan = plan_stream(streams.open_recipe("tiny_stream", keys), "cpu")
+    message = refused(open_stream, plan, lambda video: None, streams.SHOTS)
+    assert "stream.decoder.cuda_graphs: is for GPUs, not for cpu" in message
     elsewhere = streams.open_recipe("tiny_stream", (*keys, "stream.decoder.device=cuda:1"))
     plan = plan_stream(elsewhere, "cuda")
     assert "CUDA graphs, passes" in plan.describe()["decoder"]

@@ -41,17 +41,17 @@ class Clock:
         return (time.perf_counter() - start) * 1e3
 
     def _graph(self, call: Callable[[], object]) -> list[float]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        graph.replay()
-        events = []
-        for _ in range(self.runs):
-            self.cache.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+        graph, events = torch.cuda.CUDAGraph(), []
+        with torch.cuda.device(self.device):
+            with torch.cuda.graph(graph):
+                call()
             graph.replay()
-            end.record()
-            events.append((start, end))
+            for _ in range(self.runs):
+                self.cache.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                end.record()
+                events.append((start, end))
         torch.cuda.synchronize(self.device)
         return [start.elapsed_time(end) for start, end in events]

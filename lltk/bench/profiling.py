@@ -23,10 +23,11 @@ def timed(
     times = []
     for _ in range(runs):
         if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            start.record(stream)
             call()
-            end.record()
+            end.record(stream)
             wait(device)
             times.append(start.elapsed_time(end))
         else:
@@ -49,12 +50,13 @@ def profiled(
     """
     if device.type != "cuda":
         return {}, None
+    stream = torch.cuda.current_stream(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with profile(activities=activities, record_shapes=True) as found:
-        start.record()
+        start.record(stream)
         call()
-        end.record()
+        end.record(stream)
         wait(device)
     total = start.elapsed_time(end) * 1e3
     taken: dict[str, float] = {}

@@ -11,8 +11,8 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 
 
-def to_e4m3(values: Tensor) -> Tensor:
-    """E4M3 of values as they stand, saturating at ±448; NaN stays NaN."""
+def round_e4m3(values: Tensor) -> Tensor:
+    """Nearest E4M3 values, ties to even, saturating at ±448; NaN stays NaN."""
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
@@ -69,11 +69,6 @@ def pack(codes: Tensor) -> Tensor:
 def unpack(packed: Tensor) -> Tensor:
     """One code an element, `pack`'s inverse."""
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
-
-
-def round_e4m3(values: Tensor) -> Tensor:
-    """Nearest E4M3 values, ties to even, at most 448 in size; float32 to float8_e4m3fn."""
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def round_e4m3_up(values: Tensor) -> Tensor:

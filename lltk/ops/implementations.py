@@ -113,16 +113,9 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Matmul("reference", _OPS + "fp8_matmul.op:fp8_matmul", _ANY),
     _Matmul("scaled_mm", _OPS + "fp8_matmul.scaled_mm:fp8_matmul", ("cuda",), architectures=E4M3),
     _Norm("reference", _OPS + "cached_norm_silu.op:cached_norm_silu", _ANY),
-    _Norm(
-        "triton", _OPS + "cached_norm_silu.triton:cached_norm_silu", ("cuda",), modules=("triton",)
-    ),
+    _Norm("triton", _OPS + "cached_norm_silu.triton:OVERLOAD", ("cuda",), ("triton",)),
     _Upsample("reference", _OPS + "upsample_residual.op:upsample_residual", _ANY),
-    _Upsample(
-        "triton",
-        _OPS + "upsample_residual.triton:upsample_residual",
-        ("cuda",),
-        modules=("triton",),
-    ),
+    _Upsample("triton", _OPS + "upsample_residual.triton:OVERLOAD", ("cuda",), ("triton",)),
     _Fp8Norm("reference", _OPS + "fp8_cached_norm_silu.op:fp8_cached_norm_silu", _ANY),
     _Fp8Norm("triton", _OPS + "fp8_cached_norm_silu.triton:OVERLOAD", ("cuda",), ("triton",), E4M3),
     _Fp8Conv("reference", _OPS + "fp8_conv3d.op:fp8_conv3d", _ANY),

@@ -14,6 +14,7 @@ ELEMENTS = 4096
 """What a program holds at once."""
 
 
+@torch.library.custom_op("lltk::cached_norm_silu_triton", mutates_args=())
 def cached_norm_silu(
     x: Tensor,
     gamma: Tensor,
@@ -26,21 +27,6 @@ def cached_norm_silu(
 
     Operands that do not lie in memory with channels last are copied first.
     """
-    made: list[Tensor] = torch.ops.lltk.cached_norm_silu_triton(
-        x, gamma, bias, residual, cache, keep
-    )
-    return made
-
-
-@torch.library.custom_op("lltk::cached_norm_silu_triton", mutates_args=())
-def _launch(
-    x: Tensor,
-    gamma: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    cache: Tensor | None = None,
-    keep: bool = False,
-) -> list[Tensor]:
     made = empty_results(x, gamma, bias, residual, cache, keep)
     batch, width, frames, height, columns = x.shape
     area = height * columns
@@ -72,7 +58,10 @@ def _launch(
     return made
 
 
-_launch.register_fake(empty_results)
+cached_norm_silu.register_fake(empty_results)
+
+OVERLOAD = torch.ops.lltk.cached_norm_silu_triton.default
+"""The op as a graph node's target."""
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -171,7 +160,8 @@ def norm_silu(
     if KEEP:
         tl.store(total + place, rounded, mask=inside)
     values = rounded.to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(values * values, 1)), EPS)
+    length = tl.sqrt(tl.sum(values * values, 1))
+    length = tl.maximum(length, EPS, propagate_nan=tl.PropagateNan.ALL)
     values *= (root / length)[:, None]
     values *= gamma
     return (values / (1.0 + tl.exp(-values))).to(kind)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -19,12 +20,18 @@ _ONE = ("descale_q", "descale_k", "descale_v")
 
 @dataclass(frozen=True)
 class _Graph:
-    """A graph built for one shape and device, its tensors by name, and its constant operands."""
+    """A graph built for one shape and device, which threads launch one at a time.
+
+    Attributes:
+        tensors: the graph's, by name.
+        constants: operands that are the same for all.
+    """
 
     graph: Any
     handle: Any
     tensors: Mapping[str, Any]
     constants: Mapping[str, Tensor]
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 def fp8_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
@@ -36,9 +43,11 @@ def fp8_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
     operands = {"q": q, "k": k, "v": v, "scale_o": scale.view(1, 1, 1, 1), "o": out}
     operands |= {"amax_s": largest[0], "amax_o": largest[1], **built.constants}
     space = torch.empty(built.graph.get_workspace_size(), dtype=torch.uint8, device=q.device)
-    cudnn.set_stream(handle=built.handle, stream=torch.cuda.current_stream(q.device).cuda_stream)
     given = {built.tensors[name]: tensor for name, tensor in operands.items()}
-    built.graph.execute(given, space, handle=built.handle)
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    with built.lock:
+        cudnn.set_stream(handle=built.handle, stream=stream)
+        built.graph.execute(given, space, handle=built.handle)
     return out
 
 

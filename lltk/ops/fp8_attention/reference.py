@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lltk.ops.floats import to_e4m3
+from lltk.ops.floats import round_e4m3
 from lltk.ops.paged_attention.reference import attention
 
 
@@ -19,4 +19,4 @@ def fp8_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
     Returns:
         float8_e4m3fn [B, L, H, D].
     """
-    return to_e4m3(attention(q.float(), k.float(), v.float()) * scale)
+    return round_e4m3(attention(q.float(), k.float(), v.float()) * scale)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lltk.ops.cached_norm_silu.reference import CACHED, cached_norm_silu
-from lltk.ops.floats import E4M3_MAX, to_e4m3
+from lltk.ops.floats import E4M3_MAX, round_e4m3
 
 
 def fp8_cached_norm_silu(
@@ -34,7 +34,7 @@ def fp8_cached_norm_silu(
     made, _, *total = cached_norm_silu(x, gamma, bias, residual, None, keep)
     peak = gamma.float().abs().amax()
     scale = (peak * (x.shape[1] ** 0.5 / E4M3_MAX)).masked_fill(peak == 0, 1.0)
-    codes = to_e4m3(made[:, :, CACHED:].float() / scale).view(torch.uint8)
+    codes = round_e4m3(made[:, :, CACHED:].float() / scale).view(torch.uint8)
     held = (*codes.shape[:2], CACHED, *codes.shape[3:])
     before = codes.new_zeros(held) if cache is None else cache.view(torch.uint8)
     codes = torch.cat([before, codes], dim=2)

@@ -18,9 +18,9 @@ def fp8_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
         x: [..., K], any floating dtype.
 
     Returns:
-        Values, float8_e4m3fn [..., K], and scales, float32 [..., 1].
+        Values, float8_e4m3fn [..., K], and scales, float32 [..., 1]; contiguous.
     """
-    x = x.float()
+    x = x.float().contiguous()
     scales = x.abs().amax(-1, keepdim=True) / E4M3_MAX
     scales = scales.masked_fill(scales == 0, 1.0)
     return (x / scales).to(torch.float8_e4m3fn), scales

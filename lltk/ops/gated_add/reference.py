@@ -13,11 +13,11 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
         gate: float32 of G rows of D each, G a divisor of R: one for R / G rows in order; None is 1.
 
     Returns:
-        Of x's shape and dtype.
+        Of x's shape and dtype, contiguous.
     """
     added = y.float()
     if gate is not None:
         width = x.shape[-1]
         groups = added.reshape(gate.numel() // width, -1, width)
         added = (groups * gate.reshape(-1, 1, width)).view(x.shape)
-    return (x.float() + added).to(x.dtype)
+    return (x.float() + added).to(x.dtype).contiguous()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.floats import E4M3_MAX, to_e4m3
+from lltk.ops.floats import E4M3_MAX, round_e4m3
 from lltk.ops.fp8_attention.op import fp8_attention
 from lltk.ops.nvfp4_paged_attention.reference import Pages, gather
 
@@ -57,9 +57,9 @@ def centred(
     )
     keys, _ = gather_fp8(k, k_centre, *k_pages, table)
     values, largest = gather_fp8(v, v_centre, *v_pages, table)
-    most = to_e4m3(largest).float()
+    most = round_e4m3(largest).float()
     scale = E4M3_MAX / most.masked_fill(most == 0, 1.0)
-    return fp8_attention(to_e4m3(q), keys, values, scale), scale, v_centre
+    return fp8_attention(round_e4m3(q), keys, values, scale), scale, v_centre
 
 
 def centre(own: Tensor, means: Tensor | None, table: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def gather_fp8(
         return triton.gather_fp8(own, centre, codes, scales, decode_scales, means, table)
     pages = Pages(codes, scales, decode_scales, means)
     values = gather(own, pages, table, torch.float32) - centre
-    return to_e4m3(values), values.abs().amax()
+    return round_e4m3(values), values.abs().amax()
 
 
 @gather_fp8.register_fake

@@ -13,17 +13,12 @@ _ELEMENTS = 4096
 """What a program makes."""
 
 
+@torch.library.custom_op("lltk::upsample_residual_triton", mutates_args=())
 def upsample_residual(phases: Tensor, bias: Tensor, shortcut: Tensor, stride: int) -> Tensor:
     """See `reference.upsample_residual`.
 
     Operands that do not lie in memory with channels last are copied first.
     """
-    made: Tensor = torch.ops.lltk.upsample_residual_triton(phases, bias, shortcut, stride)
-    return made
-
-
-@torch.library.custom_op("lltk::upsample_residual_triton", mutates_args=())
-def _launch(phases: Tensor, bias: Tensor, shortcut: Tensor, stride: int) -> Tensor:
     made = empty_result(phases, bias, shortcut, stride)
     (_, width, given, height, columns), channels = shortcut.shape, bias.numel()
     row = triton.next_power_of_2(channels)
@@ -47,7 +42,10 @@ def _launch(phases: Tensor, bias: Tensor, shortcut: Tensor, stride: int) -> Tens
     return made
 
 
-_launch.register_fake(empty_result)
+upsample_residual.register_fake(empty_result)
+
+OVERLOAD = torch.ops.lltk.upsample_residual_triton.default
+"""The op as a graph node's target."""
 
 
 @triton.jit(do_not_specialize=["frames", "given", "height", "columns"])
