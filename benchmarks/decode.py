@@ -28,7 +28,6 @@ from torch.profiler import profile
 from lltk.bench.profiling import longest_kernels, profiled, timed
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import make_record, markdown, write_record
-from lltk.cli.recipes import find_recipe
 from lltk.compiler import transform, with_weights
 from lltk.graph.edit import shape
 from lltk.graph.memory import readable
@@ -36,6 +35,7 @@ from lltk.graph.module import instantiate
 from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, load_recipe
+from lltk.graph.recipe_files import find_recipe
 from lltk.ops.fp8_conv3d.op import OVERLOAD as FP8_CONVOLUTION
 from lltk.passes import make_pass
 from lltk.stream.decoder import Decoder

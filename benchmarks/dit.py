@@ -27,12 +27,12 @@ from lltk.bench.compare import OUTPUT, Errors, watched
 from lltk.bench.profiling import longest_kernels, profiled, timed, wait
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import make_record, markdown, write_record
-from lltk.cli.recipes import find_recipe
 from lltk.compiler import transform
 from lltk.graph.memory import readable
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, load_recipe
+from lltk.graph.recipe_files import find_recipe
 from lltk.parallel.ranks import joined
 from lltk.stream.recipe import stream_section
 from lltk.stream.rollout import Rollout
@@ -65,7 +65,7 @@ def main() -> None:
     between = (str(HERE / "dit" / f"{name}.yaml") for name in (_LINEARS, "fused"))
     default = ["wan22_5b_stream", *between, "wan22_5b_stream_fp8"]
     parser.add_argument("recipes", nargs="*", default=default)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
@@ -93,7 +93,7 @@ def _results(
 
 
 def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    how = "CUDA events" if options.device.type == "cuda" else "wall time"
+    how = "wall time" if options.device == "cpu" else "CUDA events"
     record = make_record(
         "dit",
         f"benchmarks/dit.py {' '.join(sys.argv[1:])}".strip(),

@@ -24,9 +24,9 @@ import torch
 from lltk.bench.random_weights import random_prompts, with_random_models
 from lltk.bench.record import Record, commit, hardware, make_record, markdown, write_record
 from lltk.bench.stream import METHOD, measure
-from lltk.cli.recipes import find_recipe
 from lltk.graph.memory import readable
 from lltk.graph.recipe import load_recipe
+from lltk.graph.recipe_files import find_recipe
 from lltk.parallel.ranks import joined
 from lltk.stream.recipe import stream_section
 from lltk.streaming import StreamPlan, plan_stream
@@ -98,10 +98,10 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=ROWS)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--recipe", help="in place of every row's")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
-    gpus = torch.cuda.device_count() if options.device.type == "cuda" else len(ROWS)
+    gpus = len(ROWS) if options.device == "cpu" else torch.cuda.device_count()
     results: list[dict[str, Any]] = []
     with joined(options.device) as ranks:
         planned = _Planned(options, ranks.device)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from lltk.bench.record import make_record, markdown, write_record
-from lltk.cli.recipes import find_recipe
 from lltk.cli.tasks import Task, held_out_loss, task_of
 from lltk.graph.recipe import read_recipe
+from lltk.graph.recipe_files import find_recipe
 from lltk.train.data import Dataset
 from lltk.train.loop import Hooks, Trainer
 from lltk.train.plot import Curve, line_plot, running_mean

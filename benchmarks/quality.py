@@ -34,9 +34,9 @@ from lltk.bench.agreement import (
 )
 from lltk.bench.quality import PARTS, STRETCH, ShotScore, draw_stories
 from lltk.bench.record import Record, make_record, markdown, markdown_table, write_record
-from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform
 from lltk.graph.module import instantiate
+from lltk.graph.recipe import open_recipe
 from lltk.models.tiny.world import FPS
 from lltk.streaming import StreamPlan, plan_stream
 from lltk.train.plot import Curve, line_plot

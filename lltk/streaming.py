@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lltk import __version__
 from lltk.compiler import transform
+from lltk.devices import find_device
 from lltk.graph.fingerprint import fingerprint
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
@@ -37,6 +38,7 @@ from lltk.stream.columns import ColumnDecoder
 from lltk.stream.decoder import DecodedElsewhere, Decoder, LatentDecoder
 from lltk.stream.memory import Parts, Placed, check_memory, loading_memory, stream_memory
 from lltk.stream.recipe import DecoderSection, StreamSection, stream_section
+from lltk.stream.runtimes.cuda_graph import check_graphs
 from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.script import ChunkPlan, Shot, plan, statement
 from lltk.stream.session import ChunkReport, Receipt, Sampling, Session
@@ -110,6 +112,39 @@ class StreamPlan:
     def loading_memory(self, image: bool) -> dict[str, dict[str, int]]:
         """Bytes by device and owner before it runs; see `loading_memory`."""
         return loading_memory(self.parts, image)
+
+    def check(self, image: bool = False, decodes: bool = True) -> None:
+        """Refuse what cannot run here.
+
+        Args:
+            image: whether the video begins with one.
+            decodes: whether this process makes frames; of several ranks the first does.
+
+        Raises:
+            ValueError: not as many ranks as it is for, a device that is not here or lacks what the
+                recipe wants, or too little memory.
+        """
+        own, _ = self.section.decoder, self.rank
+        find_device(str(self.device), "the stream's device")
+        find_device(str(self.text_device), "stream.text.device")
+        check_device(self.transformer.implementations, self.device)
+        if self.section.cuda_graphs:
+            check_graphs(self.device, "stream.cuda_graphs")
+        for decoder in self.decoders:
+            find_device(str(decoder.device), "stream.decoder.device")
+            made = decoder.program.implementations
+            check_device(made, decoder.device, "the lower pass in stream.decoder.passes")
+            if own.cuda_graphs:
+                check_graphs(decoder.device, "stream.decoder.cuda_graphs")
+        check_memory(self.parts, image, decodes)
+
+    def refusal(self, image: bool = False) -> str:
+        """What `check` says; nothing where the stream can run."""
+        try:
+            self.check(image)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     @property
     def rank(self) -> int:
@@ -213,6 +248,16 @@ def _decoders(
     own = section.decoder
     names = own.device if isinstance(own.device, tuple) else (own.device or device,)
     devices = [torch.device(name) for name in names]
+    if len(devices) > width:
+        raise ValueError(
+            f"stream.decoder.device: names {len(devices)}, and a frame's latents are {width} wide; "
+            "name fewer"
+        )
+    if own.latents > recipe.geometry.chunk:
+        raise ValueError(
+            f"stream.decoder.latents: {own.latents} are never at hand, a chunk has "
+            f"{recipe.geometry.chunk}; name at most so many"
+        )
     shared = [d for d in devices if (d.type, d.index or 0) == (device.type, device.index or 0)]
     if own.cuda_graphs and shared and device.type == "cuda":
         raise ValueError(
@@ -311,12 +356,8 @@ def open_stream(
         ValueError: a file that is damaged or does not fit, not enough memory, a device that
             lacks what the recipe wants, or not as many ranks as it is for.
     """
+    plan.check(image is not None, decodes=sink is not None)
     rank = plan.rank
-    check_device(plan.transformer.implementations, plan.device)
-    for decoder in plan.decoders:
-        made = decoder.program.implementations
-        check_device(made, decoder.device, "the lower pass in stream.decoder.passes")
-    check_memory(plan.parts, image is not None)
     state = None if resume is None else load_state(_own_file(resume, rank), plan.identity)
     if state and not same_on_all(state.facts["chunk"], SEQUENCE, plan.transformer.ranks):
         raise ValueError(f"{resume}: its ranks' files are of different chunks; resume another")
@@ -371,7 +412,8 @@ def _decoder_passes(section: DecoderSection, devices: Sequence[torch.device]) ->
     if section.passes is not None:
         return section.passes
     wanted = section.dtype == "float32" and all(device.type == "cpu" for device in devices)
-    onednn = ["onednn_conv3d"] if wanted and torch.backends.mkldnn.is_available() else []
+    wanted &= torch.backends.mkldnn.is_available() and not section.compile
+    onednn = ["onednn_conv3d"] if wanted else []
     return ["canonicalise", *onednn]
 
 

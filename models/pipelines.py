@@ -23,8 +23,8 @@ def find_pipeline(name: str, needed: bool = True) -> Path:
         return path
     if name not in _SHIPPED:
         raise ValueError(
-            f"{name}: no such pipeline folder; name one in diffusers' layout, or a shipped one: "
-            f"{', '.join(_SHIPPED)}"
+            f"{name}: no such pipeline folder; name one in diffusers' layout, as with "
+            f"--set stream.pipeline=FOLDER, or a shipped one: {', '.join(_SHIPPED)}"
         )
     shipped = Path(str(files("lltk.models"))) / _SHIPPED[name]
     if not shipped.is_dir():

@@ -201,7 +201,7 @@ def save_made(rank: int, port: int, path: Path) -> None:
 
 def main(folder: Path) -> None:
     """Every case on GPUs that torchrun gave, blocks compiled or not, to a file a rank."""
-    with joined(torch.device("cuda")) as ranks:
+    with joined("cuda") as ranks:
         made = {
             f"{case}.{compiled}.{name}": tensor
             for case in CASES

@@ -13,7 +13,7 @@ import torch
 from helpers import randomise, tiny_config
 from torch import Tensor
 
-from lltk.cli.recipes import open_recipe
+from lltk.graph.recipe import open_recipe
 from lltk.models import wan22, wan_vae
 from lltk.models.checkpoint import save_checkpoint
 from lltk.models.configs import named_config

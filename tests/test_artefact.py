@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lltk.artefact import load_program, save_program
-from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform, with_weights
 from lltk.graph.program import Program
+from lltk.graph.recipe import open_recipe
 from lltk.graph.text import print_graph
 
 pytestmark = pytest.mark.cpu

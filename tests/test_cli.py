@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import Run
 from PIL import Image
 
@@ -28,7 +29,7 @@ SMALL = (
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """A recipe file that extends the shipped tiny one with a smaller model."""
-    from lltk.cli.recipes import shipped
+    from lltk.graph.recipe_files import shipped
 
     path = tmp_path / "small.yaml"
     path.write_text(
@@ -149,6 +150,22 @@ def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         main()
 
 
+def test_a_gpu_that_runs_out_of_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One message; other errors of torch's are no user's."""
+    wrong = iter([torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")])
+
+    def fail(*given: object, **options: object) -> None:
+        raise next(wrong, RuntimeError("mat1 and mat2 differ"))
+
+    monkeypatch.setattr("lltk.streaming.plan_stream", fail)
+    what = ["stream", "tiny_stream", "--prompt", "x", "-o", "x.mp4", "--device", "cpu"]
+    code, _, err = run(*what)
+    assert code == 2 and "memory: CUDA out of memory. Tried to allocate 2 GiB" in err
+    assert "--dry-run" in err and "Traceback" not in err
+    with pytest.raises(RuntimeError, match="mat1"):
+        run(*what)
+
+
 def test_doctor(run: Run) -> None:
     code, out, _ = run("doctor", "--json")
     assert code == 0
@@ -230,7 +247,7 @@ def test_the_demo_can_be_planned(run: Run, tmp_path: Path) -> None:
 def test_a_pass_is_one_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worked example of docs/writing-a-pass.md, in a folder beside the shipped passes."""
     import lltk.passes
-    from lltk.cli.recipes import shipped
+    from lltk.graph.recipe_files import shipped
 
     text = (Path(__file__).parents[1] / "docs" / "writing-a-pass.md").read_text()
     code_block, recipe_block = (

@@ -20,11 +20,11 @@ from streams import SIZES, planned, save_pipeline
 from lltk.bench.agreement import interval, lasting, mean, one_ahead, overlap, summarise
 from lltk.bench.compare import OUTPUT, layer_errors
 from lltk.bench.quality import ShotScore, draw_stories, streamed
-from lltk.cli.recipes import shipped
 from lltk.compiler import with_weights
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
+from lltk.graph.recipe_files import shipped
 from lltk.models.tiny.world import render
 from lltk.train.plot import Curve, line_plot
 

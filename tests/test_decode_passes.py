@@ -19,13 +19,13 @@ from test_vae import exact, make_recipe, streamed, video_latents, worst
 from torch import Tensor, fx
 
 from lltk.bench.record import Record
-from lltk.cli.recipes import find_recipe, open_recipe
 from lltk.compiler import transform, with_weights
 from lltk.graph.memory import activations
 from lltk.graph.module import instantiate
 from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
-from lltk.graph.recipe import load_recipe
+from lltk.graph.recipe import load_recipe, open_recipe
+from lltk.graph.recipe_files import find_recipe
 from lltk.graph.stages import Stage
 from lltk.models import wan_vae
 from lltk.ops.implementations import overload

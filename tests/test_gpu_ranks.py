@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sequence_parallel import CASES, program, rolled
 from streams import SIZES, save_pipeline
 
-from lltk.cli.recipes import open_recipe
+from lltk.graph.recipe import open_recipe
 from lltk.stream.video import read_video
 
 pytestmark = pytest.mark.gpu

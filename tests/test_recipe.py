@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lltk.compiler import plan, transform
 from lltk.graph.geometry import Geometry
 from lltk.graph.recipe import load_recipe, parse_recipe, read_recipe
+from lltk.graph.recipe_files import find_recipe
 from lltk.models import wan_vae
 from lltk.models.configs import named_config
 from lltk.models.wan22 import spec
@@ -127,6 +128,16 @@ def test_extends_is_relative_to_its_file_and_goes_on(tmp_path: Path, base: Path)
     assert (geometry.height, geometry.width, geometry.chunk) == (32, 64, 2)
 
 
+def test_a_recipe_extends_a_shipped_one(tmp_path: Path) -> None:
+    """By name, unless there is such a file."""
+    own = written(tmp_path / "own.yaml", {"extends": "tiny_score", "geometry": {"batch": 3}})
+    recipe, shipped = load_recipe(own), load_recipe(find_recipe("tiny_score"))
+    assert recipe.geometry.batch == 3 != shipped.geometry.batch
+    assert recipe.passes == shipped.passes and recipe.program == "score"
+    written(tmp_path / "tiny_score", {"program": "decode"})
+    assert read_recipe(own)["program"] == "decode"
+
+
 def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
     a = written(tmp_path / "a.yaml", {"extends": "b.yaml"})
     written(tmp_path / "b.yaml", {"extends": "a.yaml"})
@@ -147,7 +158,7 @@ def test_extends_must_be_a_path(tmp_path: Path, base: Path, parent: object) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read (No such file or directory)"),
+        (None, "no such recipe file; shipped recipes: "),
         ("a: [", "is not YAML"),
         ("- a\n- b\n", "is not a mapping of recipe keys"),
         ("", "is not a mapping of recipe keys"),

@@ -96,6 +96,9 @@ def test_onednn_gives_the_same_video(plan: StreamPlan) -> None:
     assert float((ours - theirs).abs().max()) < 1e-4 < float(theirs.std())
     assert fingerprint(program) != fingerprint(plain)
     assert fingerprint(plan.decoders[0].program) == fingerprint(program)
+    keys = (*streams.SIZES, f"stream.pipeline={plan.folder}", "stream.decoder.compile=true")
+    compiled = plan_stream(streams.open_recipe("tiny_stream", keys)).decoders[0].program
+    assert [entry.name for entry in compiled.log] == ["canonicalise"]
     wide = make_pass("onednn_conv3d", {})
     plain.dtype = torch.bfloat16
     assert "is for float32" in refused(wide.requires, plain)
@@ -152,7 +155,8 @@ def test_cuda_graphs_need_a_gpu() -> None:
 
 
 def test_shipped_recipes_stream() -> None:
-    from lltk.cli.recipes import open_recipe, shipped
+    from lltk.graph.recipe import open_recipe
+    from lltk.graph.recipe_files import shipped
 
     streams = [name for name in shipped() if "_stream" in name]
     assert {"tiny_stream", "tiny_stream_fp8", "wan22_5b_stream"} <= set(streams)
@@ -165,6 +169,22 @@ def test_pipelines_are_found_by_path_or_name(tmp_path: Path) -> None:
 
     assert find_pipeline(str(tmp_path)) == tmp_path
     assert "a shipped one: tiny" in refused(find_pipeline, str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("device=[]", "recipe: stream: device: () names none; write cpu, cuda"),
+        ("device=gpu", "recipe: stream: device: 'gpu' names none; write cpu"),
+        ("device=[cpu, cuda:99]", "stream.decoder.device: cuda:99 is not here; there is cpu"),
+        ("device=[cpu, cpu, cpu, cpu, cpu]", "stream.decoder.device: names 5, and a frame's"),
+        ("latents=3", "stream.decoder.latents: 3 are never at hand, a chunk has 2"),
+    ],
+)
+def test_decoders_that_cannot_be(plan: StreamPlan, override: str, message: str) -> None:
+    keys = (*streams.SIZES, f"stream.pipeline={plan.folder}", f"stream.decoder.{override}")
+    recipe = streams.open_recipe("tiny_stream", keys)
+    assert refused(lambda: plan_stream(recipe).check()).startswith(message)
 
 
 def test_a_decoder_is_recorded_on_a_gpu_of_its_own(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from streams import SHOTS, planned, save_pipeline
 from torch import Tensor
 from torch.library import opcheck
 
-from lltk.cli.recipes import open_recipe
+from lltk.graph.recipe import open_recipe
 from lltk.parallel.exchange import all_parts, heads_to_tokens, own_part, tokens_to_heads
 from lltk.parallel.groups import SEQUENCE, find_group, rank_in, same_on_all
 from lltk.parallel.ranks import Ranks, _check_alike, _own_device
@@ -125,7 +125,7 @@ from lltk.parallel.groups import SEQUENCE
 from lltk.parallel.ranks import joined
 
 def run():
-    with joined(torch.device("cpu")) as ranks:
+    with joined("cpu") as ranks:
         _start([torch.ones(3, 4)], 3, SEQUENCE).wait()
         if ranks.rank == 0:
             raise ValueError("layer 3 is broken")
@@ -152,6 +152,14 @@ def test_where_a_rank_fails_all_stop() -> None:
     assert "error:" not in said and "Traceback" not in said
 
 
+def test_what_all_refuse_one_says(tmp_path: Path) -> None:
+    shots = ["--prompt", "x", "-o", tmp_path / "video.mp4", "--device", "cuda:99"]
+    results = ended(started(2, "-m", "lltk", "stream", "tiny_stream", *shots))
+    said = "".join(out + err for _, out, err in results)
+    assert said.count("cuda:99 is not here") == 1 and "Traceback" not in said
+    assert sorted(code for code, _, _ in results) == [1, 2]
+
+
 @dataclass(frozen=True)
 class _Alone(Ranks):
     """A rank whose peers agree with it."""
@@ -167,9 +175,9 @@ def test_one_rank_writes_and_speaks(
     """Each keeps its part of the state."""
 
     @contextmanager
-    def joined(device: torch.device) -> Iterator[Ranks]:
+    def joined(device: str) -> Iterator[Ranks]:
         with alike(rank=rank):
-            yield _Alone(rank, 2, device)
+            yield _Alone(rank, 2, torch.device(device))
 
     monkeypatch.setattr("lltk.parallel.ranks.joined", joined)
     monkeypatch.setattr("lltk.streaming.plan_stream", lambda *given, **options: plan)

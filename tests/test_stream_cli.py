@@ -18,9 +18,8 @@ from helpers import Run, refused
 from streams import SIZES, opened, planned, save_pipeline
 from torch import Tensor
 
-from lltk.cli.recipes import open_recipe
-from lltk.graph.memory import activations, total
-from lltk.graph.recipe import Recipe
+from lltk.graph.memory import activations, readable, total
+from lltk.graph.recipe import Recipe, open_recipe
 from lltk.stream import memory
 from lltk.stream.video import VideoWriter, pixels, read_video
 from lltk.streaming import StreamPlan, plan_stream
@@ -124,8 +123,12 @@ def test_json_and_a_dry_run(run: Run, pipeline: Path, tmp_path: Path) -> None:
     assert "guidance 3" in plan["plan"]["sampler"]
     assert "second cache, for guidance" in plan["memory"]["cpu"]
     assert "cached_step" in [entry["name"] for entry in plan["log"]]
+    assert plan["refusal"] == ""
     code, out, _ = run(*what, "--dry-run")
     assert code == 0 and "decoder: feature caches" in out and "cached_step" in out
+    assert "It cannot run here" not in out
+    code, out, _ = run(*what, "--dry-run", "--device", "cpu", "--set", "stream.cuda_graphs=true")
+    assert code == 0 and "It cannot run here: stream.cuda_graphs: is for GPUs" in out
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -273,8 +276,13 @@ def test_a_killed_process_leaves_a_video_that_plays(pipeline: Path, tmp_path: Pa
         (["--prompt", "x", "--save", "FOLDER"], "cannot be written (it is a folder)"),
         (["--resume", "x", "--image", "y"], "a resumed stream has its first frame"),
         (["--resume", "x", "--seed", "1"], "a resumed stream has its own"),
+        (["--prompt", "x", "--set", "stream.text.device=gpu"], "device: 'gpu' names none; write"),
+        (["--prompt", "x", "--set", "stream.text.device=cuda:99"],
+         "stream.text.device: cuda:99 is not here; there is cpu"),
+        (["--prompt", "x", "--set", "stream.cuda_graphs=true", "--device", "cpu"],
+         "stream.cuda_graphs: is for GPUs, not for cpu"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_refused_before_work(
     run: Run, pipeline: Path, script: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
@@ -328,6 +336,34 @@ def test_too_little_memory(
         assert not list(tmp_path.iterdir())
     monkeypatch.setattr(memory, "available", lambda device: need)
     assert run("stream", "tiny_stream", *options, "--seconds", 1)[0] == 0
+
+
+def test_fewer_latents_at_once_would_fit(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what they say holds."""
+    keys = (*SIZES, f"stream.pipeline={pipeline}", "geometry.window=6")
+    one, two = (
+        plan_stream(open_recipe("tiny_stream", (*keys, f"stream.decoder.latents={n}")))
+        for n in (1, 2)
+    )
+    need, less = (total(plan.memory["cpu"]) for plan in (two, one))
+    monkeypatch.setattr(memory, "available", lambda device: less)
+    memory.check_memory(one.parts, image=False)
+    message = refused(memory.check_memory, two.parts, image=False)
+    assert less < need and message.endswith(
+        f"what would fit: stream.decoder.latents=1 ({readable(less)})"
+    )
+
+
+def test_ranks_that_decode_nothing_need_no_decoder(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = planned(pipeline).parts
+    owners = memory.stream_memory(parts)["cpu"]
+    decoder = sum(size for owner, size in owners.items() if owner.startswith("decoder"))
+    monkeypatch.setattr(memory, "available", lambda device: total(owners) - decoder)
+    parts = replace(parts, text=0)
+    memory.check_memory(parts, image=False, decodes=False)
+    assert "decoder: weights" in refused(memory.check_memory, parts, image=False)
 
 
 def test_encoders_count_before_the_stream(pipeline: Path) -> None:

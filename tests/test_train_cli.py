@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import Run
 
-from lltk.cli.recipes import shipped
 from lltk.cli.tasks import task_of
 from lltk.graph.recipe import read_recipe
+from lltk.graph.recipe_files import shipped
 from lltk.models.tiny.text import save_text_encoder
 from lltk.models.wan_vae import load_vae
 from lltk.train.loop import Trainer

@@ -16,8 +16,8 @@ from streams import SHOTS, SIZES, opened, save_pipeline, streamed
 from test_vae import make_recipe, vae
 from torch import Tensor
 
-from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform
+from lltk.graph.recipe import open_recipe
 from lltk.models import vae_columns, wan_vae
 from lltk.models.vae_columns import Columns, cut, regions
 from lltk.streaming import plan_stream

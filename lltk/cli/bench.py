@@ -9,10 +9,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from lltk.cli.devices import chosen_device
 from lltk.cli.logs import hide_loading
-from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import memory_table
+from lltk.graph.recipe_files import find_recipe
 
 
 @click.group("bench")
@@ -78,7 +77,7 @@ def stream(
     from lltk.parallel.ranks import joined
     from lltk.streaming import plan_stream
 
-    with joined(chosen_device(device)) as ranks:
+    with joined(device) as ranks:
         console = Console(quiet=as_json or ranks.rank > 0)
         path = find_recipe(recipe)
         if output is None and not dry_run:
@@ -96,8 +95,12 @@ def stream(
         for owners in plan.memory.values():
             console.print(memory_table(owners))
         if output is None or dry_run:
+            refusal = plan.refusal()
             if as_json and ranks.rank == 0:
-                click.echo(json.dumps({"plan": plan.describe(), "memory": plan.memory}, indent=2))
+                facts = {"plan": plan.describe(), "memory": plan.memory, "refusal": refusal}
+                click.echo(json.dumps(facts, indent=2))
+            if refusal:
+                console.print(f"It cannot run here: {refusal}", markup=False, highlight=False)
             return
         share_cores(ranks.device)
         chunks = plan.transformer.geometry.pages if warmup is None else warmup

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from lltk.cli.devices import chosen_device
 from lltk.cli.logs import hide_loading
-from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import row_table
+from lltk.devices import find_device
+from lltk.graph.recipe_files import find_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,7 +97,7 @@ def command(
 
     if output is not None:
         check_writable(output.with_name(output.name + suffix) for suffix in (".json", ".md"))
-    chosen = chosen_device(device)
+    chosen = find_device(device)
     hide_loading()
     films = -(-shots // _SHOTS)
     batch = min(max(films, minutes, 1), at_once)

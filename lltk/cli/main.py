@@ -40,12 +40,24 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         cli.main(standalone_mode=True)
-    except (ValueError, OSError) as error:
-        if debug:
+    except (ValueError, OSError, RuntimeError) as error:
+        if debug or not _is_expected(error):
             raise
         Console(stderr=True).print(f"[red]error:[/red] {_plain(error)}", soft_wrap=True)
         sys.exit(2)
 
 
+def _is_expected(error: Exception) -> bool:
+    """Whether it tells of use; of torch's own errors only that a GPU's memory ran out does."""
+    if not isinstance(error, RuntimeError):
+        return True
+    from torch import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError)
+
+
 def _plain(error: Exception) -> str:
-    return str(error).replace("[", r"\[")
+    text = str(error).replace("[", r"\[")
+    if isinstance(error, RuntimeError):
+        return f"memory: {text}\nSee what is planned with --dry-run, and plan for less."
+    return text

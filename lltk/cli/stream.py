@@ -13,10 +13,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lltk.cli.devices import chosen_device
 from lltk.cli.logs import hide_loading
-from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import log_tables, memory_table, row_table
+from lltk.graph.recipe_files import find_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -82,7 +81,7 @@ def command(
     from lltk.parallel.ranks import joined
     from lltk.streaming import plan_stream
 
-    with joined(chosen_device(device)) as ranks:
+    with joined(device) as ranks:
         speaks = ranks.rank == 0
         console = Console(quiet=as_json or not speaks)
         path = find_recipe(recipe)
@@ -111,19 +110,22 @@ def command(
             console.print(f"{part}: {what}", highlight=False)
         if dry_run:
             loading = plan.loading_memory(image is not None)
-            log = plan.transformer.log
+            log, refusal = plan.transformer.log, plan.refusal(image is not None)
             if as_json and speaks:
                 facts = {
                     "plan": plan.describe(),
                     "log": [entry.plain() for entry in log],
                     "memory": plan.memory,
                     "loading": loading,
+                    "refusal": refusal,
                 }
                 click.echo(json.dumps(facts, indent=2))
             console.print(log_tables(log))
             for when, devices in (("before it runs", loading), ("while it runs", plan.memory)):
                 for where, owners in devices.items():
                     console.print(f"On {where}, {when}:", memory_table(owners), sep="\n")
+            if refusal:
+                console.print(f"It cannot run here: {refusal}", markup=False, highlight=False)
             return
         assert output is not None
         again = ["lltk", "stream", recipe]

@@ -11,10 +11,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lltk.cli.devices import chosen_device
 from lltk.cli.logs import hide_loading, logged
-from lltk.cli.recipes import find_recipe
 from lltk.cli.tables import log_tables, memory_table
+from lltk.devices import find_device
+from lltk.graph.recipe_files import find_recipe
 
 if TYPE_CHECKING:
     from lltk.cli.tasks import Task
@@ -56,7 +56,7 @@ def command(
     from lltk.cli.tasks import task_of
     from lltk.graph.recipe import read_recipe
 
-    chosen = chosen_device(device)
+    chosen = find_device(device)
     hide_loading()
     with console.status("reading the recipe"):
         task = task_of(read_recipe(path, overrides), str(path), chosen)

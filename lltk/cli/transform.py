@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from lltk.cli.recipes import open_recipe
 from lltk.cli.tables import log_tables, memory_table
+from lltk.graph.recipe import open_recipe
 
 
 @click.command("transform")

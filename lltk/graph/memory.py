@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,15 @@ def estimate(program: Program) -> dict[str, int]:
     return owners
 
 
-def activations(program: Program) -> int:
-    """Most bytes of intermediate results that live at once in any of the Program's graphs.
+def activations(program: Program, leaving: Collection[str] = ()) -> int:
+    """Most bytes of intermediate results that live at once in any graph but those left out.
 
     Counted along the graphs as inference runs them, with the keys and values that attention over
     pages gathers; an op's own workspace comes on top.
     """
-    return max(_peak(program, graph) for graph in program.graphs.values())
+    return max(
+        _peak(program, graph) for name, graph in program.graphs.items() if name not in leaving
+    )
 
 
 def _peak(program: Program, graph: fx.Graph) -> int:

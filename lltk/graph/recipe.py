@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lltk.graph.geometry import Geometry, Kind
+from lltk.graph.recipe_files import find_recipe
 
 
 class ModelSection(BaseModel):
@@ -76,13 +77,18 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, what it extends, and overrides.
 
     Args:
-        path: YAML file; ``extends: other.yaml`` is relative to it.
+        path: YAML file; ``extends`` names a file relative to it, or a shipped recipe.
         overrides: ``key.path=value`` with a YAML value; ``passes.NAME.option=value`` too.
 
     Raises:
         ValueError: unreadable, unknown or misfit keys; names the key and the nearest.
     """
     return parse_recipe(read_recipe(path, overrides), str(path))
+
+
+def open_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe file, or a shipped recipe by name; errors as `find_recipe`'s and `load_recipe`'s."""
+    return load_recipe(find_recipe(name), overrides)
 
 
 def read_recipe(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -116,7 +122,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return data
     if not isinstance(parent, str):
         raise ValueError(f"{path}: extends: {parent!r} is not the path of a recipe")
-    return _merge(_read(path.parent / parent, (*seen, path)), data)
+    return _merge(_read(find_recipe(parent, path.parent), (*seen, path)), data)
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from lltk.devices import find_device
 from lltk.parallel.groups import SEQUENCE, registered
 
 TIMEOUT = timedelta(minutes=5)
@@ -53,28 +54,29 @@ def launched() -> bool:
 
 
 @contextmanager
-def joined(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
+def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """Run the block together with the other ranks that torchrun started, if it did.
 
     Where any rank fails, all end within seconds: the first to fail raises what it raised, the
     others exit with code 1 and say nothing. Each rank takes the GPU of its own number.
 
     Args:
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu`` or ``cuda``; by default GPUs if there are any.
         timeout: after which an exchange that another rank does not join fails.
 
     Raises:
-        ValueError: ranks on GPUs of several kinds or on one, or no library to exchange with.
+        ValueError: no such device, ranks on GPUs of several kinds or on one, or no library to
+            exchange with.
     """
     if not launched():
-        yield Ranks(0, 1, device)
+        yield Ranks(0, 1, find_device(device))
         return
     store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(store.clone(), done), daemon=True)
     watcher.start()
     try:
-        own = _own_device(device)
+        own = _own_device(find_device(device))
         dist.init_process_group(
             "gloo" if own.type == "cpu" else "cpu:gloo,cuda:nccl",
             store=PrefixStore("lltk", store),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from lltk.stream.recipe import StreamSection
 
 _TEXT, _IMAGE = "text encoder at work", "image encoder"
 _GRAPHS = "decoder: CUDA graphs"
+_DECODING = "decoder: activations"
 _CACHE = ("cache pages", "cross-attention K/V")
 
 
@@ -86,17 +87,19 @@ def loading_memory(parts: Parts, image: bool) -> dict[str, dict[str, int]]:
     return devices
 
 
-def check_memory(parts: Parts, image: bool) -> None:
+def check_memory(parts: Parts, image: bool, decodes: bool = True) -> None:
     """Refuse a stream that does not fit what is free.
 
     Args:
         parts: of the stream.
         image: whether it begins with one.
+        decodes: whether this process has the decoders.
 
     Raises:
         ValueError: the sum, and which changes would fit.
     """
-    for devices in (loading_memory(parts, image), stream_memory(parts)):
+    running = parts if decodes else replace(parts, decoders=())
+    for devices in (loading_memory(parts, image), stream_memory(running)):
         for name, owners in devices.items():
             free, need = available(torch.device(name)), total(owners)
             if need <= free:
@@ -148,6 +151,11 @@ def _savings(parts: Parts, owners: Mapping[str, int]) -> dict[str, int]:
         saved["stream.guidance=1"] = owners["second cache, for guidance"]
     if _GRAPHS in owners:
         saved["stream.decoder.cuda_graphs=false"] = owners[_GRAPHS]
+    if _DECODING in owners and parts.section.decoder.latents > 1:
+        saved["stream.decoder.latents=1"] = sum(
+            activations(placed.program) - activations(placed.program, leaving=("steps",))
+            for placed in parts.decoders
+        )
     for owner, key, device in (
         (_TEXT, "stream.text.device", parts.text_device),
         (_IMAGE, "stream.decoder.device", parts.decoders[0].device),

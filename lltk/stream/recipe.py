@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lltk.graph.recipe import explain
 from lltk.stream.script import SCENE_CUT
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+_DEVICE = r"cpu|cuda(:\d+)?"
+
+
+def _named(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    names = [value] if isinstance(value, str) else value
+    if names is not None and not (names and all(re.fullmatch(_DEVICE, name) for name in names)):
+        raise ValueError(f"device: {value!r} names none; write cpu, cuda, or one GPU as cuda:1")
+    return value
 
 
 class TextSection(BaseModel):
@@ -18,7 +27,9 @@ class TextSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    device: str | None = Field(None, description="where the encoder runs; null: with the rest")
+    device: Annotated[str | None, AfterValidator(_named)] = Field(
+        None, description="where the encoder runs; null: with the rest"
+    )
     after: Literal["keep", "offload", "free"] = Field(
         "free", description="what becomes of the encoder once a script's prompts are encoded"
     )
@@ -34,7 +45,7 @@ class DecoderSection(BaseModel):
         None, description="a named configuration, to plan without the pipeline's files"
     )
     dtype: Dtype = Field("float32", description="compute dtype")
-    device: str | tuple[str, ...] | None = Field(
+    device: Annotated[str | tuple[str, ...] | None, AfterValidator(_named)] = Field(
         None,
         description="where it runs, null: with the rest; several share a frame's columns",
     )

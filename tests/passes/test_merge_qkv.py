@@ -24,12 +24,11 @@ from helpers import (
 )
 from torch import Tensor
 
-from lltk.cli.recipes import open_recipe
 from lltk.compiler import with_weights
 from lltk.graph.geometry import Kind
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
-from lltk.graph.recipe import load_recipe
+from lltk.graph.recipe import load_recipe, open_recipe
 from lltk.graph.stages import Stage
 from lltk.ops.fp8_quantise.reference import fp8_quantise
 

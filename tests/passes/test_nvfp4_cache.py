@@ -21,11 +21,11 @@ from helpers import (
 from nvfp4_pages import by_hand, written
 from torch import Tensor
 
-from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform
 from lltk.graph.edit import calls, placeholder
 from lltk.graph.memory import activations, estimate
 from lltk.graph.program import Program
+from lltk.graph.recipe import open_recipe
 from lltk.graph.stages import Stage
 from lltk.graph.verify import verify
 from lltk.models.configs import named_config

@@ -27,12 +27,12 @@ from helpers import (
 from torch import Tensor
 
 from lltk.artefact import load_program, save_program
-from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform, with_weights
 from lltk.graph.fingerprint import fingerprint
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
+from lltk.graph.recipe import open_recipe
 from lltk.graph.stages import Stage
 from lltk.models.checkpoint import save_checkpoint
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise

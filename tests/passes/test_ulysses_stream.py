@@ -7,13 +7,13 @@ import torch
 from helpers import PASSES, after, hand_made, inputs, reached, refused, run, same, text
 from ranks import alike
 
-from lltk.cli.recipes import open_recipe
 from lltk.compiler import transform
 from lltk.graph.diagnose import first_bad_node
 from lltk.graph.edit import calls
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
+from lltk.graph.recipe import open_recipe
 from lltk.graph.stages import Stage
 from lltk.models.configs import named_config
 from lltk.parallel.exchange import RECEIVE_HEADS

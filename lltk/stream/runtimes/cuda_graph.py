@@ -27,11 +27,7 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device, option: str = "stream.cuda_graphs") -> None:
-        if device.type != "cuda":
-            raise ValueError(
-                f"{option}: is for GPUs, not for {device}; set it to false, as with "
-                f"--set {option}=false"
-            )
+        check_graphs(device, option)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # torch's own is the first device's, and shared
         self._recorded: dict[Hashable, _Recorded] = {}
@@ -53,6 +49,15 @@ class CudaGraphs:
                 self._recorded[key] = _Recorded(call, inputs, self._pool, self._stream)
             return outputs
         return self._recorded[key](inputs)
+
+
+def check_graphs(device: torch.device, option: str) -> None:
+    """Refuse a device that records nothing; errors as `CudaGraphs`'s."""
+    if device.type != "cuda":
+        raise ValueError(
+            f"{option}: is for GPUs, not for {device}; set it to false, as with "
+            f"--set {option}=false"
+        )
 
 
 class _Recorded:

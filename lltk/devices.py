@@ -1,4 +1,4 @@
-"""Which device a command runs on."""
+"""The devices that are here."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def chosen_device(name: str | None) -> torch.device:
+def find_device(name: str | None, said: str = "--device") -> torch.device:
     """The device called so; by default a GPU if there is one.
+
+    Args:
+        name: ``cpu``, ``cuda`` or ``cuda:1``.
+        said: where the name is from, for an error.
 
     Raises:
         ValueError: there is no such device here.
@@ -22,5 +26,5 @@ def chosen_device(name: str | None) -> torch.device:
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or int(index or 0) >= count:
         have = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        raise ValueError(f"--device: {name} is not here; there is {', '.join(have)}")
+        raise ValueError(f"{said}: {name} is not here; there is {', '.join(have)}")
     return torch.device(name)
