@@ -25,7 +25,6 @@ from torch import Tensor
 
 from lltk import __version__
 from lltk.compiler import transform
-from lltk.devices import find_device
 from lltk.graph.fingerprint import fingerprint
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
@@ -33,6 +32,7 @@ from lltk.graph.recipe import Recipe, parse_recipe
 from lltk.models import wan_vae
 from lltk.models.pipelines import find_pipeline
 from lltk.ops.implementations import check_device
+from lltk.parallel.devices import find_device
 from lltk.parallel.groups import SEQUENCE, rank_in, same_on_all
 from lltk.stream.columns import ColumnDecoder
 from lltk.stream.decoder import DecodedElsewhere, Decoder, LatentDecoder

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from lltk.cli.logs import hide_loading
 from lltk.cli.tables import row_table
-from lltk.devices import find_device
 from lltk.graph.recipe_files import find_recipe
+from lltk.parallel.devices import find_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

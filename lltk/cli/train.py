@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lltk.cli.logs import hide_loading, logged
 from lltk.cli.tables import log_tables, memory_table
-from lltk.devices import find_device
 from lltk.graph.recipe_files import find_recipe
+from lltk.parallel.devices import find_device
 
 if TYPE_CHECKING:
     from lltk.cli.tasks import Task

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from lltk.devices import find_device
+from lltk.parallel.devices import find_device
 from lltk.parallel.groups import SEQUENCE, registered
 
 TIMEOUT = timedelta(minutes=5)
