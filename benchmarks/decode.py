@@ -29,7 +29,7 @@ from lltk.bench.profiling import longest_kernels, profiled, timed
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import make_record, markdown, write_record
 from lltk.compiler import transform, with_weights
-from lltk.graph.edit import shape
+from lltk.graph.edit import op_of, shape
 from lltk.graph.memory import readable
 from lltk.graph.module import instantiate
 from lltk.graph.passes import run_passes
@@ -281,7 +281,7 @@ def _shapes(program: Program) -> dict[tuple[tuple[int, ...], ...], tuple[int, in
     counted: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = {}
     graph = program.graphs.get("steps", program.graphs["step"])
     for conv in graph.nodes:
-        places = _OPERANDS.get(conv.meta.get("op", conv.target))
+        places = _OPERANDS.get(op_of(conv))
         if places is not None:
             x, weight = (conv.args[place] for place in places)
             assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)

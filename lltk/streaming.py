@@ -124,7 +124,7 @@ class StreamPlan:
             ValueError: not as many ranks as it is for, a device that is not here or lacks what the
                 recipe wants, or too little memory.
         """
-        own, _ = self.section.decoder, self.rank
+        rank_in(SEQUENCE, self.transformer.ranks)  # which refuses another number
         find_device(str(self.device), "the stream's device")
         find_device(str(self.text_device), "stream.text.device")
         check_device(self.transformer.implementations, self.device)
@@ -134,7 +134,7 @@ class StreamPlan:
             find_device(str(decoder.device), "stream.decoder.device")
             made = decoder.program.implementations
             check_device(made, decoder.device, "the lower pass in stream.decoder.passes")
-            if own.cuda_graphs:
+            if self.section.decoder.cuda_graphs:
                 check_graphs(decoder.device, "stream.decoder.cuda_graphs")
         check_memory(self.parts, image, decodes)
 

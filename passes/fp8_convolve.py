@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, fx
 
-from lltk.graph.edit import building, replace, shape
+from lltk.graph.edit import building, op_of, replace, shape
 from lltk.graph.linears import check_pattern
 from lltk.graph.packed import FP8_ENDINGS, ROW_SCALES, pack_fp8
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
@@ -83,7 +83,7 @@ class Fp8Convolve(Pass[Config]):
             found
             for graph in program.graphs.values()
             for node in graph.nodes
-            if node.meta.get("op", node.target) is aten.conv3d.default
+            if op_of(node) is aten.conv3d.default
             if (found := self._match(node, report)) is not None
         ]
         self._packed = {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
 
 from lltk.graph.edit import building, calls, module_of, prune, replace
+from lltk.graph.match import sole_reader
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -39,8 +39,8 @@ class FuseAttentionQuantise(Pass[Config]):
     def apply(self, program: Program, report: Report) -> None:
         for graph in program.graphs.values():
             for node in calls(graph, ATTENTION):
-                heads = _reader(node, aten.flatten.using_ints)
-                quantise = _reader(heads, QUANTISE)
+                heads = sole_reader(node, aten.flatten.using_ints)
+                quantise = heads and sole_reader(heads, QUANTISE)
                 if heads is None or heads.args[1:] != (2, 3) or quantise is None:
                     report.miss(node, "is not read by fp8_quantise alone; run fp8_infer before")
                     continue
@@ -48,9 +48,3 @@ class FuseAttentionQuantise(Pass[Config]):
                     replace(quantise, build(QUANTISE_ATTENTION, *node.args))
                 report.match("self-attention")
             prune(graph)
-
-
-def _reader(node: fx.Node | None, target: object) -> fx.Node | None:
-    """The call that alone reads a node, if it is of this operator."""
-    readers = [] if node is None else list(node.users)
-    return readers[0] if len(readers) == 1 and readers[0].target == target else None

@@ -18,7 +18,7 @@ from lltk.graph.edit import (
     shape,
     sort_topologically,
 )
-from lltk.graph.match import before_cast, is_call, is_of_rows, operands
+from lltk.graph.match import before_cast, is_of_rows, operands, sole_reader
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -97,8 +97,8 @@ def _gated(node: fx.Node) -> _Sum | None:
     y = operands(frames, aten.unflatten.int)[0]
     if y is None or node.kwargs:
         return None
-    if len(node.users) == 1 and is_call(user := next(iter(node.users)), aten.to.dtype):
-        total, x, y = user, before_cast(x), before_cast(y)
+    if (cast := sole_reader(node, aten.to.dtype)) is not None:
+        total, x, y = cast, before_cast(x), before_cast(y)
     return _Sum(total, x, y, gate) if _fits(total, x, y) and is_of_rows(gate, x) else None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from lltk.graph.edit import building, calls, module_of, prune, replace, shape
-from lltk.graph.match import is_call
+from lltk.graph.match import is_call, sole_reader
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -117,8 +117,8 @@ def _rounded(stack: fx.Node, dtype: torch.dtype) -> fx.Node | None:
     for target, rest in ((aten.flatten.using_ints, (-2,)), (aten.to.dtype, (dtype,))):
         if node is not stack and node.meta["val"].dtype == dtype:
             break
-        user = next(iter(node.users))
-        if len(node.users) != 1 or not is_call(user, target) or user.args[1:] != rest:
+        reader = sole_reader(node, target)
+        if reader is None or reader.args[1:] != rest:
             return None
-        node = user
+        node = reader
     return node if node.meta["val"].dtype == dtype else None

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from lltk.bench.clock import Clock
 from lltk.graph.attention import paged_op
-from lltk.graph.edit import shape
+from lltk.graph.edit import op_of, shape
 from lltk.graph.program import Program
 from lltk.ops.fp8_attention.op import fp8_attention
 from lltk.ops.fp8_matmul.op import OVERLOAD as FP8_MATMUL
@@ -121,7 +121,7 @@ def _nodes(program: Program, graph: str) -> Iterator[fx.Node]:
 
 
 def _product(program: Program, node: fx.Node) -> Product | None:
-    op = node.meta.get("op", node.target)
+    op = op_of(node)
     operands: list[Any] = [each for each in node.args if isinstance(each, fx.Node)]
     if op is aten.linear.default or op is FP8_MATMUL:
         weight = shape(operands[1 if op is aten.linear.default else 2])

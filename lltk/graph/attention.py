@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lltk.graph.edit import Builder, calls, module_of
+from lltk.graph.edit import Builder, calls, module_of, op_of
 from lltk.graph.passes import Report
 from lltk.graph.program import Program
 from lltk.ops.implementations import overload
@@ -72,4 +72,4 @@ _PAGED = {
 
 def paged_op(node: fx.Node) -> str | None:
     """The op by which a call attends to pages and the chunk in flight, lowered or not; or None."""
-    return _PAGED.get(node.meta.get("op", node.target))
+    return _PAGED.get(op_of(node))

@@ -31,6 +31,11 @@ def module_of(node: fx.Node) -> str:
     return str(node.meta.get("module", ""))
 
 
+def op_of(node: fx.Node) -> Any:
+    """What a call computes; where it was lowered, the op and not what was chosen for it."""
+    return node.meta.get("op", node.target)
+
+
 def shape(node: fx.Node) -> tuple[int, ...]:
     """Shape of the node's value."""
     return tuple(int(size) for size in node.meta["val"].shape)
@@ -200,7 +205,7 @@ def infer(program: Program, graph: fx.Graph) -> None:
 def _made_from(node: fx.Node) -> Any:
     """All that a call's value follows from, arguments by their sizes and dtypes."""
     arguments = map_arg((node.args, node.kwargs), lambda source: _like(source.meta["val"]))
-    return node.meta.get("op", node.target), arguments
+    return op_of(node), arguments
 
 
 def _like(value: Any) -> Any:
@@ -236,7 +241,7 @@ def _infer_call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
     args, kwargs = map_arg((node.args, node.kwargs), value)
     try:
-        target = node.meta.get("op", node.target)
+        target = op_of(node)
         assert callable(target)
         return target(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError) as error:

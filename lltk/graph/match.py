@@ -22,6 +22,12 @@ def read_once(node: Any, target: Any) -> bool:
     return is_call(node, target) and len(node.users) == 1
 
 
+def sole_reader(node: fx.Node, target: Any) -> fx.Node | None:
+    """The call of an operator that alone reads a node; None where others do, or none."""
+    readers = list(node.users)
+    return readers[0] if len(readers) == 1 and is_call(readers[0], target) else None
+
+
 def operands(node: Any, target: Any) -> tuple[Any, Any]:
     """The first two of a call that is read once; None and None of anything else."""
     if not read_once(node, target):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from lltk.graph.attention import paged_op
+from lltk.graph.edit import op_of
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import WEIGHTS
@@ -108,7 +109,7 @@ def _is_view(node: fx.Node) -> bool:
     """Whether the result lies in its first argument's memory; each of several has its own."""
     if node.target is operator.getitem:
         return _is_view(node.all_input_nodes[0])
-    target = node.meta.get("op", node.target)
+    target = op_of(node)
     if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes:
         return False
     return any(result.alias_info is not None for result in target._schema.returns)

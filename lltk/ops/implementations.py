@@ -51,6 +51,8 @@ class Implementation:
 E4M3: tuple[Capability, ...] = ((8, 9), (9, 0), *E2M1)
 """CUDA architectures that multiply E4M3."""
 _ANY = ("cpu", "cuda")
+_CUDNN_FP8 = (("cuda",), ("cudnn", "triton"), ((9, 0), *E2M1))
+"""What attention in FP8 needs: devices, modules and architectures."""
 _Paged = partial(Implementation, "paged_attention")
 _Nvfp4Paged = partial(Implementation, "nvfp4_paged_attention")
 _Causal = partial(Implementation, "block_causal_attention")
@@ -89,24 +91,12 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _Nvfp4Paged("decode", _OPS + "nvfp4_paged_attention.decode:decode", _ANY),
     _PagedKernel("decode_triton", _NVFP4_PAGED + ":decode"),
     _PagedKernel("triton", _NVFP4_PAGED + ":attention"),
-    _Nvfp4Paged(
-        "fp8_decode",
-        _OPS + "nvfp4_paged_attention.fp8:fp8_decode",
-        ("cuda",),
-        ("cudnn", "triton"),
-        ((9, 0), *E2M1),
-    ),
+    _Nvfp4Paged("fp8_decode", _OPS + "nvfp4_paged_attention.fp8:fp8_decode", *_CUDNN_FP8),
     *_rows("fp8_quantise", E4M3),
     *_rows("fp8_quantise_norm", E4M3),
     *_rows("fp8_quantise_add_norm", E4M3),
     _Fp8Attention("reference", _OPS + "fp8_quantise_attention.op:fp8_quantise_attention", _ANY),
-    _Fp8Attention(
-        "fp8_decode",
-        _OPS + "fp8_quantise_attention.fp8:fp8_decode",
-        ("cuda",),
-        ("cudnn", "triton"),
-        ((9, 0), *E2M1),
-    ),
+    _Fp8Attention("fp8_decode", _OPS + "fp8_quantise_attention.fp8:fp8_decode", *_CUDNN_FP8),
     *_rows("fp8_quantise_gelu", E4M3),
     *_rows("gated_add", ARITHMETIC + E2M1),
     *_rows("rms_norm_rope", ARITHMETIC + E2M1),

@@ -31,6 +31,7 @@ from lltk.graph.program import Program
 from lltk.graph.recipe import load_recipe, open_recipe
 from lltk.graph.stages import Stage
 from lltk.ops.fp8_quantise.reference import fp8_quantise
+from lltk.stream.recipe import stream_section
 
 pytestmark = pytest.mark.cpu
 
@@ -168,9 +169,14 @@ def test_all_fusions_together() -> None:
 
 
 def test_the_fast_recipe_transforms() -> None:
-    passes = open_recipe("wan22_5b_stream_fp8", ()).passes
-    compared = Path(__file__).parents[2] / "benchmarks" / "precisions" / "fp8.yaml"
-    assert load_recipe(compared).passes == passes
+    fast = open_recipe("wan22_5b_stream_fp8", ())
+    passes, folder = fast.passes, Path(__file__).parents[2] / "benchmarks" / "precisions"
+    kernels, formulas = (load_recipe(folder / f"{name}.yaml") for name in ("fp8", "fp8_reference"))
+    assert kernels.passes == passes and formulas.passes == passes[:-1]
+    decoding, *compared = (
+        stream_section(recipe.stream, "test").decoder.passes for recipe in (fast, kernels, formulas)
+    )
+    assert decoding is not None and compared == [decoding, decoding[:-1]]
     config = tiny_config(2, attention_head_dim=16)
     program = make_program(make_recipe("stream", passes, config=config, dtype="bfloat16"), None)
     block = text(program, "step_block")
