@@ -220,11 +220,14 @@ def test_wan22_at_full_size() -> None:
     assert step.outputs["video"].shape == (1, 3, 4, 704, 1280)
     for name in caches:
         assert step.inputs[name] == step.outputs[f"next_{name}"] == first.outputs[f"next_{name}"]
-    assert round(estimate(made)["feature caches"] / 2**30, 1) == 6.0
+    assert round(estimate(made)["feature caches"] / 2**30, 1) == 3.0
     fused = after(made, "fold_upsample", "fuse_norm_silu", "channels_last")
     folded, normed, _ = (entry.matches for entry in fused.log[1:])
     assert folded == {"upsamplings": 2 * 3} and normed["convolutions"] == 2 * 29
     assert activations(fused) < 0.85 * activations(made)
+    narrow = after(made, "fold_upsample", "fuse_norm_silu", "fp8_convolve", "channels_last")
+    measured = 5004 * 2**20  # at most, by a GPU's allocator, with a video that is being delivered
+    assert 0.95 < (estimate(narrow)["feature caches"] + activations(narrow)) / measured < 1
 
 
 def test_two_decoders_never_meet() -> None:

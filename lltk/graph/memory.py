@@ -27,14 +27,15 @@ def estimate(program: Program) -> dict[str, int]:
     have them) and the cross-attention K/V of one prompt. Training and scoring: weights, the blocks'
     inputs that per-block checkpointing keeps, and for training float32 gradients and AdamW's two
     moments of what trains, and the 4-bit values of weights that train in NVFP4. Activations inside
-    one block come on top. Decoding: weights, and the feature caches before and after a latent.
+    one block come on top. Decoding: weights, and the feature caches before a latent; those after it
+    are among the activations.
     """
     weights = {n: t.numel() * program.run_dtype(n).itemsize for n, t in program.weights.items()}
     owners = {"weights": sum(weights.values())}
     if isinstance(program.model, DecoderSpec):
         read = program.contract("step").inputs
         caches = [read[name] for name in program.model.cache_inputs]
-        owners["feature caches"] = 2 * sum(cache.nbytes for cache in caches)
+        owners["feature caches"] = sum(cache.nbytes for cache in caches)
         return owners
     spec, geometry = program.spec, program.geometry
     width, size = spec.heads * spec.head_dim, program.dtype.itemsize
@@ -85,10 +86,16 @@ def _peak(program: Program, graph: fx.Graph) -> int:
         if node.op == "call_module":
             inside = _peak(program, program.regions[str(node.args[0])].graph)
         else:
-            inside = _gathered(program, node)
+            inside = _results(node) + _gathered(program, node)
         peak = max(peak, live + inside)
         live -= held[index]
     return peak
+
+
+def _results(node: fx.Node) -> int:
+    """Bytes of several results, before each is taken."""
+    made = node.meta.get("val")
+    return sum(map(_bytes, made)) if isinstance(made, (list, tuple)) else 0
 
 
 def _gathered(program: Program, node: fx.Node) -> int:

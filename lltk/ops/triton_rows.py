@@ -48,7 +48,7 @@ def store_row(out, row, values, width, ROW: tl.constexpr):
 def store_fp8_row(out, scales, row, values, width, ROW: tl.constexpr, NATIVE: tl.constexpr):
     """Store float32 [ROW], 0 beyond ``width``, as bytes of E4M3 and the row's scale.
 
-    Values are multiplied by 1 / scale; NaN is the largest of a row.
+    As `fp8_quantise.reference` says; NaN is the largest of a row.
     """
     largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     scale = tl.div_rn(largest.to(tl.float32, bitcast=True), 448.0)

@@ -63,7 +63,8 @@ def stream_memory(parts: Parts) -> dict[str, dict[str, int]]:
         sizes = {**estimate(decoder.program), "activations": activations(decoder.program)}
         if parts.section.decoder.cuda_graphs:
             graphs = len(decoder.program.graphs) - 1  # all but a video's first latent's
-            sizes["CUDA graphs"] = graphs * sizes["feature caches"] + sizes["activations"]
+            caches = 2 * graphs * sizes["feature caches"]  # read and made
+            sizes["CUDA graphs"] = caches + sizes["activations"]
         for name, size in sizes.items():
             owner = f"decoder: {name}"
             place[owner] = place.get(owner, 0) + size

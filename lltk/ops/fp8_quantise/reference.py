@@ -11,8 +11,9 @@ from lltk.ops.floats import E4M3_MAX
 def fp8_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round rows to E4M3 so that the largest element of each becomes E4M3's maximum.
 
-    scale = max |x| / 448, 1 for a row of zeros; value = e4m3(x / scale), to nearest even;
-    x̂ = value · scale. A row that is not finite decodes to NaN.
+    scale = max |x| / 448, 1 for a row of zeros; value = e4m3(x · (1 / scale)), each rounded to
+    nearest even; x̂ = value · scale. A row that is not finite decodes to NaN; one whose largest
+    element is below 1.4e-36 keeps less of its precision, as 1 / scale ends at float32's largest.
 
     Args:
         x: [..., K], any floating dtype.
@@ -21,6 +22,8 @@ def fp8_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
         Values, float8_e4m3fn [..., K], and scales, float32 [..., 1]; contiguous.
     """
     x = x.float().contiguous()
-    scales = x.abs().amax(-1, keepdim=True) / E4M3_MAX
+    # By a tensor: a GPU multiplies by a number's reciprocal instead.
+    scales = x.abs().amax(-1, keepdim=True) / x.new_full((), E4M3_MAX)
     scales = scales.masked_fill(scales == 0, 1.0)
-    return (x / scales).to(torch.float8_e4m3fn), scales
+    inverse = scales.reciprocal().clamp(max=torch.finfo(torch.float32).max)
+    return (x * inverse).to(torch.float8_e4m3fn), scales

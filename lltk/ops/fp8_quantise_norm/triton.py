@@ -13,7 +13,7 @@ from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, rows_of, 
 
 @torch.library.custom_op("lltk::fp8_quantise_norm_triton", mutates_args=())
 def fp8_quantise_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`reference.fp8_quantise_norm`, but as sums are rounded and as `fp8_quantise` says of ties."""
+    """`reference.fp8_quantise_norm`, but as sums are rounded."""
     width = x.shape[-1]
     values, scales = new_fp8(x)
     rows, scale, shift = (rows_of(t, width) for t in (x, scale, shift))
