@@ -309,7 +309,8 @@ class Stream:
         Of several ranks each writes a file of its own, rank 0 the one that is named.
 
         Raises:
-            ValueError: the session was interrupted within a chunk, or a page is broken.
+            ValueError: the session was interrupted within a chunk, or in decoding one, or a page is
+                broken.
             OSError: the file cannot be written.
         """
         save_state(_own_file(path, self.plan.rank), self.session.state(), self.plan.identity)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import streams
@@ -17,10 +19,13 @@ from hypothesis import strategies as st
 from streams import AUTOENCODER as CONFIG
 from test_vae import exact, make_recipe, streamed, video_latents, worst
 from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lltk.bench.record import Record
 from lltk.compiler import transform, with_weights
-from lltk.graph.memory import activations
+from lltk.graph.memory import activations, estimate
 from lltk.graph.module import instantiate
 from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
@@ -107,14 +112,77 @@ def test_warming_up_runs_every_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = several().model
     results = {name: torch.zeros(1) for name in (spec.output, *spec.cache_outputs)}
 
-    def module(graph: str, **given: Tensor) -> dict[str, Tensor]:
+    def consume(graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         ran.append(graph)
+        inputs.clear()
         return results
 
-    monkeypatch.setattr(Decoder, "device", torch.device("cpu"))
-    monkeypatch.setattr(run, "_module", module)
+    monkeypatch.setattr(run._module, "consume", consume)
     run.warm_up()
     assert ran == ["first", "steps", "steps", "step"] and not run.state.caches
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors hold at once after any op, those given among them."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.most = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._see(tensors)
+
+    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        self._see(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+    def _see(self, tensors: Iterable[Tensor]) -> None:
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        held = (size for storage, size in self._storages.values() if not storage.expired())
+        self.most = max(self.most, sum(held))
+
+
+@cpu
+@torch.no_grad()
+@pytest.mark.parametrize("passes", [(), ALL], ids=["plain", "fused"])
+def test_memory_is_the_estimated_one(passes: tuple[str, ...]) -> None:
+    """To the byte: caches go as those after them are made. Held to the end, they take more."""
+    program = after(transform(make_recipe(), weights=False), *passes)
+    program = with_weights(program, {n: w.float() for n, w in exact(False)[0].weights.items()})
+    module = instantiate(program)
+    run = Decoder(program, module)
+    latents = video_latents()[:, :, :3].float()
+    run.decode(latents[:, :, :2])
+    given = {"latents": latents[:, :, 2:].contiguous()}
+    given |= {name: cache.clone() for name, cache in run.state.caches.items()}
+    sizes, kept = estimate(program)["feature caches"], dict(given)
+    with Live(given.values()) as held:
+        module("step", **kept)
+    kept.clear()
+    with Live(given.values()) as live:
+        module.consume("step", given)
+    assert live.most == sizes + activations(program) and not given
+    latents = latents[:, :, 2:]
+    assert held.most == sizes + activations(program, held=True) + latents.nbytes
+    assert held.most > live.most + sizes / 2
+
+
+@cpu
+def test_a_failure_takes_the_state_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not begin a new video; a saved state goes on."""
+    run, latents = decoder(rewritten(())), video_latents()[:, :, :4]
+    run.decode(latents[:, :, :2])
+    saved = run.state
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.ops.aten.silu.default, "_op", None)
+        with pytest.raises(TypeError):
+            run.decode(latents[:, :, 2:])
+    assert "failed at a latent" in refused(lambda: run.state)
+    assert "failed at a latent" in refused(run.decode, latents[:, :, 2:])
+    run.state = saved
+    rest = decoder(rewritten(())).decode(latents)[:, :, 5:]
+    assert torch.equal(run.decode(latents[:, :, 2:]), rest)
 
 
 @cpu

@@ -225,9 +225,6 @@ def test_wan22_at_full_size() -> None:
     folded, normed, _ = (entry.matches for entry in fused.log[1:])
     assert folded == {"upsamplings": 2 * 3} and normed["convolutions"] == 2 * 29
     assert activations(fused) < 0.85 * activations(made)
-    narrow = after(made, "fold_upsample", "fuse_norm_silu", "fp8_convolve", "channels_last")
-    measured = 5004 * 2**20  # at most, by a GPU's allocator, with a video that is being delivered
-    assert 0.95 < (estimate(narrow)["feature caches"] + activations(narrow)) / measured < 1
 
 
 def test_two_decoders_never_meet() -> None:
@@ -287,20 +284,21 @@ def test_warming_up_leaves_the_video_as_it_is(monkeypatch: pytest.MonkeyPatch) -
     """It runs every graph, begun or not; what it raises is the next submit's."""
     latents, got, run = video_latents()[:, :, :3], [], decoder()
     graphs: list[str] = []
-    call = ProgramModule.forward
+    call = ProgramModule.consume
 
-    def seen(self: ProgramModule, graph: str, **given: Tensor) -> dict[str, Tensor]:
+    def seen(self: ProgramModule, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         graphs.append(graph)
-        return call(self, graph, **given)
+        return call(self, graph, inputs)
 
-    monkeypatch.setattr(ProgramModule, "forward", seen)
+    monkeypatch.setattr(ProgramModule, "consume", seen)
     with DecodePipeline(run, got.append) as pipeline:
         pipeline.warm_up()
         pipeline.submit(latents)
         pipeline.rest()
         before = run.state
         run.warm_up()
-    assert run.state is before and torch.equal(torch.cat(got, dim=2), decoder().decode(latents))
+    assert all(run.state.caches[name] is cache for name, cache in before.caches.items())
+    assert torch.equal(torch.cat(got, dim=2), decoder().decode(latents))
     assert graphs[:6] == ["first", "step", "step"] * 2
     assert graphs[6:9] == ["first", "step", "step"]
 

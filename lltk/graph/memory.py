@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from lltk.graph.attention import paged_op
 from lltk.graph.edit import op_of
-from lltk.graph.program import Program
+from lltk.graph.program import Program, TensorSpec
 from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import WEIGHTS
 
@@ -33,9 +33,7 @@ def estimate(program: Program) -> dict[str, int]:
     weights = {n: t.numel() * program.run_dtype(n).itemsize for n, t in program.weights.items()}
     owners = {"weights": sum(weights.values())}
     if isinstance(program.model, DecoderSpec):
-        read = program.contract("step").inputs
-        caches = [read[name] for name in program.model.cache_inputs]
-        owners["feature caches"] = sum(cache.nbytes for cache in caches)
+        owners["feature caches"] = sum(cache.nbytes for cache in _caches(program).values())
         return owners
     spec, geometry = program.spec, program.geometry
     width, size = spec.heads * spec.head_dim, program.dtype.itemsize
@@ -58,33 +56,50 @@ def estimate(program: Program) -> dict[str, int]:
     return owners
 
 
-def activations(program: Program, leaving: Collection[str] = ()) -> int:
-    """Most bytes of intermediate results that live at once in any graph but those left out.
+def activations(program: Program, leaving: Collection[str] = (), held: bool = False) -> int:
+    """Most bytes of intermediate results that live at once in any graph.
 
     Counted along the graphs as inference runs them, with the keys and values that attention over
     pages gathers; an op's own workspace comes on top.
+
+    Args:
+        program: with graphs whose values have shapes.
+        leaving: graphs that are left out.
+        held: whether a decoder's feature caches stay to a graph's end; if not, a graph that has
+            none to read, or has read them, has their room for its results.
     """
-    return max(
-        _peak(program, graph) for name, graph in program.graphs.items() if name not in leaving
-    )
+    caches = {} if held else {name: cache.nbytes for name, cache in _caches(program).items()}
+    graphs = (graph for name, graph in program.graphs.items() if name not in leaving)
+    return max(_peak(program, graph, caches) for graph in graphs)
 
 
-def _peak(program: Program, graph: fx.Graph) -> int:
+def _caches(program: Program) -> Mapping[str, TensorSpec]:
+    """A decoder's, as ``step`` reads them."""
+    if not isinstance(program.model, DecoderSpec):
+        return {}
+    read = program.contract("step").inputs
+    return {name: read[name] for name in program.model.cache_inputs}
+
+
+def _peak(program: Program, graph: fx.Graph, caches: Mapping[str, int]) -> int:
     owner: dict[fx.Node, fx.Node] = {}
     last: dict[fx.Node, int] = {}
     for index, node in enumerate(graph.nodes):
         owner[node] = owner[node.all_input_nodes[0]] if _is_view(node) else node
         for read in node.all_input_nodes:
             last[owner[read]] = index
-    live = peak = 0
+    live, peak = -sum(caches.values()), 0
     held = [0] * (len(owner) + 1)
     for index, node in enumerate(graph.nodes):
         if node.op in ("call_function", "call_module") and owner[node] is node:
             size = _bytes(node.meta["val"])
             live += size
             held[last.get(node, index)] += size
+        elif node.op == "placeholder" and node.target in caches:
+            live += caches[node.target]
+            held[last.get(node, index)] += caches[node.target]
         if node.op == "call_module":
-            inside = _peak(program, program.regions[str(node.args[0])].graph)
+            inside = _peak(program, program.regions[str(node.args[0])].graph, {})
         else:
             inside = _results(node) + _gathered(program, node)
         peak = max(peak, live + inside)

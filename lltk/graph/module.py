@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from lltk.graph.program import Program
+from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import WEIGHTS
 from lltk.ops.implementations import check_device
 
@@ -57,6 +58,7 @@ class ProgramModule(nn.Module):
             for name, region in program.regions.items()
         }
         self._graphs: dict[str, Callable[..., dict[str, Tensor]]] = {}
+        self._consuming: dict[str, Callable[..., dict[str, Tensor]]] = {}
         self.blocks_by_path = self._make_blocks(program)
         for name, tensor in program.weights.items():
             run_dtype = program.run_dtype(name)
@@ -70,8 +72,15 @@ class ProgramModule(nn.Module):
         for name, tensor in program.constants.items():
             _assign(self, name, tensor.to(device))
         for name, graph in program.graphs.items():
-            made = fx.GraphModule(self, graph, class_name=name)
-            self._graphs[name] = type(made).forward
+            self._graphs[name] = self._made(name, graph)
+            if isinstance(program.model, DecoderSpec):
+                self._consuming[name] = self._made(name, _consuming(graph))
+
+    def _made(self, name: str, graph: fx.Graph) -> Callable[..., dict[str, Tensor]]:
+        made: Callable[..., dict[str, Tensor]] = type(
+            fx.GraphModule(self, graph, class_name=name)
+        ).forward
+        return made
 
     def _make_blocks(self, program: Program) -> dict[str, Block]:
         blocks: dict[str, Block] = {}
@@ -87,6 +96,19 @@ class ProgramModule(nn.Module):
     def forward(self, graph: str, **inputs: Tensor) -> dict[str, Tensor]:
         """Run a named graph."""
         return self._graphs[graph](self, **inputs)
+
+    def consume(self, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run a decoder's named graph, which lets go of an input once nothing reads it any more.
+
+        Args:
+            graph: its name; compiled, it holds its inputs to its end.
+            inputs: by name; emptied.
+        """
+        if graph in self._consuming:
+            return self._consuming[graph](self, inputs)
+        given = dict(inputs)
+        inputs.clear()
+        return self(graph, **given)
 
     @torch.no_grad()
     def quantised_weights(self) -> dict[str, Tensor]:
@@ -123,6 +145,7 @@ class ProgramModule(nn.Module):
             options: for torch.compile.
         """
         self._graphs[name] = torch.compile(self._graphs[name], fullgraph=True, **options)
+        self._consuming.pop(name, None)
 
 
 def instantiate(
@@ -146,6 +169,18 @@ def instantiate(
             "from a recipe with model.checkpoint, or load them with with_weights"
         )
     return ProgramModule(program, torch.device(device), dtype)
+
+
+def _consuming(graph: fx.Graph) -> fx.Graph:
+    """The graph with a dict of its inputs for its one input, which it empties."""
+    made, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    given = made.placeholder("given")
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = made.call_method("pop", (given, node.target))
+        else:
+            copies[node] = made.node_copy(node, copies.__getitem__)
+    return made
 
 
 def _differentiable(value: Tensor) -> bool:

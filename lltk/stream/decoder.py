@@ -102,7 +102,7 @@ class Decoder:
         self._several = (
             program.contract("steps").inputs[self._spec.latent_input].shape[2] if several else 1
         )
-        self._state = DecoderState()
+        self._held: dict[str, Tensor] | None = {}  # caches; None where decoding failed
         option = "stream.decoder.cuda_graphs"
         self._graphs = CudaGraphs(self.device, option) if cuda_graphs else None
 
@@ -113,8 +113,17 @@ class Decoder:
 
     @property
     def state(self) -> DecoderState:
-        """The state after the latents so far; decoding goes on without changing its tensors."""
-        return self._state
+        """The state after the latents so far; decoding goes on without changing its tensors.
+
+        Raises:
+            ValueError: decoding failed, and with it went the caches before it.
+        """
+        if self._held is None:
+            raise ValueError(
+                "decoder: it failed at a latent, and its caches are gone; go on from a state that "
+                "was saved before"
+            )
+        return DecoderState(dict(self._held))
 
     @state.setter
     def state(self, state: DecoderState) -> None:
@@ -131,7 +140,7 @@ class Decoder:
                     f"state: {name} is {found.dtype} {found.shape}, not {wanted.dtype} "
                     f"{wanted.shape}; restore a state of the same decoder and resolution"
                 )
-        self._state = DecoderState({n: c.to(self.device) for n, c in state.caches.items()})
+        self._held = {n: c.to(self.device) for n, c in caches.items()}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -154,7 +163,7 @@ class Decoder:
                 f"latents: {tuple(latents.shape)} is not [{batch}, {channels}, n, "
                 f"{sides[0]}, {sides[1]}] with n ≥ 1; decode what the program was captured for"
             )
-        video = [self._decode(part) for part in self.parts(latents, not self._state.caches)]
+        video = [self._decode(part) for part in self.parts(latents, not self.state.caches)]
         return torch.cat(video, dim=2)
 
     def parts(self, latents: Tensor, first: bool) -> list[Tensor]:
@@ -178,30 +187,41 @@ class Decoder:
         count = 1 + 2 * self._several + int(self._several > 1)
         size = (batch, channels, count, *sides)
         zeros = torch.zeros(size, dtype=self._latents.dtype, device=self.device)
-        state = DecoderState()
+        caches: dict[str, Tensor] = {}
         for part in self.parts(zeros, first=True):
-            _, state = self._decoded(part, state)
+            _, caches = self._decoded(part, caches)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        video, self._state = self._decoded(latents, self._state)
+        held, self._held = dict(self.state.caches), None
+        video, self._held = self._decoded(latents, held)
         return video
 
     @torch.no_grad()
-    def _decoded(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """Video of latents that one graph takes, and the state after them."""
-        spec, caches = self._spec, state.caches
-        if latents.is_cuda:
-            for cache in caches.values():  # they may come from another stream
-                cache.record_stream(torch.cuda.current_stream(latents.device))
+    def _decoded(
+        self, latents: Tensor, caches: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Video of latents that one graph takes, and the caches after them.
+
+        The caches before, which are emptied, go as these are made: memory has room for one set.
+        """
+        spec, begun = self._spec, bool(caches)
         steady = "step" if latents.shape[2] == 1 else "steps"
-        graph = steady if caches else "first"
-        given = {spec.latent_input: latents.contiguous(), **caches}  # compilers tell strides apart
-        if caches and self._graphs is not None:
-            result = self._graphs(graph, lambda inputs: self._module(graph, **inputs), given)
+        graph = steady if begun else "first"
+        if latents.is_cuda:
+            _record(caches, torch.cuda.current_stream(latents.device))
+        caches[spec.latent_input] = latents.contiguous()  # compilers tell strides apart
+        if begun and self._graphs is not None:
+            result = self._graphs(graph, lambda inputs: self._module(graph, **inputs), caches)
         else:
-            result = self._module(graph, **given)
+            result = self._module.consume(graph, caches)
         names = zip(spec.cache_inputs, spec.cache_outputs, strict=True)
-        return result[spec.output], DecoderState({read: result[given] for read, given in names})
+        return result[spec.output], {read: result[given] for read, given in names}
+
+
+def _record(caches: Mapping[str, Tensor], stream: torch.cuda.Stream) -> None:
+    """Caches may have been made on another stream."""
+    for cache in caches.values():
+        cache.record_stream(stream)
 
 
 class DecodePipeline:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,7 +60,7 @@ def stream_memory(parts: Parts) -> dict[str, dict[str, int]]:
     own["activations"] = activations(parts.transformer)
     for decoder in parts.decoders:
         place = devices.setdefault(str(decoder.device), {})
-        sizes = {**estimate(decoder.program), "activations": activations(decoder.program)}
+        sizes = {**estimate(decoder.program), "activations": _decoding(parts, decoder)}
         if parts.section.decoder.cuda_graphs:
             graphs = len(decoder.program.graphs) - 1  # all but a video's first latent's
             caches = 2 * graphs * sizes["feature caches"]  # read and made
@@ -73,6 +73,11 @@ def stream_memory(parts: Parts) -> dict[str, dict[str, int]]:
     if text is not None:
         devices.setdefault(str(text), {})["text encoder"] = parts.text
     return devices
+
+
+def _decoding(parts: Parts, decoder: Placed, leaving: Collection[str] = ()) -> int:
+    section = parts.section.decoder
+    return activations(decoder.program, leaving, held=section.cuda_graphs or section.compile)
 
 
 def loading_memory(parts: Parts, image: bool) -> dict[str, dict[str, int]]:
@@ -154,7 +159,7 @@ def _savings(parts: Parts, owners: Mapping[str, int]) -> dict[str, int]:
         saved["stream.decoder.cuda_graphs=false"] = owners[_GRAPHS]
     if _DECODING in owners and parts.section.decoder.latents > 1:
         saved["stream.decoder.latents=1"] = sum(
-            activations(placed.program) - activations(placed.program, leaving=("steps",))
+            _decoding(parts, placed) - _decoding(parts, placed, leaving=("steps",))
             for placed in parts.decoders
         )
     for owner, key, device in (

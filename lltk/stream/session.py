@@ -359,7 +359,7 @@ class Session:
         Waits for the decoder. The tensors are the session's own: store them before the next chunk.
 
         Raises:
-            ValueError: it was interrupted within a chunk, or a page is broken.
+            ValueError: it was interrupted within a chunk, or in decoding one, or a page is broken.
         """
         if self._stale or self._submitted != self.chunk:
             raise ValueError(

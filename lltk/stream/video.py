@@ -53,7 +53,7 @@ def pixels(video: Tensor) -> Tensor:
 
 def levels(video: Tensor) -> Tensor:
     """Values in [-1, 1] as the nearest of a pixel's 256 levels, uint8."""
-    return (video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return (video.float() * 127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 class VideoWriter:
