@@ -72,15 +72,15 @@ class ProgramModule(nn.Module):
         for name, tensor in program.constants.items():
             _assign(self, name, tensor.to(device))
         for name, graph in program.graphs.items():
-            self._graphs[name] = self._made(name, graph)
+            self._graphs[name] = self._generated(name, graph)
             if isinstance(program.model, DecoderSpec):
-                self._consuming[name] = self._made(name, _consuming(graph))
+                self._consuming[name] = self._generated(name, _consuming(graph))
 
-    def _made(self, name: str, graph: fx.Graph) -> Callable[..., dict[str, Tensor]]:
-        made: Callable[..., dict[str, Tensor]] = type(
-            fx.GraphModule(self, graph, class_name=name)
-        ).forward
-        return made
+    def _generated(self, name: str, graph: fx.Graph) -> Callable[..., dict[str, Tensor]]:
+        """A graph's function, which takes this module first."""
+        made = fx.GraphModule(self, graph, class_name=name)
+        run: Callable[..., dict[str, Tensor]] = type(made).forward
+        return run
 
     def _make_blocks(self, program: Program) -> dict[str, Block]:
         blocks: dict[str, Block] = {}
