@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from lltk.graph.attention import paged_op
 from lltk.graph.edit import op_of
-from lltk.graph.program import Program, TensorSpec
+from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import WEIGHTS
 
@@ -33,7 +33,7 @@ def estimate(program: Program) -> dict[str, int]:
     weights = {n: t.numel() * program.run_dtype(n).itemsize for n, t in program.weights.items()}
     owners = {"weights": sum(weights.values())}
     if isinstance(program.model, DecoderSpec):
-        owners["feature caches"] = sum(cache.nbytes for cache in _caches(program).values())
+        owners["feature caches"] = total(_caches(program))
         return owners
     spec, geometry = program.spec, program.geometry
     width, size = spec.heads * spec.head_dim, program.dtype.itemsize
@@ -68,17 +68,17 @@ def activations(program: Program, leaving: Collection[str] = (), held: bool = Fa
         held: whether a decoder's feature caches stay to a graph's end; if not, a graph that has
             none to read, or has read them, has their room for its results.
     """
-    caches = {} if held else {name: cache.nbytes for name, cache in _caches(program).items()}
+    caches = {} if held else _caches(program)
     graphs = (graph for name, graph in program.graphs.items() if name not in leaving)
     return max(_peak(program, graph, caches) for graph in graphs)
 
 
-def _caches(program: Program) -> Mapping[str, TensorSpec]:
-    """A decoder's, as ``step`` reads them."""
+def _caches(program: Program) -> dict[str, int]:
+    """Bytes of a decoder's feature caches, by the names under which ``step`` reads them."""
     if not isinstance(program.model, DecoderSpec):
         return {}
     read = program.contract("step").inputs
-    return {name: read[name] for name in program.model.cache_inputs}
+    return {name: read[name].nbytes for name in program.model.cache_inputs}
 
 
 def _peak(program: Program, graph: fx.Graph, caches: Mapping[str, int]) -> int:
@@ -91,13 +91,11 @@ def _peak(program: Program, graph: fx.Graph, caches: Mapping[str, int]) -> int:
     live, peak = -sum(caches.values()), 0
     held = [0] * (len(owner) + 1)
     for index, node in enumerate(graph.nodes):
-        if node.op in ("call_function", "call_module") and owner[node] is node:
+        made = node.op in ("call_function", "call_module") and owner[node] is node
+        if made or (node.op == "placeholder" and node.target in caches):
             size = _bytes(node.meta["val"])
             live += size
             held[last.get(node, index)] += size
-        elif node.op == "placeholder" and node.target in caches:
-            live += caches[node.target]
-            held[last.get(node, index)] += caches[node.target]
         if node.op == "call_module":
             inside = _peak(program, program.regions[str(node.args[0])].graph, {})
         else:
