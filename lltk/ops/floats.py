@@ -16,6 +16,11 @@ def round_e4m3(values: Tensor) -> Tensor:
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def reciprocal(scales: Tensor) -> Tensor:
+    """1 / scale, at most float32's largest."""
+    return scales.reciprocal().clamp(max=torch.finfo(torch.float32).max)
+
+
 def round_e2m1(values: Tensor) -> Tensor:
     """Nearest E2M1 codes, ties to even, saturating at ±6.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lltk.ops.cached_norm_silu.reference import CACHED, cached_norm_silu
-from lltk.ops.floats import E4M3_MAX, round_e4m3
+from lltk.ops.floats import E4M3_MAX, reciprocal, round_e4m3
 
 
 def fp8_cached_norm_silu(
@@ -21,7 +21,7 @@ def fp8_cached_norm_silu(
     """The frames of `cached_norm_silu`, rounded as it says, then to E4M3; zeros about each image.
 
     scale = √C · max |γ| / 448, 1 if γ is zero: no element of a norm is larger than √C · max |γ|,
-    and SiLU makes none larger.
+    and SiLU makes none larger. value = e4m3(x · (1 / scale)).
 
     Args:
         x, gamma, bias, residual, keep: as `cached_norm_silu`'s.
@@ -34,7 +34,7 @@ def fp8_cached_norm_silu(
     made, _, *total = cached_norm_silu(x, gamma, bias, residual, None, keep)
     peak = gamma.float().abs().amax()
     scale = (peak * (x.shape[1] ** 0.5 / E4M3_MAX)).masked_fill(peak == 0, 1.0)
-    codes = round_e4m3(made[:, :, CACHED:].float() / scale).view(torch.uint8)
+    codes = round_e4m3(made[:, :, CACHED:].float() * reciprocal(scale)).view(torch.uint8)
     held = (*codes.shape[:2], CACHED, *codes.shape[3:])
     before = codes.new_zeros(held) if cache is None else cache.view(torch.uint8)
     codes = torch.cat([before, codes], dim=2)

@@ -23,8 +23,7 @@ def fp8_cached_norm_silu(
     cache: Tensor | None = None,
     keep: bool = False,
 ) -> list[Tensor]:
-    """See `reference.fp8_cached_norm_silu`, from which it differs as its sums are rounded, and in
-    multiplying by 1 / scale.
+    """See `reference.fp8_cached_norm_silu`, from which it differs as its sums are rounded.
 
     Operands that do not lie in memory with channels last are copied first.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.floats import E4M3_MAX
+from lltk.ops.floats import E4M3_MAX, reciprocal
 
 
 def fp8_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,5 +25,4 @@ def fp8_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     # By a tensor: a GPU multiplies by a number's reciprocal instead.
     scales = x.abs().amax(-1, keepdim=True) / x.new_full((), E4M3_MAX)
     scales = scales.masked_fill(scales == 0, 1.0)
-    inverse = scales.reciprocal().clamp(max=torch.finfo(torch.float32).max)
-    return (x * inverse).to(torch.float8_e4m3fn), scales
+    return (x * reciprocal(scales)).to(torch.float8_e4m3fn), scales
