@@ -43,9 +43,10 @@ _BEHIND = ("stream.decoder.device=[cuda:2, cuda:3]", _REPLAYED)
 _METHOD = """\
 Random weights of the true shape, random embeddings in place of text, whose encoding does not count.
 Decoding: meanwhile the next chunk is made, on a CUDA stream of the decoder's own or, where it says
-so, on a GPU of its own; or in turn, the next chunk waiting for the frames of this one. First frame:
-compilation and recording in it, caches cold in a run's first row alone. Each row's run has a
-commit."""
+so, on a GPU of its own; or in turn, the next chunk waiting for the frames of this one. Either way a
+chunk is committed while it is decoded: on a shared GPU its DiT seconds hold some of the decoder's.
+First frame: compilation and recording in it, caches cold in a run's first row alone. Each row's run
+has a commit."""
 
 
 @dataclass(frozen=True)
