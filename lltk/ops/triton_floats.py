@@ -21,6 +21,12 @@ def round_e4m3(values):
 
 
 @triton.jit
+def reciprocal(scale):
+    """1 / scale, at most float32's largest."""
+    return tl.minimum(tl.div_rn(1.0, scale), 3.4028234663852886e38)
+
+
+@triton.jit
 def round_e4m3_up(values):
     """Bytes of the least E4M3 values not below, of float32 from 0 to 448; int32."""
     nearest = round_e4m3(values)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lltk.ops.triton_floats import round_e4m3
+from lltk.ops.triton_floats import reciprocal, round_e4m3
 
 
 def rows_of(x: Tensor, width: int) -> Tensor:
@@ -56,12 +56,6 @@ def store_fp8_row(out, scales, row, values, width, ROW: tl.constexpr, NATIVE: tl
     tl.store(scales + row, scale)
     codes = e4m3_codes(values * reciprocal(scale), NATIVE)
     store_row(out, row, codes, width, ROW)
-
-
-@triton.jit
-def reciprocal(scale):
-    """1 / scale, at most float32's largest."""
-    return tl.minimum(tl.div_rn(1.0, scale), 3.4028234663852886e38)
 
 
 @triton.jit

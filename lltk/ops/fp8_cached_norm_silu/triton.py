@@ -11,7 +11,8 @@ from lltk.ops.cached_norm_silu.reference import EPS
 from lltk.ops.cached_norm_silu.triton import ELEMENTS, channels_last, load_weights, norm_silu
 from lltk.ops.floats import E4M3_MAX
 from lltk.ops.fp8_cached_norm_silu.op import empty_results
-from lltk.ops.triton_rows import converts_e4m3, e4m3_codes, reciprocal
+from lltk.ops.triton_floats import reciprocal
+from lltk.ops.triton_rows import converts_e4m3, e4m3_codes
 
 
 @torch.library.custom_op("lltk::fp8_cached_norm_silu_triton", mutates_args=())

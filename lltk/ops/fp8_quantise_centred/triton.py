@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lltk.ops.fp8_quantise.op import new_fp8
-from lltk.ops.triton_floats import decode_e4m3
-from lltk.ops.triton_rows import converts_e4m3, load_row, reciprocal, row_options, store_fp8_row
+from lltk.ops.triton_floats import decode_e4m3, reciprocal
+from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, store_fp8_row
 
 _KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

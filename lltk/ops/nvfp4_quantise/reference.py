@@ -17,6 +17,7 @@ from lltk.ops.floats import (
     E4M3_MAX,
     decode_e2m1,
     pack,
+    reciprocal,
     round_e2m1,
     round_e2m1_randomly,
     round_e4m3,
@@ -149,8 +150,7 @@ def _blocks(x: Tensor, tile: int) -> Tensor:
 
 def _scaled(blocks: Tensor, scales: Tensor, decode: Tensor) -> Tensor:
     """The blocks in units of E2M1, within ±6."""
-    factor = (1 / (scales.float() * decode)).clamp(max=_FLT_MAX)
-    return (blocks * factor).clamp(-E2M1_MAX, E2M1_MAX)
+    return (blocks * reciprocal(scales.float() * decode)).clamp(-E2M1_MAX, E2M1_MAX)
 
 
 def _unit(largest: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lltk.ops.triton_floats import (
     nearest_e2m1,
     pack,
     pairs,
+    reciprocal,
     round_e2m1,
     round_e2m1_pairs,
     round_e2m1_randomly,
@@ -240,8 +241,7 @@ def quantise_blocks(
 
 @triton.jit
 def _scaled(values, scale, decode):
-    factor = tl.minimum(tl.div_rn(1.0, scale * decode), _FLT_MAX)
-    return values * factor[None, :, None]
+    return values * reciprocal(scale * decode)[None, :, None]
 
 
 @triton.jit
