@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from lltk.graph.program import Program
-from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import WEIGHTS
 from lltk.ops.implementations import check_device
 
@@ -58,7 +57,6 @@ class ProgramModule(nn.Module):
             for name, region in program.regions.items()
         }
         self._graphs: dict[str, Callable[..., dict[str, Tensor]]] = {}
-        self._consuming: dict[str, Callable[..., dict[str, Tensor]]] = {}
         self.blocks_by_path = self._make_blocks(program)
         for name, tensor in program.weights.items():
             run_dtype = program.run_dtype(name)
@@ -72,15 +70,8 @@ class ProgramModule(nn.Module):
         for name, tensor in program.constants.items():
             _assign(self, name, tensor.to(device))
         for name, graph in program.graphs.items():
-            self._graphs[name] = self._generated(name, graph)
-            if isinstance(program.model, DecoderSpec):
-                self._consuming[name] = self._generated(name, _consuming(graph))
-
-    def _generated(self, name: str, graph: fx.Graph) -> Callable[..., dict[str, Tensor]]:
-        """A graph's function, which takes this module first."""
-        made = fx.GraphModule(self, graph, class_name=name)
-        run: Callable[..., dict[str, Tensor]] = type(made).forward
-        return run
+            made = fx.GraphModule(self, _consuming(graph), class_name=name)
+            self._graphs[name] = type(made).forward
 
     def _make_blocks(self, program: Program) -> dict[str, Block]:
         blocks: dict[str, Block] = {}
@@ -95,20 +86,18 @@ class ProgramModule(nn.Module):
 
     def forward(self, graph: str, **inputs: Tensor) -> dict[str, Tensor]:
         """Run a named graph."""
-        return self._graphs[graph](self, **inputs)
+        return self.consume(graph, inputs)
 
     def consume(self, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run a decoder's named graph, which lets go of an input once nothing reads it any more.
+        """Run a named graph, which lets go of an input once nothing reads it any more.
 
         Args:
             graph: its name; compiled, it holds its inputs to its end.
             inputs: by name; emptied.
         """
-        if graph in self._consuming:
-            return self._consuming[graph](self, inputs)
-        given = dict(inputs)
-        inputs.clear()
-        return self(graph, **given)
+        result = self._graphs[graph](self, inputs)
+        assert not inputs, f"{graph} reads no {', '.join(inputs)}"
+        return result
 
     @torch.no_grad()
     def quantised_weights(self) -> dict[str, Tensor]:
@@ -145,7 +134,6 @@ class ProgramModule(nn.Module):
             options: for torch.compile.
         """
         self._graphs[name] = torch.compile(self._graphs[name], fullgraph=True, **options)
-        self._consuming.pop(name, None)
 
 
 def instantiate(
