@@ -1,18 +1,17 @@
-"""Time of the VAE's decoder by video frame, and where it goes.
+"""Time the VAE's decoder for each video frame, and say which kernels take the time.
 
-    .venv/bin/python benchmarks/decode.py [--rows ROW …] [--runs 8]
+    python benchmarks/decode.py
+    python benchmarks/decode.py --rows plain FP8 --runs 4
 
-Weights are random at the true shape, the same in every row, so errors can be compared too. The
-record is written after each row, and once more with every row's error against a decode in float32.
-
-Writes decode.json and decode.md beside this file, or into --output.
+Weights are random and have the true shapes. Every row has the same weights, so that errors can be
+compared too. The record is written after each row, and once more when every row's error against a
+decode in float32 is known.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -27,7 +26,8 @@ from torch.profiler import profile
 
 from lltk.bench.profiling import longest_kernels, profiled, timed
 from lltk.bench.random_weights import with_random_weights
-from lltk.bench.record import make_record, markdown, write_record
+from lltk.bench.record import Record, markdown, write_record
+from lltk.bench.script import script_parser, script_record
 from lltk.compiler import transform, with_weights
 from lltk.graph.edit import op_of, shape
 from lltk.graph.memory import readable
@@ -40,13 +40,13 @@ from lltk.ops.fp8_conv3d.op import OVERLOAD as FP8_CONVOLUTION
 from lltk.passes import make_pass
 from lltk.stream.decoder import Decoder
 
-HERE = Path(__file__).parent
 _METHOD = """\
-Milliseconds a video frame of {runs} steady calls after a warm-up of two: {how}. First: the video's
-first five latents; of compilation and of libraries' loading, what no row above had. A row that is
-replayed is one CUDA graph of a call, and the copies of its caches. Error: of the video of five
-latents, relative to a decode in float32 and to the first row. Owners: shares of the time of a
-call, by the names of its kernels. Random weights of the true shape."""
+Milliseconds are for one video frame: {runs} calls after two that warm up, timed by {how}. First s
+is the time of the video's first five latents; it includes what has to be compiled or loaded and
+no row above has compiled or loaded yet. A replayed row runs a call as one CUDA graph, with the
+copies of its caches. Error is that of the video of five latents, relative to a decode in float32
+and then to the first row. Owners are shares of a call's time, told apart by the names of its
+kernels. Weights are random and have the true shapes."""
 _OWNERS = {
     "compiled": ("triton_",),
     "norm and cache": ("_cached_norm_silu",),
@@ -56,7 +56,7 @@ _OWNERS = {
     "convolution": ("conv", "xmma", "fprop", "cutlass", "cudnn", "gemm", "nvjet", "sm90", "sm80"),
     "other": (),
 }
-"""Parts of the names of an owner's kernels, the first that fits."""
+"""Parts of kernels' names, by owner. A kernel belongs to the first owner that fits."""
 _FUSED = ("fuse_norm_silu", "channels_last")
 _ALL = ("fold_upsample", *_FUSED)
 _FP8 = ("fold_upsample", "fuse_norm_silu", "fp8_convolve", "channels_last")
@@ -65,15 +65,15 @@ _MADE = {
     "fuse_norm_silu": ("cached_norm_silu",),
     "fp8_convolve": ("fp8_cached_norm_silu", "fp8_conv3d"),
 }
-"""Ops that passes make."""
+"""The ops that each pass makes."""
 _OPERANDS = {
     torch.ops.aten.conv3d.default: (0, 1),
     torch.ops.aten.conv2d.default: (0, 1),
     FP8_CONVOLUTION: (0, 2),
 }
-"""Where convolutions have their input and their weight."""
+"""The places of a convolution's input and weight among its arguments."""
 _EVENTS = {"aten::cudnn_convolution": (0, 1), "lltk::fp8_conv3d_triton": (0, 2)}
-"""The same of a profile's events."""
+"""The same places, for the events of a profile."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class Row:
     """One way to decode.
 
     Attributes:
-        passes: after canonicalise.
+        passes: the passes after canonicalise.
         how: eager, compiled (by torch.compile) or replayed (as a CUDA graph).
-        trial: whether cuDNN finds its kernels by trying them.
-        latents: of a steady call.
+        trial: whether cuDNN tries its kernels and takes the fastest.
+        latents: how many latents a call decodes.
     """
 
     passes: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ class Row:
 
 
 _OPENING = 5
-"""Latents that every row decodes first: one, and four that are steady calls for each row."""
+"""Latents that every row decodes first: one alone, then four in calls of the row's own size."""
 ROWS = {
     "plain": Row(),
     "fused": Row(_ALL),
@@ -113,21 +113,30 @@ ROWS = {
 }
 
 
+def parser() -> argparse.ArgumentParser:
+    """The script's options."""
+    made = script_parser(__file__, __doc__, runs=8)
+    made.add_argument("--recipe", default="wan22_decode", help="a file or a shipped recipe")
+    made.add_argument(
+        "--rows", nargs="*", choices=ROWS, default=list(ROWS), help="which to measure"
+    )
+    return made
+
+
+def rows(options: argparse.Namespace) -> list[str]:
+    """The names of the rows that a command makes."""
+    return list(options.rows)
+
+
 def main() -> None:
     """Measure and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="wan22_decode")
-    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--runs", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=HERE)
-    options = parser.parse_args()
-    recipe, device = load_recipe(find_recipe(options.recipe)), options.device
+    options = parser().parse_args()
+    recipe, device = load_recipe(find_recipe(options.recipe)), torch.device(options.device)
     bases = {1: with_random_weights(transform(recipe, weights=False), device)}
     weights = bases[1].weights
     results: list[dict[str, Any]] = []
     videos: list[Tensor] = []
-    for name in options.rows:
+    for name in rows(options):
         row = ROWS[name]
         if row.latents not in bases:
             bases[row.latents] = _captured(recipe, weights, latents=row.latents)
@@ -147,14 +156,14 @@ def main() -> None:
     _write(options.output, device, options.runs, results)
 
 
-def _write(folder: Path, device: torch.device, runs: int, results: list[dict[str, Any]]) -> None:
-    how = "CUDA events" if device.type == "cuda" else "wall time"
-    record = make_record(
-        "decode",
-        f"benchmarks/decode.py {' '.join(sys.argv[1:])}".strip(),
-        _METHOD.format(runs=runs, how=how).replace("\n", " "),
-        results,
-    )
+def _write(output: Path, device: torch.device, runs: int, results: list[dict[str, Any]]) -> None:
+    how = "CUDA events" if device.type == "cuda" else "the wall clock"
+    record = script_record("decode", _METHOD.format(runs=runs, how=how), results)
+    write_record(output, record, text(record))
+
+
+def text(record: Record) -> str:
+    """The record as Markdown."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "decoder": lambda row: row["name"],
         "ms a frame": lambda row: f"{row['frame']['median_ms']:.1f}",
@@ -167,13 +176,13 @@ def _write(folder: Path, device: torch.device, runs: int, results: list[dict[str
         "owners": lambda row: ", ".join(f"{k} {v:.0%}" for k, v in row["owners"].items()) or "–",
         "passes": lambda row: ", ".join(row["passes"]),
     }
-    write_record(folder / "decode", record, markdown(record, "Decoding", columns))
+    return markdown(record, "Decoding", columns)
 
 
 def _measured(
     base: Program, row: Row, device: torch.device, runs: int
 ) -> tuple[dict[str, Any], Tensor]:
-    """A row's result, and its video of the opening latents, float32 on the host."""
+    """A row's result, and its video of the first latents: float32, on the CPU."""
     program = _rewritten(base, row.passes, device)
     torch.backends.cudnn.benchmark = row.trial
     if device.type == "cuda":
@@ -215,7 +224,7 @@ def _rewritten(base: Program, passes: tuple[str, ...], device: torch.device) -> 
 
 
 def _latents(program: Program, device: torch.device) -> Tensor:
-    """A video's first."""
+    """A video's first latents, [B, C, 5, h, w]."""
     inputs = program.contract("first").inputs
     batch, channels, _, *sides = inputs[program.model.latent_input].shape
     generator = torch.Generator(device).manual_seed(1)
@@ -229,14 +238,14 @@ def _decoded(decoder: Decoder, latents: Tensor) -> Tensor:
 
 
 def _captured(recipe: Recipe, weights: Mapping[str, Tensor], **model: Any) -> Program:
-    """The recipe's program with other choices of its model section."""
+    """The recipe's program with changes to its model section."""
     section = recipe.model.model_copy(update=model)
     program = transform(recipe.model_copy(update={"model": section}), weights=False)
     return with_weights(program, weights)
 
 
 def _exact(program: Program, device: torch.device) -> Tensor:
-    """The video of the opening latents, in float32."""
+    """The video of the first latents, decoded in float32."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
         decoder = Decoder(program, instantiate(program, device))
         return _decoded(decoder, _latents(program, device))
@@ -248,7 +257,7 @@ def _error(ours: Tensor, theirs: Tensor) -> float:
 
 @torch.no_grad()
 def _profiled(call: Callable[[], object], program: Program, device: torch.device) -> dict[str, Any]:
-    """Of a call on a GPU: shares by owner, the longest kernels, convolutions by their shapes."""
+    """Who takes a call's time on a GPU: by owner, by kernel, and by shape of a convolution."""
     owners, found = profiled(call, device, _OWNERS)
     if found is None:
         return {"owners": {}, "kernels": [], "convolutions": []}
@@ -260,7 +269,7 @@ def _profiled(call: Callable[[], object], program: Program, device: torch.device
 
 
 def _by_shape(found: profile, program: Program) -> list[dict[str, Any]]:
-    """Convolutions that eager calls made, by the shapes of their operands, longest first."""
+    """The convolutions of eager calls, by the shapes of their operands, longest first."""
     taken: dict[tuple[tuple[int, ...], ...], float] = defaultdict(float)
     for event in found.key_averages(group_by_input_shape=True):
         if event.key in _EVENTS:
@@ -277,7 +286,7 @@ def _by_shape(found: profile, program: Program) -> list[dict[str, Any]]:
 
 
 def _shapes(program: Program) -> dict[tuple[tuple[int, ...], ...], tuple[int, int]]:
-    """Convolutions of a steady call and their floating-point operations, by input and weight."""
+    """How many convolutions a call makes, and their floating-point operations, by shapes."""
     counted: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = {}
     graph = program.graphs.get("steps", program.graphs["step"])
     for conv in graph.nodes:

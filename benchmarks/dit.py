@@ -1,19 +1,17 @@
-"""Time of the transformer's passes at a full window, and where it goes.
+"""Time the transformer's passes at a full window, and say which kernels take the time.
 
-    .venv/bin/python benchmarks/dit.py [RECIPE …] [--runs 20]
-    .venv/bin/torchrun --nproc-per-node 2 benchmarks/dit.py wan22_5b_stream_sp2
+    python benchmarks/dit.py
+    python benchmarks/dit.py wan22_5b_stream benchmarks/dit/fused.yaml --runs 10
+    torchrun --nproc-per-node 2 benchmarks/dit.py wan22_5b_stream_sp2
 
-Recipes are files or shipped recipes' names, of one model; by default each step from bfloat16 to
-FP8 throughout. Weights are random at the true shape, the same for every recipe, so errors can be
-compared too.
-
-Writes dit.json and dit.md beside this file, or into --output.
+Recipes are files or names of shipped recipes, all of one model. By default they are the steps from
+bfloat16 to FP8 throughout. Weights are random and have the true shapes. They are the same for every
+recipe, so that errors can be compared too.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,7 +24,8 @@ from lltk.bench.ceiling import ceiling
 from lltk.bench.compare import OUTPUT, Errors, watched
 from lltk.bench.profiling import longest_kernels, profiled, timed, wait
 from lltk.bench.random_weights import with_random_weights
-from lltk.bench.record import make_record, markdown, write_record
+from lltk.bench.record import Record, markdown, write_record
+from lltk.bench.script import script_parser, script_record
 from lltk.compiler import transform
 from lltk.graph.memory import readable
 from lltk.graph.module import ProgramModule, instantiate
@@ -39,14 +38,16 @@ from lltk.stream.rollout import Rollout
 
 HERE = Path(__file__).parent
 _METHOD = """\
-Milliseconds of {runs} passes after a warm-up of three, with the cache full: {how}. DiT FPS: a
-chunk's video frames over its denoising passes and its commit. First: the first denoising pass and
-the first commit; of compilation, what no recipe above has compiled. Error: of a denoising pass's
-output and of each block's, relative to the first recipe's eager ones, each recipe over its own
-cache; then the largest ratio, at any block or the output, to fp8_linears' there. Owners: shares of
-the time of a denoising pass, by the names of its kernels. Products alone: its linears and its
-attention, each timed by itself in the same run and counted as often as it is made; beside them,
-what they are of the step. Random weights of the true shape."""
+Milliseconds of {runs} passes after three that warm up, with a full cache, timed by {how}. DiT FPS
+is a chunk's video frames over the seconds of its denoising passes and its commit. First s is the
+time of the first denoising pass and the first commit; it includes what has to be compiled and no
+recipe above has compiled yet. Error is that of a denoising pass's output and of each block's,
+relative to the first recipe's eager pass; each recipe reads a cache that it wrote itself. The
+next column is the largest ratio, at any block or the output, of these errors to those of
+fp8_linears. Owners are shares of a denoising pass's time, told apart by the names of its kernels.
+Products alone are the pass's linears and its attention, each timed by itself in the same run and
+counted as often as the pass makes it; the column after them is their share of the step. Weights
+are random and have the true shapes."""
 _LINEARS = "fp8_linears"
 _OWNERS = {
     "element-wise, compiled": ("triton_per_", "triton_poi_", "triton_red_"),
@@ -56,26 +57,38 @@ _OWNERS = {
     "communication": ("nccl",),
     "element-wise": (),
 }
-"""Parts of the names of kernels; torch.compile's name their neighbours too, and so come first."""
+"""Parts of kernels' names, by owner. A kernel belongs to the first owner that fits. The names of
+torch.compile's kernels hold those of other owners too, so they come first."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The script's options."""
+    between = (str(HERE / "dit" / f"{name}.yaml") for name in (_LINEARS, "fused"))
+    default = ["wan22_5b_stream", *between, "wan22_5b_stream_fp8"]
+    made = script_parser(__file__, __doc__, runs=20)
+    made.add_argument("recipes", nargs="*", default=default, metavar="RECIPE")
+    return made
+
+
+def rows(options: argparse.Namespace) -> list[str]:
+    """The names of the rows that a command makes; the first recipe has an eager row too."""
+    names = [Path(recipe).stem for recipe in options.recipes]
+    return [*names[:1], *names]
 
 
 def main() -> None:
-    """Measure and write the record, anew after each row."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    between = (str(HERE / "dit" / f"{name}.yaml") for name in (_LINEARS, "fused"))
-    default = ["wan22_5b_stream", *between, "wan22_5b_stream_fp8"]
-    parser.add_argument("recipes", nargs="*", default=default)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=HERE)
-    options = parser.parse_args()
+    """Measure, and write the record again after each row."""
+    options = parser().parse_args()
     recipes = {Path(name).stem: load_recipe(find_recipe(name)) for name in options.recipes}
+    how = "the wall clock" if options.device == "cpu" else "CUDA events"
+    method = _METHOD.format(runs=options.runs, how=how)
     results: list[dict[str, Any]] = []
     with joined(options.device) as ranks:
         for result in _results(recipes, ranks.device, options.runs):
             results.append(result)
             if ranks.rank == 0:
-                _write(options, results)
+                record = script_record("dit", method, results, ranks.size)
+                write_record(options.output, record, text(record))
 
 
 def _results(
@@ -92,14 +105,9 @@ def _results(
             yield result
 
 
-def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    how = "wall time" if options.device == "cpu" else "CUDA events"
-    record = make_record(
-        "dit",
-        f"benchmarks/dit.py {' '.join(sys.argv[1:])}".strip(),
-        _METHOD.format(runs=options.runs, how=how).replace("\n", " "),
-        results,
-    )
+def text(record: Record) -> str:
+    """The record as Markdown."""
+    results = record.results
     linears = next((row["errors"] for row in results if row["name"] == _LINEARS), {})
 
     def more(row: Mapping[str, Any]) -> str:
@@ -127,11 +135,11 @@ def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
         "owners": lambda row: ", ".join(f"{k} {v:.0%}" for k, v in row["owners"].items()) or "–",
         "ran": lambda row: ", ".join(f"{op} {how}" for op, how in row["ran"].items()),
     }
-    write_record(options.output / "dit", record, markdown(record, "Transformer passes", columns))
+    return markdown(record, "Transformer passes", columns)
 
 
 def _alone(row: Mapping[str, Any], form: str, of: float = 1.0) -> str:
-    """Milliseconds of a pass's products over a number, where they are known."""
+    """Milliseconds of a pass's products, divided by ``of``; a dash where they were not timed."""
     parts = row["ceiling"]
     return "–" if parts is None else format(sum(p["ms"] for p in parts.values()) / of, form)
 
@@ -139,7 +147,10 @@ def _alone(row: Mapping[str, Any], form: str, of: float = 1.0) -> str:
 def _rows(
     recipe: Recipe, device: torch.device, runs: int, eager: bool
 ) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """A recipe's result and what its blocks give, as it says; eager before, if wanted."""
+    """A recipe's result and what its blocks give, run as the recipe says.
+
+    With ``eager`` a row comes first in which nothing is compiled or recorded.
+    """
     program = with_random_weights(transform(recipe, weights=False), device)
     module = instantiate(program, device)
     section = stream_section(recipe.stream, "recipe")
@@ -160,7 +171,7 @@ def _rows(
 
 
 class _Passes:
-    """Passes over a full window, whose inputs are the same for every recipe."""
+    """A denoising pass and a commit; their inputs are the same for every recipe."""
 
     def __init__(
         self, program: Program, module: ProgramModule, device: torch.device, graphs: bool
@@ -187,7 +198,7 @@ class _Passes:
         self._run.commit(self._latents, self._positions)
 
     def fill(self) -> None:
-        """Commit other chunks until the window is full."""
+        """Commit chunks until the window is full."""
         for _ in range(self._pages):
             self._run.commit(self._normal(*self._shape), self._positions)
 
@@ -213,7 +224,7 @@ def _measured(
 
 
 def _outputs(program: Program, module: ProgramModule, device: torch.device) -> dict[str, Tensor]:
-    """What every block and the model give, float32, on the CPU."""
+    """What every block and the model give: float32, on the CPU."""
     passes = _Passes(program, module, device, graphs=False)
     passes.fill()
     with watched(module) as seen:

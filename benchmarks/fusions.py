@@ -1,31 +1,29 @@
-"""Bandwidth of the kernels between FP8 linears, on one device, against a compiler's.
+"""Measure the bandwidth of the kernels between FP8 linears, beside torch.compile's of the same ops.
 
-    .venv/bin/python benchmarks/fusions.py [--runs 50]
-
-Writes fusions.json and fusions.md beside this file, or into --output.
+python benchmarks/fusions.py
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lltk.bench.clock import Clock
-from lltk.bench.record import make_record, markdown, write_record
+from lltk.bench.clock import Clock, size_of
+from lltk.bench.record import Record, markdown, write_record
+from lltk.bench.script import KERNEL_COLUMNS, column, script_parser, script_record
 from lltk.ops.implementations import find_implementation, register_ops
 
 _METHOD = """\
-Bytes: every operand and result once, modulation and tables too. Of copy: their bandwidth as a share
-of a copy's that moves as many bytes. Compiled: the same op's reference, fused by torch.compile. A
-pass: that many calls in each of {layers} blocks. {tokens} tokens; queries and keys are slices of
-rows of three times their width, as one linear writes them. Products: of FP8 operands, queries, keys
-and values by one or by three."""
+Bytes count every operand and result once, modulation and tables too. Of copy is the bandwidth as
+a share of that of a copy which moves as many bytes. Compiled is the op's reference, fused by
+torch.compile. A pass makes its calls in each of {layers} blocks, over {tokens} tokens. Queries
+and keys are slices of rows of three times their width, as one linear writes them. Products
+multiply FP8 operands: queries, keys and values by one product or by three."""
 _A_BLOCK = {
     "fp8_quantise": 2,
     "fp8_quantise_norm": 1,
@@ -35,18 +33,13 @@ _A_BLOCK = {
     "gated_add": 1,
     "rms_norm_rope": 2,
 }
-"""Calls in a block of the step."""
-
-
-def moved(*values: Any) -> int:
-    """Bytes of tensors."""
-    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+"""How often a block of the step calls each op."""
 
 
 def operands(
     device: torch.device, frames: int, tokens: int, heads: int, ffn: int
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The arguments of each op in a block, by label; a label begins with its op's name."""
+    """The arguments of each op in a block, by label. A label begins with the op's name."""
     width = heads * 128
 
     def normal(*shape: int) -> Tensor:
@@ -68,37 +61,29 @@ def operands(
 def kernels(
     clock: Clock, implementation: str, layers: int, **sizes: int
 ) -> Iterator[dict[str, Any]]:
-    """Each op beside its reference, compiled, and a copy of as many bytes."""
+    """Each op beside its reference, compiled, and beside a copy of as many bytes."""
     for label, arguments in operands(clock.device, **sizes):
         op = label.partition(",")[0]
         ours = find_implementation(op, implementation).load()
         compiled = torch.compile(find_implementation(op, "torch").load(), dynamic=False)
-        result = ours(*arguments)
-        written = moved(result) if isinstance(result, Tensor) else moved(*result)
-        size = moved(*arguments) + written
-        source = torch.empty(size // 2, dtype=torch.uint8, device=clock.device)
-        target = torch.empty_like(source)
-        times = clock(lambda ours=ours, given=arguments: ours(*given))
-        fused = clock(lambda fused=compiled, given=arguments: fused(*given))
-        copy = clock(lambda source=source, target=target: target.copy_(source))
+        written = size_of(ours(*arguments))
+        times = clock.beside_copy(partial(ours, *arguments), size_of(arguments) + written)
+        fused = clock(partial(compiled, *arguments))["median_ms"]
         calls = layers * _A_BLOCK[label]
         yield {
             "op": label,
             "shape": list(arguments[0].shape),
-            "bytes": size,
             **times,
-            "gb_s": size / times["median_ms"] / 1e6,
-            "of_copy": copy["median_ms"] / times["median_ms"],
-            "compiled_ms": fused["median_ms"],
-            "against_compiled": fused["median_ms"] / times["median_ms"],
+            "compiled_ms": fused,
+            "against_compiled": fused / times["median_ms"],
             "pass_ms": calls * times["median_ms"],
-            "compiled_pass_ms": calls * fused["median_ms"],
-            "copy_pass_ms": calls * copy["median_ms"],
+            "compiled_pass_ms": calls * fused,
+            "copy_pass_ms": calls * times["copy_ms"],
         }
 
 
 def products(clock: Clock, tokens: int, width: int, layers: int) -> Iterator[dict[str, Any]]:
-    """Queries, keys and values by one product and by three, on what multiplies FP8."""
+    """Queries, keys and values by one FP8 product and by three."""
     name = "scaled_mm" if clock.cuda else "reference"
     multiply = find_implementation("fp8_matmul", name).load()
     quantise = find_implementation("fp8_quantise", "torch").load()
@@ -121,26 +106,23 @@ def products(clock: Clock, tokens: int, width: int, layers: int) -> Iterator[dic
         }
 
 
-def number(name: str, form: str) -> Callable[[Mapping[str, Any]], str]:
-    """A column, empty where a result has no such number."""
-    return lambda result: format(result[name], form) if name in result else ""
+def parser() -> argparse.ArgumentParser:
+    """The script's options."""
+    made = script_parser(__file__, __doc__, runs=50)
+    made.add_argument("--implementation", default="triton", help="of every op")
+    made.add_argument("--frames", type=int, default=8, help="latent frames of a chunk")
+    made.add_argument("--tokens", type=int, default=7040, help="of a chunk: 8 frames of 880")
+    made.add_argument("--heads", type=int, default=24, help="heads of 128 channels")
+    made.add_argument("--ffn", type=int, default=14336, help="the feed-forward's width")
+    made.add_argument("--layers", type=int, default=30)
+    return made
 
 
 def main() -> None:
     """Measure and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--implementation", default="triton", help="of every op")
-    parser.add_argument("--frames", type=int, default=8, help="of a chunk")
-    parser.add_argument("--tokens", type=int, default=7040, help="of a chunk: 8 frames of 880")
-    parser.add_argument("--heads", type=int, default=24, help="of 128 channels")
-    parser.add_argument("--ffn", type=int, default=14336)
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    options = parser.parse_args()
+    options = parser().parse_args()
     register_ops()
-    clock = Clock(options.device, options.runs)
+    clock = Clock(torch.device(options.device), options.runs)
     sizes = {name: getattr(options, name) for name in ("frames", "tokens", "heads", "ffn")}
     layers = options.layers
     with torch.no_grad():
@@ -150,32 +132,24 @@ def main() -> None:
         results.append({"op": "all", "shape": [], **total})
         results += products(clock, options.tokens, 128 * options.heads, layers)
     method = f"{clock.method} {_METHOD.format(layers=layers, tokens=options.tokens)}"
-    record = make_record(
-        "fusions",
-        f"benchmarks/fusions.py {' '.join(sys.argv[1:])}".strip(),
-        f"Implementation {options.implementation}. {method}".replace("\n", " "),
-        results,
-    )
-    text = markdown(
-        record,
-        "Kernels between FP8 linears",
-        {
-            "op": lambda result: result["op"],
-            "shape": lambda result: "×".join(map(str, result["shape"])),
-            "median ms": number("median_ms", ".4f"),
-            "p90 ms": number("p90_ms", ".4f"),
-            "GB/s": number("gb_s", ".0f"),
-            "of copy": number("of_copy", ".0%"),
-            "compiled ms": number("compiled_ms", ".4f"),
-            "speed-up": number("against_compiled", ".2f"),
-            "TFLOP/s": number("tflop_s", ".0f"),
-            "a pass, ms": number("pass_ms", ".2f"),
-            "compiled": number("compiled_pass_ms", ".2f"),
-            "copy": number("copy_pass_ms", ".2f"),
-        },
-    )
-    write_record(options.output / "fusions", record, text)
-    print(text)
+    record = script_record("fusions", f"Implementation {options.implementation}. {method}", results)
+    write_record(options.output, record, text(record))
+    print(text(record))
+
+
+def text(record: Record) -> str:
+    """The record as Markdown."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        **KERNEL_COLUMNS,
+        "of copy": column("of_copy", ".0%"),
+        "compiled ms": column("compiled_ms", ".4f"),
+        "speed-up": column("against_compiled", ".2f"),
+        "TFLOP/s": column("tflop_s", ".0f"),
+        "a pass, ms": column("pass_ms", ".2f"),
+        "compiled": column("compiled_pass_ms", ".2f"),
+        "copy": column("copy_pass_ms", ".2f"),
+    }
+    return markdown(record, "Kernels between FP8 linears", columns)
 
 
 if __name__ == "__main__":

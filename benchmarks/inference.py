@@ -1,20 +1,18 @@
-"""A stream of the 5B model from prompts to a file: what each step to real time gains.
+"""Stream videos of the 5B model from prompts to a file, and time each step towards real time.
 
-    .venv/bin/python benchmarks/inference.py [--seconds 64] [--only NAME …]
-    .venv/bin/torchrun --nproc-per-node 2 benchmarks/inference.py
+    python benchmarks/inference.py
+    python benchmarks/inference.py --only BF16 --only "2 steps" --seconds 16
+    torchrun --nproc-per-node 2 benchmarks/inference.py
 
-Weights and prompts are random, at the true shape. Writes inference.json and inference.md beside
-this file, or into --output; rows of the record there that were measured on other GPUs, or that are
-not measured now, stay in it.
+Weights and prompts are random and have the true shapes. A run measures the rows that its processes
+and GPUs suffice for: the first command above measures rows of one process, the last those of two.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,8 @@ from typing import Any
 import torch
 
 from lltk.bench.random_weights import random_prompts, with_random_models
-from lltk.bench.record import Record, commit, hardware, make_record, markdown, write_record
+from lltk.bench.record import Record, markdown, write_record
+from lltk.bench.script import script_parser, script_record
 from lltk.bench.stream import METHOD, measure
 from lltk.graph.memory import readable
 from lltk.graph.recipe import load_recipe
@@ -41,12 +40,13 @@ _ELSEWHERE = ("stream.decoder.device=cuda:1", _REPLAYED)
 _ON_TWO = ("stream.decoder.device=[cuda:1, cuda:2]", _REPLAYED)
 _BEHIND = ("stream.decoder.device=[cuda:2, cuda:3]", _REPLAYED)
 _METHOD = """\
-Random weights of the true shape, random embeddings in place of text, whose encoding does not count.
-Decoding: meanwhile the next chunk is made, on a CUDA stream of the decoder's own or, where it says
-so, on a GPU of its own; or in turn, the next chunk waiting for the frames of this one. Either way a
-chunk is committed while it is decoded: on a shared GPU its DiT seconds hold some of the decoder's.
-First frame: compilation and recording in it, caches cold in a run's first row alone. Each row's run
-has a commit."""
+Weights are random and have the true shapes. Random embeddings stand for text, whose encoding does
+not count. Where decoding is meanwhile, a chunk is decoded while the next one is made: on a CUDA
+stream of the decoder's own or, where the row says so, on a GPU of its own. Where it is in turn,
+the next chunk waits for the frames of this one. Either way a chunk is committed while it is
+decoded, so on a shared GPU its DiT seconds hold some of the decoder's. The first frame's latency
+includes compiling and recording; only a run's first row finds the caches of compiled kernels
+empty."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Row:
 
     Attributes:
         recipe: a file, or a shipped recipe's name.
-        changes: of it.
-        gpus: that it needs.
-        ranks: processes that share it, started by torchrun.
-        steps: denoising passes a chunk; None for the recipe's.
-        in_turn: whether chunks wait for the frames of the one before.
+        changes: overrides of the recipe's keys.
+        gpus: how many GPUs the row needs.
+        ranks: how many processes share the transformer; torchrun starts them.
+        steps: denoising passes of a chunk; None for the recipe's own number.
+        in_turn: whether a chunk waits for the frames of the one before.
     """
 
     recipe: str
@@ -91,35 +91,46 @@ ROWS: Mapping[str, Row] = {
 }
 
 
+def parser() -> argparse.ArgumentParser:
+    """The script's options."""
+    made = script_parser(__file__, __doc__)
+    made.add_argument("--seconds", type=float, default=64.0, help="of video that a row measures")
+    made.add_argument("--warmup", type=int, default=4, help="chunks before these")
+    made.add_argument("--only", action="append", choices=ROWS, help="measure this row")
+    made.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    made.add_argument("--recipe", help="in place of every row's")
+    return made
+
+
+def rows(options: argparse.Namespace, gpus: int, ranks: int = 1) -> list[str]:
+    """The names of the rows that a command makes on a machine with that many GPUs."""
+    wanted = options.only or ROWS
+    return [n for n, row in ROWS.items() if n in wanted and row.gpus <= gpus and row.ranks == ranks]
+
+
 def main() -> None:
-    """Measure and write the record, anew after each row."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=64.0, help="of video, a row")
-    parser.add_argument("--warmup", type=int, default=4, help="chunks before")
-    parser.add_argument("--only", action="append", choices=ROWS)
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
-    parser.add_argument("--recipe", help="in place of every row's")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--output", type=Path, default=HERE)
-    options = parser.parse_args()
+    """Measure, and write the record again after each row."""
+    options = parser().parse_args()
     gpus = len(ROWS) if options.device == "cpu" else torch.cuda.device_count()
     results: list[dict[str, Any]] = []
     with joined(options.device) as ranks:
         planned = _Planned(options, ranks.device)
-        for name, row in ROWS.items():
-            wanted = options.only is None or name in options.only
-            if not wanted or row.gpus > gpus or row.ranks != ranks.size:
-                continue
-            result = planned.measured(row)
+        names = rows(options, gpus, ranks.size)
+        if missing := set(options.only or names) - set(names):
+            parser().error(
+                f"--only: {', '.join(missing)}: not made by {ranks.size} ranks, {gpus} GPUs"
+            )
+        for name in names:
+            result = planned.measured(ROWS[name])
             if ranks.rank == 0:
-                on = " + ".join(_counted(hardware().gpus[: row.gpus])) or "CPU"
-                results.append({"name": name, "on": on, "commit": commit(), **result})
+                results.append({"name": name, "gpus": ROWS[name].gpus, **result})
                 print(name, result["e2e_seconds"], result["dit_fps"], flush=True)
-                _write(options.output, results)
+                record = script_record("inference", f"{METHOD} {_METHOD}", results, ranks.size)
+                write_record(options.output, record, text(record))
 
 
 class _Planned:
-    """Measures rows with random weights; those of one plan but for the steps share it."""
+    """Measures rows with random weights; rows that differ only in their steps share the models."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self._options = options
@@ -149,25 +160,8 @@ class _Planned:
         return replace(self._made[1], recipe=recipe, section=section)
 
 
-def _counted(gpus: Sequence[str]) -> list[str]:
-    """Such as 2× NVIDIA H200."""
-    return [f"{count}× {name}" for name, count in Counter(gpus).items()]
-
-
-def _with_others(path: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results, and what a record has of other rows and other GPUs; in the table's order."""
-    if path.exists():
-        measured = {(row["name"], row["on"]) for row in results}
-        held = Record.model_validate_json(path.read_text()).results
-        results = [*results, *(row for row in held if (row["name"], row["on"]) not in measured)]
-    return sorted(results, key=lambda row: (row["on"], list(ROWS).index(row["name"])))
-
-
-def _write(folder: Path, results: list[dict[str, Any]]) -> None:
-    results = _with_others(folder / "inference.json", results)
-    command = f"benchmarks/inference.py {' '.join(sys.argv[1:])}".strip()
-    method = f"{METHOD} {_METHOD}".replace("\n", " ").strip()
-    record = make_record("inference", command, method, results)
+def text(record: Record) -> str:
+    """The record as Markdown."""
 
     def seconds(n: int) -> Callable[[Mapping[str, Any]], str]:
         return lambda row: (
@@ -175,8 +169,8 @@ def _write(folder: Path, results: list[dict[str, Any]]) -> None:
         )
 
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "on": lambda row: row["on"],
         "": lambda row: row["name"],
+        "GPUs": lambda row: str(row["gpus"]),
         "steps": lambda row: str(row["steps"]),
         "decoding": lambda row: "in turn" if row.get("in_turn") else "meanwhile",
         "DiT FPS": lambda row: f"{row['dit_fps']:.1f}",
@@ -187,9 +181,8 @@ def _write(folder: Path, results: list[dict[str, Any]]) -> None:
         "peak memory": lambda row: _peaks(row["memory"]["peak"]),
         "planned": lambda row: _owners(row["memory"]["planned"]),
         "ran": lambda row: row["ran"]["transformer"] + "; decoder " + row["ran"]["decoder"],
-        "commit": lambda row: row["commit"],
     }
-    write_record(folder / "inference", record, markdown(record, "Inference", columns))
+    return markdown(record, "Inference", columns)
 
 
 def _peaks(peak: Mapping[str, int]) -> str:

@@ -1,44 +1,37 @@
-"""Bandwidth of NVFP4's kernels and speed of its products, on one device.
+"""Measure the bandwidth of NVFP4's kernels and the speed of its products, on one device.
 
-    .venv/bin/python benchmarks/nvfp4.py [--backend triton] [--runs 50]
-
-Writes nvfp4.json and nvfp4.md beside this file, or into --output.
+python benchmarks/nvfp4.py
+python benchmarks/nvfp4.py --backend reference --device cpu --tokens 64 --width 48 --ffn 64
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lltk.bench.clock import Clock
-from lltk.bench.record import make_record, markdown, write_record
+from lltk.bench.clock import Clock, size_of
+from lltk.bench.record import Record, markdown, write_record
+from lltk.bench.script import KERNEL_COLUMNS, column, script_parser, script_record
 from lltk.ops.hadamard.reference import SIGNS
 from lltk.ops.implementations import register_ops
 from lltk.ops.nvfp4_backends import check_backend
 
 _METHOD = """\
-Bytes: what kernels read and write of their operands and results; quantising reads its input twice,
-once for the amax. Once: every operand and result counted once. GB/s and its share of a copy are of
-bytes; the copy moves as many, in the same manner. Products: against torch.matmul of bfloat16
-operands of the same shape."""
-
-
-def moved(*tensors: Tensor) -> int:
-    """Bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+Bytes are what a kernel reads and writes of its operands and results. Quantising reads its input
+twice, the first time for the largest magnitude; the record's "once" counts every operand and
+result once. GB/s and its share of a copy's follow from bytes; the copy moves as many and is timed
+alike. Products are compared with torch.matmul of bfloat16 operands of the same shape."""
 
 
 def bandwidths(
     clock: Clock, tokens: int, width: int, ffn: int, backend: str
 ) -> Iterator[dict[str, Any]]:
-    """Ops that memory bounds, each beside a copy of as many bytes."""
+    """The ops whose speed memory bounds, each beside a copy of as many bytes."""
     ops, device = torch.ops.lltk, clock.device
     seed = torch.tensor([1, 2], device=device)
     signs = list(SIGNS)
@@ -47,23 +40,12 @@ def bandwidths(
     def row(
         op: str, operands: tuple[Tensor, ...], call: Callable[[], Any], reads: int = 1
     ) -> dict[str, Any]:
-        result = call()
-        written = moved(*([result] if isinstance(result, Tensor) else result))
-        size = reads * moved(*operands) + written
-        source = torch.empty(size // 2, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        times = clock(call)
-        copy = clock(lambda: target.copy_(source))
-        speed, copied = (size / t["median_ms"] / 1e6 for t in (times, copy))
+        written = size_of(call())
         return {
             "op": op,
             "shape": list(operands[0].shape),
-            "bytes": size,
-            "once": moved(*operands) + written,
-            **times,
-            "gb_s": speed,
-            "copy_gb_s": copied,
-            "of_copy": speed / copied,
+            "once": size_of(operands) + written,
+            **clock.beside_copy(call, reads * size_of(operands) + written),
         }
 
     for columns in (width, ffn):
@@ -137,7 +119,7 @@ def bandwidths(
 def products(
     clock: Clock, tokens: int, width: int, ffn: int, backend: str
 ) -> Iterator[dict[str, Any]]:
-    """Products of the feed-forward and attention layers against bfloat16's."""
+    """The products of attention's linears and the feed-forward's, beside those in bfloat16."""
     ops = torch.ops.lltk
     for n, k in ((width, width), (ffn, width), (width, ffn)):
         x, weight = (
@@ -157,53 +139,42 @@ def products(
         }
 
 
-def number(name: str, form: str) -> Callable[[Mapping[str, Any]], str]:
-    """A column, empty where a result has no such number."""
-    return lambda result: format(result[name], form) if name in result else ""
+def parser() -> argparse.ArgumentParser:
+    """The script's options."""
+    made = script_parser(__file__, __doc__, runs=50)
+    made.add_argument("--backend", default="triton", help="what runs NVFP4's ops")
+    made.add_argument("--tokens", type=int, default=7040, help="of a chunk: 8 frames of 880")
+    made.add_argument("--width", type=int, default=3072)
+    made.add_argument("--ffn", type=int, default=14336, help="the feed-forward's width")
+    return made
 
 
 def main() -> None:
     """Measure and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--backend", default="triton")
-    parser.add_argument("--tokens", type=int, default=7040, help="of a chunk: 8 frames of 880")
-    parser.add_argument("--width", type=int, default=3072)
-    parser.add_argument("--ffn", type=int, default=14336)
-    parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    options = parser.parse_args()
-    check_backend(options.backend, options.device)
+    options = parser().parse_args()
+    device = torch.device(options.device)
+    check_backend(options.backend, device)
     register_ops()
-    clock = Clock(options.device, options.runs)
+    clock = Clock(device, options.runs)
     sizes = (options.tokens, options.width, options.ffn, options.backend)
     with torch.no_grad():
         results = [*bandwidths(clock, *sizes), *products(clock, *sizes)]
-    method = f"{clock.method} {_METHOD}"
-    record = make_record(
-        "nvfp4",
-        f"benchmarks/nvfp4.py {' '.join(sys.argv[1:])}".strip(),
-        f"Backend {options.backend}. {method}".replace("\n", " "),
-        results,
-    )
-    text = markdown(
-        record,
-        "NVFP4 kernels",
-        {
-            "op": lambda result: result["op"],
-            "shape": lambda result: "×".join(map(str, result["shape"])),
-            "median ms": number("median_ms", ".4f"),
-            "p90 ms": number("p90_ms", ".4f"),
-            "GB/s": number("gb_s", ".0f"),
-            "copy GB/s": number("copy_gb_s", ".0f"),
-            "of copy": number("of_copy", ".0%"),
-            "TFLOP/s": number("tflop_s", ".1f"),
-            "bfloat16 ms": number("bfloat16_ms", ".4f"),
-            "speed-up": number("against_bfloat16", ".2f"),
-        },
-    )
-    write_record(options.output / "nvfp4", record, text)
-    print(text)
+    record = script_record("nvfp4", f"Backend {options.backend}. {clock.method} {_METHOD}", results)
+    write_record(options.output, record, text(record))
+    print(text(record))
+
+
+def text(record: Record) -> str:
+    """The record as Markdown."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        **KERNEL_COLUMNS,
+        "copy GB/s": column("copy_gb_s", ".0f"),
+        "of copy": column("of_copy", ".0%"),
+        "TFLOP/s": column("tflop_s", ".1f"),
+        "bfloat16 ms": column("bfloat16_ms", ".4f"),
+        "speed-up": column("against_bfloat16", ".2f"),
+    }
+    return markdown(record, "NVFP4 kernels", columns)
 
 
 if __name__ == "__main__":

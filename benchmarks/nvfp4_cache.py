@@ -1,74 +1,72 @@
-"""What the KV cache in NVFP4 costs a stream, writing and reading, against bfloat16's.
+"""Measure what the KV cache in NVFP4 costs a stream, to write and to read, beside one in bfloat16.
 
-    .venv/bin/python benchmarks/nvfp4_cache.py [--runs 50]
-
-Writes nvfp4_cache.json and nvfp4_cache.md beside this file, or into --output.
+python benchmarks/nvfp4_cache.py
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lltk.bench.clock import Clock
-from lltk.bench.record import make_record, markdown, write_record
+from lltk.bench.record import Record, markdown, write_record
+from lltk.bench.script import script_parser, script_record
 from lltk.ops.implementations import IMPLEMENTATIONS, register_ops
 from lltk.ops.nvfp4_paged_attention.reference import Pages, empty_pages
 
 _METHOD = """\
-One layer, keys and values: a commit writes a page of each; a read is attention to the chunk's own
-keys and to all listed pages, gathered or decoded for it. A chunk: every layer's commit and,
-in {passes} passes, its reads; against the fastest reader of bfloat16 pages. Of a chunk: of its
-attention and linears in bfloat16, measured alike, a lower bound of its time."""
+Times are of one layer's keys and values together. A commit writes a page of each. A read is
+attention to the chunk's own keys and to all listed pages, with whatever gathers or decodes these.
+A chunk is every layer's commit and, in {passes} passes, its reads; the column tells how much
+longer it takes than with the fastest reader of bfloat16 pages. The last column is that difference
+as a share of a chunk's attention and linears in bfloat16, timed alike; these are less than the
+whole chunk."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The script's options."""
+    made = script_parser(__file__, __doc__, runs=50)
+    made.add_argument("--backend", default="triton", help="what writes NVFP4's pages")
+    made.add_argument("--tokens", type=int, default=7040, help="of a chunk: 8 frames of 880")
+    made.add_argument("--pages", type=int, default=3, help="listed pages, a chunk each")
+    made.add_argument("--heads", type=int, default=24)
+    made.add_argument("--head-width", type=int, default=128)
+    made.add_argument("--ffn", type=int, default=14336, help="the feed-forward's width")
+    made.add_argument("--layers", type=int, default=30)
+    made.add_argument("--passes", type=int, default=5, help="of a chunk, its commit included")
+    return made
 
 
 def main() -> None:
     """Measure and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--backend", default="triton", help="that writes NVFP4's pages")
-    parser.add_argument("--tokens", type=int, default=7040, help="of a chunk: 8 frames of 880")
-    parser.add_argument("--pages", type=int, default=3, help="listed, a chunk each")
-    parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--head-width", type=int, default=128)
-    parser.add_argument("--ffn", type=int, default=14336)
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--passes", type=int, default=5, help="of a chunk, its commit included")
-    parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    options = parser.parse_args()
+    options = parser().parse_args()
     register_ops()
-    clock = Clock(options.device, options.runs)
+    clock = Clock(torch.device(options.device), options.runs)
     with torch.no_grad():
         results = _results(options, clock)
-    record = make_record(
-        "nvfp4_cache",
-        f"benchmarks/nvfp4_cache.py {' '.join(sys.argv[1:])}".strip(),
-        f"{clock.method} {_METHOD.format(passes=options.passes)}".replace("\n", " "),
-        results,
-    )
-    text = markdown(
-        record,
-        "The KV cache in NVFP4",
-        {
-            "cache": lambda row: row["cache"],
-            "read by": lambda row: row["reader"],
-            "commit ms": lambda row: f"{row['commit']['median_ms']:.4f}",
-            "read ms": lambda row: f"{row['read']['median_ms']:.4f}",
-            "p90": lambda row: f"{row['read']['p90_ms']:.4f}",
-            "a chunk more, ms": lambda row: f"{row['more_ms']:+.1f}",
-            "of a chunk %": lambda row: f"{row['of_chunk']:+.2f}",
-        },
-    )
-    write_record(options.output / "nvfp4_cache", record, text)
-    print(text)
+    method = f"{clock.method} {_METHOD.format(passes=options.passes)}"
+    record = script_record("nvfp4_cache", method, results)
+    write_record(options.output, record, text(record))
+    print(text(record))
+
+
+def text(record: Record) -> str:
+    """The record as Markdown."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "cache": lambda row: row["cache"],
+        "read by": lambda row: row["reader"],
+        "commit ms": lambda row: f"{row['commit']['median_ms']:.4f}",
+        "read ms": lambda row: f"{row['read']['median_ms']:.4f}",
+        "p90": lambda row: f"{row['read']['p90_ms']:.4f}",
+        "a chunk more, ms": lambda row: f"{row['more_ms']:+.1f}",
+        "of a chunk %": lambda row: f"{row['of_chunk']:+.2f}",
+    }
+    return markdown(record, "The KV cache in NVFP4", columns)
 
 
 def _results(options: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
@@ -88,7 +86,7 @@ def _results(options: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
 
 
 def _rows(options: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]:
-    """A row for each cache and each way to read it that the device has."""
+    """A row for each cache and each implementation that reads it on this device."""
     size = (1, options.tokens, options.heads, options.head_width)
     q, k, v = (torch.randn(size, dtype=torch.bfloat16, device=clock.device) for _ in range(3))
     slots = options.pages + 1
@@ -114,7 +112,7 @@ def _rows(options: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]
             if choice.op != attention or choice.name == "reference":
                 continue
             if choice.name == "decode" and clock.cuda:
-                continue  # it copies a table from the host, which a graph cannot record
+                continue  # it copies a table from the CPU, which a graph cannot record
             if choice.missing(clock.device) is None:
                 read = clock(partial(choice.load(), q, k, v, *pages, table))
                 yield {"cache": name, "reader": choice.name, "commit": times, "read": read}
@@ -133,7 +131,7 @@ def _commit_nvfp4(
 
 
 def _linears(options: argparse.Namespace, clock: Clock) -> float:
-    """Milliseconds of a block's linears over a chunk: six square ones and the feed-forward."""
+    """Milliseconds of a block's linears: six square ones and the feed-forward's two."""
     width = options.heads * options.head_width
     total = 0.0
     for count, n, k in ((6, width, width), (1, options.ffn, width), (1, width, options.ffn)):

@@ -1,9 +1,9 @@
-"""Prompt agreement and identity of the tiny world's models.
+"""Measure how well the tiny world's models follow captions and keep what they have shown.
 
-    .venv/bin/python benchmarks/quality.py --pipeline tiny --reference RUN/transformer \
-        --device cuda --videos 336
+    python benchmarks/quality.py --reference runs/reference/transformer --steps 4
+    python benchmarks/quality.py --device cpu --videos 48 --minutes 0 --steps 4
 
-Writes quality.json and quality.md beside this file (or to --output), and identity.svg.
+Where shots of 60 s are measured, their identity over time is plotted beside the record.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +31,8 @@ from lltk.bench.agreement import (
     videos,
 )
 from lltk.bench.quality import PARTS, STRETCH, ShotScore, draw_stories
-from lltk.bench.record import Record, make_record, markdown, markdown_table, write_record
+from lltk.bench.record import Record, markdown, markdown_table, write_record
+from lltk.bench.script import script_parser, script_record
 from lltk.compiler import transform
 from lltk.graph.module import instantiate
 from lltk.graph.recipe import open_recipe
@@ -42,58 +41,66 @@ from lltk.streaming import StreamPlan, plan_stream
 from lltk.train.plot import Curve, line_plot
 from lltk.train.sampling import sample
 
-HERE = Path(__file__).parent
+_METHOD = """\
+Captions are drawn with a fixed seed; no model was trained on them. Agreement is the share of
+shots whose shape, colour, motion and background are all as the caption has them, with Wilson's 95
+% interval. Identity compares the size, the dot's colour and the background's tint of a shot's
+last two seconds with its first two: the mean in per cent, with its 95 % interval."""
 SEED = 20_000
 SHOTS = 3
 CHUNKS = 6
-"""Of a shot, 4.5 s."""
+"""Chunks of a shot of 4.5 s."""
 REFERENCE_CHUNKS = 5
 MINUTE = 80
-"""Chunks."""
+"""Chunks of a shot of 60 s."""
 SINKS = {"window with both sinks": {}, "window without sinks": {"sink": 0}}
 FULL = {"full window": {"window": 3 * SHOTS * CHUNKS}}
 Row = Callable[[], dict[str, Any]]
-"""Waits for a row's scores, and gives the row."""
+"""A call that waits for a row's scores and returns the row."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The script's options."""
+    made = script_parser(__file__, __doc__)
+    made.add_argument("--pipeline", default="tiny", help="a folder, or a shipped pipeline's name")
+    made.add_argument("--reference", help="the bidirectional model's folder")
+    made.add_argument("--videos", type=int, default=336, help=f"of {SHOTS} shots, for a row")
+    made.add_argument("--minutes", type=int, default=64, help="single shots of 60 s, for a row")
+    made.add_argument("--steps", type=int, nargs="*", default=[4, 50])
+    made.add_argument("--models", nargs="*", default=[*FULL, *SINKS], choices=[*FULL, *SINKS])
+    made.add_argument("--workers", type=int, default=8, help="processes that score")
+    return made
+
+
+def rows(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """The model and the number of steps of each row that a command makes."""
+    models = [f"AR, {name}" for name in FULL | SINKS if name in options.models]
+    reference = ["bidirectional reference"] if options.reference else []
+    minutes = [f"AR, {name}" for name in SINKS if name in options.models and options.minutes]
+    cells = [(name, steps) for steps in options.steps for name in (*models, *reference)]
+    return [*cells, *((name, 4) for name in minutes)]
 
 
 def main() -> None:
-    """Measure every cell and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pipeline", default="tiny")
-    parser.add_argument("--reference", help="the bidirectional model's folder")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--videos", type=int, default=336, help=f"of {SHOTS} shots, a cell")
-    parser.add_argument("--minutes", type=int, default=64, help="single shots of 60 s")
-    parser.add_argument("--steps", type=int, nargs="*", default=[4, 50])
-    parser.add_argument("--models", nargs="*", default=[*FULL, *SINKS], choices=[*FULL, *SINKS])
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=HERE / "quality")
-    arguments = parser.parse_args()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    """Measure every row and write the record."""
+    options = parser().parse_args()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(
-        arguments.workers, get_context("spawn"), torch.set_num_threads, (1,)
+        options.workers, get_context("spawn"), torch.set_num_threads, (1,)
     ) as pool:
-        record = make_record(
-            "quality",
-            " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
-            "Captions drawn with a fixed seed, none of them trained on. Agreement: share of shots "
-            "whose shape, colour, motion and background are all as the caption has them, with "
-            "Wilson's 95 % interval; identity: size, accent and tint of a shot's last two seconds "
-            "against its first two, per cent, with the 95 % interval of the mean.",
-            _results(arguments, pool),
-        )
-    write_record(arguments.output, record, text_of(record))
+        record = script_record("quality", _METHOD, _results(options, pool))
+    write_record(options.output, record, text(record))
     curves = {row["model"]: row["over_time"] for row in record.results if "over_time" in row}
     if curves:
-        path = arguments.output.with_name("identity.svg")
+        path = options.output.with_name(options.output.name + "_identity.svg")
         path.write_text(_plot(curves), encoding="utf-8")
 
 
-def text_of(record: Record) -> str:
-    """The cells, and a table of their own for shots of 60 s."""
+def text(record: Record) -> str:
+    """The record as Markdown; shots of 60 s have a table of their own."""
     cells = [row for row in record.results if "over_time" not in row]
     long = [row for row in record.results if "over_time" in row]
-    text = markdown(
+    table = markdown(
         record.model_copy(update={"results": cells}),
         "Quality on the tiny world",
         {
@@ -117,80 +124,80 @@ def text_of(record: Record) -> str:
         ]
         for row in long
     ]
-    return "\n".join([text, *markdown_table(headings, lines)]) + "\n" if long else text
+    return "\n".join([table, *markdown_table(headings, lines)]) + "\n" if long else table
 
 
 def _part(part: str, row: Mapping[str, Any]) -> str:
     return interval(row["parts"][part])
 
 
-def _results(arguments: argparse.Namespace, pool: Executor) -> Iterator[dict[str, Any]]:
-    device = torch.device(arguments.device)
-    rows = itertools.chain(_cells(arguments, device, pool), _minutes(arguments, device, pool))
+def _results(options: argparse.Namespace, pool: Executor) -> Iterator[dict[str, Any]]:
+    device = torch.device(options.device)
+    rows = itertools.chain(_cells(options, device, pool), _minutes(options, device, pool))
     for row in one_ahead(rows):
         found = row()
         print(json.dumps(found)[:600], flush=True)
         yield found
 
 
-def _cells(arguments: argparse.Namespace, device: torch.device, pool: Executor) -> Iterator[Row]:
-    for steps in arguments.steps:
+def _cells(options: argparse.Namespace, device: torch.device, pool: Executor) -> Iterator[Row]:
+    for steps in options.steps:
         for name, changes in (FULL | SINKS).items():
-            if name not in arguments.models:
+            if name not in options.models:
                 continue
-            yield _streamed_cell(arguments, device, pool, name, changes, steps)
-        if arguments.reference:
-            yield _reference_cell(arguments, device, pool, steps)
+            yield _streamed_cell(options, device, pool, name, changes, steps)
+        if options.reference:
+            yield _reference_cell(options, device, pool, steps)
 
 
 def _streamed_cell(
-    arguments: argparse.Namespace,
+    options: argparse.Namespace,
     device: torch.device,
     pool: Executor,
     name: str,
     changes: dict[str, int],
     steps: int,
 ) -> Row:
-    stories = draw_stories(SEED, arguments.videos, SHOTS, CHUNKS, 3)
-    plan = _plan(arguments, device, len(stories), changes)
+    stories = draw_stories(SEED, options.videos, SHOTS, CHUNKS, 3)
+    plan = _plan(options, device, len(stories), changes)
     films = videos(plan, stories, steps, SEED)
     return partial(_row, f"AR, {name}", steps, scored(pool, films, stories))
 
 
 def _reference_cell(
-    arguments: argparse.Namespace, device: torch.device, pool: Executor, steps: int
+    options: argparse.Namespace, device: torch.device, pool: Executor, steps: int
 ) -> Row:
-    stories = draw_stories(SEED, arguments.videos * SHOTS, 1, REFERENCE_CHUNKS, 3)
+    stories = draw_stories(SEED, options.videos * SHOTS, 1, REFERENCE_CHUNKS, 3)
     overrides = (
         "model.config=null",
         "model.dtype=float32",
-        f"model.checkpoint={arguments.reference}",
+        f"model.checkpoint={options.reference}",
         f"geometry.batch={len(stories)}",
     )
     program = transform(open_recipe("tiny_reference", overrides))
-    plan = _plan(arguments, device, len(stories), {})
+    plan = _plan(options, device, len(stories), {})
     text = encoded(plan, stories)
     latents = sample(program, instantiate(program, device), text, steps, SEED)
     films = decoded(plan, iter(latents.split(3, dim=2)))
     return partial(_row, "bidirectional reference", steps, scored(pool, films, stories))
 
 
-def _minutes(arguments: argparse.Namespace, device: torch.device, pool: Executor) -> Iterator[Row]:
-    """Single shots of a minute; their identity over time is one row a setting."""
+def _minutes(options: argparse.Namespace, device: torch.device, pool: Executor) -> Iterator[Row]:
+    """Rows of single shots of 60 s: one with sinks, one without."""
     for name, changes in SINKS.items():
-        if name in arguments.models and arguments.minutes:
-            yield _minutes_row(arguments, device, pool, name, changes)
+        if name in options.models and options.minutes:
+            yield _minutes_row(options, device, pool, name, changes)
 
 
 def _minutes_row(
-    arguments: argparse.Namespace,
+    options: argparse.Namespace,
     device: torch.device,
     pool: Executor,
     name: str,
     changes: dict[str, int],
 ) -> Row:
-    stories = draw_stories(SEED + 1, arguments.minutes, 1, MINUTE, 3)
-    films = videos(_plan(arguments, device, len(stories), changes), stories, 4, SEED)
+    stories = draw_stories(SEED + 1, options.minutes, 1, MINUTE, 3)
+    films = videos(_plan(options, device, len(stories), changes), stories, 4, SEED)
     kept = lasting(pool, films)
     scores = scored(pool, films, stories)
 
@@ -207,10 +214,10 @@ def _minutes_row(
 
 
 def _plan(
-    arguments: argparse.Namespace, device: torch.device, batch: int, changes: dict[str, int]
+    options: argparse.Namespace, device: torch.device, batch: int, changes: dict[str, int]
 ) -> StreamPlan:
     overrides = (
-        f"stream.pipeline={arguments.pipeline}",
+        f"stream.pipeline={options.pipeline}",
         f"geometry.batch={batch}",
         *(f"geometry.{key}={value}" for key, value in changes.items()),
     )

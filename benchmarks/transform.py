@@ -1,8 +1,6 @@
-"""Time and memory of ``lltk transform`` without weights, as whole processes.
+"""Measure the time and memory of ``lltk transform`` without weights, as whole processes.
 
-    .venv/bin/python benchmarks/transform.py [--runs 5]
-
-Writes transform.json and transform.md beside this file.
+python benchmarks/transform.py
 """
 
 from __future__ import annotations
@@ -14,20 +12,19 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from lltk.bench.record import make_record, markdown, percentile, write_record
+from lltk.bench.record import Record, markdown, percentile, write_record
+from lltk.bench.script import script_parser, script_record
 from lltk.graph.memory import readable
 
-HERE = Path(__file__).parent
 RECIPES = ("wan22_5b_stream", "wan22_5b_train", "tiny_stream")
 
 
 def measure(recipe: str, runs: int) -> dict[str, Any]:
-    """Whole-process wall seconds and peak resident bytes, after one warm-up run."""
-    lltk = Path(sys.executable).with_name("lltk")
-    command = [str(lltk), "transform", recipe, "--no-weights", "--json"]
+    """Seconds of wall time and the peak of resident bytes of whole processes, after one warm-up."""
+    command = [sys.executable, "-m", "lltk", "transform", recipe, "--no-weights", "--json"]
     seconds, peaks, log = [], [], []
     for run in range(runs + 1):
         start = time.perf_counter()
@@ -51,29 +48,38 @@ def measure(recipe: str, runs: int) -> dict[str, Any]:
     }
 
 
+def parser() -> argparse.ArgumentParser:
+    """The script's options."""
+    return script_parser(__file__, __doc__, runs=5, device=False)
+
+
+def rows(options: argparse.Namespace) -> list[str]:
+    """The names of the rows that a command makes."""
+    return list(RECIPES)
+
+
 def main() -> None:
     """Measure every recipe and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
-    runs = parser.parse_args().runs
-    record = make_record(
-        "transform",
-        "lltk transform RECIPE --no-weights --json",
-        f"Whole processes, {runs} runs after one warm-up.",
-        [measure(recipe, runs) for recipe in RECIPES],
+    options = parser().parse_args()
+    method = (
+        "Whole processes of `lltk transform RECIPE --no-weights --json`: "
+        f"{options.runs} runs after one that warms up."
     )
-    text = markdown(
-        record,
-        "Transforming without weights",
-        {
-            "recipe": lambda result: result["recipe"],
-            "median s": lambda result: f"{result['seconds']['median']:.1f}",
-            "p90 s": lambda result: f"{result['seconds']['p90']:.1f}",
-            "peak memory": lambda result: readable(result["peak_bytes"]),
-        },
-    )
-    write_record(HERE / "transform", record, text)
-    print(text)
+    results = [measure(recipe, options.runs) for recipe in rows(options)]
+    record = script_record("transform", method, results)
+    write_record(options.output, record, text(record))
+    print(text(record))
+
+
+def text(record: Record) -> str:
+    """The record as Markdown."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "recipe": lambda row: row["recipe"],
+        "median s": lambda row: f"{row['seconds']['median']:.1f}",
+        "p90 s": lambda row: f"{row['seconds']['p90']:.1f}",
+        "peak memory": lambda row: readable(row["peak_bytes"]),
+    }
+    return markdown(record, "Transforming without weights", columns)
 
 
 if __name__ == "__main__":

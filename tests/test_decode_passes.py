@@ -354,7 +354,11 @@ def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     recipe = make_recipe().resolved()
     (tmp_path / "decode.yaml").write_text(yaml.safe_dump(recipe))
     script = Path(__file__).parents[1] / "benchmarks" / "decode.py"
-    flags = ["--device=cpu", f"--recipe={tmp_path / 'decode.yaml'}", f"--output={tmp_path}"]
+    flags = [
+        "--device=cpu",
+        f"--recipe={tmp_path / 'decode.yaml'}",
+        f"--output={tmp_path / 'decode'}",
+    ]
     monkeypatch.setattr(sys, "argv", [str(script), *flags, "--runs=1", "--rows", "plain", "fused"])
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     runpy.run_path(str(script), run_name="__main__")

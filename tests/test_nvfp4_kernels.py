@@ -607,12 +607,18 @@ def test_every_backend_runs_every_op() -> None:
 def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "nvfp4.py"
     options = {"device": "cpu", "backend": "reference", "tokens": 32, "width": 48, "ffn": 64}
-    options |= {"runs": 2, "output": tmp_path}
+    options |= {"runs": 2, "output": tmp_path / "nvfp4"}
     flags = [f"--{name}={value}" for name, value in options.items()]
     monkeypatch.setattr(sys, "argv", [str(script), *flags])
     runpy.run_path(str(script), run_name="__main__")
     record = Record.model_validate_json((tmp_path / "nvfp4.json").read_text())
+    held = script.parent / "records" / "nvfp4.json"
+    assert ops(record) == ops(Record.model_validate_json(held.read_text()))
     quantise = record.results[0]
     assert quantise["op"] == "quantise" and quantise["once"] == 32 * 48 * 2 + 32 * 27 + 4
     assert quantise["bytes"] == quantise["once"] + 32 * 48 * 2
     assert (tmp_path / "nvfp4.md").read_text().count("product") >= 3
+
+
+def ops(record: Record) -> list[str]:
+    return [row["op"] for row in record.results]

@@ -482,7 +482,7 @@ def test_heads_that_the_kernel_cannot_hold_are_refused() -> None:
 def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "fusions.py"
     options = {"device": "cpu", "implementation": "torch", "frames": 2, "tokens": 8, "heads": 1}
-    options |= {"ffn": 256, "layers": 3, "runs": 2, "output": tmp_path}
+    options |= {"ffn": 256, "layers": 3, "runs": 2, "output": tmp_path / "fusions"}
     flags = [f"--{name}={value}" for name, value in options.items()]
     monkeypatch.setattr(sys, "argv", [str(script), *flags])
     monkeypatch.setattr(torch, "compile", lambda run, **options: run)

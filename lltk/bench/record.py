@@ -1,7 +1,7 @@
 """What every benchmark records beside its numbers, and how records are written.
 
-A record is a JSON file, from which the Markdown file beside it is generated. Words are design.md's:
-FPS are video frames a second of wall time, and each benchmark says which time.
+A record is a JSON file. The Markdown file beside it is generated from the JSON. FPS means video
+frames divided by seconds of wall time; each benchmark says which seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from lltk.artefact import versions
 from lltk.graph.files import written_whole
 from lltk.graph.memory import readable
 
-_SOURCES = ("lltk", "passes", "models", "recipes")
+_SOURCES = (
+    *(f":/{folder}" for folder in ("lltk", "passes", "models", "recipes", "benchmarks")),
+    ":(top,exclude)benchmarks/records",
+)
+"""Pathspecs of the files that a result depends on."""
 
 
 class Hardware(BaseModel):
@@ -47,19 +51,22 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    benchmark: str = Field(description="which")
-    command: str = Field(description="what was run, flags and all")
-    method: str = Field(description="what was measured, from when to when; what warmed up")
+    benchmark: str = Field(description="the benchmark's name")
+    command: str = Field(description="the command line that made the results, with all its flags")
+    method: str = Field(description="what was measured, from when to when, and what warmed up")
     hardware: Hardware
-    versions: dict[str, str] = Field(description="of what the results depend on")
+    versions: dict[str, str] = Field(description="versions of Python and of the packages used")
     commit: str = Field(description="the checkout's; unknown where there is none")
-    results: list[dict[str, Any]] = Field(description="one a row, as the benchmark defines them")
+    results: list[dict[str, Any]] = Field(description="one for each row of the table")
 
 
 def make_record(
     benchmark: str, command: str, method: str, results: Iterable[Mapping[str, Any]]
 ) -> Record:
-    """A record of results measured here and now; the arguments are its fields."""
+    """A record of results that were measured on this machine, in this checkout.
+
+    The arguments are the record's fields; the other fields are found out.
+    """
     return Record(
         benchmark=benchmark,
         command=command,
@@ -74,12 +81,12 @@ def make_record(
 def markdown(
     record: Record, title: str, columns: Mapping[str, Callable[[Mapping[str, Any]], str]]
 ) -> str:
-    """A record's text: what it depends on, and a table with a row a result.
+    """A record's text: a paragraph on how it was made, and a table with a row for each result.
 
     Args:
-        record: of any benchmark.
+        record: any benchmark's.
         title: the heading.
-        columns: what each shows of a result, by heading.
+        columns: for each column's heading, the text that it shows of a result.
     """
     made = ", ".join(f"{name} {number}" for name, number in record.versions.items())
     rows = [[show(result) for show in columns.values()] for result in record.results]
@@ -104,9 +111,9 @@ def write_record(path: Path, record: Record, text: str) -> None:
     """Write ``path`` + ``.json`` and ``.md``.
 
     Args:
-        path: without a suffix.
-        record: for the JSON file.
-        text: for the Markdown file.
+        path: the files' path without a suffix.
+        record: what the JSON file holds.
+        text: what the Markdown file holds.
     """
     for suffix, content in ((".json", record.model_dump_json(indent=2) + "\n"), (".md", text)):
         with written_whole(path.with_name(path.name + suffix)) as temporary:
@@ -114,11 +121,11 @@ def write_record(path: Path, record: Record, text: str) -> None:
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """The smallest value that at least ``share`` of the values do not exceed.
+    """A percentile that is one of the values: at least ``share`` of the values are no larger.
 
     Args:
         values: at least one.
-        share: above 0, at most 1.
+        share: a fraction in (0, 1]; 0.9 for the 90th percentile.
     """
     ordered = sorted(values)
     return ordered[-int(-share * len(ordered) // 1) - 1]
@@ -142,7 +149,7 @@ def hardware() -> Hardware:
 
 
 def commit() -> str:
-    """The commit of the checkout that lltk is run from, marked where its sources differ from it."""
+    """The checkout's commit, with ``-dirty`` behind it where a source file differs from it."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
@@ -151,7 +158,7 @@ def commit() -> str:
 
     try:
         git("ls-files", "--error-unmatch", here.name)
-        changed = git("status", "--porcelain", "--", *(f":/{folder}" for folder in _SOURCES))
+        changed = git("status", "--porcelain", "--", *_SOURCES)
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"

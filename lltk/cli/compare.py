@@ -89,6 +89,7 @@ def command(
     import torch
 
     from lltk.bench.agreement import one_ahead
+    from lltk.bench.compare import minute_row, quality_row, text
     from lltk.bench.record import make_record, write_record
     from lltk.cli.outputs import check_writable, share_cores
     from lltk.graph.recipe import load_recipe
@@ -144,14 +145,14 @@ def command(
     method += scores + "." if films or minutes else "."
     record = make_record("compare", shlex.join(line), method, results)
     if output is not None:
-        write_record(output, record, _text(record))
+        write_record(output, record, text(record))
     if as_json:
         click.echo(record.model_dump_json(indent=2))
     console.print(row_table("Relative error", [_error_row(row) for row in results]))
     if films:
-        console.print(row_table("Tiny world", [_quality_row(row, results[0]) for row in results]))
+        console.print(row_table("Tiny world", [quality_row(row, results[0]) for row in results]))
     if minutes:
-        console.print(row_table("Single shots of 60 s", [_minute_row(row) for row in results]))
+        console.print(row_table("Single shots of 60 s", [minute_row(row) for row in results]))
 
 
 def _check_same(what: str, recipes: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
@@ -248,38 +249,3 @@ def _error_row(row: dict[str, Any]) -> dict[str, str]:
         "worst block": f"{blocks[worst]:.4f} ({worst})",
         "output": f"{row['errors']['output']:.4f}",
     }
-
-
-def _quality_row(row: dict[str, Any], base: dict[str, Any]) -> dict[str, str]:
-    from lltk.bench.agreement import interval, overlap
-
-    return {
-        "recipe": row["name"],
-        "shots": str(row["shots"]),
-        "agreement %": interval(row["agreement"]),
-        "after a cut %": interval(row["after_cut"]),
-        "identity %": interval(row["identity"]),
-        "as the first": "yes" if overlap(row["agreement"], base["agreement"]) else "no",
-    }
-
-
-def _minute_row(row: dict[str, Any]) -> dict[str, str]:
-    from lltk.bench.agreement import interval
-
-    early, late = (interval(row["minute"][when]) for when in ("early", "late"))
-    return {"recipe": row["name"], "identity at 2 s %": early, "identity at 60 s %": late}
-
-
-def _text(record: Any) -> str:
-    from lltk.bench.record import markdown
-
-    base = record.results[0]
-
-    def cells(row: dict[str, Any]) -> dict[str, str]:
-        quality = _quality_row(row, base) if "shots" in row else {"recipe": row["name"]}
-        minute = _minute_row(row) if "minute" in row else {}
-        errors = {layer: f"{error:.4f}" for layer, error in row["errors"].items()}
-        return {**quality, **minute, **errors}
-
-    columns = {heading: lambda row, key=heading: cells(row)[key] for heading in cells(base)}
-    return markdown(record, "Precisions compared", columns)

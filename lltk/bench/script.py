@@ -1,0 +1,78 @@
+"""What the scripts in ``benchmarks/`` share: options, the command in a record, columns."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lltk.bench.record import Record, make_record
+
+
+def script_parser(
+    script: str, description: str, runs: int | None = None, device: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with the options that most scripts have: --device, --runs and --output.
+
+    Args:
+        script: the script's ``__file__``. The record goes to ``records/`` beside it by default.
+        description: the script's docstring.
+        runs: the default of ``--runs``; None leaves the option out.
+        device: whether there is a ``--device``.
+    """
+    path = Path(script)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if device:
+        parser.add_argument("--device", default="cuda", help="where to measure (default: cuda)")
+    if runs is not None:
+        parser.add_argument("--runs", type=int, default=runs, help=f"how often (default: {runs})")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=path.parent / "records" / path.stem,
+        help=f"the record's path without a suffix (default: benchmarks/records/{path.stem})",
+    )
+    return parser
+
+
+def script_record(
+    benchmark: str, method: str, results: Iterable[Mapping[str, Any]], ranks: int = 1
+) -> Record:
+    """A record of what the running script measured.
+
+    Args:
+        benchmark: the script's name without ``.py``.
+        method: what was measured; line breaks become spaces.
+        results: one for each row.
+        ranks: how many processes torchrun started.
+    """
+    start = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
+    command = shlex.join([*start, f"benchmarks/{benchmark}.py", *_without_output(sys.argv[1:])])
+    return make_record(benchmark, command, " ".join(method.split()), results)
+
+
+def _without_output(arguments: list[str]) -> list[str]:
+    """A command's arguments without --output, which changes no result."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output")
+    return parser.parse_known_args(arguments)[1]
+
+
+def column(name: str, form: str) -> Callable[[Mapping[str, Any]], str]:
+    """A table's column: a number of each result in a format, empty where a result has none."""
+    return lambda result: format(result[name], form) if name in result else ""
+
+
+KERNEL_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "op": lambda row: row["op"],
+    "shape": lambda row: "×".join(map(str, row["shape"])),
+    "median ms": column("median_ms", ".4f"),
+    "p90 ms": column("p90_ms", ".4f"),
+    "GB/s": column("gb_s", ".0f"),
+}
+"""The first columns of a table of kernels."""
