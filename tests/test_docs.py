@@ -1,0 +1,75 @@
+"""The pages: each number that was measured has its record beside it, and links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "models/tiny/README.md"]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+RECORD = re.compile(r"benchmarks/records/(\w+)\.md")
+UNIT = r"%|ms|s|seconds|minutes|FPS|frames a second|times|TFLOPS?|[KMG]i?B|dB"
+NUMBER = re.compile(rf"\d+(?:\.\d+)? (?:{UNIT})(?!\w)|\| *\d+\.\d+ *(?=[|(])")
+"""A number with a unit, or a table's cell that begins with a decimal number."""
+SETTINGS = (
+    "95 % interval",
+    "16 frames a second",
+    "18 seconds of video",
+    "26 MB",
+    "at most 5 s",
+    "last 15 %",
+    "shot of 60 s",
+    "shots of 4.5 s",
+    "shots of 60 s",
+    "shows 3.75 s",
+    "the 60 s of a shot",
+)
+"""What was chosen and not measured."""
+
+
+def blocks(text: str) -> Iterator[str]:
+    """A page's paragraphs and lists without code. A table belongs to the paragraph before it."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
+    yield from re.split(r"\n\n+(?!\|)", text)
+
+
+def unrecorded(text: str) -> list[str]:
+    """The measured numbers of blocks that name no record."""
+    found = []
+    for block in blocks(text):
+        said = " ".join(block.split())
+        for setting in SETTINGS:
+            said = said.replace(setting, "")
+        if not RECORD.search(said):
+            found += NUMBER.findall(said)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_measured_number_has_a_record(page: Path) -> None:
+    text = page.read_text()
+    assert not unrecorded(text)
+    for link in re.findall(r"\]\(([^):#]+)\)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_a_number_without_a_record_is_seen() -> None:
+    record = "([record](../benchmarks/records/dit.md))"
+    assert unrecorded("It takes 12.5 ms.") == ["12.5 ms"]
+    assert not unrecorded(f"It takes\n12.5 ms {record}.")
+    assert unrecorded(f"It takes 12.5 ms.\n\nThat is less {record}.") == ["12.5 ms"]
+    table = "\n\n| a | b |\n|---|---|\n| x | 12.5 |"
+    assert unrecorded(f"Times:{table}") and not unrecorded(f"Times {record}:{table}")
+    assert not unrecorded("```\nlltk bench # 12 s\n```\n\n    lltk bench # 12 s")
+
+
+def test_every_record_is_named_by_a_page() -> None:
+    held = {path.stem for path in (ROOT / "benchmarks" / "records").glob("*.json")}
+    assert held == {name for page in PAGES for name in RECORD.findall(page.read_text())}
