@@ -5,8 +5,9 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 
-# A strict editable install is a tree of links, so a file that comes or goes asks for a new one:
-# the stamp's name is a checksum of the file list.
+# A strict editable install is a tree of links. Python needs its first file alone, but mypy reads
+# them all, so a file that comes or goes asks for a new tree: the stamp's name is a checksum of the
+# file list.
 FILES := $(shell find lltk passes models recipes -name __pycache__ -prune -o -type f -print | LC_ALL=C sort | cksum | tr ' ' -)
 INSTALLED := .venv/installed-$(FILES)
 

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lltk import __version__
 from lltk.compiler import transform, with_weights
 from lltk.graph.files import written_whole
 from lltk.graph.packed import check_fp8_weights, packed_weights
@@ -145,8 +146,12 @@ def read_log_entry(data: dict[str, Any]) -> LogEntry:
 
 def versions() -> dict[str, str]:
     """What a result depends on."""
-    packages = ("lltk", "torch", "diffusers", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = ("torch", "diffusers", "transformers", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "lltk": __version__,
+        **{name: version(name) for name in packages},
+    }
 
 
 def _digest(path: Path) -> str:

@@ -23,12 +23,13 @@ FOLDERS = ("lltk", *MAPPED)
 
 # Which parts of lltk a part may import, beside itself.
 ARROWS: dict[str, set[str]] = {
-    "ops": set(),
+    "module_paths": set(),
+    "ops": {"module_paths"},
     "parallel": set(),
     "graph": {"ops"},
     "models": {"graph", "ops"},
     "recipes": {"graph"},
-    "passes": {"parallel", "graph", "ops"},
+    "passes": {"parallel", "graph", "ops", "module_paths"},
     "stream": {"parallel", "graph", "ops"},
     "export": {"stream", "graph", "ops"},
     "train": {"stream", "parallel", "graph", "ops"},

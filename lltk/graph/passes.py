@@ -91,8 +91,12 @@ class Pass(ABC, Generic[C]):
 
     @property
     def name(self) -> str:
-        """Its name in recipes: the file it lives in."""
-        return type(self).__module__.rpartition(".")[2]
+        """Its name in recipes.
+
+        For a pass of lltk this is the file it lives in, such as ``lora``. For any other pass it is
+        the whole path of its module, such as ``my_passes.lora``, so the two cannot be confused.
+        """
+        return type(self).__module__.removeprefix("lltk.passes.")
 
     def requires(self, program: Program) -> None:
         """Check the input; ValueError with the remedy."""

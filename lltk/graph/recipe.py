@@ -43,7 +43,8 @@ class Recipe(BaseModel):
     model: ModelSection
     geometry: Geometry
     passes: list[str | dict[str, dict[str, Any] | None]] = Field(
-        description="pass names in order, or {name: {option: value}}"
+        description="pass names in order, or {name: {option: value}}; a pass of your own goes by "
+        "the path of its module, such as my_passes.dim"
     )
     train: dict[str, Any] | None = Field(
         None, description="how it is trained; checked by lltk.train.recipe when it is"
@@ -140,9 +141,9 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override}: write key.path=value")
     *parents, leaf = path.strip().split(".")
     if parents[:1] == ["passes"] and isinstance(data.get("passes"), list):
-        if len(parents) != 2:
+        if len(parents) < 2:
             raise ValueError(f"--set {override}: write passes.NAME.OPTION=VALUE")
-        data, parents = _options(data["passes"], parents[1], override), []
+        data, parents = _options(data["passes"], ".".join(parents[1:]), override), []
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):

@@ -1,0 +1,153 @@
+"""Files of the user's own, outside the repository: a pass and a recipe, one file each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import GEOMETRY, Run, inputs, randomise, refused, tiny_config
+from helpers import run as outputs
+from yaml import safe_dump
+
+from lltk.artefact import load_program
+from lltk.compiler import transform, with_weights
+from lltk.graph.recipe import load_recipe
+from lltk.passes import make_pass
+
+pytestmark = pytest.mark.cpu
+
+DIM = """
+from lltk.graph.edit import building, output
+from lltk.graph.passes import Numerics, Pass, PassConfig, Report
+from lltk.graph.program import Program
+from lltk.graph.stages import Stage
+import torch
+
+
+class Config(PassConfig):
+    factor: float = 0.25
+
+
+class Dim(Pass[Config]):
+    Config = Config
+    reads = (Stage.CANONICAL,)
+    numerics = Numerics.CHANGING
+
+    def apply(self, program: Program, report: Report) -> None:
+        for graph in program.graphs.values():
+            end = output(graph)
+            for value in end.all_input_nodes:
+                with building(end, "") as build:
+                    end.replace_input_with(
+                        value, build(torch.ops.aten.mul.Scalar, value, self.config.factor)
+                    )
+                report.match("results")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that Python looks for modules in; two files of the user's lie there."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_files").mkdir()
+    (tmp_path / "own_files" / "dim.py").write_text(DIM)
+    (tmp_path / "own.yaml").write_text(
+        safe_dump(
+            {
+                "extends": "tiny_score",
+                "model": {"config": tiny_config(1), "dtype": "float32"},
+                "geometry": GEOMETRY,
+                "passes": ["canonicalise", {"own_files.dim": {"factor": 0.5}}],
+            }
+        )
+    )
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] in ("own_files", "half")]:
+        del sys.modules[name]
+
+
+def test_a_pass_and_a_recipe_are_a_file_each(run: Run, folder: Path) -> None:
+    """The Program computes what the pass says, and keeps the pass by its whole path."""
+    code, out, err = run(
+        "transform", folder / "own.yaml", "--no-weights", "--json", "-o", folder / "program",
+        "--set", "passes.own_files.dim.factor=4",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    entry = json.loads(out)["log"][-1]
+    assert (entry["name"], entry["config"]) == ("own_files.dim", {"factor": 4})
+    program = load_program(folder / "program")
+    assert program.recipe["passes"][-1] == {"own_files.dim": {"factor": 4}}
+    program = with_weights(program, randomise(program.weights))
+    plain = transform(load_recipe(folder / "own.yaml"), weights=False, disable=["own_files.dim"])
+    plain = with_weights(plain, program.weights)
+    (graph,) = program.graphs
+    given = inputs(program, graph)
+    ours, theirs = (outputs(each, graph, given)["sample"] for each in (program, plain))
+    assert torch.equal(ours, 4 * theirs)
+
+
+def test_a_pass_named_as_one_of_lltk_is_another_pass(folder: Path) -> None:
+    (folder / "own_files" / "canonicalise.py").write_text(DIM)
+    recipe = load_recipe(
+        folder / "own.yaml", ["passes=[canonicalise, {own_files.canonicalise: {factor: 2}}]"]
+    )
+    log = transform(recipe, weights=False).log
+    assert [entry.name for entry in log] == ["canonicalise", "own_files.canonicalise"]
+    left = transform(recipe, weights=False, disable=["own_files.canonicalise"]).log
+    assert [entry.name for entry in left] == ["canonicalise"]
+
+
+@pytest.mark.parametrize(
+    ("stem", "code", "message"),
+    [
+        ("syntax", "def", "cannot be imported (SyntaxError: "),
+        ("stops", "1 / 0", "cannot be imported (ZeroDivisionError: division by zero)"),
+        ("lacks", "import absent", "cannot be imported (ModuleNotFoundError: No module named 'abs"),
+        ("empty", "", "must define one subclass of Pass, it defines none"),
+        ("alias", "from lltk.passes.lora import Lora", "must define one subclass of Pass, it def"),
+        ("two", DIM + "class More(Dim): pass", "must define one subclass of Pass, it defines Dim,"),
+        ("blank", DIM.replace("reads =", "read ="), "Dim lacks reads"),
+        ("idle", DIM.replace("def apply", "def applies"), "Dim lacks apply"),
+    ],
+)
+def test_a_broken_pass_is_named_with_its_file(
+    folder: Path, stem: str, code: str, message: str
+) -> None:
+    file = folder / "own_files" / f"{stem}.py"
+    file.write_text(code)
+    assert refused(make_pass, f"own_files.{stem}", {}).startswith(f"{file}: {message}")
+
+
+def test_a_broken_package_is_named_with_its_file(folder: Path) -> None:
+    (folder / "half").mkdir()
+    (folder / "half" / "__init__.py").write_text("raise OSError('no disk')")
+    (folder / "half" / "dim.py").write_text(DIM)
+    wanted = f"{folder / 'half' / '__init__.py'}: cannot be imported (OSError: no disk)"
+    assert refused(make_pass, "half.dim", {}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.dim", "absent.dim: Python finds no module 'absent'; run `python -m lltk` in the"),
+        ("own_files.dimm", "own_files.dimm: Python finds no module 'own_files.dimm'; "),
+        ("own_files.dim.x", "own_files.dim.x: Python finds no module 'own_files.dim.x'; "),
+        (".dim", ".dim: Python finds no module ''; "),
+        ("own_files/dim.py", "own_files/dim.py: Python finds no module 'own_files/dim'; "),
+        ("lltk.passes.lora", "passes: lltk.passes.lora: lltk's own passes go by their last name"),
+        ("zzz", "there is no pass 'zzz'; passes: bidirectional, block_causal, "),
+    ],
+)
+def test_a_pass_that_is_not_there(folder: Path, name: str, message: str) -> None:
+    assert refused(make_pass, name, {}).startswith(message)
+    if name == "zzz":
+        assert refused(make_pass, name, {}).endswith("or your own by its path, my_passes.zzz")
+
+
+def test_an_option_that_a_pass_of_ones_own_has_not(folder: Path) -> None:
+    message = refused(make_pass, "own_files.dim", {"facto": 2})
+    assert message == "passes: own_files.dim: unknown key 'facto'; did you mean 'factor'?"
