@@ -21,12 +21,11 @@ import torch
 
 from lltk.bench.record import Record, markdown, write_record
 from lltk.bench.script import column, script_parser, script_record
-from lltk.cli.tasks import Task, held_out_loss, task_of
 from lltk.graph.recipe import read_recipe
 from lltk.graph.recipe_files import find_recipe
 from lltk.train.data import Dataset
-from lltk.train.loop import Hooks, Trainer
 from lltk.train.plot import Curve, line_plot, running_mean
+from lltk.training import TrainingPlan, open_training, plan_training
 
 _METHOD = """\
 Teacher forcing on the tiny world. NVFP4 converts the linears that the recipe tiny_train_nvfp4
@@ -104,9 +103,9 @@ def _runs(
         dataset = None
         for name, changes in VARIANTS.items():
             begun = time.perf_counter()
-            task = task_of(_recipe(options, changes, seed), name, device)
-            dataset = dataset or task.dataset()
-            losses, seconds, held_out = _train(task, dataset)
+            plan = plan_training(_recipe(options, changes, seed), device, name)
+            dataset = dataset or plan.dataset()
+            losses, seconds, held_out = _train(plan, dataset)
             curves[name].append(running_mean(losses))
             row = {
                 "variant": name,
@@ -152,26 +151,14 @@ def _recipe(
     return data
 
 
-def _train(task: Task, dataset: Dataset) -> tuple[list[float], list[float], float]:
+def _train(plan: TrainingPlan, dataset: Dataset) -> tuple[list[float], list[float], float]:
     """Losses and seconds of every step, and the held-out loss of the averaged weights."""
-    objective = task.objective()
-    losses: list[float] = []
-    seconds: list[float] = []
-    held: list[float] = []
-
-    def observe(metrics: Any) -> None:
-        losses.append(metrics.loss)
-        seconds.append(metrics.seconds)
-
-    def validate(step: int) -> dict[str, float]:
-        held.append(held_out_loss(objective, dataset, task.section))
-        return {"loss": held[-1]}
-
-    with tempfile.TemporaryDirectory() as folder:
-        Trainer(
-            objective, dataset, task.section, Path(folder), task.about, Hooks(observe, validate)
-        ).run()
-    return losses, seconds, held[-1]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_training(plan, Path(folder), dataset=dataset) as run,
+    ):
+        steps = list(run)
+    return [m.loss for m in steps], [m.seconds for m in steps], steps[-1].validation["loss"]
 
 
 if __name__ == "__main__":

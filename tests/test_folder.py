@@ -12,14 +12,14 @@ import torch
 from helpers import refused
 from torch import Tensor
 
-from lltk.cli.datasets import dataset_for, encoder_for
-from lltk.cli.latents import PipelineEncoder
 from lltk.graph.geometry import Geometry
 from lltk.models import wan_vae
 from lltk.models.tiny.text import save_text_encoder
 from lltk.models.wan_vae import encode, make_vae, save_vae
 from lltk.stream.script import SCENE_CUT
 from lltk.stream.video import VideoWriter
+from lltk.tasks.clips import encoded_clips
+from lltk.tasks.encoder import PipelineEncoder, encoder_for
 from lltk.train.data import Dataset
 from lltk.train.folder import FolderClips, covering
 from lltk.train.recipe import TrainSection
@@ -199,7 +199,7 @@ def dataset_of(data: dict[str, Any], geometry: Geometry) -> Dataset:
     section = TrainSection.model_validate({"data": data, "steps": 1, "lr": 1.0, "seed": 3})
     device = torch.device("cpu")
     encoder = encoder_for(section.data, geometry, device, torch.float32)
-    return dataset_for(section, geometry, encoder, device)
+    return encoded_clips(section, geometry, encoder, device)
 
 
 @pytest.mark.parametrize("world", [True, False])

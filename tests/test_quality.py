@@ -16,7 +16,6 @@ from lltk.bench.quality import (
     STRETCH,
     draw_stories,
     identity_over_time,
-    prompts_of,
     score_video,
     streamed,
 )
@@ -40,7 +39,7 @@ def test_stories_and_their_prompts() -> None:
     for story in stories:
         assert story.opens == (0, 3) and story.frames == 4 * 2 * 6 - 3
         first, second = story.captions
-        assert prompts_of(story) == [*[first] * 3, SCENE_CUT + second, second, second]
+        assert story.prompts(SCENE_CUT) == [*[first] * 3, SCENE_CUT + second, second, second]
     assert len({story.captions for story in stories}) == 4
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,18 +13,18 @@ import pytest
 import torch
 from helpers import make_recipe, randomise, refused, runnable
 from torch import Tensor
-from toy import Regression, Samples, settings, trainer
+from toy import SETTINGS, Regression, Samples, finish, settings, trainer
 
 from lltk.compiler import with_weights
 from lltk.graph.geometry import Kind
 from lltk.graph.module import instantiate
-from lltk.train.checkpoint import checkpoints, load_checkpoint
-from lltk.train.data import Batches, generator_at
-from lltk.train.loop import Diverged, Hooks, Trainer
+from lltk.train.data import Batch, Batches, generator_at
+from lltk.train.loop import Diverged, Trainer
 from lltk.train.masters import Masters
 from lltk.train.metrics import Metrics, plot_loss, read_metrics
 from lltk.train.objective import FlowMatching, mean_loss
 from lltk.train.recipe import TrainSection, train_section, vae_recipe
+from lltk.train.state import load_training_state, training_states
 
 pytestmark = pytest.mark.cpu
 
@@ -35,12 +34,11 @@ def history(folder: Path) -> list[Metrics]:
 
 
 def test_the_loss_falls_and_is_recorded(tmp_path: Path) -> None:
-    seen: list[int] = []
-    run = trainer(tmp_path, hooks=Hooks(observe=lambda m: seen.append(m.step)), ema_decay=None)
+    run = trainer(tmp_path, ema_decay=None)
     before = run.weights
-    run.run()
+    given = list(run)
     metrics = history(tmp_path)
-    assert seen == [m.step for m in metrics] == list(range(1, 61))
+    assert given == metrics and [m.step for m in metrics] == list(range(1, 61))
     losses = [m.loss for m in metrics]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert not torch.equal(run.weights["1.weight"], before["1.weight"])
@@ -69,9 +67,9 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     """With β₁ = β₂ = 0 and a large ε an update is lr/ε times the clipped gradient."""
     for clip in (1e9, 0.1):
         run = trainer(tmp_path / str(clip), steps=1, clip=clip, warmup=0, betas=[0.0, 0.0])
-        run._optimiser.param_groups[0]["eps"] = 1e3
+        run._optimiser._adamw.param_groups[0]["eps"] = 1e3
         before = run.weights
-        run.run()
+        finish(run)
         (metrics,) = history(tmp_path / str(clip))
         change = torch.cat([(run.weights[n] - before[n]).flatten() for n in before])
         moved = float(change.norm()) * 1e3 / 0.01
@@ -86,7 +84,7 @@ def test_accumulation_is_a_big_batch(tmp_path: Path, dtype: torch.dtype) -> None
     for clips in (1, 2, 8):
         folder = tmp_path / str(clips)
         run = trainer(folder, Regression(clips, dtype=dtype), steps=12)
-        run.run()
+        finish(run)
         ends.append(run.weights)
         losses.append([m.loss for m in history(folder)])
     bound = 1e-5 if dtype == torch.float32 else 2e-2
@@ -94,7 +92,7 @@ def test_accumulation_is_a_big_batch(tmp_path: Path, dtype: torch.dtype) -> None
         assert loss == pytest.approx(losses[2], rel=bound)
         assert all(torch.allclose(end[n], ends[2][n], rtol=0.1, atol=bound) for n in end)
     smaller = trainer(tmp_path / "smaller", Regression(4, dtype=dtype), steps=12, batch=4)
-    smaller.run()
+    finish(smaller)
     assert [m.loss for m in history(tmp_path / "smaller")] != pytest.approx(losses[2], rel=bound)
 
 
@@ -105,21 +103,14 @@ def test_a_batch_is_whole_calls(tmp_path: Path) -> None:
 
 
 def test_averages_by_hand(tmp_path: Path) -> None:
-    steps: list[dict[str, Tensor]] = []
-    run = trainer(
-        tmp_path,
-        hooks=Hooks(observe=lambda _: steps.append(run.weights)),
-        steps=14,
-        ema_start=10,
-        ema_decay=0.75,
-    )
-    run.run()
+    run = trainer(tmp_path, steps=14, ema_start=10, ema_decay=0.75)
+    steps = [run.weights for _ in run]
     wanted = steps[9]["1.weight"]
     for weights in steps[10:]:
         wanted = 0.75 * wanted + 0.25 * weights["1.weight"]
     assert torch.allclose(run.ema["1.weight"], wanted, atol=1e-6)
     assert not torch.allclose(run.ema["1.weight"], run.weights["1.weight"], atol=1e-4)
-    early = load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])
+    early = load_training_state(training_states(tmp_path / "checkpoints")[-1])
     assert torch.equal(early.ema["1.weight"], run.ema["1.weight"])
     assert run.ema["1.weight"].dtype == torch.float32
 
@@ -162,12 +153,12 @@ def test_a_bad_loss_stops_and_names_the_module(tmp_path: Path) -> None:
     section = settings(checkpoint_every=2)
     run = Trainer(Regression(), Spoilt(), section, tmp_path, {"recipe": {}})
     with pytest.raises(Diverged) as caught:
-        run.run()
-    newest = checkpoints(tmp_path / "checkpoints")[-1]
+        finish(run)
+    newest = training_states(tmp_path / "checkpoints")[-1]
     assert newest.name == "step_00000004"
     message = str(caught.value)
     assert message.startswith("step 6: the loss is nan")
-    assert f"first not finite: 0; the last good checkpoint is {newest}" in message
+    assert f"first not finite: 0; the last good training state is {newest}" in message
     assert [m.step for m in history(tmp_path)] == [1, 2, 3, 4, 5]
     assert all(bool(t.isfinite().all()) for t in run.weights.values())
 
@@ -177,7 +168,7 @@ def test_a_bad_gradient_names_its_parameter(tmp_path: Path) -> None:
     run = trainer(tmp_path, objective)
     objective.module[1].bias.register_hook(lambda grad: grad * torch.inf)
     with pytest.raises(Diverged, match=r"first not finite: the gradient of 1\.bias; there is no"):
-        run.run()
+        finish(run)
 
 
 def test_a_program_that_goes_bad_is_named(tmp_path: Path) -> None:
@@ -187,44 +178,51 @@ def test_a_program_that_goes_bad_is_named(tmp_path: Path) -> None:
     )
     module.get_parameter("blocks.1.attn2.to_k.weight").data.fill_(torch.inf)
     with pytest.raises(Diverged, match=r"first not finite: parameter blocks\.1\.attn2\.to_k\.w"):
-        run.run()
+        finish(run)
 
 
-def test_hooks_see_averaged_weights_and_leave_no_trace(tmp_path: Path) -> None:
-    """A hook that draws random numbers does not change a run with dropout."""
-    seen: dict[int, Tensor] = {}
-    objective = Regression(dropout=0.3)
+class Watched(Regression):
+    """Keeps a weight as each held-out loss sees it; dropout draws from torch's own generator."""
 
-    def validate(step: int) -> Mapping[str, float]:
+    def __init__(self) -> None:
+        super().__init__(dropout=0.3)
+        self.seen: list[Tensor] = []
+
+    def loss(self, batch: Batch) -> Tensor:
+        if not torch.is_grad_enabled():
+            self.seen.append(self.module[1].weight.clone())
+            assert batch.seed == ~SETTINGS["seed"]
+        return super().loss(batch)
+
+
+def test_validation_and_samples_see_averages_and_leave_no_trace(tmp_path: Path) -> None:
+    """What they draw does not change a run with dropout."""
+    objective = Watched()
+
+    def sample(folder: Path) -> None:
         torch.rand(10)
         assert not torch.is_grad_enabled()
-        seen[step] = objective.module[1].weight.clone()
-        return {"loss": 1.0}
+        torch.save(objective.module[1].weight, folder / "weight")
 
-    def sample(step: int, folder: Path) -> None:
-        (folder / "note").write_text(str(step))
-
-    hooks = Hooks(validate=validate, sample=sample)
+    changes = {"steps": 12, "ema_start": 8, "ema_decay": 0.5}
     run = trainer(
-        tmp_path / "a", objective, hooks=hooks, steps=12, validate_every=4, sample_every=6,
-        ema_start=8, ema_decay=0.5,
-    )  # fmt: skip
-    run.run()
-    assert list(seen) == [4, 8, 12]
-    assert torch.equal(seen[12], run.ema["1.weight"])
-    assert torch.equal(objective.module[1].weight, run.weights["1.weight"])
-    metrics = history(tmp_path / "a")
+        tmp_path / "a", objective, sample=sample, validate_every=4, sample_every=6, **changes
+    )
+    metrics = list(run)
     assert [m.step for m in metrics if m.validation] == [4, 8, 12]
-    assert (tmp_path / "a" / "samples" / "step_00000006" / "note").read_text() == "6"
+    assert len(objective.seen) == 3 * 4, "16 clips, 4 a call"
+    assert torch.equal(objective.seen[-1], run.ema["1.weight"])
+    assert torch.equal(objective.module[1].weight, run.weights["1.weight"])
+    sampled = torch.load(tmp_path / "a" / "samples" / "step_00000012" / "weight")
+    assert torch.equal(sampled, run.ema["1.weight"])
+    assert not torch.equal(sampled, run.weights["1.weight"])
 
-    plain = trainer(tmp_path / "b", Regression(dropout=0.3), steps=12, ema_start=8, ema_decay=0.5)
-    plain.run()
-    assert [m.loss for m in metrics] == [m.loss for m in history(tmp_path / "b")]
+    plain = trainer(tmp_path / "b", Regression(dropout=0.3), **changes)
+    assert [m.loss for m in metrics] == [m.loss for m in plain]
 
 
-def test_hooks_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
+def test_samples_that_nothing_can_make_are_refused(tmp_path: Path) -> None:
     assert "train.sample_every" in refused(trainer, tmp_path, sample_every=5)
-    assert "train.validate_every" in refused(trainer, tmp_path, validate_every=5)
 
 
 class Clips:
@@ -256,7 +254,7 @@ def test_flow_matching_learns_through_a_program(tmp_path: Path, kind: Kind) -> N
     held_out = list(islice(Batches(data, seed=~0, size=4), 4))
     before = mean_loss(objective, held_out)
     run = Trainer(objective, data, flow_settings(), tmp_path, {})
-    run.run()
+    finish(run)
     assert mean_loss(objective, held_out) < 0.75 * before
     # The Program's own weights are left as they were.
     assert mean_loss(FlowMatching(program, instantiate(program)), held_out) == before
@@ -273,7 +271,7 @@ def test_recomputing_blocks_changes_nothing(tmp_path: Path) -> None:
     for name, module in (("plain", plain), ("recomputing", recomputing)):
         section = flow_settings(steps=2)
         run = Trainer(FlowMatching(program, module), Clips(6), section, tmp_path / name, {})
-        run.run()
+        finish(run)
         ends.append(run.weights)
     assert all(torch.allclose(ends[0][n], ends[1][n], atol=1e-5) for n in ends[0])
 
@@ -283,9 +281,9 @@ def test_adapters_alone_train(tmp_path: Path) -> None:
              "teacher_forcing", {"lora": {"rank": 2, "alpha": 2.0}}, "regionalise"]  # fmt: skip
     program, module = runnable(make_recipe("train", steps, batch=4))
     run = Trainer(FlowMatching(program, module), Clips(6), flow_settings(steps=2), tmp_path, {})
-    run.run()
+    finish(run)
     assert program.trainable is not None and run.weights.keys() == program.trainable
-    saved = load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])
+    saved = load_training_state(training_states(tmp_path / "checkpoints")[-1])
     assert saved.weights.keys() == program.trainable
 
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from helpers import Run
 
-from lltk.cli.tasks import task_of
 from lltk.graph.recipe import read_recipe
 from lltk.graph.recipe_files import shipped
 from lltk.models.tiny.text import save_text_encoder
 from lltk.models.wan_vae import load_vae
-from lltk.train.loop import Trainer
+from lltk.training import open_training, plan_training
 
 pytestmark = pytest.mark.cpu
 
@@ -86,23 +85,23 @@ def test_an_autoencoder_in_low_precision_has_float32_masters(tmp_path: Path) -> 
     data = read_recipe(shipped()["tiny_vae"], [*VAE, "vae.dtype=bfloat16", "train.steps=1"])
     for key in ("validate_every", "sample_every"):
         data["train"][key] = None
-    task = task_of(data, "test", torch.device("cpu"))
-    objective, dataset = task.objective(), task.dataset()
-    started = {name: weight.clone() for name, weight in objective.weights.items()}
-    run = Trainer(objective, dataset, task.section, tmp_path, task.about)
-    run.run()
+    plan = plan_training(data)
+    with open_training(plan, tmp_path) as run:
+        objective = run.objective
+        started = {name: weight.clone() for name, weight in objective.weights.items()}
+        for metrics in run:
+            assert metrics.step == 1
     module = dict(objective.module.named_parameters())
     assert {parameter.dtype for parameter in module.values()} == {torch.bfloat16}
     moved = 0
-    for name, master in run.weights.items():
+    weights = run.trainer.weights
+    for name, master in weights.items():
         assert master.dtype == started[name].dtype == torch.float32
         assert torch.equal(module[name], master.bfloat16())
         moved += int((master != started[name]).sum())
-    total = sum(master.numel() for master in run.weights.values())
-    assert moved > total / 2
-    assert any(not torch.equal(master, master.bfloat16()) for master in run.weights.values())
-    path = task.export(objective, dataset, run.weights, tmp_path)
-    assert {weight.dtype for weight in load_vae(path).weights.values()} == {torch.float32}
+    assert moved > sum(master.numel() for master in weights.values()) / 2
+    assert any(not torch.equal(master, master.bfloat16()) for master in weights.values())
+    assert {weight.dtype for weight in load_vae(run.export()).weights.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("recipe", ["tiny_vae", "tiny_train", "tiny_reference"])
@@ -154,7 +153,10 @@ def test_what_passes_convert_and_keep_is_printed(run: Run) -> None:
         (["tiny_vae", "--set", "vae.frames=6"], "the nearest that fit: 5 and 9"),
         (["tiny_vae", "--set", "vae.config=tiny_vea"], "did you mean 'tiny_vae'?"),
         (["tiny_vae", "--set", "train.compile=true"], "train.compile: is for transformers"),
-        (["tiny_vae", "--set", "train.data.clips=9"], "train.data.clips: an autoencoder trains on"),
+        (
+            ["tiny_vae", "--set", "train.data.clips=9"],
+            "train.data.clips: an autoencoder trains on new",
+        ),
     ],
 )
 def test_bad_input_is_refused(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -16,11 +16,11 @@ from helpers import refused, same
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy import SETTINGS, Regression, train_until_killed, trainer
+from toy import SETTINGS, Regression, finish, train_until_killed, trainer
 
-from lltk.train import checkpoint
-from lltk.train.checkpoint import checkpoints, load_checkpoint
+from lltk.train import state
 from lltk.train.metrics import read_metrics
+from lltk.train.state import load_training_state, training_states
 
 STEPS = SETTINGS["steps"]
 FORKS = get_context("forkserver")
@@ -41,7 +41,7 @@ def ended(process: BaseProcess) -> int | None:
     return process.exitcode
 
 
-def finish(folder: Path) -> None:
+def run_to_the_end(folder: Path) -> None:
     assert ended(start(folder)) == 0
 
 
@@ -69,8 +69,8 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
 
 def agree(ours: Path, theirs: Path) -> bool:
     """Whether two finished runs have the same losses, weights and averages, bit for bit."""
-    ends = [load_checkpoint(checkpoints(folder / "checkpoints")[-1]) for folder in (ours, theirs)]
-    parts = [(e.weights, e.ema, e.optimiser) for e in ends]
+    newest = [training_states(folder / "checkpoints")[-1] for folder in (ours, theirs)]
+    parts = [(e.weights, e.ema, e.optimiser) for e in map(load_training_state, newest)]
     return losses(ours) == losses(theirs) and all(same(a, b) for a, b in zip(*parts, strict=True))
 
 
@@ -78,27 +78,27 @@ def agree(ours: Path, theirs: Path) -> bool:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(folder)
+    run_to_the_end(folder)
     assert len(losses(folder)) == STEPS
     return folder
 
 
 def killed(folder: Path, kills: int) -> None:
-    """Kill a run at random steps, at times before its first checkpoint, then let it end."""
+    """Kill a run at random steps, at times before its first training state, then let it end."""
     random_ = random.Random(kills)
     for _ in range(kills):
         kill_after(folder, random_.randint(1, STEPS // kills - 2), random_.random() / 50)
     assert lines(folder) < STEPS
-    finish(folder)
+    run_to_the_end(folder)
 
 
 @cpu
 def test_two_kills_and_one_while_it_writes(tmp_path: Path, whole: Path) -> None:
-    """What is half written is never taken for a checkpoint, and is cleared away."""
+    """What is half written is never taken for a training state, and is cleared away."""
     run = tmp_path / "run"
     assert ended(start(run, dies_writing=7)) == -signal.SIGKILL
     folder = run / "checkpoints"
-    assert [path.name for path in checkpoints(folder)] == ["step_00000005", "step_00000006"]
+    assert [path.name for path in training_states(folder)] == ["step_00000005", "step_00000006"]
     (half,) = folder.glob(".step_00000007.*")
     assert (half / "optimiser.safetensors").read_bytes() == b"half of it"
     killed(run, 2)
@@ -108,7 +108,7 @@ def test_two_kills_and_one_while_it_writes(tmp_path: Path, whole: Path) -> None:
 
 @cpu
 @pytest.mark.parametrize("dies_writing", [None, 1])
-def test_killed_before_the_first_checkpoint(
+def test_killed_before_the_first_state(
     tmp_path: Path, whole: Path, dies_writing: int | None
 ) -> None:
     """A run that is resumed with nothing to resume from starts at the beginning."""
@@ -117,8 +117,8 @@ def test_killed_before_the_first_checkpoint(
     if dies_writing is None:
         process.kill()
     assert ended(process) == -signal.SIGKILL
-    assert not checkpoints(run / "checkpoints")
-    finish(run)
+    assert not training_states(run / "checkpoints")
+    run_to_the_end(run)
     assert agree(run, whole)
 
 
@@ -129,11 +129,11 @@ def test_ten_kills(tmp_path: Path, whole: Path) -> None:
 
 
 @cpu
-def test_a_full_disk_leaves_the_checkpoints_before_it(
+def test_a_full_disk_leaves_the_states_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    trainer(whole, steps=9).run()
+    finish(trainer(whole, steps=9))
     stopped = trainer(run, steps=9)
 
     def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -143,13 +143,13 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(
         save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as caught:
-        patch.setattr(checkpoint, "save_file", save)
-        stopped.run()
+        patch.setattr(state, "save_file", save)
+        finish(stopped)
     assert str(run / "checkpoints" / "step_00000007") in str(caught.value)
-    assert stopped.left().startswith("the last good checkpoint is")
+    assert stopped.left().startswith("the last good training state is")
     assert stopped.left().endswith("step_00000006; resume from it with --resume")
     assert not list(run.rglob(".*"))
-    trainer(run, steps=9, resume=True).run()
+    finish(trainer(run, steps=9, resume=True))
     assert agree(run, whole)
 
 
@@ -159,47 +159,47 @@ def test_every_part_of_the_state_matters(tmp_path: Path, lost: str | None) -> No
     """Negative controls: the losses change if a part of the optimiser's state is lost."""
     changes = {"schedule": "constant", "warmup": 0}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    trainer(whole, Regression(dropout=0.2), steps=14, **changes).run()
-    trainer(stopped, Regression(dropout=0.2), steps=7, **changes).run()
-    path = checkpoints(stopped / "checkpoints")[-1] / "optimiser.safetensors"
+    finish(trainer(whole, Regression(dropout=0.2), steps=14, **changes))
+    finish(trainer(stopped, Regression(dropout=0.2), steps=7, **changes))
+    path = training_states(stopped / "checkpoints")[-1] / "optimiser.safetensors"
     tensors = load_file(path)
     other = torch.Generator().manual_seed(9).get_state()
     for name in (name for name in tensors if lost and name.startswith(lost)):
         tensors[name] = other if lost == "rng" else torch.zeros_like(tensors[name])
     save_file(tensors, path)
-    trainer(stopped, Regression(dropout=0.2), steps=14, resume=True, **changes).run()
+    finish(trainer(stopped, Regression(dropout=0.2), steps=14, resume=True, **changes))
     assert losses(stopped)[:7] == losses(whole)[:7]
     assert (losses(stopped)[7:] == losses(whole)[7:]) == (lost is None)
 
 
 @cpu
 def test_the_newest_are_kept(tmp_path: Path) -> None:
-    trainer(tmp_path, steps=10, checkpoint_every=4, keep=2).run()
-    names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
+    finish(trainer(tmp_path, steps=10, checkpoint_every=4, keep=2))
+    names = [path.name for path in training_states(tmp_path / "checkpoints")]
     assert names == ["step_00000008", "step_00000010"]
 
 
 @cpu
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
-    trainer(tmp_path, steps=3).run()
+    finish(trainer(tmp_path, steps=3))
     message = refused(trainer, tmp_path, steps=3, lr=0.02, seed=4, resume=True)
     assert "train.lr, train.seed differ; resume with that recipe" in message
     assert refused(trainer, tmp_path, steps=3).endswith(
         "holds a run; resume it, or name another folder"
     )
-    trainer(tmp_path, steps=5, keep=1, resume=True).run()
+    finish(trainer(tmp_path, steps=5, keep=1, resume=True))
     assert [step for step, _, _ in losses(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 @cpu
-def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
-    trainer(tmp_path, steps=3).run()
-    newest = checkpoints(tmp_path / "checkpoints")[-1]
+def test_damaged_states_are_refused(tmp_path: Path) -> None:
+    finish(trainer(tmp_path, steps=3))
+    newest = training_states(tmp_path / "checkpoints")[-1]
     weights = newest / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     message = refused(trainer, tmp_path, steps=4, resume=True)
-    assert message.startswith(f"{newest}: is no whole checkpoint")
+    assert message.startswith(f"{newest}: is not a whole training state")
     assert message.endswith("remove it to resume from the one before")
     shutil.rmtree(newest)
-    trainer(tmp_path, steps=4, resume=True).run()
+    finish(trainer(tmp_path, steps=4, resume=True))
     assert [step for step, _, _ in losses(tmp_path)] == [1, 2, 3, 4]

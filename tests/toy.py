@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lltk.graph.diagnose import first_bad_module
-from lltk.train import checkpoint
+from lltk.train import state
 from lltk.train.data import Batch, generator_at
-from lltk.train.loop import Hooks, Trainer
+from lltk.train.loop import Trainer
+from lltk.train.metrics import Metrics
 from lltk.train.recipe import TrainSection
 
 torch.set_num_threads(1)
@@ -90,14 +92,19 @@ def trainer(
     folder: Path,
     objective: Regression | None = None,
     *,
-    hooks: Hooks | None = None,
+    sample: Callable[[Path], None] | None = None,
     resume: bool = False,
     **changes: Any,
 ) -> Trainer:
     section = settings(**changes)
     about = {"recipe": {"train": section.model_dump(mode="json")}, "log": [], "versions": {}}
     objective = objective or Regression()
-    return Trainer(objective, Samples(), section, folder, about, hooks, resume)
+    return Trainer(objective, Samples(), section, folder, about, sample, resume)
+
+
+def finish(run: Iterable[Metrics]) -> None:
+    """Take all the steps that are left."""
+    deque(run, maxlen=0)
 
 
 def train_until_killed(folder: Path, dies_writing: int | None = None) -> None:
@@ -105,9 +112,9 @@ def train_until_killed(folder: Path, dies_writing: int | None = None) -> None:
 
     Args:
         folder: of the run.
-        dies_writing: kill this very process while it writes the checkpoint of this step.
+        dies_writing: kill this very process while it writes the state of this step.
     """
-    save_file = checkpoint.save_file
+    save_file = state.save_file
 
     def save_half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         if run.step == dies_writing and path.name == "optimiser.safetensors":
@@ -115,7 +122,7 @@ def train_until_killed(folder: Path, dies_writing: int | None = None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         save_file(tensors, path, metadata)
 
-    checkpoint.save_file = save_half
+    state.save_file = save_half
     objective = Regression(clips=2, dropout=0.2, dtype=torch.bfloat16)
     run = trainer(folder, objective, resume=True)
-    run.run()
+    finish(run)

@@ -17,12 +17,12 @@ from lltk.bench.quality import (
     PARTS,
     ShotScore,
     identity_over_time,
-    prompts_of,
     score_video,
     streamed,
 )
 from lltk.graph.module import instantiate
 from lltk.models.tiny.world import Story
+from lltk.stream.script import SCENE_CUT
 from lltk.stream.text import TextEncoder
 from lltk.stream.video import levels
 from lltk.streaming import StreamPlan, open_decoder
@@ -116,7 +116,7 @@ def interval(values: Interval | Sequence[float] | None) -> str:
 def encoded(plan: StreamPlan, stories: Sequence[Story]) -> Tensor:
     """The prompts of equally long stories, [B, N, S, E], on the transformer's device."""
     encoder = TextEncoder(plan.folder, plan.transformer.geometry.text_tokens, device=plan.device)
-    texts = [prompt for story in stories for prompt in prompts_of(story)]
+    texts = [prompt for story in stories for prompt in story.prompts(SCENE_CUT)]
     return encoder.encode(texts).unflatten(0, (len(stories), -1))
 
 

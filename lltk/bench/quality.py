@@ -15,7 +15,6 @@ from lltk.models.tiny.world import FPS, STRIDE, Story, draw_shot
 from lltk.stream.positions import frame_positions
 from lltk.stream.rollout import Rollout
 from lltk.stream.sampler import Sampler, Schedule
-from lltk.stream.script import SCENE_CUT
 
 PARTS = ("shape", "colour", "motion", "background")
 """What a caption tells."""
@@ -39,14 +38,6 @@ def draw_stories(seed: int, count: int, shots: int, chunks: int, chunk: int) -> 
     return [
         Story(tuple(draw_shot(generator) for _ in opens), opens, chunk, frames)
         for _ in range(count)
-    ]
-
-
-def prompts_of(story: Story) -> list[str]:
-    """A prompt a chunk, marked where a shot but the first begins."""
-    return [
-        (SCENE_CUT if chunk in story.opens[1:] else "") + story.captions[shot]
-        for chunk, shot in enumerate(story.shot_of_chunk)
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +17,19 @@ from lltk.graph.recipe_files import find_recipe
 from lltk.parallel.devices import find_device
 
 if TYPE_CHECKING:
-    from lltk.cli.tasks import Task
-    from lltk.train.metrics import Metrics
+    from lltk.training import TrainingPlan
 
 
 @click.command("train")
 @click.argument("recipe")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the run.")
-@click.option("--resume", is_flag=True, help="Go on from the folder's newest checkpoint, if any.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@click.option(
+    "--resume", is_flag=True,
+    help="Go on from the newest training state in the folder, if there is one.",
+)  # fmt: skip
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe."
+)
 @click.option("--device", help="Where it trains (default: a GPU if there is one).")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -38,12 +42,16 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train by a RECIPE with a train section (a YAML file, or a shipped recipe's name).
+    """Train a model by a RECIPE: a YAML file, or the name of a recipe that comes with lltk.
 
-    A recipe with a vae section trains an autoencoder, any other its transformer. The run's folder
-    gets checkpoints, metrics.jsonl, loss.svg, train.log and, in the end, the weights in diffusers'
-    layout (the averaged ones where the recipe averages). Ends with 1 if the loss is no longer a
-    number, the disk is full, or it is interrupted; --resume goes on from the last checkpoint.
+    The recipe needs a train section. One with a vae section trains an autoencoder; any other
+    trains its transformer.
+
+    The run's folder gets training states (in checkpoints/), metrics.jsonl, loss.svg and train.log.
+    At the end it gets the weights in diffusers' layout: the averaged ones, if the recipe averages.
+
+    The exit code is 1 if the loss is no longer a number, the disk is full, or the run is
+    interrupted. --resume then goes on from the newest training state.
 
     \b
     Example:
@@ -53,81 +61,57 @@ def command(
     console = Console(quiet=as_json)
     path = find_recipe(recipe)
 
-    from lltk.cli.tasks import task_of
     from lltk.graph.recipe import read_recipe
+    from lltk.training import plan_training
 
     chosen = find_device(device)
     hide_loading()
     with console.status("reading the recipe"):
-        task = task_of(read_recipe(path, overrides), str(path), chosen)
-    section = task.section
-    if task.log:
-        console.print(log_tables(task.log))
+        plan = plan_training(read_recipe(path, overrides), chosen, str(path))
+    section = plan.section
+    if plan.log:
+        console.print(log_tables(plan.log))
     if dry_run:
         if as_json:
-            plan = {
+            facts = {
                 "device": str(chosen),
                 "train": section.model_dump(mode="json"),
-                "log": [entry.plain() for entry in task.log],
-                "memory": task.memory,
+                "log": [entry.plain() for entry in plan.log],
+                "memory": plan.memory,
             }
-            click.echo(json.dumps(plan, indent=2))
+            click.echo(json.dumps(facts, indent=2))
         console.print(f"Plan: {section.steps} steps of {section.batch} clips on {chosen}")
-        console.print(memory_table(task.memory))
+        console.print(memory_table(plan.memory))
         return
     if output is None:
         raise ValueError("-o: name a folder for the run")
-    with logged(Console(stderr=True)) as keep_log:
-        _train(task, output, resume, as_json, console, keep_log)
+    steps, weights = _train(plan, output, resume, console)
+    if as_json:
+        click.echo(json.dumps({"steps": steps, "weights": str(weights)}, indent=2))
+    console.print(f"{steps} steps; the weights are in {weights}")
 
 
-def _train(
-    task: Task,
-    output: Path,
-    resume: bool,
-    as_json: bool,
-    console: Console,
-    keep_log: Callable[[Path], None],
-) -> None:
-    import torch
+def _train(plan: TrainingPlan, output: Path, resume: bool, console: Console) -> tuple[int, Path]:
+    """Train with a progress bar; the steps done and what was written in the end."""
+    from lltk.train.loop import Diverged
+    from lltk.training import open_training
 
-    from lltk.cli.tasks import held_out_loss
-    from lltk.train.loop import Diverged, Hooks, Trainer
-
-    section = task.section
-    with console.status("preparing"):
-        dataset, objective = task.dataset(), task.objective()
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task("", total=section.steps)
-
-        def observe(metrics: Metrics) -> None:
-            text = f"loss {metrics.loss:.4g}, {metrics.samples_per_second:.3g} clips/s"
-            progress.update(bar, completed=metrics.step, description=text)
-
-        def validate(step: int) -> dict[str, float]:
-            return {"loss": held_out_loss(objective, dataset, section)}
-
-        def sample(step: int, folder: Path) -> None:
-            assert task.sample is not None
-            task.sample(objective, dataset, folder)
-
-        hooks = Hooks(observe, validate, sample if task.sample else None)
-        run = Trainer(objective, dataset, section, output, task.about, hooks, resume)
+    with ExitStack() as opened:
+        keep_log = opened.enter_context(logged(Console(stderr=True)))
+        with console.status("preparing"):
+            run = opened.enter_context(open_training(plan, output, resume=resume))
         keep_log(output / "train.log")
-        progress.update(bar, completed=run.step)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        bars = opened.enter_context(Progress(*columns, TimeRemainingColumn(), console=console))
+        bar = bars.add_task("", total=plan.section.steps, completed=run.trainer.step)
         try:
-            # Shapes stay, so the fastest convolutions are worth looking for.
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-                run.run()
+            for metrics in run:
+                text = f"loss {metrics.loss:.4g}, {metrics.samples_per_second:.3g} clips/s"
+                bars.update(bar, completed=metrics.step, description=text)
         except Diverged as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
-            raise click.ClickException(f"{error}; {run.left()}") from error
+            raise click.ClickException(f"{error}; {run.trainer.left()}") from error
         except KeyboardInterrupt:
-            raise click.ClickException(f"stopped; {run.left()}") from None
-    exported = task.export(objective, dataset, run.ema or run.weights, output)
-    if as_json:
-        click.echo(json.dumps({"steps": run.step, "weights": str(exported)}, indent=2))
-    console.print(f"{run.step} steps; the weights are in {exported}")
+            raise click.ClickException(f"stopped; {run.trainer.left()}") from None
+    return run.trainer.step, run.export()

@@ -212,6 +212,14 @@ class VideoWriter:
             ) from error
 
 
+def write_video(path: Path, video: Tensor, fps: float) -> None:
+    """Write a whole video, [3, F, H, W] in [-1, 1], at once; errors as `VideoWriter`'s."""
+    frames = pixels(video[None])
+    _, height, width, _ = frames.shape
+    with VideoWriter(path, height, width, fps) as writer:
+        writer.write(frames)
+
+
 def read_video(path: Path) -> Tensor:
     """All frames of a video, as far as they can be decoded: uint8 [F, H, W, 3], RGB.
 

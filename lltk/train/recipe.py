@@ -12,52 +12,71 @@ from lltk.graph.recipe import explain
 
 
 class DataSection(BaseModel):
-    """Which clips."""
+    """The clips to train on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     world: Literal["tiny"] = Field("tiny", description="tiny: procedural clips of moving shapes")
     folder: str | None = Field(
-        None, description="captioned clips to train on in the place of the world's: a folder"
+        None, description="a folder of captioned clips to train on instead of the world's"
     )
-    fps: float = Field(24.0, gt=0, description="video frames a second that its clips are read at")
+    fps: float = Field(
+        24.0, gt=0, description="video frames a second at which the folder's clips are read"
+    )
     shots: int = Field(
-        1, ge=1, description="most shots a clip; in the world their number is uniform from 1"
+        1,
+        ge=1,
+        description="most shots in a clip; a clip of the world has 1 to this many, all equally "
+        "likely",
     )
     clips: int | None = Field(
-        None, ge=1, description="clips, encoded once; null: new ones every step"
+        None,
+        ge=1,
+        description="encode this many clips once, before the first step, and train on them alone; "
+        "null: new clips at every step",
     )
     frames: int | None = Field(
         None,
         ge=1,
-        description="latent frames a clip, of which a sample shows some chunks, as a stream sees "
-        "them late in a video; null: as many as the model trains on",
+        description="latent frames of a clip; where that is more than geometry.frames, a sample "
+        "shows some chunks of the clip, as a stream sees them late in a video; null: as many as "
+        "geometry.frames",
     )
     pipeline: str | None = Field(
-        None, description="folder with vae, text_encoder and tokenizer, which make latents and text"
+        None,
+        description="folder with the vae, text_encoder and tokenizer that make latents and text",
     )
 
 
 class TrainSection(BaseModel):
-    """The ``train`` section of a recipe. A step is one update of the weights."""
+    """The ``train`` section of a recipe. A step is one update of the weights.
+
+    One forward and backward pass over ``geometry.batch`` clips is a call. A step makes as many
+    calls as its batch needs, and adds up their gradients.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: DataSection = Field(DataSection.model_validate({}), description="which clips")
-    steps: int = Field(ge=1, description="updates of the weights")
+    data: DataSection = Field(DataSection.model_validate({}), description="the clips to train on")
+    steps: int = Field(ge=1, description="number of updates of the weights")
     batch: int = Field(
-        1, ge=1, description="clips a step; what exceeds the clips of a call is accumulated"
+        1, ge=1, description="clips in a step; a multiple of the clips in a call (geometry.batch)"
     )
     lr: float = Field(gt=0, description="AdamW's learning rate, after the warm-up")
     schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="cosine falls to 0 at the last step"
+        "constant",
+        description="the learning rate after the warm-up; cosine falls to 0 at the last step",
     )
-    warmup: int = Field(0, ge=0, description="steps over which the rate rises from 0")
-    betas: tuple[float, float] = Field((0.0, 0.999), description="AdamW's")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    warmup: int = Field(0, ge=0, description="steps in which the learning rate rises from 0")
+    betas: tuple[float, float] = Field((0.0, 0.999), description="AdamW's betas")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     clip: float = Field(10.0, gt=0, description="largest norm of the gradient")
     ema_decay: float | None = Field(
-        0.99, ge=0, lt=1, description="decay a step of the averaged weights; null for none"
+        0.99,
+        ge=0,
+        lt=1,
+        description="at each step the averaged weights keep this share of themselves and take the "
+        "rest from the weights; null: nothing is averaged",
     )
     ema_start: int = Field(100, ge=0, description="steps before averaging begins")
     image: float = Field(
@@ -67,28 +86,37 @@ class TrainSection(BaseModel):
         0.0,
         ge=0,
         le=1,
-        description="share of the clean chunks that others see, of those that open no shot, that "
-        "carry the model's own error",
+        description="share of the clean chunks that carry the model's own error; chunks that open "
+        "a shot never do",
     )
     context_noise: float = Field(
-        0.0, ge=0, lt=1, description="largest noise level of the clean chunks that others see"
+        0.0, ge=0, lt=1, description="largest noise level of the clean chunks"
     )
     gap: float = Field(
-        1.0, ge=1, description="most that a leap between chunks of a clip is longer in positions"
+        1.0,
+        ge=1,
+        description="a sample that skips chunks of its clip leaps in its positions; the leap is "
+        "longer than in the clip by a random number of latent frames, below this one; 1 adds none",
     )
-    seed: int = Field(0, ge=0, description="of first weights, clips and noise")
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    validate_every: int | None = Field(None, ge=1, description="steps between validations")
-    sample_every: int | None = Field(None, ge=1, description="steps between samples")
-    compile: bool = Field(False, description="compile the blocks")
+    seed: int = Field(0, ge=0, description="seed of the first weights, the clips and the noise")
+    checkpoint_every: int = Field(100, ge=1, description="steps between training states")
+    keep: int = Field(2, ge=1, description="how many of the newest training states are kept")
+    validate_every: int | None = Field(
+        None, ge=1, description="steps between validations; null: none"
+    )
+    sample_every: int | None = Field(None, ge=1, description="steps between samples; null: none")
+    compile: bool = Field(False, description="compile the transformer's blocks")
     graphs: bool = Field(
-        False, description="replay CUDA graphs: a GPU and one call a step; for small models"
+        False,
+        description="replay CUDA graphs, which helps small models; needs a GPU and steps of one "
+        "call",
     )
-    recompute: bool = Field(False, description="recompute each block in the backward pass")
+    recompute: bool = Field(
+        False, description="recompute each block in the backward pass, which saves memory"
+    )
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
+        """The learning rate of a step, counted from 0."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
@@ -97,14 +125,14 @@ class TrainSection(BaseModel):
         return self.lr * (1 + math.cos(math.pi * done)) / 2
 
     def calls(self, clips: int) -> int:
-        """Calls a step.
+        """How many calls a step makes.
 
         Args:
-            clips: clips of a call.
+            clips: clips in a call.
 
         Raises:
-            ValueError: they do not divide the batch (names the nearest batches), or are not all of
-                it where graphs are replayed.
+            ValueError: the batch is not a multiple of that (names the nearest batches), or a step
+                makes more than one call although it should replay CUDA graphs.
         """
         calls, rest = divmod(self.batch, clips)
         if rest:
@@ -115,8 +143,8 @@ class TrainSection(BaseModel):
             )
         if self.graphs and calls > 1:
             raise ValueError(
-                f"train.graphs: replays one call a step, and a batch of {self.batch} takes {calls} "
-                f"of {clips} clips; train {clips} a step, or drop it"
+                f"train.graphs: replays one call a step, but a batch of {self.batch} takes "
+                f"{calls} calls of {clips} clips; set train.batch={clips} or train.graphs=false"
             )
         return calls
 
@@ -125,21 +153,35 @@ MAY_CHANGE = ("steps", "checkpoint_every", "keep", "validate_every", "sample_eve
 """Keys of the train section that a resumed run may change."""
 
 
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys in which two recipes differ, such as ``train.lr``, without those of `MAY_CHANGE`."""
+    allowed = {f"train.{key}" for key in MAY_CHANGE}
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        path, ours, theirs = f"{prefix}{key}", old.get(key), new.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            changed += changed_keys(ours, theirs, f"{path}.")
+        elif ours != theirs and path not in allowed:
+            changed.append(path)
+    return changed
+
+
 class VaeSection(BaseModel):
     """The ``vae`` section of a recipe that trains an autoencoder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: str | dict[str, Any] = Field(
-        description="a named configuration, or AutoencoderKLWan's arguments"
+        description="the name of a configuration, or AutoencoderKLWan's arguments"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="it runs in this; what trains is float32"
+        "float32",
+        description="the autoencoder computes in this dtype; its trained weights stay float32",
     )
     frames: int = Field(ge=1, description="video frames of a clip, 1 + 4·k")
-    batch: int = Field(1, ge=1, description="clips a call")
-    kl: float = Field(1e-6, ge=0, description="weight of the latents' KL divergence")
-    edges: float = Field(1.0, ge=0, description="weight of the difference of edges")
+    batch: int = Field(1, ge=1, description="clips in a call")
+    kl: float = Field(1e-6, ge=0, description="weight of the latents' KL divergence in the loss")
+    edges: float = Field(1.0, ge=0, description="weight of the difference of edges in the loss")
 
     @field_validator("frames")
     @classmethod
@@ -154,7 +196,7 @@ class VaeSection(BaseModel):
 
 
 class VaeRecipe(BaseModel):
-    """A recipe that trains an autoencoder; there is no Program in it."""
+    """A recipe that trains an autoencoder. It has no Program."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -166,10 +208,11 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def train_section(data: Mapping[str, Any] | None, where: str) -> TrainSection:
-    """The ``train`` section of a recipe; ``where`` is named in errors.
+    """The ``train`` section of a recipe; errors begin with ``where``.
 
     Raises:
-        ValueError: there is none, or unknown or misfit keys; names the key and the nearest.
+        ValueError: there is no section, a key is unknown (names the nearest), or a value does not
+            fit.
     """
     if data is None:
         raise ValueError(f"{where}: has no train section; add one with at least steps and lr")
@@ -177,7 +220,7 @@ def train_section(data: Mapping[str, Any] | None, where: str) -> TrainSection:
 
 
 def vae_recipe(data: Mapping[str, Any], where: str) -> VaeRecipe:
-    """Check plain data as a recipe that trains an autoencoder; errors as `train_section`'s."""
+    """A recipe that trains an autoencoder, from plain data; errors as `train_section`'s."""
     return _parsed(VaeRecipe, data, where)
 
 

@@ -227,6 +227,13 @@ class Story:
         chunks = (self.frames + STRIDE - 1) // (STRIDE * self.chunk)
         return tuple(sum(opening <= chunk for opening in self.opens) - 1 for chunk in range(chunks))
 
+    def prompts(self, scene_cut: str) -> list[str]:
+        """For each chunk its shot's caption, after ``scene_cut`` where a later shot opens."""
+        return [
+            (scene_cut if chunk in self.opens[1:] else "") + self.captions[shot]
+            for chunk, shot in enumerate(self.shot_of_chunk)
+        ]
+
 
 @dataclass(frozen=True)
 class Clip:

@@ -1,0 +1,149 @@
+"""The clips that a recipe trains on: those of the tiny world, or of a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lltk.graph.geometry import Geometry
+from lltk.models.tiny.world import RESOLUTION, STRIDE, Story, draw_story, render
+from lltk.stream.script import SCENE_CUT
+from lltk.tasks.encoder import PipelineEncoder
+from lltk.train.data import Dataset, Kept, generator_at
+from lltk.train.folder import FolderClips
+from lltk.train.recipe import TrainSection
+
+
+class TinyVideos:
+    """Clips of the tiny world as ``video``, float32 [B, 3, F, H, W] in [-1, 1].
+
+    Args:
+        frames: video frames of a clip, 1 + 4·k.
+        chunk: latent frames in a chunk; a shot begins where a chunk does.
+        shots: most shots in a clip. A clip has 1 to this many, all equally likely.
+        device: where clips are rendered.
+    """
+
+    def __init__(self, frames: int, chunk: int, shots: int, device: torch.device) -> None:
+        self._sizes = (frames, chunk)
+        self._shots = shots
+        self._device = device
+
+    def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
+        return {"video": self.videos(self.stories(seed, indices))}
+
+    def stories(self, seed: int, indices: range) -> list[Story]:
+        """What these samples show."""
+        frames, chunk = self._sizes
+        stories = []
+        for index in indices:
+            generator = generator_at(seed, "story", index)
+            shots = int(torch.randint(1, self._shots + 1, (), generator=generator))
+            stories.append(draw_story(generator, frames, shots, chunk))
+        return stories
+
+    def videos(self, stories: Sequence[Story]) -> Tensor:
+        """The videos of stories, as `batch` has them."""
+        return render(stories, self._device).transpose(1, 2)
+
+
+class TinyLatents:
+    """Clips of the tiny world, encoded.
+
+    A batch holds
+
+    - ``latents`` [B, C, F, h, w], normalised;
+    - ``text`` [B, N, S, E], one prompt a chunk: the caption of its shot, after the scene-cut prefix
+      where a shot opens that is not the first;
+    - ``opens``, bool [B, N], true where a chunk opens a shot.
+
+    Args:
+        geometry: has chunk, latent frames, height and width of a clip.
+        shots: as for `TinyVideos`.
+        encoder: makes latents and text.
+        device: where clips are rendered.
+
+    Raises:
+        ValueError: the geometry's height or width is not the world's.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        shots: int,
+        encoder: PipelineEncoder,
+        device: torch.device,
+    ) -> None:
+        if (geometry.height, geometry.width) != (RESOLUTION, RESOLUTION):
+            raise ValueError(
+                f"geometry: the tiny world is {RESOLUTION}×{RESOLUTION} pixels, not "
+                f"{geometry.height}×{geometry.width}; set geometry.height and geometry.width"
+            )
+        frames = STRIDE * (geometry.frames - 1) + 1
+        self._videos = TinyVideos(frames, geometry.chunk, shots, device)
+        self._encoder = encoder
+
+    def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
+        stories = self._videos.stories(seed, indices)
+        prompts = [prompt for story in stories for prompt in story.prompts(SCENE_CUT)]
+        text = self._encoder.text(prompts).unflatten(0, (len(stories), -1))
+        latents = self._encoder.latents(self._videos.videos(stories))
+        chunks = range(text.shape[1])
+        opens = torch.tensor([[chunk in story.opens for chunk in chunks] for story in stories])
+        return {"latents": latents, "text": text, "opens": opens}
+
+
+class FolderLatents:
+    """A folder's clips, encoded. A batch holds the same as that of `TinyLatents`.
+
+    Args:
+        clips: the folder's.
+        encoder: makes latents and text.
+    """
+
+    def __init__(self, clips: FolderClips, encoder: PipelineEncoder) -> None:
+        self._clips = clips
+        self._encoder = encoder
+
+    def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
+        latents, text, opens = [], [], []
+        for index in indices:
+            sample = self._clips.sample(seed, index)
+            video = sample.video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+            latents.append(self._encoder.latents(video))
+            text.append(self._encoder.text(sample.prompts))
+            opens.append(torch.tensor(sample.opens))
+        return {
+            "latents": torch.cat(latents),
+            "text": torch.stack(text),
+            "opens": torch.stack(opens),
+        }
+
+
+def encoded_clips(
+    section: TrainSection, geometry: Geometry, encoder: PipelineEncoder, device: torch.device
+) -> Dataset:
+    """The clips that ``train.data`` names, encoded.
+
+    Args:
+        section: names the clips, and the seed of those that are encoded once.
+        geometry: of the Program that trains. ``train.data.frames`` replaces its frames.
+        encoder: makes latents and text.
+        device: where clips of the tiny world are rendered.
+
+    Raises:
+        ValueError: as `TinyLatents` and `FolderClips` raise it.
+    """
+    data = section.data
+    if data.frames is not None:
+        geometry = geometry.model_copy(update={"frames": data.frames})
+    clips: Dataset
+    if data.folder is None:
+        clips = TinyLatents(geometry, data.shots, encoder, device)
+    else:
+        found = FolderClips(Path(data.folder), geometry, data.fps, data.shots, encoder.stride)
+        clips = FolderLatents(found, encoder)
+    return clips if data.clips is None else Kept(clips, section.seed, data.clips)

@@ -1,0 +1,144 @@
+"""Training a transformer through its Program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.artefact import versions
+from lltk.compiler import transform, with_weights
+from lltk.graph.files import written_whole
+from lltk.graph.memory import estimate
+from lltk.graph.module import instantiate
+from lltk.graph.program import LogEntry, Program
+from lltk.graph.recipe import Recipe, parse_recipe
+from lltk.models import wan22
+from lltk.models.checkpoint import save_checkpoint, save_lora
+from lltk.models.tiny.world import FPS
+from lltk.ops.implementations import check_device
+from lltk.stream.video import write_video
+from lltk.tasks.clips import encoded_clips
+from lltk.tasks.encoder import PipelineEncoder, encoder_for
+from lltk.train.data import Dataset
+from lltk.train.objective import FlowMatching, Objective
+from lltk.train.recipe import TrainSection, train_section
+from lltk.train.sampling import sample
+
+_SAMPLE_CLIPS = 4
+_SAMPLE_STEPS = 4
+
+
+@dataclass(frozen=True)
+class TransformerPlan:
+    """A `lltk.training.TrainingPlan` for a ``train`` or a ``reference`` Program.
+
+    Attributes:
+        recipe: what the Program was made from.
+        section: the recipe's ``train`` section.
+        program: with the weights of ``model.checkpoint``; without weights where it is null.
+        device: where it trains.
+    """
+
+    recipe: Recipe
+    section: TrainSection
+    program: Program
+    device: torch.device
+
+    @property
+    def log(self) -> Sequence[LogEntry]:
+        return self.program.log
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        return {
+            "recipe": self.program.recipe | {"train": self.section.model_dump(mode="json")},
+            "log": [entry.plain() for entry in self.log],
+            "versions": versions(),
+        }
+
+    @property
+    def memory(self) -> Mapping[str, int]:
+        memory = estimate(self.program)
+        float32 = memory.get("gradients", 0)
+        if self.program.dtype != torch.float32:
+            memory["float32 weights"] = float32
+        if self.section.ema_decay is not None:
+            memory["average"] = float32
+        return memory
+
+    def dataset(self) -> Dataset:
+        # Encoding clips takes long, so what the device cannot run is refused before it.
+        check_device(self.program.implementations, self.device)
+        return encoded_clips(self.section, self.recipe.geometry, self._encoder(), self.device)
+
+    def objective(self) -> Objective:
+        program, section = self.program, self.section
+        if self.recipe.model.checkpoint is None:
+            torch.manual_seed(section.seed)
+            program = with_weights(program, wan22.build(self._config).state_dict())
+        module = instantiate(program, self.device)
+        if section.recompute:
+            module.checkpoint_blocks()
+        if section.compile:
+            module.compile_blocks()
+        return FlowMatching(
+            program,
+            module,
+            section.image,
+            section.context_error,
+            section.context_noise,
+            section.gap,
+            section.graphs,
+        )
+
+    def export(
+        self, objective: Objective, dataset: Dataset, trained: Mapping[str, Tensor], folder: Path
+    ) -> Path:
+        """Write ``lora.safetensors`` where adapters trained; else ``transformer/``."""
+        own = {name: tensor.cpu() for name, tensor in trained.items()}
+        if self.program.trainable is not None:
+            path = folder / "lora.safetensors"
+            save_lora(path, own, "lltk")
+            return path
+        weights = self.program.unmap_state({**objective.weights, **own})
+        with written_whole(folder / "transformer") as temporary:
+            save_checkpoint(temporary, weights, "diffusers", self._config)
+        return folder / "transformer"
+
+    def write_samples(self, objective: Objective, dataset: Dataset, folder: Path) -> None:
+        """Write ``samples.mp4``: clips from noise, side by side, with held-out clips' captions."""
+        module: Any = objective.module
+        text = dataset.batch(~self.section.seed, range(objective.clips))["text"]
+        text = text[:, : self.recipe.geometry.chunks]
+        latents = sample(self.program, module, text, _SAMPLE_STEPS, self.section.seed)
+        video = self._encoder().video(latents[:_SAMPLE_CLIPS])
+        data = self.section.data
+        fps = FPS if data.folder is None else data.fps
+        write_video(folder / "samples.mp4", torch.cat(tuple(video), dim=-1), fps)
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = self.program.recipe["model"]["config"]
+        return config
+
+    def _encoder(self) -> PipelineEncoder:
+        dtype = self.program.dtype
+        return encoder_for(self.section.data, self.recipe.geometry, self.device, dtype)
+
+
+def plan_transformer(data: Mapping[str, Any], device: torch.device, where: str) -> TransformerPlan:
+    """The plan of a recipe's plain data; errors begin with ``where``.
+
+    Raises:
+        ValueError: the recipe or its checkpoint does not fit, or there is no train section.
+    """
+    recipe = parse_recipe(data, where)
+    section = train_section(recipe.train, where)
+    section.calls(recipe.geometry.batch)
+    program = transform(recipe, weights=recipe.model.checkpoint is not None)
+    return TransformerPlan(recipe, section, program, device)

@@ -1,0 +1,170 @@
+"""From a recipe to a training run.
+
+::
+
+    recipe = read_recipe(find_recipe("tiny_train"), ["train.steps=1000"])
+    plan = plan_training(recipe, "cuda")
+    with open_training(plan, Path("runs/tiny"), resume=True) as run:
+        for metrics in run:
+            print(metrics.step, metrics.loss)
+    print(run.export())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lltk.graph.program import LogEntry
+from lltk.tasks.autoencoder import plan_autoencoder
+from lltk.tasks.transformer import plan_transformer
+from lltk.train.data import Dataset
+from lltk.train.loop import Trainer
+from lltk.train.metrics import Metrics
+from lltk.train.objective import Objective
+from lltk.train.recipe import TrainSection
+
+
+class TrainingPlan(Protocol):
+    """A recipe's training run, before anything is allocated.
+
+    Each kind of training has an implementation of its own in `lltk.tasks`; `plan_training` chooses
+    among them.
+    """
+
+    @property
+    def section(self) -> TrainSection:
+        """The recipe's ``train`` section."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+
+    @property
+    def log(self) -> Sequence[LogEntry]:
+        """The passes that its Program went through; empty where there is no Program."""
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What its training states say of it: ``recipe``, ``log`` and ``versions``."""
+
+    @property
+    def memory(self) -> Mapping[str, int]:
+        """Bytes by owner."""
+
+    def dataset(self) -> Dataset:
+        """Load what makes the clips.
+
+        Raises:
+            ValueError: the clips or their encoder cannot be read, or the device lacks what the
+                recipe wants.
+        """
+
+    def objective(self) -> Objective:
+        """Make the model on the device, and what a step minimises."""
+
+    def export(
+        self, objective: Objective, dataset: Dataset, trained: Mapping[str, Tensor], folder: Path
+    ) -> Path:
+        """Write a model's file for others to load.
+
+        Args:
+            objective: of this plan.
+            dataset: of this plan.
+            trained: the trained weights, float32 by parameter name.
+            folder: where to write it.
+
+        Returns:
+            What was written.
+        """
+
+    def write_samples(self, objective: Objective, dataset: Dataset, folder: Path) -> None:
+        """Write what the module can do so far to a folder."""
+
+
+def plan_training(
+    recipe: Mapping[str, Any], device: torch.device | str = "cpu", where: str = "recipe"
+) -> TrainingPlan:
+    """The plan of a recipe with a ``train`` section.
+
+    A recipe with a ``vae`` section trains an autoencoder, any other trains its transformer.
+
+    Args:
+        recipe: plain data, as `lltk.graph.recipe.read_recipe` gives it.
+        device: where it will train.
+        where: what errors call the recipe.
+
+    Raises:
+        ValueError: the recipe or its checkpoint does not fit, or it has no ``train`` section.
+    """
+    chosen = torch.device(device)
+    make = plan_autoencoder if "vae" in recipe else plan_transformer
+    plan: TrainingPlan = make(recipe, chosen, where)
+    if plan.section.graphs and chosen.type != "cuda":
+        raise ValueError(f"{where}: train.graphs: {chosen} has no CUDA graphs; set it to false")
+    return plan
+
+
+class Training:
+    """A training run. Iterating takes one step at a time and gives its `Metrics`.
+
+    Args:
+        plan: what it was made by.
+        dataset: the clips.
+        folder: the run's; see `Trainer`.
+        resume: go on from the newest training state in the folder, if there is one.
+    """
+
+    def __init__(self, plan: TrainingPlan, dataset: Dataset, folder: Path, resume: bool) -> None:
+        self._plan = plan
+        self._dataset = dataset
+        self._folder = folder
+        self.objective = plan.objective()
+        sample = partial(plan.write_samples, self.objective, dataset)
+        self.trainer = Trainer(
+            self.objective, dataset, plan.section, folder, plan.about, sample, resume
+        )
+
+    def __iter__(self) -> Iterator[Metrics]:
+        return self.trainer
+
+    def export(self) -> Path:
+        """Write the averaged weights, or the weights as they are where nothing is averaged.
+
+        A transformer is written to ``transformer/`` in the run's folder, an autoencoder to
+        ``vae/``, both in diffusers' layout; adapters to ``lora.safetensors``.
+
+        Returns:
+            What was written.
+        """
+        trained = self.trainer.ema or self.trainer.weights
+        return self._plan.export(self.objective, self._dataset, trained, self._folder)
+
+
+@contextmanager
+def open_training(
+    plan: TrainingPlan, folder: Path, *, resume: bool = False, dataset: Dataset | None = None
+) -> Iterator[Training]:
+    """Load the clips and the model, ready to train.
+
+    Inside the block torch searches for the fastest convolutions, since shapes stay the same.
+
+    Args:
+        plan: of the run.
+        folder: the run's. It gets training states, metrics, samples and exported weights.
+        resume: go on from the newest training state in the folder, if there is one.
+        dataset: the clips; None for those that ``train.data`` names.
+
+    Raises:
+        ValueError: as `TrainingPlan.dataset` and `Trainer` raise it.
+    """
+    clips = plan.dataset() if dataset is None else dataset
+    run = Training(plan, clips, folder, resume)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        yield run
