@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from helpers import PASSES, Run, after, make_recipe, reached, refused, tiny_conf
 from streams import SIZES, save_pipeline
 from torch import fx
 
+from lltk.bench import record as records
 from lltk.bench.ceiling import Product, ceiling, products
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import (
@@ -55,6 +57,31 @@ def test_a_record_says_what_it_depends_on(tmp_path: Path) -> None:
     assert read == table and "| name | FPS |\n| --- | --- |\n| one | 16.04 |\n" in read
     for said in (record.commit, str(record.hardware), record.versions["torch"], "`lltk trial`"):
         assert said in read
+
+
+def test_a_commit_is_dirty_where_a_source_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records are no sources: the second record of a session is as clean as the first."""
+    here, notes = tmp_path / "lltk" / "record.py", tmp_path / "notes.md"
+    script, made = (tmp_path / "benchmarks" / name for name in ("a.py", "records/a.json"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for path in (here, script, made):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    monkeypatch.setattr(records, "__file__", str(here))
+    assert records.commit() == "unknown"
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "All"]):
+        subprocess.run([*git, *words], check=True)
+    clean = records.commit()
+    for path in (made, notes):
+        path.write_text("changed")
+    assert records.commit() == clean
+    for path in (here, script):
+        path.write_text("changed")
+        assert records.commit() == f"{clean}-dirty"
+        path.write_text("")
+    assert records.commit() == clean and len(clean) >= 7
 
 
 def test_tables_and_digests() -> None:

@@ -37,13 +37,13 @@ class Agreement:
     """What shots show.
 
     Attributes:
-        shots: how many.
-        agreement: share whose shape, colour, motion and background are all as the caption has them.
-        later: how many follow a cut.
-        after_cut: the same of these; None where there are none.
-        parts: share that shows each part of the caption.
-        identity: what the last two seconds share with the first two of it; None where every shot is
-            shorter than four.
+        shots: how many shots there are.
+        agreement: share of shots that show their caption's shape, colour, motion and background.
+        later: how many shots follow a cut.
+        after_cut: `agreement` of these; None if there are none.
+        parts: share of shots that show the caption's shape, its colour, and so on.
+        identity: how much of the first two seconds' identity the last two keep; None if every shot
+            is shorter than four seconds.
     """
 
     shots: int
@@ -56,13 +56,13 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Lasting:
-    """Identity over the time of long single shots, per cent of what their first two seconds show.
+    """How much of their first two seconds' identity long single shots keep over time, in per cent.
 
     Attributes:
         early: in seconds 2 to 4.
-        late: in the last four.
-        change: from early to late, points, of the same shots.
-        over_time: mean of the shots, every two seconds.
+        late: in the last four seconds.
+        change: from early to late in the same shots, in percentage points.
+        over_time: the shots' mean in every two seconds, from second 2 on.
     """
 
     early: Interval
@@ -72,7 +72,7 @@ class Lasting:
 
 
 def summarise(scores: Sequence[ShotScore]) -> Agreement:
-    """The scores of at least one shot."""
+    """What the scores of shots say together; there is at least one."""
     later = [score for score in scores if score.index]
     kept = [score.kept for score in scores if not math.isnan(score.kept)]
     return Agreement(
@@ -86,13 +86,13 @@ def summarise(scores: Sequence[ShotScore]) -> Agreement:
 
 
 def share(hits: Sequence[bool]) -> Interval:
-    """How many are true, with Wilson's interval."""
+    """The share of hits that are true, in per cent, with Wilson's interval."""
     low, high = wilson(sum(hits), len(hits))
     return 100 * fmean(hits), 100 * low, 100 * high
 
 
 def mean(values: Sequence[float]) -> Interval:
-    """The mean of percentages with its interval; a single value has none."""
+    """The mean of percentages, with its interval; a single value's interval is itself."""
     middle, low, high = _mean(values)
     return middle, max(0.0, low), min(100.0, high)
 
@@ -109,7 +109,7 @@ def overlap(a: Interval, b: Interval) -> bool:
 
 
 def interval(values: Interval | Sequence[float] | None) -> str:
-    """As text: ``93.3 (84.0 to 97.4)``."""
+    """An interval as text, such as ``93.3 (84.0 to 97.4)``; a dash for None."""
     return "–" if values is None else "{:.1f} ({:.1f} to {:.1f})".format(*values)
 
 
@@ -121,7 +121,7 @@ def encoded(plan: StreamPlan, stories: Sequence[Story]) -> Tensor:
 
 
 def decoded(plan: StreamPlan, latents: Iterator[Tensor]) -> list[Tensor]:
-    """Videos, uint8 [F, 3, H, W] on the CPU, of latents that come chunk by chunk."""
+    """Decode latents that come chunk by chunk; each video is uint8 [F, 3, H, W] on the CPU."""
     decoder = open_decoder(plan)
     parts = []
     for chunk in latents:
@@ -131,13 +131,13 @@ def decoded(plan: StreamPlan, latents: Iterator[Tensor]) -> list[Tensor]:
 
 
 def videos(plan: StreamPlan, stories: Sequence[Story], steps: int, seed: int) -> list[Tensor]:
-    """A video of each story, uint8 [F, 3, H, W]; they are cut at the same places.
+    """A video of each story, uint8 [F, 3, H, W].
 
     Args:
-        plan: of as many videos at once as there are stories.
-        stories: what to show.
-        steps: denoising passes a chunk.
-        seed: of the noise.
+        plan: a plan whose batch is the number of stories.
+        stories: what to show; all are cut at the same places.
+        steps: denoising passes of a chunk.
+        seed: seed of the noise.
     """
     program = plan.transformer
     module = instantiate(program, plan.device)
@@ -148,17 +148,17 @@ def videos(plan: StreamPlan, stories: Sequence[Story], steps: int, seed: int) ->
 def scored(
     pool: Executor, films: Sequence[Tensor], stories: Sequence[Story]
 ) -> Callable[[], list[ShotScore]]:
-    """Have a pool of processes read every shot; the result waits for their scores."""
+    """Start to score every shot in a pool; calling the result waits for the scores."""
     jobs = [pool.submit(score_video, *pair) for pair in zip(films, stories, strict=True)]
     return lambda: [score for job in jobs for score in job.result()]
 
 
 def lasting(pool: Executor, films: Sequence[Tensor]) -> Callable[[], Lasting]:
-    """Have a pool of processes read how identity lasts; the result waits for them.
+    """Start to read in a pool how long identity lasts; calling the result waits for it.
 
     Args:
-        pool: of processes.
-        films: videos of single shots, equally long, of at least 4 s, uint8 [F, 3, H, W].
+        pool: processes that read.
+        films: videos of one shot each, uint8 [F, 3, H, W]; equally long, at least 4 s.
     """
     jobs = [pool.submit(identity_over_time, film) for film in films]
 
@@ -176,7 +176,10 @@ def lasting(pool: Executor, films: Sequence[Tensor]) -> Callable[[], Lasting]:
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """Each item, once the one after it has been made: what a pool does for it goes on meanwhile."""
+    """Yield each item only when the next one has been made.
+
+    So a pool can work on an item while the next one is made.
+    """
     waiting: list[T] = []
     for item in items:
         yield from waiting

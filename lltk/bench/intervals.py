@@ -1,4 +1,4 @@
-"""How sure a measured share is."""
+"""Confidence intervals of measured shares."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a share (E. B. Wilson, JASA 22, 1927).
 
     Args:
-        hits: successes.
-        count: trials, at least one.
-        z: normal quantile; 1.96 gives 95 % confidence.
+        hits: how many trials succeeded.
+        count: how many trials there were; at least one.
+        z: quantile of the normal distribution; 1.96 gives 95 % confidence.
 
     Returns:
-        The lowest and the highest share, in [0, 1], that agree with ``hits`` of ``count``.
+        The lowest and the highest share that agree with ``hits`` of ``count``, in [0, 1].
 
     Raises:
         ValueError: hits is not in 0 … count, or count is not positive.

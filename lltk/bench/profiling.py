@@ -1,4 +1,4 @@
-"""How long calls take as they come, launches counted, and whose kernels take it."""
+"""How long a call takes with the launches of its kernels, and which kernels take the time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from lltk.bench.record import percentile
 def timed(
     call: Callable[[], object], device: torch.device, runs: int, warm_up: int = 3
 ) -> dict[str, float]:
-    """Median and p90 in milliseconds, by CUDA events on a GPU, else by wall time."""
+    """The median and the 90th percentile, in milliseconds.
+
+    CUDA events time a call on a GPU, the wall clock on a CPU.
+    """
     for _ in range(warm_up):
         call()
     wait(device)
@@ -40,13 +43,17 @@ def timed(
 def profiled(
     call: Callable[[], object], device: torch.device, owners: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, float], profile | None]:
-    """Shares of a call's time on a GPU by owner, idle time too; and the profile, with shapes.
+    """Tell which owners' kernels take a call's time on a GPU.
 
     Args:
-        call: what to run once.
-        device: where; nothing is profiled on a CPU.
-        owners: parts of the names of an owner's kernels, in lower case. The first owner that fits
-            has a kernel; the last has what fits none.
+        call: what to run, once.
+        device: where it runs; on a CPU nothing is profiled.
+        owners: by owner, parts of its kernels' names in lower case. A kernel belongs to the first
+            owner that fits, and to the last owner if none does.
+
+    Returns:
+        Each owner's share of the time, with the share in which the GPU was idle; and the profile,
+        with the shapes of operands. On a CPU: no shares, and None.
     """
     if device.type != "cuda":
         return {}, None
@@ -69,7 +76,7 @@ def profiled(
 
 
 def longest_kernels(found: profile, count: int = 16) -> list[dict[str, Any]]:
-    """The kernels that took longest in all: name, launches and milliseconds."""
+    """The kernels that took the most time in total: name, launches and milliseconds."""
     kernels = [event for event in found.key_averages() if event.device_type == DeviceType.CUDA]
     kernels.sort(key=lambda event: -event.self_device_time_total)
     return [
@@ -79,13 +86,13 @@ def longest_kernels(found: profile, count: int = 16) -> list[dict[str, Any]]:
 
 
 def owner_of(kernel: str, owners: Mapping[str, tuple[str, ...]]) -> str:
-    """Whose a kernel is, by its name; see `profiled`."""
+    """The owner of a kernel with this name; see `profiled`."""
     name = kernel.lower()
     fits = (owner for owner, parts in owners.items() if any(part in name for part in parts))
     return next(fits, list(owners)[-1])
 
 
 def wait(device: torch.device) -> None:
-    """Until a GPU has done all that was launched."""
+    """Wait until a GPU has done all that was launched."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,8 +1,9 @@
 """Read the tiny world's attributes back from frames: does a video show what it was asked for?
 
-Grounds are nearly grey and shapes are not: a shape is where chroma differs from the ground's. Its
-frames are moved and scaled to one pose, where outline and colours are compared with the world's own
-over all frames at once. Nothing is trained.
+Backgrounds are nearly grey and shapes are not, so a shape is where the chroma differs from the
+background's. Every frame is posed: moved and scaled so that its shape lies in the middle with one
+size. Outline and colours of all posed frames together are compared with the world's own. Nothing is
+trained.
 """
 
 from __future__ import annotations
@@ -34,39 +35,39 @@ from lltk.models.tiny.world import (
 )
 
 MOTION_FRAMES = 8
-"""Fewer frames show no motion that can be told."""
+"""With fewer frames no motion is read."""
 
 _REACH = 2.0
-"""Half the width of a posed frame, in sizes."""
+"""Half the width of a posed frame, in units of the shape's size."""
 _POINTS = 48
 """Points across a posed frame."""
 _FAINT = 0.15
-"""Chroma that no ground has and every colour of the world exceeds three times."""
+"""More chroma than any background has; the world's colours have at least three times as much."""
 _FARTHEST = 60.0
-"""Pixels from a shape's centre: beyond, there is ground in every frame."""
+"""Pixels from a shape's centre; what lies farther away is background in every frame."""
 _SMALLEST = 6.0
-"""Pixels: the smallest size that counts as a shape."""
+"""The smallest size that counts as a shape, in pixels."""
 _BLURS = (0.05, 0.12, 0.2, 0.3)
-"""Standard deviations in sizes."""
+"""Standard deviations of the blurs that are tried, in units of the shape's size."""
 _OVERLAP = 0.5
-"""Intersection by union of a shape and what is seen, below which it is another thing."""
+"""The least intersection over union of a shape with what is seen; below it, no shape fits."""
 _STILL = 0.75
-"""Pixels a frame: slower than whatever moves."""
+"""A speed in pixels a frame that is lower than that of anything that moves."""
 _TURNING = 0.08
-"""Radians a frame: between going straight on and the widest circle, 0.157."""
+"""Radians a frame; a straight path turns less, and the widest circle turns more (0.157)."""
 _STEADY = 0.5
-"""How alike the turns of a path are, 0 to 1; on a line and on a circle they are all the same."""
+"""The least likeness of a path's turns, from 0 to 1; on a line or a circle all are the same."""
 _SWING = 0.03
-"""Deviation of the logarithm of the size: more than noise makes, less than a pulse."""
+"""A standard deviation of the size's logarithm; noise makes less, and a pulse makes more."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """One attribute.
+    """One attribute as it was read.
 
     Attributes:
-        value: None where nothing fits.
-        confidence: 0 to 1; by how much the value fits better than the next best.
+        value: the attribute's name, or None if nothing fits.
+        confidence: how much better the value fits than the next best, from 0 to 1.
     """
 
     value: str | None
@@ -82,10 +83,10 @@ class Reading:
 
     Attributes:
         shape, colour, motion, background: what a caption tells.
-        accent: colour of the dot on the shape.
-        size: pixels, as in `Shot`; NaN where no shape was seen.
-        tint: hue of the background in turns.
-        seen: share of the frames that show a shape.
+        accent: the colour of the dot on the shape.
+        size: the shape's size in pixels, as `Shot` has it; NaN if no shape was seen.
+        tint: the hue of the background, as a fraction of a full turn.
+        seen: the share of the frames that show a shape.
     """
 
     shape: Read
@@ -109,7 +110,7 @@ class Agreement:
 
     @property
     def score(self) -> float:
-        """Per cent of the parts."""
+        """How many of the four parts the frames show, in per cent."""
         return 25.0 * (self.shape + self.colour + self.motion + self.background)
 
 
@@ -118,9 +119,9 @@ class Identity:
     """How alike two stretches of frames are in what no caption tells.
 
     Attributes:
-        size_ratio: larger size by smaller; NaN where a shape is missing.
-        same_accent: whether the accents have one colour.
-        tint_difference: between hues, in turns, at most ½.
+        size_ratio: the larger size divided by the smaller; NaN if a shape is missing.
+        same_accent: whether both accents have the same colour.
+        tint_difference: the difference of the hues as a fraction of a turn, at most ½.
     """
 
     size_ratio: float
@@ -129,7 +130,10 @@ class Identity:
 
     @property
     def score(self) -> float:
-        """Per cent of: size within a tenth, accent the same, tint within an eighth of a turn."""
+        """How many of three things are kept, in per cent.
+
+        They are the size within a tenth, the accent's colour, and the tint within 1/8 of a turn.
+        """
         kept = (self.size_ratio < 1.1, self.same_accent, self.tint_difference < 1 / 8)
         return 100 * sum(kept) / len(kept)
 
@@ -138,8 +142,8 @@ def agreement(shown: Reading, wanted: str | Scene) -> Agreement:
     """Compare what a shot's frames show with its caption.
 
     Args:
-        shown: of at least `MOTION_FRAMES` frames.
-        wanted: a caption, which must be one that `parse_caption` reads, or what it describes.
+        shown: the reading of at least `MOTION_FRAMES` frames.
+        wanted: a caption that `parse_caption` can read, or the scene that it describes.
     """
     scene = parse_caption(wanted) if isinstance(wanted, str) else wanted
     return Agreement(
@@ -161,14 +165,14 @@ def identity(first: Reading, second: Reading) -> Identity:
 
 
 def read(frames: Tensor) -> Reading:
-    """What frames of one shot show.
+    """Read what frames of one shot show.
 
     Args:
         frames: [F, 3, H, W] in [-1, 1] at the world's resolution, on any device. A second or two
-            tell most; longer stretches hide what changes within them.
+            are best: in a longer stretch, changes within it average out.
 
     Raises:
-        ValueError: another shape, or values that are not finite.
+        ValueError: the frames have another shape, or values that are not finite.
     """
     if frames.shape[1:] != (3, RESOLUTION, RESOLUTION) or len(frames) < 1:
         raise ValueError(
@@ -204,21 +208,24 @@ def read(frames: Tensor) -> Reading:
 
 
 def _chroma(colour: Tensor) -> Tensor:
-    """What a colour [..., 3, H, W] has beyond grey, in the plane of hues: [..., 2, H, W]."""
+    """The chroma of colours [..., 3, H, W], a vector in the plane of hues: [..., 2, H, W].
+
+    Grey has none.
+    """
     red, green, blue = colour.unbind(-3)
     return torch.stack([red - (green + blue) / 2, math.sqrt(0.75) * (green - blue)], -3)
 
 
 def _hue(chroma: Tensor) -> Tensor:
-    """The angle of (a, b) [..., 2], in turns."""
+    """The angle of chroma [..., 2], as a fraction of a turn."""
     return torch.atan2(chroma[..., 1], chroma[..., 0]) / (2 * math.pi)
 
 
 def _cover(chroma: Tensor) -> Tensor:
-    """How far each pixel is the shape's, 0 to 1: [F, H, W].
+    """How much of each pixel the shape covers, from 0 to 1: [F, H, W].
 
-    At an edge chroma mixes in proportion to the cover, so half the shape's chroma marks its border,
-    blurred or not.
+    At an edge, chroma mixes in proportion to the cover. So the border is where half the shape's
+    chroma is, whether it is blurred or not.
     """
     ground = chroma.flatten(2).median(2).values.median(0).values
     smooth = F.avg_pool2d(F.pad(chroma - ground[:, None, None], (1, 1, 1, 1), "circular"), 3, 1)
@@ -230,7 +237,7 @@ def _cover(chroma: Tensor) -> Tensor:
 
 
 def _pose(cover: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The shape's x, y and size in pixels, [F] each, from cover [F, H, W]."""
+    """The shape's x, y and size in pixels, [F] each, from its cover [F, H, W]."""
     area = cover.sum((1, 2))
     pixels = torch.arange(RESOLUTION, device=cover.device) + 0.5
     centres = []
@@ -246,13 +253,13 @@ def _pose(cover: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _grid(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The points of a posed frame, to the right [1, P] and down [P, 1], in sizes."""
+    """The points of a posed frame, to the right [1, P] and down [P, 1], in units of the size."""
     line = torch.linspace(-_REACH, _REACH, _POINTS, device=device)
     return line[None], line[:, None]
 
 
 def _posed(images: Tensor, x: Tensor, y: Tensor, size: Tensor) -> Tensor:
-    """Images [F, C, H, W] about the shape's centre, in units of its size: [F, C, P, P]."""
+    """Images [F, C, H, W] moved and scaled to one pose of the shape: [F, C, P, P]."""
     right, down = _grid(images.device)
     scale = size[:, None, None]
     place = torch.stack(
@@ -269,8 +276,8 @@ def _shape(cover: Tensor) -> tuple[Read, str, float]:
     """The shape that overlaps posed cover [F, 1, P, P] best, sharp or blurred.
 
     Returns:
-        The shape; its name even where it does not fit; and how many times too large it was taken
-        for.
+        The shape, if it overlaps enough; the best shape's name in any case; and by what factor its
+        size was overestimated.
     """
     mean = cover.mean((0, 1))
     overlaps: dict[str, tuple[float, float]] = {}
@@ -290,8 +297,8 @@ def _shape(cover: Tensor) -> tuple[Read, str, float]:
 def _template(shape: str, blur: float) -> tuple[Tensor, float]:
     """The posed cover, [P, P], that `_cover` and `_pose` make of a blurred shape.
 
-    A blurred shape may cover more than its own area: it is then taken for a larger one, how many
-    times larger is the second result. `blur` is its standard deviation in sizes.
+    A blurred shape may cover more than its own area, and is then taken for a larger one. The second
+    result is the factor. ``blur`` is the standard deviation in units of the size.
     """
     right, down = _grid(torch.device("cpu"))
     step = 2 * _REACH / (_POINTS - 1)
@@ -307,12 +314,15 @@ def _template(shape: str, blur: float) -> tuple[Tensor, float]:
 
 
 def _ramp(share: Tensor) -> Tensor:
-    """Cover from the share of the shape's chroma: noise is cut off, the border stays at half."""
+    """Cover from the share of the shape's chroma; noise is cut off, the border stays at half."""
     return ((share - 0.25) * 2).clamp(0, 1)
 
 
 def _distance(shape: str, scale: float) -> tuple[Tensor, Tensor]:
-    """Distance of a posed frame's points to a shape's outline and centre, scaled: [P, P] each."""
+    """How far a posed frame's points are from a shape's outline and centre, [P, P] each.
+
+    ``scale`` enlarges the posed frame first.
+    """
     right, down = _grid(torch.device("cpu"))
     outline = SHAPES[shape]
     numbers = (outline.fold, outline.turn, *outline.lines[0], *outline.lines[1])
@@ -321,13 +331,16 @@ def _distance(shape: str, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(distances: Mapping[str, float]) -> Read:
-    """The nearest; the confidence is 1 − its distance by that of the next."""
+    """The nearest name. The confidence is 1 − d₁ / d₂ for the two smallest distances."""
     first, second = sorted(distances, key=lambda name: distances[name])[:2]
     return Read(first, 1 - distances[first] / max(distances[second], 1e-9))
 
 
 def _colour(posed: Tensor, where: Tensor) -> Read:
-    """The colour of the world nearest in hue to posed images [F, 3, P, P] at some points."""
+    """The colour of the world whose hue is nearest to that of posed images [F, 3, P, P].
+
+    ``where``, bool [P, P], marks the points that count.
+    """
     middle = posed[:, :, where].transpose(0, 1).flatten(1).median(1).values
     chroma = _chroma(middle[:, None, None]).flatten()
     if float(chroma.norm()) < _FAINT:
@@ -341,7 +354,7 @@ def _colour(posed: Tensor, where: Tensor) -> Read:
 
 
 def _ground(image: Tensor, x: Tensor, y: Tensor, size: Tensor) -> tuple[Read, float]:
-    """The kind of background, and the hue of its tint in turns."""
+    """The kind of background, and the hue of its tint as a fraction of a turn."""
     pixels = torch.arange(RESOLUTION, device=image.device) + 0.5
     right = wrapped(pixels - x[:, None])[:, None]
     down = wrapped(pixels - y[:, None])[:, :, None]
@@ -351,7 +364,7 @@ def _ground(image: Tensor, x: Tensor, y: Tensor, size: Tensor) -> tuple[Read, fl
     bands = [colours[outside & half].mean(0) for half in (stripe < 0.5, stripe > 0.5)]
     tint = float(_hue(_chroma((bands[0] + bands[1])[:, None, None]).flatten())) % 1
     low, high = (float(band.mean()) for band in bands)
-    # Contrast counts more than level: a flat grey is not striped.
+    # Contrast counts more than brightness, so that a flat grey is not taken for stripes.
     kinds = {
         name: math.hypot(low + high - a - b, 4 * (high - low - b + a))
         for name, (a, b) in BACKGROUNDS.items()
@@ -360,7 +373,7 @@ def _ground(image: Tensor, x: Tensor, y: Tensor, size: Tensor) -> tuple[Read, fl
 
 
 def _motion(x: Tensor, y: Tensor, size: Tensor) -> Read:
-    """How the shape moves, from its poses in consecutive frames, [F] each."""
+    """How the shape moves, from its place and size in consecutive frames, [F] each."""
     if len(x) < MOTION_FRAMES:
         return _NOTHING
     steps = torch.complex(wrapped(x.diff()), wrapped(y.diff())).to(torch.complex128)
@@ -385,9 +398,9 @@ def _motion(x: Tensor, y: Tensor, size: Tensor) -> Read:
 
 
 def _mean_size(size: Tensor) -> float:
-    """The size in pixels, and of a pulse the size about which it swings: from sizes [F].
+    """The size in pixels from sizes [F]; if they pulse, the size about which they swing.
 
-    A pulse of the world's depth and period is fitted to each period's frames, over all phases.
+    A pulse of the world's depth and period is fitted to each period's frames, with the best phase.
     """
     if float(size.log().std(correction=0)) < _SWING:
         return float(size.median())
