@@ -81,7 +81,7 @@ def transform(
     Raises:
         ValueError: the recipe, its checkpoint or the order of passes does not fit.
     """
-    steps = plan(recipe, stop_after, disable)
+    steps = configured_passes(recipe, stop_after, disable)
     program, packed = _capture(recipe, weights, section)
     program.recipe["passes"] = [{s.name: s.config.model_dump(mode="json")} for s in steps]
     if observe is not None:
@@ -142,7 +142,9 @@ def _decoded(weights: Mapping[str, Tensor], program: Program) -> dict[str, Tenso
     return plain
 
 
-def plan(recipe: Recipe, stop_after: str | None, disable: Collection[str]) -> list[Pass[Any]]:
+def configured_passes(
+    recipe: Recipe, stop_after: str | None, disable: Collection[str]
+) -> list[Pass[Any]]:
     """The recipe's passes, configured, less those left out."""
     steps = recipe.steps()
     names = [name for name, _ in steps]

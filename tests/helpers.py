@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from textwrap import dedent
 from typing import Any
 
@@ -218,7 +218,7 @@ def run(
     """
     module = instantiate(program, dtype=dtype)
     cast = {n: v.to(dtype) if dtype and v.is_floating_point() else v for n, v in given.items()}
-    return _outputs(partial(module, graph), cast)
+    return _outputs(lambda **inputs: module(graph, inputs), cast)
 
 
 class _OneGraph(nn.Module):
@@ -228,7 +228,7 @@ class _OneGraph(nn.Module):
         self.graph = graph
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        return self.module(self.graph, **inputs)
+        return self.module(self.graph, inputs)
 
 
 @torch.no_grad()

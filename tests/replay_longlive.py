@@ -136,11 +136,13 @@ def replay(path: Path, device: str = "cpu") -> float:
         return replay_rollout(meta, data, Rollout(program, module))
     result = module(
         "train",
-        clean=data["clean"],
-        noisy=data["noisy"],
-        timestep=data["t"],
-        positions=torch.arange(meta["frames"], dtype=torch.float64, device=device),
-        encoder_hidden_states=padded(data["text"], meta["text_len"])[None],
+        {
+            "clean": data["clean"],
+            "noisy": data["noisy"],
+            "timestep": data["t"],
+            "positions": torch.arange(meta["frames"], dtype=torch.float64, device=device),
+            "encoder_hidden_states": padded(data["text"], meta["text_len"])[None],
+        },
     )
     return difference(result["sample"], data["flow"])
 

@@ -158,10 +158,10 @@ def test_memory_is_the_estimated_one(passes: tuple[str, ...]) -> None:
     given |= {name: cache.clone() for name, cache in run.state.caches.items()}
     sizes, kept = estimate(program)["feature caches"], dict(given)
     with Live(given.values()) as held:
-        module("step", **kept)
+        module("step", dict(kept))
     kept.clear()
     with Live(given.values()) as live:
-        module.consume("step", given)
+        module("step", given)
     assert live.most == sizes + activations(program) and not given
     latents = latents[:, :, 2:]
     assert held.most == sizes + activations(program, held=True) + latents.nbytes

@@ -35,7 +35,7 @@ def program() -> Program:
 
 
 def loss(module: ProgramModule, given: dict[str, Tensor]) -> Tensor:
-    sample: Tensor = module("train", **given)["sample"]
+    sample: Tensor = module("train", dict(given))["sample"]
     return sample.square().mean()
 
 

@@ -130,7 +130,7 @@ def gradients(
     if compiled:
         module.compile_blocks()
     moved = {name: value.to(device) for name, value in given.items()}
-    module("train", **moved)["sample"].square().mean().backward()
+    module("train", moved)["sample"].square().mean().backward()
     return {n: p.grad.cpu() for n, p in module.named_parameters() if p.grad is not None}
 
 

@@ -63,11 +63,13 @@ def of_train(video: Video, implementation: str) -> Gradients:
     module = clip_program("train", implementation, video.clean.dtype)
     result = module(
         "train",
-        clean=video.clean,
-        noisy=video.noisy,
-        timestep=video.timestep,
-        positions=video.positions,
-        encoder_hidden_states=video.text[None],
+        {
+            "clean": video.clean,
+            "noisy": video.noisy,
+            "timestep": video.timestep,
+            "positions": video.positions,
+            "encoder_hidden_states": video.text[None],
+        },
     )
     return gradients(loss(result["sample"]), module, video)
 
@@ -86,10 +88,12 @@ def of_score(video: Video, implementation: str) -> Gradients:
     module = clip_program("score", implementation, video.clean.dtype)
     result = module(
         "score",
-        hidden_states=video.noisy,
-        timestep=video.timestep,
-        positions=video.positions,
-        encoder_hidden_states=video.text[None],
+        {
+            "hidden_states": video.noisy,
+            "timestep": video.timestep,
+            "positions": video.positions,
+            "encoder_hidden_states": video.text[None],
+        },
     )
     return gradients(loss(result["sample"]), module, video)
 
@@ -161,11 +165,13 @@ def test_blocks_recompute_to_the_same_gradients() -> None:
         runs = _count_runs(module)
         result = module(
             "train",
-            clean=video.clean,
-            noisy=video.noisy,
-            timestep=video.timestep,
-            positions=video.positions,
-            encoder_hidden_states=video.text[None],
+            {
+                "clean": video.clean,
+                "noisy": video.noisy,
+                "timestep": video.timestep,
+                "positions": video.positions,
+                "encoder_hidden_states": video.text[None],
+            },
         )
         found.append(gradients(loss(result["sample"]), module, video))
         counts.append(len(runs))

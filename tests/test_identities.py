@@ -107,12 +107,16 @@ def run_original(
     module = masked_original(frames, prompts, latents.dtype)
     result = module(
         "forward",
-        hidden_states=latents,
-        timestep=timestep.repeat_interleave(FRAME_TOKENS, 1),
-        encoder_hidden_states=text.flatten(0, 1)[None],
-        self_mask=seen,
-        cross_mask=reads.repeat_interleave(FRAME_TOKENS, 0).repeat_interleave(TEXT_TOKENS, 1),
-        **rotary_tables(positions),
+        {
+            "hidden_states": latents,
+            "timestep": timestep.repeat_interleave(FRAME_TOKENS, 1),
+            "encoder_hidden_states": text.flatten(0, 1)[None],
+            "self_mask": seen,
+            "cross_mask": reads.repeat_interleave(FRAME_TOKENS, 0).repeat_interleave(
+                TEXT_TOKENS, 1
+            ),
+            **rotary_tables(positions),
+        },
     )
     return result["sample"]
 
@@ -283,11 +287,13 @@ def train(video: Video, implementation: str = "sdpa") -> Tensor:
     """The teacher-forcing program's prediction."""
     result = clip_program("train", implementation, video.clean.dtype)(
         "train",
-        clean=video.clean,
-        noisy=video.noisy,
-        timestep=video.timestep,
-        positions=video.positions,
-        encoder_hidden_states=video.text[None],
+        {
+            "clean": video.clean,
+            "noisy": video.noisy,
+            "timestep": video.timestep,
+            "positions": video.positions,
+            "encoder_hidden_states": video.text[None],
+        },
     )
     return result["sample"]
 
@@ -297,10 +303,12 @@ def score(video: Video, latents: Tensor, timestep: Tensor, implementation: str =
     """The block-causal program's prediction."""
     result = clip_program("score", implementation, video.clean.dtype)(
         "score",
-        hidden_states=latents,
-        timestep=timestep,
-        positions=video.positions,
-        encoder_hidden_states=video.text[None],
+        {
+            "hidden_states": latents,
+            "timestep": timestep,
+            "positions": video.positions,
+            "encoder_hidden_states": video.text[None],
+        },
     )
     return result["sample"]
 
@@ -511,11 +519,11 @@ def test_a_timestep_a_frame_is_the_same_timestep_on_its_tokens() -> None:
     per_frame = reached("score", "canonicalise", "per_frame_timesteps")
     given = {"hidden_states": video.noisy, "encoder_hidden_states": video.text[:1]}
     repeated = video.timestep.repeat_interleave(FRAME_TOKENS, 1)
-    theirs = instantiate(per_token)("forward", timestep=repeated, **given)["sample"]
+    theirs = instantiate(per_token)("forward", {"timestep": repeated, **given})["sample"]
     module = instantiate(per_frame)
-    ours = module("forward", timestep=video.timestep, **given)["sample"]
+    ours = module("forward", {"timestep": video.timestep, **given})["sample"]
     assert difference(ours, theirs) <= BOUND[torch.float32]
-    swapped = module("forward", timestep=video.timestep.flip(1), **given)["sample"]
+    swapped = module("forward", {"timestep": video.timestep.flip(1), **given})["sample"]
     assert difference(swapped, theirs) > FAR
 
 

@@ -39,7 +39,7 @@ class Recorder(ProgramModule):
         self.flow = nn.Parameter(flow)
         self.given: dict[str, Tensor] = {}
 
-    def forward(self, graph: str, **given: Tensor) -> dict[str, Tensor]:
+    def forward(self, graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
         self.graph, self.given = graph, given
         return {"sample": self.flow}
 
@@ -312,7 +312,7 @@ def test_graphs_flow_is_what_the_loss_sees(kind: Kind) -> None:
     noted = Recorder(torch.zeros_like(batch.tensors["latents"]))
     FlowMatching(program, noted).loss(batch)
     with torch.no_grad():
-        flow = module(kind, **noted.given)["sample"]
+        flow = module(kind, noted.given)["sample"]
         loss = FlowMatching(program, module).loss(batch)
         answering = FlowMatching(program, Recorder(flow)).loss(batch)
         off = FlowMatching(program, Recorder(flow * 1.01)).loss(batch)

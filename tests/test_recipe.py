@@ -13,7 +13,7 @@ from helpers import CANONICAL, make_recipe, refused, tiny_config
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lltk.compiler import plan, transform
+from lltk.compiler import configured_passes, transform
 from lltk.graph.geometry import Geometry
 from lltk.graph.recipe import load_recipe, parse_recipe, read_recipe
 from lltk.graph.recipe_files import find_recipe
@@ -52,7 +52,9 @@ def written(path: Path, data: object) -> Path:
 def test_shipped_recipes_parse(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.program in path.stem.split("_")
-    assert [step.name for step in plan(recipe, None, ())] == [name for name, _ in recipe.steps()]
+    assert [step.name for step in configured_passes(recipe, None, ())] == [
+        name for name, _ in recipe.steps()
+    ]
     assert isinstance(recipe.model.config, str)
     if recipe.program == "decode":
         config = wan_vae.validate_config(named_config(recipe.model.config, wan_vae.CONFIGS))
@@ -265,7 +267,7 @@ def test_every_finding_is_reported() -> None:
     ],
 )
 def test_misfit_passes_are_named(passes: list[Any], message: str) -> None:
-    assert refused(plan, make_recipe("stream", passes), None, ()).startswith(message)
+    assert refused(configured_passes, make_recipe("stream", passes), None, ()).startswith(message)
 
 
 def test_unknown_configurations_are_named() -> None:
@@ -278,11 +280,15 @@ def test_unknown_configurations_are_named() -> None:
 
 def test_plan_stops_and_leaves_out() -> None:
     recipe = make_recipe("stream")
-    assert [s.name for s in plan(recipe, "hoist_text", ())][-1] == "hoist_text"
-    left = [s.name for s in plan(recipe, "commit", ("hoist_text", "lower"))]
+    assert [s.name for s in configured_passes(recipe, "hoist_text", ())][-1] == "hoist_text"
+    left = [s.name for s in configured_passes(recipe, "commit", ("hoist_text", "lower"))]
     assert left == [*CANONICAL, "cached_step", "commit"]
-    assert refused(plan, recipe, "hoist", ()).startswith("'hoist' is not in the recipe's passes: ")
-    assert refused(plan, recipe, None, ["lora"]).startswith("'lora' is not in the recipe's passes")
+    assert refused(configured_passes, recipe, "hoist", ()).startswith(
+        "'hoist' is not in the recipe's passes: "
+    )
+    assert refused(configured_passes, recipe, None, ["lora"]).startswith(
+        "'lora' is not in the recipe's passes"
+    )
 
 
 # Geometry

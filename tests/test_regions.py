@@ -70,7 +70,7 @@ class CountingBackend:
 def call(module: ProgramModule, program: Program, graph: str) -> dict[str, Tensor]:
     """Outputs of a graph, and what it wrote."""
     given = inputs(program, graph)
-    result = module(graph, **given)
+    result = module(graph, dict(given))
     arenas = {name: value for name, value in given.items() if "_pages_" in name}
     return result | arenas if graph == "commit" else result
 
@@ -166,7 +166,7 @@ def test_a_layer_that_differs_has_a_region_of_its_own() -> None:
 
 def trained(module: ProgramModule, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """A train graph's prediction and every parameter's gradient."""
-    sample = module("train", **given)["sample"]
+    sample = module("train", dict(given))["sample"]
     sample.square().mean().backward()
     return {"sample": sample.detach()} | {n: p.grad for n, p in module.named_parameters()}
 
@@ -239,7 +239,7 @@ def test_cudnn_steps(compiled: bool) -> None:
         module = instantiate(lowered_to(program, implementation), "cuda")
         if compiled:
             module.compile_blocks()
-        results.append({n: t.float() for n, t in module("step", **given).items()})
+        results.append({n: t.float() for n, t in module("step", dict(given)).items()})
     assert difference(*results) <= 5e-2
-    short = module("step", **given | {"table": given["table"][:1]})
+    short = module("step", given | {"table": given["table"][:1]})
     assert difference({n: t.float() for n, t in short.items()}, results[1]) > 1e-1

@@ -111,9 +111,9 @@ def test_activations_are_measured_ones(plan: StreamPlan) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     with torch.no_grad():
-        module("step", **given)
+        module("step", dict(given))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            module("step", **given)
+            module("step", dict(given))
     live = peak = 0
     for event in seen.profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -59,7 +59,7 @@ class Perfect(ProgramModule):
         self.clean = clean
         self.given: list[dict[str, Tensor]] = []
 
-    def forward(self, graph: str, **given: Tensor) -> dict[str, Tensor]:
+    def forward(self, graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
         assert graph == "reference"
         self.given.append(given)
         level = given["timestep"][:, None, :, None, None] / 1000

@@ -284,13 +284,13 @@ def test_warming_up_leaves_the_video_as_it_is(monkeypatch: pytest.MonkeyPatch) -
     """It runs every graph, begun or not; what it raises is the next submit's."""
     latents, got, run = video_latents()[:, :, :3], [], decoder()
     graphs: list[str] = []
-    call = ProgramModule.consume
+    call = ProgramModule.forward
 
     def seen(self: ProgramModule, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         graphs.append(graph)
         return call(self, graph, inputs)
 
-    monkeypatch.setattr(ProgramModule, "consume", seen)
+    monkeypatch.setattr(ProgramModule, "forward", seen)
     with DecodePipeline(run, got.append) as pipeline:
         pipeline.warm_up()
         pipeline.submit(latents)

@@ -47,7 +47,7 @@ class Block(nn.Module):
 class ProgramModule(nn.Module):
     """Runs a Program's graphs over one set of parameters named as diffusers names them.
 
-    ``module("step", hidden_states=…)`` returns the graph's outputs by name.
+    ``module("step", {"table": table, …})`` returns the graph's outputs by name.
     """
 
     def __init__(self, program: Program, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -84,16 +84,17 @@ class ProgramModule(nn.Module):
                 blocks[owner].bind(region, program.regions[region].parameters)
         return blocks
 
-    def forward(self, graph: str, **inputs: Tensor) -> dict[str, Tensor]:
-        """Run a named graph."""
-        return self.consume(graph, inputs)
-
-    def consume(self, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run a named graph, which lets go of an input once nothing reads it any more.
+    def forward(self, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run a named graph.
 
         Args:
-            graph: its name; compiled, it holds its inputs to its end.
-            inputs: by name; emptied.
+            graph: its name.
+            inputs: all that the graph reads, by name. The call empties the dict, so that an input
+                nobody else holds is freed after its last use. (A compiled graph holds its inputs to
+                its end.) Pass ``dict(inputs)`` to keep yours.
+
+        Returns:
+            The graph's outputs, by name.
         """
         result = self._graphs[graph](self, inputs)
         assert not inputs, f"{graph} reads no {', '.join(inputs)}"
@@ -102,7 +103,7 @@ class ProgramModule(nn.Module):
     @torch.no_grad()
     def quantised_weights(self) -> dict[str, Tensor]:
         """Inputs of the other graphs that follow from the weights, by name; anew at every call."""
-        return self(WEIGHTS) if WEIGHTS in self._graphs else {}
+        return self(WEIGHTS, {}) if WEIGHTS in self._graphs else {}
 
     @property
     def blocks_in_order(self) -> list[Block]:
@@ -160,7 +161,7 @@ def instantiate(
 
 
 def _consuming(graph: fx.Graph) -> fx.Graph:
-    """The graph with a dict of its inputs for its one input, which it empties."""
+    """The graph as a function of one dict of its inputs, from which it takes each."""
     made, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     given = made.placeholder("given")
     for node in graph.nodes:

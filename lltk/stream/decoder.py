@@ -211,9 +211,9 @@ class Decoder:
             _record(caches, torch.cuda.current_stream(latents.device))
         caches[spec.latent_input] = latents.contiguous()  # compilers tell strides apart
         if begun and self._graphs is not None:
-            result = self._graphs(graph, lambda inputs: self._module(graph, **inputs), caches)
+            result = self._graphs(graph, lambda inputs: self._module(graph, dict(inputs)), caches)
         else:
-            result = self._module.consume(graph, caches)
+            result = self._module(graph, caches)
         names = zip(spec.cache_inputs, spec.cache_outputs, strict=True)
         return result[spec.output], {read: result[given] for read, given in names}
 

@@ -174,7 +174,7 @@ class FlowMatching:
         inputs, target, weight = self._prepared(batch)
         if self._context_error:
             inputs |= {"clean": self._mistaken(batch, inputs, target)}
-        flow = self._flow(*inputs.values())
+        flow = self._flow(inputs)
         error = (flow.float() - target).square().mean(dim=(1, 3, 4))
         return (weight * error).sum()
 
@@ -248,7 +248,7 @@ class FlowMatching:
         what they should be.
         """
         sigma = (inputs["timestep"] / LEVELS)[:, None, :, None, None]
-        error = sigma * (target - self._flow(*inputs.values()))
+        error = sigma * (target - self._flow(inputs))
         geometry = self._program.geometry
         follows = ~leaps(batch.tensors["positions"], geometry.chunk)
         share, size = batch.uniform("error", 2, geometry.chunks).unbind(1)
@@ -263,15 +263,13 @@ class FlowMatching:
 
 
 class _Flow(nn.Module):
-    """A Program's output from its inputs in their order."""
+    """The one output of a Program that trains, from its inputs by name."""
 
     def __init__(self, module: ProgramModule, program: Program) -> None:
         super().__init__()
         self._module = module
         self._kind = program.kind
-        self._names = tuple(program.contract(program.kind).inputs)
         self._output = program.spec.output
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        named = dict(zip(self._names, inputs, strict=True))
-        return self._module(self._kind, **named)[self._output]
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self._module(self._kind, dict(inputs))[self._output]

@@ -56,7 +56,7 @@ def sample(program: Program, module: ProgramModule, text: Tensor, steps: int, se
             now[:, :, frames] = sampler.latents
             inputs[noisy] = now.to(contract[noisy].dtype)
             inputs[spec.time_input][:, frames] = sampler.timestep(index)
-            flow = module(program.kind, **inputs)[spec.output]
+            flow = module(program.kind, dict(inputs))[spec.output]
             sampler.step(index, flow[:, :, frames])
         made[:, :, frames] = sampler.result
         if program.kind == "train":

@@ -254,7 +254,7 @@ def test_precision_by_denoising_pass() -> None:
     for label, program in (("kept", kept), ("plain", plain), ("packed", packed)):
         rollout = Rollout(program, instantiate(program))
         # The prologue is quantised in both but the plain program: give all the plain one's prompt.
-        rollout._runtime._text = instantiate(plain)("prologue", encoder_hidden_states=text)
+        rollout._runtime._text = instantiate(plain)("prologue", {"encoder_hidden_states": text})
         with torch.no_grad():
             results[label] = [rollout.step(latents, level, positions, i) for i in range(3)]
     for index, wanted in enumerate(("plain", "packed", "plain")):

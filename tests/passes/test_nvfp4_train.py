@@ -200,8 +200,8 @@ def test_odd_widths() -> None:
     given = {"hidden_states": torch.randn(1, 20, 24)}
     module = instantiate(padded)
     more = {"random": torch.tensor([0, 0]), **module.quantised_weights()}
-    wanted = instantiate(program)("train", **given)["sample"]
-    error = (module("train", **given, **more)["sample"] - wanted).norm() / wanted.norm()
+    wanted = instantiate(program)("train", dict(given))["sample"]
+    error = (module("train", given | more)["sample"] - wanted).norm() / wanted.norm()
     assert float(error.detach()) < 0.2
 
 

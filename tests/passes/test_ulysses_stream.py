@@ -186,21 +186,21 @@ def test_blocks_compile() -> None:
         wanted = run(program, "step", given)["sample"]
         module = instantiate(program)
         module.compile_blocks(backend="aot_eager")
-        assert torch.equal(module("step", **given)["sample"], wanted)
+        assert torch.equal(module("step", dict(given))["sample"], wanted)
 
 
 def test_a_pass_follows_one_that_failed_during_an_exchange() -> None:
     program = after(shared(exchange="compute"), "regionalise", "lower")
     given, name = inputs(program, "step"), "blocks.0.attn1.to_q.weight"
     with alike(), torch.no_grad():
-        wanted = instantiate(program)("step", **given)
+        wanted = instantiate(program)("step", dict(given))
         module = instantiate(program)
         queries = module.get_parameter(name)
         kept = queries.clone()
         queries.fill_(1e38)
         assert first_bad_node(program, module, "step", given) == "linear_2 (blocks.0.attn1.to_q)"
         queries.copy_(kept)
-        assert same(module("step", **given), wanted)
+        assert same(module("step", dict(given)), wanted)
 
 
 @pytest.mark.parametrize(("size", "fit"), [(3, "2"), (4, "2")])

@@ -110,7 +110,7 @@ class TorchRuntime:
         return self._pages
 
     def set_prompt(self, text: Tensor) -> None:
-        made = self._module("prologue", **{self._spec.text_input: text})
+        made = self._module("prologue", {self._spec.text_input: text})
         held = self._text
         if not held or any(t.requires_grad for t in (*made.values(), *held.values())):
             self._text = made  # the first prompt, or one that a gradient flows through
@@ -207,7 +207,7 @@ class TorchRuntime:
         return self._graphs((graph, len(table)), partial(self._call, graph), moving)
 
     def _call(self, graph: str, moving: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._module(graph, **self._given(graph, moving))
+        return self._module(graph, self._given(graph, moving))
 
     def _given(self, graph: str, moving: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All inputs of a graph: those that change from call to call, prompt and cache."""
