@@ -17,7 +17,8 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
-from lltk.parallel.groups import SEQUENCE, registered
+from lltk.parallel import exchange
+from lltk.parallel.groups import SEQUENCE, find_group, registered
 
 LIMIT = 120
 """Seconds until hung ranks are ended."""
@@ -88,6 +89,8 @@ def grouped(rank: int, size: int, port: int) -> Iterator[None]:
 class _Alike:
     """A group whose every rank holds what this one does."""
 
+    group_name = "alike"
+
     def __init__(self, size: int, rank: int) -> None:
         self._size = size
         self._rank = rank
@@ -98,22 +101,22 @@ class _Alike:
     def rank(self) -> int:
         return self._rank
 
-    def wait(self) -> None:
-        pass
-
 
 @contextmanager
 def alike(size: int = 2, rank: int = 0) -> Iterator[None]:
     """Exchanges with ranks that are not there, and would hold what this one does."""
 
-    def swap(to: Tensor, x: Tensor, group: Any, async_op: bool) -> Any:
-        to.copy_(x[rank : rank + 1].expand_as(x))
-        return group
+    def begin(sent: Tensor, _size: int, group: str) -> Tensor:
+        assert find_group(group, size).size() == len(sent)
+        return sent[rank : rank + 1].repeat(size, *[1] * (sent.dim() - 1))
 
     def gather(values: list[object], own: object, group: Any) -> None:
         values[:] = [own] * size
 
     group: Any = _Alike(size, rank)
-    patches = {"all_to_all_single": swap, "all_gather_object": gather}
-    with patch.multiple(dist, **patches), registered(SEQUENCE, group):
+    with (
+        patch.multiple(exchange, _begin=begin, _end=Tensor.clone),
+        patch.object(dist, "all_gather_object", gather),
+        registered(SEQUENCE, group),
+    ):
         yield

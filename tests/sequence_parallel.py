@@ -172,6 +172,11 @@ def exchanged(rank: int) -> None:
         assert torch.equal(received[1].float(), heads.float())
         assert torch.equal(back.float(), reference.heads_to_tokens(wanted, rank).float())
         assert torch.equal(back.float(), shards[rank].float())
+        # Two sessions' exchanges, begun before either is ended.
+        both = [scales[rank]], [2 * scales[rank], shards[rank]]
+        under_way = [(send_tokens(values, SIZE, SEQUENCE), values) for values in both]
+        (one,), (other, _) = (receive_heads(*each, SIZE, SEQUENCE) for each in under_way)
+        assert torch.equal(one, few) and torch.equal(other, 2 * few)
     whole = torch.arange(24.0).view(2, 6, 2)
     part = own_part(whole, 1, SIZE, SEQUENCE)
     assert torch.equal(part, whole.chunk(SIZE, 1)[rank])

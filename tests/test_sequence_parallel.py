@@ -120,17 +120,17 @@ def test_another_number_of_ranks_is_refused() -> None:
 
 FAILING = """
 import sys, time, torch
-from lltk.parallel.exchange import _start
+from lltk.parallel.exchange import _swapped
 from lltk.parallel.groups import SEQUENCE
 from lltk.parallel.ranks import joined
 
 def run():
     with joined("cpu") as ranks:
-        _start([torch.ones(3, 4)], 3, SEQUENCE).wait()
+        _swapped(torch.ones(3, 4), 3, SEQUENCE)
         if ranks.rank == 0:
             raise ValueError("layer 3 is broken")
         while ranks.rank == 1:
-            _start([torch.ones(3, 4)], 3, SEQUENCE).wait()
+            _swapped(torch.ones(3, 4), 3, SEQUENCE)
         time.sleep(100)
 
 try:

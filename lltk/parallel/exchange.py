@@ -1,17 +1,19 @@
 """``lltk::`` ops that move a chunk between ranks; no gradient flows through them.
 
-``group`` is a name that is resolved when an op runs (`lltk.parallel.groups`) and ``size`` the
-number of its ranks, so that shapes are known without them.
+``group`` is the name of a process group, which is looked up when an op runs
+(`lltk.parallel.groups`). ``size`` is the number of its ranks, so that shapes follow without it.
+
+What a rank has sent is known by the tensor that it will arrive in, not by the group. So exchanges
+of several sessions may be under way at once and do not meet. All ranks must begin them in the same
+order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed._functional_collectives  # defines torch.ops._c10d_functional
 from torch import Tensor
 
 from lltk.parallel.groups import find_group
@@ -24,7 +26,7 @@ class LostRank(ValueError):
 @torch.library.custom_op("lltk::tokens_to_heads", mutates_args=())
 def tokens_to_heads(values: Sequence[Tensor], size: int, group: str) -> list[Tensor]:
     """See `reference.tokens_to_heads`, for several tensors at once: [B, l, H, …] each."""
-    return _heads(_start(_blocks(values, size), size, group))
+    return _heads(_begin(_packed(values, size), size, group), values, size)
 
 
 @tokens_to_heads.register_fake
@@ -37,23 +39,22 @@ def send_tokens(values: Sequence[Tensor], size: int, group: str) -> Tensor:
     """Begin `tokens_to_heads`, for `receive_heads` to end; what runs between overlaps with it.
 
     Returns:
-        [1], of no meaning: what `receive_heads` follows.
+        uint8 [size, n]: where the other ranks' parts arrive. Its bytes are undefined before
+        `receive_heads` has returned.
     """
-    if left := _in_flight.pop(group, None):  # by a pass that an error ended
-        left.wait()
-    _in_flight[group] = _start(_blocks(values, size), size, group)
-    return values[0].new_empty(1)
+    return _begin(_packed(values, size), size, group)
 
 
 @send_tokens.register_fake
 def _(values: Sequence[Tensor], size: int, group: str) -> Tensor:
-    return values[0].new_empty(1)
+    count = sum(x.numel() * x.itemsize for x in values)
+    return values[0].new_empty(size, count // size, dtype=torch.uint8)
 
 
 @torch.library.custom_op("lltk::receive_heads", mutates_args=())
 def receive_heads(sent: Tensor, values: Sequence[Tensor], size: int, group: str) -> list[Tensor]:
-    """End what `send_tokens` of the same values began."""
-    return _heads(_in_flight.pop(group))
+    """Wait for what `send_tokens` of the same values began; gives what `tokens_to_heads` does."""
+    return _heads(sent, values, size)
 
 
 @receive_heads.register_fake
@@ -64,7 +65,7 @@ def _(sent: Tensor, values: Sequence[Tensor], size: int, group: str) -> list[Ten
 @torch.library.custom_op("lltk::heads_to_tokens", mutates_args=())
 def heads_to_tokens(x: Tensor, size: int, group: str) -> Tensor:
     """See `reference.heads_to_tokens`: [B, L, h, …]."""
-    (received,) = _start([x.unflatten(1, (size, -1)).movedim(1, 0)], size, group).wait()
+    received = _swapped(x.unflatten(1, (size, -1)).movedim(1, 0), size, group)
     return received.movedim(0, 2).flatten(2, 3).contiguous()
 
 
@@ -89,7 +90,7 @@ def _(x: Tensor, dim: int, size: int, group: str) -> Tensor:
 @torch.library.custom_op("lltk::all_parts", mutates_args=())
 def all_parts(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     """All ranks' parts along ``dim``, in the order of ranks; undoes `own_part`."""
-    (parts,) = _start([x.expand(size, *x.shape)], size, group).wait()
+    parts = _swapped(x.expand(size, *x.shape), size, group)
     return parts.movedim(0, dim).flatten(dim, dim + 1).contiguous()
 
 
@@ -106,61 +107,50 @@ OWN_PART = torch.ops.lltk.own_part.default
 ALL_PARTS = torch.ops.lltk.all_parts.default
 
 
-@dataclass(frozen=True)
-class _Exchange:
-    """Exchanges that have begun.
+def _begin(sent: Tensor, size: int, group: str) -> Tensor:
+    """Send row r of uint8 [size, …] to rank r; gives where the rows of all ranks will arrive.
 
-    Attributes:
-        received: what will hold the result; block r of [size, …] is from rank r.
-        works: to be waited for.
+    torch knows an exchange by the memory of its result, which `_end` waits for.
     """
-
-    received: list[Tensor]
-    works: list[Any]
-
-    def wait(self) -> list[Tensor]:
-        """What was received."""
-        try:
-            for work in self.works:
-                work.wait()
-        except RuntimeError as error:
-            raise _lost(error) from error
-        return self.received
-
-
-_in_flight: dict[str, _Exchange] = {}
-"""What `send_tokens` began, by group."""
-
-
-def _start(values: Sequence[Tensor], size: int, group: str) -> _Exchange:
-    """Give block r of each tensor, [size, …], to rank r."""
-    ranks, started = find_group(group, size), _Exchange([], [])
+    name, each = find_group(group, size).group_name, [1] * size
     try:
-        for x in values:
-            sent = x.contiguous()
-            received = torch.empty_like(sent)
-            started.received.append(received)
-            started.works.append(
-                dist.all_to_all_single(_raw(received), _raw(sent), group=ranks, async_op=True)
-            )
+        received: Tensor = torch.ops._c10d_functional.all_to_all_single(sent, each, each, name)
     except RuntimeError as error:
         raise _lost(error) from error
-    return started
+    return received
 
 
-def _blocks(values: Sequence[Tensor], size: int) -> list[Tensor]:
-    """[B, l, H, …] → [size, B, l, h, …], a block for each rank."""
-    return [x.unflatten(2, (size, -1)).movedim(2, 0) for x in values]
+def _end(received: Tensor) -> Tensor:
+    """Wait until the rows of all ranks have arrived."""
+    try:
+        arrived: Tensor = torch.ops._c10d_functional.wait_tensor(received)
+    except RuntimeError as error:
+        raise _lost(error) from error
+    return arrived
 
 
-def _heads(exchange: _Exchange) -> list[Tensor]:
-    """[size, B, l, h, …] → [B, L, h, …]."""
-    return [x.movedim(0, 1).flatten(1, 2).contiguous() for x in exchange.wait()]
+def _swapped(blocks: Tensor, size: int, group: str) -> Tensor:
+    """Give block r of [size, …] to rank r; block r of the result is from rank r."""
+    # As bytes, since a backend may not know the dtype.
+    return _end(_begin(blocks.contiguous().view(torch.uint8), size, group)).view(blocks.dtype)
 
 
-def _raw(x: Tensor) -> Tensor:
-    """Bytes, where a backend may not know the dtype."""
-    return x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x
+def _packed(values: Sequence[Tensor], size: int) -> Tensor:
+    """[B, l, H, …] each → uint8 [size, n]: row r holds the bytes of rank r's heads."""
+    blocks = [x.unflatten(2, (size, -1)).movedim(2, 0).flatten(1).contiguous() for x in values]
+    return torch.cat([block.view(torch.uint8) for block in blocks], dim=1)
+
+
+def _heads(sent: Tensor, values: Sequence[Tensor], size: int) -> list[Tensor]:
+    """What the ranks packed, of this rank's heads: [B, L, h, …] each."""
+    received, heads = _end(sent), []
+    counts = [x.numel() * x.itemsize // size for x in values]
+    for x, part in zip(values, received.split(counts, dim=1), strict=True):
+        batch, tokens, _, *rest = x.shape
+        block = part.clone(memory_format=torch.contiguous_format).view(x.dtype)
+        block = block.view(size, batch, tokens, -1, *rest)
+        heads.append(block.movedim(0, 1).flatten(1, 2).contiguous())
+    return heads
 
 
 def _lost(error: RuntimeError) -> LostRank:

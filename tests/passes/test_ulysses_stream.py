@@ -63,7 +63,7 @@ def step(hidden_states: bf16[1, 24, 2, 2, 2], table: i64[3], {HALVES}):
     x: bf16[1, 4, 2, 12] = aten.reshape.default(own_part, [1, -1, 2, 12])
     k: bf16[1, 4, 2, 12] = aten.neg.default(x)
     v: bf16[1, 4, 2, 12] = aten.abs.default(x)
-    send_tokens: bf16[1] = lltk.send_tokens.default([k, v], 2, 'sequence')
+    send_tokens: u8[2, 192] = lltk.send_tokens.default([k, v], 2, 'sequence')
     half: bf16[1, 4, 2, 12] = aten.mul.Tensor(x, 0.5)
     q: bf16[1, 4, 2, 12] = aten.sin.default(half)
     tokens_to_heads: (bf16[1, 8, 1, 12],) = lltk.tokens_to_heads.default([q], 2, 'sequence')
