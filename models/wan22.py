@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lltk.graph.capture import capture
 from lltk.graph.geometry import Geometry, Kind
+from lltk.graph.loading import LOADING
 from lltk.graph.program import Program
 from lltk.graph.spec import ModelSpec
 from lltk.graph.verify import verify
@@ -77,7 +78,7 @@ def captured(
         program.weights[name] = parameter
         return program.run_dtype(name)
 
-    with attention_backend("native"):
+    with LOADING, attention_backend("native"):
         graph, weights, buffers = capture(
             lambda: build(config),
             inputs={

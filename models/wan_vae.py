@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lltk.graph.capture import capture
 from lltk.graph.geometry import Geometry
+from lltk.graph.loading import LOADING
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import verify
@@ -128,7 +129,8 @@ def build(config: Mapping[str, Any]) -> Any:
     """The model, initialised as diffusers does."""
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(**config)
+    with LOADING:
+        return AutoencoderKLWan(**config)
 
 
 def captured(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lltk.graph.fingerprint import fingerprint
 from lltk.graph.memory import activations
 from lltk.graph.recipe import parse_recipe
 from lltk.passes import make_pass
+from lltk.stream.lanes import Lane
 from lltk.stream.pages import PageTable
 from lltk.stream.recipe import stream_section
 from lltk.stream.runtimes import Runtime
@@ -59,6 +61,8 @@ def test_buffers_stay_where_they_are() -> None:
     assert not torch.equal(runtime.step(latents, timestep, positions + 2, (2,)), second)
     runtime.restore(saved)
     assert torch.equal(runtime.step(latents, timestep, positions + 2, (2,)), second)
+    runtime.clear()
+    assert not any(page.any() for page in runtime.state().values())
     buffers = {**runtime._text, **runtime.state()}
     assert {name: buffer.data_ptr() for name, buffer in buffers.items()} == addresses
     del saved["k_pages_1"]
@@ -148,9 +152,10 @@ def test_stream_sections() -> None:
 def test_cuda_graphs_need_a_gpu() -> None:
     from lltk.stream.runtimes.cuda_graph import CudaGraphs
 
-    message = refused(CudaGraphs, torch.device("cpu"))
+    lane = Lane(torch.device("cpu"))
+    message = refused(CudaGraphs, lane)
     assert "stream.cuda_graphs: is for GPUs, not for cpu; set it to false" in message
-    message = refused(CudaGraphs, torch.device("cpu"), "stream.decoder.cuda_graphs")
+    message = refused(CudaGraphs, lane, "stream.decoder.cuda_graphs")
     assert message.endswith("--set stream.decoder.cuda_graphs=false")
 
 
@@ -203,3 +208,32 @@ def test_a_decoder_is_recorded_on_a_gpu_of_its_own(tmp_path: Path) -> None:
     assert sizes["decoder: CUDA graphs"] == (
         2 * sizes["decoder: feature caches"] + sizes["decoder: activations"]
     )
+
+
+def test_a_lane_gives_turns_in_the_order_they_were_asked_for() -> None:
+    """One at a time; whoever is interrupted as it waits holds nobody up."""
+    lane, order, inside = Lane(torch.device("cpu")), [], []
+
+    def work(name: int) -> None:
+        with lane.turn():
+            inside.append(name)
+            order.append(name)
+            assert inside == [name]
+            inside.remove(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(4)]
+    with lane.turn():
+        for thread in threads:
+            asked = len(lane._queue)
+            thread.start()
+            while len(lane._queue) == asked:
+                time.sleep(0.001)
+        interrupted = lane.turn()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lane._moved, "wait_for", lambda ready: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                interrupted.__enter__()
+        assert not order
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, 3] and not lane._queue

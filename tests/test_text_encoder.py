@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -120,6 +122,19 @@ def test_a_freed_encoder_loads_again(folder: Path) -> None:
     assert encoder._loaded is None
     encoder.to("cpu")
     assert torch.equal(encoder.encode([RED]), first)
+
+
+def test_threads_load_at_once(folder: Path, encoder: TextEncoder) -> None:
+    """transformers changes the process while it loads: unserialised, no later load would work."""
+    wanted, start = encoder.encode([RED]), Barrier(4)
+
+    def loaded(_: int) -> Tensor:
+        start.wait()
+        return TextEncoder(folder, TOKENS).encode([RED])
+
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(loaded, range(4)))
+    assert all(torch.equal(each, wanted) for each in made)
 
 
 # Cache

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
 
 from lltk.graph.edit import prune, rename_placeholder
+from lltk.graph.loading import LOADING
 
 
 def capture(
@@ -35,7 +36,7 @@ def capture(
         names of the buffers it reads.
     """
     mode = FakeTensorMode()
-    with mode, torch.no_grad():
+    with LOADING, mode, torch.no_grad():
         module = build().eval()
         stored = {n: p.to("meta") for n, p in module.named_parameters()}
         for name, parameter in module.named_parameters():

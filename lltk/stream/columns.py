@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lltk.stream.decoder import Decoder, DecoderState
+from lltk.stream.lanes import Lane
 
 
 class ColumnDecoder:
@@ -24,6 +25,11 @@ class ColumnDecoder:
     def device(self) -> torch.device:
         """Where it takes latents and gives video: the first decoder's."""
         return self._decoders[0].device
+
+    @property
+    def lane(self) -> Lane:
+        """Where the decoders of all columns take turns: the first decoder's."""
+        return self._decoders[0].lane
 
     @property
     def state(self) -> DecoderState:

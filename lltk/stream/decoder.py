@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
@@ -17,6 +16,7 @@ from torch import Tensor
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program, TensorSpec
 from lltk.graph.spec import DecoderSpec
+from lltk.stream.lanes import Lane
 from lltk.stream.runtimes.cuda_graph import CudaGraphs
 from lltk.stream.timing import Stopwatch
 
@@ -42,6 +42,10 @@ class LatentDecoder(Protocol):
     def device(self) -> torch.device:
         """Where it takes latents."""
 
+    @property
+    def lane(self) -> Lane:
+        """Where decoders over the same weights take turns: a call decodes within one turn."""
+
     def parts(self, latents: Tensor, first: bool) -> list[Tensor]:
         """Latents as they are decoded; ``first`` says whether they are a video's first."""
 
@@ -57,12 +61,12 @@ class DecodedElsewhere:
 
     def __init__(self, device: torch.device) -> None:
         self.state = DecoderState()
-        self._device = device
+        self.lane = Lane(device)
 
     @property
     def device(self) -> torch.device:
         """Where the latents are."""
-        return self._device
+        return self.lane.device
 
     def parts(self, latents: Tensor, first: bool) -> list[Tensor]:
         return [latents]
@@ -82,12 +86,19 @@ class Decoder:
         program: a decode Program.
         module: the same Program, runnable; decoders may share it.
         cuda_graphs: whether steady calls are recorded once, and then replayed.
+        lane: where the calls take turns; by default a lane for this decoder alone.
 
     Raises:
         ValueError: the Program is for something else, or CUDA graphs where there is no GPU.
     """
 
-    def __init__(self, program: Program, module: ProgramModule, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        program: Program,
+        module: ProgramModule,
+        cuda_graphs: bool = False,
+        lane: Lane | None = None,
+    ) -> None:
         if not isinstance(program.model, DecoderSpec):
             raise ValueError(
                 f"the program is for {program.kind}, not for decode; make one from a recipe with "
@@ -104,12 +115,14 @@ class Decoder:
         )
         self._held: dict[str, Tensor] | None = {}  # caches; None where decoding failed
         option = "stream.decoder.cuda_graphs"
-        self._graphs = CudaGraphs(self.device, option) if cuda_graphs else None
+        self.lane = lane or decoder_lane(module)
+        self._graphs = CudaGraphs(self.lane, option) if cuda_graphs else None
+        self._warm = False
 
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return next(self._module.parameters()).device
+        return self.lane.device
 
     @property
     def state(self) -> DecoderState:
@@ -181,7 +194,9 @@ class Decoder:
         return list(latents.split(sizes, dim=2))
 
     def warm_up(self) -> None:
-        """See `LatentDecoder.warm_up`."""
+        """See `LatentDecoder.warm_up`; a decoder that is warm stays so."""
+        if self._warm:
+            return
         batch, channels, _, *sides = self._latents.shape
         # A steady graph's second call reads what it gave, which may lie otherwise than its first's.
         count = 1 + 2 * self._several + int(self._several > 1)
@@ -190,6 +205,7 @@ class Decoder:
         caches: dict[str, Tensor] = {}
         for part in self.parts(zeros, first=True):
             _, caches = self._decoded(part, caches)
+        self._warm = True
 
     def _decode(self, latents: Tensor) -> Tensor:
         held, self._held = dict(self.state.caches), None
@@ -216,6 +232,11 @@ class Decoder:
             result = self._module(graph, caches)
         names = zip(spec.cache_inputs, spec.cache_outputs, strict=True)
         return result[spec.output], {read: result[given] for read, given in names}
+
+
+def decoder_lane(module: ProgramModule) -> Lane:
+    """Where decoders over a module take turns; on a GPU beside the transformer's work."""
+    return Lane(next(module.parameters()).device, own_stream=True)
 
 
 def _record(caches: Mapping[str, Tensor], stream: torch.cuda.Stream) -> None:
@@ -270,9 +291,10 @@ class DecodePipeline:
         )
         self._watch = Stopwatch(decoder.device)
         self._seconds = {"decode": 0.0, "deliver": 0.0}
-        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self._stream: torch.cuda.Stream | None = None
+        """On a GPU, where the sink works."""
         if decoder.device.type == "cuda":
-            self._streams = torch.cuda.Stream(decoder.device), torch.cuda.Stream(decoder.device)
+            self._stream = torch.cuda.Stream(decoder.device)
 
     @property
     def latents(self) -> list[Tensor]:
@@ -294,7 +316,15 @@ class DecodePipeline:
 
     def warm_up(self) -> None:
         """Have the decoder warm up before it decodes; `submit` or `close` raises what that does."""
-        self._warming = self._decoding.submit(self._on_its_stream, self._decoder.warm_up)
+        self._warming = self._decoding.submit(self._warm_up)
+
+    def wait_for_room(self) -> None:
+        """Wait until `submit` will not; raises as it does."""
+        if self._warming is not None and self._warming.done():
+            self._end_warm_up()
+        while self._pending and (len(self._pending) >= self._ahead or self._pending[0].done()):
+            self._pending[0].result()
+            self._pending.popleft()
 
     def submit(self, *latents: Tensor) -> None:
         """Queue latents for `Decoder.decode`; they must not be changed afterwards.
@@ -306,13 +336,9 @@ class DecodePipeline:
             Exception: what decoding or the sink raised for earlier latents; none is decoded after
                 such an error.
         """
-        if self._warming is not None and self._warming.done():
-            self._end_warm_up()
-        while self._pending and (len(self._pending) >= self._ahead or self._pending[0].done()):
-            self._pending[0].result()
-            self._pending.popleft()
+        self.wait_for_room()
         ready = None
-        if self._streams is not None:
+        if self._stream is not None:
             ready = torch.cuda.current_stream(self._decoder.device).record_event()
         first = self._last is None and not self._decoder.state.caches
         parts: list[Tensor] = []
@@ -372,28 +398,26 @@ class DecodePipeline:
     ) -> None:
         if before is not None:
             before.result()  # after an error nothing more is decoded
-        if self._streams is not None and ready is not None:
-            self._streams[0].wait_event(ready)
-            for latent in latents:
-                latent.record_stream(self._streams[0])
-        self._on_its_stream(lambda: self._decode(latents))
+        for latent in latents:
+            with self._decoder.lane.turn():
+                if ready is not None:
+                    stream = torch.cuda.current_stream(latent.device)
+                    stream.wait_event(ready)
+                    latent.record_stream(stream)
+                with self._watch.measure("decode"):
+                    video = self._decoder.decode(latent)
+            self._seconds["decode"] += self._watch.read()["decode"]  # once it is decoded
+            self._latents.popleft()
+            self._hand_over(video)
+
+    def _warm_up(self) -> None:
+        with self._decoder.lane.turn():
+            self._decoder.warm_up()
 
     def _end_warm_up(self) -> None:
         warming, self._warming = self._warming, None
         if warming is not None:
             warming.result()
-
-    def _on_its_stream(self, run: Callable[[], None]) -> None:
-        with nullcontext() if self._streams is None else torch.cuda.stream(self._streams[0]):
-            run()
-
-    def _decode(self, latents: Sequence[Tensor]) -> None:
-        for latent in latents:
-            with self._watch.measure("decode"):
-                video = self._decoder.decode(latent)
-            self._seconds["decode"] += self._watch.read()["decode"]  # once it is decoded
-            self._latents.popleft()
-            self._hand_over(video)
 
     def _hand_over(self, video: Tensor) -> None:
         """Let the sink take a video once it has taken the one before."""
@@ -406,12 +430,11 @@ class DecodePipeline:
 
     def _deliver(self, video: Tensor) -> None:
         begun = time.perf_counter()
-        if self._streams is None:
+        if self._stream is None:
             self._sink(video)
         else:
-            _, stream = self._streams
-            video.record_stream(stream)
-            with torch.cuda.stream(stream):
+            video.record_stream(self._stream)
+            with torch.cuda.stream(self._stream):
                 self._sink(video)
         self._videos.popleft()
         self._seconds["deliver"] += time.perf_counter() - begun

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lltk.graph.files import written_whole
+from lltk.graph.loading import LOADING
 
 _log = logging.getLogger(__name__)
 _PARTS = ("text_encoder", "tokenizer")
@@ -133,10 +134,11 @@ class TextEncoder:
 
             encoder, words = (self._folder / part for part in _PARTS)
             try:
-                tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
-                model = UMT5EncoderModel.from_pretrained(
-                    encoder, dtype=self._dtype, local_files_only=True
-                )
+                with LOADING:
+                    tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
+                    model = UMT5EncoderModel.from_pretrained(
+                        encoder, dtype=self._dtype, local_files_only=True
+                    )
             except (OSError, SafetensorError) as error:
                 raise ValueError(
                     f"{self._folder}: its text encoder cannot be read ({error}); download it again"

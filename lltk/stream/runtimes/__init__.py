@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lltk.graph.geometry import Geometry
 from lltk.graph.spec import ModelSpec
+from lltk.stream.lanes import Lane
 
 
 class Runtime(Protocol):
@@ -36,8 +37,15 @@ class Runtime(Protocol):
         """Where its tensors are."""
 
     @property
+    def lane(self) -> Lane:
+        """Where runtimes over the same weights take turns: a chunk is made within one turn."""
+
+    @property
     def pages(self) -> dict[str, Tensor]:
         """The cache, by input name: [B, P, …] each; not copies."""
+
+    def clear(self) -> None:
+        """Make the pages as they were before the first commit, for another video."""
 
     def set_prompt(self, text: Tensor) -> None:
         """Take a prompt, [B, S, E], for the calls that follow."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from lltk.stream.lanes import Lane
 
 _CAPTURING = Lock()
 """Held while a thread captures: to begin, torch waits for devices and empties their caches."""
@@ -16,26 +17,31 @@ Call = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 class CudaGraphs:
-    """Graphs of one device that share their memory: one replays at a time, on one stream.
+    """Graphs that are replayed one at a time, in the turns of a lane.
+
+    All graphs of a lane share the memory for their intermediate results.
 
     Args:
-        device: a GPU.
-        option: the recipe's key that asks for them.
+        lane: of a GPU.
+        option: the recipe's key that asks for CUDA graphs.
 
     Raises:
-        ValueError: the device is none.
+        ValueError: the lane's device is no GPU.
     """
 
-    def __init__(self, device: torch.device, option: str = "stream.cuda_graphs") -> None:
-        check_graphs(device, option)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # torch's own is the first device's, and shared
+    def __init__(self, lane: Lane, option: str = "stream.cuda_graphs") -> None:
+        check_graphs(lane.device, option)
+        self._lane = lane
         self._recorded: dict[Hashable, _Recorded] = {}
+
+    def __len__(self) -> int:
+        """How many graphs are recorded."""
+        return len(self._recorded)
 
     def __call__(
         self, key: Hashable, call: Call, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The call's outputs: run, then recorded, where the key is new; else replayed.
+        """The outputs of a call. A new key's call is run and then recorded, others are replayed.
 
         Args:
             key: one for each call and set of shapes.
@@ -45,14 +51,22 @@ class CudaGraphs:
         """
         if key not in self._recorded:
             outputs = call(inputs)
-            with _CAPTURING, torch.cuda.device(self._stream.device):
-                self._recorded[key] = _Recorded(call, inputs, self._pool, self._stream)
+            with _CAPTURING, torch.cuda.device(self._lane.device):
+                self._recorded[key] = _Recorded(call, inputs, self._lane)
             return outputs
         return self._recorded[key](inputs)
 
 
 def check_graphs(device: torch.device, option: str) -> None:
-    """Refuse a device that records nothing; errors as `CudaGraphs`'s."""
+    """Refuse a device that cannot record.
+
+    Args:
+        device: where graphs are wanted.
+        option: the recipe's key that asks for them.
+
+    Raises:
+        ValueError: the device is no GPU.
+    """
     if device.type != "cuda":
         raise ValueError(
             f"{option}: is for GPUs, not for {device}; set it to false, as with "
@@ -63,13 +77,12 @@ def check_graphs(device: torch.device, option: str) -> None:
 class _Recorded:
     """One graph, its inputs and outputs at fixed addresses."""
 
-    def __init__(
-        self, call: Call, inputs: Mapping[str, Tensor], pool: Any, stream: torch.cuda.Stream
-    ) -> None:
+    def __init__(self, call: Call, inputs: Mapping[str, Tensor], lane: Lane) -> None:
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads, as the decoder's, may do meanwhile what may not be recorded.
-        with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
+        # Other threads, such as a decoder's, may do meanwhile what may not be recorded.
+        pool, stream, mode = lane.graph_pool, lane.graph_stream, "thread_local"
+        with torch.cuda.graph(self._graph, pool, stream, capture_error_mode=mode):
             self._outputs = call(self._inputs)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

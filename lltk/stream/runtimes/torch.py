@@ -17,6 +17,7 @@ from lltk.graph.spec import ModelSpec
 from lltk.graph.verify import STEP_HIGH
 from lltk.parallel.exchange import all_parts
 from lltk.parallel.groups import SEQUENCE
+from lltk.stream.lanes import Lane
 from lltk.stream.runtimes.cuda_graph import CudaGraphs
 
 _DECODE_SCALES = "_pages_decode_scales_"
@@ -64,12 +65,19 @@ class TorchRuntime:
         module: the same Program, runnable; runtimes may share it.
         cuda_graphs: whether passes are recorded once for each count of listed pages, and then
             replayed; without gradients.
+        lane: where the calls take turns; by default a lane for this runtime alone.
 
     Raises:
         ValueError: CUDA graphs where there is no GPU.
     """
 
-    def __init__(self, program: Program, module: ProgramModule, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        program: Program,
+        module: ProgramModule,
+        cuda_graphs: bool = False,
+        lane: Lane | None = None,
+    ) -> None:
         self._program, self._module = program, module
         self._geometry, self._spec, self._dtype = program.geometry, program.spec, program.dtype
         self._device = next(module.parameters()).device
@@ -87,7 +95,8 @@ class TorchRuntime:
         self._slots = torch.arange(program.geometry.pages, device=self._device)
         self._listed: tuple[tuple[int, ...], Tensor] | None = None
         self._text: dict[str, Tensor] = {}
-        self._graphs = CudaGraphs(self._device) if cuda_graphs else None
+        self._lane = lane or Lane(self._device)
+        self._graphs = CudaGraphs(self._lane) if cuda_graphs else None
 
     @property
     def geometry(self) -> Geometry:
@@ -106,8 +115,16 @@ class TorchRuntime:
         return self._device
 
     @property
+    def lane(self) -> Lane:
+        return self._lane
+
+    @property
     def pages(self) -> dict[str, Tensor]:
         return self._pages
+
+    def clear(self) -> None:
+        for page in self._pages.values():
+            page.zero_()
 
     def set_prompt(self, text: Tensor) -> None:
         made = self._module("prologue", {self._spec.text_input: text})
