@@ -34,7 +34,9 @@ BOUND = {torch.float32: 3e-6, torch.float64: 1e-13}
 """Largest difference allowed, relative to the output's largest value."""
 FAR = 1e-2
 """What every negative control must exceed."""
-FRAME_TOKENS = 4
+WIDTH = {"width": 96}
+"""Beside a height of 64, so that the two cannot be exchanged unnoticed."""
+FRAME_TOKENS = 6
 TEXT_TOKENS = 5
 DTYPES = list(BOUND)
 
@@ -45,7 +47,9 @@ DTYPES = list(BOUND)
 @cache
 def masked_original(frames: int, prompts: int, dtype: torch.dtype) -> ProgramModule:
     """The canonical graph of a clip, its masks and rotary tables made inputs."""
-    program = reached("score", "canonicalise", frames=frames, text_tokens=prompts * TEXT_TOKENS)
+    program = reached(
+        "score", "canonicalise", frames=frames, text_tokens=prompts * TEXT_TOKENS, **WIDTH
+    )
     graph = copy_graph(program.graphs["forward"])
     first = next(iter(graph.nodes))
     with graph.inserting_before(first):
@@ -64,7 +68,7 @@ def masked_original(frames: int, prompts: int, dtype: torch.dtype) -> ProgramMod
 
 def rotary_tables(positions: Tensor, head_dim: int = 12) -> dict[str, Tensor]:
     """diffusers' tables, their temporal columns at ``positions`` instead of 0, 1, …"""
-    program = reached("score", "canonicalise")
+    program = reached("score", "canonicalise", **WIDTH)
     side = 2 * (head_dim // 6)
     time = get_1d_rotary_pos_embed(
         head_dim - 2 * side,
@@ -175,8 +179,8 @@ def make_video(
     shot = [sum(cut <= frame // chunk for cut in cuts) for frame in range(frames)]
     return Video(
         chunk,
-        normal(1, 4, frames, 4, 4),
-        normal(1, 4, frames, 4, 4),
+        normal(1, 4, frames, 4, 6),
+        normal(1, 4, frames, 4, 6),
         (torch.rand(1, frames, generator=generator) * 1000).to(dtype),
         torch.arange(frames, dtype=torch.float64) + phi * torch.tensor(shot, dtype=torch.float64),
         normal(chunks, TEXT_TOKENS, 16),
@@ -196,7 +200,7 @@ class Outputs:
 def streaming(rule: SetRule, dtype: torch.dtype) -> tuple[Program, ProgramModule]:
     """The stream program of a geometry."""
     sizes = {"chunk": rule.chunk, "window": 8 * rule.chunk, "sink": 2 * rule.chunk}
-    program = reached("stream", *CANONICAL, "hoist_text", **sizes)
+    program = reached("stream", *CANONICAL, "hoist_text", **sizes, **WIDTH)
     program = replace(program, geometry=geometry_of(rule))
     program = after(program, "cached_step", "commit", "regionalise", "lower")
     return program, instantiate(program, dtype=dtype)
@@ -277,7 +281,7 @@ def causal(video: Video) -> list[set[int]]:
 @cache
 def clip_program(kind: Kind, implementation: str, dtype: torch.dtype) -> ProgramModule:
     """The train or score program of a clip of `CLIP`'s size."""
-    program = reached(kind, *PASSES[kind][:-1], frames=6)
+    program = reached(kind, *PASSES[kind][:-1], frames=6, **WIDTH)
     lowered = after(program, {"lower": {"block_causal_attention": implementation}})
     return instantiate(lowered, dtype=dtype)
 
@@ -333,7 +337,7 @@ WHOLE = SetRule(2, 8, 0, False, frozenset())
 
 @torch.no_grad()
 def test_the_oracle_is_diffusers_model() -> None:
-    program = reached("score", "canonicalise")
+    program = reached("score", "canonicalise", **WIDTH)
     model = WanTransformer3DModel(**tiny_config())
     model.load_state_dict(program.weights)
     video = make_video(1, 6)
@@ -515,8 +519,8 @@ def test_clean_and_noisy_swapped_is_seen() -> None:
 @torch.no_grad()
 def test_a_timestep_a_frame_is_the_same_timestep_on_its_tokens() -> None:
     video = make_video(**CLIP)
-    per_token = reached("score", "canonicalise")
-    per_frame = reached("score", "canonicalise", "per_frame_timesteps")
+    per_token = reached("score", "canonicalise", **WIDTH)
+    per_frame = reached("score", "canonicalise", "per_frame_timesteps", **WIDTH)
     given = {"hidden_states": video.noisy, "encoder_hidden_states": video.text[:1]}
     repeated = video.timestep.repeat_interleave(FRAME_TOKENS, 1)
     theirs = instantiate(per_token)("forward", {"timestep": repeated, **given})["sample"]

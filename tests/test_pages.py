@@ -75,7 +75,7 @@ def rules(draw: st.DrawFn, chunks: int, largest_chunk: int = 3) -> SetRule:
 def geometry_of(rule: SetRule) -> Geometry:
     return Geometry(
         height=64,
-        width=64,
+        width=96,
         chunk=rule.chunk,
         window=rule.window,
         sink=rule.sink,

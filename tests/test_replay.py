@@ -46,7 +46,9 @@ def test_every_kind_of_run_is_recorded() -> None:
         "rollout_i2v",
         "rollout_multi_shot",
         "rollout_single_shot",
+        "rollout_wide",
         "teacher_forcing",
+        "teacher_forcing_wide",
     ]
 
 

@@ -84,6 +84,7 @@ def test_chunks_are_what_the_parts_give(pipeline: Path, guidance: float) -> None
         f"stream.guidance={guidance}",
         "stream.negative_prompt=grey",
         "stream.shot_offset=1.5",
+        "stream.shift=3",
         "stream.steps=3",
     )
     latents, video = streamed(plan)
@@ -92,7 +93,12 @@ def test_chunks_are_what_the_parts_give(pipeline: Path, guidance: float) -> None
     wanted = by_hand(plan, 6, guidance)
     worst = float((latents - wanted).abs().max() / wanted.abs().max())
     assert worst < 1e-5
-    for other in ("stream.shot_offset=0", "stream.guidance=1.5", "stream.scene_cut=cut "):
+    for other in (
+        "stream.shot_offset=0",
+        "stream.shift=5",
+        "stream.guidance=1.5",
+        "stream.scene_cut=cut ",
+    ):
         changed, _ = streamed(planned(pipeline, *_overrides(plan), other))
         assert float((changed - wanted).abs().max()) > 1e-3, other
     decoder = opened(plan)[0].session._decoder
@@ -100,7 +106,7 @@ def test_chunks_are_what_the_parts_give(pipeline: Path, guidance: float) -> None
 
 
 def _overrides(plan: StreamPlan) -> list[str]:
-    keys = ("guidance", "negative_prompt", "shot_offset", "steps")
+    keys = ("guidance", "negative_prompt", "shot_offset", "shift", "steps")
     return [f"stream.{key}={getattr(plan.section, key)}" for key in keys]
 
 
@@ -236,6 +242,26 @@ def test_recache_is_committing_from_scratch(plan: StreamPlan) -> None:
             assert not torch.equal(page[:, slots[4]], before[name][:, slots[4]])
 
 
+def test_a_recached_chunk_stays_where_it_was_in_time(pipeline: Path) -> None:
+    """Chunk 2 belongs to the shot before the cut, so it keeps the offset of that shot.
+
+    The first layer's keys follow from latents and positions alone, so a recache keeps their bits.
+    """
+    stream, _ = opened(planned(pipeline, "stream.shot_offset=1.5"))
+    with stream:
+        for _ in range(4):
+            next(stream.session)
+        slots, before = stream.session.table.slots, cached(stream)
+        assert sorted(slots.keys() - stream.session.table.sinks()) == [2]
+        stream.switch("a green star falling", recache=True)
+        report = next(stream.session)
+        after = cached(stream)
+    assert report.plan.shot == 1 and "recache" in report.graphs
+    held = slots[2]
+    assert torch.equal(after["k_pages_0"][:, held], before["k_pages_0"][:, held])
+    assert not torch.equal(after["k_pages_1"][:, held], before["k_pages_1"][:, held])
+
+
 # Prompt switches
 
 
@@ -332,9 +358,21 @@ def test_a_prompt_that_failed_half_way_is_taken_back(
 
 
 def test_a_cut_renews_no_page(pipeline: Path) -> None:
-    """The prompt of its second chunk lacks the scene-cut prefix alone."""
+    """Neither by the script, whose second prompt only lacks the prefix, nor by a live switch."""
     stream, _ = opened(planned(pipeline, "stream.recache=true"))
     assert all("recache" not in report.graphs for report in run(stream))
+    stream, _ = opened(planned(pipeline))
+    with stream:
+        while not stream.session.script[0].opens_shot or stream.session.chunk == 0:
+            next(stream.session)
+        slots, before = stream.session.table.slots, cached(stream)
+        stream.switch("a green star falling", recache=True)
+        report = next(stream.session)
+        after = cached(stream)
+    assert report.plan.opens_shot and report.receipts and "recache" not in report.graphs
+    for name, page in before.items():
+        held = list(slots.values())
+        assert torch.equal(after[name][:, held], page[:, held]), name
     stream, _ = opened(planned(pipeline, "stream.recache=true"), CUTLESS)
     assert [report.plan.chunk for report in run(stream) if "recache" in report.graphs] == [3]
 
@@ -431,6 +469,22 @@ def test_the_first_latent_is_the_image_s(plan: StreamPlan, tmp_path: Path) -> No
         assert timestep[0, 0] == timestep[0, 1] > 0
     without, _ = streamed(plan)
     assert not torch.equal(without[:, :, 1:2], latents[0][:, :, 1:2])
+
+
+def test_every_item_of_a_batch_has_its_first_frame(pipeline: Path) -> None:
+    """Each is what a stream of its own gives, up to the rounding of other products."""
+    images = torch.linspace(-1, 1, 2 * 3 * 32 * 64).view(2, 3, 32, 64)
+    shot = [Shot(caption="a red circle moving left", seconds=1)]
+    plans = [planned(pipeline, f"stream.seed={seed}") for seed in (3, 4)]
+    alone = [
+        streamed(each, shot, image=image)[0]
+        for each, image in zip(plans, images.split(1), strict=True)
+    ]
+    batch = planned(pipeline, "geometry.batch=2", "stream.seed=3")
+    both, _ = streamed(batch, shot, image=images)
+    wanted = torch.cat(alone)
+    assert float((both - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    assert float((both.flip(0) - wanted).abs().max() / wanted.abs().max()) > 0.1
 
 
 def test_images_of_another_aspect_or_none_at_all(tmp_path: Path) -> None:
