@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lltk import __version__
 from lltk.compiler import transform
+from lltk.graph.facts import HighSteps, Ranks
 from lltk.graph.fingerprint import fingerprint
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
@@ -124,7 +125,7 @@ class StreamPlan:
             ValueError: not as many ranks as it is for, a device that is not here or lacks what the
                 recipe wants, or too little memory.
         """
-        rank_in(SEQUENCE, self.transformer.ranks)  # which refuses another number
+        rank_in(SEQUENCE, self.transformer.fact(Ranks).count)  # which refuses another number
         find_device(str(self.device), "the stream's device")
         find_device(str(self.text_device), "stream.text.device")
         check_device(self.transformer.implementations, self.device)
@@ -153,7 +154,7 @@ class StreamPlan:
         Raises:
             ValueError: it is not one of as many as the recipe is for.
         """
-        return rank_in(SEQUENCE, self.transformer.ranks)
+        return rank_in(SEQUENCE, self.transformer.fact(Ranks).count)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -164,7 +165,7 @@ class StreamPlan:
             "decoder": "+".join(fingerprint(decoder.program) for decoder in self.decoders),
             "fps": self.section.fps,
             **asdict(self.sampling),
-            **({"rank": self.rank} if self.transformer.ranks > 1 else {}),
+            **({"rank": self.rank} if self.transformer.fact(Ranks).count > 1 else {}),
         }
 
     def chunks(self, script: Sequence[Shot]) -> list[ChunkPlan]:
@@ -184,6 +185,7 @@ class StreamPlan:
         geometry = program.geometry
         choices = ", ".join(f"{op} {name}" for op, name in program.implementations.items())
         guided = f", guidance {section.guidance:g}" if section.guidance != 1 else ""
+        ranks = program.fact(Ranks).count
         ways = {"blocks compiled": section.compile, "CUDA graphs": section.cuda_graphs}
         how = "".join(f"{way}, " for way, used in ways.items() if used)
         return {
@@ -197,7 +199,7 @@ class StreamPlan:
             + ("" if self.parts.text else "; its memory is not known without the pipeline's files"),
             "sampler": f"{section.steps} steps and a commit, shift {section.shift:g}{guided}",
             "video": f"{geometry.width}×{geometry.height} at {section.fps:g} fps",
-            **({"ranks": str(program.ranks)} if program.ranks > 1 else {}),
+            **({"ranks": str(ranks)} if ranks > 1 else {}),
             "cache": f"{geometry.window} latent frames in pages of {geometry.chunk}, "
             f"sinks of {geometry.sink}{' (global and shot)' if geometry.shot_sink else ''}",
         }
@@ -225,7 +227,7 @@ def plan_stream(
         model = model.model_copy(update={"checkpoint": str(folder)})
     own = recipe.model_copy(update={"model": model})
     transformer = transform(own, weights=weights)
-    if late := [index for index in transformer.high_steps if index >= section.steps]:
+    if late := [index for index in transformer.fact(HighSteps).indices if index >= section.steps]:
         raise ValueError(
             f"keep_steps: {late} are no passes of a chunk, which has {section.steps} "
             f"(0 to {section.steps - 1}); set keep_steps or stream.steps"
@@ -360,7 +362,8 @@ def open_stream(
     plan.check(image is not None, decodes=sink is not None)
     rank = plan.rank
     state = None if resume is None else load_state(_own_file(resume, rank), plan.identity)
-    if state and not same_on_all(state.facts["chunk"], SEQUENCE, plan.transformer.ranks):
+    ranks = plan.transformer.fact(Ranks).count
+    if state and not same_on_all(state.facts["chunk"], SEQUENCE, ranks):
         raise ValueError(f"{resume}: its ranks' files are of different chunks; resume another")
     chunks = plan.chunks(script) if state is None else []
     texts = (

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from lltk.graph.edit import building, calls, output, replace, shape
+from lltk.graph.facts import ChannelsLastWeights
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -49,7 +50,7 @@ class ChannelsLast(Pass[Config]):
                 if output(graph) in cache.users:
                     cache.target = aten.clone.default
                     report.match("caches")
-        program.channels_last = frozenset(weights)
+        program.leave(ChannelsLastWeights(frozenset(weights)))
         report.match("weights", len(weights))
 
 

@@ -44,6 +44,30 @@ class _Upsampling:
     result: fx.Node
 
 
+@dataclass(frozen=True)
+class _FoldedWeights:
+    """The state map of folded convolutions: ``<module>.weight`` becomes ``<module>.phases``."""
+
+    modules: frozenset[str]
+
+    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fold the convolutions' weights."""
+        return self._changed(state, _WEIGHT, _PHASES, fold)
+
+    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Unfold them; rounding apart, this is exact."""
+        return self._changed(state, _PHASES, _WEIGHT, unfold)
+
+    def _changed(
+        self, state: Mapping[str, Tensor], old: str, new: str, change: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        mapped = dict(state)
+        for module in self.modules:
+            if f"{module}.{old}" in mapped:
+                mapped[f"{module}.{new}"] = change(mapped.pop(f"{module}.{old}"))
+        return mapped
+
+
 class FoldUpsample(Pass[Config]):
     """Convolve small images with folded weights, then interleave and add the shortcut at once.
 
@@ -62,8 +86,6 @@ class FoldUpsample(Pass[Config]):
     kinds = ("decode",)
     numerics = Numerics.ROUNDING
 
-    _modules: frozenset[str] = frozenset()
-
     def apply(self, program: Program, report: Report) -> None:
         modules = set()
         for graph in program.graphs.values():
@@ -73,16 +95,7 @@ class FoldUpsample(Pass[Config]):
                     _rewrite(found)
                     modules.add(found.module)
                     report.match("upsamplings")
-        self._modules = frozenset(modules)
-        program.weights = self.map_state(program.weights)
-
-    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Fold the convolutions' weights."""
-        return _renamed(state, self._modules, _WEIGHT, _PHASES, fold)
-
-    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Unfold them, exactly but for rounding."""
-        return _renamed(state, self._modules, _PHASES, _WEIGHT, unfold)
+        program.change_weights(_FoldedWeights(frozenset(modules)))
 
 
 def _rewrite(found: _Upsampling) -> None:
@@ -91,21 +104,6 @@ def _rewrite(found: _Upsampling) -> None:
         phases = build(aten.conv2d.default, found.image, weight, None, [1, 1], [1, 1])
         made = build(OVERLOAD, phases, found.bias, found.shortcut, found.stride)
     replace(found.result, made)
-
-
-def _renamed(
-    state: Mapping[str, Tensor],
-    modules: frozenset[str],
-    old: str,
-    new: str,
-    change: Callable[[Tensor], Tensor],
-) -> dict[str, Tensor]:
-    mapped = {}
-    for name, tensor in state.items():
-        module, _, leaf = name.rpartition(".")
-        chosen = module in modules and leaf == old
-        mapped[f"{module}.{new}" if chosen else name] = change(tensor) if chosen else tensor
-    return mapped
 
 
 def _match(conv: fx.Node, report: Report) -> _Upsampling | None:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from dataclasses import replace as with_fields
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, fx
+from torch import fx
 
+from lltk.graph.contract import TensorSpec
 from lltk.graph.edit import building, op_of, replace, shape
 from lltk.graph.linears import check_pattern
-from lltk.graph.packed import FP8_ENDINGS, ROW_SCALES, pack_fp8
+from lltk.graph.packed import FP8_ENDINGS, Fp8Weights
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
-from lltk.graph.program import Program, TensorSpec
-from lltk.graph.spec import DecoderSpec
+from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.ops.cached_norm_silu.op import OVERLOAD as NORM_SILU
 from lltk.ops.fp8_cached_norm_silu.op import OVERLOAD as FP8_NORM_SILU
 from lltk.ops.fp8_conv3d.op import OVERLOAD as FP8_CONV
-from lltk.ops.fp8_conv3d.reference import fold_taps, unfold_taps
 
 aten = torch.ops.aten
 MULTIPLE = 16
@@ -74,11 +71,7 @@ class Fp8Convolve(Pass[Config]):
     kinds = ("decode",)
     numerics = Numerics.CHANGING
 
-    _packed: Mapping[str, TensorSpec] = {}
-    """Weights that were packed, as they were, by module."""
-
     def apply(self, program: Program, report: Report) -> None:
-        assert isinstance(program.model, DecoderSpec)
         chosen = [
             found
             for graph in program.graphs.values()
@@ -86,34 +79,11 @@ class Fp8Convolve(Pass[Config]):
             if op_of(node) is aten.conv3d.default
             if (found := self._match(node, report)) is not None
         ]
-        self._packed = {
-            conv.module: TensorSpec.of(_weight(conv.node).meta["val"]) for conv in chosen
-        }
-        program.weights = self.map_state(program.weights)
-        program.model = with_fields(program.model, keep_fp32=(*program.model.keep_fp32, ROW_SCALES))
+        before = {conv.module: TensorSpec.of(_weight(conv.node).meta["val"]) for conv in chosen}
+        program.change_weights(Fp8Weights(before))
         for conv in chosen:
             _rewrite(conv)
             report.match("convolutions")
-
-    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Pack the convolutions' weights."""
-        mapped = dict(state)
-        for module in self._packed:
-            if f"{module}.weight" in mapped:
-                rows = fold_taps(mapped.pop(f"{module}.weight"))
-                packed = pack_fp8(f"{module}.weight", rows)
-                mapped |= zip((module + ending for ending in FP8_ENDINGS), packed, strict=True)
-        return mapped
-
-    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values that the packed weights stand for, in their former dtype."""
-        mapped = dict(state)
-        for module, weight in self._packed.items():
-            if f"{module}{FP8_ENDINGS[0]}" in mapped:
-                values, scales = (mapped.pop(module + ending) for ending in FP8_ENDINGS)
-                taps = unfold_taps(values.float() * scales)
-                mapped[f"{module}.weight"] = taps.to(weight.dtype).contiguous()
-        return mapped
 
     def _match(self, conv: fx.Node, report: Report) -> _Convolution | None:
         if conv.target is not aten.conv3d.default:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from dataclasses import replace as with_fields
 
-from torch import Tensor, fx
+from torch import fx
 
+from lltk.graph.contract import TensorSpec
 from lltk.graph.edit import building, module_of, replace
 from lltk.graph.linears import LinearChoice, chosen_linears
-from lltk.graph.packed import FP8_ENDINGS, ROW_SCALES, pack_fp8
+from lltk.graph.packed import FP8_ENDINGS, Fp8Weights
 from lltk.graph.passes import Numerics, Pass, Report
-from lltk.graph.program import Program, TensorSpec
+from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.ops.fp8_matmul.op import OVERLOAD as MATMUL
 from lltk.ops.fp8_quantise.op import OVERLOAD as QUANTISE
@@ -43,20 +42,14 @@ class Fp8Infer(Pass[Config]):
     kinds = ("stream", "score", "reference")
     numerics = Numerics.CHANGING
 
-    _packed: Mapping[str, TensorSpec] = {}
-    """Weights that were packed, as they were, by module."""
-
     def apply(self, program: Program, report: Report) -> None:
         chosen = [
             linear
             for graph in program.graphs.values()
             for linear in chosen_linears(program, graph, self.config, report, MULTIPLE)
         ]
-        self._packed = {
-            linear.module: TensorSpec.of(linear.weight.meta["val"]) for linear in chosen
-        }
-        program.weights = self.map_state(program.weights)
-        program.model = with_fields(program.spec, keep_fp32=(*program.spec.keep_fp32, ROW_SCALES))
+        before = {linear.module: TensorSpec.of(linear.weight.meta["val"]) for linear in chosen}
+        program.change_weights(Fp8Weights(before))
         quantised: dict[fx.Node, list[fx.Node]] = {}
         for linear in chosen:
             if linear.x not in quantised:
@@ -69,24 +62,3 @@ class Fp8Infer(Pass[Config]):
                 y = build(MATMUL, *quantised[linear.x], *weight, linear.bias, dtype)
                 replace(linear.node, y)
             report.match(linear.kind(program))
-
-    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Pack the chosen weights; packed ones stay as they are."""
-        mapped: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            module = name.removesuffix(".weight")
-            if name != f"{module}.weight" or module not in self._packed:
-                mapped[name] = tensor
-                continue
-            names = [module + ending for ending in FP8_ENDINGS]
-            mapped |= zip(names, pack_fp8(name, tensor), strict=True)
-        return mapped
-
-    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values that the packed weights stand for, in their former dtype."""
-        mapped = dict(state)
-        for module, weight in self._packed.items():
-            if f"{module}{FP8_ENDINGS[0]}" in mapped:
-                values, scales = (mapped.pop(module + ending) for ending in FP8_ENDINGS)
-                mapped[f"{module}.weight"] = (values.float() * scales).to(weight.dtype)
-        return mapped

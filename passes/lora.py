@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, fx
 
 from lltk.graph.edit import building, calls, module_of
+from lltk.graph.facts import Trainable
 from lltk.graph.linears import BLOCK_LINEARS, check_pattern, linear_module
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
@@ -33,6 +35,44 @@ class Config(PassConfig):
         return check_pattern(include, "include")
 
 
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of a Program: a fact, and the state map that adds them.
+
+    Attributes:
+        modules: that have an adapter, sorted; none where there are no adapters.
+        rank: of every adapter.
+        alpha: an adapter's output is scaled by alpha / rank.
+        seed: of the initial values of A.
+    """
+
+    modules: tuple[str, ...] = ()
+    rank: int = 1
+    alpha: float = 1.0
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied by."""
+        return self.alpha / self.rank
+
+    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keep the base, and add initialised adapters where there are none."""
+        mapped = dict(state)
+        generator = torch.Generator().manual_seed(self.seed)
+        for module in self.modules:
+            a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+            if a not in state and f"{module}.weight" in state:
+                weight = state[f"{module}.weight"]
+                mapped[a] = _initial_a(weight, self.rank, generator)
+                mapped[b] = weight.new_zeros((weight.shape[0], self.rank))
+        return mapped
+
+    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Drop the adapters, and what they learned; merge_lora keeps that."""
+        return {name: tensor for name, tensor in state.items() if not is_adapter(name)}
+
+
 class Lora(Pass[Config]):
     """Add a trainable low-rank adapter to linears; everything else is frozen.
 
@@ -47,9 +87,6 @@ class Lora(Pass[Config]):
     Config = Config
     reads = (Stage.CANONICAL, Stage.CAUSAL)
     numerics = Numerics.BITWISE
-
-    _adapted: tuple[str, ...] = ()
-    """Modules that got an adapter, sorted."""
 
     def requires(self, program: Program) -> None:
         if any(entry.name == "merge_qkv" for entry in program.log):
@@ -68,10 +105,12 @@ class Lora(Pass[Config]):
                     continue
                 adapted[module] = program.weights[f"{module}.weight"]
                 self._adapt(node, module, report)
-        self._adapted = tuple(sorted(adapted))
         self._check_given(program.weights, adapted)
-        program.weights = self.map_state(program.weights)
-        program.trainable = frozenset(n for n in program.weights if is_adapter(n))
+        config = self.config
+        adapters = Adapters(tuple(sorted(adapted)), config.rank, config.alpha, config.seed)
+        program.leave(adapters)
+        program.change_weights(adapters)
+        program.leave(Trainable(frozenset(filter(is_adapter, program.weights))))
 
     def _check_given(self, weights: Mapping[str, Tensor], adapted: Mapping[str, Tensor]) -> None:
         """Adapters that come with the weights are exactly those of this configuration."""
@@ -100,22 +139,6 @@ class Lora(Pass[Config]):
             total = build(aten.add.Tensor, node, scaled)
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         report.match("linears")
-
-    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Keep the base; add adapters that are absent, initialised."""
-        mapped = dict(state)
-        generator = torch.Generator().manual_seed(self.config.seed)
-        for module in self._adapted:
-            a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-            if a not in state and f"{module}.weight" in state:
-                weight = state[f"{module}.weight"]
-                mapped[a] = _initial_a(weight, self.config.rank, generator)
-                mapped[b] = weight.new_zeros((weight.shape[0], self.config.rank))
-        return mapped
-
-    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the adapters (merge them first with merge_lora to keep what they learned)."""
-        return {name: tensor for name, tensor in state.items() if not is_adapter(name)}
 
 
 def is_adapter(name: str) -> bool:

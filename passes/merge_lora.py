@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from lltk.graph.edit import calls, replace
+from lltk.graph.facts import Trainable
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.passes.lora import Lora, is_adapter
+from lltk.passes.lora import Adapters, is_adapter
 
 aten = torch.ops.aten
 
 
 class Config(PassConfig):
     """Nothing to configure: the scale is read from the lora pass before it."""
+
+
+@dataclass(frozen=True)
+class _MergedWeights:
+    """The state map of adapters that are merged into the weights."""
+
+    adapters: Adapters
+
+    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """W → W + s·B·A; the adapters go."""
+        merged = {}
+        for name, tensor in state.items():
+            if is_adapter(name):
+                continue
+            module = name.removesuffix(".weight")
+            a, b = state.get(f"{module}.lora_A.weight"), state.get(f"{module}.lora_B.weight")
+            if a is not None and b is not None:
+                product = self.adapters.scale * (b.float() @ a.float())
+                tensor = (tensor.float() + product).to(tensor.dtype)
+            merged[name] = tensor
+        return merged
+
+    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The merged weights, with adapters that add nothing: the same function."""
+        return self.adapters.map_state(state)
 
 
 class MergeLora(Pass[Config]):
@@ -34,11 +61,8 @@ class MergeLora(Pass[Config]):
     reads = (Stage.CANONICAL, Stage.CAUSAL)
     numerics = Numerics.ROUNDING
 
-    _lora: Lora | None = None
-
     def requires(self, program: Program) -> None:
-        self._lora = next((p for p in reversed(program.passes) if isinstance(p, Lora)), None)
-        if self._lora is None:
+        if not program.fact(Adapters).modules:
             raise ValueError("there are no adapters; put lora before it in the recipe")
 
     def apply(self, program: Program, report: Report) -> None:
@@ -48,28 +72,9 @@ class MergeLora(Pass[Config]):
                 if base is not None:
                     replace(node, base)
                     report.match("linears")
-        program.weights = self.map_state(program.weights)
-        program.trainable = None
-
-    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """W → W + s·B·A; adapters go."""
-        assert self._lora is not None
-        scale = self._lora.config.alpha / self._lora.config.rank
-        merged = {}
-        for name, tensor in state.items():
-            if is_adapter(name):
-                continue
-            module = name.removesuffix(".weight")
-            a, b = state.get(f"{module}.lora_A.weight"), state.get(f"{module}.lora_B.weight")
-            if a is not None and b is not None:
-                tensor = (tensor.float() + scale * (b.float() @ a.float())).to(tensor.dtype)
-            merged[name] = tensor
-        return merged
-
-    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The merged weights as base, with adapters that add nothing: the same function."""
-        assert self._lora is not None
-        return self._lora.map_state(state)
+        program.change_weights(_MergedWeights(program.fact(Adapters)))
+        program.leave(Adapters())
+        program.leave(Trainable())
 
 
 def _adapted(node: fx.Node) -> fx.Node | None:

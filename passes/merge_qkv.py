@@ -29,59 +29,20 @@ class Config(PassConfig):
     """Nothing to configure."""
 
 
-class MergeQkv(Pass[Config]):
-    """Multiply what queries, keys and values are made from by one weight, their rows joined.
+@dataclass(frozen=True)
+class _JoinedWeights:
+    """The state map of joined weights.
 
-    ::
-
-        q, k, v = linear(x, Wq), linear(x, Wk), linear(x, Wv)
-            →  y = linear(x, [Wq; Wk; Wv]); q, k, v = slices of y
-
-    ``attn1.to_q.weight``, ``….to_k.weight`` and ``….to_v.weight`` become ``attn1.to_qkv.weight``,
-    biases likewise; patterns of later passes name ``to_qkv``. Where only some of the three are
-    wanted, as in the commit's last block, the others are computed all the same.
+    Attributes:
+        rows: of the parts, by module path of the attention.
     """
 
-    Config = Config
-    reads = (Stage.CAUSAL,)
-    kinds = ("stream", "score", "reference")
-    numerics = Numerics.ROUNDING
-
-    _merged: Mapping[str, tuple[int, ...]] = {}
-    """Rows of the parts, by module path of the attention."""
-
-    def requires(self, program: Program) -> None:
-        if adapters := [name for name in program.weights if is_adapter(name)]:
-            raise ValueError(
-                f"{len(adapters)} adapters are not merged, first {adapters[0]}; put merge_lora "
-                "before it in the recipe"
-            )
-
-    def apply(self, program: Program, report: Report) -> None:
-        groups = [group for graph in program.graphs.values() for group in _groups(program, graph)]
-        whole = {group.attention: group.rows for group in groups if len(group.linears) == 3}
-        for group in groups:
-            if group.attention not in whole:
-                some = next(iter(group.linears.values()))
-                report.miss(some, f"{group.attention}: nothing reads all three of one input")
-        self._merged = whole
-        program.weights = self.map_state(program.weights)
-        for group in groups:
-            if group.attention in whole:
-                _merge(group, whole[group.attention])
-                report.match("self-attention" if len(group.linears) == 3 else "a part of it")
-        for graph in program.graphs.values():
-            prune(graph)
-
-    def ensures(self, program: Program) -> None:
-        merged = [f"{attention}.{part}." for attention in self._merged for part in PARTS]
-        left = [name for name in program.weights if name.startswith(tuple(merged))]
-        assert not left, f"still there: {left}"
+    rows: Mapping[str, tuple[int, ...]]
 
     def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Join the parts' rows."""
         mapped = dict(state)
-        for attention in self._merged:
+        for attention in self.rows:
             names = [f"{attention}.{part}" for part in PARTS]
             held = {n: t for n, t in mapped.items() if n.startswith(tuple(f"{m}." for m in names))}
             if is_packed(held):
@@ -103,7 +64,7 @@ class MergeQkv(Pass[Config]):
     def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Split the rows again."""
         mapped = dict(state)
-        for attention, rows in self._merged.items():
+        for attention, rows in self.rows.items():
             for ending in _ENDINGS:
                 joined = mapped.pop(f"{attention}.{MERGED}{ending}", None)
                 if joined is not None:
@@ -111,6 +72,53 @@ class MergeQkv(Pass[Config]):
                     pieces = (piece.contiguous() for piece in joined.split(rows))
                     mapped |= zip(names, pieces, strict=True)
         return mapped
+
+
+class MergeQkv(Pass[Config]):
+    """Multiply what queries, keys and values are made from by one weight, their rows joined.
+
+    ::
+
+        q, k, v = linear(x, Wq), linear(x, Wk), linear(x, Wv)
+            →  y = linear(x, [Wq; Wk; Wv]); q, k, v = slices of y
+
+    ``attn1.to_q.weight``, ``….to_k.weight`` and ``….to_v.weight`` become ``attn1.to_qkv.weight``,
+    biases likewise; patterns of later passes name ``to_qkv``. Where only some of the three are
+    wanted, as in the commit's last block, the others are computed all the same.
+    """
+
+    Config = Config
+    reads = (Stage.CAUSAL,)
+    kinds = ("stream", "score", "reference")
+    numerics = Numerics.ROUNDING
+
+    def requires(self, program: Program) -> None:
+        if adapters := [name for name in program.weights if is_adapter(name)]:
+            raise ValueError(
+                f"{len(adapters)} adapters are not merged, first {adapters[0]}; put merge_lora "
+                "before it in the recipe"
+            )
+
+    def apply(self, program: Program, report: Report) -> None:
+        groups = [group for graph in program.graphs.values() for group in _groups(program, graph)]
+        whole = {group.attention: group.rows for group in groups if len(group.linears) == 3}
+        for group in groups:
+            if group.attention not in whole:
+                some = next(iter(group.linears.values()))
+                report.miss(some, f"{group.attention}: nothing reads all three of one input")
+        program.change_weights(_JoinedWeights(whole))
+        for group in groups:
+            if group.attention in whole:
+                _merge(group, whole[group.attention])
+                report.match("self-attention" if len(group.linears) == 3 else "a part of it")
+        for graph in program.graphs.values():
+            prune(graph)
+
+    def ensures(self, program: Program) -> None:
+        graphs = program.graphs.values()
+        read = {str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")}
+        left = program.weights.keys() - read
+        assert not left, f"nothing reads {sorted(left)}"
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import replace as with_fields
+from dataclasses import dataclass
 
 import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from lltk.graph.contract import TensorSpec
 from lltk.graph.edit import Builder, building, copy_graph, module_of, replace
+from lltk.graph.facts import HighSteps
 from lltk.graph.linears import Linear, LinearChoice, Rule, chosen_linears
-from lltk.graph.packed import DECODE_SCALE, ENDINGS
+from lltk.graph.packed import ENDINGS
 from lltk.graph.passes import Numerics, Pass, Report
-from lltk.graph.program import Program, TensorSpec
+from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.graph.verify import STEP_HIGH
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
@@ -34,6 +36,57 @@ class Config(LinearChoice):
         (), description="denoising passes of a chunk, from 0, that stay in high precision"
     )
     keep_commit: bool = Field(False, description="whether the commit stays in high precision")
+
+
+@dataclass(frozen=True)
+class _Nvfp4Weights:
+    """The state map of weights in NVFP4; weights in NVFP4 already stay as they are.
+
+    Attributes:
+        before: the weights as they were, by module.
+        plain: the modules whose weights are read unpacked too.
+        rule: the Four Over Six rule that they are packed by.
+    """
+
+    before: Mapping[str, TensorSpec]
+    plain: frozenset[str]
+    rule: Rule
+
+    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pack the weights."""
+        mapped = dict(state)
+        for module in self.before:
+            name, packed = f"{module}.weight", module + ENDINGS[0] in state
+            if name in mapped and not packed:
+                mapped |= self._pack(module, mapped[name])
+            if module not in self.plain:
+                mapped.pop(name, None)
+            elif packed and name not in mapped:
+                raise ValueError(
+                    f"{name}: keep_steps and keep_commit need it unpacked too; use a checkpoint "
+                    "that is not quantised, or keep neither"
+                )
+        return mapped
+
+    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Decode the packed weights, in the dtype that they had."""
+        mapped = dict(state)
+        for module, weight in self.before.items():
+            if module + ENDINGS[0] in mapped:
+                codes, scales, scale = (mapped.pop(module + ending) for ending in ENDINGS)
+                values = nvfp4_dequantise(codes, scales, scale, weight.dtype)[:, : weight.shape[1]]
+                mapped.setdefault(f"{module}.weight", values.contiguous())
+        return mapped
+
+    def _pack(self, module: str, weight: Tensor) -> dict[str, Tensor]:
+        if weight.is_meta:
+            weight = torch.empty(weight.shape, device="meta")
+            made = torch.ops.lltk.nvfp4_quantise(weight, BLOCK, self.rule)
+        else:
+            made = nvfp4_quantise(weight.to(self.before[module].dtype), BLOCK, self.rule)
+            if bool(made[2].isnan()):
+                raise ValueError(f"{module}.weight: is not finite; repair the checkpoint")
+        return {module + ending: part for ending, part in zip(ENDINGS, made, strict=True)}
 
 
 class Nvfp4Infer(Pass[Config]):
@@ -58,11 +111,6 @@ class Nvfp4Infer(Pass[Config]):
     kinds = ("stream", "score", "reference")
     numerics = Numerics.CHANGING
 
-    _packed: Mapping[str, TensorSpec] = {}
-    """Weights that were packed, as they were, by module."""
-    _plain: frozenset[str] = frozenset()
-    """Modules whose weights are read unpacked too."""
-
     def requires(self, program: Program) -> None:
         if (self.config.keep_steps or self.config.keep_commit) and program.kind != "stream":
             raise ValueError("keep_steps and keep_commit are for stream programs; remove them")
@@ -78,16 +126,14 @@ class Nvfp4Infer(Pass[Config]):
         if self.config.keep_steps:
             plain |= {linear.module for linear in linears["step"]}
             program.graphs[STEP_HIGH] = copy_graph(program.graphs["step"])
-            program.high_steps = frozenset(self.config.keep_steps)
-        self._packed = {
+            program.leave(HighSteps(frozenset(self.config.keep_steps)))
+        before = {
             linear.module: TensorSpec.of(linear.weight.meta["val"])
             for chosen in linears.values()
             for linear in chosen
         }
-        self._plain = frozenset(plain & self._packed.keys())
-        program.weights = self.map_state(program.weights)
-        kept = (*program.spec.keep_fp32, DECODE_SCALE)
-        program.model = with_fields(program.spec, keep_fp32=kept)
+        kept = frozenset(plain & before.keys())
+        program.change_weights(_Nvfp4Weights(before, kept, self.config.weight_rule))
         for chosen in linears.values():
             quantised: dict[fx.Node, list[fx.Node]] = {}
             for linear in chosen:
@@ -98,45 +144,6 @@ class Nvfp4Infer(Pass[Config]):
                 with building(linear.node) as build:
                     replace(linear.node, _product(build, linear, quantised[linear.x]))
                 report.match(linear.kind(program))
-
-    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Pack the chosen weights; packed ones stay as they are."""
-        mapped: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            module = name.removesuffix(".weight")
-            chosen = name == f"{module}.weight" and module in self._packed
-            if chosen and module + ENDINGS[0] not in state:
-                mapped |= self._pack(module, tensor)
-            if not chosen or module in self._plain:
-                mapped[name] = tensor
-        for module in self._plain:
-            if f"{module}.weight" not in mapped and module + ENDINGS[0] in mapped:
-                raise ValueError(
-                    f"{module}.weight: keep_steps and keep_commit need it unpacked too; use a "
-                    "checkpoint that is not quantised, or keep neither"
-                )
-        return mapped
-
-    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values that the packed weights stand for, in their former dtype."""
-        mapped = dict(state)
-        for module, weight in self._packed.items():
-            if f"{module}{ENDINGS[0]}" in mapped:
-                codes, scales, scale = (mapped.pop(module + ending) for ending in ENDINGS)
-                values = nvfp4_dequantise(codes, scales, scale, weight.dtype)[:, : weight.shape[1]]
-                mapped.setdefault(f"{module}.weight", values.contiguous())
-        return mapped
-
-    def _pack(self, module: str, weight: Tensor) -> dict[str, Tensor]:
-        if weight.is_meta:
-            weight = torch.empty(weight.shape, device="meta")
-            made = torch.ops.lltk.nvfp4_quantise(weight, BLOCK, self.config.weight_rule)
-        else:
-            running = weight.to(self._packed[module].dtype)
-            made = nvfp4_quantise(running, BLOCK, self.config.weight_rule)
-            if bool(made[2].isnan()):
-                raise ValueError(f"{module}.weight: is not finite; repair the checkpoint")
-        return {module + ending: part for ending, part in zip(ENDINGS, made, strict=True)}
 
 
 def _product(build: Builder, linear: Linear, x: list[fx.Node]) -> fx.Node:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lltk.compiler import transform, with_weights
+from lltk.graph.contract import TensorSpec
 from lltk.graph.edit import infer, module_of, output
 from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.passes import run_passes
-from lltk.graph.program import Program, TensorSpec
+from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, parse_recipe
 from lltk.graph.spec import ModelSpec
 from lltk.graph.stages import Stage

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lltk.compiler import transform
+from lltk.graph.facts import Trainable
 from lltk.graph.geometry import Kind
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, parse_recipe
@@ -201,7 +202,7 @@ def test_adapters_come_with_the_recipe(files: dict[str, Path], tmp_path: Path) -
     passes = ["canonicalise", {"lora": options}]
     program = transform(recipe(files["diffusers"], passes=passes, lora=str(path)))
     assert same_bytes(program.weights, stored() | adapter)
-    assert program.trainable == adapter.keys()
+    assert program.fact(Trainable).names == adapter.keys()
     assert same_bytes(program.unmap_state(program.weights), stored())
 
 

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from lltk.bench.record import Record
 from lltk.compiler import transform, with_weights
+from lltk.graph.facts import ChannelsLastWeights
 from lltk.graph.memory import activations, estimate
 from lltk.graph.module import instantiate
 from lltk.graph.passes import run_passes
@@ -112,12 +113,12 @@ def test_warming_up_runs_every_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = several().model
     results = {name: torch.zeros(1) for name in (spec.output, *spec.cache_outputs)}
 
-    def consume(graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         ran.append(graph)
         inputs.clear()
         return results
 
-    monkeypatch.setattr(run._module, "consume", consume)
+    monkeypatch.setattr(run._module, "forward", forward)
     run.warm_up()
     assert ran == ["first", "steps", "steps", "step"] and not run.state.caches
 
@@ -231,7 +232,7 @@ def test_what_is_rewritten() -> None:
     assert matches["fold_upsample"] == {"upsamplings": 2 * UPSAMPLINGS}
     assert matches["fuse_norm_silu"]["convolutions"] == 2 * CAUSAL
     assert matches["channels_last"]["interleaved frames"] == 2
-    assert matches["channels_last"]["weights"] == len(program.channels_last)
+    assert matches["channels_last"]["weights"] == len(program.fact(ChannelsLastWeights).names)
     assert program.stage is Stage.LOWERED
     assert program.implementations == dict.fromkeys(
         ("cached_norm_silu", "upsample_residual"), "reference"
@@ -269,7 +270,7 @@ def test_weights_lie_with_channels_last_once_loaded() -> None:
     """And what the caller holds stays as it was."""
     program = rewritten(ALL)
     module = instantiate(program)
-    for name in program.channels_last:
+    for name in program.fact(ChannelsLastWeights).names:
         held = module.get_parameter(name)
         layout = torch.channels_last if held.dim() == 4 else torch.channels_last_3d
         assert held.is_contiguous(memory_format=layout), name

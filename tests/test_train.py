@@ -16,6 +16,7 @@ from torch import Tensor
 from toy import SETTINGS, Regression, Samples, finish, settings, trainer
 
 from lltk.compiler import with_weights
+from lltk.graph.facts import Trainable
 from lltk.graph.geometry import Kind
 from lltk.graph.module import instantiate
 from lltk.train.data import Batch, Batches, generator_at
@@ -282,9 +283,10 @@ def test_adapters_alone_train(tmp_path: Path) -> None:
     program, module = runnable(make_recipe("train", steps, batch=4))
     run = Trainer(FlowMatching(program, module), Clips(6), flow_settings(steps=2), tmp_path, {})
     finish(run)
-    assert program.trainable is not None and run.weights.keys() == program.trainable
+    names = program.fact(Trainable).names
+    assert names is not None and run.weights.keys() == names
     saved = load_training_state(training_states(tmp_path / "checkpoints")[-1])
-    assert saved.weights.keys() == program.trainable
+    assert saved.weights.keys() == names
 
 
 def test_the_section_refuses_typos() -> None:

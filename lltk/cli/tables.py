@@ -10,8 +10,9 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from lltk.graph.contract import Contract, TensorSpec
 from lltk.graph.memory import readable, total
-from lltk.graph.program import Contract, LogEntry, TensorSpec
+from lltk.graph.program import LogEntry
 from lltk.graph.text import dtype_name
 
 _STYLE: dict[str, Any] = {"box": SIMPLE_HEAD, "title_justify": "left", "title_style": "bold"}

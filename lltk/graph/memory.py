@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from lltk.graph.attention import paged_op
 from lltk.graph.edit import op_of
+from lltk.graph.facts import Trainable
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import WEIGHTS
@@ -46,7 +47,7 @@ def estimate(program: Program) -> dict[str, int]:
         return owners
     owners["block inputs"] = spec.layers * geometry.captured_frames(program.kind) * frame
     if program.kind in ("train", "reference"):
-        trains = program.trainable or program.weights.keys()
+        trains = program.fact(Trainable).names or program.weights.keys()
         count = sum(program.weights[name].numel() for name in trains)
         owners["gradients"] = count * torch.float32.itemsize
         owners["AdamW moments"] = 2 * owners["gradients"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from lltk.graph.facts import Trainable
 from lltk.graph.program import Program
 from lltk.graph.verify import WEIGHTS
 from lltk.ops.implementations import check_device
@@ -58,11 +59,12 @@ class ProgramModule(nn.Module):
         }
         self._graphs: dict[str, Callable[..., dict[str, Tensor]]] = {}
         self.blocks_by_path = self._make_blocks(program)
+        trainable = program.fact(Trainable).names
         for name, tensor in program.weights.items():
             run_dtype = program.run_dtype(name)
             if dtype is not None and run_dtype.is_floating_point and run_dtype.itemsize > 1:
                 run_dtype = dtype
-            trains = program.trainable is None or name in program.trainable
+            trains = trainable is None or name in trainable
             layout = program.memory_format(name)
             value = tensor.to(device=device, dtype=run_dtype, copy=True, memory_format=layout)
             parameter = nn.Parameter(value, requires_grad=trains and _differentiable(value))

@@ -20,10 +20,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lltk.graph.contract import TensorSpec
+from lltk.ops.fp8_conv3d.reference import fold_taps, unfold_taps
 from lltk.ops.fp8_quantise.op import OVERLOAD as QUANTISE
 from lltk.ops.fp8_quantise.reference import fp8_quantise
 from lltk.ops.nvfp4_quantise.reference import BLOCK, Quantised
@@ -144,6 +147,41 @@ def pack_fp8(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(scales.isfinite().all()):
         raise ValueError(f"{name}: is not finite; repair the checkpoint")
     return values, scales
+
+
+@dataclass(frozen=True)
+class Fp8Weights:
+    """The state map of weights that a pass stores in FP8; weights in FP8 already stay as they are.
+
+    The weight of a convolution, [O, C, 3, 3, 3], is stored as the rows of `fold_taps`.
+
+    Attributes:
+        before: the weights as they were, by module.
+    """
+
+    before: Mapping[str, TensorSpec]
+
+    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pack the weights."""
+        mapped = dict(state)
+        for module, weight in self.before.items():
+            name = f"{module}.weight"
+            if name in mapped:
+                rows = mapped.pop(name)
+                packed = pack_fp8(name, rows if len(weight.shape) == 2 else fold_taps(rows))
+                mapped |= zip((module + ending for ending in FP8_ENDINGS), packed, strict=True)
+        return mapped
+
+    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Decode the packed weights, in the dtype that they had."""
+        mapped = dict(state)
+        for module, weight in self.before.items():
+            if module + FP8_ENDINGS[0] in mapped:
+                values, scales = (mapped.pop(module + ending) for ending in FP8_ENDINGS)
+                rows = values.float() * scales
+                plain = rows if len(weight.shape) == 2 else unfold_taps(rows)
+                mapped[f"{module}.weight"] = plain.to(weight.dtype).contiguous()
+        return mapped
 
 
 def check_fp8_weights(weights: Mapping[str, Tensor], where: str) -> None:

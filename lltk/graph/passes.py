@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from enum import Enum
 from typing import ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, fx
+from torch import fx
 
 from lltk.graph.edit import copy_graph, infer, module_of, prune
 from lltk.graph.program import LogEntry, Program
@@ -108,14 +108,6 @@ class Pass(ABC, Generic[C]):
     def ensures(self, program: Program) -> None:
         """Check the result; a failure is a defect of the pass."""
 
-    def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """State dict from before the pass → after it. The default moves nothing."""
-        return dict(state)
-
-    def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """State dict from after the pass → before it. The default moves nothing."""
-        return dict(state)
-
 
 def run_passes(
     program: Program,
@@ -143,7 +135,8 @@ def run_passes(
         },
         implementations=dict(program.implementations),
         log=list(program.log),
-        passes=list(program.passes),
+        facts=dict(program.facts),
+        state_maps=list(program.state_maps),
     )
     for step in steps:
         run_pass(program, step)
@@ -163,7 +156,6 @@ def run_pass(program: Program, step: Pass[PassConfig]) -> None:
         report = _apply(program, step)
     except ValueError as error:
         raise ValueError(f"{step.name}: {error}") from error
-    program.passes.append(step)
     program.log.append(
         LogEntry(
             name=step.name,

@@ -4,55 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, fx
 
+from lltk.graph.contract import Contract, TensorSpec
+from lltk.graph.facts import ChannelsLastWeights
 from lltk.graph.geometry import Geometry, Kind
+from lltk.graph.packed import DECODE_SCALE, ROW_SCALES
 from lltk.graph.spec import ModelSpec, Spec
 from lltk.graph.stages import Stage
 
+F = TypeVar("F")
+
 
 class StateMap(Protocol):
-    """Maps state dicts over one pass, both ways."""
+    """How a pass that renames, splits or adds weights changes a state dict, both ways.
+
+    Entries that the pass does not concern stay as they are. A state dict may hold only some of the
+    weights.
+    """
 
     def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From before the pass to after it."""
+        """The state dict after the pass, from the one before it."""
 
     def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From after the pass to before it."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of one input or output."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    @classmethod
-    def of(cls, value: Tensor) -> TensorSpec:
-        return cls(tuple(int(size) for size in value.shape), value.dtype)
+        """The state dict before the pass, from the one after it."""
 
 
 def is_page(name: str) -> bool:
     """Whether a stream's input of this name is an arena of pages."""
     return name.startswith(("k_pages_", "v_pages_"))
-
-
-@dataclass(frozen=True)
-class Contract:
-    """Inputs and outputs of a graph by name."""
-
-    inputs: dict[str, TensorSpec]
-    outputs: dict[str, TensorSpec]
 
 
 @dataclass(frozen=True)
@@ -115,12 +98,11 @@ class Program:
         constants: tensors that follow from the configuration and are not saved.
         regions: block graphs shared by layers, from the regional stage on.
         implementations: what runs each op, by name, once lowered.
-        trainable: parameters that train, or None for all.
-        channels_last: weights of convolutions that lie in memory with channels last when they run.
-        high_steps: denoising passes of a chunk, from 0, that the graph ``step_high`` makes.
-        ranks: processes that run it together.
         recipe: the resolved recipe it was made from, as plain data.
-        stage, log, passes: how far it is and what brought it there.
+        stage: how far it is.
+        log: what each pass did, in order.
+        facts: what passes left behind, by class; see `fact`.
+        state_maps: how the passes changed state dicts, in order.
     """
 
     kind: Kind
@@ -132,14 +114,11 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     regions: dict[str, Region] = field(default_factory=dict)
     implementations: dict[str, str] = field(default_factory=dict)
-    trainable: frozenset[str] | None = None
-    channels_last: frozenset[str] = frozenset()
-    high_steps: frozenset[int] = frozenset()
-    ranks: int = 1
     recipe: dict[str, Any] = field(default_factory=dict)
     stage: Stage = Stage.CAPTURED
     log: list[LogEntry] = field(default_factory=list)
-    passes: list[StateMap] = field(default_factory=list)
+    facts: dict[type, object] = field(default_factory=dict)
+    state_maps: list[StateMap] = field(default_factory=list)
 
     @property
     def spec(self) -> ModelSpec:
@@ -147,17 +126,32 @@ class Program:
         assert isinstance(self.model, ModelSpec), f"a {self.kind} program holds no transformer"
         return self.model
 
+    def fact(self, kind: type[F]) -> F:
+        """What a pass left of a class of `lltk.graph.facts`; the class's defaults if none did."""
+        found = self.facts.get(kind)
+        return found if isinstance(found, kind) else kind()
+
+    def leave(self, fact: object) -> None:
+        """Leave a fact for what comes later; it replaces the one of its class."""
+        self.facts[type(fact)] = fact
+
+    def change_weights(self, state_map: StateMap) -> None:
+        """Change the weights by a map, which state dicts follow from now on."""
+        self.weights = state_map.map_state(self.weights)
+        self.state_maps.append(state_map)
+
     def run_dtype(self, name: str) -> torch.dtype:
         """Dtype parameter ``name`` is cast to for running (its stored dtype is left alone)."""
         stored = self.weights[name].dtype
-        if not stored.is_floating_point or stored.itemsize == 1:
+        packed = stored.itemsize == 1 or name.endswith((DECODE_SCALE, ROW_SCALES))
+        if packed or not stored.is_floating_point:
             return stored
         parts = name.split(".")
         return torch.float32 if any(kept in parts for kept in self.model.keep_fp32) else self.dtype
 
     def memory_format(self, name: str) -> torch.memory_format:
         """How parameter ``name`` lies in memory when it runs, for ``Tensor.to``."""
-        if name not in self.channels_last:
+        if name not in self.fact(ChannelsLastWeights).names:
             return torch.preserve_format
         images = self.weights[name].dim() == 4
         return torch.channels_last if images else torch.channels_last_3d
@@ -194,13 +188,13 @@ class Program:
     def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The captured model's state dict → this Program's."""
         mapped = dict(state)
-        for step in self.passes:
-            mapped = step.map_state(mapped)
+        for state_map in self.state_maps:
+            mapped = state_map.map_state(mapped)
         return mapped
 
     def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This Program's state dict → the captured model's."""
         mapped = dict(state)
-        for step in reversed(self.passes):
-            mapped = step.unmap_state(mapped)
+        for state_map in reversed(self.state_maps):
+            mapped = state_map.unmap_state(mapped)
         return mapped

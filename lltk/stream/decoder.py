@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lltk.graph.contract import TensorSpec
 from lltk.graph.module import ProgramModule
-from lltk.graph.program import Program, TensorSpec
+from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
 from lltk.stream.lanes import Lane
 from lltk.stream.runtimes.cuda_graph import CudaGraphs

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lltk.artefact import versions
 from lltk.compiler import transform, with_weights
+from lltk.graph.facts import Trainable
 from lltk.graph.files import written_whole
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
@@ -101,7 +102,7 @@ class TransformerPlan:
     ) -> Path:
         """Write ``lora.safetensors`` where adapters trained; else ``transformer/``."""
         own = {name: tensor.cpu() for name, tensor in trained.items()}
-        if self.program.trainable is not None:
+        if self.program.fact(Trainable).names is not None:
             path = folder / "lora.safetensors"
             save_lora(path, own, "lltk")
             return path

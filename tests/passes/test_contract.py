@@ -26,10 +26,11 @@ from ranks import alike
 from torch import Tensor
 
 from lltk.compiler import with_weights
+from lltk.graph.contract import TensorSpec
 from lltk.graph.edit import copy_graph, infer
 from lltk.graph.geometry import Kind
 from lltk.graph.passes import Numerics
-from lltk.graph.program import Program, TensorSpec
+from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.passes import make_pass, pass_names
 
@@ -118,7 +119,7 @@ def test_log_states_what_ran(case: Case) -> None:
     assert entry.config == make_pass(case.name, {}).config.model_dump(mode="json")
     assert entry.ops_before == case.before().count_ops()
     assert entry.ops_after == program.count_ops()
-    assert [step.name for step in program.passes] == [*case.steps, case.name]
+    assert [entry.name for entry in program.log] == [*case.steps, case.name]
 
 
 @every_pass

@@ -30,12 +30,13 @@ from torch import Tensor
 
 from lltk.artefact import load_program, save_program
 from lltk.compiler import with_weights
+from lltk.graph.contract import TensorSpec
 from lltk.graph.fingerprint import fingerprint
 from lltk.graph.geometry import Kind
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
 from lltk.graph.packed import check_fp8_weights
-from lltk.graph.program import Program, TensorSpec
+from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.ops.fp8_quantise.reference import fp8_quantise
 from lltk.stream.rollout import Rollout

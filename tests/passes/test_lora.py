@@ -32,6 +32,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from lltk.compiler import with_weights
+from lltk.graph.facts import Trainable
 from lltk.graph.geometry import Kind
 from lltk.graph.linears import BLOCK_LINEARS
 from lltk.graph.module import instantiate
@@ -123,7 +124,7 @@ def test_initial_adapters_keep_every_bit() -> None:
 def test_only_adapters_train() -> None:
     program = adapted(*CANONICAL)
     trains = {n for n, p in instantiate(program).named_parameters() if p.requires_grad}
-    assert trains == program.trainable == adapters(program.weights).keys()
+    assert trains == program.fact(Trainable).names == adapters(program.weights).keys()
 
 
 def test_initial_values_are_pefts() -> None:
@@ -147,8 +148,8 @@ def test_initial_values_follow_from_the_seed() -> None:
 
 def test_initial_values_do_not_depend_on_the_order_of_a_file() -> None:
     """safetensors files are sorted by name, models are not."""
-    lora, state = make_pass("lora", SMALL), captured("score").weights
-    assert same(lora.map_state(dict(sorted(state.items()))), lora.map_state(state))
+    program, state = adapted(*CANONICAL), captured("score").weights
+    assert same(program.map_state(dict(sorted(state.items()))), program.map_state(state))
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +219,7 @@ def test_state_dicts_drop_what_adapters_learned() -> None:
 
 def test_adapters_have_their_weights_dtype() -> None:
     state = {name: t.to(torch.bfloat16) for name, t in captured("score").weights.items()}
-    mapped = make_pass("lora", SMALL).map_state(state)
+    mapped = adapted(*CANONICAL).map_state(state)
     assert {tensor.dtype for tensor in mapped.values()} == {torch.bfloat16}
 
 

@@ -26,6 +26,7 @@ from helpers import (
 from torch import Tensor
 
 from lltk.compiler import with_weights
+from lltk.graph.facts import Trainable
 from lltk.graph.geometry import Kind
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -74,7 +75,7 @@ def test_undoes_loras_text() -> None:
     program = after(before, SMALL, "merge_lora")
     assert text(program, "score") == text(before, "score")
     assert same(program.weights, WEIGHTS)
-    assert program.trainable is None
+    assert program.fact(Trainable).names is None
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -126,7 +127,7 @@ def test_weights_are_the_sum() -> None:
 
 def test_low_precision_weights_keep_their_dtype() -> None:
     state = {name: tensor.to(torch.bfloat16) for name, tensor in learned().weights.items()}
-    merged = after(learned(), "merge_lora").passes[-1].map_state(state)
+    merged = after(learned(), "merge_lora").state_maps[-1].map_state(state)
     exact = merged_by_hand(state)
     for name, tensor in merged.items():
         assert torch.equal(tensor, exact[name].float().to(torch.bfloat16)), name
@@ -135,13 +136,13 @@ def test_low_precision_weights_keep_their_dtype() -> None:
 def test_unmapped_state_is_the_same_function() -> None:
     """The merged weights as base, adapters that add nothing."""
     program = after(learned(), "merge_lora")
-    state = program.passes[-1].unmap_state(program.weights)
+    state = program.state_maps[-1].unmap_state(program.weights)
     assert state.keys() == learned().weights.keys()
     assert not any(tensor.any() for name, tensor in state.items() if ".lora_B." in name)
     given = inputs(program, "forward")
     unmerged = with_weights(learned(), state)
     assert same(run(unmerged, "forward", given), run(program, "forward", given))
-    assert same(program.passes[-1].map_state(state), program.weights)
+    assert same(program.state_maps[-1].map_state(state), program.weights)
 
 
 def test_needs_lora() -> None:
@@ -152,6 +153,6 @@ def test_needs_lora() -> None:
 
 def test_adapters_that_are_gone_are_refused() -> None:
     """The log says lora, the graph holds none of it."""
-    bare = replace(reached("score", *CANONICAL), passes=learned().passes)
+    bare = replace(reached("score", *CANONICAL), facts=learned().facts)
     message = refused(after, bare, "merge_lora")
     assert message.startswith("merge_lora: matched nothing: the graphs hold no candidate for it")

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lltk.artefact import load_program, save_program
 from lltk.compiler import transform, with_weights
+from lltk.graph.facts import HighSteps
 from lltk.graph.fingerprint import fingerprint
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
@@ -234,7 +235,7 @@ def test_a_packed_checkpoint_infers_in_fp8(tmp_path: Path) -> None:
 def test_precision_by_denoising_pass() -> None:
     """A pass that is kept, and the commit, give the plain program's bits; the others do not."""
     kept, plain, packed = quantised(keep_steps=[0, 2], keep_commit=True), streaming(), quantised()
-    assert kept.high_steps == {0, 2} and "step_high" in kept.graphs
+    assert kept.fact(HighSteps).indices == {0, 2} and "step_high" in kept.graphs
     text_only = {n for n in plain.weights if re.search(r"attn2\.to_[kv]\.weight$", n)}
     assert set(kept.weights) == (set(plain.weights) | set(packed.weights)) - text_only
     back = kept.unmap_state(kept.weights)

@@ -9,9 +9,10 @@ import torch
 from helpers import after, difference, hand_made, inputs, reached, refused, run, text
 from torch import Tensor, fx
 
+from lltk.graph.contract import TensorSpec
 from lltk.graph.edit import placeholder, shape
 from lltk.graph.geometry import Kind
-from lltk.graph.program import Program, TensorSpec
+from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 
 pytestmark = pytest.mark.cpu

@@ -10,6 +10,7 @@ from ranks import alike
 from lltk.compiler import transform
 from lltk.graph.diagnose import first_bad_node
 from lltk.graph.edit import calls
+from lltk.graph.facts import Ranks
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
@@ -124,7 +125,7 @@ def test_rewrites_the_text() -> None:
     assert text(program, "step") == STEP.strip()
     assert text(program, "commit") == COMMIT.strip()
     assert text(program, "prologue") == text(made(), "prologue")
-    assert (program.stage, program.ranks) == (Stage.PARTITIONED, 2)
+    assert (program.stage, program.fact(Ranks).count) == (Stage.PARTITIONED, 2)
 
 
 def test_keys_and_values_travel_in_fp8() -> None:

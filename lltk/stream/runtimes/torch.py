@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lltk.graph.diagnose import first_bad_node
+from lltk.graph.facts import HighSteps, Ranks
 from lltk.graph.geometry import Geometry
 from lltk.graph.module import ProgramModule
 from lltk.graph.packed import broken_scales
@@ -81,7 +82,8 @@ class TorchRuntime:
         self._program, self._module = program, module
         self._geometry, self._spec, self._dtype = program.geometry, program.spec, program.dtype
         self._device = next(module.parameters()).device
-        self._high_steps = program.high_steps
+        self._high_steps = program.fact(HighSteps).indices
+        self._ranks = program.fact(Ranks).count
         self._inputs = {
             name: program.contract(name).inputs for name in program.graphs if name != "prologue"
         }
@@ -171,8 +173,7 @@ class TorchRuntime:
 
     def magnitudes(self, slot: int) -> Tensor:
         found = torch.stack([_largest(page[:, slot]) for page in self._telling.values()])
-        ranks = self._program.ranks
-        return all_parts(found, 0, ranks, SEQUENCE) if ranks > 1 else found
+        return all_parts(found, 0, self._ranks, SEQUENCE) if self._ranks > 1 else found
 
     def first_bad_commit(
         self,
@@ -189,7 +190,7 @@ class TorchRuntime:
             return found
         first = int(magnitudes.isfinite().logical_not().nonzero()[0])
         rank, index = divmod(first, len(self._telling))
-        of_rank = f" of rank {rank}" if self._program.ranks > 1 else ""
+        of_rank = f" of rank {rank}" if self._ranks > 1 else ""
         return f"{list(self._telling)[index]}{of_rank}"
 
     def _commit_inputs(self, latents: Tensor, positions: Tensor, slot: int) -> dict[str, Tensor]:
