@@ -1,4 +1,4 @@
-"""What a graph's products would take alone: the least that fusing and overlapping can reach."""
+"""How long a graph's products take alone: the least that fusing all the rest can reach."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Product:
 
     Attributes:
         attends: whether it is an attention.
-        implementation: of ``fp8_matmul`` or of attention to pages; None for torch's own.
-        sizes: M, K and N, or queries, keys, heads and their width.
+        implementation: what runs ``fp8_matmul`` or attention to pages; None for torch's own op.
+        sizes: (M, K, N) of a matrix product; (queries, keys, heads, head width) of an attention.
     """
 
     attends: bool
@@ -42,11 +42,11 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations."""
+        """How many floating-point operations it takes."""
         return (4 if self.attends else 2) * prod(self.sizes)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
-        """A call of it alone, on random operands."""
+        """A call that makes only this product, from random operands."""
 
         def normal(*sizes: int) -> Tensor:
             return torch.randn(*sizes, device=device, dtype=dtype)
@@ -69,10 +69,10 @@ class Product:
 
 
 def products(program: Program, graph: str) -> Counter[Product]:
-    """A stream's products, each as often as a pass makes it with all pages listed.
+    """A stream's products, and how often a pass makes each when all pages are listed.
 
     Raises:
-        ValueError: it has none, or some in NVFP4, which are not known here.
+        ValueError: the graph has no products, or products in NVFP4, which cannot be timed here.
     """
     nodes = list(_nodes(program, graph))
     if unknown := {str(node.target) for node in nodes if _is_nvfp4(node)}:
@@ -84,11 +84,11 @@ def products(program: Program, graph: str) -> Counter[Product]:
 
 
 def ceiling(program: Program, graph: str, device: torch.device, runs: int) -> dict[str, Any] | None:
-    """Milliseconds of a pass's products, each timed alone and counted as often as it is made.
+    """Time each of a pass's products alone, and count it as often as the pass makes it.
 
     Returns:
-        ``linears`` and ``attention``: ``ms``, ``tflop``, and ``rates``, TFLOP/s by implementation
-        and sizes. None where linears are in NVFP4.
+        For ``linears`` and for ``attention``: ``ms``, ``tflop``, and ``rates``, which are TFLOP/s
+        by implementation and sizes. None if linears are in NVFP4.
     """
     if any(map(_is_nvfp4, _nodes(program, graph))):
         return None
@@ -112,7 +112,7 @@ def _is_nvfp4(node: fx.Node) -> bool:
 
 
 def _nodes(program: Program, graph: str) -> Iterator[fx.Node]:
-    """The calls of a pass, those of a block once for every layer."""
+    """The calls of a pass; those of a block come once for every layer."""
     for node in program.graphs[graph].nodes:
         if node.op == "call_module":
             yield from program.regions[str(node.args[0])].graph.nodes

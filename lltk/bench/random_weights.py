@@ -1,4 +1,4 @@
-"""Random weights of a model's true shape, for timing where no checkpoint is at hand."""
+"""Random weights of the true shapes, to time a model without its checkpoint."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from lltk.streaming import StreamPlan
 
 
 def with_random_weights(program: Program, device: torch.device | str = "cpu") -> Program:
-    """The Program with normal numbers for weights, on the host.
+    """The Program with normally distributed weights, on the CPU.
 
-    A weight follows from its name, so programs of one model have the same ones. Norms lie about 1,
-    other vectors are small, matrices and kernels keep the scale of their input.
+    A weight follows from its name, so all Programs of one model get the same weights. Those of
+    norms lie about 1, and other vectors are small. Matrices and kernels keep the scale of their
+    input.
 
     Args:
-        program: at any stage; its weights may be absent.
-        device: where they are made, and quantised if the program's are.
+        program: a Program at any stage; it need not have weights.
+        device: where the weights are made, and quantised if the Program's are.
     """
     captured = replace(program, weights=program.unmap_state(program.weights))
     made = {}
@@ -42,7 +43,7 @@ def with_random_weights(program: Program, device: torch.device | str = "cpu") ->
 
 
 def with_random_models(plan: StreamPlan) -> StreamPlan:
-    """A plan made without weights, its transformer's and its decoder's random."""
+    """The plan with random weights for its transformer and its decoder."""
     return replace(
         plan,
         transformer=with_random_weights(plan.transformer, plan.device),
@@ -54,7 +55,10 @@ def with_random_models(plan: StreamPlan) -> StreamPlan:
 
 
 def random_prompts(plan: StreamPlan) -> Callable[[str], Tensor]:
-    """Embeddings, [1, S, E] on the transformer's device, that follow from their text."""
+    """A text encoder's stand-in: random embeddings that follow from the text.
+
+    They are [1, S, E], on the transformer's device.
+    """
     program = plan.transformer
     shape = (1, program.geometry.text_tokens, program.spec.text_dim)
 
