@@ -60,12 +60,8 @@ _OWNERS = {
 _FUSED = ("fuse_norm_silu", "channels_last")
 _ALL = ("fold_upsample", *_FUSED)
 _FP8 = ("fold_upsample", "fuse_norm_silu", "fp8_convolve", "channels_last")
-_MADE = {
-    "fold_upsample": ("upsample_residual",),
-    "fuse_norm_silu": ("cached_norm_silu",),
-    "fp8_convolve": ("fp8_cached_norm_silu", "fp8_conv3d"),
-}
-"""The ops that each pass makes."""
+_MAKE_OPS = {"fold_upsample", "fuse_norm_silu", "fp8_convolve"}
+"""Passes that make ops with several implementations."""
 _OPERANDS = {
     torch.ops.aten.conv3d.default: (0, 1),
     torch.ops.aten.conv2d.default: (0, 1),
@@ -216,10 +212,9 @@ def _measured(
 
 def _rewritten(base: Program, passes: tuple[str, ...], device: torch.device) -> Program:
     steps = [make_pass(name, {}) for name in passes]
-    backend = "triton" if device.type == "cuda" else "reference"
-    ops = [op for name in passes for op in _MADE.get(name, ())]
-    if ops:
-        steps.append(make_pass("lower", dict.fromkeys(ops, backend)))
+    if _MAKE_OPS.intersection(passes):
+        name = "triton" if device.type == "cuda" else "reference"
+        steps.append(make_pass("lower", {"prefer": [name]}))
     return run_passes(base, steps)
 
 

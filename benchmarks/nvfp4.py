@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ from lltk.bench.clock import Clock, size_of
 from lltk.bench.record import Record, markdown, write_record
 from lltk.bench.script import KERNEL_COLUMNS, column, script_parser, script_record
 from lltk.ops.hadamard.reference import SIGNS
-from lltk.ops.implementations import register_ops
-from lltk.ops.nvfp4_backends import check_backend
+from lltk.ops.implementations import check_device, preferred
 
 _METHOD = """\
 Bytes are what a kernel reads and writes of its operands and results. Quantising reads its input
@@ -28,11 +28,24 @@ result once. GB/s and its share of a copy's follow from bytes; the copy moves as
 alike. Products are compared with torch.matmul of bfloat16 operands of the same shape."""
 
 
+_OPS = (
+    "nvfp4_quantise",
+    "nvfp4_quantise_norm",
+    "nvfp4_quantise_transposed",
+    "nvfp4_dequantise",
+    "nvfp4_transpose",
+    "nvfp4_matmul",
+    "hadamard",
+)
+Ops = SimpleNamespace
+"""An implementation of each, by the op's name."""
+
+
 def bandwidths(
-    clock: Clock, tokens: int, width: int, ffn: int, backend: str
+    clock: Clock, tokens: int, width: int, ffn: int, ops: Ops
 ) -> Iterator[dict[str, Any]]:
     """The ops whose speed memory bounds, each beside a copy of as many bytes."""
-    ops, device = torch.ops.lltk, clock.device
+    device = clock.device
     seed = torch.tensor([1, 2], device=device)
     signs = list(SIGNS)
     weight = torch.randn(ffn, width, device=device, dtype=torch.bfloat16)
@@ -50,17 +63,17 @@ def bandwidths(
 
     for columns in (width, ffn):
         x = torch.randn(tokens, columns, device=device, dtype=torch.bfloat16)
-        quantised = ops.nvfp4_quantise(x, 1, "none", None, 0, backend)
+        quantised = ops.nvfp4_quantise(x, 1, "none", None, 0)
         yield row(
             "quantise",
             (x,),
-            lambda x=x: ops.nvfp4_quantise(x, 1, "none", None, 0, backend),
+            lambda x=x: ops.nvfp4_quantise(x, 1, "none", None, 0),
             reads=2,
         )
         yield row(
             "dequantise to bfloat16",
             quantised,
-            lambda q=quantised: ops.nvfp4_dequantise(*q, torch.bfloat16, backend),
+            lambda q=quantised: ops.nvfp4_dequantise(*q, torch.bfloat16),
         )
     for name, rule, random in (
         ("quantise, stochastic", "none", seed),
@@ -70,7 +83,7 @@ def bandwidths(
         yield row(
             name,
             (x,),
-            lambda rule=rule, random=random: ops.nvfp4_quantise(x, 1, rule, random, 0, backend),
+            lambda rule=rule, random=random: ops.nvfp4_quantise(x, 1, rule, random, 0),
             reads=2,
         )
     hidden = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
@@ -78,56 +91,49 @@ def bandwidths(
 
     def in_two() -> Any:
         made = F.layer_norm(hidden.float(), (width,), eps=1e-6) * scale + shift
-        return ops.nvfp4_quantise(made.to(hidden.dtype), 1, "none", None, 0, backend)
+        return ops.nvfp4_quantise(made.to(hidden.dtype), 1, "none", None, 0)
 
     yield row(
         "norm + modulate + quantise, fused",
         (hidden,),
-        lambda: ops.nvfp4_quantise_norm(hidden, scale, shift, 1e-6, "none", backend),
+        lambda: ops.nvfp4_quantise_norm(hidden, scale, shift, 1e-6, "none"),
         reads=2,
     )
     yield row("norm + modulate + quantise, torch and quantise", (hidden,), in_two, reads=2)
     yield row(
         "quantise, 16×16",
         (weight,),
-        lambda: ops.nvfp4_quantise(weight, 16, "none", None, 0, backend),
+        lambda: ops.nvfp4_quantise(weight, 16, "none", None, 0),
         reads=2,
     )
-    codes, scales, _ = ops.nvfp4_quantise(weight, 16, "none", None, 0, backend)
-    yield row(
-        "transpose codes", (codes, scales), lambda: ops.nvfp4_transpose(codes, scales, backend)
-    )
-    yield row("Hadamard", (x,), lambda: ops.hadamard(x, signs, backend))
+    codes, scales, _ = ops.nvfp4_quantise(weight, 16, "none", None, 0)
+    yield row("transpose codes", (codes, scales), lambda: ops.nvfp4_transpose(codes, scales))
+    yield row("Hadamard", (x,), lambda: ops.hadamard(x, signs))
     for name, random in (("", None), (", stochastic", seed)):
         yield row(
             f"Hadamard + quantise + transpose, fused{name}",
             (x,),
-            lambda random=random: ops.nvfp4_quantise_transposed(
-                x, signs, "none", random, 0, backend
-            ),
+            lambda random=random: ops.nvfp4_quantise_transposed(x, signs, "none", random, 0),
             reads=2,
         )
 
     def unfused() -> Any:
-        turned = ops.hadamard(x.t().contiguous(), signs, backend)
-        return ops.nvfp4_quantise(turned, 1, "none", None, 0, backend)
+        turned = ops.hadamard(x.t().contiguous(), signs)
+        return ops.nvfp4_quantise(turned, 1, "none", None, 0)
 
     if tokens % len(signs) == 0:
         yield row("Hadamard + quantise + transpose, in three", (x,), unfused, reads=2)
 
 
-def products(
-    clock: Clock, tokens: int, width: int, ffn: int, backend: str
-) -> Iterator[dict[str, Any]]:
+def products(clock: Clock, tokens: int, width: int, ffn: int, ops: Ops) -> Iterator[dict[str, Any]]:
     """The products of attention's linears and the feed-forward's, beside those in bfloat16."""
-    ops = torch.ops.lltk
     for n, k in ((width, width), (ffn, width), (width, ffn)):
         x, weight = (
             torch.randn(rows, k, device=clock.device, dtype=torch.bfloat16) for rows in (tokens, n)
         )
-        a = ops.nvfp4_quantise(x, 1, "none", None, 0, backend)
-        b = ops.nvfp4_quantise(weight, 16, "none", None, 0, backend)
-        times = clock(lambda a=a, b=b: ops.nvfp4_matmul(*a, *b, torch.bfloat16, backend))
+        a = ops.nvfp4_quantise(x, 1, "none", None, 0)
+        b = ops.nvfp4_quantise(weight, 16, "none", None, 0)
+        times = clock(lambda a=a, b=b: ops.nvfp4_matmul(*a, *b, torch.bfloat16))
         plain = clock(lambda x=x, weight=weight: x @ weight.t())
         yield {
             "op": "product",
@@ -142,7 +148,7 @@ def products(
 def parser() -> argparse.ArgumentParser:
     """The script's options."""
     made = script_parser(__file__, __doc__, runs=50)
-    made.add_argument("--backend", default="triton", help="what runs NVFP4's ops")
+    made.add_argument("--backend", default="triton", help="what runs each op that has it")
     made.add_argument("--tokens", type=int, default=7040, help="of a chunk: 8 frames of 880")
     made.add_argument("--width", type=int, default=3072)
     made.add_argument("--ffn", type=int, default=14336, help="the feed-forward's width")
@@ -153,10 +159,11 @@ def main() -> None:
     """Measure and write the record."""
     options = parser().parse_args()
     device = torch.device(options.device)
-    check_backend(options.backend, device)
-    register_ops()
+    chosen = {op: preferred(op, (options.backend, "triton")) for op in _OPS}
+    check_device({op: each.name for op, each in chosen.items()}, device)
+    ops = SimpleNamespace(**{op: each.load() for op, each in chosen.items()})
     clock = Clock(device, options.runs)
-    sizes = (options.tokens, options.width, options.ffn, options.backend)
+    sizes = (options.tokens, options.width, options.ffn, ops)
     with torch.no_grad():
         results = [*bandwidths(clock, *sizes), *products(clock, *sizes)]
     record = script_record("nvfp4", f"Backend {options.backend}. {clock.method} {_METHOD}", results)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lltk.bench.clock import Clock
 from lltk.bench.record import Record, markdown, write_record
 from lltk.bench.script import script_parser, script_record
-from lltk.ops.implementations import IMPLEMENTATIONS, register_ops
+from lltk.ops.implementations import find_implementation, implementations, register_ops
 from lltk.ops.nvfp4_paged_attention.reference import Pages, empty_pages
 
 _METHOD = """\
@@ -101,15 +101,16 @@ def _rows(options: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]
         ("NVFP4, smoothed, 4/6 mse", True, "mse"),
     ):
         arenas = [empty_pages((1, slots, *size[1:]), smoothing, clock.device) for _ in range(2)]
-        write = partial(_commit_nvfp4, arenas, k, v, rule, options.backend)
+        writer = find_implementation("nvfp4_write_page", options.backend).load()
+        write = partial(_commit_nvfp4, writer, arenas, k, v, rule)
         parts = [part for arena in arenas for part in arena]
         caches.append((name, "nvfp4_paged_attention", parts, write))
     for name, attention, pages, commit in caches:
         for slot in table.split(1):
             commit(slot)
         times = clock(partial(commit, torch.tensor([options.pages], device=clock.device)))
-        for choice in IMPLEMENTATIONS:
-            if choice.op != attention or choice.name == "reference":
+        for choice in implementations(attention).values():
+            if choice.name in ("reference", "fp8_decode_torch"):
                 continue
             if choice.name == "decode" and clock.cuda:
                 continue  # it copies a table from the CPU, which a graph cannot record
@@ -124,10 +125,15 @@ def _commit(arenas: list[Tensor], k: Tensor, v: Tensor, slot: Tensor) -> None:
 
 
 def _commit_nvfp4(
-    arenas: list[Pages], k: Tensor, v: Tensor, rule: str, backend: str, slot: Tensor
+    writer: Callable[..., None],
+    arenas: list[Pages],
+    k: Tensor,
+    v: Tensor,
+    rule: str,
+    slot: Tensor,
 ) -> None:
     for arena, value in zip(arenas, (k, v), strict=True):
-        torch.ops.lltk.nvfp4_write_page(*arena, value, slot, rule, backend)
+        writer(*arena, value, slot, rule)
 
 
 def _linears(options: argparse.Namespace, clock: Clock) -> float:

@@ -145,7 +145,9 @@ def _recipe(
     name = "tiny_train"
     if changes is not None:
         name = "tiny_train_nvfp4"
-        overrides += [f"passes.lower.nvfp4={options.backend}", *changes]
+        if options.backend != "reference":
+            overrides.append(f"passes.lower.prefer={[*dict.fromkeys((options.backend, 'triton'))]}")
+        overrides += changes
     data = read_recipe(find_recipe(name), [*overrides, *options.set])
     data["train"]["seed"] = seed
     return data

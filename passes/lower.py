@@ -2,93 +2,96 @@
 
 from __future__ import annotations
 
-from pydantic import Field, ValidationInfo, field_validator
+from typing import Any
 
-from lltk.graph.edit import calls
+from pydantic import Field, create_model, model_validator
+
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.hadamard.op import OVERLOAD as HADAMARD
-from lltk.ops.implementations import find_implementation, ops_with_choices, overload
-from lltk.ops.nvfp4_backends import find_backend
-from lltk.ops.nvfp4_dequantise.op import OVERLOAD as DEQUANTISE
-from lltk.ops.nvfp4_linear.op import OVERLOAD as LINEAR
-from lltk.ops.nvfp4_matmul.op import OVERLOAD as MATMUL
-from lltk.ops.nvfp4_quantise.op import OVERLOAD as QUANTISE
-from lltk.ops.nvfp4_quantise_norm.op import OVERLOAD as QUANTISE_NORM
-from lltk.ops.nvfp4_quantise_transposed.op import OVERLOAD as QUANTISE_TRANSPOSED
-from lltk.ops.nvfp4_transpose.op import OVERLOAD as TRANSPOSE
-from lltk.ops.nvfp4_write_page.op import OVERLOAD as WRITE_PAGE
-
-NVFP4_OPS = frozenset(
-    {
-        QUANTISE,
-        QUANTISE_NORM,
-        QUANTISE_TRANSPOSED,
-        DEQUANTISE,
-        TRANSPOSE,
-        HADAMARD,
-        MATMUL,
-        LINEAR,
-        WRITE_PAGE,
-    }
+from lltk.ops.implementations import (
+    Implementation,
+    every_implementation,
+    find_implementation,
+    implementations,
+    op_called,
+    ops,
+    ops_with_choices,
+    preferred,
 )
-"""Ops that take a backend, and pass it on to what they call."""
-_ROWS = "reference, torch (operations that a compiler can fuse) or triton"
 
 
-class Config(PassConfig):
-    """An implementation by name for each op; `lltk doctor` lists them."""
+class Choices(PassConfig):
+    """An implementation by name for each op; `lltk doctor` lists them.
 
-    paged_attention: str = Field(
-        "sdpa", description="reference, sdpa, cudnn or arena (copies no pages)"
+    A key for each op is added to these, from what its implementations declare. Its value is a name
+    or the path of a module of the user's, as ``my_kernels.fast``.
+    """
+
+    prefer: tuple[str, ...] = Field(
+        (),
+        description="names of implementations: an op without a key of its own takes the first of "
+        "them that it has, or else its default",
     )
-    block_causal_attention: str = Field("sdpa", description="reference, sdpa or flex")
-    nvfp4_paged_attention: str = Field(
-        "decode",
-        description="reference, decode, decode_triton, triton (decodes as it attends) or "
-        "fp8_decode (to E4M3, and attends in FP8)",
-    )
-    fp8_quantise: str = Field("reference", description=_ROWS)
-    fp8_quantise_norm: str = Field("reference", description=_ROWS)
-    fp8_quantise_add_norm: str = Field("reference", description=_ROWS)
-    fp8_quantise_attention: str = Field(
-        "reference", description="reference or fp8_decode, as nvfp4_paged_attention's"
-    )
-    fp8_quantise_gelu: str = Field("reference", description=_ROWS)
-    gated_add: str = Field("reference", description=_ROWS)
-    rms_norm_rope: str = Field("reference", description=_ROWS)
-    fp8_matmul: str = Field("reference", description="reference or scaled_mm")
-    cached_norm_silu: str = Field("reference", description="reference or triton")
-    upsample_residual: str = Field("reference", description="reference or triton")
-    fp8_cached_norm_silu: str = Field("reference", description="reference or triton")
-    fp8_conv3d: str = Field("reference", description="reference or triton")
-    nvfp4: str = Field("reference", description="backend of every NVFP4 op; lltk doctor lists them")
 
-    @field_validator(*ops_with_choices())
+    @model_validator(mode="before")
     @classmethod
-    def _is_known(cls, name: str, info: ValidationInfo) -> str:
-        return find_implementation(str(info.field_name), name).name
+    def _has_no_old_key(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (old := given.get("nvfp4")):
+            new = f"{old}, triton" if old in ("te", "scaled_mm") else old
+            raise ValueError(f"nvfp4 is no key any more: write prefer: [{new}] in its place")
+        return given
 
-    @field_validator("nvfp4")
-    @classmethod
-    def _is_a_backend(cls, name: str) -> str:
-        return find_backend(name).name
+    @model_validator(mode="after")
+    def _are_known(self) -> Choices:
+        for op, name in self.named().items():
+            find_implementation(op, name)
+        known = {each.name for each in every_implementation()}
+        if unknown := [name for name in self.prefer if name not in known]:
+            raise ValueError(
+                f"prefer: no op has an implementation {unknown[0]!r} (there is "
+                f"{', '.join(sorted(known))})"
+            )
+        return self
+
+    def named(self) -> dict[str, str]:
+        """Implementations that are chosen by the key of an op."""
+        keys = self.model_dump(exclude={"prefer"}, exclude_none=True)
+        return {op: str(name) for op, name in keys.items()}
+
+    def chosen(self, op: str) -> Implementation:
+        """What runs an op."""
+        name = self.named().get(op)
+        return find_implementation(op, name) if name else preferred(op, self.prefer)
 
 
-class Lower(Pass[Config]):
+def _described(op: str) -> str:
+    """An op's implementations in words."""
+    found = implementations(op).values()
+    return "; ".join(f"{each.name}: {each.declared.how}" for each in found)
+
+
+def make_config() -> type[Choices]:
+    """The pass's configuration, with a key for every op."""
+    keys: dict[str, Any] = {
+        op: (str | None, Field(None, description=_described(op))) for op in ops()
+    }
+    return create_model("Config", __base__=Choices, __module__=__name__, **keys)
+
+
+class Lower(Pass[Choices]):
     """Swap each op for the implementation that the recipe names.
 
     ::
 
-        lltk.paged_attention(…)  →  lltk.ops.paged_attention.sdpa.sdpa(…)
-        lltk.nvfp4_matmul(…)     →  lltk.nvfp4_matmul(…, backend='reference')
+        lltk.paged_attention(…)  →  lltk.ops.paged_attention.sdpa.paged_attention(…)
+        lltk.nvfp4_matmul(…)     →  lltk.nvfp4_matmul_triton(…)
 
-    The choice is recorded with its count; nothing is chosen at run time. A choice but
-    the default for an op that no graph has is refused.
+    The choice is recorded with its count; nothing is chosen at run time. A name that
+    no op of the program takes is refused.
     """
 
-    Config = Config
+    Config = make_config()
     reads = (Stage.CANONICAL, Stage.REGIONAL)
     leaves = Stage.LOWERED
     kinds = (*Pass.kinds, "decode")
@@ -102,26 +105,28 @@ class Lower(Pass[Config]):
             )
 
     def apply(self, program: Program, report: Report) -> None:
-        chosen = self.config.model_dump()
-        for op in ops_with_choices():
-            implementation = find_implementation(op, chosen[op])
-            for _, graph in program.every_graph():
-                for node in calls(graph, overload(op)):
-                    if implementation.name != "reference":
-                        node.target = implementation.load()
-                        node.meta["op"] = overload(op)
-                    report.match(f"{op} → {implementation.name}")
-                    program.implementations[op] = implementation.name
+        named = self.config.named()
+        choices = {*ops_with_choices(), *named}
         for _, graph in program.every_graph():
             for node in graph.nodes:
-                if node.target in NVFP4_OPS:
-                    node.kwargs = {**node.kwargs, "backend": self.config.nvfp4}
-                    report.match(f"NVFP4 → {self.config.nvfp4}")
-                    program.implementations["nvfp4"] = self.config.nvfp4
-        asked = {op for op, name in chosen.items() if name != Config.model_fields[op].default}
-        if idle := sorted(asked - program.implementations.keys()):
-            there = ", ".join(program.implementations)
+                op = op_called(node.target)
+                if op not in choices:
+                    continue
+                implementation = self.config.chosen(op)
+                if implementation.name != "reference":
+                    node.meta["op"] = node.target
+                    node.target = implementation.load()
+                report.match(f"{op} → {implementation.name}")
+                program.implementations[op] = implementation.name
+        made = program.implementations
+        there = ", ".join(made) or "none yet"
+        if idle := sorted(named.keys() - made.keys()):
             raise ValueError(
                 f"{', '.join(idle)}: there is no such op to choose for; remove the key, or add the "
-                f"pass that makes the op (there is {there or 'none yet'})"
+                f"pass that makes the op (there is {there})"
+            )
+        if idle := [name for name in self.config.prefer if name not in made.values()]:
+            raise ValueError(
+                f"prefer: no op of this program has taken {' or '.join(idle)}; remove the name "
+                f"(there is {there})"
             )

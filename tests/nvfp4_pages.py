@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
-from lltk.ops.nvfp4_paged_attention.fp8 import centre, gather_fp8
+from lltk.ops.nvfp4_gather_fp8.reference import nvfp4_gather_fp8
+from lltk.ops.nvfp4_paged_attention.fp8 import centre
 from lltk.ops.nvfp4_paged_attention.op import nvfp4_paged_attention, nvfp4_paged_attention_backward
 from lltk.ops.nvfp4_paged_attention.reference import Pages, decode, empty_pages
 from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
@@ -66,7 +67,7 @@ def operands(
 
 def compare_kernels(device: str, dtype: torch.dtype) -> None:
     """Both kernels with the reference, and without what they must see."""
-    from lltk.ops.nvfp4_paged_attention import triton
+    from lltk.ops.nvfp4_paged_attention import decode_triton, triton
 
     for tokens, width, smooth_keys, smooth_values, listed in KERNEL_CASES:
         own, arenas = operands(dtype, tokens, width)
@@ -76,14 +77,14 @@ def compare_kernels(device: str, dtype: torch.dtype) -> None:
         given = [None if t is None else t.to(device) for t in (*own[:3], *pages)]
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in given[:3])
         bound = KERNEL_BOUND[dtype]
-        for run in (triton.attention, triton.decode):
+        for run in (triton.nvfp4_paged_attention, decode_triton.nvfp4_paged_attention):
             ours = run(q, k, v, *given[3:], table.to(device)).cpu()
             assert float((ours - wanted).abs().max()) <= bound, (tokens, run)
         other = run(q, k, v, *given[3:], torch.tensor([3], device=device)).cpu()
         assert float((other - wanted).abs().max()) > 10 * bound
-        decoded = triton.gather(k, *given[3:7], table.to(device)).cpu()
+        decoded = decode_triton.gather(k, *given[3:7], table.to(device)).cpu()
         trained = [t.detach().requires_grad_() for t in (q, k, v)]
-        result = triton.decode(*trained, *given[3:], table.to(device))
+        result = decode_triton.nvfp4_paged_attention(*trained, *given[3:], table.to(device))
         found = torch.autograd.grad(result, trained, own[3].to(device))
         exact = nvfp4_paged_attention_backward(own[3], *own[:3], *pages, table)
         other = nvfp4_paged_attention_backward(own[3], own[0] * 1.25, *own[1:3], *pages, table)
@@ -100,25 +101,25 @@ def compare_fp8(device: str, dtype: torch.dtype) -> None:
 
     Triton's interpreter halves what rounds up to a power of two, so there those are not compared.
     """
-    from lltk.ops.nvfp4_paged_attention import triton
+    from lltk.ops.nvfp4_gather_fp8 import triton
 
     for tokens, width, _, smooth, listed in KERNEL_CASES:
         own, arenas = operands(dtype, tokens, width)
         pages = written(arenas[1], smooth)
         table = torch.tensor(listed, dtype=torch.int64)
         middle = centre(own[2], pages.means, table)
-        wanted, largest = gather_fp8(own[2], middle, *pages, table)
+        wanted, largest = nvfp4_gather_fp8(own[2], middle, *pages, table)
         given = [None if t is None else t.to(device) for t in pages]
         rest = (*given, table.to(device))
         merged = torch.cat([own[2] + 1, own[2]], 2).to(device)  # as one product's parts lie
         part = merged[:, :, own[2].shape[2] :]
-        ours, most = triton.gather_fp8(part, middle.to(device), *rest)
+        ours, most = triton.nvfp4_gather_fp8(part, middle.to(device), *rest)
         assert abs(float(most.cpu() / largest) - 1) < 1e-5
         compared = wanted.float().frexp().mantissa.abs() != 0.5 if device == "cpu" else ...
         off = (ours.cpu().float() - wanted.float()).abs()[compared]
         assert bool((off <= wanted.float().abs()[compared] / 8 + 2**-9).all())
         assert float((off > 0).float().mean()) < 0.02
-        other, _ = triton.gather_fp8(own[2].to(device), (middle + 0.5).to(device), *rest)
+        other, _ = triton.nvfp4_gather_fp8(own[2].to(device), (middle + 0.5).to(device), *rest)
         assert float((other.cpu().float() != wanted.float()).float().mean()) > 0.5
 
 

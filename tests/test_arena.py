@@ -12,7 +12,7 @@ from torch import Tensor
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.ops.implementations import find_implementation
-from lltk.ops.paged_attention.arena import arena
+from lltk.ops.paged_attention.arena import paged_attention as arena
 from lltk.stream.rollout import Rollout
 
 cpu = pytest.mark.cpu

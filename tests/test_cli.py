@@ -174,44 +174,33 @@ def test_doctor(run: Run) -> None:
     cpu = {(row["op"], row["implementation"]): row["cpu"] for row in findings["implementations"]}
     assert cpu["paged_attention", "sdpa"] == "runs"
     assert cpu["paged_attention", "cudnn"] == "runs on cuda, not on cpu"
-    hardware = {(row["backend"], row["op"]): row for row in findings["NVFP4 by hardware"]}
-    product = hardware["scaled_mm", "nvfp4_matmul"]
-    assert [text for column, text in product.items() if "sm_90" in column] == ["–"]
-    assert [text for column, text in product.items() if "sm_100" in column] == ["cuBLAS, NVFP4"]
     code, out, _ = run("doctor")
     assert "lltk[export]" in out
 
 
-def test_doctor_tells_hardware_apart(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = json.loads(run("doctor", "--json")[1])["NVFP4 by hardware"]
-
-    def older(row: dict[str, str]) -> str:
-        return next(text for column, text in row.items() if "sm_90" in column)
-
-    needy = {"scaled_mm", "te"}
-    assert {older(row) for row in rows if row["backend"] in needy} == {"–"}
-    assert {older(row) for row in rows if row["backend"] == "triton"} > {"arithmetic"}
-    readers = {row["backend"]: row for row in rows if row["op"] == "nvfp4_paged_attention"}
-    assert {name: older(row) for name, row in readers.items()} == {
-        "reference": "runs", "decode": "runs", "decode_triton": "runs", "triton": "runs",
-        "fp8_decode": "sm_90: runs",
-    }  # fmt: skip
-    assert readers["decode_triton"]["cpu"] == "–" and readers["decode"]["cpu"] == "runs"
+def test_doctor_tells_how_implementations_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = json.loads(run("doctor", "--json")[1])["how implementations work"]
+    told = {(row["op"], row["implementation"]): row for row in rows}
+    product = told["nvfp4_matmul", "scaled_mm"]
+    assert "sm_90" not in product["GPUs"] and "sm_100" in product["GPUs"]
+    assert "cuBLAS" in product["how"] and product["exact"] == "rounding"
+    assert "sm_90" in told["nvfp4_matmul", "triton"]["GPUs"]
+    assert told["nvfp4_quantise", "triton"]["exact"] == "bitwise"
+    assert "sm_89" not in told["nvfp4_paged_attention", "fp8_decode"]["GPUs"]
+    assert told["paged_attention", "sdpa"]["GPUs"] == "any"
     monkeypatch.setenv("COLUMNS", "80")
     out = run("doctor")[1]
     assert "…" not in out and max(map(len, out.splitlines())) <= 80
-    for op in {row["op"] for row in rows}:
-        assert op in out
+    for op, name in told:
+        assert op in out and name in out
 
 
-def test_doctor_checks_all_that_a_backend_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from lltk.ops import hardware
-    from lltk.ops.nvfp4_backends import BACKENDS
-
-    monkeypatch.setattr(hardware, "find_spec", lambda module: None if module == "triton" else True)
-    assert BACKENDS["te"].missing(torch.device("cuda")) == "needs the package triton"
+def test_doctor_names_packages_from_what_lltk_states(run: Run) -> None:
+    rows = json.loads(run("doctor", "--json")[1])["packages"]
+    extras = {row["package"]: row["extra"] for row in rows}
+    assert extras["torch"] == "" and extras["triton"] == "gpu" and extras["torchao"] == "ao"
+    assert extras["nvidia-cudnn-frontend"] == "gpu" and extras["transformer-engine"] == "te"
+    assert len(extras) == len(rows) and "pytest" not in extras
 
 
 @pytest.mark.parametrize("command", ["doctor", "transform", "inspect", "stream", "train", "demo"])

@@ -132,7 +132,7 @@ def test_the_command_compares(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
     base, other = json.loads(output.with_suffix(".json").read_text("utf-8"))["results"]
     assert set(base["errors"].values()) == {0.0} and base["shots"] == other["shots"] == 1
     assert 0.01 < other["errors"]["output"] < 0.5
-    assert other["ran"]["nvfp4"] == "reference"
+    assert other["ran"]["nvfp4_matmul"] == "reference"
     assert len(other["minute"]["over_time"]) == 1 and "Single shots of 60 s" in out
     text = output.with_suffix(".md").read_text("utf-8")
     assert "tiny_stream_nvfp4" in text and "identity at 60 s" in text

@@ -394,8 +394,3 @@ def test_opcheck(op: torch.library.CustomOpDef, arguments: tuple[object, ...]) -
     # Its schema test multiplies inputs, which float8 cannot do.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(op, arguments, test_utils=checks)  # type: ignore[arg-type]
-
-
-def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="no backend 'cuda'; it has reference"):
-        quantise_op(normal(4, 32), backend="cuda")

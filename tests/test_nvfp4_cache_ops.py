@@ -39,10 +39,14 @@ from torch.library import opcheck
 from lltk.ops.floats import round_e4m3
 from lltk.ops.fp8_attention.op import fp8_attention
 from lltk.ops.fp8_quantise.reference import fp8_quantise
-from lltk.ops.fp8_quantise_attention.fp8 import fp8_decode as quantised_fp8_decode
+from lltk.ops.fp8_quantise_attention.fp8_decode_torch import (
+    fp8_quantise_attention as quantised_fp8_decode,
+)
 from lltk.ops.fp8_quantise_attention.op import fp8_quantise_attention
 from lltk.ops.implementations import find_implementation
-from lltk.ops.nvfp4_paged_attention.fp8 import centre, fp8_decode, gather_fp8
+from lltk.ops.nvfp4_gather_fp8.op import nvfp4_gather_fp8
+from lltk.ops.nvfp4_paged_attention.fp8 import centre
+from lltk.ops.nvfp4_paged_attention.fp8_decode_torch import nvfp4_paged_attention as fp8_decode
 from lltk.ops.nvfp4_paged_attention.op import (
     nvfp4_paged_attention,
     nvfp4_paged_attention_backward,
@@ -366,7 +370,7 @@ def test_opcheck_of_decoding_to_fp8(table: list[int]) -> None:
     pages, listed = written(arenas[0], True), torch.tensor(table, dtype=torch.int64)
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     middle = centre(own[1], pages.means, listed)
-    opcheck(gather_fp8, (own[1], middle, *pages, listed), test_utils=checks)
+    opcheck(nvfp4_gather_fp8, (own[1], middle, *pages, listed), test_utils=checks)
 
 
 def op_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -487,16 +491,16 @@ def test_attention_in_fp8_on_cuda(listed: list[int]) -> None:
 @cpu
 def test_what_the_kernels_do_not_do_is_refused() -> None:
     pytest.importorskip("triton")
-    from lltk.ops.nvfp4_paged_attention import triton
+    from lltk.ops.nvfp4_paged_attention import decode_triton, triton
 
     own, arenas = operands(torch.float32)
     pages = [*written(arenas[0], True), *written(arenas[1], True)]
     own[1].requires_grad_()
     with pytest.raises(ValueError, match="triton has no gradient; set nvfp4_paged_attention of"):
-        triton.attention(*own[:3], *pages, torch.tensor([1]))
+        triton.nvfp4_paged_attention(*own[:3], *pages, torch.tensor([1]))
     own, arenas = operands(torch.float32, width=48)
     pages = [*written(arenas[0], True), *written(arenas[1], True)]
-    for run in (triton.attention, triton.decode):
+    for run in (triton.nvfp4_paged_attention, decode_triton.nvfp4_paged_attention):
         with pytest.raises(ValueError, match="heads of 16, 32, 64, …, not of 48"):
             run(*own[:3], *pages, torch.tensor([1]))
 
@@ -508,11 +512,9 @@ def test_what_the_kernels_do_not_do_is_refused() -> None:
 def test_kernels_compile_for(architecture: int, product: str) -> None:
     """With the tensor cores' instruction of each, and no more shared memory than it has."""
     pytest.importorskip("triton")
-    from lltk.ops.nvfp4_paged_attention.triton import (
-        attention_kernel,
-        decode_fp8_kernel,
-        decode_kernel,
-    )
+    from lltk.ops.nvfp4_gather_fp8.triton import decode_fp8_kernel
+    from lltk.ops.nvfp4_paged_attention.decode_triton import decode_kernel
+    from lltk.ops.nvfp4_paged_attention.triton import attention_kernel
     from lltk.ops.nvfp4_write_page.triton import _sums, _write
 
     sizes = {"WIDTH": 128, "M": 128, "N": 64, "PRECISION": "tf32"}

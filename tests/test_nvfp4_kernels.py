@@ -1,4 +1,4 @@
-"""NVFP4's backends: kernels against references, what they compile to, and what is refused."""
+"""NVFP4 kernels: against their references, what they compile to, and what is refused."""
 
 from __future__ import annotations
 
@@ -26,15 +26,8 @@ from torch import Tensor
 from lltk.bench.record import Record
 from lltk.ops import hardware
 from lltk.ops.hadamard.reference import SIGNS, random_signs
-from lltk.ops.implementations import check_device
-from lltk.ops.nvfp4_backends import (
-    ARITHMETIC,
-    BACKENDS,
-    E2M1,
-    MULTIPLIED,
-    check_backend,
-    implementation,
-)
+from lltk.ops.hardware import ARITHMETIC, E2M1, E2M1_PRODUCTS
+from lltk.ops.implementations import check_device, find_implementation, preferred
 from lltk.ops.nvfp4_matmul import scaled_mm
 from lltk.ops.nvfp4_quantise.reference import RULES, nvfp4_quantise
 from lltk.ops.nvfp4_quantise_transposed.op import nvfp4_quantise_transposed as transposed_op
@@ -42,6 +35,11 @@ from lltk.ops.scale_layout import swizzle
 
 cpu, gpu = pytest.mark.cpu, pytest.mark.gpu
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def implementation(op: str, name: str) -> Callable[..., Any]:
+    return find_implementation(op, name).load()
+
 
 SEED = torch.tensor([-3, 2**33 + 7])
 SHARED = list(SIGNS)
@@ -103,9 +101,9 @@ class Kernels:
 
     device: str
 
-    def __call__(self, op: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    def __call__(self, op: str, name: str, *arguments: Any) -> tuple[Tensor, ...]:
         placed = [a.to(self.device) if isinstance(a, Tensor) else a for a in arguments]
-        return as_tuple(implementation(op, backend)(*placed))
+        return as_tuple(implementation(op, name)(*placed))
 
     def agree(self, op: str, *arguments: Any) -> bool:
         """Whether they are the same; the reference computes on the CPU."""
@@ -142,9 +140,9 @@ def failures(device: str, dtypes: tuple[torch.dtype, ...], thorough: bool) -> It
                 if x.shape[-1] % width == 0 and (thorough or width > 2):
                     yield from check(f"{name}, {width}", "hadamard", x, random_signs(width, 2))
     each = torch.rand(2, 3, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 3, 20, 40, generator=torch.Generator().manual_seed(2))
     for tile in (1, 16):
-        x = torch.randn(2, 3, 20, 40, generator=torch.Generator().manual_seed(2))
-        yield from check("own scales", "nvfp4_quantise", x, tile, "mse", None, 0, each, 300.0)
+        yield from check(f"several matrices, {tile}", "nvfp4_quantise", x, tile, "mse")
     quantised = nvfp4_quantise(x, largest=each)
     yield from check("own scales", "nvfp4_dequantise", *quantised)
 
@@ -270,7 +268,7 @@ def test_large_tensors() -> None:
     assert same((ours.codes[-1], ours.scales[-1], ours.decode_scale), tuple(wanted))
 
 
-def product_error(backend: str, m: int, n: int, k: int, damage: bool = False) -> float:
+def product_error(name: str, m: int, n: int, k: int, damage: bool = False) -> float:
     """Largest error in units of the sum of the products' sizes."""
     generator = torch.Generator().manual_seed(0)
     a = nvfp4_quantise(torch.randn(m, k, generator=generator).cuda())
@@ -279,58 +277,62 @@ def product_error(backend: str, m: int, n: int, k: int, damage: bool = False) ->
     left, right = decode(*a).double(), decode(*b).double()
     if damage:
         b.codes[:, :1] ^= 0x88
-    ours = implementation("nvfp4_matmul", backend)(*a, *b, torch.float32)
+    ours = implementation("nvfp4_matmul", name)(*a, *b, torch.float32)
     return float(((ours - left @ right.t()).abs() / (left.abs() @ right.abs().t())).max())
 
 
 @gpu
 @needs_triton
-@pytest.mark.parametrize("backend", ["triton", "scaled_mm", "te"])
+@pytest.mark.parametrize("name", ["triton", "scaled_mm", "te"])
 @pytest.mark.parametrize(
     "shape", [(256, 128, 256), (1, 16, 16), (130, 60, 80), (7040, 3072, 3072)], ids=str
 )
-def test_products(backend: str, shape: tuple[int, int, int]) -> None:
-    if reason := BACKENDS[backend].missing(torch.device("cuda")):
+def test_products(name: str, shape: tuple[int, int, int]) -> None:
+    if reason := find_implementation("nvfp4_matmul", name).missing(torch.device("cuda")):
         pytest.skip(reason)
-    assert product_error(backend, *shape) < 2**-13
-    assert product_error(backend, *shape, damage=True) > 2**-13
+    assert product_error(name, *shape) < 2**-13
+    assert product_error(name, *shape, damage=True) > 2**-13
 
 
-def layer_gradients(backend: str, seed: Tensor) -> list[Tensor]:
+def layer_gradients(name: str, seed: Tensor) -> list[Tensor]:
     """A layer's output and gradients on the GPU, as the training pass writes it."""
+    prefer = (name, "triton")
+    quantise, quantise_transposed, transpose, linear = (
+        preferred(f"nvfp4_{op}", prefer).load()
+        for op in ("quantise", "quantise_transposed", "transpose", "linear")
+    )
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 160, 256), (192, 256), (2, 160, 192))
     x, weight, grad = (torch.randn(*s, generator=generator).cuda().bfloat16() for s in shapes)
     x.requires_grad_()
     weight.requires_grad_()
-    held, ops = x.detach(), torch.ops.lltk
-    w = ops.nvfp4_quantise(weight.detach(), 16, backend=backend)
-    y = ops.nvfp4_linear(
+    held = x.detach()
+    w = quantise(weight.detach(), 16)
+    y = linear(
         x,
         weight,
-        *ops.nvfp4_quantise(held, backend=backend),
-        *ops.nvfp4_quantise_transposed(held, SHARED, backend=backend),
+        *quantise(held),
+        *quantise_transposed(held, SHARED),
         *w,
-        *ops.nvfp4_transpose(w[0], w[1], backend),
+        *transpose(w[0], w[1]),
         seed.cuda(),
         0,
         True,
         "mse",
         SHARED,
-        backend,
     )
     return [y.detach(), *torch.autograd.grad(y, (x, weight), grad)]
 
 
 @gpu
 @needs_triton
-@pytest.mark.parametrize("backend", ["triton", "scaled_mm", "te"])
-def test_gradients_are_the_references(backend: str) -> None:
+@pytest.mark.parametrize("name", ["triton", "scaled_mm", "te"])
+def test_gradients_are_the_references(name: str) -> None:
     """Of equal random numbers: the sums alone are in another order."""
-    if reason := BACKENDS[backend].missing(torch.device("cuda")):
+    if reason := find_implementation("nvfp4_linear", name).missing(torch.device("cuda")):
         pytest.skip(reason)
-    ours, wanted = layer_gradients(backend, SEED), layer_gradients("reference", SEED)
-    other = layer_gradients(backend, SEED + 1)
+    ours, wanted = layer_gradients(name, SEED), layer_gradients("reference", SEED)
+    other = layer_gradients(name, SEED + 1)
     for index, (a, b, c) in enumerate(zip(ours, wanted, other, strict=True)):
         assert bool(a.any()) and float((a - b).norm() / b.norm()) < 5e-3
         assert bool((c != a).any()) == (index > 0), "gradients alone are random"
@@ -343,12 +345,12 @@ def test_kernels_replay_in_cuda_graphs() -> None:
     seed = SEED.cuda()
 
     def step() -> tuple[Tensor, ...]:
-        ops = torch.ops.lltk
-        rows = ops.nvfp4_quantise(x, 1, "mse", None, 0, "triton")
-        turned = ops.nvfp4_quantise_transposed(x, SHARED, "none", seed, 1, "triton")
-        values = ops.nvfp4_dequantise(*rows, torch.bfloat16, "triton")
-        square = ops.nvfp4_matmul(*rows, *rows, torch.bfloat16, "triton")
-        return (*rows, *turned, values, ops.hadamard(values, SHARED, "triton"), square)
+        run = Kernels("cuda")
+        rows = run("nvfp4_quantise", "triton", x, 1, "mse", None, 0)
+        turned = run("nvfp4_quantise_transposed", "triton", x, SHARED, "none", seed, 1)
+        (values,) = run("nvfp4_dequantise", "triton", *rows, torch.bfloat16)
+        square = run("nvfp4_matmul", "triton", *rows, *rows, torch.bfloat16)
+        return (*rows, *turned, values, *run("hadamard", "triton", values, SHARED), *square)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -454,7 +456,7 @@ def test_products_multiply_codes(architecture: int, product: str, compiled: Any)
 def test_products_are_of_bfloat16_where_triton_cannot_multiply_codes(
     architecture: int, compiled: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert set(MULTIPLIED) < set(E2M1)
+    assert set(E2M1_PRODUCTS) < set(E2M1)
     seen = []
 
     def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:  # a CPU's has no out_dtype
@@ -547,7 +549,7 @@ def test_transformer_engine_is_what_we_call() -> None:
                 assert ours.items() <= found.items(), attribute
 
 
-# Choosing a backend
+# Choosing
 
 
 @cpu
@@ -561,17 +563,19 @@ def test_opcheck(signs: list[int], seed: Tensor | None) -> None:
 def test_absent_hardware_is_an_error_that_lists_what_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    check_backend("reference", torch.device("cpu"))
+    check_device({"nvfp4_matmul": "reference"}, torch.device("cpu"))
     with pytest.raises(ValueError, match="triton runs on cuda, not on cpu; cpu has reference"):
-        check_backend("triton", torch.device("cpu"))
-    with pytest.raises(ValueError, match="no backend 'tritn'"):
-        check_backend("tritn", torch.device("cpu"))
+        check_device({"nvfp4_matmul": "triton"}, torch.device("cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(hardware, "find_spec", lambda module: None)
         with pytest.raises(ValueError, match="triton needs the package triton"):
-            check_backend("triton", torch.device("cuda"))
+            check_device({"nvfp4_matmul": "triton"}, torch.device("cuda"))
         with pytest.raises(ValueError, match="fp8_decode needs the package nvidia-cudnn-frontend"):
+            patch.setattr(hardware, "find_spec", lambda module: module != "cudnn" or None)
             check_device({"nvfp4_paged_attention": "fp8_decode"}, torch.device("cuda"))
+        patch.setattr(hardware, "find_spec", lambda module: module != "triton" or None)
+        with pytest.raises(ValueError, match="nvfp4_linear: te needs the package triton"):
+            check_device({"nvfp4_linear": "te"}, torch.device("cuda"))
 
     def has(*capability: int) -> torch.device:
         monkeypatch.setattr(hardware, "find_spec", lambda module: module)
@@ -579,25 +583,23 @@ def test_absent_hardware_is_an_error_that_lists_what_there_is(
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         return torch.device("cuda")
 
-    check_backend("triton", has(9, 0))
-    with pytest.raises(ValueError, match=r"not on sm_90; cuda has reference and triton: set nvfp4"):
-        check_backend("scaled_mm", has(9, 0))
-    check_backend("scaled_mm", has(12, 0))
+    check_device({"nvfp4_matmul": "triton"}, has(9, 0))
+    for op in ("nvfp4_matmul", "nvfp4_linear"):
+        there = rf"{op}: scaled_mm .*not on sm_90; cuda has reference and triton: set {op}"
+        with pytest.raises(ValueError, match=there):
+            check_device({op: "scaled_mm"}, has(9, 0))
+        check_device({op: "scaled_mm"}, has(12, 0))
     check_device({"nvfp4_paged_attention": "decode_triton"}, has(12, 0))
-    with pytest.raises(ValueError, match=r"not on sm_75; cuda has reference and decode: set"):
+    with pytest.raises(ValueError, match=r"not on sm_75; cuda has reference and decode and fp8_"):
         check_device({"nvfp4_paged_attention": "decode_triton"}, has(7, 5))
     # A successor is not taken for what came before it.
     with pytest.raises(ValueError, match=r"not on sm_150; cuda has reference: set nvfp4"):
-        check_backend("triton", has(15, 0))
+        check_device({"nvfp4_matmul": "triton"}, has(15, 0))
 
 
 @cpu
-def test_every_backend_runs_every_op() -> None:
+def test_hardware_is_of_one_kind() -> None:
     assert not set(ARITHMETIC) & set(E2M1)
-    for backend in BACKENDS.values():
-        assert backend.ops.keys() == BACKENDS["reference"].ops.keys()
-        if all(map(find_spec, backend.modules)):
-            assert all(callable(implementation(op, backend.name)) for op in backend.ops)
 
 
 # The benchmark

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,25 +21,36 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.nn.attention.flex_attention import flex_attention
 
+from lltk.cli.doctor import command as doctor
 from lltk.ops.block_causal_attention import flex as flex_module
 from lltk.ops.block_causal_attention import reference as causal_reference
 from lltk.ops.block_causal_attention.op import (
     block_causal_attention,
     block_causal_attention_backward,
 )
+from lltk.ops.declaration import (
+    ARITHMETIC,
+    E2M1,
+    Declaration,
+    Exactness,
+    read_declaration,
+)
+from lltk.ops.fp8_quantise.reference import fp8_quantise
 from lltk.ops.implementations import (
-    IMPLEMENTATIONS,
     Implementation,
     check_device,
+    every_implementation,
     find_implementation,
-    ops_with_choices,
+    function_of,
+    implementations,
+    ops,
     overload,
 )
 from lltk.ops.paged_attention import reference as paged_reference
 from lltk.ops.paged_attention.op import paged_attention, paged_attention_backward
 from lltk.ops.rope_table.op import rope_table
 from lltk.ops.write_page.op import write_page
-from lltk.passes.lower import Config as LowerConfig
+from lltk.passes.lower import Lower, make_config
 
 cpu = pytest.mark.cpu
 gpu = pytest.mark.gpu
@@ -347,7 +363,7 @@ def test_flex_formula(chunks: int, chunk_tokens: int, teacher_forcing: bool) -> 
     q, k, v, _ = clip_operands(clip, torch.float32, width=4)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(flex_module, "_flex_attention", flex_attention)
-        ours = flex_module.flex(q, k, v, *clip[1:])
+        ours = flex_module.block_causal_attention(q, k, v, *clip[1:])
     wide = [t.double() for t in (q, k, v)]
     assert worst([ours], [dense(*wide, causal_mask(clip))]) <= BOUND[torch.float32]
 
@@ -361,7 +377,7 @@ GPU_CLIPS = [(3, 96, False), (4, 128, True), (6, 100, True), (8, 256, True), (5,
 def test_flex_kernel(clip: Clip, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     operands = [t.cuda() for t in clip_operands(clip, dtype, width=64)]
-    ours = with_gradients(flex_module.flex, operands, *clip[1:])
+    ours = with_gradients(flex_module.block_causal_attention, operands, *clip[1:])
     theirs = dense_causal_in(clip, operands)
     bound = {torch.float32: 1e-4, torch.bfloat16: BOUND[torch.bfloat16]}[dtype]
     assert worst(ours, theirs) <= bound
@@ -585,27 +601,41 @@ def test_write_page_changes_one_page(slot: int, dtype: torch.dtype) -> None:
 
 @cpu
 def test_every_implementation_loads_with_the_ops_signature() -> None:
-    for implementation in IMPLEMENTATIONS:
-        schema = [a.name for a in overload(implementation.op)._schema.arguments]
+    for implementation in every_implementation():
+        op, name = implementation.op, implementation.name
+        schema = [argument.name for argument in overload(op)._schema.arguments]
         run = implementation.load()
+        if all(map(find_spec, implementation.modules)) and name != "reference":
+            assert list(inspect.signature(function_of(op, name)).parameters) in (
+                schema,
+                ["args", "kwargs"],  # of an operator
+            )
         if isinstance(run, torch._ops.OpOverload):
-            names = [argument.name for argument in run._schema.arguments]
-        else:
-            names = list(inspect.signature(getattr(run, "_init_fn", run)).parameters)
-        assert names == schema, implementation
-        assert find_implementation(implementation.op, implementation.name) is implementation
+            assert [argument.name for argument in run._schema.arguments] == schema
+            assert [a.is_write for a in run._schema.arguments] == [
+                a.is_write for a in overload(op)._schema.arguments
+            ]
+        assert find_implementation(op, name) is implementation
+
+
+@cpu
+def test_every_op_has_a_reference_and_one_default() -> None:
+    for op in ops():
+        found = implementations(op)
+        assert found["reference"].declared.exactness is Exactness.REFERENCE
+        assert sum(each.declared.default for each in found.values()) <= 1
+        exact = [each.declared.exactness for each in found.values()]
+        assert exact.count(Exactness.REFERENCE) == 1
 
 
 @cpu
 def test_lower_offers_what_there_is() -> None:
-    *ops, backend = LowerConfig.model_fields
-    assert ops == list(ops_with_choices()) and backend == "nvfp4"
-    for op in ops:
-        field = LowerConfig.model_fields[op]
-        names = [i.name for i in IMPLEMENTATIONS if i.op == op]
-        assert "reference" in names
-        assert field.default in names
-        assert all(name in str(field.description) for name in names)
+    prefer, *keys = Lower.Config.model_fields
+    assert prefer == "prefer" and keys == list(ops())
+    for op in keys:
+        field = Lower.Config.model_fields[op]
+        assert field.default is None
+        assert all(name in str(field.description) for name in implementations(op))
 
 
 @cpu
@@ -619,18 +649,106 @@ def test_an_unknown_implementation_is_named_with_the_nearest() -> None:
 @cpu
 def test_what_an_implementation_lacks_is_said() -> None:
     here = torch.device("cpu")
-    for implementation in IMPLEMENTATIONS:
+    for implementation in every_implementation():
         missing = implementation.missing(here)
         if "cpu" in implementation.devices:
             assert missing is None
         else:
             assert missing == "runs on cuda, not on cpu"
-    needy = Implementation("op", "name", "m:f", ("cpu",), modules=("torch", "lltk_no_such_package"))
-    assert needy.missing(here) == "needs the package lltk_no_such_package"
+    modules = ("torch", "lltk_no_such_package")
+    needy = Declaration(Exactness.BITWISE, "", devices=("cpu",), modules=modules)
+    found = Implementation("op", "name", "m", needy)
+    assert found.missing(here) == "needs the package lltk-no-such-package"
     chosen = {"paged_attention": "sdpa", "block_causal_attention": "reference"}
     check_device(chosen, here)
     with pytest.raises(ValueError, match=r"cudnn runs on cuda, not on cpu; cpu has reference and"):
         check_device(chosen | {"paged_attention": "cudnn"}, here)
     if not torch.cuda.is_available():
-        plain = Implementation("op", "name", "m:f", ("cpu", "cuda"))
+        plain = Implementation("op", "name", "m", Declaration(Exactness.BITWISE, ""))
         assert plain.missing(torch.device("cuda")) == "no CUDA device is visible"
+
+
+@cpu
+def test_parts_needs_are_the_wholes() -> None:
+    te = find_implementation("nvfp4_linear", "te")
+    assert te.declared.modules == () and set(te.modules) == {"triton", "transformer_engine"}
+    assert te.devices == ("cuda",) and te.architectures == E2M1
+    assert find_implementation("nvfp4_paged_attention", "fp8_decode").modules == (
+        "triton",
+        "cudnn",
+    )
+
+
+@cpu
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("DECLARATION = Declaration(Exactness.BITWISE, how)", "name 'how' is not defined"),
+        ("DECLARATION = Declaration(Exactness.EXACT, '')", "EXACT"),
+        ("DECLARATION = Declaration(Exactness.BITWISE)", "missing 1 required"),
+        ("DECLARATION = Declaration(", "'(' was never closed"),
+    ],
+)
+def test_declarations_that_cannot_be_read_are_named(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "fast.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="its declaration cannot be read") as caught:
+        read_declaration(file)
+    assert str(file) in str(caught.value) and said in str(caught.value)
+
+
+@cpu
+def test_declarations_are_read_without_importing(tmp_path: Path) -> None:
+    file = tmp_path / "fast.py"
+    file.write_text(
+        "import nothing_of_the_kind\n"
+        "DECLARATION = Declaration(Exactness.ROUNDING, 'fast', architectures=(*ARITHMETIC, (9, 9)))"
+    )
+    found = read_declaration(file)
+    assert found == Declaration(Exactness.ROUNDING, "fast", architectures=(*ARITHMETIC, (9, 9)))
+    file.write_text("raise SystemExit")
+    assert read_declaration(file) is None
+
+
+_NEW = """
+from lltk.ops.declaration import Declaration, Exactness
+from lltk.ops.fp8_matmul.reference import fp8_matmul as formula
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING, "twice and halved", modules=("no_such_module",), opaque=True
+)
+
+def fp8_matmul(a, a_scales, b, b_scales, bias, dtype):
+    return formula(a, a_scales * 2, b, b_scales / 2, bias, dtype)
+"""
+
+
+@cpu
+def test_a_new_file_is_a_new_implementation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lower's configuration, doctor's tables and the checks have it, and no other line says so."""
+    (tmp_path / "doubled.py").write_text(_NEW)
+    folder = import_module("lltk.ops.fp8_matmul")
+    monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path)])
+    implementations.cache_clear()
+    try:
+        field = make_config().model_fields["fp8_matmul"]
+        assert "doubled: twice and halved" in str(field.description)
+        assert Lower.Config(prefer=("doubled",)).chosen("fp8_matmul").name == "doubled"
+        out = CliRunner().invoke(doctor, ["--json"]).output
+        rows = json.loads(out)["how implementations work"]
+        assert {"op": "fp8_matmul", "implementation": "doubled", "GPUs": "any"} | {
+            "exact": "rounding",
+            "how": "twice and halved",
+        } in rows
+        assert "no-such-module" in {row["package"] for row in json.loads(out)["packages"]}
+        with pytest.raises(ValueError, match="doubled needs the package no-such-module; cpu has"):
+            check_device({"fp8_matmul": "doubled"}, torch.device("cpu"))
+        run = find_implementation("fp8_matmul", "doubled").load()
+        a, b = torch.randn(3, 16), torch.randn(5, 16)
+        operands = (*fp8_quantise(a), *fp8_quantise(b), None, torch.float32)
+        assert torch.allclose(run(*operands), overload("fp8_matmul")(*operands))
+        assert str(run) == "lltk.fp8_matmul_doubled.default"
+    finally:
+        implementations.cache_clear()

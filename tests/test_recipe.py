@@ -199,12 +199,16 @@ def test_overrides_reach_the_options_of_a_pass(tmp_path: Path) -> None:
         "program: score\nmodel: {config: tiny}\ngeometry: {height: 64, width: 64}\n"
         "passes: [canonicalise, {lora: {rank: 4}}, lower]\n"
     )
-    changes = ("passes.lora.alpha=2", "passes.lower.nvfp4=triton", "passes.lower.nvfp4=te")
+    changes = (
+        "passes.lora.alpha=2",
+        "passes.lower.fp8_matmul=a",
+        "passes.lower.fp8_matmul=b",
+    )
     steps = load_recipe(path, changes).steps()
     assert steps == [
         ("canonicalise", {}),
         ("lora", {"rank": 4, "alpha": 2}),
-        ("lower", {"nvfp4": "te"}),
+        ("lower", {"fp8_matmul": "b"}),
     ]
 
 

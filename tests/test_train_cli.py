@@ -146,8 +146,8 @@ def test_what_passes_convert_and_keep_is_printed(run: Run) -> None:
             "nowhere: no such pipeline",
         ),
         (
-            ["tiny_train_nvfp4", "--set", "passes.lower.nvfp4=scaled_mm", "--device", "cpu"],
-            "nvfp4: scaled_mm runs on cuda, not on cpu; cpu has reference: set nvfp4 of the",
+            ["tiny_train_nvfp4", "--set", "passes.lower.nvfp4_linear=scaled_mm", "--device", "cpu"],
+            "nvfp4_linear: scaled_mm runs on cuda, not on cpu; cpu has reference: set",
         ),
         (["tiny_train", "--set", "geometry.batch=3"], "the nearest that fit: 63 and 66"),
         (["tiny_vae", "--set", "vae.frames=6"], "the nearest that fit: 5 and 9"),

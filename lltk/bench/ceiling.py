@@ -15,7 +15,6 @@ from lltk.bench.clock import Clock
 from lltk.graph.attention import paged_op
 from lltk.graph.edit import op_of, shape
 from lltk.graph.program import Program
-from lltk.ops.fp8_attention.op import fp8_attention
 from lltk.ops.fp8_matmul.op import OVERLOAD as FP8_MATMUL
 from lltk.ops.fp8_quantise.op import fp8_quantise
 from lltk.ops.implementations import find_implementation
@@ -56,6 +55,7 @@ class Product:
             q, k, v = (normal(1, tokens, heads, width) for tokens in (queries, keys, keys))
             if self.implementation != "fp8_decode":
                 return lambda: attend(q, k, v)
+            fp8_attention = find_implementation("fp8_attention", "cudnn").load()
             scale = torch.ones((), device=device)
             codes = [each.to(torch.float8_e4m3fn) for each in (q, k, v)]
             return lambda: fp8_attention(*codes, scale)
@@ -108,7 +108,7 @@ def ceiling(program: Program, graph: str, device: torch.device, runs: int) -> di
 
 
 def _is_nvfp4(node: fx.Node) -> bool:
-    return node.target in (NVFP4_LINEAR, NVFP4_MATMUL)
+    return op_of(node) in (NVFP4_LINEAR, NVFP4_MATMUL)
 
 
 def _nodes(program: Program, graph: str) -> Iterator[fx.Node]:

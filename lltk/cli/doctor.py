@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import click
 from rich.console import Console
 
 from lltk.cli.tables import row_table
 
-_PACKAGES = {
-    "lltk": "core", "torch": "core", "diffusers": "core", "transformers": "core",
-    "safetensors": "core", "numpy": "core", "av": "core", "triton": "gpu",
-    "nvidia-cudnn-frontend": "gpu", "onnx": "export", "onnxruntime": "export",
-    "tensorrt-rtx": "tensorrt-rtx", "transformer-engine": "te", "torchao": "ao",
-    "nvidia-modelopt": "modelopt",
-}  # fmt: skip
+_NAME = re.compile(r"[\w.-]+")
+_EXTRA = re.compile(r"extra == [\"'](.*?)[\"']")
+"""Parts of a requirement as packages state it: ``triton; extra == "gpu"``."""
 
 
 @click.command("doctor")
@@ -33,31 +29,47 @@ def command(as_json: bool) -> None:
     findings = {
         "packages": _packages(),
         "devices": _devices(),
-        "implementations": _choices(),
-        "NVFP4 backends": _backends(),
-        "NVFP4 by hardware": _hardware(),
+        "implementations": _implementations(),
+        "how implementations work": _declarations(),
     }
     if as_json:
         click.echo(json.dumps(findings, indent=2))
         return
     console = Console()
-    hardware = findings.pop("NVFP4 by hardware")
     for title, rows in findings.items():
         console.print(row_table(title[0].upper() + title[1:], rows))
-    for ops, rows in _by_ops(hardware):
-        console.print(row_table(f"{', '.join(ops)} by hardware", rows))
 
 
 def _packages() -> list[dict[str, str]]:
     rows = []
-    for name, extra in _PACKAGES.items():
+    for name, extra in _wanted().items():
         try:
             found = version(name)
         except PackageNotFoundError:
-            wanted = name if extra == "core" else f"'lltk[{extra}]'"
+            wanted = f"'lltk[{extra}]'" if extra else name
             found = f"absent: pip install {wanted}"
-        rows.append({"package": name, "version": found, "extra": "" if extra == "core" else extra})
+        rows.append({"package": name, "version": found, "extra": extra})
     return rows
+
+
+def _wanted() -> dict[str, str]:
+    """Packages that lltk can use, each with the extra that brings it; "" if lltk always does."""
+    from lltk.ops.hardware import package_of
+    from lltk.ops.implementations import every_implementation
+
+    try:
+        stated = requires("lltk") or []
+    except PackageNotFoundError:  # a checkout that is not installed
+        stated = []
+    found = {"lltk": ""}
+    for requirement in stated:
+        name, extra = _NAME.match(requirement), _EXTRA.search(requirement)
+        if name is not None and (extra is None or extra[1] != "dev"):
+            found.setdefault(name[0], extra[1] if extra else "")
+    for implementation in every_implementation():
+        for module in implementation.modules:
+            found.setdefault(package_of(module), "")
+    return found
 
 
 def _devices() -> list[dict[str, str]]:
@@ -87,46 +99,29 @@ def _devices() -> list[dict[str, str]]:
     return rows
 
 
-def _choices() -> list[dict[str, str]]:
+def _implementations() -> list[dict[str, str]]:
     import torch
 
-    from lltk.ops.implementations import IMPLEMENTATIONS
+    from lltk.ops.implementations import every_implementation
 
     return [
-        {"op": choice.op, "implementation": choice.name}
-        | {device: choice.missing(torch.device(device)) or "runs" for device in ("cpu", "cuda")}
-        for choice in IMPLEMENTATIONS
+        {"op": each.op, "implementation": each.name}
+        | {device: each.missing(torch.device(device)) or "runs" for device in ("cpu", "cuda")}
+        for each in every_implementation()
     ]
 
 
-def _backends() -> list[dict[str, str]]:
-    import torch
-
-    from lltk.ops.nvfp4_backends import BACKENDS
+def _declarations() -> list[dict[str, str]]:
+    from lltk.ops.hardware import architectures
+    from lltk.ops.implementations import every_implementation
 
     return [
-        {"backend": backend.name}
-        | {device: backend.missing(torch.device(device)) or "runs" for device in ("cpu", "cuda")}
-        for backend in BACKENDS.values()
+        {
+            "op": each.op,
+            "implementation": each.name,
+            "GPUs": "any" if each.architectures is None else architectures(each.architectures),
+            "exact": each.declared.exactness.value,
+            "how": each.declared.how,
+        }
+        for each in every_implementation()
     ]
-
-
-def _by_ops(
-    rows: Sequence[Mapping[str, str]],
-) -> Iterator[tuple[list[str], list[dict[str, str]]]]:
-    """Ops, and the rows of each without it: one group for ops whose rows are the same."""
-    of_op: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
-        rest = {heading: text for heading, text in row.items() if heading != "op"}
-        of_op.setdefault(row["op"], []).append(rest)
-    ops = list(of_op)
-    while ops:
-        own = of_op[ops[0]]
-        yield [op for op in ops if of_op[op] == own], own
-        ops = [op for op in ops if of_op[op] != own]
-
-
-def _hardware() -> list[dict[str, str]]:
-    from lltk.ops.implementations import capability_table
-
-    return list(capability_table())

@@ -139,7 +139,7 @@ def is_impure(node: fx.Node) -> bool:
     """
     if node.op in ("placeholder", "output"):
         return True
-    schema = getattr(node.target, "_schema", None)
+    schema = getattr(op_of(node), "_schema", None)
     return bool(schema is not None and schema.is_mutable)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from lltk.graph.edit import module_of, output
+from lltk.graph.edit import module_of, op_of, output
 from lltk.graph.program import Program, is_page
 from lltk.graph.stages import Stage
-from lltk.ops.implementations import ops_with_choices, overload
+from lltk.ops.implementations import op_called, ops_with_choices
 
 aten = torch.ops.aten
 
@@ -64,7 +64,7 @@ def _check_attributes(program: Program, name: str, graph: fx.Graph) -> None:
 
 def is_mutation(node: fx.Node) -> bool:
     """Whether the call writes to one of its arguments."""
-    schema = getattr(node.target, "_schema", None)
+    schema = getattr(op_of(node), "_schema", None)
     return bool(schema is not None and schema.is_mutable)
 
 
@@ -74,7 +74,7 @@ def _canonical(program: Program) -> None:
             if node.op != "call_function":
                 continue
             what = _NO_OPS.get(node.target)
-            if is_mutation(node) and not str(node.target).startswith("lltk."):
+            if is_mutation(node) and not str(op_of(node)).startswith("lltk."):
                 what = "a mutation"
             elif node.target is aten.to.dtype and _same_dtype(node):
                 what = "a cast that changes nothing"
@@ -155,11 +155,10 @@ def _captured(program: Program) -> None:
 
 
 def _lowered(program: Program) -> None:
-    for op in ops_with_choices():
-        for name, graph in program.every_graph():
-            if graph.find_nodes(op="call_function", target=overload(op)) and (
-                program.implementations.get(op) != "reference"
-            ):
+    waiting = {op for op in ops_with_choices() if program.implementations.get(op) != "reference"}
+    for name, graph in program.every_graph():
+        for node in graph.nodes:
+            if (op := op_called(node.target)) in waiting:
                 raise ValueError(f"{name}: {op} has no implementation")
 
 

@@ -1,4 +1,4 @@
-"""What a device or an installation lacks."""
+"""Names for kinds of hardware, and what a device or an installation lacks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,23 @@ import torch
 
 Capability = tuple[int, int]
 """CUDA compute capability, as (9, 0)."""
-_PACKAGES = {"cudnn": "nvidia-cudnn-frontend", "transformer_engine": "transformer-engine"}
-"""What a module is installed as, where its name is another."""
+
+ARITHMETIC: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (9, 0))
+"""CUDA architectures that run our kernels and compute E2M1 as integers and floats."""
+E2M1: tuple[Capability, ...] = ((10, 0), (10, 3), (11, 0), (12, 0), (12, 1))
+"""CUDA architectures with instructions that convert to and multiply E2M1."""
+E2M1_PRODUCTS: tuple[Capability, ...] = ((10, 0), (10, 3), (11, 0), (12, 0))
+"""Those of `E2M1` for which Triton 3.6 and 3.7 compile the instruction that multiplies."""
+E4M3: tuple[Capability, ...] = ((8, 9), (9, 0), *E2M1)
+"""CUDA architectures that multiply E4M3."""
+
+_PACKAGES = {"cudnn": "nvidia-cudnn-frontend"}
+"""Packages of modules that have another name."""
+
+
+def package_of(module: str) -> str:
+    """The package that a module is installed with, as pip knows it."""
+    return _PACKAGES.get(module, module.replace("_", "-"))
 
 
 def lacking(
@@ -31,7 +46,7 @@ def lacking(
         return f"runs on {' and '.join(devices)}, not on {device.type}"
     for module in modules:
         if find_spec(module) is None:
-            return f"needs the package {_PACKAGES.get(module, module)}"
+            return f"needs the package {package_of(module)}"
     if device.type == "cuda":
         if not torch.cuda.is_available():
             return "no CUDA device is visible"
@@ -43,21 +58,10 @@ def lacking(
 
 
 def architectures(capabilities: Sequence[Capability]) -> str:
-    """Their names."""
+    """Their names, as ``sm_89, sm_90``."""
     return ", ".join(f"sm_{major}{minor}" for major, minor in capabilities)
 
 
-def where_it_runs(
-    how: str | None, able: Sequence[Capability] | None, among: Sequence[Capability]
-) -> str:
-    """How something runs on some architectures, in words; a dash where it does not.
-
-    Args:
-        how: in words, or None if not at all.
-        able: CUDA devices it runs on, or None for any.
-        among: those asked for; if it runs on a part of them, that part is named.
-    """
-    some = [each for each in among if able is None or each in able]
-    if how is None or not some:
-        return "–"
-    return how if len(some) == len(among) else f"{architectures(some)}: {how}"
+def has_e2m1(device: torch.device, among: Sequence[Capability] = E2M1) -> bool:
+    """Whether a device is one of those that know E2M1."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in among

@@ -1,20 +1,27 @@
-"""Which implementations an ``lltk::`` op has, and what each needs."""
+"""Which implementations an ``lltk::`` op has, and what each needs.
+
+An op is a folder of `lltk.ops` with an ``op.py``. Its implementations are the files in the folder
+that declare themselves; see `lltk.ops.declaration`.
+"""
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import lltk.ops
-from lltk.ops.hardware import Capability, architectures, lacking, where_it_runs
-from lltk.ops.nvfp4_backends import ARITHMETIC, BACKENDS, E2M1, Backend, check_backend
+from lltk.ops.declaration import Declaration, read_declaration
+from lltk.ops.hardware import Capability, lacking
 
 
 @dataclass(frozen=True)
@@ -24,99 +31,179 @@ class Implementation:
     Attributes:
         op: the op, as ``paged_attention``.
         name: what recipes call it.
-        where: ``module:function`` of the callable with the op's signature.
-        devices: device types it runs on.
-        modules: Python modules it needs beyond torch.
-        architectures: compute capabilities of CUDA devices, or None for any.
+        module: the Python module that holds it.
+        declared: what it says of itself.
     """
 
     op: str
     name: str
-    where: str
-    devices: tuple[str, ...]
-    modules: tuple[str, ...] = ()
-    architectures: tuple[Capability, ...] | None = None
+    module: str
+    declared: Declaration
 
     def load(self) -> Callable[..., Any]:
-        """The callable."""
-        module, _, function = self.where.partition(":")
-        found: Callable[..., Any] = getattr(import_module(module), function)
-        return found
+        """The callable, with the op's parameters.
+
+        Raises:
+            ValueError: the module cannot be imported, or defines no such function.
+        """
+        return _load(self.op, self.name)
 
     def missing(self, device: torch.device) -> str | None:
         """What the device or installation lacks to run it, or None."""
-        return lacking(device, self.devices, self.modules, self.architectures)
+        for each in self._all():
+            reason = lacking(device, each.devices, each.modules, each.architectures)
+            if reason is not None:
+                return reason
+        return None
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Device types that it and its parts run on."""
+        return tuple(d for d in ("cpu", "cuda") if all(d in each.devices for each in self._all()))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Python modules that it and its parts need."""
+        return tuple(dict.fromkeys(module for each in self._all() for module in each.modules))
+
+    @property
+    def architectures(self) -> tuple[Capability, ...] | None:
+        """CUDA devices that it and its parts run on, or None for any."""
+        stated = [each.architectures for each in self._all() if each.architectures is not None]
+        if not stated:
+            return None
+        return tuple(able for able in stated[0] if all(able in each for each in stated))
+
+    def _all(self) -> Iterator[Declaration]:
+        """Its declaration and those of its parts."""
+        yield self.declared
+        for op, name in self.declared.parts.items():
+            yield from find_implementation(op, name)._all()
 
 
-E4M3: tuple[Capability, ...] = ((8, 9), (9, 0), *E2M1)
-"""CUDA architectures that multiply E4M3."""
-_ANY = ("cpu", "cuda")
-_CUDNN_FP8 = (("cuda",), ("cudnn", "triton"), ((9, 0), *E2M1))
-"""What attention in FP8 needs: devices, modules and architectures."""
-_Paged = partial(Implementation, "paged_attention")
-_Nvfp4Paged = partial(Implementation, "nvfp4_paged_attention")
-_Causal = partial(Implementation, "block_causal_attention")
-_Matmul = partial(Implementation, "fp8_matmul")
-_Norm = partial(Implementation, "cached_norm_silu")
-_Fp8Attention = partial(Implementation, "fp8_quantise_attention")
-_Upsample = partial(Implementation, "upsample_residual")
-_Fp8Norm = partial(Implementation, "fp8_cached_norm_silu")
-_Fp8Conv = partial(Implementation, "fp8_conv3d")
-_OPS = "lltk.ops."
-_NVFP4_PAGED = _OPS + "nvfp4_paged_attention.triton"
-_PagedKernel = partial(
-    _Nvfp4Paged, devices=("cuda",), modules=("triton",), architectures=ARITHMETIC + E2M1
-)
+@cache
+def ops() -> tuple[str, ...]:
+    """Every op."""
+    found = pkgutil.iter_modules(lltk.ops.__path__)
+    return tuple(module.name for module in found if module.ispkg)
 
 
-def _rows(op: str, architectures: tuple[Capability, ...]) -> Iterator[Implementation]:
-    """Of an op whose formula compilers can fuse, and which has a kernel of ours."""
-    where = f"{_OPS}{op}."
-    yield Implementation(op, "reference", f"{where}op:{op}", _ANY)
-    yield Implementation(op, "torch", f"{where}reference:{op}", _ANY)
-    yield Implementation(
-        op, "triton", f"{where}triton:OVERLOAD", ("cuda",), ("triton",), architectures
+@cache
+def implementations(op: str) -> dict[str, Implementation]:
+    """An op's implementations by name, its reference first."""
+    package = f"{lltk.ops.__name__}.{op}"
+    folders = import_module(package).__path__
+    found = {}
+    for file in sorted(file for folder in folders for file in Path(folder).glob("*.py")):
+        declared = read_declaration(file)
+        if declared is not None:
+            name = "reference" if file.stem == "op" else file.stem
+            found[name] = Implementation(op, name, f"{package}.{file.stem}", declared)
+    return {"reference": found.pop("reference"), **found}
+
+
+def every_implementation() -> Iterator[Implementation]:
+    """The implementations of every op."""
+    for op in ops():
+        yield from implementations(op).values()
+
+
+def ops_with_choices() -> tuple[str, ...]:
+    """Ops that have more than their reference."""
+    return tuple(op for op in ops() if len(implementations(op)) > 1)
+
+
+def find_implementation(op: str, name: str) -> Implementation:
+    """An implementation of an op.
+
+    Args:
+        op: the op.
+        name: one of the op's own, or the path of another module that holds one, as
+            ``my_kernels.fast``.
+
+    Raises:
+        ValueError: there is none; lists those there are.
+    """
+    if "." in name:
+        return _in_module(op, name)
+    choices = implementations(op)
+    if name not in choices:
+        near = get_close_matches(name, choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{op} has no implementation {name!r} (it has {', '.join(choices)}){hint}")
+    return choices[name]
+
+
+def _in_module(op: str, module: str) -> Implementation:
+    """The implementation of an op that a module outside lltk holds."""
+    try:
+        spec = find_spec(module)
+    except ImportError as error:
+        raise ValueError(f"{op}: {module} cannot be imported: {error}") from error
+    if spec is None or spec.origin is None:
+        raise ValueError(f"{op}: there is no module {module}; add its folder to PYTHONPATH")
+    declared = read_declaration(Path(spec.origin))
+    if declared is None:
+        raise ValueError(
+            f"{op}: {spec.origin} declares no implementation; assign DECLARATION as "
+            "lltk.ops.declaration says"
+        )
+    return Implementation(op, module, module, declared)
+
+
+def preferred(op: str, names: Sequence[str] = ()) -> Implementation:
+    """The first of some names that an op has, or else its default."""
+    choices = implementations(op)
+    default = next((name for name, each in choices.items() if each.declared.default), "reference")
+    return choices[next((name for name in names if name in choices), default)]
+
+
+def load_parts(declared: Declaration) -> list[Callable[..., Any]]:
+    """The callables of what an implementation is made of, in the order of its declaration."""
+    return [find_implementation(op, name).load() for op, name in declared.parts.items()]
+
+
+@cache
+def _load(op: str, name: str) -> Callable[..., Any]:
+    if name == "reference":
+        return overload(op)
+    if not find_implementation(op, name).declared.opaque:
+        return function_of(op, name)
+    schema, operator = overload(op)._schema, f"{op}_{name.replace('.', '_')}"
+    made = torch.library.custom_op(
+        f"lltk::{operator}",
+        lambda *given: function_of(op, name)(*given),
+        mutates_args=[each.name for each in schema.arguments if each.is_write],
+        schema=str(schema).removeprefix(schema.name),
     )
+    made.register_fake(lambda *given: overload(op)(*given))
+    found: torch._ops.OpOverload = getattr(torch.ops.lltk, operator).default
+    return found
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    _Paged("reference", _OPS + "paged_attention.op:paged_attention", _ANY),
-    _Paged("sdpa", _OPS + "paged_attention.sdpa:sdpa", _ANY),
-    _Paged("cudnn", _OPS + "paged_attention.sdpa:cudnn", ("cuda",)),
-    _Paged("arena", _OPS + "paged_attention.arena:arena", _ANY),
-    _Causal("reference", _OPS + "block_causal_attention.op:block_causal_attention", _ANY),
-    _Causal("sdpa", _OPS + "block_causal_attention.sdpa:sdpa", _ANY),
-    _Causal("flex", _OPS + "block_causal_attention.flex:flex", ("cuda",), modules=("triton",)),
-    _Nvfp4Paged("reference", _OPS + "nvfp4_paged_attention.op:nvfp4_paged_attention", _ANY),
-    _Nvfp4Paged("decode", _OPS + "nvfp4_paged_attention.decode:decode", _ANY),
-    _PagedKernel("decode_triton", _NVFP4_PAGED + ":decode"),
-    _PagedKernel("triton", _NVFP4_PAGED + ":attention"),
-    _Nvfp4Paged("fp8_decode", _OPS + "nvfp4_paged_attention.fp8:fp8_decode", *_CUDNN_FP8),
-    *_rows("fp8_quantise", E4M3),
-    *_rows("fp8_quantise_norm", E4M3),
-    *_rows("fp8_quantise_add_norm", E4M3),
-    _Fp8Attention("reference", _OPS + "fp8_quantise_attention.op:fp8_quantise_attention", _ANY),
-    _Fp8Attention("fp8_decode", _OPS + "fp8_quantise_attention.fp8:fp8_decode", *_CUDNN_FP8),
-    *_rows("fp8_quantise_gelu", E4M3),
-    *_rows("gated_add", ARITHMETIC + E2M1),
-    *_rows("rms_norm_rope", ARITHMETIC + E2M1),
-    _Matmul("reference", _OPS + "fp8_matmul.op:fp8_matmul", _ANY),
-    _Matmul("scaled_mm", _OPS + "fp8_matmul.scaled_mm:fp8_matmul", ("cuda",), architectures=E4M3),
-    _Norm("reference", _OPS + "cached_norm_silu.op:cached_norm_silu", _ANY),
-    _Norm("triton", _OPS + "cached_norm_silu.triton:OVERLOAD", ("cuda",), ("triton",)),
-    _Upsample("reference", _OPS + "upsample_residual.op:upsample_residual", _ANY),
-    _Upsample("triton", _OPS + "upsample_residual.triton:OVERLOAD", ("cuda",), ("triton",)),
-    _Fp8Norm("reference", _OPS + "fp8_cached_norm_silu.op:fp8_cached_norm_silu", _ANY),
-    _Fp8Norm("triton", _OPS + "fp8_cached_norm_silu.triton:OVERLOAD", ("cuda",), ("triton",), E4M3),
-    _Fp8Conv("reference", _OPS + "fp8_conv3d.op:fp8_conv3d", _ANY),
-    _Fp8Conv(
-        "triton",
-        _OPS + "fp8_conv3d.triton:OVERLOAD",
-        ("cuda",),
-        ("triton",),
-        ((9, 0), (10, 0), (10, 3)),
-    ),
-)
+@cache
+def function_of(op: str, name: str) -> Callable[..., Any]:
+    """The function in an implementation's file, which is imported.
+
+    Raises:
+        ValueError: the file cannot be imported, or defines no function with the op's parameters.
+    """
+    implementation = find_implementation(op, name)
+    try:
+        module = import_module(implementation.module)
+    except ImportError as error:
+        raise ValueError(f"{op}: {implementation.module} cannot be imported: {error}") from error
+    function: Callable[..., Any] | None = getattr(module, op, None)
+    wanted = [argument.name for argument in overload(op)._schema.arguments]
+    if function is None or _parameters(function) != wanted:
+        raise ValueError(f"{module.__file__}: define a function {op}({', '.join(wanted)})")
+    return function
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    if isinstance(function, torch._ops.OpOverload):
+        return [argument.name for argument in function._schema.arguments]
+    return list(inspect.signature(function).parameters)
 
 
 def check_device(
@@ -133,12 +220,9 @@ def check_device(
         ValueError: says what is lacking and what the device has.
     """
     for op, name in chosen.items():
-        if op == "nvfp4":
-            check_backend(name, device)
-            continue
         reason = find_implementation(op, name).missing(device)
         if reason is not None:
-            able = [c.name for c in IMPLEMENTATIONS if c.op == op and not c.missing(device)]
+            able = [n for n, each in implementations(op).items() if not each.missing(device)]
             slow = f", or leave out the pass that makes {op}" if able == ["reference"] else ""
             raise ValueError(
                 f"{op}: {name} {reason}; {device.type} has {' and '.join(able) or 'none'}: set "
@@ -146,38 +230,10 @@ def check_device(
             )
 
 
-def capability_table() -> Iterator[dict[str, str]]:
-    """How each backend runs each NVFP4 op on which hardware, and what reads the NVFP4 cache."""
-    for backend in BACKENDS.values():
-        for op, way in backend.ops.items():
-            yield _by_hardware(backend, op, "float32 in torch", way.arithmetic, way.native)
-    for reader in IMPLEMENTATIONS:
-        if reader.op == "nvfp4_paged_attention":
-            yield _by_hardware(reader, reader.op, "runs", "runs", "runs")
-
-
-def _by_hardware(
-    runs: Backend | Implementation, op: str, cpu: str, arithmetic: str | None, native: str
-) -> dict[str, str]:
-    return {
-        "op": op,
-        "backend": runs.name,
-        "cpu": cpu if "cpu" in runs.devices else "–",
-        architectures(ARITHMETIC): where_it_runs(arithmetic, runs.architectures, ARITHMETIC),
-        architectures(E2M1): where_it_runs(native, runs.architectures, E2M1),
-    }
-
-
-def ops_with_choices() -> Iterator[str]:
-    """Ops that `lower` chooses an implementation for."""
-    yield from dict.fromkeys(choice.op for choice in IMPLEMENTATIONS)
-
-
 def register_ops() -> None:
     """Import every op, so that ``torch.ops.lltk`` has it."""
-    for module in pkgutil.iter_modules(lltk.ops.__path__, "lltk.ops."):
-        if module.ispkg:
-            import_module(f"{module.name}.op")
+    for op in ops():
+        overload(op)
 
 
 def overload(op: str) -> torch._ops.OpOverload:
@@ -186,15 +242,9 @@ def overload(op: str) -> torch._ops.OpOverload:
     return found
 
 
-def find_implementation(op: str, name: str) -> Implementation:
-    """The implementation of ``op`` called ``name``.
-
-    Raises:
-        ValueError: there is none; lists those there are.
-    """
-    choices = {choice.name: choice for choice in IMPLEMENTATIONS if choice.op == op}
-    if name not in choices:
-        near = get_close_matches(name, choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{op} has no implementation {name!r} (it has {', '.join(choices)}){hint}")
-    return choices[name]
+def op_called(target: object) -> str | None:
+    """The name of the op that a graph node's target is, or None if it is something else."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    namespace, _, name = target._schema.name.partition("::")
+    return name if namespace == "lltk" and name in ops() else None

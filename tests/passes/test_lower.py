@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import (
@@ -36,7 +39,7 @@ LOWERED = """
 def score_block(q: f32[1, 24, 1, 3]):
     # attn1
     block_causal_attention: f32[1, 24, 1, 3] = \
-lltk.ops.block_causal_attention.sdpa.sdpa(q, q, q, 8, False)
+lltk.ops.block_causal_attention.sdpa.block_causal_attention(q, q, q, 8, False)
     return (block_causal_attention,)
 """
 OPS = {"train": "block_causal_attention", "score": "block_causal_attention"} | {
@@ -71,33 +74,15 @@ def test_matches_are_one_a_region_however_many_layers(kind: Kind, layers: int) -
     program = after(regional(kind, layers), "lower")
     assert program.log[-1].matches == {f"{op} → sdpa": 1}
     assert program.implementations == {op: "sdpa"}
-    assert program.log[-1].config == {
-        "paged_attention": "sdpa",
-        "block_causal_attention": "sdpa",
-        "nvfp4_paged_attention": "decode",
-        "fp8_quantise": "reference",
-        "fp8_quantise_norm": "reference",
-        "fp8_quantise_add_norm": "reference",
-        "fp8_quantise_gelu": "reference",
-        "fp8_quantise_attention": "reference",
-        "fp8_cached_norm_silu": "reference",
-        "fp8_conv3d": "reference",
-        "fp8_matmul": "reference",
-        "cached_norm_silu": "reference",
-        "upsample_residual": "reference",
-        "gated_add": "reference",
-        "rms_norm_rope": "reference",
-        "nvfp4": "reference",
-    }
+    config = program.log[-1].config
+    assert config.pop("prefer") == [] and set(config.values()) == {None}
     for _, graph in program.every_graph():
         assert not graph.find_nodes(op="call_function", target=overload(op))
 
 
 def test_a_choice_for_an_op_that_is_not_there_is_refused() -> None:
-    """Defaults may be written out."""
     before = regional("stream")
-    after(before, {"lower": {"nvfp4_paged_attention": "decode", "fp8_quantise": "reference"}})
-    message = refused(after, before, {"lower": {"nvfp4_paged_attention": "triton"}})
+    message = refused(after, before, {"lower": {"nvfp4_paged_attention": "decode"}})
     assert message == (
         "lower: nvfp4_paged_attention: there is no such op to choose for; remove the key, or add "
         "the pass that makes the op (there is paged_attention)"
@@ -132,18 +117,105 @@ def uncausal(program: Program) -> Program:
     [
         (
             {"block_causal_attention": "spda"},
-            "block_causal_attention has no implementation 'spda' (it has reference, sdpa, flex); "
+            "block_causal_attention has no implementation 'spda' (it has reference, flex, sdpa); "
             "did you mean 'sdpa'?",
         ),
         (
             {"paged_attention": "flex"},
-            "paged_attention has no implementation 'flex' (it has reference, sdpa, cudnn",
+            "paged_attention has no implementation 'flex' (it has reference, arena, cudnn",
         ),
     ],
 )
 def test_unknown_implementations_are_refused(options: dict[str, str], message: str) -> None:
     """Even for an op that the program does not hold."""
     assert message in refused(after, made(), {"lower": options})
+
+
+def test_ops_without_a_key_take_what_is_preferred() -> None:
+    """The first name that an op has, unless its key says another."""
+    before = regional("stream")
+    program = after(before, {"lower": {"prefer": ["arena"]}})
+    assert program.implementations == {"paged_attention": "arena"}
+    program = after(before, {"lower": {"prefer": ["reference"]}})
+    assert program.implementations == {"paged_attention": "reference"}
+    for options in (
+        {"prefer": ["reference", "arena"]},
+        {"prefer": ["arena"], "paged_attention": "sdpa"},
+    ):
+        message = refused(after, before, {"lower": options})
+        assert message == (
+            "lower: prefer: no op of this program has taken arena; remove the name (there is "
+            "paged_attention)"
+        )
+
+
+def test_unknown_names_are_not_preferred() -> None:
+    message = refused(after, regional("stream"), {"lower": {"prefer": ["tritn"]}})
+    assert "prefer: no op has an implementation 'tritn' (there is arena, cudnn," in message
+
+
+@pytest.mark.parametrize(("name", "new"), [("triton", "triton"), ("te", "te, triton")])
+def test_the_key_of_before_names_the_new_one(name: str, new: str) -> None:
+    message = refused(after, regional("stream"), {"lower": {"nvfp4": name}})
+    assert message == (
+        f"passes: lower: nvfp4 is no key any more: write prefer: [{new}] in its place"
+    )
+
+
+OWN = """
+from lltk.ops.declaration import Declaration, Exactness
+from lltk.ops.paged_attention.reference import attention, gather
+
+DECLARATION = Declaration(Exactness.BITWISE, "keys and values by hand")
+
+
+def paged_attention(q, k, v, k_pages, v_pages, table):
+    return attention(q, gather(k, k_pages, table), gather(v, v_pages, table))
+"""
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_a_module_of_the_users_runs_an_op(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opaque: bool
+) -> None:
+    folder = tmp_path / f"my_kernels_{opaque}"
+    folder.mkdir()
+    (folder / "fast.py").write_text(OWN.replace('hand")', f'hand", opaque={opaque})'))
+    monkeypatch.syspath_prepend(tmp_path)
+    name, before = f"{folder.name}.fast", regional("stream")
+    program = after(before, {"lower": {"paged_attention": name}})
+    assert program.implementations == {"paged_attention": name}
+    assert program.log[-1].matches == {f"paged_attention → {name}": 1}
+    operator = f"lltk.paged_attention_{folder.name}_fast.default("
+    called = operator if opaque else f"{name}.paged_attention("
+    assert any(called in graph for graph in texts(program).values())
+    given = inputs(program, "step")
+    assert same(run(program, "step", given), run(before, "step", given))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "passes: lower: paged_attention: there is no module my_kernels_bad.own; add its"),
+        ("", "own.py declares no implementation; assign DECLARATION"),
+        (
+            OWN.replace("table)", "pages)", 1),
+            "own.py: define a function paged_attention(q, k, v,",
+        ),
+        (OWN.replace("attention.reference", "attention.nowhere"), "my_kernels_bad.own cannot be"),
+    ],
+)
+def test_modules_that_do_not_fit_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, said: str
+) -> None:
+    (tmp_path / "my_kernels_bad").mkdir()
+    if text is not None:
+        (tmp_path / "my_kernels_bad" / "own.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("my_kernels_bad", "my_kernels_bad.own"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    name = "my_kernels_bad.own"
+    assert said in refused(after, regional("stream"), {"lower": {"paged_attention": name}})
 
 
 def test_unknown_ops_are_refused() -> None:
@@ -157,7 +229,7 @@ def test_gpu_implementations_transform_here_but_do_not_run(kind: Kind, name: str
     """A laptop can make a program for a GPU; running it says what this device has."""
     program = after(regional(kind), {"lower": {OPS[kind]: name}})
     assert program.log[-1].matches == {f"{OPS[kind]} → {name}": 1}
-    able = "reference and sdpa and arena" if kind == "stream" else "reference and sdpa"
+    able = "reference and arena and sdpa" if kind == "stream" else "reference and sdpa"
     assert refused(instantiate, program) == (
         f"{OPS[kind]}: {name} runs on cuda, not on cpu; cpu has {able}: "
         f"set {OPS[kind]} of the recipe's lower pass"

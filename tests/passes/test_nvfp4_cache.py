@@ -125,7 +125,10 @@ def test_layers_share_a_region(smoothing: bool) -> None:
     named = {name for name in program.regions["step_block"].inputs if "pages" in name}
     parts = ["codes", "scales", "decode_scales", *(["means"] if smoothing else [])]
     assert named == {f"{name}_pages_{part}" for name in "kv" for part in parts}
-    assert program.implementations == {"nvfp4_paged_attention": "decode", "nvfp4": "reference"}
+    assert program.implementations == {
+        "nvfp4_paged_attention": "decode",
+        "nvfp4_write_page": "reference",
+    }
 
 
 def paged(program: Program, values: dict[str, Tensor], rule: str) -> dict[str, Tensor]:
@@ -268,6 +271,7 @@ def test_gpu_implementations_transform_here() -> None:
     program = after(before, {"lower": {"nvfp4_paged_attention": "triton"}})
     assert not any(calls(graph, NVFP4_PAGED_ATTENTION) for _, graph in program.every_graph())
     assert refused(instantiate, program) == (
-        "nvfp4_paged_attention: triton runs on cuda, not on cpu; cpu has reference and decode: "
+        "nvfp4_paged_attention: triton runs on cuda, not on cpu; cpu has reference and decode and "
+        "fp8_decode_torch: "
         "set nvfp4_paged_attention of the recipe's lower pass"
     )

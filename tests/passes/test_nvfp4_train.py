@@ -173,9 +173,18 @@ def test_memory_counts_the_weights_values() -> None:
 def test_layers_share_a_region() -> None:
     program = trained(3, "regionalise", "lower")
     assert set(program.regions) == {"train_block", "weights_block"}
-    assert program.implementations["nvfp4"] == "reference"
-    backends = [line for line in texts(program)["train_block"].splitlines() if "lltk.nvfp4" in line]
-    assert backends and all("backend='reference'" in line for line in backends)
+    quantised = {op: name for op, name in program.implementations.items() if "nvfp4" in op}
+    assert quantised == dict.fromkeys(
+        ("nvfp4_quantise", "nvfp4_quantise_transposed", "nvfp4_transpose", "nvfp4_linear"),
+        "reference",
+    )
+    kernels = trained(3, "regionalise", {"lower": {"prefer": ["te", "triton"]}})
+    assert {op: kernels.implementations[op] for op in quantised} == dict.fromkeys(
+        quantised, "triton"
+    ) | {"nvfp4_linear": "te"}
+    calls = [line for line in texts(kernels)["train_block"].splitlines() if "lltk.nvfp4" in line]
+    assert all("_triton.default(" in line or "linear_te.default(" in line for line in calls)
+    assert any("lltk.nvfp4_linear_te.default(" in line for line in calls)
 
 
 def test_what_is_kept_is_told() -> None:

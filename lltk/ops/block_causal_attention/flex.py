@@ -7,6 +7,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lltk.ops.block_causal_attention.reference import attended
+from lltk.ops.declaration import Declaration, Exactness
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "torch's FlexAttention, compiled; skips blocks that are masked",
+    devices=("cuda",),
+    modules=("triton",),
+)
 
 BLOCK = 128
 """Tokens of a FlexAttention block."""
@@ -14,7 +22,9 @@ BLOCK = 128
 _flex_attention = torch.compile(flex_attention)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool) -> Tensor:
+def block_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool
+) -> Tensor:
     """`reference.block_causal_attention` by FlexAttention's compiled kernel; differentiable."""
     blocks = block_mask(q.shape[1], chunk_tokens, teacher_forcing, q.device)
     queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))

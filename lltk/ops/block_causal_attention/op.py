@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from lltk.ops.block_causal_attention import reference
+from lltk.ops.declaration import Declaration, Exactness
+
+DECLARATION = Declaration(Exactness.REFERENCE, "one masked softmax, summed in float32")
 
 
 @torch.library.custom_op("lltk::block_causal_attention", mutates_args=())

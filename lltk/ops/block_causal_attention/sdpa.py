@@ -7,9 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lltk.ops.block_causal_attention.reference import attended, spans
+from lltk.ops.declaration import Declaration, Exactness
+
+DECLARATION = Declaration(Exactness.ROUNDING, "torch's attention, chunk by chunk", default=True)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool) -> Tensor:
+def block_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool
+) -> Tensor:
     """`reference.block_causal_attention`; every chunk attends densely to the keys it may see."""
     queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))
     parts = []

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from lltk.ops.cached_norm_silu import reference
+from lltk.ops.declaration import Declaration, Exactness
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
 @torch.library.custom_op("lltk::cached_norm_silu", mutates_args=())

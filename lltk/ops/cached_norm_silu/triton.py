@@ -9,12 +9,16 @@ from torch import Tensor
 
 from lltk.ops.cached_norm_silu.op import empty_results
 from lltk.ops.cached_norm_silu.reference import EPS
+from lltk.ops.declaration import Declaration, Exactness
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING, "sums in another order", devices=("cuda",), modules=("triton",), opaque=True
+)
 
 ELEMENTS = 4096
 """What a program holds at once."""
 
 
-@torch.library.custom_op("lltk::cached_norm_silu_triton", mutates_args=())
 def cached_norm_silu(
     x: Tensor,
     gamma: Tensor,
@@ -56,12 +60,6 @@ def cached_norm_silu(
             KEEP=keep,
         )
     return made
-
-
-cached_norm_silu.register_fake(empty_results)
-
-OVERLOAD = torch.ops.lltk.cached_norm_silu_triton.default
-"""The op as a graph node's target."""
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -12,7 +12,17 @@ import cudnn
 import torch
 from torch import Tensor
 
+from lltk.ops.declaration import E2M1, Declaration, Exactness
 from lltk.ops.floats import E4M3_MAX
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "probabilities in E4M3, from 1/448 on",
+    devices=("cuda",),
+    modules=("cudnn",),
+    architectures=((9, 0), *E2M1),
+    opaque=True,
+)
 
 _ONE = ("descale_q", "descale_k", "descale_v")
 """Operands are taken as they stand."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_attention import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "softmax in float32, the result rounded to E4M3")
 
 
 @torch.library.custom_op("lltk::fp8_attention", mutates_args=())
 def fp8_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
-    """See `reference.fp8_attention`; by cuDNN on a GPU."""
-    if q.is_cuda:
-        from lltk.ops.fp8_attention import cudnn
-
-        return cudnn.fp8_attention(q, k, v, scale)
+    """See `reference.fp8_attention`."""
     return reference.fp8_attention(q, k, v, scale)
 
 
@@ -22,3 +21,7 @@ def fp8_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
 def _(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
     torch._check(k.shape == v.shape and q.shape[2:] == k.shape[2:])
     return q.new_empty(q.shape)
+
+
+OVERLOAD = torch.ops.lltk.fp8_attention.default
+"""The op as a graph node's target."""

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from lltk.ops.cached_norm_silu.op import checked_cache
 from lltk.ops.cached_norm_silu.reference import CACHED
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_cached_norm_silu import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
 @torch.library.custom_op("lltk::fp8_cached_norm_silu", mutates_args=())

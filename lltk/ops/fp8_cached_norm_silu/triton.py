@@ -9,13 +9,22 @@ from torch import Tensor
 
 from lltk.ops.cached_norm_silu.reference import EPS
 from lltk.ops.cached_norm_silu.triton import ELEMENTS, channels_last, load_weights, norm_silu
+from lltk.ops.declaration import E4M3, Declaration, Exactness
 from lltk.ops.floats import E4M3_MAX
 from lltk.ops.fp8_cached_norm_silu.op import empty_results
 from lltk.ops.triton_floats import reciprocal
 from lltk.ops.triton_rows import converts_e4m3, e4m3_codes
 
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "sums in another order",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=E4M3,
+    opaque=True,
+)
 
-@torch.library.custom_op("lltk::fp8_cached_norm_silu_triton", mutates_args=())
+
 def fp8_cached_norm_silu(
     x: Tensor,
     gamma: Tensor,
@@ -61,12 +70,6 @@ def fp8_cached_norm_silu(
             NATIVE=converts_e4m3(x.device),
         )
     return made
-
-
-fp8_cached_norm_silu.register_fake(empty_results)
-
-OVERLOAD = torch.ops.lltk.fp8_cached_norm_silu_triton.default
-"""The op as a graph node's target."""
 
 
 @triton.jit(do_not_specialize=["frames", "height", "columns", "cached"])

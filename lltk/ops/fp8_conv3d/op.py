@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_conv3d import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "decodes operands to float32")
 
 
 @torch.library.custom_op("lltk::fp8_conv3d", mutates_args=())

@@ -8,8 +8,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_conv3d.op import empty_result
 from lltk.ops.fp8_conv3d.reference import TAPS
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "summed as tensor cores do, with about 14 bits",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=((9, 0), (10, 0), (10, 3)),
+    opaque=True,
+)
 
 _PIXELS = 128
 """Of a tile."""
@@ -21,7 +31,6 @@ _GROUP = 16
 """Tiles of pixels that read the same weights one after another."""
 
 
-@torch.library.custom_op("lltk::fp8_conv3d_triton", mutates_args=())
 def fp8_conv3d(
     frames: Tensor,
     scale: Tensor,
@@ -72,12 +81,6 @@ def fp8_conv3d(
             num_stages=4,
         )
     return out
-
-
-fp8_conv3d.register_fake(empty_result)
-
-OVERLOAD = torch.ops.lltk.fp8_conv3d_triton.default
-"""The op as a graph node's target."""
 
 
 @triton.jit(do_not_specialize=["batch", "count", "height", "columns"])

@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lltk.ops.declaration import E4M3, Declaration, Exactness
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "summed as tensor cores do, rounded to bfloat16",
+    devices=("cuda",),
+    architectures=E4M3,
+)
+
 _MULTIPLE = 16
 """What K and N must be a multiple of."""
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_quantise import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
 @torch.library.custom_op("lltk::fp8_quantise", mutates_args=())

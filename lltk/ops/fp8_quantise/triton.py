@@ -7,11 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import E4M3, Declaration, Exactness
 from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, rows_of, store_fp8_row
 
+DECLARATION = Declaration(
+    Exactness.BITWISE,
+    "a row a program",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=E4M3,
+    opaque=True,
+)
 
-@torch.library.custom_op("lltk::fp8_quantise_triton", mutates_args=())
+
 def fp8_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.fp8_quantise`."""
     width = x.shape[-1]
@@ -28,13 +37,6 @@ def fp8_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
             **row_options(width),
         )
     return values, scales
-
-
-fp8_quantise.register_fake(new_fp8)
-
-
-OVERLOAD = torch.ops.lltk.fp8_quantise_triton.default
-"""The op as a graph node's target."""
 
 
 @triton.jit

@@ -7,13 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import E4M3, Declaration, Exactness
 from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.fp8_quantise_norm.triton import normed
 from lltk.ops.gated_add.triton import gated_sum
 from lltk.ops.triton_rows import converts_e4m3, row_options, rows_of, store_fp8_row, store_row
 
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "a row a program; sums in another order",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=E4M3,
+    opaque=True,
+)
 
-@torch.library.custom_op("lltk::fp8_quantise_add_norm_triton", mutates_args=())
+
 def fp8_quantise_add_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,17 +55,6 @@ def fp8_quantise_add_norm(
             **row_options(width),
         )
     return total, values, scales
-
-
-@fp8_quantise_add_norm.register_fake
-def _(
-    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (torch.empty(x.shape, dtype=x.dtype, device=x.device), *new_fp8(x))
-
-
-OVERLOAD = torch.ops.lltk.fp8_quantise_add_norm_triton.default
-"""The op as a graph node's target."""
 
 
 @triton.jit

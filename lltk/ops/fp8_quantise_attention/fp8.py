@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from lltk.ops.fp8_quantise_centred.op import fp8_quantise_centred
-from lltk.ops.nvfp4_paged_attention.fp8 import centred
+from lltk.ops.nvfp4_paged_attention.fp8 import Kernel, centred
 from lltk.ops.nvfp4_paged_attention.reference import Pages
 
 
-def fp8_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_codes: Tensor,
-    k_scales: Tensor,
-    k_decode_scales: Tensor,
-    k_means: Tensor | None,
-    v_codes: Tensor,
-    v_scales: Tensor,
-    v_decode_scales: Tensor,
-    v_means: Tensor | None,
-    table: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`lltk::fp8_quantise_attention` of what `nvfp4_paged_attention.fp8.fp8_decode` gives."""
-    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
-    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
-    return fp8_quantise_centred(*centred(q, k, v, k_pages, v_pages, table), q.dtype)
+def compose(
+    module: str, gather_fp8: Kernel, fp8_attention: Kernel, quantise_centred: Kernel
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """An implementation of `lltk::fp8_quantise_attention` whose operands are rounded to E4M3.
+
+    It quantises what `lltk.ops.nvfp4_paged_attention.fp8.compose` gives.
+
+    Args:
+        module: the Python module that the implementation belongs to.
+        gather_fp8, fp8_attention, quantise_centred: implementations of `nvfp4_gather_fp8`,
+            `fp8_attention` and `fp8_quantise_centred`.
+    """
+
+    def fp8_quantise_attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_codes: Tensor,
+        k_scales: Tensor,
+        k_decode_scales: Tensor,
+        k_means: Tensor | None,
+        v_codes: Tensor,
+        v_scales: Tensor,
+        v_decode_scales: Tensor,
+        v_means: Tensor | None,
+        table: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
+        v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
+        found = centred(gather_fp8, fp8_attention, q, k, v, k_pages, v_pages, table)
+        values, scales = quantise_centred(*found, q.dtype)
+        return values, scales
+
+    fp8_quantise_attention.__module__ = module
+    return fp8_quantise_attention

@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.fp8_quantise_attention import reference
 from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as ATTENTION
 from lltk.ops.nvfp4_paged_attention.reference import Pages
+
+DECLARATION = Declaration(
+    Exactness.REFERENCE, "nvfp4_paged_attention's reference, then fp8_quantise's"
+)
 
 
 @torch.library.custom_op("lltk::fp8_quantise_attention", mutates_args=())

@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.fp8_quantise_centred import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
 @torch.library.custom_op("lltk::fp8_quantise_centred", mutates_args=())
 def fp8_quantise_centred(
     x: Tensor, scale: Tensor, centre: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.fp8_quantise_centred`; a kernel on a GPU."""
-    if x.is_cuda:
-        from lltk.ops.fp8_quantise_centred import triton
-
-        return triton.fp8_quantise_centred(x, scale, centre, dtype)
+    """See `reference.fp8_quantise_centred`."""
     return reference.fp8_quantise_centred(x, scale, centre, dtype)
 
 
@@ -26,3 +25,7 @@ def _(x: Tensor, scale: Tensor, centre: Tensor, dtype: torch.dtype) -> tuple[Ten
     batch, _, heads, width = x.shape
     torch._check(tuple(centre.shape) == (batch, 1, heads, width))
     return new_fp8(x.flatten(2))
+
+
+OVERLOAD = torch.ops.lltk.fp8_quantise_centred.default
+"""The op as a graph node's target."""

@@ -7,9 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.triton_floats import decode_e4m3, reciprocal
 from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, store_fp8_row
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "a row a program; multiplies by the scale's reciprocal",
+    devices=("cuda",),
+    modules=("triton",),
+    opaque=True,
+)
 
 _KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.fp8_quantise_gelu import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
 @torch.library.custom_op("lltk::fp8_quantise_gelu", mutates_args=())

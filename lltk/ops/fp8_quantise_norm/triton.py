@@ -7,11 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import E4M3, Declaration, Exactness
 from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, rows_of, store_fp8_row
 
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "a row a program; sums in another order",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=E4M3,
+    opaque=True,
+)
 
-@torch.library.custom_op("lltk::fp8_quantise_norm_triton", mutates_args=())
+
 def fp8_quantise_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`reference.fp8_quantise_norm`, but as sums are rounded."""
     width = x.shape[-1]
@@ -34,15 +43,6 @@ def fp8_quantise_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tu
             **row_options(width),
         )
     return values, scales
-
-
-@fp8_quantise_norm.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return new_fp8(x)
-
-
-OVERLOAD = torch.ops.lltk.fp8_quantise_norm_triton.default
-"""The op as a graph node's target."""
 
 
 @triton.jit

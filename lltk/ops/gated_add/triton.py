@@ -7,10 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.triton_rows import load_row, row_options, rows_of, store_row
 
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "a row a program; sum and product may be rounded at once",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=(*ARITHMETIC, *E2M1),
+    opaque=True,
+)
 
-@torch.library.custom_op("lltk::gated_add_triton", mutates_args=())
+
 def gated_add(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """`reference.gated_add`; its sum and product may be rounded at once."""
     width = x.shape[-1]
@@ -31,15 +40,6 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
             **row_options(width),
         )
     return total
-
-
-@gated_add.register_fake
-def _(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-OVERLOAD = torch.ops.lltk.gated_add_triton.default
-"""The op as a graph node's target."""
 
 
 @triton.jit

@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.nvfp4_backends import implementation
+from lltk.ops.declaration import Declaration, Exactness
+from lltk.ops.hadamard import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
 @torch.library.custom_op("lltk::hadamard", mutates_args=())
-def hadamard(x: Tensor, signs: list[int], backend: str = "reference") -> Tensor:
+def hadamard(x: Tensor, signs: list[int]) -> Tensor:
     """See `reference.hadamard`."""
-    found: Tensor = implementation("hadamard", backend)(x, signs)
-    return found
+    return reference.hadamard(x, signs)
 
 
 @hadamard.register_fake
-def _(x: Tensor, signs: list[int], backend: str = "reference") -> Tensor:
+def _(x: Tensor, signs: list[int]) -> Tensor:
     torch._check(x.shape[-1] % len(signs) == 0)
     return x.new_empty(x.shape)
 

@@ -7,8 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.nvfp4_quantise.triton import check_dtype
 from lltk.ops.triton_floats import is_finite
+
+DECLARATION = Declaration(
+    Exactness.BITWISE,
+    "butterflies in the reference's order",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=(*ARITHMETIC, *E2M1),
+    opaque=True,
+)
 
 _ELEMENTS = 4096
 

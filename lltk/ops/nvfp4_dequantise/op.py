@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.nvfp4_backends import implementation
+from lltk.ops.declaration import Declaration, Exactness
+from lltk.ops.nvfp4_dequantise import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
 @torch.library.custom_op("lltk::nvfp4_dequantise", mutates_args=())
@@ -14,12 +17,9 @@ def nvfp4_dequantise(
     scales: Tensor,
     decode_scale: Tensor,
     dtype: torch.dtype = torch.float32,
-    backend: str = "reference",
 ) -> Tensor:
     """See `reference.nvfp4_dequantise`."""
-    run = implementation("nvfp4_dequantise", backend)
-    found: Tensor = run(codes, scales, decode_scale, dtype)
-    return found
+    return reference.nvfp4_dequantise(codes, scales, decode_scale, dtype)
 
 
 @nvfp4_dequantise.register_fake
@@ -28,7 +28,6 @@ def _(
     scales: Tensor,
     decode_scale: Tensor,
     dtype: torch.dtype = torch.float32,
-    backend: str = "reference",
 ) -> Tensor:
     *rows, half = codes.shape
     return codes.new_empty((*rows, 2 * half), dtype=dtype)

@@ -7,7 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.triton_floats import decode_e2m1, decode_e4m3, unpack
+
+DECLARATION = Declaration(
+    Exactness.BITWISE,
+    "decodes by arithmetic",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=(*ARITHMETIC, *E2M1),
+    opaque=True,
+)
 
 _AMOUNT = 256
 

@@ -13,90 +13,98 @@ of the activation, backward keeps the 4-bit transpose alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lltk.ops.nvfp4_matmul.op import nvfp4_matmul
-from lltk.ops.nvfp4_quantise.op import nvfp4_quantise
-from lltk.ops.nvfp4_quantise_transposed.op import nvfp4_quantise_transposed
+from lltk.ops.declaration import Declaration, Exactness
+from lltk.ops.nvfp4_matmul.op import OVERLOAD as MATMUL
+from lltk.ops.nvfp4_quantise.op import OVERLOAD as QUANTISE
+from lltk.ops.nvfp4_quantise_transposed.op import OVERLOAD as QUANTISE_TRANSPOSED
+
+DECLARATION = Declaration(Exactness.REFERENCE, "the references of its three ops")
 
 
-@torch.library.custom_op("lltk::nvfp4_linear", mutates_args=())
-def nvfp4_linear(
-    x: Tensor,
-    weight: Tensor,
-    x_codes: Tensor,
-    x_scales: Tensor,
-    x_scale: Tensor,
-    xt_codes: Tensor,
-    xt_scales: Tensor,
-    xt_scale: Tensor,
-    w_codes: Tensor,
-    w_scales: Tensor,
-    w_scale: Tensor,
-    wt_codes: Tensor,
-    wt_scales: Tensor,
-    seed: Tensor,
-    stream: int,
-    stochastic: bool,
-    rule: str,
-    signs: list[int],
-    backend: str = "reference",
-) -> Tensor:
-    """x · Wᵀ from NVFP4 operands.
+def compose(name: str, parts: Iterable[Callable[..., Any]]) -> torch._ops.OpOverload:
+    """An implementation, as an operator of torch's with a gradient.
 
     Args:
-        x: [..., K], and weight: [N, K]; only their shapes, dtypes and gradients matter.
-        x_codes, x_scales, x_scale: x in NVFP4.
-        xt_codes, xt_scales, xt_scale: x as `nvfp4_quantise_transposed` has it, [K, L].
-        w_codes, w_scales, w_scale: W in NVFP4, of 16×16 tiles.
-        wt_codes, wt_scales: its transpose, [K, N].
-        seed: int64 [2], of stochastic rounding; see `lltk.ops.philox.uniform`.
-        stream: this layer's first random sequence; it uses two.
-        stochastic: whether output gradients are rounded stochastically.
-        rule: Four Over Six rule of output gradients.
-        signs: of the Hadamard transform; none for no transform.
-        backend: of every op here and in the gradient.
-
-    Returns:
-        [..., N] in x's dtype.
+        name: of the operator, in ``lltk::``.
+        parts: implementations of `nvfp4_quantise`, `nvfp4_quantise_transposed` and `nvfp4_matmul`.
     """
-    return nvfp4_matmul(x_codes, x_scales, x_scale, w_codes, w_scales, w_scale, x.dtype, backend)
+    quantise, quantise_transposed, matmul = parts
 
+    @torch.library.custom_op(f"lltk::{name}", mutates_args=())
+    def nvfp4_linear(
+        x: Tensor,
+        weight: Tensor,
+        x_codes: Tensor,
+        x_scales: Tensor,
+        x_scale: Tensor,
+        xt_codes: Tensor,
+        xt_scales: Tensor,
+        xt_scale: Tensor,
+        w_codes: Tensor,
+        w_scales: Tensor,
+        w_scale: Tensor,
+        wt_codes: Tensor,
+        wt_scales: Tensor,
+        seed: Tensor,
+        stream: int,
+        stochastic: bool,
+        rule: str,
+        signs: list[int],
+    ) -> Tensor:
+        """x · Wᵀ from NVFP4 operands.
 
-@nvfp4_linear.register_fake
-def _(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
-    torch._check(x.shape[-1] == weight.shape[1])
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+        Args:
+            x: [..., K], and weight: [N, K]; only their shapes, dtypes and gradients matter.
+            x_codes, x_scales, x_scale: x in NVFP4.
+            xt_codes, xt_scales, xt_scale: x as `nvfp4_quantise_transposed` has it, [K, L].
+            w_codes, w_scales, w_scale: W in NVFP4, of 16×16 tiles.
+            wt_codes, wt_scales: its transpose, [K, N].
+            seed: int64 [2], of stochastic rounding; see `lltk.ops.philox.uniform`.
+            stream: this layer's first random sequence; it uses two.
+            stochastic: whether output gradients are rounded stochastically.
+            rule: Four Over Six rule of output gradients.
+            signs: of the Hadamard transform; none for no transform.
+
+        Returns:
+            [..., N] in x's dtype.
+        """
+        made: Tensor = matmul(x_codes, x_scales, x_scale, w_codes, w_scales, w_scale, x.dtype)
+        return made
+
+    @nvfp4_linear.register_fake
+    def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        torch._check(x.shape[-1] == weight.shape[1])
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *xt, wt_codes, wt_scales, w_scale, seed = ctx.saved_tensors
+        random = seed if ctx.stochastic else None
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            operand = quantise(grad, 1, ctx.rule, random, ctx.stream)
+            dx = matmul(*operand, wt_codes, wt_scales, w_scale, grad.dtype)[..., : ctx.width]
+        if ctx.needs_input_grad[1]:
+            operand = quantise_transposed(grad, ctx.signs, ctx.rule, random, ctx.stream + 1)
+            dw = matmul(*operand, *xt, ctx.weight_dtype)
+        return (dx, dw, *[None] * 16)
+
+    nvfp4_linear.register_autograd(backward, setup_context=_save)
+    found: torch._ops.OpOverload = getattr(torch.ops.lltk, name).default
+    return found
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, _, _, *xt, _, _, w_scale, wt_codes, wt_scales, seed = inputs[:14]
     ctx.save_for_backward(*xt, wt_codes, wt_scales, w_scale, seed)
-    ctx.stream, ctx.stochastic, ctx.rule, ctx.signs, ctx.backend = inputs[14:]
+    ctx.stream, ctx.stochastic, ctx.rule, ctx.signs = inputs[14:]
     ctx.width, ctx.weight_dtype = x.shape[-1], weight.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *xt, wt_codes, wt_scales, w_scale, seed = ctx.saved_tensors
-    random = seed if ctx.stochastic else None
-    dx = dw = None
-    if ctx.needs_input_grad[0]:
-        operand = nvfp4_quantise(grad, 1, ctx.rule, random, ctx.stream, ctx.backend)
-        dx = nvfp4_matmul(*operand, wt_codes, wt_scales, w_scale, grad.dtype, ctx.backend)
-        dx = dx[..., : ctx.width]
-    if ctx.needs_input_grad[1]:
-        operand = nvfp4_quantise_transposed(
-            grad, ctx.signs, ctx.rule, random, ctx.stream + 1, ctx.backend
-        )
-        dw = nvfp4_matmul(*operand, *xt, ctx.weight_dtype, ctx.backend)
-    return (dx, dw, *[None] * 17)
-
-
-nvfp4_linear.register_autograd(_backward, setup_context=_save)
-
-
-OVERLOAD = torch.ops.lltk.nvfp4_linear.default
+OVERLOAD = compose("nvfp4_linear", (QUANTISE, QUANTISE_TRANSPOSED, MATMUL))
 """The op as a graph node's target."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.nvfp4_backends import implementation
+from lltk.ops.declaration import Declaration, Exactness
+from lltk.ops.nvfp4_matmul import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "decodes operands to float32")
 
 
 @torch.library.custom_op("lltk::nvfp4_matmul", mutates_args=())
@@ -17,12 +20,9 @@ def nvfp4_matmul(
     b_scales: Tensor,
     b_scale: Tensor,
     dtype: torch.dtype,
-    backend: str = "reference",
 ) -> Tensor:
     """See `reference.nvfp4_matmul`."""
-    run = implementation("nvfp4_matmul", backend)
-    found: Tensor = run(a_codes, a_scales, a_scale, b_codes, b_scales, b_scale, dtype)
-    return found
+    return reference.nvfp4_matmul(a_codes, a_scales, a_scale, b_codes, b_scales, b_scale, dtype)
 
 
 @nvfp4_matmul.register_fake
@@ -34,7 +34,6 @@ def _(
     b_scales: Tensor,
     b_scale: Tensor,
     dtype: torch.dtype,
-    backend: str = "reference",
 ) -> Tensor:
     torch._check(a_codes.shape[-1] == b_codes.shape[-1])
     torch._check(a_scales.shape[-1] * 8 == a_codes.shape[-1])

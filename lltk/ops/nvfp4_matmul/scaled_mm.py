@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType, pad, scaled_mm
 
+from lltk.ops.declaration import E2M1, Declaration, Exactness
 from lltk.ops.scale_layout import swizzle
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "NVFP4 tensor cores by cuBLAS",
+    devices=("cuda",),
+    architectures=E2M1,
+    opaque=True,
+)
 
 _BYTES, _COLUMNS = 16, 16
 """What rows of codes and rows of the second operand must be multiples of."""

@@ -9,7 +9,17 @@ from torch.nn.functional import pad
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Quantizer, NVFP4Tensor
 
+from lltk.ops.declaration import E2M1, Declaration, Exactness
 from lltk.ops.floats import E2M1_MAX, E4M3_MAX
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "NVFP4 tensor cores by TransformerEngine",
+    devices=("cuda",),
+    modules=("transformer_engine",),
+    architectures=E2M1,
+    opaque=True,
+)
 
 _BYTES, _ROWS = 16, 16
 _SCALE_ROWS, _SCALE_COLUMNS = 128, 4

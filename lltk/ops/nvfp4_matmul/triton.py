@@ -12,8 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lltk.ops.nvfp4_backends import MULTIPLIED, has_e2m1
+from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
+from lltk.ops.hardware import E2M1_PRODUCTS, has_e2m1
 from lltk.ops.nvfp4_dequantise.triton import nvfp4_dequantise
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "NVFP4 tensor cores on sm_100, sm_103, sm_110 and sm_120; elsewhere operands are decoded "
+    "to bfloat16, exactly, for bfloat16 ones",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=(*ARITHMETIC, *E2M1),
+    opaque=True,
+)
 
 # Of fewer rows than 128, Blackwell's tensor cores do not multiply codes.
 _TILE = {"ROWS": 128, "COLUMNS": 128, "WIDTH": 256}
@@ -32,7 +43,7 @@ def nvfp4_matmul(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `reference.nvfp4_matmul`, of which it may differ by what float32 sums round."""
-    multiply = _coded if has_e2m1(a_codes.device, MULTIPLIED) else _decoded
+    multiply = _coded if has_e2m1(a_codes.device, E2M1_PRODUCTS) else _decoded
     a = (a_codes.flatten(0, -2), a_scales.flatten(0, -2), a_scale)
     product = multiply(a, (b_codes, b_scales, b_scale), dtype)
     return product.unflatten(0, a_codes.shape[:-1])

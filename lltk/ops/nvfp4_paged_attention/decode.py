@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.nvfp4_paged_attention.reference import Pages, gather
 from lltk.ops.paged_attention.sdpa import attend
 
+DECLARATION = Declaration(
+    Exactness.ROUNDING, "decodes pages in torch, then torch's attention", default=True
+)
 
-def decode(
+
+def nvfp4_paged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -10,42 +10,66 @@ since q aᵀ is the same for every key, and each row of the softmax sums to 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lltk.ops.floats import E4M3_MAX, round_e4m3
-from lltk.ops.fp8_attention.op import fp8_attention
-from lltk.ops.nvfp4_paged_attention.reference import Pages, gather
+from lltk.ops.nvfp4_paged_attention.reference import Pages
+
+Kernel = Callable[..., Any]
 
 
-def fp8_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_codes: Tensor,
-    k_scales: Tensor,
-    k_decode_scales: Tensor,
-    k_means: Tensor | None,
-    v_codes: Tensor,
-    v_scales: Tensor,
-    v_decode_scales: Tensor,
-    v_means: Tensor | None,
-    table: Tensor,
-) -> Tensor:
-    """`lltk::nvfp4_paged_attention` of operands rounded to E4M3, by cuDNN on a GPU.
+def compose(module: str, gather_fp8: Kernel, fp8_attention: Kernel) -> Callable[..., Tensor]:
+    """An implementation of `lltk::nvfp4_paged_attention` whose operands are rounded to E4M3.
 
     The result is rounded too, as `centred` says.
+
+    Args:
+        module: the Python module that the implementation belongs to.
+        gather_fp8, fp8_attention: implementations of `nvfp4_gather_fp8` and `fp8_attention`.
     """
-    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
-    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
-    out, scale, v_centre = centred(q, k, v, k_pages, v_pages, table)
-    return (out.float() / scale + v_centre).to(q.dtype)
+
+    def nvfp4_paged_attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_codes: Tensor,
+        k_scales: Tensor,
+        k_decode_scales: Tensor,
+        k_means: Tensor | None,
+        v_codes: Tensor,
+        v_scales: Tensor,
+        v_decode_scales: Tensor,
+        v_means: Tensor | None,
+        table: Tensor,
+    ) -> Tensor:
+        k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
+        v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
+        out, scale, v_centre = centred(gather_fp8, fp8_attention, q, k, v, k_pages, v_pages, table)
+        return (out.float() / scale + v_centre).to(q.dtype)
+
+    nvfp4_paged_attention.__module__ = module
+    return nvfp4_paged_attention
 
 
 def centred(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Pages, v_pages: Pages, table: Tensor
+    gather_fp8: Kernel,
+    fp8_attention: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Pages,
+    v_pages: Pages,
+    table: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `fp8_decode` adds a centre to.
+    """Attention in FP8 before the centre of the values is added to it.
+
+    Args:
+        gather_fp8, fp8_attention: as of `compose`.
+        q, k, v, k_pages, v_pages, table: as of `reference.nvfp4_paged_attention`.
 
     Returns:
         out, float8_e4m3fn [B, L, H, D]; its scale, float32 []: what the largest element of v,
@@ -71,44 +95,3 @@ def centre(own: Tensor, means: Tensor | None, table: Tensor) -> Tensor:
     if means is None or table.shape[0] == 0:
         return own.mean(1, keepdim=True, dtype=torch.float32)
     return means.index_select(1, table[:1]).float()
-
-
-@torch.library.custom_op("lltk::nvfp4_gather_fp8", mutates_args=())
-def gather_fp8(
-    own: Tensor,
-    centre: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    decode_scales: Tensor,
-    means: Tensor | None,
-    table: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The listed pages, decoded, then the chunk's own, less a centre, saturating.
-
-    Args:
-        own: [B, L, H, D].
-        centre: float32 [B, 1, H, D].
-        codes, scales, decode_scales, means: the arena, as `reference.Pages`.
-        table: int64 [N].
-
-    Returns:
-        float8_e4m3fn [B, N * T + L, H, D], and the largest magnitude among them before they were
-        rounded: float32 [], NaN where one is.
-    """
-    if own.is_cuda:
-        from lltk.ops.nvfp4_paged_attention import triton
-
-        return triton.gather_fp8(own, centre, codes, scales, decode_scales, means, table)
-    pages = Pages(codes, scales, decode_scales, means)
-    values = gather(own, pages, table, torch.float32) - centre
-    return round_e4m3(values), values.abs().amax()
-
-
-@gather_fp8.register_fake
-def _(own: Tensor, centre: Tensor, codes: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-    table = rest[-1]
-    assert table is not None
-    batch, length, heads, width = own.shape
-    torch._check(tuple(centre.shape) == (batch, 1, heads, width))
-    size = (batch, table.shape[0] * codes.shape[2] + length, heads, width)
-    return own.new_empty(size, dtype=torch.float8_e4m3fn), own.new_empty((), dtype=torch.float32)

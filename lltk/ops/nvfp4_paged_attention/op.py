@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.nvfp4_paged_attention import reference
 from lltk.ops.nvfp4_paged_attention.reference import Pages
+
+DECLARATION = Declaration(
+    Exactness.REFERENCE, "decodes pages to float32, one softmax over them and the chunk"
+)
 
 
 @torch.library.custom_op("lltk::nvfp4_paged_attention", mutates_args=())

@@ -1,4 +1,4 @@
-"""Triton kernels: attention that decodes tiles of pages as it reads them, and decoding alone."""
+"""Attention that decodes tiles of pages as it reads them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.nvfp4_quantise.reference import BLOCK
-from lltk.ops.paged_attention.sdpa import attend
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "decodes tiles of pages as it attends",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=(*ARITHMETIC, *E2M1),
+)
 
 _LOG2_E = 1.4426950408889634
 
@@ -23,7 +31,7 @@ def _e2m1(codes):
 
 
 @triton.jit
-def _block_values(codes, scales, rows, held, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def block_values(codes, scales, rows, held, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """2**-14 · e2m1(code) · scale of rows of a page, float16 [ROWS, WIDTH]: exact.
 
     Args:
@@ -95,13 +103,13 @@ def attention_kernel(
             token = start + tl.arange(0, N)
             seen = token < tokens
             rows = token * heads
-            keys = _block_values(
+            keys = block_values(
                 k_codes + first * (WIDTH // 2), k_scales + first * (WIDTH // 16),
                 rows, seen, WIDTH, N,
             ).to(q.dtype)  # fmt: skip
             scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
             scores = scores * k_factor + offset[:, None]
-            values = _block_values(
+            values = block_values(
                 v_codes + first * (WIDTH // 2), v_scales + first * (WIDTH // 16),
                 rows, seen, WIDTH, N,
             ).to(q.dtype)  # fmt: skip
@@ -125,72 +133,7 @@ def attention_kernel(
     tl.store(out_ptr + places + channel[None, :], result, mask=asked)
 
 
-@triton.jit
-def decode_kernel(
-    out_ptr, codes, scales, decode_scales, means, table,
-    pages, rows, heads, out_batch,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, MEANS: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows of one listed page, decoded to their place among the listed."""
-    index, batch = tl.program_id(1), tl.program_id(2)
-    page = batch.to(tl.int64) * pages + tl.load(table + index)
-    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    held = row < rows
-    values = _block_values(
-        codes + page * rows * (WIDTH // 2), scales + page * rows * (WIDTH // 16),
-        row, held, WIDTH, ROWS,
-    ).to(tl.float32)  # fmt: skip
-    head = page * heads + row % heads
-    values *= (tl.load(decode_scales + head, mask=held, other=0.0) * 16384.0)[:, None]
-    if MEANS:
-        places = head[:, None] * WIDTH + channel[None, :]
-        values += tl.load(means + places, mask=held[:, None], other=0.0).to(tl.float32)
-    places = batch.to(tl.int64) * out_batch + (index.to(tl.int64) * rows + row[:, None]) * WIDTH
-    result = values.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + places + channel[None, :], result, mask=held[:, None])
-
-
-@triton.jit
-def decode_fp8_kernel(
-    out_ptr, peaks, own, centre, codes, scales, decode_scales, means, table,
-    pages, tokens, owned, heads, own_batch, own_token, own_head,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, MEANS: tl.constexpr,
-):  # fmt: skip
-    """One head of ROWS tokens of a listed page or, after the last, of the chunk, in E4M3.
-
-    Less a centre. Each program's largest magnitude is kept as its bits, in whose order NaN is above
-    all.
-    """
-    index, listed = tl.program_id(1), tl.num_programs(1) - 1
-    batch, head = (tl.program_id(2) // heads).to(tl.int64), tl.program_id(2) % heads
-    token, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    held = token < tl.where(index < listed, tokens, owned)
-    if index < listed:
-        page = batch * pages + tl.load(table + index)
-        first = page * tokens * heads + head
-        values = _block_values(
-            codes + first * (WIDTH // 2), scales + first * (WIDTH // 16),
-            token * heads, held, WIDTH, ROWS,
-        ).to(tl.float32)  # fmt: skip
-        values *= tl.load(decode_scales + page * heads + head) * 16384.0
-        if MEANS:
-            mean = tl.load(means + (page * heads + head) * WIDTH + channel)
-            values += mean.to(tl.float32)[None, :]
-    else:
-        places = batch * own_batch + head * own_head + token[:, None].to(tl.int64) * own_token
-        values = tl.load(own + places + channel[None, :], mask=held[:, None], other=0.0)
-        values = values.to(tl.float32)
-    values -= tl.load(centre + (batch * heads + head) * WIDTH + channel)[None, :]
-    bits = tl.where(held[:, None], values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-    program = (tl.program_id(2) * (listed + 1) + index) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(peaks + program, tl.max(tl.max(bits, 1), 0))
-    row = batch * (listed * tokens + owned) + index.to(tl.int64) * tokens + token[:, None]
-    values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    places = (row * heads + head) * WIDTH + channel[None, :]
-    tl.store(out_ptr + places, values.to(out_ptr.dtype.element_ty), mask=held[:, None])
-
-
-def attention(
+def nvfp4_paged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -209,7 +152,7 @@ def attention(
     Raises:
         ValueError: D is no power of two, or a gradient is wanted.
     """
-    _check_width(q)
+    check_width(q)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise ValueError(
             "nvfp4_paged_attention: triton has no gradient; set nvfp4_paged_attention of the "
@@ -220,32 +163,7 @@ def attention(
     return _attention(q, k, v, *k_pages, *v_pages, table)
 
 
-def decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_codes: Tensor,
-    k_scales: Tensor,
-    k_decode_scales: Tensor,
-    k_means: Tensor | None,
-    v_codes: Tensor,
-    v_scales: Tensor,
-    v_decode_scales: Tensor,
-    v_means: Tensor | None,
-    table: Tensor,
-) -> Tensor:
-    """`decode.decode`, a kernel decoding the pages to where attention reads them.
-
-    Raises:
-        ValueError: D is no power of two.
-    """
-    _check_width(q)
-    keys = gather(k, k_codes, k_scales, k_decode_scales, k_means, table)
-    values = gather(v, v_codes, v_scales, v_decode_scales, v_means, table)
-    return attend(q, keys, values)
-
-
-def _check_width(q: Tensor) -> None:
+def check_width(q: Tensor) -> None:
     width = q.shape[-1]
     if width % BLOCK or width & (width - 1):
         raise ValueError(
@@ -299,76 +217,3 @@ def _tiles(dtype: torch.dtype) -> tuple[int, int, dict[str, Any]]:
     if dtype.itemsize == 2:
         return 128, 64, {"num_warps": 8, "num_stages": 1}
     return 32, 32, {"num_warps": 4, "num_stages": 1}
-
-
-@torch.library.custom_op("lltk::nvfp4_gather_triton", mutates_args=())
-def gather(
-    own: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    decode_scales: Tensor,
-    means: Tensor | None,
-    table: Tensor,
-) -> Tensor:
-    """The listed pages, decoded constants, then the chunk's own: [B, N * T + L, H, D]."""
-    batch, length, heads, width = own.shape
-    tokens, listed = codes.shape[2], table.shape[0]
-    size = (batch, listed * tokens + length, heads, width)
-    out = torch.empty(size, dtype=own.dtype, device=own.device)
-    out[:, listed * tokens :] = own
-    tile = 4096 // width
-    if listed:
-        with torch.cuda.device_of(own):
-            decode_kernel[(triton.cdiv(tokens * heads, tile), listed, batch)](
-                out, codes, scales.view(torch.uint8), decode_scales, means, table,
-                codes.shape[1], tokens * heads, heads, out.stride(0),
-                WIDTH=width, ROWS=tile, MEANS=means is not None, enable_fp_fusion=False,
-            )  # fmt: skip
-    return out
-
-
-@gather.register_fake
-def _(own: Tensor, codes: Tensor, *rest: Tensor | None) -> Tensor:
-    table = rest[-1]
-    assert table is not None
-    batch, length, heads, width = own.shape
-    return own.new_empty((batch, table.shape[0] * codes.shape[2] + length, heads, width))
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.own = inputs[0].shape[1]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (grad[:, -ctx.own :].contiguous(), *[None] * 5)
-
-
-gather.register_autograd(_backward, setup_context=_save)
-
-
-def gather_fp8(
-    own: Tensor,
-    centre: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    decode_scales: Tensor,
-    means: Tensor | None,
-    table: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """See `fp8.gather_fp8`."""
-    batch, length, heads, width = own.shape
-    tokens, listed = codes.shape[2], table.shape[0]
-    size = (batch, listed * tokens + length, heads, width)
-    out = torch.empty(size, dtype=torch.float8_e4m3fn, device=own.device)
-    tile = 4096 // width
-    grid = (triton.cdiv(max(tokens, length), tile), listed + 1, batch * heads)
-    peaks = torch.empty(grid, device=own.device)
-    own = own if own.stride(-1) == 1 else own.contiguous()
-    with torch.cuda.device_of(own):
-        decode_fp8_kernel[grid](
-            out, peaks.view(torch.int32), own, centre.contiguous(),
-            codes, scales.view(torch.uint8), decode_scales, means, table,
-            codes.shape[1], tokens, length, heads, *own.stride()[:3],
-            WIDTH=width, ROWS=tile, MEANS=means is not None, enable_fp_fusion=False,
-        )  # fmt: skip
-    return out, peaks.amax()

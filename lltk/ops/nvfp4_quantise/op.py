@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.nvfp4_backends import implementation
+from lltk.ops.declaration import Declaration, Exactness
+from lltk.ops.nvfp4_quantise import reference
 from lltk.ops.nvfp4_quantise.reference import BLOCK
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
 @torch.library.custom_op("lltk::nvfp4_quantise", mutates_args=())
@@ -16,11 +19,9 @@ def nvfp4_quantise(
     rule: str = "none",
     seed: Tensor | None = None,
     stream: int = 0,
-    backend: str = "reference",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.nvfp4_quantise`; one decode scale for all of ``x``."""
-    run = implementation("nvfp4_quantise", backend)
-    codes, scales, decode_scale = run(x, tile, rule, seed, stream)
+    codes, scales, decode_scale = reference.nvfp4_quantise(x, tile, rule, seed, stream)
     return codes, scales, decode_scale
 
 
@@ -31,7 +32,6 @@ def _(
     rule: str = "none",
     seed: Tensor | None = None,
     stream: int = 0,
-    backend: str = "reference",
 ) -> tuple[Tensor, Tensor, Tensor]:
     *rows, width = x.shape
     blocks = (width + BLOCK - 1) // BLOCK

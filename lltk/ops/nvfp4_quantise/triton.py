@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.floats import E4M3_MAX
-from lltk.ops.nvfp4_backends import has_e2m1
+from lltk.ops.hardware import has_e2m1
 from lltk.ops.nvfp4_quantise.reference import BLOCK, FOUR_OVER_SIX_MAX, RULES, Quantised
 from lltk.ops.triton_floats import (
     decode_e4m3,
@@ -24,6 +25,15 @@ from lltk.ops.triton_floats import (
     round_e4m3_up,
 )
 
+DECLARATION = Declaration(
+    Exactness.BITWISE,
+    "cvt.e2m1x2 where there is one and rounding is to nearest, else arithmetic",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=(*ARITHMETIC, *E2M1),
+    opaque=True,
+)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _STEPS = 4096, 4
 _FLT_MAX = tl.constexpr(torch.finfo(torch.float32).max)
@@ -35,8 +45,6 @@ def nvfp4_quantise(
     rule: str = "none",
     seed: Tensor | None = None,
     stream: int = 0,
-    largest: Tensor | None = None,
-    top: float | None = None,
 ) -> Quantised:
     """See `reference.nvfp4_quantise`, which it equals bit by bit.
 
@@ -46,41 +54,36 @@ def nvfp4_quantise(
     assert rule in RULES and tile in (1, BLOCK), (rule, tile)
     check_dtype(x)
     x = x.contiguous()
-    own = x.new_zeros(() if largest is None else largest.shape, dtype=torch.float32)
+    own = x.new_zeros((), dtype=torch.float32)
     decode_scale = torch.empty_like(own)
     shape, width = x.shape[:-1], x.shape[-1]
     blocks = triton.cdiv(width, BLOCK)
     codes = x.new_empty((*shape, blocks * BLOCK // 2), dtype=torch.uint8)
     scales = x.new_empty((*shape, blocks), dtype=torch.float8_e4m3fn)
-    share = x.numel() // own.numel()
     # Only tiles see where a matrix ends; whole blocks need not even see rows.
-    rows = share // width if tile == 1 or x.dim() == 1 else x.shape[-2]
-    matrices = share // (rows * width)
+    rows = x.numel() // width if tile == 1 or x.dim() == 1 else x.shape[-2]
+    matrices = x.numel() // (rows * width)
     if tile == 1 and width % BLOCK == 0:
         rows, width, blocks = rows * blocks, BLOCK, 1
     bands = triton.cdiv(rows, tile)
     total = matrices * bands * blocks
     amount = 16 if tile == BLOCK else 256 if rule == "none" and seed is None else 128
-    chunks = triton.cdiv(total, amount)
     with torch.cuda.device_of(x):
         largest_magnitude(x, own)
-        _quantise[(own.numel() * chunks,)](
+        _quantise[(triton.cdiv(total, amount),)](
             x,
             codes,
             scales.view(torch.uint8),
             own,
-            own if largest is None else largest.contiguous(),
             decode_scale,
             seed,
             stream,
             rows,
             width,
             blocks,
-            matrices,
             bands,
             total,
-            chunks,
-            TOP=top or (E4M3_MAX if rule == "none" else FOUR_OVER_SIX_MAX),
+            TOP=E4M3_MAX if rule == "none" else FOUR_OVER_SIX_MAX,
             RULE=rule,
             TILE=tile,
             AMOUNT=amount,
@@ -98,26 +101,22 @@ def check_dtype(x: Tensor) -> None:
 
 
 def largest_magnitude(x: Tensor, largest: Tensor) -> None:
-    """Raise ``largest``, one for each equal part of x in order, to the magnitudes in it."""
-    share = x.numel() // largest.numel()
-    chunks = triton.cdiv(share, _STEP * _STEPS)
-    _largest[(largest.numel() * chunks,)](
-        x, largest.view(torch.int32), share, chunks, STEP=_STEP, STEPS=_STEPS
+    """Raise ``largest``, float32 [], to the largest magnitude in x."""
+    _largest[(triton.cdiv(x.numel(), _STEP * _STEPS),)](
+        x, largest.view(torch.int32), x.numel(), STEP=_STEP, STEPS=_STEPS
     )
 
 
 @triton.jit
-def _largest(x, largest, share, chunks, STEP: tl.constexpr, STEPS: tl.constexpr):
+def _largest(x, largest, numel, STEP: tl.constexpr, STEPS: tl.constexpr):
     """Float32 magnitudes, NaN above all, are ordered as their bits are."""
-    group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    x += group.to(tl.int64) * share
-    first = chunk.to(tl.int64) * (STEP * STEPS)
+    first = tl.program_id(0).to(tl.int64) * (STEP * STEPS)
     found = tl.zeros((STEP,), tl.int32)
     for step in tl.static_range(STEPS):
         at = first + step * STEP + tl.arange(0, STEP)
-        values = tl.load(x + at, mask=at < share, other=0.0).to(tl.float32)
+        values = tl.load(x + at, mask=at < numel, other=0.0).to(tl.float32)
         found = tl.maximum(found, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    tl.atomic_max(largest + group, tl.max(found, 0))
+    tl.atomic_max(largest, tl.max(found, 0))
 
 
 @triton.jit(do_not_specialize=["stream"])
@@ -126,17 +125,14 @@ def _quantise(
     codes,
     scales,
     own,
-    given,
     decode_scale,
     seed,
     stream,
     rows,
     width,
     blocks,
-    matrices,
     bands,
     total,
-    chunks,
     TOP: tl.constexpr,
     RULE: tl.constexpr,
     TILE: tl.constexpr,
@@ -145,17 +141,13 @@ def _quantise(
 ):
     # Backwards: what the largest was looked for in last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    group, chunk = program // chunks, program % chunks
-    finite, largest, encode, decode = tensor_scales(
-        own + group, given + group, decode_scale + group, chunk == 0, TOP
-    )
-    index = chunk * AMOUNT + tl.arange(0, AMOUNT)
+    finite, largest, encode, decode = tensor_scales(own, decode_scale, program == 0, TOP)
+    index = program * AMOUNT + tl.arange(0, AMOUNT)
     band, column = index // blocks, index % blocks
-    matrix = group.to(tl.int64) * matrices
     if TILE > 1:
-        matrix, band = matrix + band // bands, band % bands
+        matrix, band = (band // bands).to(tl.int64), band % bands
     local = (band * TILE)[None, :] + tl.arange(0, TILE)[:, None]
-    row = (matrix * rows)[None, :] + local if TILE > 1 else matrix * rows + local
+    row = (matrix * rows)[None, :] + local if TILE > 1 else local.to(tl.int64)
     inside = (local < rows) & (index < total)[None, :]
     element = tl.arange(0, 16)[None, None, :]
     values = tl.load(
@@ -176,10 +168,10 @@ def _quantise(
 
 
 @triton.jit
-def tensor_scales(own, given, decode_scale, stores, TOP: tl.constexpr):
+def tensor_scales(own, decode_scale, stores, TOP: tl.constexpr):
     """Whether all is finite, largest magnitude, encode and decode scale; one program stores it."""
     finite = is_finite(tl.load(own))
-    largest = tl.where(finite, tl.load(given), 0.0)
+    largest = tl.where(finite, tl.load(own), 0.0)
     encode = tl.minimum(tl.div_rn(6.0 * TOP, largest), _FLT_MAX)
     encode = tl.where(largest == 0.0, 1.0, encode)
     decode = tl.div_rn(1.0, encode)

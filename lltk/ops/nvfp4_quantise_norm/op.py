@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.nvfp4_backends import implementation
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.nvfp4_quantise.reference import BLOCK
+from lltk.ops.nvfp4_quantise_norm import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
 @torch.library.custom_op("lltk::nvfp4_quantise_norm", mutates_args=())
@@ -16,11 +19,9 @@ def nvfp4_quantise_norm(
     shift: Tensor,
     eps: float,
     rule: str = "none",
-    backend: str = "reference",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.nvfp4_quantise_norm`."""
-    run = implementation("nvfp4_quantise_norm", backend)
-    codes, scales, decode_scale = run(x, scale, shift, eps, rule)
+    codes, scales, decode_scale = reference.nvfp4_quantise_norm(x, scale, shift, eps, rule)
     return codes, scales, decode_scale
 
 
@@ -31,7 +32,6 @@ def _(
     shift: Tensor,
     eps: float,
     rule: str = "none",
-    backend: str = "reference",
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = x.shape[:-1], x.shape[-1]
     torch._check(width % BLOCK == 0)

@@ -10,11 +10,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.floats import E4M3_MAX
-from lltk.ops.nvfp4_backends import has_e2m1
+from lltk.ops.hardware import has_e2m1
 from lltk.ops.nvfp4_quantise.reference import BLOCK, FOUR_OVER_SIX_MAX, RULES, Quantised
 from lltk.ops.nvfp4_quantise.triton import check_dtype, quantise_blocks, tensor_scales
 from lltk.ops.triton_floats import is_finite
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "sums in another order; cvt.e2m1x2 where there is one and rounding is to nearest, else "
+    "arithmetic",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=(*ARITHMETIC, *E2M1),
+    opaque=True,
+)
 
 
 def nvfp4_quantise_norm(
@@ -80,9 +91,7 @@ def _quantise(
     blocks: tl.constexpr = ROW // 16
     # Backwards: what the largest was looked for in last is still in the cache.
     row = tl.num_programs(0) - 1 - tl.program_id(0)
-    finite, largest, encode, decode = tensor_scales(
-        own, own, decode_scale, tl.program_id(0) == 0, TOP
-    )
+    finite, largest, encode, decode = tensor_scales(own, decode_scale, tl.program_id(0) == 0, TOP)
     values = tl.reshape(_normed(x, scale, shift, row, together, width, eps, ROW), (1, blocks, 16))
     if not finite:
         values = tl.where(is_finite(values), values, 0.0)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.nvfp4_backends import implementation
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.nvfp4_quantise.reference import BLOCK
+from lltk.ops.nvfp4_quantise_transposed import reference
 from lltk.ops.nvfp4_quantise_transposed.reference import padded
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
 @torch.library.custom_op("lltk::nvfp4_quantise_transposed", mutates_args=())
@@ -17,11 +20,9 @@ def nvfp4_quantise_transposed(
     rule: str = "none",
     seed: Tensor | None = None,
     stream: int = 0,
-    backend: str = "reference",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.nvfp4_quantise_transposed`."""
-    run = implementation("nvfp4_quantise_transposed", backend)
-    codes, scales, decode_scale = run(x, signs, rule, seed, stream)
+    codes, scales, decode_scale = reference.nvfp4_quantise_transposed(x, signs, rule, seed, stream)
     return codes, scales, decode_scale
 
 
@@ -32,7 +33,6 @@ def _(
     rule: str = "none",
     seed: Tensor | None = None,
     stream: int = 0,
-    backend: str = "reference",
 ) -> tuple[Tensor, Tensor, Tensor]:
     columns = x.shape[-1]
     rows = padded(x.numel() // columns, signs)

@@ -11,13 +11,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.floats import E4M3_MAX
 from lltk.ops.hadamard.triton import sign_bits
-from lltk.ops.nvfp4_backends import has_e2m1
+from lltk.ops.hardware import has_e2m1
 from lltk.ops.nvfp4_quantise.reference import BLOCK, FOUR_OVER_SIX_MAX, RULES, Quantised
 from lltk.ops.nvfp4_quantise.triton import check_dtype, quantise_blocks, tensor_scales
 from lltk.ops.nvfp4_quantise_transposed.reference import padded
 from lltk.ops.triton_floats import is_finite
+
+DECLARATION = Declaration(
+    Exactness.BITWISE,
+    "cvt.e2m1x2 where there is one and rounding is to nearest, else arithmetic",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=(*ARITHMETIC, *E2M1),
+    opaque=True,
+)
 
 _COLUMNS = 256
 
@@ -120,7 +130,7 @@ def _quantise(
     first = tl.num_programs(0) - 1 - tl.program_id(0)
     column = (tl.num_programs(1) - 1 - tl.program_id(1)) * COLUMNS + tl.arange(0, COLUMNS)
     stores = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
-    finite, largest, encode, decode = tensor_scales(own, own, decode_scale, stores, SCALE_TOP)
+    finite, largest, encode, decode = tensor_scales(own, decode_scale, stores, SCALE_TOP)
     turned = _turned(x, signs, first * ROWS, column, rows, columns, TOP, WIDTH, ROWS)
     for index in tl.static_range(ROWS // 16):
         values = tl.reshape(_joined(turned, 16 * index), (1, COLUMNS, 16))

@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.nvfp4_backends import implementation
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.nvfp4_quantise.reference import BLOCK
+from lltk.ops.nvfp4_transpose import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
 @torch.library.custom_op("lltk::nvfp4_transpose", mutates_args=())
-def nvfp4_transpose(
-    codes: Tensor, scales: Tensor, backend: str = "reference"
-) -> tuple[Tensor, Tensor]:
+def nvfp4_transpose(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.nvfp4_transpose`."""
-    turned, turned_scales = implementation("nvfp4_transpose", backend)(codes, scales)
-    return turned, turned_scales
+    return reference.nvfp4_transpose(codes, scales)
 
 
 @nvfp4_transpose.register_fake
-def _(codes: Tensor, scales: Tensor, backend: str = "reference") -> tuple[Tensor, Tensor]:
+def _(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     rows, half = codes.shape
     blocks = (rows + BLOCK - 1) // BLOCK
     return (

@@ -7,8 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.nvfp4_quantise.reference import BLOCK
 from lltk.ops.triton_floats import unpack
+
+DECLARATION = Declaration(
+    Exactness.BITWISE,
+    "moves codes and scales",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=(*ARITHMETIC, *E2M1),
+    opaque=True,
+)
 
 _ROWS, _COLUMNS = 64, 64
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.nvfp4_backends import implementation
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.nvfp4_quantise.reference import BLOCK
+from lltk.ops.nvfp4_write_page import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
 @torch.library.custom_op(
@@ -20,11 +23,9 @@ def nvfp4_write_page(
     value: Tensor,
     slot: Tensor,
     rule: str = "none",
-    backend: str = "reference",
 ) -> None:
     """See `reference.nvfp4_write_page`."""
-    run = implementation("nvfp4_write_page", backend)
-    run(codes, scales, decode_scales, means, value, slot, rule)
+    reference.nvfp4_write_page(codes, scales, decode_scales, means, value, slot, rule)
 
 
 @nvfp4_write_page.register_fake
@@ -36,7 +37,6 @@ def _(
     value: Tensor,
     slot: Tensor,
     rule: str = "none",
-    backend: str = "reference",
 ) -> None:
     batch, pages, tokens, heads, half = codes.shape
     torch._check(tuple(value.shape) == (batch, tokens, heads, 2 * half))

@@ -7,11 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.floats import E4M3_MAX
-from lltk.ops.nvfp4_backends import has_e2m1
+from lltk.ops.hardware import has_e2m1
 from lltk.ops.nvfp4_quantise.reference import BLOCK, FOUR_OVER_SIX_MAX
 from lltk.ops.nvfp4_quantise.triton import check_dtype, quantise_blocks, tensor_scales
 from lltk.ops.triton_floats import is_finite
+
+DECLARATION = Declaration(
+    Exactness.BITWISE,
+    "cvt.e2m1x2 where there is one and rounding is to nearest, else arithmetic",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=(*ARITHMETIC, *E2M1),
+    opaque=True,
+)
 
 _TOKENS, _CHANNELS = 64, 128
 """Whose sums one program makes."""
@@ -140,7 +150,7 @@ def _write(
     page = batch.to(tl.int64) * pages + tl.load(slot)
     own = largest + batch * heads + head
     finite, highest, encode, decode = tensor_scales(
-        own, own, decode_scales + page * heads + head, tl.program_id(0) == 0, TOP
+        own, decode_scales + page * heads + head, tl.program_id(0) == 0, TOP
     )
     values, place, inside = _load(value, mean, tokens, blocks, AMOUNT)
     if not finite:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.paged_attention.reference import gather
 from lltk.ops.paged_attention.sdpa import attend
 from lltk.ops.write_page.reference import write_page
 
+DECLARATION = Declaration(
+    Exactness.ROUNDING, "torch's attention; reads pages where they lie and copies none"
+)
 
-def arena(
+
+def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
 ) -> Tensor:
     """`reference.paged_attention`, by the backend torch picks for the device."""

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.paged_attention import reference
+
+DECLARATION = Declaration(
+    Exactness.REFERENCE, "one softmax over pages and chunk, summed in float32"
+)
 
 
 @torch.library.custom_op("lltk::paged_attention", mutates_args=())

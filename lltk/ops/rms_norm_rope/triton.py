@@ -7,10 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.triton_rows import row_options, rows_of
 
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "a token a program; sums in another order",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=(*ARITHMETIC, *E2M1),
+    opaque=True,
+)
 
-@torch.library.custom_op("lltk::rms_norm_rope_triton", mutates_args=())
+
 def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm_rope`, but as sums are rounded.
 
@@ -46,20 +55,11 @@ def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
     return out
 
 
-@rms_norm_rope.register_fake
-def _(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    return _heads(x, cos)
-
-
 def _heads(x: Tensor, cos: Tensor) -> Tensor:
     """Where the heads go."""
     width = cos.shape[-1]
     size = (*x.shape[:2], x.shape[2] // width, width)
     return torch.empty(size, dtype=x.dtype, device=x.device)
-
-
-OVERLOAD = torch.ops.lltk.rms_norm_rope_triton.default
-"""The op as a graph node's target."""
 
 
 @triton.jit

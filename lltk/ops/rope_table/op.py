@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.rope_table import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "angles in float64, rounded to float32")
 
 
 @torch.library.custom_op("lltk::rope_table", mutates_args=())

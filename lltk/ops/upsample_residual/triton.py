@@ -7,13 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.upsample_residual.op import empty_result
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "sum and product may be rounded at once",
+    devices=("cuda",),
+    modules=("triton",),
+    opaque=True,
+)
 
 _ELEMENTS = 4096
 """What a program makes."""
 
 
-@torch.library.custom_op("lltk::upsample_residual_triton", mutates_args=())
 def upsample_residual(phases: Tensor, bias: Tensor, shortcut: Tensor, stride: int) -> Tensor:
     """See `reference.upsample_residual`.
 
@@ -40,12 +48,6 @@ def upsample_residual(phases: Tensor, bias: Tensor, shortcut: Tensor, stride: in
             ROWS=rows,
         )
     return made
-
-
-upsample_residual.register_fake(empty_result)
-
-OVERLOAD = torch.ops.lltk.upsample_residual_triton.default
-"""The op as a graph node's target."""
 
 
 @triton.jit(do_not_specialize=["frames", "given", "height", "columns"])

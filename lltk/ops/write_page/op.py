@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.write_page import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "copies by index")
 
 
 @torch.library.custom_op("lltk::write_page", mutates_args=("pages",))

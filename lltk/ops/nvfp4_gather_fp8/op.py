@@ -1,0 +1,45 @@
+"""``lltk::nvfp4_gather_fp8``; no gradient flows through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lltk.ops.declaration import Declaration, Exactness
+from lltk.ops.nvfp4_gather_fp8 import reference
+
+DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch, rounded to E4M3")
+
+
+@torch.library.custom_op("lltk::nvfp4_gather_fp8", mutates_args=())
+def nvfp4_gather_fp8(
+    own: Tensor,
+    centre: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    decode_scales: Tensor,
+    means: Tensor | None,
+    table: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.nvfp4_gather_fp8`."""
+    return reference.nvfp4_gather_fp8(own, centre, codes, scales, decode_scales, means, table)
+
+
+@nvfp4_gather_fp8.register_fake
+def _(
+    own: Tensor,
+    centre: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    decode_scales: Tensor,
+    means: Tensor | None,
+    table: Tensor,
+) -> tuple[Tensor, Tensor]:
+    batch, length, heads, width = own.shape
+    torch._check(tuple(centre.shape) == (batch, 1, heads, width))
+    size = (batch, table.shape[0] * codes.shape[2] + length, heads, width)
+    return own.new_empty(size, dtype=torch.float8_e4m3fn), own.new_empty((), dtype=torch.float32)
+
+
+OVERLOAD = torch.ops.lltk.nvfp4_gather_fp8.default
+"""The op as a graph node's target."""

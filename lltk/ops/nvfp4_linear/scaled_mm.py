@@ -1,0 +1,19 @@
+"""A linear and its gradients: kernels, and products by cuBLAS."""
+
+from __future__ import annotations
+
+from lltk.ops.declaration import Declaration, Exactness
+from lltk.ops.implementations import load_parts
+from lltk.ops.nvfp4_linear.op import compose
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "kernels, and products by cuBLAS",
+    parts={
+        "nvfp4_quantise": "triton",
+        "nvfp4_quantise_transposed": "triton",
+        "nvfp4_matmul": "scaled_mm",
+    },
+)
+
+nvfp4_linear = compose("nvfp4_linear_scaled_mm", load_parts(DECLARATION))

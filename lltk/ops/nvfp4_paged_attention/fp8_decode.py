@@ -1,0 +1,15 @@
+"""Attention in FP8 on a GPU: a kernel decodes pages to E4M3, and cuDNN attends."""
+
+from __future__ import annotations
+
+from lltk.ops.declaration import Declaration, Exactness
+from lltk.ops.implementations import load_parts
+from lltk.ops.nvfp4_paged_attention.fp8 import compose
+
+DECLARATION = Declaration(
+    Exactness.NARROWER,
+    "decodes pages to E4M3, attends in FP8",
+    parts={"nvfp4_gather_fp8": "triton", "fp8_attention": "cudnn"},
+)
+
+nvfp4_paged_attention = compose(__name__, *load_parts(DECLARATION))

@@ -1,0 +1,15 @@
+"""What `fp8_decode` computes, in plain torch on any device."""
+
+from __future__ import annotations
+
+from lltk.ops.declaration import Declaration, Exactness
+from lltk.ops.implementations import load_parts
+from lltk.ops.nvfp4_paged_attention.fp8 import compose
+
+DECLARATION = Declaration(
+    Exactness.NARROWER,
+    "fp8_decode's formula in torch",
+    parts={"nvfp4_gather_fp8": "reference", "fp8_attention": "reference"},
+)
+
+nvfp4_paged_attention = compose(__name__, *load_parts(DECLARATION))
