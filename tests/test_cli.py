@@ -183,9 +183,9 @@ def test_doctor_tells_how_implementations_work(run: Run, monkeypatch: pytest.Mon
     told = {(row["op"], row["implementation"]): row for row in rows}
     product = told["nvfp4_matmul", "scaled_mm"]
     assert "sm_90" not in product["GPUs"] and "sm_100" in product["GPUs"]
-    assert "cuBLAS" in product["how"] and product["exact"] == "rounding"
+    assert product["result"] == "rounding: NVFP4 tensor cores by cuBLAS"
     assert "sm_90" in told["nvfp4_matmul", "triton"]["GPUs"]
-    assert told["nvfp4_quantise", "triton"]["exact"] == "bitwise"
+    assert told["nvfp4_quantise", "triton"]["result"].startswith("bitwise: ")
     assert "sm_89" not in told["nvfp4_paged_attention", "fp8_decode"]["GPUs"]
     assert told["paged_attention", "sdpa"]["GPUs"] == "any"
     monkeypatch.setenv("COLUMNS", "80")

@@ -17,7 +17,7 @@ from lltk.ops.hadamard.op import hadamard as hadamard_op
 from lltk.ops.hadamard.reference import SIGNS, hadamard, hadamard_matrix, random_signs
 from lltk.ops.nvfp4_dequantise.op import nvfp4_dequantise as dequantise_op
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
-from lltk.ops.nvfp4_linear.op import nvfp4_linear
+from lltk.ops.nvfp4_linear.op import OVERLOAD as nvfp4_linear
 from lltk.ops.nvfp4_matmul.op import nvfp4_matmul as matmul_op
 from lltk.ops.nvfp4_matmul.reference import nvfp4_matmul
 from lltk.ops.nvfp4_quantise.op import nvfp4_quantise as quantise_op

@@ -739,8 +739,7 @@ def test_a_new_file_is_a_new_implementation(
         out = CliRunner().invoke(doctor, ["--json"]).output
         rows = json.loads(out)["how implementations work"]
         assert {"op": "fp8_matmul", "implementation": "doubled", "GPUs": "any"} | {
-            "exact": "rounding",
-            "how": "twice and halved",
+            "result": "rounding: twice and halved",
         } in rows
         assert "no-such-module" in {row["package"] for row in json.loads(out)["packages"]}
         with pytest.raises(ValueError, match="doubled needs the package no-such-module; cpu has"):

@@ -37,7 +37,8 @@ def command(as_json: bool) -> None:
         return
     console = Console()
     for title, rows in findings.items():
-        console.print(row_table(title[0].upper() + title[1:], rows))
+        names = 2 if "implementation" in rows[0] else 1
+        console.print(row_table(title[0].upper() + title[1:], rows, names))
 
 
 def _packages() -> list[dict[str, str]]:
@@ -120,8 +121,7 @@ def _declarations() -> list[dict[str, str]]:
             "op": each.op,
             "implementation": each.name,
             "GPUs": "any" if each.architectures is None else architectures(each.architectures),
-            "exact": each.declared.exactness.value,
-            "how": each.declared.how,
+            "result": f"{each.declared.exactness.value}: {each.declared.how}",
         }
         for each in every_implementation()
     ]

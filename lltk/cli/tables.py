@@ -76,11 +76,11 @@ def memory_table(owners: Mapping[str, int]) -> Table:
     return table
 
 
-def row_table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
-    """Rows with the same keys; the keys are the headings, and the first names a row."""
+def row_table(title: str, rows: Sequence[Mapping[str, str]], names: int = 1) -> Table:
+    """Rows with the same keys, which are the headings; the first ``names`` of them never wrap."""
     table = Table(title=title, **_STYLE)
     for number, heading in enumerate(rows[0]):
-        table.add_column(heading, no_wrap=number == 0, overflow="fold")
+        table.add_column(heading, no_wrap=number < names, overflow="fold")
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
     return table

@@ -50,11 +50,7 @@ class Implementation:
 
     def missing(self, device: torch.device) -> str | None:
         """What the device or installation lacks to run it, or None."""
-        for each in self._all():
-            reason = lacking(device, each.devices, each.modules, each.architectures)
-            if reason is not None:
-                return reason
-        return None
+        return lacking(device, self.devices, self.modules, self.architectures)
 
     @property
     def devices(self) -> tuple[str, ...]:
