@@ -312,6 +312,21 @@ def test_fp8_scales_its_result(size: float) -> None:
 
 
 @cpu
+@pytest.mark.parametrize(("value", "rounded"), [(17.0, 16.0), (19.0, 20.0)])
+def test_the_largest_value_is_not_rounded_twice(value: float, rounded: float) -> None:
+    """The result's scale is that of the largest value as E4M3 has it, not as it was before.
+
+    Each of two tokens attends to itself alone. A scale of 17 would give 15.8, one of 19 saturates.
+    """
+    _, arenas = operands(torch.float32, 2, 16)
+    pages = [*written(arenas[0], False), *written(arenas[1], False)]
+    sign = torch.tensor([1.0, -1.0]).view(1, 2, 1, 1).expand(2, 2, nvfp4_pages.HEADS, 16)
+    none = torch.tensor([], dtype=torch.int64)
+    result = fp8_decode(8 * sign, 8 * sign, value * sign, *pages, none)
+    assert float((result - rounded * sign).abs().max()) < 1e-5
+
+
+@cpu
 def test_fp8_of_nothing_is_nothing() -> None:
     own, arenas = operands(torch.float32)
     pages = [*written(arenas[0], True), *written(0 * arenas[1], True)]

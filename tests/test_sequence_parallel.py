@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ from ranks import LIMIT, alike, ended, free_port, started
 from safetensors.torch import load_file
 from sequence_parallel import CASES, SIZE, made_by, program, programs, rolled, save_made, streamed
 from streams import SHOTS, planned, save_pipeline
+from test_nvfp4_cache_ops import read
 from torch import Tensor
 from torch.library import opcheck
 
 from lltk.graph.recipe import open_recipe
+from lltk.ops.nvfp4_paged_attention.reference import Pages
 from lltk.parallel.exchange import all_parts, heads_to_tokens, own_part, tokens_to_heads
 from lltk.parallel.groups import SEQUENCE, find_group, rank_in, same_on_all
 from lltk.parallel.ranks import Ranks, _check_alike, _own_device
@@ -33,6 +36,8 @@ BOUND = 2e-6
 """Between ranks' sums and one's, relative to the largest value: float32's rounding."""
 ROUNDED = 0.06
 """With keys and values in FP8."""
+PAGES_ROUNDED = {"plain in fp8": 0.025, "all": 0.09}
+"""By how much pages then differ, as a part of their norm: FP8's rounding, and NVFP4's after it."""
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +69,12 @@ def test_ranks_stream_what_one_does(pair: list[dict[str, Tensor]], case: str) ->
     found = apart(first, alone["samples"])
     assert found < bound and (found > 1e-4) == (bound == ROUNDED)
     assert apart(first.roll(1, 0), alone["samples"]) > 0.3
+    pages: dict[str, Tensor] = {}
     for name in alone.keys() - {"samples"}:
         dim = 3 if alone[name].dim() == 5 else 2
         halves = [each[f"{case}.{name}"] for each in pair]
         assert halves[0].shape[dim] * SIZE == alone[name].shape[dim]
+        pages[name] = torch.cat(halves, dim)
         whole, swapped = (torch.cat([h.float() for h in o], dim) for o in (halves, halves[::-1]))
         wanted = alone[name].float()
         if case == "nvfp4 pages" and name.split("_")[2] in ("codes", "scales"):
@@ -75,6 +82,23 @@ def test_ranks_stream_what_one_does(pair: list[dict[str, Tensor]], case: str) ->
         elif bound == BOUND:
             assert apart(whole, wanted) < (1e-2 if "means" in name else 5 * BOUND), name
         assert apart(swapped, wanted) > 0.1, name
+    if bound == ROUNDED:
+        wanted_values = values(alone)
+        for name, value in values(pages).items():
+            error = float((value - wanted_values[name]).norm() / wanted_values[name].norm())
+            assert 0.5 * PAGES_ROUNDED[case] < error < PAGES_ROUNDED[case], name
+
+
+def values(pages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What pages stand for, by ``k`` or ``v`` and layer: those in NVFP4 are decoded."""
+    found = {}
+    for kind, layer in product("kv", range(2)):
+        if (plain := f"{kind}_pages_{layer}") in pages:
+            found[plain] = pages[plain]
+        else:
+            parts = ("codes", "scales", "decode_scales", "means")
+            found[plain] = read(Pages(*(pages[f"{kind}_pages_{part}_{layer}"] for part in parts)))
+    return found
 
 
 def test_a_session_is_the_same_on_every_rank(pair: list[dict[str, Tensor]]) -> None:

@@ -61,9 +61,15 @@ class Linear:
 
     node: fx.Node
     module: str
-    x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
+
+    @property
+    def x(self) -> fx.Node:
+        """What it reads now: where that was a linear too, it may have been replaced meanwhile."""
+        x = self.node.args[0]
+        assert isinstance(x, fx.Node)
+        return x
 
     def kind(self, program: Program) -> str:
         """Its path in its block; the whole path outside blocks."""
@@ -99,8 +105,8 @@ def chosen_linears(
         if reason is not None:
             report.keep(node, module, reason)
             continue
-        x, weight, *bias = node.args
-        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+        _, weight, *bias = node.args
+        assert isinstance(weight, fx.Node)
         outer, inner = shape(weight)
         odd = [f"{what} {n}" for what, n in (("in", inner), ("out", outer)) if n % widths]
         if odd and choice.ragged == "refuse":
@@ -110,7 +116,7 @@ def chosen_linears(
             )
         given = bias[0] if bias else node.kwargs.get("bias")
         assert given is None or isinstance(given, fx.Node)
-        yield Linear(node, module, x, weight, given)
+        yield Linear(node, module, weight, given)
 
 
 def _kept(program: Program, module: str, choice: LinearChoice) -> str | None:

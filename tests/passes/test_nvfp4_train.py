@@ -29,9 +29,11 @@ from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.graph.text import print_graph
-from lltk.ops.hadamard.reference import SIGNS, hadamard
+from lltk.ops.hadamard.reference import SIGNS, hadamard, random_signs
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
+from lltk.ops.nvfp4_quantise import reference as nvfp4_reference
 from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
+from lltk.ops.philox import uniform
 from lltk.train.data import Batch
 from lltk.train.loop import METRICS, Trainer
 from lltk.train.metrics import read_metrics
@@ -151,6 +153,23 @@ def test_what_is_not_asked_for_is_not_in_the_text() -> None:
     program = after(made(), {"nvfp4_train": {"hadamard": 0, "stochastic": False}})
     assert "lltk.nvfp4_quantise_transposed.default(detach, [], 'none')" in text(program, "train")
     assert "random_0, 0, False, 'mse', [])" in text(program, "train")
+
+
+@pytest.mark.parametrize(
+    ("options", "signs"),
+    [
+        ({}, list(SIGNS)),
+        ({"hadamard_seed": 0}, random_signs(16, 0)),
+        ({"hadamard_seed": 3}, random_signs(16, 3)),
+        ({"hadamard": 32}, random_signs(32, 0)),
+        ({"hadamard": 32, "hadamard_seed": 3}, random_signs(32, 3)),
+    ],
+    ids=str,
+)
+def test_the_signs_follow_from_width_and_seed(options: dict[str, int], signs: list[int]) -> None:
+    """In x's operand, and in each of the two linears that read it."""
+    printed = text(after(made(), {"nvfp4_train": options}), "train")
+    assert printed.count(str(signs)) == 3
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -313,6 +332,23 @@ def test_draws_follow_the_batch() -> None:
     for each, drawn in ((batch, [7, 0]), (later, [7, 5])):
         inputs, _, _ = objective._prepared(objective._excerpt(each))
         assert inputs["random"].tolist() == drawn
+
+
+def test_no_two_operands_share_a_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they are of one linear (dx and dW), of two, or of two layers."""
+    drawn: list[tuple[int, ...]] = []
+
+    def recorded(seed: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+        drawn.append((*seed.tolist(), stream))
+        return uniform(seed, stream, shape)
+
+    monkeypatch.setattr(nvfp4_reference, "uniform", recorded)
+    program = trained(2, "regionalise", "lower", include=".*", ragged="pad")
+    gradients(program)
+    linears = sum(program.log[-3].matches.values())
+    assert linears > 2 * 10, "some belong to no layer"
+    assert 2 * linears - 3 <= len(drawn) <= 2 * linears, "but what no gradient flows to"
+    assert len(set(drawn)) == len(drawn)
 
 
 def test_weights_are_quantised_once_a_change() -> None:
