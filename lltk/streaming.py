@@ -35,16 +35,19 @@ from lltk.models.pipelines import find_pipeline
 from lltk.ops.implementations import check_device
 from lltk.parallel.devices import find_device
 from lltk.parallel.groups import SEQUENCE, rank_in, same_on_all
+from lltk.stream.chunks import Chunking, Receipt
 from lltk.stream.columns import ColumnDecoder
 from lltk.stream.decoder import DecodedElsewhere, Decoder, LatentDecoder
 from lltk.stream.memory import Parts, Placed, check_memory, loading_memory, stream_memory
 from lltk.stream.recipe import DecoderSection, StreamSection, stream_section
+from lltk.stream.report import ChunkReport
 from lltk.stream.runtimes.cuda_graph import check_graphs
 from lltk.stream.runtimes.torch import TorchRuntime
-from lltk.stream.script import ChunkPlan, Shot, plan, statement
-from lltk.stream.session import ChunkReport, Receipt, Sampling, Session
+from lltk.stream.script import Shot
+from lltk.stream.session import Sampling, Session
 from lltk.stream.state import load_state, save_state
 from lltk.stream.text import Prompts, TextEncoder, weight_bytes
+from lltk.stream.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,13 @@ class StreamPlan:
     def sampling(self) -> Sampling:
         """What a session needs of the section."""
         return Sampling(**{f.name: getattr(self.section, f.name) for f in fields(Sampling)})
+
+    @property
+    def chunking(self) -> Chunking:
+        """How a script becomes chunks."""
+        section, program = self.section, self.transformer
+        size, stride = program.geometry.chunk, program.spec.stride[0]
+        return Chunking(size, section.fps, stride, section.scene_cut, section.recache)
 
     @property
     def decoder_device(self) -> torch.device:
@@ -163,21 +173,10 @@ class StreamPlan:
             "lltk": __version__,
             "transformer": fingerprint(self.transformer),
             "decoder": "+".join(fingerprint(decoder.program) for decoder in self.decoders),
-            "fps": self.section.fps,
+            **asdict(self.chunking),
             **asdict(self.sampling),
             **({"rank": self.rank} if self.transformer.fact(Ranks).count > 1 else {}),
         }
-
-    def chunks(self, script: Sequence[Shot]) -> list[ChunkPlan]:
-        """Every chunk of a script; errors as `lltk.stream.script.plan`'s."""
-        section, program = self.section, self.transformer
-        stride = program.spec.stride[0]
-        return plan(script, program.geometry, section.fps, stride, section.scene_cut)
-
-    def statement(self, script: Sequence[Shot]) -> str:
-        """What was asked and what it became; see `lltk.stream.script.statement`."""
-        program = self.transformer
-        return statement(script, program.geometry, self.section.fps, program.spec.stride[0])
 
     def describe(self) -> dict[str, str]:
         """What runs where, by part, for people to read."""
@@ -302,8 +301,8 @@ class Stream:
         return self.session
 
     def switch(self, prompt: str, recache: bool | None = None) -> Receipt:
-        """See `Session.switch`."""
-        return self.session.switch(prompt, recache)
+        """See `Timeline.switch`."""
+        return self.session.timeline.switch(prompt, recache)
 
     def save(self, path: Path) -> None:
         """Write what `open_stream` needs to go on from here, bit for bit.
@@ -363,18 +362,16 @@ def open_stream(
     rank = plan.rank
     state = None if resume is None else load_state(_own_file(resume, rank), plan.identity)
     ranks = plan.transformer.fact(Ranks).count
-    if state and not same_on_all(state.facts["chunk"], SEQUENCE, ranks):
+    if state and not same_on_all(state.timeline.index, SEQUENCE, ranks):
         raise ValueError(f"{resume}: its ranks' files are of different chunks; resume another")
-    chunks = plan.chunks(script) if state is None else []
-    texts = (
-        [chunk.prompt for chunk in chunks]
-        if state is None
-        else [*filter(None, [state.facts["prompt"]]), *(c["prompt"] for c in state.facts["script"])]
-    )
+    timeline = Timeline(plan.chunking, script)
+    if state is not None:
+        timeline.restore(state.timeline)
     section, program, device = plan.section, plan.transformer, plan.device
     guided = section.guidance != 1
+    negative = [section.negative_prompt] if guided else []
     if prompts is None:
-        prompts = _encoded_prompts(plan, [*texts, *([section.negative_prompt] if guided else [])])
+        prompts = _encoded_prompts(plan, [*timeline.prompts, *negative])
     latent = None if image is None else _encoded(plan, image)
     module = instantiate(program, device)
     if section.compile:
@@ -384,7 +381,7 @@ def open_stream(
         DecodedElsewhere(device) if sink is None else open_decoder(plan),
         sink or (lambda video: None),
         prompts,
-        chunks,
+        timeline,
         plan.sampling,
         section.seed,
         TorchRuntime(program, module, section.cuda_graphs) if guided else None,

@@ -27,11 +27,13 @@ from lltk.parallel.exchange import (
 )
 from lltk.parallel.groups import SEQUENCE, rank_in, same_on_all
 from lltk.parallel.ranks import joined
+from lltk.stream.chunks import Chunking
 from lltk.stream.decoder import DecodedElsewhere
 from lltk.stream.rollout import Rollout
 from lltk.stream.runtimes.torch import TorchRuntime
-from lltk.stream.script import ChunkPlan
+from lltk.stream.script import Shot
 from lltk.stream.session import Sampling, Session
+from lltk.stream.timeline import Timeline
 
 SIZE = 2
 CASES: dict[str, tuple[Sequence[str], str]] = {
@@ -103,10 +105,7 @@ def session(made: Program, seed: int = 5) -> Session:
     """Of guided latents alone, with a cut."""
     geometry, spec = made.geometry, made.spec
     module = instantiate(made)
-    script = [
-        ChunkPlan(chunk, chunk // 3, f"shot {chunk // 3}", chunk % 3 == 0, range(chunk, chunk + 1))
-        for chunk in range(CHUNKS)
-    ]
+    script = [Shot(caption=f"shot {i}", seconds=length) for i, length in enumerate((3, CHUNKS - 3))]
 
     def embedded(prompt: str) -> Tensor:
         generator = torch.Generator().manual_seed(len(prompt) + ord(prompt[-1]))
@@ -117,7 +116,7 @@ def session(made: Program, seed: int = 5) -> Session:
         DecodedElsewhere(torch.device("cpu")),
         lambda video: None,
         embedded,
-        script,
+        Timeline(Chunking(geometry.chunk, geometry.chunk, stride=1), script),
         Sampling(steps=2, guidance=1.5, negative_prompt="none", shot_offset=0.5),
         seed,
         TorchRuntime(made, module),

@@ -89,9 +89,9 @@ def streamed(
     stream, video = opened(plan, script, **options)
     latents = []
     with stream:
-        while stream.session.script:
+        while stream.session.timeline.chunks:
             if act is not None:
-                act(stream, stream.session.chunk)
+                act(stream, stream.session.timeline.index)
             latents.append(next(stream.session).latents)
     return torch.cat(latents, dim=2), torch.cat(video, dim=2)
 

@@ -30,8 +30,8 @@ from lltk.bench.stream import METHOD, Timings, summary, text
 from lltk.compiler import transform
 from lltk.graph.program import Program
 from lltk.ops.fp8_quantise.reference import fp8_quantise
-from lltk.stream.script import ChunkPlan
-from lltk.stream.session import ChunkReport
+from lltk.stream.chunks import Chunk
+from lltk.stream.report import ChunkReport
 
 pytestmark = pytest.mark.cpu
 
@@ -106,10 +106,8 @@ def report(chunk: int, seconds: float = 2.0) -> ChunkReport:
     """A chunk of 8 frames: 1 s in the graphs that DiT FPS counts."""
     graphs = {"prologue": 0.25, "step": 0.75, "commit": 0.25}
     return ChunkReport(
-        plan=ChunkPlan(chunk, 0, "a shot", False, range(8 * chunk, 8 * chunk + 8)),
-        prompt="a shot",
+        chunk=Chunk(chunk, 0, 0, "a shot", False, range(8 * chunk, 8 * chunk + 8)),
         latents=torch.zeros(()),
-        receipts=(),
         pages=3,
         seconds=seconds,
         text=0.1,

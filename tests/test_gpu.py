@@ -167,7 +167,6 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A session on a GPU is the CPU's, waits for nothing within passes and commits, and resumes."""
     import streams
 
-    from lltk.stream.session import Session
     from lltk.streaming import plan_stream
 
     folder = streams.save_pipeline(tmp_path / "pipeline")
@@ -175,11 +174,11 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, wanted_video = streams.streamed(plan_stream(recipe))
 
     def watched(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Session, *given: Any) -> Any:
-            self._pipeline.rest()  # the decoder's thread may wait, and the mode is every thread's
+        def call(*given: Any) -> Any:
+            session.delivery.rest()  # the decoder's thread may wait, and the mode is every thread's
             torch.cuda.set_sync_debug_mode("error")
             try:
-                return method(self, *given)
+                return method(*given)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
@@ -187,9 +186,13 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     plan = plan_stream(recipe, "cuda")
     streams.streamed(plan, streams.SHOTS[:1])  # warm-up: libraries are loaded with waiting
-    for method in (Session._passes, Session._commit):
-        monkeypatch.setattr(Session, method.__name__, watched(method))
-    latents, video = streams.streamed(plan)
+    stream, parts = streams.opened(plan)
+    session = stream.session
+    monkeypatch.setattr(session, "_denoiser", watched(session._denoiser))
+    monkeypatch.setattr(session._cache, "_write", watched(session._cache._write))
+    with stream:
+        latents = torch.cat([report.latents for report in stream], dim=2)
+    video = torch.cat(parts, dim=2)
     assert float((latents.cpu() - wanted).abs().max() / wanted.abs().max()) < 1e-2
     assert float((video.cpu() - wanted_video).abs().mean()) < 1e-2
     stream, before = streams.opened(plan)

@@ -25,7 +25,7 @@ from lltk.graph.edit import copy_graph, module_of
 from lltk.graph.geometry import Kind
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.program import Program
-from lltk.stream.pages import PageTable, Plan
+from lltk.stream.pages import ChunkPages, PageTable
 from lltk.stream.rollout import Rollout
 
 pytestmark = pytest.mark.cpu
@@ -209,8 +209,8 @@ def streaming(rule: SetRule, dtype: torch.dtype) -> tuple[Program, ProgramModule
 class NoHistory(PageTable):
     """Lists no page."""
 
-    def plan(self) -> Plan:
-        return replace(super().plan(), table=())
+    def next_pages(self) -> ChunkPages:
+        return replace(super().next_pages(), table=())
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ def test_a_state_with_broken_scales_is_refused(
     with stream:
         next(stream.session)
         state = stream.session.state()
-        page = state.tensors[f"cache.{name}"]
+        page = state.pages[0][name]
         page[0, stream.session.table.slots[0]].view(-1)[1] = value
         if what is None:
             other.session.restore(state)
@@ -209,8 +209,8 @@ def test_sinks_keep_their_bytes(pipeline: Path) -> None:
     before: dict[int, dict[str, Tensor]] = {}
     changed = 0
     with stream:
-        while stream.session.script:
-            if stream.session.chunk in (2, 5):
+        while stream.session.timeline.chunks:
+            if stream.session.timeline.index in (2, 5):
                 stream.switch("a green star falling")
             next(stream.session)
             table, pages = stream.session.table, cached(stream)
@@ -240,14 +240,12 @@ def test_guidance_has_a_second_cache_in_nvfp4(pipeline: Path, plan: StreamPlan) 
     with stream:
         for _ in range(2):
             next(stream.session)
-        state = stream.session.state().tensors
+        state = stream.session.state()
     names = set(plan.transformer.pages)
     kinds = {name.rpartition("_")[0].rpartition("_pages_")[2] for name in names}
     assert kinds == {"codes", "scales", "decode_scales", "means"}
-    found = {name for name in state if "_pages_" in name}
-    assert found == {f"{cache}.{name}" for cache in ("cache", "unconditional") for name in names}
-    codes = [state[name] for name in sorted(found) if "k_pages_codes_1" in name]
-    assert len(codes) == 2 and not torch.equal(*codes)
+    assert [set(pages) for pages in state.pages] == [names, names]
+    assert not torch.equal(*(pages["k_pages_codes_1"] for pages in state.pages))
 
 
 def test_memory_is_what_is_held(pipeline: Path, plan: StreamPlan) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lltk.graph.geometry import Geometry
-from lltk.stream.pages import PageTable, Plan
+from lltk.stream.pages import ChunkPages, PageTable
 from lltk.stream.rollout import Rollout
 
 pytestmark = pytest.mark.cpu
@@ -91,23 +91,23 @@ def check_video(rule: SetRule, chunks: int, make: Callable[[Geometry], PageTable
     page: dict[int, int] = {}
     before: set[int] = set()
     for index, wanted in enumerate(rule.attended(chunks)):
-        plan = table.plan()
-        assert plan == table.plan(), "a plan changes while its chunk is in flight"
-        assert plan.chunk == index
-        assert len(set(plan.table)) == len(plan.table), "a page is listed twice"
-        assert plan.slot not in plan.table, "the chunk in flight overwrites what it attends to"
-        assert {plan.slot, *plan.table} <= set(range(geometry.pages))
-        held = [page[slot] for slot in plan.table]
+        pages = table.next_pages()
+        assert pages == table.next_pages(), "pages change while their chunk is in flight"
+        assert pages.chunk == index
+        assert len(set(pages.table)) == len(pages.table), "a page is listed twice"
+        assert pages.slot not in pages.table, "the chunk in flight overwrites what it attends to"
+        assert {pages.slot, *pages.table} <= set(range(geometry.pages))
+        held = [page[slot] for slot in pages.table]
         frames = [frame for chunk in [*held, index] for frame in sorted(rule.own(chunk))]
         assert len(set(frames)) == len(frames) <= rule.window
         assert set(frames) == wanted, f"chunk {index}"
         assert set(frames) - rule.own(index) <= before, "an evicted frame returned"
-        if plan.slot in page:
-            assert not rule.own(page[plan.slot]) & rule.sinks(index), "a sink is overwritten"
+        if pages.slot in page:
+            assert not rule.own(page[pages.slot]) & rule.sinks(index), "a sink is overwritten"
         assert {frame for chunk in table.sinks() for frame in rule.own(chunk)} == rule.sinks(index)
-        page[plan.slot] = index
+        page[pages.slot] = index
         before = set(frames)
-        assert table.commit(opens_shot=index in rule.cuts) == plan
+        assert table.commit(opens_shot=index in rule.cuts) == pages
 
 
 CHUNKS = 14
@@ -158,25 +158,25 @@ class NoShotSink(PageTable):
 class LateShotSink(PageTable):
     """Forgets which shot is the latest."""
 
-    def commit(self, opens_shot: bool = False) -> Plan:
+    def commit(self, opens_shot: bool = False) -> ChunkPages:
         return super().commit(False)
 
 
 class SmallWindow(PageTable):
-    def plan(self) -> Plan:
-        plan = super().plan()
-        return with_changes(plan, table=plan.table[: self._pages - 2])
+    def next_pages(self) -> ChunkPages:
+        pages = super().next_pages()
+        return with_changes(pages, table=pages.table[: self._pages - 2])
 
 
 class ListedTwice(PageTable):
-    def plan(self) -> Plan:
-        plan = super().plan()
-        return with_changes(plan, table=plan.table + plan.table[:1])
+    def next_pages(self) -> ChunkPages:
+        pages = super().next_pages()
+        return with_changes(pages, table=pages.table + pages.table[:1])
 
 
 class Overwrites(PageTable):
-    def plan(self) -> Plan:
-        return with_changes(super().plan(), slot=0)
+    def next_pages(self) -> ChunkPages:
+        return with_changes(super().next_pages(), slot=0)
 
 
 BROKEN = [NoGlobalSink, NoShotSink, LateShotSink, SmallWindow, ListedTwice, Overwrites]
@@ -212,7 +212,7 @@ def watch(rollout: Rollout, rule: SetRule, chunks: int) -> None:
         for time in (900.0, 300.0):
             rollout.step(latents, torch.full((1, rule.chunk), time), positions)
         assert all(torch.equal(value, before[name]) for name, value in held().items()), "a step"
-        slot = rollout.table.plan().slot
+        slot = rollout.table.next_pages().slot
         rollout.commit(latents, positions, opens_shot=index in rule.cuts)
         for name, value in held().items():
             for other in range(value.shape[1]):

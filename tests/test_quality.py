@@ -21,8 +21,8 @@ from lltk.bench.quality import (
 )
 from lltk.graph.module import instantiate
 from lltk.models.tiny.world import FPS, Story, render
+from lltk.stream import session
 from lltk.stream.script import SCENE_CUT, Shot
-from lltk.stream.session import Session
 from lltk.stream.text import TextEncoder
 
 pytestmark = pytest.mark.cpu
@@ -50,8 +50,8 @@ def test_streamed_chunks_are_a_sessions(tmp_path: Path, monkeypatch: pytest.Monk
         Shot(caption="a red circle moving left", seconds=3),
         Shot(caption="a blue square moving up", seconds=5),
     )
-    chunks = plan.chunks(script)
-    opens = [chunk.chunk for chunk in chunks if chunk.opens_shot]
+    chunks = plan.chunking.chunks(script)
+    opens = [chunk.index for chunk in chunks if chunk.opens_shot]
     assert opens == [0, 3] and len(chunks) == 8
     program = plan.transformer
     encoder = TextEncoder(plan.folder, program.geometry.text_tokens)
@@ -60,7 +60,7 @@ def test_streamed_chunks_are_a_sessions(tmp_path: Path, monkeypatch: pytest.Monk
     ours = list(streamed(program, module, text, opens, steps=4, seed=5))
 
     noise = noises(seed=5)
-    monkeypatch.setattr(Session, "_noise", lambda self: next(noise))
+    monkeypatch.setattr(session, "chunk_noise", lambda *given: next(noise))
     stream, _ = opened(plan, script)
     with stream:
         theirs = [report.latents for report in stream]

@@ -10,22 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lltk.graph.geometry import Geometry
+from lltk.stream.chunks import Chunking
 from lltk.stream.positions import frame_positions
-from lltk.stream.script import (
-    chunk_frames,
-    lengths,
-    load_script,
-    parse_script,
-    plan,
-    single_shot,
-    statement,
-)
+from lltk.stream.script import load_script, parse_script, single_shot
 
 pytestmark = pytest.mark.cpu
 
-WAN = Geometry(height=704, width=1280)
-"""C = 8: chunks of 32 video frames, the first of 29."""
+WAN = Chunking(8, 24)
+"""Chunks of 32 video frames, the first of 29."""
 
 SCRIPT = """
 - caption: A red circle
@@ -51,21 +43,21 @@ def test_a_script_is_read(tmp_path: Path) -> None:
 
 def test_a_planned_video() -> None:
     script = [*single_shot("a", 4), *single_shot("b", 2.5), *single_shot("c", 0.1)]
-    chunks = plan(script, WAN, 24)
-    assert [c.chunk for c in chunks] == list(range(6))
+    chunks = WAN.chunks(script)
+    assert [c.index for c in chunks] == list(range(6))
     assert [c.shot for c in chunks] == [0, 0, 0, 1, 1, 2]
     assert [c.opens_shot for c in chunks] == [True, False, False, True, False, True]
     cut = "The scene transitions. "
     assert [c.prompt for c in chunks] == ["a", "a", "a", f"{cut}b", "b", f"{cut}c"]
     assert [c.frames for c in chunks[:3]] == [range(29), range(29, 61), range(61, 93)]
     assert chunks[-1].frames == range(157, 189)
-    other = plan(script, WAN, 24, scene_cut="CUT ")
+    other = Chunking(8, 24, scene_cut="CUT ").chunks(script)
     assert [c.prompt for c in other] == ["a", "a", "a", "CUT b", "b", "CUT c"]
 
 
 def test_the_statement_says_what_was_asked_and_made() -> None:
     script = (*single_shot("a", 4), *single_shot("b", 0.1))
-    assert statement(script, WAN, 24).splitlines() == [
+    assert WAN.statement(script).splitlines() == [
         "a shot is whole chunks, at least one: 32 frames each, 29 for the video's first, at 24 fps",
         "shot 1: 4 s asked, 3.88 s made (93 frames, chunks: 3)",
         "shot 2: 0.1 s asked, 1.33 s made (32 frames, chunks: 1)",
@@ -81,16 +73,14 @@ def test_the_statement_says_what_was_asked_and_made() -> None:
 def test_no_other_whole_number_of_chunks_is_nearer(
     seconds: list[float], chunk: int, fps: float, stride: int
 ) -> None:
-    geometry = Geometry(height=64, width=64, chunk=chunk, window=3 * chunk, sink=0, frames=chunk)
+    chunking = Chunking(chunk, fps, stride)
     script = [shot for s in seconds for shot in single_shot("a", s)]
-    chunks = plan(script, geometry, fps, stride)
+    chunks = chunking.chunks(script)
     frames = [f for c in chunks for f in c.frames]
     latents = len(chunks) * chunk
     assert frames == list(range(stride * (latents - 1) + 1)), "the VAE's count, without gaps"
     later = stride * chunk
-    for index, (asked, made) in enumerate(
-        zip(seconds, lengths(script, geometry, fps, stride), strict=True)
-    ):
+    for index, (asked, made) in enumerate(zip(seconds, chunking.lengths(script), strict=True)):
         own = [c for c in chunks if c.shot == index]
         assert (made.asked, made.chunks) == (asked, len(own)) and own[0].opens_shot
         assert made.frames == sum(len(c.frames) for c in own)
@@ -101,9 +91,9 @@ def test_no_other_whole_number_of_chunks_is_nearer(
 
 def test_chunk_frames_of_wan() -> None:
     """32 latent frames are 125 video frames, 384 are 1533 (longest published video)."""
-    assert [len(chunk_frames(i, WAN)) for i in range(3)] == [29, 32, 32]
-    assert chunk_frames(3, WAN).stop == 125
-    assert chunk_frames(47, WAN).stop == 1533
+    assert [len(WAN.frames(i)) for i in range(3)] == [29, 32, 32]
+    assert WAN.frames(3).stop == 125
+    assert WAN.frames(47).stop == 1533
 
 
 GOOD = {"caption": "a", "seconds": 2}
@@ -151,11 +141,11 @@ def test_unreadable_scripts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fps", [0, -24, float("inf"), float("nan")])
 def test_misfit_rates(fps: float) -> None:
     with pytest.raises(ValueError, match=r"is not a frame rate"):
-        plan(single_shot("a", 2), WAN, fps)
+        Chunking(8, fps)
 
 
 def test_single_shot() -> None:
-    chunks = plan(single_shot(" a  prompt ", 2.4), WAN, 24)
+    chunks = WAN.chunks(single_shot(" a  prompt ", 2.4))
     assert [c.prompt for c in chunks] == ["a prompt"] * 2
     with pytest.raises(ValueError, match=r"^prompt: caption: is empty"):
         single_shot("", 2)
@@ -163,14 +153,15 @@ def test_single_shot() -> None:
 
 def test_positions_jump_at_every_cut() -> None:
     script = [shot for s in (1, 3, 1) for shot in single_shot("a", s)]
-    chunks = plan(script, WAN, 24)
-    positions = frame_positions([c.shot for c in chunks], WAN.chunk, 8.0)
+    chunks = WAN.chunks(script)
+    assert [c.cuts for c in chunks] == [c.shot for c in chunks]
+    positions = frame_positions([c.cuts for c in chunks], WAN.size, 8.0)
     assert positions.dtype == torch.float64
     assert positions[::8].tolist() == [0, 16, 24, 40]
     assert set(positions.diff().tolist()) == {1, 9}
     for chunk in chunks:
-        own = frame_positions([chunk.shot], WAN.chunk, 8.0, first=chunk.chunk)
-        assert torch.equal(own, positions[8 * chunk.chunk :][:8])
+        own = frame_positions([chunk.cuts], WAN.size, 8.0, first=chunk.index)
+        assert torch.equal(own, positions[8 * chunk.index :][:8])
 
 
 def test_positions_are_exact_far_out() -> None:

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.models import wan_vae
+from lltk.stream.denoise import chunk_noise
 from lltk.stream.image import read_image
+from lltk.stream.report import ChunkReport
 from lltk.stream.rollout import Rollout
 from lltk.stream.sampler import Sampler, Schedule, guided
 from lltk.stream.script import Shot
-from lltk.stream.session import ChunkReport, SessionState
 from lltk.stream.state import load_state
 from lltk.stream.text import TextEncoder
 from lltk.streaming import Stream, StreamPlan, open_stream
@@ -52,20 +54,18 @@ def by_hand(plan: StreamPlan, chunks: int, guidance: float = 1.0) -> Tensor:
     module = instantiate(program)
     encoder = TextEncoder(plan.folder, program.geometry.text_tokens)
     schedule = Schedule.make(section.steps, section.shift)
-    stream, _ = opened(plan)
     rollouts = [Rollout(program, module) for _ in range(2)]
     done, cuts = [], 0
     with torch.no_grad():
-        for chunk in plan.chunks(SHOTS)[:chunks]:
-            cuts += chunk.opens_shot and chunk.chunk > 0
-            positions = torch.arange(2.0, dtype=torch.float64) + 2 * chunk.chunk
+        for chunk in plan.chunking.chunks(SHOTS)[:chunks]:
+            cuts += chunk.opens_shot and chunk.index > 0
+            positions = torch.arange(2.0, dtype=torch.float64) + 2 * chunk.index
             positions += cuts * section.shot_offset
             for rollout, text in zip(
                 rollouts, (chunk.prompt, section.negative_prompt), strict=True
             ):
                 rollout.set_text(encoder.encode([text]))
-            stream.session._progress.chunk = chunk.chunk
-            sampler = Sampler(schedule, stream.session._noise())
+            sampler = Sampler(schedule, chunk_noise(section.seed, chunk.index, (1, 4, 2, 2, 4)))
             for step, level in enumerate(schedule.timesteps):
                 time = torch.full((1, 2), float(level))
                 both = [r.step(sampler.latents, time, positions) for r in rollouts]
@@ -101,7 +101,7 @@ def test_chunks_are_what_the_parts_give(pipeline: Path, guidance: float) -> None
     ):
         changed, _ = streamed(planned(pipeline, *_overrides(plan), other))
         assert float((changed - wanted).abs().max()) > 1e-3, other
-    decoder = opened(plan)[0].session._decoder
+    decoder = opened(plan)[0].session.delivery._decoder
     assert torch.equal(decoder.decode(latents), video)
 
 
@@ -113,9 +113,7 @@ def _overrides(plan: StreamPlan) -> list[str]:
 def test_only_guidance_has_a_second_cache(pipeline: Path) -> None:
     for guidance, caches in ((1.0, 1), (1.5, 2)):
         stream, _ = opened(planned(pipeline, f"stream.guidance={guidance}"))
-        names = stream.session.state().tensors
-        assert len(names) == 4 * caches
-        assert any(name.startswith("unconditional.") for name in names) == (caches == 2)
+        assert [len(pages) for pages in stream.session.state().pages] == [4] * caches
 
 
 @pytest.mark.parametrize("steps", [50, 3, 2])
@@ -128,21 +126,14 @@ def test_any_number_of_steps(pipeline: Path, steps: int) -> None:
 # Noise
 
 
-def test_noise_follows_from_seed_item_and_chunk(pipeline: Path, plan: StreamPlan) -> None:
-    def first(*overrides: str) -> Tensor:
-        stream, _ = opened(planned(pipeline, *overrides))
-        noise: Tensor = stream.session._noise()
-        return noise
-
-    both = first("geometry.batch=2", "stream.seed=3")
-    assert torch.equal(both, torch.cat([first("stream.seed=3"), first("stream.seed=4")]))
+def test_noise_follows_from_seed_item_and_chunk() -> None:
+    shape = (4, 2, 2, 4)
+    both = chunk_noise(3, 0, (2, *shape))
+    alone = [chunk_noise(seed, 0, (1, *shape)) for seed in (3, 4)]
+    assert torch.equal(both, torch.cat(alone))
     assert not torch.equal(both[0], both[1])
-    stream, _ = opened(plan)
-    noise = [stream.session._noise()]
-    with stream:
-        for _ in range(2):
-            next(stream.session)
-            noise.append(stream.session._noise())
+    noise = [chunk_noise(3, chunk, (1, *shape)) for chunk in range(3)]
+    assert torch.equal(noise[0], both[:1])
     assert len({float(part.sum()) for part in noise}) == 3
     assert abs(float(torch.cat(noise).std()) - 1) < 0.1
 
@@ -155,8 +146,8 @@ def test_at_rest_all_that_was_made_is_video(plan: StreamPlan) -> None:
     stream, video = opened(plan)
     with stream:
         for report in stream:
-            stream.session.rest()
-            assert sum(part.shape[2] for part in video) == report.plan.frames.stop
+            stream.session.delivery.rest()
+            assert sum(part.shape[2] for part in video) == report.chunk.frames.stop
     assert torch.equal(torch.cat(video, dim=2), whole)
 
 
@@ -189,8 +180,8 @@ def test_sinks_keep_their_bytes(pipeline: Path) -> None:
     before: dict[int, dict[str, Tensor]] = {}
     changed = 0
     with stream:
-        while stream.session.script:
-            if stream.session.chunk in (2, 8):
+        while stream.session.timeline.chunks:
+            if stream.session.timeline.index in (2, 8):
                 stream.switch("a green star falling")
             next(stream.session)
             slots, sinks = stream.session.table.slots, stream.session.table.sinks()
@@ -215,7 +206,7 @@ def test_recache_is_committing_from_scratch(plan: StreamPlan) -> None:
     with stream:
         for _ in range(5):
             latents.append(next(stream.session).latents)
-        table = stream.session.table.plan()
+        table = stream.session.table.next_pages()
         stream.switch(prompt, recache=True)
         slots, before = stream.session.table.slots, cached(stream)
         report = next(stream.session)
@@ -278,17 +269,16 @@ def test_receipts(plan: StreamPlan) -> None:
     stream, _ = opened(plan)
     reports = []
     with stream:
-        while stream.session.script:
-            if stream.session.chunk == 1:
+        while stream.session.timeline.chunks:
+            if stream.session.timeline.index == 1:
                 first = stream.switch("a green star falling")
                 second = stream.switch("a green star rising", recache=True)
                 assert (first.received, first.applied) == (1, None)
             reports.append(next(stream.session))
-        assert "the script is over" in refused(stream.switch, "more")
-    assert [len(report.receipts) for report in reports] == [0, 2, 0, 0, 0, 0]
-    assert [receipt.applied for receipt in reports[1].receipts] == [1, 1]
-    assert reports[1].receipts[1].prompt == second.prompt and reports[1].receipts[1].recache
-    assert [report.prompt for report in reports] == [
+    assert [len(report.chunk.receipts) for report in reports] == [0, 2, 0, 0, 0, 0]
+    applied = tuple(replace(receipt, applied=1) for receipt in (first, second))
+    assert reports[1].chunk.receipts == applied and reports[1].chunk.recache
+    assert [report.chunk.prompt for report in reports] == [
         "a red circle moving left",
         *["a green star rising"] * 2,
         "The scene transitions. a blue square moving up",
@@ -331,7 +321,7 @@ def test_a_switch_outlives_a_failure(
                 rest = [report.latents for report in again]
             assert torch.equal(torch.cat([*first, *rest], 2), wanted)
         reports = list(stream)
-    assert [receipt.prompt for receipt in reports[0].receipts] == [prompt]
+    assert len(reports[0].chunk.receipts) == 1 and reports[0].chunk.prompt == prompt
     assert torch.equal(torch.cat([*first, *(report.latents for report in reports)], 2), wanted)
 
 
@@ -342,17 +332,17 @@ def test_a_prompt_that_failed_half_way_is_taken_back(
     stream, _ = opened(plan)
     with stream:
         for _ in range(2):
-            prompt = next(stream.session).prompt
+            prompt = next(stream.session).chunk.prompt
         before = cached(stream)
         stream.switch("a green star falling", recache=True)
         with monkeypatch.context() as patch:
-            patch.setattr(stream.session, "_recache", lambda: 1 / 0)
+            patch.setattr(stream.session._cache, "recache", lambda: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 next(stream.session)
         stream.switch(prompt, recache=False)
         report = next(stream.session)
         after = cached(stream)
-    assert report.prompt == prompt and "recache" in report.graphs
+    assert report.chunk.prompt == prompt and "recache" in report.graphs
     slots = [slot for chunk, slot in stream.session.table.slots.items() if chunk < 2]
     assert slots and all(torch.equal(before[n][:, slots], after[n][:, slots]) for n in before)
 
@@ -374,7 +364,7 @@ def test_a_cut_renews_no_page(pipeline: Path) -> None:
         held = list(slots.values())
         assert torch.equal(after[name][:, held], page[:, held]), name
     stream, _ = opened(planned(pipeline, "stream.recache=true"), CUTLESS)
-    assert [report.plan.chunk for report in run(stream) if "recache" in report.graphs] == [3]
+    assert [report.chunk.index for report in run(stream) if "recache" in report.graphs] == [3]
 
 
 def test_a_switch_during_a_chunk_waits_for_the_next(plan: StreamPlan) -> None:
@@ -389,14 +379,7 @@ def test_a_switch_during_a_chunk_waits_for_the_next(plan: StreamPlan) -> None:
     stream.session._encode = switching
     with stream:
         reports = list(stream)
-        assert "the script is over" in refused(stream.switch, "more")
-    assert received[0].received == 1 and reports[1].receipts[0].applied == 1
-    stream, _ = opened(plan, SHOTS[:1])
-    with stream:
-        while len(stream.session.script) > 1:
-            next(stream.session)
-        stream.session._begun += 1
-        assert "the script is over" in refused(stream.switch, "as the last chunk is made")
+    assert received[0].received == 1 and reports[1].chunk.receipts[0].applied == 1
 
 
 def test_blocks_may_be_compiled(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,15 +530,21 @@ def test_a_state_lacking_a_part_goes_on_otherwise(plan: StreamPlan) -> None:
         for _ in range(4):
             next(stream.session)
         state = stream.session.state()
-    for lost in ("cache.k_pages_1", "decoder.cache_3"):
-        tensors = {n: t.clone() for n, t in state.tensors.items()}
-        tensors[lost].zero_()
+    for lost in ("pages", "caches"):
+        held = {"pages": state.pages[0], "caches": state.delivery.caches}
+        part = {name: tensor.clone() for name, tensor in held[lost].items()}
+        part["k_pages_1" if lost == "pages" else "cache_3"].zero_()
+        changed = (
+            replace(state, pages=[part])
+            if lost == "pages"
+            else replace(state, delivery=replace(state.delivery, caches=part))
+        )
         other, rest = opened(plan, ())
-        other.session.restore(SessionState(tensors, state.facts))
+        other.session.restore(changed)
         with other:
             latents = torch.cat([report.latents for report in other], dim=2)
         same = torch.equal(latents, whole[:, :, 8:])
-        assert same == lost.startswith("decoder")
+        assert same == (lost == "caches")
         assert not torch.equal(torch.cat(rest, 2), video[:, :, -16:])
 
 
@@ -579,7 +568,7 @@ def test_a_full_disk_loses_no_latent(plan: StreamPlan, tmp_path: Path) -> None:
             stream.save(tmp_path / "state")
             raise
     other, rest = opened(plan, (), resume=tmp_path / "state")
-    assert other.session.frame == sum(part.shape[2] for part in got)
+    assert other.session.delivery.frame == sum(part.shape[2] for part in got)
     assert not rest, "decoding waits for its block"
     run(other)
     assert torch.equal(torch.cat([*got, *rest], dim=2), video)
@@ -602,7 +591,7 @@ def test_the_last_latents_are_owed_after_the_script(plan: StreamPlan, tmp_path: 
             stream.close()
         stream.save(tmp_path / "state")
     other, rest = opened(plan, (), resume=tmp_path / "state")
-    assert not other.session.script and other.session.undelivered == 4
+    assert not other.session.timeline.chunks and other.session.delivery.undelivered == 4
     other.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "state").read_bytes()
     assert not run(other)
@@ -629,10 +618,10 @@ def test_other_states_are_refused(pipeline: Path, plan: StreamPlan, tmp_path: Pa
         assert "is no state, or damaged" in refused(load_state, tmp_path / "damaged", identity)
     weights = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
     assert "not a stream's state" in refused(load_state, weights, identity)
-    for stated in ("1", '{"format": "1"}'):
+    for stated in ("1", '{"format": "2"}'):
         save_file({"t": torch.ones(1)}, tmp_path / "older", {"lltk.stream": stated})
         message = refused(load_state, tmp_path / "older", identity)
-        assert "not a stream's state of format 2" in message
+        assert "not a stream's state of format 3" in message
 
 
 def test_an_interrupted_chunk_is_not_saved(
@@ -675,7 +664,7 @@ def test_memory_stays_the_same(plan: StreamPlan) -> None:
 def test_a_report_adds_up(plan: StreamPlan) -> None:
     stream, _ = opened(plan)
     for index, report in enumerate(run(stream)):
-        assert report.plan.chunk == index
+        assert report.chunk.index == index
         assert {"step", "commit"} <= report.graphs.keys()
         assert ("prologue" in report.graphs) == (index in (0, 3, 4))
         parts = report.text + sum(report.graphs.values()) + report.waited + report.outside

@@ -15,9 +15,10 @@ from lltk.bench.agreement import interval, overlap
 from lltk.bench.record import Record, markdown
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
+from lltk.stream.denoise import Velocity, denoise, not_finite
 from lltk.stream.positions import frame_positions
 from lltk.stream.rollout import Rollout
-from lltk.stream.sampler import Sampler, Schedule
+from lltk.stream.sampler import Schedule
 
 OUTPUT = "output"
 
@@ -88,29 +89,30 @@ def layer_errors(
     shape = (text.shape[0], spec.channels, geometry.chunk, *geometry.latent(spec))
     errors = Errors()
     with watched(base[1]) as wanted, watched(other[1]) as found:
+
+        def compared(chunk: int, positions: Tensor) -> Velocity:
+            """The base model's velocity; on the way it is compared with the other's."""
+            both = [rollout.velocity(positions) for rollout in rollouts]
+
+            def velocity(latents: Tensor, timestep: Tensor, index: int) -> Tensor:
+                ours, other = (each(latents, timestep, index).float() for each in both)
+                made = {**found, OUTPUT: other}
+                for path, value in made.items():
+                    if not bool(value.isfinite().all()):
+                        raise not_finite(chunk, f"pass {index}", path)
+                errors.add(made, {**wanted, OUTPUT: ours})
+                return ours
+
+            return velocity
+
         for chunk in range(text.shape[1]):
             positions = frame_positions([0], geometry.chunk, first=chunk).to(device)
             for rollout, program in zip(rollouts, programs, strict=True):
                 rollout.set_text(text[:, chunk].contiguous().to(program.dtype))
             noise = torch.randn(shape, generator=generator, device=device)
-            sampler = Sampler(schedule, noise)
-            for index in range(steps):
-                level = sampler.timestep(index).expand(text.shape[0], geometry.chunk)
-                flows = [
-                    rollout.step(sampler.latents.to(program.dtype), level, positions, index).float()
-                    for rollout, program in zip(rollouts, programs, strict=True)
-                ]
-                made = {**found, OUTPUT: flows[1]}
-                for path, value in made.items():
-                    if not bool(value.isfinite().all()):
-                        raise ValueError(
-                            f"chunk {chunk}, pass {index}: {path} is not finite; keep it in high "
-                            "precision, or use other weights"
-                        )
-                errors.add(made, {**wanted, OUTPUT: flows[0]})
-                sampler.step(index, flows[0])
+            clean = denoise(schedule, noise, compared(chunk, positions))
             for rollout, program in zip(rollouts, programs, strict=True):
-                rollout.commit(sampler.result.to(program.dtype), positions)
+                rollout.commit(clean.to(program.dtype), positions)
     return errors.relative()
 
 

@@ -12,9 +12,10 @@ from lltk.bench.scorer import Reading, agreement, identity, read
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.models.tiny.world import FPS, STRIDE, Story, draw_shot
+from lltk.stream.denoise import denoise
 from lltk.stream.positions import frame_positions
 from lltk.stream.rollout import Rollout
-from lltk.stream.sampler import Sampler, Schedule
+from lltk.stream.sampler import Schedule
 
 PARTS = ("shape", "colour", "motion", "background")
 """What a caption tells."""
@@ -71,17 +72,14 @@ def streamed(
     for chunk in range(text.shape[1]):
         rollout.set_text(text[:, chunk].contiguous().to(program.dtype))
         positions = frame_positions([0], geometry.chunk, first=chunk).to(device)
-        sampler = Sampler(schedule, torch.randn(shape, generator=generator, device=device))
-        for index in range(steps):
-            level = sampler.timestep(index).expand(geometry.batch, geometry.chunk)
-            latents = sampler.latents.to(program.dtype)
-            sampler.step(index, rollout.step(latents, level, positions, index))
-        if not bool(sampler.result.isfinite().all()):
+        noise = torch.randn(shape, generator=generator, device=device)
+        clean = denoise(schedule, noise, rollout.velocity(positions))
+        if not bool(clean.isfinite().all()):
             raise ValueError(
                 f"chunk {chunk}: its latents are not finite; lltk stream tells the layer and pass"
             )
-        rollout.commit(sampler.result.to(program.dtype), positions, chunk in opens)
-        yield sampler.result
+        rollout.commit(clean.to(program.dtype), positions, chunk in opens)
+        yield clean
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lltk.bench.record import Record, digest, markdown, markdown_table, percentile
 from lltk.graph.memory import readable
+from lltk.stream.report import ChunkReport
 from lltk.stream.script import Shot
-from lltk.stream.session import ChunkReport
 from lltk.stream.video import VideoWriter, pixels
 from lltk.streaming import StreamPlan, open_stream
 
@@ -125,7 +125,7 @@ def summary(timings: Sequence[Timings], fps: float) -> dict[str, Any]:
         return report.graphs["step"] + report.graphs["commit"]
 
     def frames(each: Timings) -> int:
-        return sum(len(report.plan.frames) for report in each.reports)
+        return sum(len(report.chunk.frames) for report in each.reports)
 
     def until(each: Timings, seconds: int) -> float:
         return next(at for count, at in each.marks if count >= seconds * fps) - each.warm
@@ -242,16 +242,16 @@ def _timed(
         warmed, before, decoded = 0, 0, 0.0
         for index, report in enumerate(stream, 1):
             if in_turn:
-                stream.session.rest()
+                stream.session.delivery.rest()
             if index <= warm_up:
-                warmed += len(report.plan.frames)
+                warmed += len(report.chunk.frames)
             else:
                 reports.append(replace(report, latents=torch.empty(0)))  # or memory would grow
             if index == warm_up:
                 before, warm = written, time.perf_counter()
-                decoded = stream.session.decoding["decode"]
+                decoded = stream.session.delivery.seconds["decode"]
     ended = time.perf_counter()
-    decoding = stream.session.decoding["decode"] - decoded
+    decoding = stream.session.delivery.seconds["decode"] - decoded
     loading, frames = begun - start, written - before
     first, marks = marks[0][1], [(count - warmed, at) for count, at in marks]
     return Timings(loading, begun, first, warm, ended, frames, written, decoding, reports, marks)

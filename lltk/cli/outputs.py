@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lltk.stream.script import ChunkPlan, Shot
-from lltk.stream.session import ChunkReport
+from lltk.stream.chunks import Chunk
+from lltk.stream.report import ChunkReport
+from lltk.stream.script import Shot
 from lltk.stream.video import VideoWriter, contact_sheet, pixels
 
 _SHEET_COLUMNS = 6
@@ -78,7 +79,7 @@ class Frames:
         self.warm: tuple[int, float] | None = None
         """Frames of the first chunk, and when they were written."""
 
-    def expect(self, first: int, chunks: Sequence[ChunkPlan], sheet: bool) -> None:
+    def expect(self, first: int, chunks: Sequence[Chunk], sheet: bool) -> None:
         """Say what comes.
 
         Args:
@@ -192,7 +193,7 @@ class Tally:
         }
 
 
-def captions_of(script: Sequence[Shot], chunks: Sequence[ChunkPlan]) -> dict[int, str]:
+def captions_of(script: Sequence[Shot], chunks: Sequence[Chunk]) -> dict[int, str]:
     """Each shot's caption; of a resumed stream, which has no script, each shot's last prompt."""
     if script:
         return {index: shot.caption for index, shot in enumerate(script)}

@@ -105,7 +105,7 @@ def command(
         with console.status("compiling"):
             plan = plan_stream(resolved, ranks.device, weights=not dry_run)
         if shots:
-            console.print(plan.statement(shots), highlight=False)
+            console.print(plan.chunking.statement(shots), highlight=False)
         for part, what in plan.describe().items():
             console.print(f"{part}: {what}", highlight=False)
         if dry_run:
@@ -234,8 +234,9 @@ def _run(
     with console.status("encoding prompts, loading models"):
         sink = frames if ranks.rank == 0 else None
         stream = open_stream(plan, sink, shots, image=first, resume=resume)
-    chunks, start = stream.session.script, stream.session.frame
-    if not chunks and not ranks.any(bool(stream.session.undelivered)):
+    chunks, delivery = stream.session.timeline.chunks, stream.session.delivery
+    start = delivery.frame
+    if not chunks and not ranks.any(bool(delivery.undelivered)):
         raise ValueError(f"--resume: {resume}: its script is over; nothing is left to make")
     if resume is not None:
         console.print(f"going on at frame {start}; the new file holds the continuation")
@@ -268,7 +269,7 @@ def _run(
                 raise  # the other ranks wait within a chunk
             failure = error
         done = time.perf_counter()
-        left = len(stream.session.script)
+        left = len(stream.session.timeline.chunks)
         stopped = failure is not None or left > 0
         if stopped or save is not None:
             try:

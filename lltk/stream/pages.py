@@ -10,7 +10,7 @@ from lltk.graph.geometry import Geometry
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChunkPages:
     """Where the chunk in flight goes and what it attends to.
 
     Attributes:
@@ -44,10 +44,10 @@ class PageTable:
         """Opening chunk of the latest shot that is committed."""
         self._next = 0
 
-    def plan(self) -> Plan:
-        """The plan for the next chunk; the same until it is committed."""
+    def next_pages(self) -> ChunkPages:
+        """The next chunk's pages; the same until it is committed."""
         free = min(set(range(self._pages)) - set(self._slots.values()))
-        return Plan(self._next, free, tuple(self._slots.values()))
+        return ChunkPages(self._next, free, tuple(self._slots.values()))
 
     @property
     def slots(self) -> dict[int, int]:
@@ -64,25 +64,25 @@ class PageTable:
         self._slots = {int(chunk): int(slot) for chunk, slot in state["slots"]}
         self._shot, self._next = int(state["shot"]), int(state["next"])
 
-    def commit(self, opens_shot: bool = False) -> Plan:
+    def commit(self, opens_shot: bool = False) -> ChunkPages:
         """Take the chunk in flight into the cache and evict what no longer fits.
 
         Args:
             opens_shot: whether this chunk is the first of a shot.
 
         Returns:
-            The plan it was committed by.
+            Its pages.
         """
-        plan = self.plan()
-        self._slots[plan.chunk] = plan.slot
+        pages = self.next_pages()
+        self._slots[pages.chunk] = pages.slot
         self._next += 1
         if opens_shot:
-            self._shot = plan.chunk
+            self._shot = pages.chunk
         ordinary = [chunk for chunk in self._slots if chunk not in self.sinks()]
         excess = len(self._slots) - (self._pages - 1)
         for chunk in ordinary[: max(excess, 0)]:
             del self._slots[chunk]
-        return plan
+        return pages
 
     def sinks(self) -> frozenset[int]:
         """Committed chunks that must stay: the global sink and the latest shot's."""

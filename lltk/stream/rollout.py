@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
+from lltk.stream.denoise import Velocity
 from lltk.stream.pages import PageTable
 from lltk.stream.runtimes.torch import TorchRuntime
 
@@ -49,10 +50,20 @@ class Rollout:
         Returns:
             The model's output, [B, C, F, h, w].
         """
-        return self._runtime.step(latents, timestep, positions, self._table.plan().table, index)
+        return self._runtime.step(
+            latents, timestep, positions, self._table.next_pages().table, index
+        )
+
+    def velocity(self, positions: Tensor) -> Velocity:
+        """The model of the chunk in flight, for `denoise`; ``positions`` as `step`'s."""
+
+        def velocity(latents: Tensor, timestep: Tensor, index: int) -> Tensor:
+            return self.step(latents.to(self._runtime.dtype), timestep, positions, index)
+
+        return velocity
 
     def commit(self, latents: Tensor, positions: Tensor, opens_shot: bool = False) -> None:
         """Write the finished chunk's K/V and move on to the next chunk."""
-        plan = self._table.plan()
-        self._runtime.commit(latents, positions, plan.table, plan.slot)
+        pages = self._table.next_pages()
+        self._runtime.commit(latents, positions, pages.table, pages.slot)
         self._table.commit(opens_shot)

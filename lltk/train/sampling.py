@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
-from lltk.stream.sampler import Sampler, Schedule
+from lltk.stream.denoise import denoise
+from lltk.stream.sampler import Schedule
 
 
 @torch.no_grad()
@@ -48,17 +51,17 @@ def sample(program: Program, module: ProgramModule, text: Tensor, steps: int, se
     noisy = "noisy" if program.kind == "train" else spec.latent_input
     span = geometry.chunk if program.kind == "train" else geometry.frames
     made = torch.zeros_like(noise)
+
+    def velocity(frames: slice, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
+        now = made.clone()
+        now[:, :, frames] = latents
+        inputs[noisy] = now.to(contract[noisy].dtype)
+        inputs[spec.time_input][:, frames] = timestep
+        return module(program.kind, dict(inputs))[spec.output][:, :, frames]
+
     for start in range(0, geometry.frames, span):
         frames = slice(start, start + span)
-        sampler = Sampler(schedule, noise[:, :, frames])
-        for index in range(steps):
-            now = made.clone()
-            now[:, :, frames] = sampler.latents
-            inputs[noisy] = now.to(contract[noisy].dtype)
-            inputs[spec.time_input][:, frames] = sampler.timestep(index)
-            flow = module(program.kind, dict(inputs))[spec.output]
-            sampler.step(index, flow[:, :, frames])
-        made[:, :, frames] = sampler.result
+        made[:, :, frames] = denoise(schedule, noise[:, :, frames], partial(velocity, frames))
         if program.kind == "train":
             inputs["clean"] = made.to(contract["clean"].dtype)
     return made
