@@ -247,7 +247,7 @@ def test_a_recached_chunk_stays_where_it_was_in_time(pipeline: Path) -> None:
         stream.switch("a green star falling", recache=True)
         report = next(stream.session)
         after = cached(stream)
-    assert report.plan.shot == 1 and "recache" in report.graphs
+    assert report.chunk.shot == 1 and "recache" in report.graphs
     held = slots[2]
     assert torch.equal(after["k_pages_0"][:, held], before["k_pages_0"][:, held])
     assert not torch.equal(after["k_pages_1"][:, held], before["k_pages_1"][:, held])
@@ -348,18 +348,18 @@ def test_a_prompt_that_failed_half_way_is_taken_back(
 
 
 def test_a_cut_renews_no_page(pipeline: Path) -> None:
-    """Neither by the script, whose second prompt only lacks the prefix, nor by a live switch."""
+    """Neither by the script, whose second prompt only lacks the prefix, nor by a live cut."""
     stream, _ = opened(planned(pipeline, "stream.recache=true"))
     assert all("recache" not in report.graphs for report in run(stream))
-    stream, _ = opened(planned(pipeline))
+    stream, _ = opened(planned(pipeline, "stream.recache=true"))
     with stream:
-        while not stream.session.script[0].opens_shot or stream.session.chunk == 0:
+        for _ in range(2):
             next(stream.session)
         slots, before = stream.session.table.slots, cached(stream)
-        stream.switch("a green star falling", recache=True)
+        stream.session.timeline.cut("a green star falling", 2)
         report = next(stream.session)
         after = cached(stream)
-    assert report.plan.opens_shot and report.receipts and "recache" not in report.graphs
+    assert report.chunk.opens_shot and report.chunk.receipts and "recache" not in report.graphs
     for name, page in before.items():
         held = list(slots.values())
         assert torch.equal(after[name][:, held], page[:, held]), name
