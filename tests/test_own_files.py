@@ -1,4 +1,4 @@
-"""Files of the user's own, outside the repository: a pass and a recipe, one file each."""
+"""Files of the user's own, outside the repository: a pass, what runs an op, and a recipe."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import GEOMETRY, Run, inputs, randomise, refused, tiny_config
+from helpers import (
+    GEOMETRY,
+    PASSES,
+    Run,
+    inputs,
+    make_program,
+    make_recipe,
+    randomise,
+    refused,
+    texts,
+    tiny_config,
+)
 from helpers import run as outputs
 from yaml import safe_dump
 
@@ -34,7 +44,7 @@ class Config(PassConfig):
 
 class Dim(Pass[Config]):
     Config = Config
-    reads = (Stage.CANONICAL,)
+    reads = (Stage.CANONICAL, Stage.CAUSAL)
     numerics = Numerics.CHANGING
 
     def apply(self, program: Program, report: Report) -> None:
@@ -47,21 +57,37 @@ class Dim(Pass[Config]):
                     )
                 report.match("results")
 """
+ATTEND = """
+from lltk.ops.block_causal_attention.reference import block_causal_attention as attend
+from lltk.ops.declaration import Declaration, Exactness
+
+DECLARATION = Declaration(Exactness.ROUNDING, "twice the values, then half of the result")
+
+
+def block_causal_attention(q, k, v, chunk_tokens, teacher_forcing):
+    return attend(q, k, 2 * v, chunk_tokens, teacher_forcing) / 2
+"""
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that Python looks for modules in; two files of the user's lie there."""
+    """A folder that Python looks for modules in; files of the user's lie there."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_files").mkdir()
     (tmp_path / "own_files" / "dim.py").write_text(DIM)
+    (tmp_path / "own_files" / "attend.py").write_text(ATTEND)
     (tmp_path / "own.yaml").write_text(
         safe_dump(
             {
                 "extends": "tiny_score",
                 "model": {"config": tiny_config(1), "dtype": "float32"},
-                "geometry": GEOMETRY,
-                "passes": ["canonicalise", {"own_files.dim": {"factor": 0.5}}],
+                "geometry": GEOMETRY | {"batch": 1},
+                "passes": [
+                    *PASSES["score"][:-2],
+                    {"own_files.dim": {"factor": 0.5}},
+                    "regionalise",
+                    {"lower": {"block_causal_attention": "own_files.attend"}},
+                ],
             }
         )
     )
@@ -70,24 +96,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def test_a_pass_and_a_recipe_are_a_file_each(run: Run, folder: Path) -> None:
-    """The Program computes what the pass says, and keeps the pass by its whole path."""
+def test_a_pass_an_implementation_and_a_recipe_are_a_file_each(run: Run, folder: Path) -> None:
+    """The Program computes what they say, and keeps both modules by their whole paths."""
     code, out, err = run(
         "transform", folder / "own.yaml", "--no-weights", "--json", "-o", folder / "program",
         "--set", "passes.own_files.dim.factor=4",
     )  # fmt: skip
     assert (code, err) == (0, "")
-    entry = json.loads(out)["log"][-1]
-    assert (entry["name"], entry["config"]) == ("own_files.dim", {"factor": 4})
+    log = {entry["name"]: entry for entry in json.loads(out)["log"]}
+    assert log["own_files.dim"]["config"] == {"factor": 4}
+    assert log["lower"]["matches"] == {"block_causal_attention → own_files.attend": 1}
     program = load_program(folder / "program")
-    assert program.recipe["passes"][-1] == {"own_files.dim": {"factor": 4}}
+    assert {"own_files.dim": {"factor": 4}} in program.recipe["passes"]
+    assert "own_files.attend.block_causal_attention(" in texts(program)["score_block"]
     program = with_weights(program, randomise(program.weights))
-    plain = transform(load_recipe(folder / "own.yaml"), weights=False, disable=["own_files.dim"])
-    plain = with_weights(plain, program.weights)
-    (graph,) = program.graphs
-    given = inputs(program, graph)
-    ours, theirs = (outputs(each, graph, given)["sample"] for each in (program, plain))
-    assert torch.equal(ours, 4 * theirs)
+    plain = make_program(make_recipe("score", layers=1))
+    given = inputs(program, "score")
+    ours, theirs = (outputs(each, "score", given)["sample"] for each in (program, plain))
+    assert float((ours - 4 * theirs).abs().max()) < 1e-5 * float(ours.abs().max())
 
 
 def test_a_pass_named_as_one_of_lltk_is_another_pass(folder: Path) -> None:
@@ -133,11 +159,11 @@ def test_a_broken_package_is_named_with_its_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("absent.dim", "absent.dim: Python finds no module 'absent'; run `python -m lltk` in the"),
-        ("own_files.dimm", "own_files.dimm: Python finds no module 'own_files.dimm'; "),
-        ("own_files.dim.x", "own_files.dim.x: Python finds no module 'own_files.dim.x'; "),
-        (".dim", ".dim: Python finds no module ''; "),
-        ("own_files/dim.py", "own_files/dim.py: Python finds no module 'own_files/dim'; "),
+        ("absent.dim", "Python finds no module 'absent'; run `python -m lltk` in the folder"),
+        ("own_files.dimm", "Python finds no module 'own_files.dimm'; "),
+        ("own_files.dim.x", "Python finds no module 'own_files.dim.x'; "),
+        (".dim", "Python finds no module '.dim'; "),
+        ("own_files/dim.py", "Python finds no module 'own_files/dim'; "),
         ("lltk.passes.lora", "passes: lltk.passes.lora: lltk's own passes go by their last name"),
         ("zzz", "there is no pass 'zzz'; passes: bidirectional, block_causal, "),
     ],

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lltk.ops
+from lltk.module_paths import find_by_path, import_by_path
 from lltk.ops.declaration import Declaration, read_declaration
 from lltk.ops.hardware import Capability, lacking
 
@@ -132,16 +132,11 @@ def find_implementation(op: str, name: str) -> Implementation:
 
 def _in_module(op: str, module: str) -> Implementation:
     """The implementation of an op that a module outside lltk holds."""
-    try:
-        spec = find_spec(module)
-    except ImportError as error:
-        raise ValueError(f"{op}: {module} cannot be imported: {error}") from error
-    if spec is None or spec.origin is None:
-        raise ValueError(f"{op}: there is no module {module}; add its folder to PYTHONPATH")
-    declared = read_declaration(Path(spec.origin))
+    file = find_by_path(module).origin
+    declared = None if file is None else read_declaration(Path(file))
     if declared is None:
         raise ValueError(
-            f"{op}: {spec.origin} declares no implementation; assign DECLARATION as "
+            f"{file or module}: declares no implementation of {op}; assign DECLARATION as "
             "lltk.ops.declaration says"
         )
     return Implementation(op, module, module, declared)
@@ -185,10 +180,7 @@ def function_of(op: str, name: str) -> Callable[..., Any]:
         ValueError: the file cannot be imported, or defines no function with the op's parameters.
     """
     implementation = find_implementation(op, name)
-    try:
-        module = import_module(implementation.module)
-    except ImportError as error:
-        raise ValueError(f"{op}: {implementation.module} cannot be imported: {error}") from error
+    module = import_by_path(implementation.module)
     function: Callable[..., Any] | None = getattr(module, op, None)
     wanted = [argument.name for argument in overload(op)._schema.arguments]
     if function is None or _parameters(function) != wanted:

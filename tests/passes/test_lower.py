@@ -196,13 +196,16 @@ def test_a_module_of_the_users_runs_an_op(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "passes: lower: paged_attention: there is no module my_kernels_bad.own; add its"),
-        ("", "own.py declares no implementation; assign DECLARATION"),
+        (None, "Python finds no module 'my_kernels_bad.own'; run `python -m lltk` in the folder"),
+        ("", "own.py: declares no implementation of paged_attention; assign DECLARATION"),
         (
             OWN.replace("table)", "pages)", 1),
             "own.py: define a function paged_attention(q, k, v,",
         ),
-        (OWN.replace("attention.reference", "attention.nowhere"), "my_kernels_bad.own cannot be"),
+        (
+            OWN.replace("attention.reference", "attention.nowhere"),
+            "own.py: cannot be imported (Module",
+        ),
     ],
 )
 def test_modules_that_do_not_fit_are_named(
