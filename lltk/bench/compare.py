@@ -1,4 +1,4 @@
-"""How far one stream recipe's model is from another's, layer by layer."""
+"""How far the model of one stream recipe is from that of another, layer by layer."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ OUTPUT = "output"
 
 @dataclass
 class Errors:
-    """Squared differences and squared sizes, by layer; the sample is `OUTPUT`."""
+    """Sums of squared differences and of squared values, by layer; the output's is `OUTPUT`."""
 
     lost: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     size: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, ours: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-        """Count a pass's values."""
+        """Add the values of a pass to the sums."""
         for name, value in wanted.items():
             self.lost[name] += float((ours[name].double() - value.double()).square().sum())
             self.size[name] += float(value.double().square().sum())
@@ -43,7 +43,7 @@ class Errors:
 
 @contextmanager
 def watched(module: ProgramModule) -> Iterator[dict[str, Tensor]]:
-    """What each block gave last, by its path; float32, all its results in a row."""
+    """Keep what each block returned last, by its path: all its results in one float32 vector."""
     seen: dict[str, Tensor] = {}
 
     def keep(path: str) -> Any:
@@ -74,12 +74,12 @@ def layer_errors(
 
     Args:
         base, other: stream Programs of one model and geometry, and their modules.
-        text: [B, N, S, E], a prompt a chunk.
-        steps: denoising passes a chunk.
-        seed: of the noise.
+        text: the prompt of each of N chunks, [B, N, S, E].
+        steps: denoising passes of a chunk.
+        seed: seed of the noise.
 
     Raises:
-        ValueError: the other model's block or output is not finite.
+        ValueError: a block or the output of the other model is not finite.
     """
     rollouts = [Rollout(program, module) for program, module in (base, other)]
     programs = [base[0], other[0]]

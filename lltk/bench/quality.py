@@ -1,4 +1,4 @@
-"""Do generated shots of the tiny world show their captions, and keep what no caption tells?"""
+"""Whether generated shots of the tiny world show their captions and keep their identity."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lltk.stream.rollout import Rollout
 from lltk.stream.sampler import Schedule
 
 PARTS = ("shape", "colour", "motion", "background")
-"""What a caption tells."""
+"""The parts of a caption."""
 STRETCH = 2 * FPS
-"""Frames that identity is read from: two seconds, more than a pulse."""
+"""Frames from which identity is read: two seconds, which is longer than a pulse."""
 
 
 def draw_stories(seed: int, count: int, shots: int, chunks: int, chunk: int) -> list[Story]:
-    """Videos of equally long shots.
+    """Draw videos of equally long shots.
 
     Args:
-        seed: of the shots.
-        count: videos.
-        shots: of a video.
-        chunks: of a shot.
-        chunk: C, latent frames a chunk.
+        seed: seed of the shots.
+        count: how many videos.
+        shots: shots of a video.
+        chunks: chunks of a shot.
+        chunk: latent frames of a chunk.
     """
     generator = torch.Generator().manual_seed(seed)
     opens = tuple(range(0, shots * chunks, chunks))
@@ -51,18 +51,18 @@ def streamed(
     steps: int,
     seed: int,
 ) -> Iterator[Tensor]:
-    """Chunks of videos that are cut at the same places, [B, C, F, h, w] each, float32.
+    """Stream B videos at once; yield each chunk's latents, float32 [B, C, F, h, w].
 
     Args:
         program: a lowered stream Program of batch B.
         module: the same Program, runnable.
-        text: [B, N, S, E], a prompt a chunk.
-        opens: chunks that open a shot.
-        steps: denoising passes a chunk.
-        seed: of the noise, which is drawn on the device.
+        text: the prompt of each of N chunks, [B, N, S, E].
+        opens: the chunks that open a shot, in all videos.
+        steps: denoising passes of a chunk.
+        seed: seed of the noise, which is drawn on the device.
 
     Raises:
-        ValueError: a chunk is not finite.
+        ValueError: a chunk's latents are not finite.
     """
     rollout = Rollout(program, module)
     geometry, device = program.geometry, text.device
@@ -87,10 +87,10 @@ class ShotScore:
     """What one shot shows.
 
     Attributes:
-        index: of the shot in its video; those after 0 follow a cut.
-        right: `PARTS` that its frames show as its caption has them.
-        kept: per cent of identity that its last two seconds share with its first two; NaN where
-            the shot is shorter than four.
+        index: the shot's place in its video; all but shot 0 follow a cut.
+        right: for each of `PARTS`, whether the frames show it as the caption says.
+        kept: how much of its first two seconds' identity its last two keep, in per cent; NaN if the
+            shot is shorter than four seconds.
     """
 
     index: int
@@ -99,11 +99,11 @@ class ShotScore:
 
 
 def score_video(video: Tensor, story: Story) -> list[ShotScore]:
-    """Every shot of a video.
+    """Score every shot of a video.
 
     Args:
         video: uint8 [F, 3, H, W].
-        story: what it should show.
+        story: what the video should show.
     """
     scores = []
     for index, (shot, span) in enumerate(zip(story.shots, story.spans, strict=True)):
@@ -117,14 +117,14 @@ def score_video(video: Tensor, story: Story) -> list[ShotScore]:
 
 
 def identity_over_time(video: Tensor, every: int = STRETCH) -> list[float]:
-    """Per cent of identity that later stretches of a single shot share with its first two seconds.
+    """How much of its first two seconds' identity a single shot keeps later, in per cent.
 
     Args:
         video: uint8 [F, 3, H, W].
-        every: frames between the beginnings of stretches.
+        every: frames between the beginnings of two stretches.
 
     Returns:
-        One a stretch, the second first.
+        A value for each stretch after the first.
     """
 
     def reading(start: int) -> Reading:

@@ -23,38 +23,39 @@ from lltk.stream.video import VideoWriter, pixels
 from lltk.streaming import StreamPlan, open_stream
 
 METHOD = (
-    "Streamed to an MP4 file, models loaded and prompts encoded. Each run is a session of its own; "
-    "its first chunks warm up and count in none but the first-frame latency, which is from the "
-    "beginning of the first chunk to its first frame written. DiT: the frames over the seconds in "
-    "the step and commit graphs. Decode: over those in the decoder's, which overlap with the next "
-    "chunk. E2E: over wall time, from after the warm-up, whose last frames may be in the making, "
-    "to the file's end; E2E seconds, to where so much of the video is written. Outside: the share "
-    "of a chunk's time that the session's thread spends neither in model graphs or the text "
-    "encoder nor in waiting for the decoder, plus what another thread takes to write the frames. "
-    "FPS and latencies are medians of the runs, p50 and p90 are over all chunks measured."
+    "Streamed to an MP4 file; before that, models are loaded and prompts encoded. Each run is a "
+    "session of its own. Its first chunks warm up and count only in the first-frame latency, which "
+    "is the time from the beginning of the first chunk until its first frame is written. DiT FPS: "
+    "frames over seconds in the step and commit graphs. Decode FPS: frames over seconds in the "
+    "decoder's graphs, which overlap with the next chunk. E2E FPS: frames over wall time, from the "
+    "end of the warm-up, whose last frames may still be in the making, to the file's end. E2E "
+    "seconds: until so many seconds of video are written. Outside: the share of a chunk's time "
+    "that the session's thread spends neither in the model's graphs nor in the text encoder nor "
+    "waiting for the decoder, plus what another thread takes to write the frames. FPS and "
+    "latencies are medians of the runs; p50 and p90 are over all measured chunks."
 )
 _CAPTIONS = ("A red square moves to the right.", "A blue circle moves up.")
 _LENGTHS = (16, 32, 64)
-"""Seconds of video whose E2E time is told, where as much is measured."""
+"""Lengths in seconds of video whose E2E time is recorded, if as much is measured."""
 _SHOT = 5.0
-"""Seconds of a shot, at most."""
+"""The longest shot, in seconds."""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """What one run took; seconds are by one clock.
+    """What one run took. Times are in seconds, all by one clock.
 
     Attributes:
-        loading: seconds from the plan to a session ready to run, prompts encoded.
+        loading: the time from the plan to a session that can run, with prompts encoded.
         begun: when the first chunk began.
         first: when the first frame was written.
-        warm: when the warm-up was over.
-        ended: when the file was.
-        frames: written from ``warm`` to ``ended``, of the warm-up's last chunk too.
-        every: written in all.
-        decoding: seconds in the decoder's graphs from ``warm`` to ``ended``.
-        reports: of the chunks after the warm-up, without their latents.
-        marks: how many frames of these chunks were written, and when.
+        warm: when the warm-up ended.
+        ended: when the file was finished.
+        frames: frames written from ``warm`` to ``ended``; some may be the warm-up's last.
+        every: frames written in all.
+        decoding: the time in the decoder's graphs from ``warm`` to ``ended``.
+        reports: reports of the chunks after the warm-up, without their latents.
+        marks: pairs: how many frames of these chunks were written by when.
     """
 
     loading: float
@@ -80,15 +81,16 @@ def measure(
     """Stream shots of at most 5 s and record how that went.
 
     Args:
-        plan: with weights.
-        seconds: of video that are measured, rounded to whole chunks.
-        warm_up: chunks before these.
-        runs: how often.
+        plan: a plan with weights.
+        seconds: how much video is measured, rounded to whole chunks.
+        warm_up: how many chunks come before it.
+        runs: how often it is streamed.
         prompts: embeddings in place of the text encoder's; see `open_stream`.
         in_turn: whether each chunk waits for the frames of the one before.
 
     Returns:
-        A result for a `Record`: `summary`'s numbers, and what ran; nothing on ranks but the first.
+        A result for a `Record`: what `summary` returns, and what ran. Ranks but the first return
+        nothing.
     """
     script = _script(plan, seconds, warm_up)
     if plan.rank != 0:
@@ -119,7 +121,7 @@ def measure(
 
 
 def summary(timings: Sequence[Timings], fps: float) -> dict[str, Any]:
-    """The numbers of runs: FPS, seconds, and shares of 1; ``fps`` is the video's."""
+    """What runs took together: FPS, seconds, and shares in [0, 1]. ``fps`` is the video's."""
 
     def transformed(report: ChunkReport) -> float:
         return report.graphs["step"] + report.graphs["commit"]
@@ -152,7 +154,7 @@ def summary(timings: Sequence[Timings], fps: float) -> dict[str, Any]:
 
 
 def text(record: Record) -> str:
-    """The record as Markdown: the numbers, what ran, and memory by owner."""
+    """The record as Markdown: the rates and times, what ran, and memory by owner."""
     lines = [
         markdown(
             record,
@@ -201,7 +203,7 @@ def _details(result: Mapping[str, Any]) -> list[str]:
 
 
 def _script(plan: StreamPlan, seconds: float, warm_up: int) -> list[Shot]:
-    """Shots of whole chunks, the last one shorter."""
+    """Shots of whole chunks; the last one may be shorter."""
     geometry, stride = plan.transformer.geometry, plan.transformer.spec.stride[0]
     chunk = stride * geometry.chunk / plan.section.fps
     left, most = warm_up + max(1, round(seconds / chunk)), max(1, int(_SHOT / chunk))
@@ -258,7 +260,7 @@ def _timed(
 
 
 def _peak() -> dict[str, int]:
-    """Bytes, by what held them: this process's main memory, and each GPU's by torch."""
+    """The most bytes that were held: by this process in main memory, and by torch on each GPU."""
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     for index in range(torch.cuda.device_count()):
         peak[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
