@@ -120,9 +120,9 @@ def test_a_plot_has_its_curves() -> None:
 
 
 def test_the_command_compares(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lltk.cli.compare._SHOTS", 1)
-    monkeypatch.setattr("lltk.cli.compare._CHUNKS", 1)
-    monkeypatch.setattr("lltk.cli.compare._LONG_CHUNKS", 6)
+    monkeypatch.setattr("lltk.bench.comparison.SHOTS", 1)
+    monkeypatch.setattr("lltk.bench.comparison.CHUNKS", 1)
+    monkeypatch.setattr("lltk.bench.comparison._LONG_CHUNKS", 6)
     output = tmp_path / "record"
     line = ["compare", "tiny_stream", "tiny_stream_nvfp4", "--shots", "1", "--minutes", "2"]
     code, out, _ = run(
@@ -147,8 +147,8 @@ def test_the_command_tells_errors_alone(
         raise AssertionError("errors need no frames")
 
     monkeypatch.setattr("lltk.bench.agreement.open_decoder", opened)
-    monkeypatch.setattr("lltk.cli.compare._SHOTS", 1)
-    monkeypatch.setattr("lltk.cli.compare._CHUNKS", 1)
+    monkeypatch.setattr("lltk.bench.comparison.SHOTS", 1)
+    monkeypatch.setattr("lltk.bench.comparison.CHUNKS", 1)
     output = tmp_path / "record"
     pipeline = save_pipeline(tmp_path / "pipeline")
     changes = [*SIZES, f"stream.pipeline={pipeline}", "stream.steps=1"]
@@ -218,7 +218,7 @@ def test_what_the_device_lacks_is_refused_before_anything_streams(
         raise AssertionError("refuse it first")
 
     monkeypatch.setattr("lltk.streaming.plan_stream", planned)
-    monkeypatch.setattr("lltk.cli.compare._measure", streamed)
+    monkeypatch.setattr("lltk.bench.comparison.Comparison.results", streamed)
     line = ["compare", "tiny_stream", "tiny_stream", "--device", "cpu"]
     code, _, err = run(*line, "--set", "passes.lower.paged_attention=cudnn")
     assert code == 2 and "paged_attention: cudnn runs on cuda, not on cpu" in err

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lltk.bench.agreement import interval, overlap
-from lltk.bench.record import Record, markdown
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.stream.denoise import Velocity, denoise, not_finite
@@ -114,35 +112,3 @@ def layer_errors(
             for rollout, program in zip(rollouts, programs, strict=True):
                 rollout.commit(clean.to(program.dtype), positions)
     return errors.relative()
-
-
-def quality_row(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
-    """What a recipe's shots show, by column; ``base`` is the first recipe's result."""
-    return {
-        "recipe": row["name"],
-        "shots": str(row["shots"]),
-        "agreement %": interval(row["agreement"]),
-        "after a cut %": interval(row["after_cut"]),
-        "identity %": interval(row["identity"]),
-        "as the first": "yes" if overlap(row["agreement"], base["agreement"]) else "no",
-    }
-
-
-def minute_row(row: Mapping[str, Any]) -> dict[str, str]:
-    """What a recipe's shots of 60 s keep of their identity, by column."""
-    early, late = (interval(row["minute"][when]) for when in ("early", "late"))
-    return {"recipe": row["name"], "identity at 2 s %": early, "identity at 60 s %": late}
-
-
-def text(record: Record) -> str:
-    """The record as Markdown: one row for each recipe, with what was measured of it."""
-    base = record.results[0]
-
-    def cells(row: Mapping[str, Any]) -> dict[str, str]:
-        quality = quality_row(row, base) if "shots" in row else {"recipe": row["name"]}
-        minute = minute_row(row) if "minute" in row else {}
-        errors = {layer: f"{error:.4f}" for layer, error in row["errors"].items()}
-        return {**quality, **minute, **errors}
-
-    columns = {heading: lambda row, key=heading: cells(row)[key] for heading in cells(base)}
-    return markdown(record, "Precisions compared", columns)

@@ -115,9 +115,16 @@ def write_record(path: Path, record: Record, text: str) -> None:
         record: what the JSON file holds.
         text: what the Markdown file holds.
     """
-    for suffix, content in ((".json", record.model_dump_json(indent=2) + "\n"), (".md", text)):
-        with written_whole(path.with_name(path.name + suffix)) as temporary:
+    for file, content in zip(
+        record_files(path), (record.model_dump_json(indent=2) + "\n", text), strict=True
+    ):
+        with written_whole(file) as temporary:
             temporary.write_text(content, encoding="utf-8")
+
+
+def record_files(path: Path) -> tuple[Path, Path]:
+    """The JSON and the Markdown file of a record; ``path`` is theirs without a suffix."""
+    return path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.md")
 
 
 def percentile(values: Iterable[float], share: float) -> float:

@@ -70,7 +70,7 @@ def stream(
       torchrun --nproc-per-node 2 -m lltk bench stream wan22_5b_stream_sp2 --random-weights -o sp2
     """
     from lltk.bench.random_weights import random_prompts, with_random_models
-    from lltk.bench.record import make_record, write_record
+    from lltk.bench.record import make_record, record_files, write_record
     from lltk.bench.stream import METHOD, measure, text
     from lltk.cli.outputs import check_writable, share_cores
     from lltk.graph.recipe import load_recipe
@@ -83,7 +83,7 @@ def stream(
         if output is None and not dry_run:
             raise ValueError("-o: name the record's files, without a suffix")
         if output is not None:
-            check_writable(output.with_name(output.name + suffix) for suffix in (".json", ".md"))
+            check_writable(record_files(output))
         hide_loading(ranks.rank == 0)
         with console.status("compiling"):
             wanted = not (dry_run or random_weights)
