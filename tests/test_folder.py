@@ -21,7 +21,8 @@ from lltk.stream.video import VideoWriter
 from lltk.tasks.clips import encoded_clips
 from lltk.tasks.encoder import PipelineEncoder, encoder_for
 from lltk.train.data import Dataset
-from lltk.train.folder import FolderClips, covering
+from lltk.train.folder import FolderClips
+from lltk.train.frames import covering
 from lltk.train.recipe import TrainSection
 
 pytestmark = pytest.mark.cpu

@@ -1,1 +1,1 @@
-"""Training: data, objectives, the loop and its checkpoints."""
+"""Training: the recipe's section, data, objectives, the loop and its states."""

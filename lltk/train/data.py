@@ -1,7 +1,7 @@
-"""Numbered samples: everything random about sample i follows from a seed and i.
+"""Numbered samples. Everything random about sample i follows from a seed and i.
 
-So a step's batch does not depend on how it is split into calls, nor on what ran before it, and a
-resumed run sees what it would have seen.
+A step's batch therefore depends neither on how it is split into calls nor on what ran before it. A
+resumed run sees the samples that it would have seen.
 """
 
 from __future__ import annotations
@@ -15,35 +15,41 @@ import torch
 from torch import Tensor
 
 _BLOCK = 64
-"""Kept samples made at once."""
+"""How many kept samples are made at once."""
 
 
 class Dataset(Protocol):
-    """Endlessly many samples, by number."""
+    """An endless row of numbered samples."""
 
     def batch(self, seed: int, indices: range) -> Mapping[str, Tensor]:
-        """Samples, stacked along the first axis of each tensor.
+        """The samples of these numbers, stacked along the first axis of each tensor.
 
-        Sample i is the same whenever it is asked for and whatever is asked for with it; draw it
-        with `generator_at`.
+        Sample i is the same at every call, whichever samples are asked for with it. Draw what is
+        random about it from `generator_at(seed, …, i)`.
         """
 
 
 def generator_at(
     seed: int, *counters: int | str, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A generator whose numbers depend on the arguments alone (on the kind of device too)."""
+    """A random generator, seeded by a hash of the seed and the counters.
+
+    Equal arguments give equal numbers, except that a CPU and a GPU draw different ones.
+    """
     digest = hashlib.sha256(repr((seed, *counters)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive samples and their random numbers.
+    """Consecutive samples, and random numbers for each.
+
+    A sample's random numbers follow from the seed, its number and a purpose. The purpose is any
+    name, such as ``noise``; two purposes have different numbers.
 
     Attributes:
-        seed, indices: which samples.
-        tensors: the samples by name, stacked.
+        seed, indices: the seed and the numbers of the samples.
+        tensors: the samples by name, stacked along the first axis.
     """
 
     seed: int
@@ -51,7 +57,7 @@ class Batch:
     tensors: Mapping[str, Tensor]
 
     def normal(self, purpose: str, *shape: int, device: torch.device | str = "cpu") -> Tensor:
-        """Standard normal numbers, float32 [B, *shape], drawn on the device."""
+        """Standard normal numbers, float32 [B, *shape], drawn and left on the device."""
         drawn = [
             torch.randn(shape, generator=generator, device=device)
             for generator in self._generators(purpose, device)
@@ -74,14 +80,15 @@ class Batch:
 
 
 class Kept:
-    """A dataset's first samples, made once, and each drawn again and again; of one seed.
+    """A dataset's first samples of one seed, made once and kept.
 
-    Samples of other seeds, such as held-out ones, are the dataset's own.
+    Each sample of that seed is a random one of those that are kept. Samples of other seeds, such as
+    held-out ones, are the dataset's own.
 
     Args:
         dataset: makes the samples.
-        seed: of those that are kept.
-        count: how many are kept.
+        seed: the seed of the kept samples.
+        count: how many samples are kept.
     """
 
     def __init__(self, dataset: Dataset, seed: int, count: int) -> None:
@@ -103,12 +110,12 @@ class Kept:
 
 
 class Batches:
-    """Consecutive batches of a dataset.
+    """An endless iterator over consecutive batches of a dataset.
 
     Args:
-        dataset: the samples.
-        seed: of the samples and of what is drawn for them.
-        size: samples a batch.
+        dataset: makes the samples.
+        seed: the seed of the samples and of the random numbers that go with them.
+        size: samples in a batch.
     """
 
     def __init__(self, dataset: Dataset, seed: int, size: int) -> None:
@@ -116,7 +123,7 @@ class Batches:
         self._seed = seed
         self._size = size
         self.position = 0
-        """Samples given so far: with the seed, all there is to save."""
+        """How many samples were given so far. Set it to go on from another place."""
 
     def __iter__(self) -> Batches:
         return self

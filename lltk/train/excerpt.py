@@ -1,4 +1,4 @@
-"""What a stream sees late in a video, out of a clip: sinks, and the chunks of just before."""
+"""Excerpts of a clip that look like what a stream sees late in a video."""
 
 from __future__ import annotations
 
@@ -12,33 +12,41 @@ from lltk.graph.geometry import Geometry
 from lltk.train.data import Batch
 
 _SINGLE = 2
-"""Most chunks that stand alone: a global sink and a shot's."""
+"""Most single chunks in an excerpt: they stand for the global sink and the shot's sink."""
 
 
 def excerpt(batch: Batch, geometry: Geometry, gap: float = 1.0) -> Batch:
-    """As many chunks as the geometry has, the same of all clips, and their positions.
+    """Choose as many chunks of the clips as the geometry has, and give them positions.
 
-    Up to two single chunks, of which one is the first, then consecutive ones; their number and
-    places are uniform. A leap between them is longer in positions than in the clips by up to `gap`
-    latent frames, the logarithm of one more than which is uniform.
+    Late in a video a stream sees its sinks and the chunks just before. An excerpt likewise has one
+    or two single chunks, the clip's first among them, and then consecutive chunks: 4 of 9 chunks
+    may be 0, 2, 6, 7. An excerpt without single chunks is the clip's beginning: 0, 1, 2, 3. The
+    number of single chunks and all places are drawn uniformly, once for all clips of the batch.
+
+    A position is a frame's number in its clip. Where an excerpt leaps over chunks (0 → 2 and 2 → 6
+    in the example), e latent frames are added to the leap, as if the video were longer than the
+    clip: e = ⌊gap^u⌋ − 1 with u uniform in [0, 1). So short and long additions are equally likely
+    on a logarithmic scale.
 
     Args:
-        batch: ``latents`` [B, C, F, h, w]; per chunk ``text`` [B, N, S, E] and ``opens`` [B, N];
-            per frame ``valid`` [B, F]. Those that are there.
-        geometry: of what trains.
-        gap: at least 1, for nothing.
+        batch: ``latents`` [B, C, F, h, w]; and, where it has them, ``text`` [B, N, S, E] and
+            ``opens`` [B, N] for each chunk, and ``valid`` [B, F] for each frame.
+        geometry: has the chunk's length and the number of chunks to choose.
+        gap: bounds e, which is less than ``gap``. With 1 nothing is added.
 
     Returns:
-        The same of fewer chunks, with ``positions``, float64 [F].
+        The batch with the chosen chunks alone, and their ``positions``, float64 [F]. Clips that are
+        no longer than the geometry's are returned whole.
 
     Raises:
-        ValueError: the clips are shorter than the geometry's, or not of whole chunks.
+        ValueError: the clips are shorter than the geometry's, or not a whole number of chunks.
     """
     chunk, chunks, frames = geometry.chunk, geometry.chunks, batch.tensors["latents"].shape[2]
     if frames < geometry.frames or frames % chunk:
         raise ValueError(
             f"clips of {frames} latent frames: the program is for {geometry.frames}, in chunks of "
-            f"{chunk}; set train.data.frames to a multiple of {chunk} that is no less"
+            f"{chunk}; set train.data.frames to a multiple of {chunk} that is at least "
+            f"{geometry.frames}"
         )
     if frames == geometry.frames:
         positions = torch.arange(frames, dtype=torch.float64)
@@ -57,12 +65,23 @@ def excerpt(batch: Batch, geometry: Geometry, gap: float = 1.0) -> Batch:
 
 
 def leaps(positions: Tensor, chunk: int) -> Tensor:
-    """Chunks that do not follow the one before, bool [N], by the positions [F] of their frames."""
+    """Which chunks do not directly follow the one before, bool [N].
+
+    Args:
+        positions: of all frames, [F].
+        chunk: frames in a chunk.
+    """
     return F.pad(positions[::chunk].diff() > chunk, (1, 0))
 
 
 def _seen(batch: Batch, chunks: int, given: int) -> Tensor:
-    """Numbers of an excerpt's chunks, rising, int64 [N], from clips of more chunks."""
+    """The numbers of an excerpt's chunks, rising, int64 [N].
+
+    Args:
+        batch: seeds the draw.
+        chunks: how many to choose.
+        given: how many the clips have, more than ``chunks``.
+    """
     draws = batch.uniform("excerpt", 3)[0].tolist()
     alone = int(draws[0] * min(_SINGLE + 1, chunks))
     if not alone:

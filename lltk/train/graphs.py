@@ -1,4 +1,4 @@
-"""Forward and backward passes replayed as CUDA graphs: a small model's kernels are short."""
+"""Forward and backward passes replayed as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 
 class Graphed(nn.Module):
-    """A module whose calls are replayed once they have been captured, at its first call.
+    """A module that is captured as CUDA graphs at its first call and replayed from then on.
 
-    Shapes, dtypes and devices of the inputs are those of the first call, and inputs have no
-    gradients. The gradients of a call are overwritten by the next, so they must be used in between.
+    This helps small models, whose kernels take less time than their launches. Every call must have
+    inputs of the first call's shapes, dtypes and devices. Inputs get no gradients. A call
+    overwrites the gradients of the call before, so use them in between.
 
     Args:
-        module: on a GPU, without random numbers; its parameters may change in place.
+        module: lies on a GPU and draws no random numbers. Its parameters may change in place.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""float32 weights behind a module that runs in less."""
+"""float32 master weights of a module that may run in a lower precision."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 
 class Masters:
-    """What trains, in float32; gradients are accumulated in float32 too.
+    """The weights that train, in float32, and their gradients, added up in float32.
 
-    A parameter of a lower precision has a float32 copy, which the optimiser sees; a float32
-    parameter is its own.
+    The optimiser updates the masters. A parameter of lower precision has a master of its own, and
+    `publish` rounds it back into the module. A float32 parameter is its own master.
 
     Args:
-        module: its parameters that require gradients train; from here on they share no memory with
-            what they were made from.
-        weights: what training starts from, by parameter name, in the precision of their file; left
-            as they are.
-        changed: called whenever the module runs with other weights.
+        module: its parameters that require gradients train. From here on they share no memory with
+            the weights that the module was made from.
+        weights: what training starts from, by parameter name, in the precision of their file. They
+            are left as they are.
+        changed: called whenever the module has got other weights.
 
     Raises:
-        ValueError: nothing trains.
+        ValueError: no parameter of the module requires a gradient.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Masters:
             else nn.Parameter(parameter.detach().float())
             for name, parameter in self._running.items()
         }
-        """By name."""
+        """The masters, by parameter name."""
         for name, master in self.parameters.items():
             master.data = weights[name].detach().to(master.device, torch.float32, copy=True)
 
     def collect(self) -> None:
-        """Add the module's gradients to the float32 ones, and clear them."""
+        """Add the module's gradients to the masters', and clear the module's."""
         for name, parameter in self._running.items():
             master = self.parameters[name]
             if master is parameter or parameter.grad is None:
@@ -55,7 +55,7 @@ class Masters:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Let the module run with the weights as they are now."""
+        """Give the module the masters' values."""
         for name, parameter in self._running.items():
             if self.parameters[name] is not parameter:
                 parameter.copy_(self.parameters[name])
@@ -63,18 +63,18 @@ class Masters:
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Take other values, float32 by name, and publish them."""
+        """Set the masters to other values, float32 by name, and publish them."""
         for name, master in self.parameters.items():
             master.copy_(values[name])
         self.publish()
 
     def copy(self) -> dict[str, Tensor]:
-        """The weights as they are now, by name."""
+        """The masters' values as they are now, by name."""
         return {name: master.detach().clone() for name, master in self.parameters.items()}
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Run with other weights for a while."""
+        """Give the module other weights inside the block; afterwards it has its own again."""
         own = self.copy()
         self.load(values)
         try:

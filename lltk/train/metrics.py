@@ -1,4 +1,4 @@
-"""A run's metrics: JSON lines, one a step, and their plot."""
+"""A run's metrics: a file with a line of JSON for each step, and a plot of the loss."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lltk.train.plot import Curve, line_plot, running_mean
 
 @dataclass(frozen=True)
 class Metrics:
-    """One step.
+    """What one step measured.
 
     Attributes:
-        step: counted from 1.
-        loss: mean over what the objective counts, before the update.
-        grad_norm: before clipping.
-        lr: learning rate.
-        seconds: wall time.
-        samples_per_second: clips over wall time.
-        validation: what the validation hook measured after this step.
+        step: the step's number, counted from 1.
+        loss: the mean over what the objective counts, before the update.
+        grad_norm: the gradient's norm, before clipping.
+        lr: the learning rate.
+        seconds: the wall time, without validation and samples.
+        samples_per_second: the clips of the step, divided by those seconds.
+        validation: what validation measured after this step; empty where there was none.
     """
 
     step: int
@@ -35,13 +35,13 @@ class Metrics:
 
 
 def append_metrics(path: Path, metrics: Metrics) -> None:
-    """Add a line."""
+    """Add a step's line to a file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(metrics)) + "\n")
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """Every whole line; a line cut short by a kill is left out."""
+    """The steps in a file. A last line that a kill cut short is left out."""
     if not path.exists():
         return []
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
@@ -49,7 +49,7 @@ def read_metrics(path: Path) -> list[Metrics]:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps after ``step``, which a resumed run repeats."""
+    """Remove the lines of later steps, which a resumed run takes again."""
     kept = [metrics for metrics in read_metrics(path) if metrics.step <= step]
     with written_whole(path) as temporary:
         temporary.touch()
@@ -58,10 +58,10 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def plot_loss(metrics: Sequence[Metrics]) -> str:
-    """The loss over steps as an SVG: every step's, faint, and its running mean.
+    """The loss over steps as an SVG: that of every step, faint, and the running mean.
 
     Args:
-        metrics: at least one.
+        metrics: the steps, at least one.
     """
     steps, losses = [m.step for m in metrics], [m.loss for m in metrics]
     every = list(zip(steps, losses, strict=True))

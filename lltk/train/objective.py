@@ -1,6 +1,7 @@
-"""What a step minimises; flow matching, under teacher forcing or over the whole clip.
+"""What a step minimises: flow matching, under teacher forcing or over the whole clip.
 
-Flow matching: x_s = (1 − s)·x₀ + s·ε with ε ~ N(0, 1) and s = t/1000; the model predicts ε − x₀.
+A noisy latent is x_s = (1 − s)·x₀ + s·ε, with ε ~ N(0, 1) and s = t/1000. The model predicts its
+velocity v = ε − x₀.
 """
 
 from __future__ import annotations
@@ -19,62 +20,66 @@ from lltk.train.excerpt import excerpt, leaps
 from lltk.train.graphs import Graphed
 
 LEVELS = 1000
-"""Noise levels of the grid; also what a timestep of pure noise is."""
+"""The number of noise levels in the grid, and the timestep of pure noise."""
 SHIFT = 5.0
-"""How far the grid leans towards noise (Wan2.2's)."""
+"""How far the grid leans towards noise; Wan2.2's value."""
 _LARGEST_ERROR = 2.0
-"""Times a prediction's: the errors of consecutive chunks add up."""
+"""A context error is at most this many times the error of one prediction.
+
+While streaming, the errors of consecutive chunks add up.
+"""
 
 
 class Objective(Protocol):
-    """What a step minimises: the sum of `loss` over its batches, divided by that of `count`."""
+    """What a step minimises: the sum of `loss` over its batches, divided by the sum of `count`."""
 
     @property
     def module(self) -> nn.Module:
-        """What trains: its parameters that require gradients."""
+        """The module that trains; its parameters that require gradients do."""
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """Values to start from under the parameters' names, in the precision of their file."""
+        """The values that training starts from, by parameter name, in their file's precision."""
 
     @property
     def clips(self) -> int:
-        """Clips of a call."""
+        """How many clips a call takes."""
 
     def count(self, batch: Batch) -> int:
-        """How much the batch weighs in the step's mean."""
+        """How much the batch counts in the step's mean: for example its frames, without padding."""
 
     def loss(self, batch: Batch) -> Tensor:
-        """The batch's loss, a float32 scalar, summed over what `count` counts."""
+        """The batch's loss summed over what `count` counts, a float32 scalar."""
 
     def weights_changed(self) -> None:
-        """Take note that the module runs with other weights from here on."""
+        """Called when the module has got other weights, to renew what follows from them."""
 
     def first_bad(self, batch: Batch) -> str | None:
-        """Where the first non-finite value of the batch's forward pass is, or None."""
+        """The input, parameter or node where the forward pass first is not finite, or None."""
 
 
 @torch.no_grad()
 def mean_loss(objective: Objective, batches: Iterable[Batch]) -> float:
-    """The loss over batches, as a step over all of them would have it."""
+    """The loss of a step that took all these batches."""
     parts = [(float(objective.loss(batch)), objective.count(batch)) for batch in batches]
     return sum(loss for loss, _ in parts) / max(1, sum(count for _, count in parts))
 
 
 def noise_grid(shift: float = SHIFT) -> Tensor:
-    """Timesteps t = 1000·σ(1 − i/1000), i = 0 … 999, where σ(u) = shift·u / (1 + (shift − 1)·u).
+    """Timesteps t = 1000·σ(1 − i/1000), i = 0 … 999, with σ(u) = shift·u / (1 + (shift − 1)·u).
 
     Returns:
-        float32 [1000], from 1000 down, never 0.
+        float32 [1000], falling from 1000; the last is above 0.
     """
     u = 1 - torch.arange(LEVELS, dtype=torch.float64) / LEVELS
     return (LEVELS * shift * u / (1 + (shift - 1) * u)).float()
 
 
 def level_weights(grid: Tensor) -> Tensor:
-    """Loss weights over a grid, of mean 1: a bell about t = 500 that is 0 at the grid's lowest.
+    """A loss weight for each timestep of a grid: a bell about t = 500, of mean 1.
 
-    y(t) = exp(−2·((t − 500)/1000)²); w = 1000·(y − min y) / Σ(y − min y).
+    The weight is w = 1000·(y − min y) / Σ(y − min y) with y(t) = exp(−2·((t − 500)/1000)²). It is 0
+    at the lowest timestep.
 
     Returns:
         float32 [1000].
@@ -87,35 +92,42 @@ def level_weights(grid: Tensor) -> Tensor:
 class FlowMatching:
     """Flow matching through a train or a reference Program.
 
-    A train program sees clean and noisy latents of the clip and every chunk has a noise level of
-    its own; a reference program sees the noisy clip, of one level. Levels are uniform over
-    `noise_grid`. The squared error, a mean over a latent frame, is weighted by `level_weights` and
-    summed over the frames that count.
+    A train program sees a clip twice, clean and noisy, and each chunk has a noise level of its own.
+    A reference program sees the noisy clip, which has one noise level. Levels are drawn uniformly
+    from `noise_grid`. The squared error is averaged over each latent frame, weighted by
+    `level_weights`, and summed over the frames that count.
 
-    What a causal model will see when it streams are its own chunks and sinks of long ago. So a
-    train program's clean chunks may carry the errors it makes itself, and noise, of neither of
-    which it is told. The error of a chunk is that of x_s − s·v, times up to `_LARGEST_ERROR`; what
-    opens a shot is without it: it is the shot's sink, and what others can be put right by. Clips
-    longer than the program's are seen as an `excerpt`.
+    While it streams, a causal model sees chunks that it made itself. So that it learns this, the
+    clean chunks of a train program may carry errors and noise. The model is told of neither.
 
-    A batch holds ``latents`` [B, C, F, h, w], normalised; ``text`` [B, N, S, E], one prompt a
-    chunk; ``opens``, bool [B, N], chunks that open a shot; and, where clips are padded, ``valid``,
-    bool [B, F].
+    - The error is the difference between x₀ and the model's own prediction x_s − s·v, times a
+      random number up to `_LARGEST_ERROR`. Chunks that open a shot carry none. They are the shot's
+      sink, by which the model can correct the others.
+    - The noise has a random level up to ``context_noise``.
+
+    Clips that are longer than the program's are seen as an `excerpt`.
+
+    A batch holds
+
+    - ``latents`` [B, C, F, h, w], normalised;
+    - ``text`` [B, N, S, E], one prompt a chunk;
+    - ``opens``, bool [B, N], true where a chunk opens a shot; read if there are context errors;
+    - ``valid``, bool [B, F], false for padding; may be left out.
 
     Args:
         program: causal or later, with weights.
         module: the same Program, runnable.
-        image: share of clips whose first latent frame is given: noise-free in the noisy half too,
-            at t = 0, and not counted.
-        context_error: share of the clean chunks, of those that open no shot, that carry the
-            model's error; costs a forward pass more.
+        image: share of the clips whose first latent frame is given. It is then free of noise, at
+            t = 0, and does not count.
+        context_error: share of the clean chunks that carry the model's error, among those that open
+            no shot. Above 0 each call makes a second forward pass, without gradients.
         context_noise: largest noise level of the clean chunks.
-        gap: as `excerpt` has it.
+        gap: see `excerpt`.
         graphs: whether to replay CUDA graphs.
 
     Raises:
-        ValueError: the program is neither for training nor a reference, or is a reference, which
-            has no clean chunks, and they should carry noise or errors.
+        ValueError: the program neither trains nor is a reference; or it is a reference, which sees
+            no clean chunks, and they should carry errors or noise.
     """
 
     def __init__(
@@ -165,7 +177,7 @@ class FlowMatching:
         return self._program.geometry.batch
 
     def count(self, batch: Batch) -> int:
-        if "valid" in batch.tensors:  # else all excerpts count alike
+        if "valid" in batch.tensors:  # without padding every excerpt counts the same
             batch = self._excerpt(batch)
         return int(self._counted(batch).sum())
 
@@ -189,7 +201,7 @@ class FlowMatching:
         return excerpt(batch, self._program.geometry, self._gap)
 
     def _counted(self, batch: Batch) -> Tensor:
-        """Frames that count, bool [B, F]."""
+        """Which frames count, bool [B, F]."""
         frames = self._program.geometry.frames
         counted = torch.ones(len(batch.indices), frames, dtype=torch.bool)
         if "valid" in batch.tensors:
@@ -198,11 +210,12 @@ class FlowMatching:
         return counted
 
     def _given(self, batch: Batch) -> Tensor:
-        """Clips whose first latent frame is given, bool [B]."""
+        """For which clips the first latent frame is given, bool [B]."""
         return batch.uniform("image") < self._image
 
     def _prepared(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The graph's inputs; the target, float32 [B, C, F, h, w]; frame weights [B, F]."""
+        """The graph's inputs; the target ε − x₀, float32 [B, C, F, h, w]; each frame's loss weight,
+        float32 [B, F], 0 where it does not count."""
         program, spec, device = self._program, self._program.spec, self._device
         clean = batch.tensors["latents"].to(device, torch.float32)
         _, channels, frames, height, width = clean.shape
@@ -232,7 +245,7 @@ class FlowMatching:
         return cast, noise - clean, weight
 
     def _context(self, batch: Batch, clean: Tensor) -> Tensor:
-        """The clean chunks as others see them: with noise of a level uniform up to the largest."""
+        """The clean chunks with noise of random levels, uniform from 0 to the largest."""
         if not self._context_noise:
             return clean
         chunks = self._program.geometry.chunks
@@ -242,10 +255,10 @@ class FlowMatching:
 
     @torch.no_grad()
     def _mistaken(self, batch: Batch, inputs: Mapping[str, Tensor], target: Tensor) -> Tensor:
-        """The clean chunks, some with the error of what the model makes of the noisy ones.
+        """The clean chunks; some carry the error of the model's prediction from the noisy ones.
 
-        Of x_s − s·v that is s·(ε − x₀ − v). Chunks after a leap are spared as well: little tells
-        what they should be.
+        The prediction x_s − s·v misses x₀ by s·(ε − x₀ − v). Chunks after a leap carry no error,
+        since the chunks before them hardly tell the model what they should show.
         """
         sigma = (inputs["timestep"] / LEVELS)[:, None, :, None, None]
         error = sigma * (target - self._flow(inputs))
@@ -257,7 +270,7 @@ class FlowMatching:
         return (clean + self._spread(_LARGEST_ERROR * size * chosen) * error).to(clean.dtype)
 
     def _spread(self, values: Tensor) -> Tensor:
-        """A chunk's value [B, N] for each of its frames, [B, 1, F, 1, 1] on the device."""
+        """Values for chunks, [B, N], as values for their frames, [B, 1, F, 1, 1] on the device."""
         frames = values.repeat_interleave(self._program.geometry.chunk, dim=1)
         return frames.to(self._device)[:, None, :, None, None]
 

@@ -13,13 +13,13 @@ _POINTS = 600
 
 @dataclass(frozen=True)
 class Curve:
-    """A line.
+    """A line in a plot.
 
     Attributes:
-        label: shown in its colour; empty for none.
-        points: (x, y), in order of x.
-        colour: as SVG has it.
-        width: of the stroke.
+        label: the text above the plot, in the line's colour; empty for no text.
+        points: pairs (x, y), sorted by x.
+        colour: an SVG colour.
+        width: the width of the stroke in pixels.
     """
 
     label: str
@@ -31,12 +31,12 @@ class Curve:
 def line_plot(
     curves: Sequence[Curve], caption: str = "", limits: tuple[float, float] | None = None
 ) -> str:
-    """Curves over one pair of axes.
+    """Curves over one pair of axes, as an SVG.
 
     Args:
-        curves: at least one, with points; long ones are thinned out.
-        caption: below the axis.
-        limits: lowest and highest y; by default those of the points.
+        curves: at least one, each with points. Of a long curve every n-th point is drawn.
+        caption: the text below the horizontal axis.
+        limits: the lowest and the highest y; by default those of the points.
     """
     points = [point for curve in curves for point in curve.points]
     left, right = min(x for x, _ in points), max(x for x, _ in points)
@@ -86,7 +86,7 @@ def line_plot(
 
 
 def running_mean(values: Sequence[float], smoothing: float = 0.95) -> list[float]:
-    """Each value's exponential mean with those before it."""
+    """The exponential moving average up to each value; it starts at the first value."""
     mean, means = values[0], []
     for value in values:
         mean = smoothing * mean + (1 - smoothing) * value
@@ -95,7 +95,7 @@ def running_mean(values: Sequence[float], smoothing: float = 0.95) -> list[float
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """About six round numbers, the first not above ``low`` and the last not below ``high``."""
+    """About six round numbers; the first is at most ``low`` and the last at least ``high``."""
     rough = (high - low) / 5 or 1.0
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * size for size in (1, 2, 5, 10) if unit * size >= 0.75 * rough)

@@ -1,4 +1,4 @@
-"""Training an autoencoder: reconstruction of short clips, and a little of the latents' KL."""
+"""Training an autoencoder: reconstruction of short clips, with a small KL term."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ from lltk.train.graphs import Graphed
 from lltk.train.recipe import VaeSection
 
 SCALES = (1, 2, 4)
-"""Pixels that differences are averaged over, down and across."""
+"""Differences are averaged over squares of this many pixels a side."""
 
 
 class Reconstruction:
-    """An AutoencoderKLWan's reconstruction of whole clips.
+    """How well an AutoencoderKLWan reconstructs whole clips.
 
-    A clip's loss is 4·d² plus the mean over `SCALES` of |d| + edges·(|∂d/∂y| + |∂d/∂x|), where d is
-    what the reconstruction lacks, plus kl·KL(posterior ‖ N(0, 1)), each a mean over pixels or
-    latents. The reconstruction is the decoder's, before it is cut off at ±1, so that every pixel
-    has a gradient.
+    With d the reconstruction less the clip, a clip's loss is the sum of
+
+    - 4·d²;
+    - the mean over `SCALES` of |d| + edges·(|∂d/∂y| + |∂d/∂x|), see `roughness`;
+    - kl·KL(posterior ‖ N(0, 1)).
+
+    Each term is a mean over pixels or latents. The decoder's output is not clipped to ±1 before, so
+    that every pixel has a gradient.
 
     A batch holds ``video``, [B, 3, F, H, W] in [-1, 1], of 1 + 4·k frames.
 
     Args:
         vae: diffusers' AutoencoderKLWan.
-        section: clips of a call and the weights of the terms.
-        start: values of its parameters to start from, by name; by default the VAE's own.
+        section: has the clips of a call and the weights ``edges`` and ``kl``.
+        start: the values that training starts from, by parameter name; by default the VAE's own.
         graphs: whether to replay CUDA graphs.
     """
 
@@ -68,7 +72,7 @@ class Reconstruction:
         return self._sum(self._loss, batch)
 
     def weights_changed(self) -> None:
-        """Nothing here follows from the weights alone."""
+        """Nothing has to be renewed: nothing here follows from the weights alone."""
 
     def first_bad(self, batch: Batch) -> str | None:
         if not bool(batch.tensors["video"].isfinite().all()):
@@ -88,7 +92,7 @@ class Reconstruction:
 
 
 class _Losses(nn.Module):
-    """Each clip's loss, [B], from video and the posterior's noise, float32 [B, z, F, h, w]."""
+    """Each clip's loss, [B], from the video and the posterior's noise, float32 [B, z, F, h, w]."""
 
     def __init__(self, vae: nn.Module, section: VaeSection) -> None:
         super().__init__()
@@ -99,10 +103,10 @@ class _Losses(nn.Module):
         posterior = cast(Any, self.vae).encode(video).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         latents = mean + noise * (logvar / 2).exp()
-        lacking = decode(self.vae, latents.to(video.dtype)).float() - video.float()
+        difference = decode(self.vae, latents.to(video.dtype)).float() - video.float()
         divergence = (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1) / 2
-        squares = 4 * lacking.square().flatten(1).mean(1)
-        return squares + roughness(lacking, self.section.edges) + self.section.kl * divergence
+        squares = 4 * difference.square().flatten(1).mean(1)
+        return squares + roughness(difference, self.section.edges) + self.section.kl * divergence
 
 
 def roughness(difference: Tensor, edges: float) -> Tensor:
@@ -110,7 +114,7 @@ def roughness(difference: Tensor, edges: float) -> Tensor:
 
     Args:
         difference: d, [B, C, F, H, W]; H and W are multiples of the scales.
-        edges: weight of the derivatives, which are differences of neighbours.
+        edges: weight of the derivatives, which are differences between neighbouring pixels.
 
     Returns:
         [B].
@@ -125,11 +129,11 @@ def roughness(difference: Tensor, edges: float) -> Tensor:
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """``vae.decode`` without its cut-off at ±1.
+    """Decode as ``vae.decode`` does, but without clipping to ±1.
 
     Args:
         vae: diffusers' AutoencoderKLWan.
-        latents: [B, z, F, h, w], as its encoder gives them.
+        latents: [B, z, F, h, w], not normalised, as the encoder gives them.
 
     Returns:
         [B, 3, 4·F − 3, H, W].
@@ -150,14 +154,16 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def latent_statistics(vae: Any, videos: Iterable[Tensor]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over clips, for the VAE's configuration.
+    """Mean and standard deviation of each latent channel over clips.
+
+    A VAE's configuration has them, so that a transformer can be given normalised latents.
 
     Args:
         vae: diffusers' AutoencoderKLWan.
         videos: each [B, 3, F, H, W] in [-1, 1].
 
     Returns:
-        ``latents_mean`` and ``latents_std``, one number a channel.
+        ``latents_mean`` and ``latents_std``, each with a number for each channel.
     """
     parameter = next(vae.parameters())
     encoded = [
