@@ -17,7 +17,7 @@ from lltk.compiler import transform, with_weights
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.stream.rollout import Rollout
-from lltk.train.objective import FlowMatching
+from lltk.train.flow_matching import FlowMatching
 
 pytestmark = pytest.mark.gpu
 

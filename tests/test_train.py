@@ -20,10 +20,11 @@ from lltk.graph.facts import Trainable
 from lltk.graph.geometry import Kind
 from lltk.graph.module import instantiate
 from lltk.train.data import Batch, Batches, generator_at
+from lltk.train.flow_matching import FlowMatching
 from lltk.train.loop import Diverged, Trainer
 from lltk.train.masters import Masters
 from lltk.train.metrics import Metrics, plot_loss, read_metrics
-from lltk.train.objective import FlowMatching, mean_loss
+from lltk.train.objective import mean_loss
 from lltk.train.recipe import TrainSection, train_section, vae_recipe
 from lltk.train.state import load_training_state, training_states
 

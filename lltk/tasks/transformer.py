@@ -26,7 +26,8 @@ from lltk.stream.video import write_video
 from lltk.tasks.clips import encoded_clips
 from lltk.tasks.encoder import PipelineEncoder, encoder_for
 from lltk.train.data import Dataset
-from lltk.train.objective import FlowMatching, Objective
+from lltk.train.flow_matching import FlowMatching
+from lltk.train.objective import Objective
 from lltk.train.recipe import TrainSection, train_section
 from lltk.train.sampling import sample
 

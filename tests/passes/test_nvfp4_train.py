@@ -35,9 +35,9 @@ from lltk.ops.nvfp4_quantise import reference as nvfp4_reference
 from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
 from lltk.ops.philox import uniform
 from lltk.train.data import Batch
+from lltk.train.flow_matching import FlowMatching
 from lltk.train.loop import METRICS, Trainer
 from lltk.train.metrics import read_metrics
-from lltk.train.objective import FlowMatching
 from lltk.train.recipe import TrainSection
 
 pytestmark = pytest.mark.cpu

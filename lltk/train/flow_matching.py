@@ -1,0 +1,252 @@
+"""Flow matching, under teacher forcing or over the whole clip.
+
+A noisy latent is x_s = (1 − s)·x₀ + s·ε, with ε ~ N(0, 1) and s = t/1000. The model predicts its
+velocity v = ε − x₀.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lltk.graph.diagnose import first_bad_node
+from lltk.graph.module import ProgramModule
+from lltk.graph.program import Program
+from lltk.train.data import Batch
+from lltk.train.excerpt import excerpt, leaps
+from lltk.train.graphs import Graphed
+
+LEVELS = 1000
+"""The number of noise levels in the grid, and the timestep of pure noise."""
+SHIFT = 5.0
+"""How far the grid leans towards noise; Wan2.2's value."""
+_LARGEST_ERROR = 2.0
+"""A context error is at most this many times the error of one prediction.
+
+While streaming, the errors of consecutive chunks add up.
+"""
+
+
+def noise_grid(shift: float = SHIFT) -> Tensor:
+    """Timesteps t = 1000·σ(1 − i/1000), i = 0 … 999, with σ(u) = shift·u / (1 + (shift − 1)·u).
+
+    Returns:
+        float32 [1000], falling from 1000; the last is above 0.
+    """
+    u = 1 - torch.arange(LEVELS, dtype=torch.float64) / LEVELS
+    return (LEVELS * shift * u / (1 + (shift - 1) * u)).float()
+
+
+def level_weights(grid: Tensor) -> Tensor:
+    """A loss weight for each timestep of a grid: a bell about t = 500, of mean 1.
+
+    The weight is w = 1000·(y − min y) / Σ(y − min y) with y(t) = exp(−2·((t − 500)/1000)²). It is 0
+    at the lowest timestep.
+
+    Returns:
+        float32 [1000].
+    """
+    bell = torch.exp(-2 * ((grid.double() - LEVELS / 2) / LEVELS) ** 2)
+    bell = bell - bell.min()
+    return (LEVELS * bell / bell.sum()).float()
+
+
+class FlowMatching:
+    """Flow matching through a train or a reference Program.
+
+    A train program sees a clip twice, clean and noisy, and each chunk has a noise level of its own.
+    A reference program sees the noisy clip, which has one noise level. Levels are drawn uniformly
+    from `noise_grid`. The squared error is averaged over each latent frame, weighted by
+    `level_weights`, and summed over the frames that count.
+
+    While it streams, a causal model sees chunks that it made itself. So that it learns this, the
+    clean chunks of a train program may carry errors and noise. The model is told of neither.
+
+    - The error is the difference between x₀ and the model's own prediction x_s − s·v, times a
+      random number up to `_LARGEST_ERROR`. Chunks that open a shot carry none. They are the shot's
+      sink, by which the model can correct the others.
+    - The noise has a random level up to ``context_noise``.
+
+    Clips that are longer than the program's are seen as an `excerpt`.
+
+    A batch holds
+
+    - ``latents`` [B, C, F, h, w], normalised;
+    - ``text`` [B, N, S, E], one prompt a chunk;
+    - ``opens``, bool [B, N], true where a chunk opens a shot; read if there are context errors;
+    - ``valid``, bool [B, F], false for padding; may be left out.
+
+    Args:
+        program: causal or later, with weights.
+        module: the same Program, runnable.
+        image: share of the clips whose first latent frame is given. It is then free of noise, at
+            t = 0, and does not count.
+        context_error: share of the clean chunks that carry the model's error, among those that open
+            no shot. Above 0 each call makes a second forward pass, without gradients.
+        context_noise: largest noise level of the clean chunks.
+        gap: see `excerpt`.
+        graphs: whether to replay CUDA graphs.
+
+    Raises:
+        ValueError: the program neither trains nor is a reference; or it is a reference, which sees
+            no clean chunks, and they should carry errors or noise.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        module: ProgramModule,
+        image: float = 0.0,
+        context_error: float = 0.0,
+        context_noise: float = 0.0,
+        gap: float = 1.0,
+        graphs: bool = False,
+    ) -> None:
+        if program.kind not in ("train", "reference"):
+            raise ValueError(
+                f"a {program.kind} program has no flow-matching objective; set the recipe's "
+                "program to train or reference"
+            )
+        if program.kind == "reference" and (context_error or context_noise):
+            raise ValueError(
+                "train.context_error and train.context_noise: a reference program sees no clean "
+                "chunks; remove them, or set the recipe's program to train"
+            )
+        self._program = program
+        self._module = module
+        self._image = image
+        self._context_error = context_error
+        self._context_noise = context_noise
+        self._gap = gap
+        flow = _Flow(module, program)
+        self._flow = Graphed(flow) if graphs else flow
+        self._grid = noise_grid()
+        self._weights = level_weights(self._grid)
+        self._device = next(module.parameters()).device
+        self._quantised: dict[str, Tensor] = {}
+        self.weights_changed()
+
+    @property
+    def module(self) -> ProgramModule:
+        return self._module
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        return self._program.weights
+
+    @property
+    def clips(self) -> int:
+        return self._program.geometry.batch
+
+    def count(self, batch: Batch) -> int:
+        if "valid" in batch.tensors:  # without padding every excerpt counts the same
+            batch = self._excerpt(batch)
+        return int(self._counted(batch).sum())
+
+    def loss(self, batch: Batch) -> Tensor:
+        batch = self._excerpt(batch)
+        inputs, target, weight = self._prepared(batch)
+        if self._context_error:
+            inputs |= {"clean": self._mistaken(batch, inputs, target)}
+        flow = self._flow(inputs)
+        error = (flow.float() - target).square().mean(dim=(1, 3, 4))
+        return (weight * error).sum()
+
+    def weights_changed(self) -> None:
+        self._quantised = self._module.quantised_weights()
+
+    def first_bad(self, batch: Batch) -> str | None:
+        inputs, _, _ = self._prepared(self._excerpt(batch))
+        return first_bad_node(self._program, self._module, self._program.kind, inputs)
+
+    def _excerpt(self, batch: Batch) -> Batch:
+        return excerpt(batch, self._program.geometry, self._gap)
+
+    def _counted(self, batch: Batch) -> Tensor:
+        """Which frames count, bool [B, F]."""
+        frames = self._program.geometry.frames
+        counted = torch.ones(len(batch.indices), frames, dtype=torch.bool)
+        if "valid" in batch.tensors:
+            counted &= batch.tensors["valid"].cpu()
+        counted[:, 0] &= ~self._given(batch)
+        return counted
+
+    def _given(self, batch: Batch) -> Tensor:
+        """For which clips the first latent frame is given, bool [B]."""
+        return batch.uniform("image") < self._image
+
+    def _prepared(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The graph's inputs; the target ε − x₀, float32 [B, C, F, h, w]; each frame's loss weight,
+        float32 [B, F], 0 where it does not count."""
+        program, spec, device = self._program, self._program.spec, self._device
+        clean = batch.tensors["latents"].to(device, torch.float32)
+        _, channels, frames, height, width = clean.shape
+        span = program.geometry.chunk if program.kind == "train" else frames
+        level = batch.integers("level", LEVELS, frames // span).repeat_interleave(span, dim=1)
+        weight = (self._weights[level] * self._counted(batch)).to(device)
+        timestep = self._grid[level]
+        timestep[self._given(batch), 0] = 0
+        timestep = timestep.to(device)
+        sigma = (timestep / LEVELS)[:, None, :, None, None]
+        noise = batch.normal("noise", channels, frames, height, width, device=device)
+        noisy = (1 - sigma) * clean + sigma * noise
+        latents = (
+            {"clean": self._context(batch, clean), "noisy": noisy}
+            if program.kind == "train"
+            else {spec.latent_input: noisy}
+        )
+        inputs = latents | {
+            spec.time_input: timestep,
+            spec.text_input: batch.tensors["text"],
+            "positions": batch.tensors["positions"],
+            "random": torch.tensor([batch.seed, batch.indices.start]),
+            **self._quantised,
+        }
+        contract = program.contract(program.kind).inputs
+        cast = {name: inputs[name].to(device, own.dtype) for name, own in contract.items()}
+        return cast, noise - clean, weight
+
+    def _context(self, batch: Batch, clean: Tensor) -> Tensor:
+        """The clean chunks with noise of random levels, uniform from 0 to the largest."""
+        if not self._context_noise:
+            return clean
+        chunks = self._program.geometry.chunks
+        level = self._spread(self._context_noise * batch.uniform("context level", chunks))
+        noise = batch.normal("context", *clean.shape[1:], device=clean.device)
+        return (1 - level) * clean + level * noise
+
+    @torch.no_grad()
+    def _mistaken(self, batch: Batch, inputs: Mapping[str, Tensor], target: Tensor) -> Tensor:
+        """The clean chunks; some carry the error of the model's prediction from the noisy ones.
+
+        The prediction x_s − s·v misses x₀ by s·(ε − x₀ − v). Chunks after a leap carry no error,
+        since the chunks before them hardly tell the model what they should show.
+        """
+        sigma = (inputs[self._program.spec.time_input] / LEVELS)[:, None, :, None, None]
+        error = sigma * (target - self._flow(inputs))
+        geometry = self._program.geometry
+        follows = ~leaps(batch.tensors["positions"], geometry.chunk)
+        share, size = batch.uniform("error", 2, geometry.chunks).unbind(1)
+        chosen = (share < self._context_error) & follows & ~batch.tensors["opens"].cpu()
+        clean = inputs["clean"]
+        return (clean + self._spread(_LARGEST_ERROR * size * chosen) * error).to(clean.dtype)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Values for chunks, [B, N], as values for their frames, [B, 1, F, 1, 1] on the device."""
+        frames = values.repeat_interleave(self._program.geometry.chunk, dim=1)
+        return frames.to(self._device)[:, None, :, None, None]
+
+
+class _Flow(nn.Module):
+    """The one output of a Program that trains, from its inputs by name."""
+
+    def __init__(self, module: ProgramModule, program: Program) -> None:
+        super().__init__()
+        self._module = module
+        self._kind = program.kind
+        self._output = program.spec.output
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self._module(self._kind, dict(inputs))[self._output]
