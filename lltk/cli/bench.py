@@ -16,7 +16,9 @@ from lltk.graph.recipe_files import find_recipe
 
 @click.group("bench")
 def command() -> None:
-    """Measure, and write records: JSON, and a Markdown table made from it.
+    """Measure speed, and write the results as a record.
+
+    A record is a JSON file, and a Markdown page with a table made from it.
 
     \b
     Example:
@@ -26,22 +28,29 @@ def command() -> None:
 
 @command.command("stream")
 @click.argument("recipe")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Files, without suffix.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The record's path, without a suffix."
+)
 @click.option(
     "--seconds", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
-    help="Video that is measured, a run.",
+    help="Seconds of video to measure in each run.",
 )  # fmt: skip
 @click.option(
     "--warmup",
     type=click.IntRange(0),
-    help="Chunks before that (default: until the cache is full).",
+    help="Chunks to stream first, which are not measured (default: until the cache is full).",
 )
-@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="How often.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@click.option(
+    "--runs", type=click.IntRange(1), default=3, show_default=True, help="Number of runs."
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Change a key of the recipe; may be repeated.",
+)  # fmt: skip
 @click.option("--device", help="Where it runs (default: a GPU if there is one).")
 @click.option(
     "--random-weights", is_flag=True,
-    help="Weights and prompts are random, of the true shape; no files are needed.",
+    help="Use random weights and prompts of the true shapes; needs no files.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; measure nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
@@ -57,10 +66,12 @@ def stream(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Stream a RECIPE (a file, or a shipped recipe's name) to a video file, and time it.
+    """Stream by a RECIPE to a video file, and time it.
 
-    Records DiT, decode and E2E FPS, the first frame's latency, p50 and p90 of a chunk, the share of
-    time outside the models, memory by owner, and what ran on what.
+    RECIPE is a YAML file, or the name of a recipe that comes with lltk. The record holds the frames
+    a second of the transformer (DiT), of the decoder and end to end (E2E); the latency of the first
+    frame; the median (p50) and the 90th percentile (p90) of a chunk's time; the share of time spent
+    outside the models; memory by owner; and which implementations ran on which device.
 
     \b
     Example:

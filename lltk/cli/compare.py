@@ -16,23 +16,25 @@ from lltk.parallel.devices import find_device
 
 @click.command("compare")
 @click.argument("recipes", nargs=-1, required=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Record, without suffix.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The record's path, without a suffix."
+)
 @click.option(
     "--shots", type=click.IntRange(0), default=30, show_default=True,
-    help="Shots of the tiny world to score, a recipe; 0 for errors alone.",
+    help="Shots of the tiny world to score for each recipe.",
 )  # fmt: skip
 @click.option(
     "--minutes", type=click.IntRange(0), default=0, show_default=True,
-    help="Single shots of 60 s whose identity to follow, a recipe.",
+    help="Single shots of 60 s for each recipe, to see how long they keep their identity.",
 )  # fmt: skip
 @click.option(
     "--at-once", type=click.IntRange(1), default=128, show_default=True,
-    help="Videos streamed at once; short ones have three shots.",
+    help="Videos to stream at once.",
 )  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True,
-              help="Processes that score.")  # fmt: skip
+              help="Number of processes that score videos.")  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
-              help="Override a key of every recipe.")  # fmt: skip
+              help="Change a key of every recipe; may be repeated.")  # fmt: skip
 @click.option("--device", help="Where it runs (default: a GPU if there is one).")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; compare nothing.")
@@ -48,11 +50,14 @@ def command(
     as_json: bool,
     dry_run: bool,
 ) -> None:
-    """Compare stream RECIPES of one model and geometry with the first of them.
+    """Compare stream RECIPES with the first of them.
 
-    Tells each block's and the output's relative error, and on the tiny world the share of shots
-    that show their caption and what identity they keep, with 95 % confidence intervals. With
-    --shots 0 it tells errors alone, of any model, and decodes nothing.
+    The recipes have one model and geometry, and differ in their precision for example. For each the
+    command shows the relative error of every block and of the output.
+
+    It also makes videos of the tiny world and scores them: how many shots show their caption, and
+    how much of its identity a shot keeps, with 95 % confidence intervals. With --shots 0 it shows
+    errors alone, for any model, and decodes nothing.
 
     \b
     Example:

@@ -17,18 +17,19 @@ from lltk.cli import stream
     type=click.Path(path_type=Path),
     default=Path("demo.mp4"),
     show_default=True,
-    help="The video; a contact sheet lies beside it.",
+    help="The video; its contact sheet is written beside it.",
 )
-@click.option("--seed", type=click.IntRange(0), help="Of the noise (default: the recipe's).")
+@click.option("--seed", type=click.IntRange(0), help="Seed of the noise (default: the recipe's).")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; make nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def command(
     ctx: click.Context, output: Path, seed: int | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Stream four shots from captions to an MP4 and a contact sheet, with the shipped tiny model.
+    """Stream four shots with the tiny model that comes with lltk.
 
-    It is `lltk stream tiny_stream` with a shipped script.
+    Writes an MP4 video and a contact sheet, a PNG with some frames of each shot. The command is
+    `lltk stream tiny_stream` with a script that comes with lltk; it runs on the CPU.
 
     \b
     Example:

@@ -15,17 +15,24 @@ from lltk.cli.tables import contract_table, log_tables, memory_table
 @click.command("inspect")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
-    "--graph", metavar="NAME", help="Print this graph or region (default: the first block's)."
+    "--graph", metavar="NAME", help="The graph or region to print (default: the first block's)."
 )
 @click.option(
-    "--joint", is_flag=True, help="Print its backward with it; for a train program's block."
+    "--joint",
+    is_flag=True,
+    help="Print the block's forward and backward pass; for a Program that trains.",
 )
-@click.option("--diagram", type=click.Path(path_type=Path), help="Draw that graph, as SVG.")
-@click.option("--json", "as_json", is_flag=True, help="Print log and contracts as JSON.")
+@click.option("--diagram", type=click.Path(path_type=Path), help="SVG file to draw that graph to.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the pass log, inputs and outputs as JSON."
+)
 def command(
     directory: Path, graph: str | None, joint: bool, diagram: Path | None, as_json: bool
 ) -> None:
-    """Show a Program DIRECTORY: pass log, stage, contracts, a block's graph.
+    """Show the Program in a DIRECTORY.
+
+    Shows its stage, the passes that it went through, the inputs and outputs of its graphs, the
+    memory that it needs, and one graph. `lltk transform -o DIRECTORY` writes such a directory.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""What a command shows and keeps of the library's log."""
+"""What a command shows of the library's log, and what it writes to a file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NEVER = logging.CRITICAL + 1
 
 
 def hide_loading(speaks: bool = True) -> None:
-    """Keep transformers from drawing a bar of its own when it loads a model.
+    """Keep transformers from drawing a progress bar of its own when it loads a model.
 
     Args:
-        speaks: whether warnings are shown; of several ranks one shows them.
+        speaks: whether warnings are shown. Of several ranks only one should show them.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -29,9 +29,11 @@ def hide_loading(speaks: bool = True) -> None:
 
 @contextmanager
 def logged(console: Console) -> Iterator[Callable[[Path], None]]:
-    """Show warnings on a console; from the call of what this gives on, append all to a file.
+    """Show the library's warnings on a console, and let the caller choose a log file later.
 
-    What was logged before that call is kept for it.
+    Yields:
+        A function that takes the file's path. From its call on, all messages are appended to the
+        file, those from before the call first.
     """
     shown = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
     kept = MemoryHandler(1 << 30, flushLevel=_NEVER)

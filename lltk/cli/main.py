@@ -14,7 +14,7 @@ _COMMANDS = ("doctor", "transform", "inspect", "train", "stream", "compare", "be
 
 
 class _Lazy(click.Group):
-    """Imports a command's file when it is asked for, so that ``--help`` is quick."""
+    """A group that imports a command's file only when the command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -36,7 +36,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 def main() -> None:
-    """Run the command; errors in use end with one message and exit code 2."""
+    """Run the command. An expected error ends it with one message and exit code 2."""
     debug = "--debug" in sys.argv
     try:
         cli.main(standalone_mode=True)
@@ -48,7 +48,10 @@ def main() -> None:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether it tells of use; of torch's own errors only that a GPU's memory ran out does."""
+    """Whether the message says all that a user needs.
+
+    Of torch's RuntimeErrors that is true only of a GPU that has run out of memory.
+    """
     if not isinstance(error, RuntimeError):
         return True
     from torch import OutOfMemoryError
@@ -59,5 +62,7 @@ def _is_expected(error: Exception) -> bool:
 def _plain(error: Exception) -> str:
     text = str(error).replace("[", r"\[")
     if isinstance(error, RuntimeError):
-        return f"memory: {text}\nSee what is planned with --dry-run, and plan for less."
+        return (
+            f"memory: {text}\nLook at the planned memory with --dry-run, and choose smaller sizes."
+        )
     return text

@@ -19,13 +19,13 @@ _STYLE: dict[str, Any] = {"box": SIMPLE_HEAD, "title_justify": "left", "title_st
 
 
 def log_tables(log: Sequence[LogEntry]) -> Group:
-    """The passes, and what they were told to leave, if anything."""
+    """A table of the passes; and one of the modules that they were told to leave, if any."""
     kept = _kept_table(log)
     return Group(_pass_table(log), *([kept] if kept.rows else []))
 
 
 def _pass_table(log: Sequence[LogEntry]) -> Table:
-    """The numbered passes with the stage they left, what they matched, ops and time."""
+    """For each pass the stage it led to, its matches, the number of ops after it, and its time."""
     table = Table("", "pass", "stage", title="Passes", **_STYLE)
     table.add_column("matches", overflow="fold")
     for heading in ("ops", "s"):
@@ -46,7 +46,7 @@ def _pass_table(log: Sequence[LogEntry]) -> Table:
 
 
 def _kept_table(log: Sequence[LogEntry]) -> Table:
-    """What passes were told to leave, and why."""
+    """The modules that passes were told to leave, and why."""
     table = Table("pass", title="Kept", **_STYLE)
     table.add_column("modules", overflow="fold")
     table.add_column("because", overflow="fold")
@@ -57,7 +57,7 @@ def _kept_table(log: Sequence[LogEntry]) -> Table:
 
 
 def contract_table(name: str, contract: Contract) -> Table:
-    """Inputs and outputs of a graph; the same over layers is one row."""
+    """The inputs and outputs of a graph. What is the same in every layer shares a row."""
     table = Table("", "name", "type", title=f"Graph {name}", **_STYLE)
     for direction, specs in (("in", contract.inputs), ("out", contract.outputs)):
         for label, spec in _grouped(specs).items():
@@ -66,7 +66,7 @@ def contract_table(name: str, contract: Contract) -> Table:
 
 
 def memory_table(owners: Mapping[str, int]) -> Table:
-    """Bytes by owner, and their sum."""
+    """A size for each owner, and the sum."""
     table = Table("owner", title="Memory to run it", **_STYLE)
     table.add_column("size", justify="right")
     for owner, count in owners.items():
@@ -77,7 +77,10 @@ def memory_table(owners: Mapping[str, int]) -> Table:
 
 
 def row_table(title: str, rows: Sequence[Mapping[str, str]], names: int = 1) -> Table:
-    """Rows with the same keys, which are the headings; the first ``names`` of them never wrap."""
+    """A table of rows that have the same keys, which are the headings.
+
+    The first ``names`` columns hold the names of the rows, and never wrap.
+    """
     table = Table(title=title, **_STYLE)
     for number, heading in enumerate(rows[0]):
         table.add_column(heading, no_wrap=number < names, overflow="fold")
@@ -87,7 +90,7 @@ def row_table(title: str, rows: Sequence[Mapping[str, str]], names: int = 1) -> 
 
 
 def _ranges(modules: Sequence[str]) -> list[str]:
-    """Module paths that differ in their layer alone become one."""
+    """Module paths, with one entry for those that differ only in their layer."""
     groups: dict[str, list[int]] = {}
     for module in modules:
         parts = module.split(".")
@@ -101,14 +104,14 @@ def _ranges(modules: Sequence[str]) -> list[str]:
 
 
 def _span(layers: Sequence[int]) -> str:
-    """``3``, ``3…7`` or ``3,5``."""
+    """Sorted layer numbers as ``3``, ``3…7`` or ``3,5``."""
     if len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
         return f"{layers[0]}…{layers[-1]}"
     return ",".join(map(str, layers))
 
 
 def _grouped(specs: dict[str, TensorSpec]) -> dict[str, str]:
-    """``k_pages_0 … k_pages_29`` of one type become one row."""
+    """Types by name; names such as ``k_pages_0 … k_pages_29`` with one type become one."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, spec in specs.items():
         base, _, index = name.rpartition("_")

@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
 @click.command("train")
 @click.argument("recipe")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The run's folder.")
 @click.option(
     "--resume", is_flag=True,
     help="Go on from the newest training state in the folder, if there is one.",
 )  # fmt: skip
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe."
-)
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Change a key of the recipe; may be repeated.",
+)  # fmt: skip
 @click.option("--device", help="Where it trains (default: a GPU if there is one).")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -42,10 +43,10 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train a model by a RECIPE: a YAML file, or the name of a recipe that comes with lltk.
+    """Train a model by a RECIPE.
 
-    The recipe needs a train section. One with a vae section trains an autoencoder; any other
-    trains its transformer.
+    RECIPE is a YAML file, or the name of a recipe that comes with lltk. It needs a train section.
+    A recipe with a vae section trains an autoencoder; any other trains its transformer.
 
     The run's folder gets training states (in checkpoints/), metrics.jsonl, loss.svg and train.log.
     At the end it gets the weights in diffusers' layout: the averaged ones, if the recipe averages.

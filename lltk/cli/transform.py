@@ -15,12 +15,20 @@ from lltk.graph.recipe import open_recipe
 
 @click.command("transform")
 @click.argument("recipe")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the Program.")
-@click.option("--no-weights", is_flag=True, help="Transform the graphs alone; read no checkpoint.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
-@click.option("--dump", type=click.Path(path_type=Path), help="Folder for each pass's graphs.")
-@click.option("--stop-after", metavar="PASS", help="The last pass to run.")
-@click.option("--disable", multiple=True, metavar="PASS", help="Leave a pass out.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder to write the Program to."
+)
+@click.option("--no-weights", is_flag=True, help="Transform only the graphs; read no checkpoint.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Change a key of the recipe; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--dump", type=click.Path(path_type=Path),
+    help="Folder to write the graphs to, as they are after each pass.",
+)  # fmt: skip
+@click.option("--stop-after", metavar="PASS", help="Run the passes up to this one.")
+@click.option("--disable", multiple=True, metavar="PASS", help="Leave a pass out; may be repeated.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; run no pass.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -34,7 +42,10 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Turn a model into a Program by a RECIPE (a YAML file, or a shipped recipe's name).
+    """Turn a model into a Program by a RECIPE.
+
+    RECIPE is a YAML file, or the name of a recipe that comes with lltk. The command captures its
+    model, runs its passes, and shows what each pass did and what memory the Program needs.
 
     \b
     Example:
