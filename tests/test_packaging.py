@@ -102,6 +102,8 @@ def test_imports_follow_the_arrows() -> None:
         ("lltk/graph/capture.py", "from lltk import ops, models", "models"),
         ("lltk/graph/runner.py", "def run():\n    from lltk.passes import causal", "passes"),
         ("lltk/bench/record.py", "from .. import cli", "cli"),
+        ("lltk/train/loop.py", "from lltk.tasks.clips import TinyVideos", "tasks"),
+        ("lltk/training.py", "from lltk.bench import quality", "bench"),
         ("passes/causal.py", "from ..models.wan22 import spec", "models"),
         ("models/wan22/vae.py", "import passes.causal", "passes by its bare name"),
     ],
