@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
@@ -117,6 +118,18 @@ CHUNKS = 14
 @settings(max_examples=300)
 def test_page_table_follows_the_rule(rule: SetRule) -> None:
     check_video(rule, CHUNKS, PageTable)
+
+
+@given(rules(CHUNKS), st.integers(0, CHUNKS))
+def test_a_restored_table_goes_on_as_it_was(rule: SetRule, at: int) -> None:
+    table, again = PageTable(geometry_of(rule)), PageTable(geometry_of(rule))
+    for index in range(CHUNKS):
+        if index == at:
+            again.restore(json.loads(json.dumps(table.state)))
+        pages = table.commit(index in rule.cuts)
+        if index >= at:
+            assert again.commit(index in rule.cuts) == pages
+            assert (again.slots, again.sinks()) == (table.slots, table.sinks())
 
 
 SHIPPED = SetRule(8, 32, 8, True, frozenset({1, 5, 6, 11}))
