@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import click
 from rich.console import Console
 
+from lltk import __version__
 from lltk.cli.tables import row_table
 
 _NAME = re.compile(r"[\w.-]+")
@@ -45,7 +46,7 @@ def _packages() -> list[dict[str, str]]:
     rows = []
     for name, extra in _wanted().items():
         try:
-            found = version(name)
+            found = __version__ if name == "lltk" else version(name)
         except PackageNotFoundError:
             wanted = f"'lltk[{extra}]'" if extra else name
             found = f"absent: pip install {wanted}"
