@@ -16,6 +16,7 @@ from torch import Tensor
 from lltk.bench.clock import Clock, size_of
 from lltk.bench.record import Record, markdown, write_record
 from lltk.bench.script import KERNEL_COLUMNS, column, script_parser, script_record
+from lltk.ops.fp8_rows import fp8_quantise
 from lltk.ops.implementations import find_implementation, register_ops
 
 _METHOD = """\
@@ -25,21 +26,21 @@ torch.compile. A pass makes its calls in each of {layers} blocks, over {tokens} 
 and keys are slices of rows of three times their width, as one linear writes them. Products
 multiply FP8 operands: queries, keys and values by one product or by three."""
 _A_BLOCK = {
-    "fp8_quantise": 2,
-    "fp8_quantise_norm": 1,
-    "fp8_quantise_add_norm": 1,
-    "fp8_quantise_add_norm, no gate": 1,
-    "fp8_quantise_gelu": 1,
-    "gated_add": 1,
-    "rms_norm_rope": 2,
+    "quantise": 2,
+    "norm, quantise": 1,
+    "gated sum, norm, quantise": 1,
+    "sum, norm, quantise": 1,
+    "GELU, quantise": 1,
+    "gated sum": 1,
+    "norm of heads, rotation": 2,
 }
 """How often a block of the step calls each op."""
 
 
 def operands(
     device: torch.device, frames: int, tokens: int, heads: int, ffn: int
-) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The arguments of each op in a block, by label. A label begins with the op's name."""
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """What a block calls: a label, the op and its arguments."""
     width = heads * 128
 
     def normal(*shape: int) -> Tensor:
@@ -49,30 +50,34 @@ def operands(
     scale, shift, gate = (part.squeeze(2).unsqueeze(2) for part in table.chunk(3, 2))
     x, y, merged = normal(1, tokens, width), normal(1, tokens, width), normal(1, tokens, 3 * width)
     cos, sin = torch.randn(2, 1, tokens, 1, 128, device=device).unbind()
-    yield "fp8_quantise", (x,)
-    yield "fp8_quantise_norm", (x, scale, shift, 1e-6)
-    yield "fp8_quantise_add_norm", (x, y, gate, scale, shift, 1e-6)
-    yield "fp8_quantise_add_norm, no gate", (x, y, None, scale, shift, 1e-6)
-    yield "fp8_quantise_gelu", (normal(1, tokens, ffn),)
-    yield "gated_add", (x, y, gate)
-    yield "rms_norm_rope", (merged[..., :width], normal(width), cos, sin, 1e-6)
+    norm = {"scale": scale, "shift": shift, "eps": 1e-6, "to": "fp8"}
+    for label, given in (
+        ("quantise", {"x": x, "to": "fp8"}),
+        ("norm, quantise", {"x": x, **norm}),
+        ("gated sum, norm, quantise", {"x": x, "y": y, "gate": gate, **norm, "keep_sum": True}),
+        ("sum, norm, quantise", {"x": x, "y": y, **norm, "keep_sum": True}),
+        ("GELU, quantise", {"x": normal(1, tokens, ffn), "activation": "gelu", "to": "fp8"}),
+        ("gated sum", {"x": x, "y": y, "gate": gate}),
+    ):
+        yield label, "row_pipeline", given
+    rotated = {"weight": normal(width), "cos": cos, "sin": sin, "eps": 1e-6}
+    yield "norm of heads, rotation", "rms_norm_rope", {"x": merged[..., :width], **rotated}
 
 
 def kernels(
     clock: Clock, implementation: str, layers: int, **sizes: int
 ) -> Iterator[dict[str, Any]]:
     """Each op beside its reference, compiled, and beside a copy of as many bytes."""
-    for label, arguments in operands(clock.device, **sizes):
-        op = label.partition(",")[0]
+    for label, op, given in operands(clock.device, **sizes):
         ours = find_implementation(op, implementation).load()
         compiled = torch.compile(find_implementation(op, "torch").load(), dynamic=False)
-        written = size_of(ours(*arguments))
-        times = clock.beside_copy(partial(ours, *arguments), size_of(arguments) + written)
-        fused = clock(partial(compiled, *arguments))["median_ms"]
+        size = size_of(*given.values(), ours(**given))
+        times = clock.beside_copy(partial(ours, **given), size)
+        fused = clock(partial(compiled, **given))["median_ms"]
         calls = layers * _A_BLOCK[label]
         yield {
             "op": label,
-            "shape": list(arguments[0].shape),
+            "shape": list(given["x"].shape),
             **times,
             "compiled_ms": fused,
             "against_compiled": fused / times["median_ms"],
@@ -86,12 +91,11 @@ def products(clock: Clock, tokens: int, width: int, layers: int) -> Iterator[dic
     """Queries, keys and values by one FP8 product and by three."""
     name = "scaled_mm" if clock.cuda else "reference"
     multiply = find_implementation("fp8_matmul", name).load()
-    quantise = find_implementation("fp8_quantise", "torch").load()
     x, weight = (
         torch.randn(rows, width, device=clock.device, dtype=torch.bfloat16)
         for rows in (tokens, 3 * width)
     )
-    (values, scales), a = quantise(weight), quantise(x)
+    (values, scales), a = fp8_quantise(weight), fp8_quantise(x)
     parts = list(zip(values.split(width), scales.split(width), strict=True))
     for label, weights in (("one product", [(values, scales)]), ("three products", parts)):
         times = clock(

@@ -30,7 +30,7 @@ alike. Products are compared with torch.matmul of bfloat16 operands of the same 
 
 _OPS = (
     "nvfp4_quantise",
-    "nvfp4_quantise_norm",
+    "row_pipeline",
     "nvfp4_quantise_transposed",
     "nvfp4_dequantise",
     "nvfp4_transpose",
@@ -96,7 +96,7 @@ def bandwidths(
     yield row(
         "norm + modulate + quantise, fused",
         (hidden,),
-        lambda: ops.nvfp4_quantise_norm(hidden, scale, shift, 1e-6, "none"),
+        lambda: ops.row_pipeline(hidden, scale=scale, shift=shift, eps=1e-6, to="nvfp4"),
         reads=2,
     )
     yield row("norm + modulate + quantise, torch and quantise", (hidden,), in_two, reads=2)

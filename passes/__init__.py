@@ -18,6 +18,13 @@ from lltk.graph.passes import Pass, PassConfig
 from lltk.graph.recipe import explain
 from lltk.module_paths import import_by_path
 
+RENAMED = {
+    "fuse_gated_residual": "fuse_rows",
+    "fuse_gelu_quantise": "fuse_rows",
+    "fuse_norm_quantise": "fuse_rows",
+}
+"""Passes that older recipes name, and the pass that does what each of them did."""
+
 
 def pass_names() -> list[str]:
     """The names of lltk's own passes."""
@@ -38,6 +45,8 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass[Any]:
     """
     if name.startswith("lltk."):
         raise ValueError(f"passes: {name}: lltk's own passes go by their last name alone")
+    if name in RENAMED:
+        raise ValueError(f"there is no pass {name!r} any more; name {RENAMED[name]} once instead")
     if "." not in name and name not in pass_names():
         near = get_close_matches(name, pass_names(), n=1)
         known = f"passes: {', '.join(pass_names())}, or your own by its path, my_passes.{name}"

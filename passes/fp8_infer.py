@@ -14,7 +14,7 @@ from lltk.graph.passes import Numerics, Pass, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.ops.fp8_matmul.op import OVERLOAD as MATMUL
-from lltk.ops.fp8_quantise.op import OVERLOAD as QUANTISE
+from lltk.ops.row_pipeline.op import OVERLOAD as ROW_PIPELINE
 
 MULTIPLE = 16
 """What tensor cores want K and N to be a multiple of."""
@@ -29,7 +29,7 @@ class Fp8Infer(Pass[Config]):
 
     ::
 
-        linear(x, W, b)  →  fp8_matmul(*fp8_quantise(x), values, row scales, b)
+        linear(x, W, b)  →  fp8_matmul(*row_pipeline(x, to='fp8'), values, row scales, b)
 
     ``<module>.weight`` becomes ``<module>.weight_values`` and ``….weight_row_scales``. Linears that
     read the same x share its quantised values. Weights that are stored so already are taken as they
@@ -54,7 +54,7 @@ class Fp8Infer(Pass[Config]):
         for linear in chosen:
             if linear.x not in quantised:
                 with building(linear.node, module_of(linear.x)) as build:
-                    made = build(QUANTISE, linear.x)
+                    made = build(ROW_PIPELINE, linear.x, to="fp8")
                     quantised[linear.x] = [build(operator.getitem, made, i) for i in range(2)]
             with building(linear.node) as build:
                 weight = [build.attribute(linear.module + ending) for ending in FP8_ENDINGS]

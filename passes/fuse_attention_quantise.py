@@ -9,9 +9,9 @@ from lltk.graph.match import sole_reader
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.fp8_quantise.op import OVERLOAD as QUANTISE
 from lltk.ops.fp8_quantise_attention.op import OVERLOAD as QUANTISE_ATTENTION
 from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as ATTENTION
+from lltk.ops.row_pipeline.op import OVERLOAD as ROW_PIPELINE
 
 aten = torch.ops.aten
 
@@ -25,10 +25,12 @@ class FuseAttentionQuantise(Pass[Config]):
 
     ::
 
-        fp8_quantise(flatten(nvfp4_paged_attention(…), 2, 3))  →  fp8_quantise_attention(…)
+        row_pipeline(flatten(nvfp4_paged_attention(…), 2, 3), to='fp8')
+            →  fp8_quantise_attention(…)
 
-    Follows `nvfp4_cache` and `fp8_infer`; `ulysses_stream`, which exchanges what attention gave,
-    refuses it. Attention to text is not over pages, and stays.
+    Runs after `nvfp4_cache` and `fp8_infer`. `ulysses_stream` exchanges what attention gives before
+    it is quantised, so it refuses a program in which this pass has run. Attention to text reads no
+    pages and stays as it is.
     """
 
     Config = Config
@@ -40,9 +42,12 @@ class FuseAttentionQuantise(Pass[Config]):
         for graph in program.graphs.values():
             for node in calls(graph, ATTENTION):
                 heads = sole_reader(node, aten.flatten.using_ints)
-                quantise = heads and sole_reader(heads, QUANTISE)
-                if heads is None or heads.args[1:] != (2, 3) or quantise is None:
-                    report.miss(node, "is not read by fp8_quantise alone; run fp8_infer before")
+                quantise = heads and sole_reader(heads, ROW_PIPELINE)
+                whole = heads is not None and heads.args[1:] == (2, 3)
+                if not whole or quantise is None or quantise.kwargs != {"to": "fp8"}:
+                    report.miss(
+                        node, "is not read by a quantiser to FP8 alone; run fp8_infer before"
+                    )
                     continue
                 with building(quantise, module_of(node)) as build:
                     replace(quantise, build(QUANTISE_ATTENTION, *node.args))

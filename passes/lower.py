@@ -20,6 +20,15 @@ from lltk.ops.implementations import (
     preferred,
 )
 
+_IN_ROW_PIPELINE = (
+    "fp8_quantise",
+    "fp8_quantise_norm",
+    "fp8_quantise_add_norm",
+    "fp8_quantise_gelu",
+    "gated_add",
+)
+"""Ops of older recipes that `row_pipeline` does the work of."""
+
 
 class Choices(PassConfig):
     """An implementation by name for each op; `lltk doctor` lists them.
@@ -37,9 +46,14 @@ class Choices(PassConfig):
     @model_validator(mode="before")
     @classmethod
     def _has_no_old_key(cls, given: Any) -> Any:
-        if isinstance(given, dict) and (old := given.get("nvfp4")):
+        if not isinstance(given, dict):
+            return given
+        if old := given.get("nvfp4"):
             new = f"{old}, triton" if old in ("te", "scaled_mm") else old
             raise ValueError(f"nvfp4 is no key any more: write prefer: [{new}] in its place")
+        for key in _IN_ROW_PIPELINE:
+            if key in given:
+                raise ValueError(f"{key} is no key any more: write row_pipeline in its place")
         return given
 
     @model_validator(mode="after")

@@ -24,11 +24,11 @@ from lltk.graph.facts import Ranks
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program, is_page
 from lltk.graph.stages import Stage
-from lltk.ops.fp8_quantise.op import OVERLOAD as FP8_QUANTISE
 from lltk.ops.fp8_quantise_attention.op import OVERLOAD as FP8_QUANTISE_ATTENTION
 from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
 from lltk.ops.nvfp4_write_page.op import OVERLOAD as NVFP4_WRITE_PAGE
 from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
+from lltk.ops.row_pipeline.op import OVERLOAD as ROW_PIPELINE
 from lltk.ops.write_page.op import OVERLOAD as WRITE_PAGE
 from lltk.parallel.exchange import (
     ALL_PARTS,
@@ -148,7 +148,7 @@ class UlyssesStream(Pass[Config]):
         """What keys and values travel as."""
         if self.config.exchange == "compute":
             return list(values)
-        made = [build(FP8_QUANTISE, value) for value in values]
+        made = [build(ROW_PIPELINE, value, to="fp8") for value in values]
         return [build(operator.getitem, each, part) for each in made for part in range(2)]
 
     def _unpacked(self, build: Builder, parts: list[fx.Node], *values: Any) -> list[fx.Node]:

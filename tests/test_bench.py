@@ -29,7 +29,7 @@ from lltk.bench.record import (
 from lltk.bench.stream import METHOD, Timings, summary, text
 from lltk.compiler import transform
 from lltk.graph.program import Program
-from lltk.ops.fp8_quantise.reference import fp8_quantise
+from lltk.ops.fp8_rows import fp8_quantise
 from lltk.stream.chunks import Chunk
 from lltk.stream.report import ChunkReport
 

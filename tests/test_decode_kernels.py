@@ -21,7 +21,7 @@ from lltk.ops.cached_norm_silu.op import cached_norm_silu
 from lltk.ops.fp8_cached_norm_silu.op import fp8_cached_norm_silu
 from lltk.ops.fp8_conv3d.op import fp8_conv3d
 from lltk.ops.fp8_conv3d.reference import fold_taps, unfold_taps
-from lltk.ops.fp8_quantise.reference import fp8_quantise
+from lltk.ops.fp8_rows import fp8_quantise
 from lltk.ops.implementations import find_implementation
 from lltk.ops.upsample_residual.op import upsample_residual
 from lltk.ops.upsample_residual.reference import fold, unfold

@@ -16,9 +16,10 @@ from lltk.ops import hardware
 from lltk.ops.fp8_matmul import scaled_mm
 from lltk.ops.fp8_matmul.op import fp8_matmul as matmul_op
 from lltk.ops.fp8_matmul.reference import fp8_matmul
-from lltk.ops.fp8_quantise.op import fp8_quantise as quantise_op
-from lltk.ops.fp8_quantise.reference import fp8_quantise
+from lltk.ops.fp8_rows import fp8_quantise, new_fp8
 from lltk.ops.implementations import check_device, find_implementation, overload
+from lltk.ops.row_pipeline.op import row_pipeline
+from lltk.ops.row_pipeline.reference import row_pipeline as row_formula
 
 cpu = pytest.mark.cpu
 gpu = pytest.mark.gpu
@@ -212,12 +213,16 @@ def test_scaled_mm(
     assert bool(((y.float() - far).abs() > 2 * limit).any())
 
 
+def empty(*shape: int) -> Tensor:
+    return torch.empty(*shape, device="meta")
+
+
 @cpu
 @pytest.mark.parametrize(("m", "n", "k"), [(7040, 3072, 14336), (5, 17, 40), (1, 16, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_meta_shapes(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     """The meta device checks every argument of torch's product."""
-    a, b = (quantise_op(torch.empty(*shape, device="meta")) for shape in ((2, m, k), (n, k)))
+    a, b = (row_pipeline(empty(*shape), to="fp8") for shape in ((2, m, k), (n, k)))
     assert a[0].dtype == torch.float8_e4m3fn and a[0].shape == (2, m, k)
     assert a[1].dtype == torch.float32 and a[1].shape == (2, m, 1)
     for bias in (None, torch.empty(n, device="meta")):
@@ -228,7 +233,7 @@ def test_meta_shapes(m: int, n: int, k: int, dtype: torch.dtype) -> None:
 
 @cpu
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = (quantise_op(torch.empty(*shape, device="meta")) for shape in ((2, 5, 40), (17, 40)))
+    a, b = (row_pipeline(empty(*shape), to="fp8") for shape in ((2, 5, 40), (17, 40)))
     for wrong in (
         (a[0][..., :32], a[1], *b),
         (a[0], a[1][:, :4], *b),
@@ -246,7 +251,10 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck_of_quantising(dtype: torch.dtype) -> None:
-    torch.library.opcheck(quantise_op, (normal(2, 3, 40, dtype=dtype),))
+    x = normal(2, 3, 40, dtype=dtype)
+    torch.library.opcheck(row_pipeline, (x,), {"to": "fp8"})
+    for made, empty in zip(fp8_quantise(x), new_fp8(x), strict=True):
+        assert made.shape == empty.shape and made.dtype == empty.dtype
 
 
 @cpu
@@ -278,8 +286,8 @@ def test_a_compiler_keeps_the_bits() -> None:
 def test_absent_hardware_is_an_error_that_lists_what_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fp8 = {"fp8_quantise": "torch", "fp8_matmul": "scaled_mm"}
-    check_device({"fp8_quantise": "torch", "fp8_matmul": "reference"}, torch.device("cpu"))
+    fp8 = {"row_pipeline": "torch", "fp8_matmul": "scaled_mm"}
+    check_device({"row_pipeline": "torch", "fp8_matmul": "reference"}, torch.device("cpu"))
     message = "fp8_matmul: scaled_mm runs on cuda, not on cpu; cpu has reference: set fp8_matmul of"
     with pytest.raises(ValueError, match=message):
         check_device(fp8, torch.device("cpu"))
@@ -300,8 +308,8 @@ def test_absent_hardware_is_an_error_that_lists_what_there_is(
 
 @cpu
 def test_implementations_are_found_by_name() -> None:
-    assert find_implementation("fp8_quantise", "reference").load() is overload("fp8_quantise")
-    assert find_implementation("fp8_quantise", "torch").load() is fp8_quantise
+    assert find_implementation("row_pipeline", "reference").load() is overload("row_pipeline")
+    assert find_implementation("row_pipeline", "torch").load() is row_formula
     assert find_implementation("fp8_matmul", "reference").load() is overload("fp8_matmul")
     assert find_implementation("fp8_matmul", "scaled_mm").load() is scaled_mm.fp8_matmul
     with pytest.raises(ValueError, match=r"reference, scaled_mm\); did you mean 'scaled_mm'"):

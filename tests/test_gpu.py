@@ -78,9 +78,7 @@ def test_bfloat16_stream(attention: str, compiled: bool) -> None:
     assert (ours.roll(1, 0) - reference).std() / scale > 0.2
 
 
-FUSIONS = ("fuse_norm_quantise", "fuse_gelu_quantise", "fuse_gated_residual")
-ROW_OPS = ("fp8_quantise", "fp8_quantise_norm", "fp8_quantise_add_norm", "fp8_quantise_gelu",
-           "gated_add", "rms_norm_rope")  # fmt: skip
+ROW_OPS = ("row_pipeline", "rms_norm_rope")
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -98,8 +96,8 @@ def test_fused_stream(compiled: bool) -> None:
         return with_weights(transform(recipe, weights=False), plain.weights)
 
     wanted = rollout(plain, "cpu")
-    unfused = rollout(in_fp8("fp8_infer", fp8_quantise="torch"), "cuda")
-    passes = ("merge_qkv", "fuse_norm_rope", "fp8_infer", *FUSIONS)
+    unfused = rollout(in_fp8("fp8_infer", row_pipeline="torch"), "cuda")
+    passes = ("merge_qkv", "fuse_norm_rope", "fp8_infer", "fuse_rows")
     ours = rollout(in_fp8(*passes, **dict.fromkeys(ROW_OPS, "triton")), "cuda", compiled)
     scale, error = wanted.std(), (unfused - wanted).std()
     assert 0.01 < error / scale < 0.15

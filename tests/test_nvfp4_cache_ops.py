@@ -38,11 +38,11 @@ from torch.library import opcheck
 
 from lltk.ops.floats import round_e4m3
 from lltk.ops.fp8_attention.op import fp8_attention
-from lltk.ops.fp8_quantise.reference import fp8_quantise
 from lltk.ops.fp8_quantise_attention.fp8_decode_torch import (
     fp8_quantise_attention as quantised_fp8_decode,
 )
 from lltk.ops.fp8_quantise_attention.op import fp8_quantise_attention
+from lltk.ops.fp8_rows import fp8_quantise
 from lltk.ops.implementations import find_implementation
 from lltk.ops.nvfp4_gather_fp8.op import nvfp4_gather_fp8
 from lltk.ops.nvfp4_paged_attention.fp8 import centre

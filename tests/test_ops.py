@@ -35,7 +35,7 @@ from lltk.ops.declaration import (
     Exactness,
     read_declaration,
 )
-from lltk.ops.fp8_quantise.reference import fp8_quantise
+from lltk.ops.fp8_rows import fp8_quantise
 from lltk.ops.implementations import (
     Implementation,
     check_device,

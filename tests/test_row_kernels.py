@@ -19,24 +19,22 @@ from torch import Tensor
 
 from lltk.bench.record import Record
 from lltk.ops.floats import round_e4m3
-from lltk.ops.fp8_quantise.op import fp8_quantise
-from lltk.ops.fp8_quantise_add_norm.op import fp8_quantise_add_norm
 from lltk.ops.fp8_quantise_centred.op import fp8_quantise_centred
-from lltk.ops.fp8_quantise_gelu.op import fp8_quantise_gelu
-from lltk.ops.fp8_quantise_norm.op import fp8_quantise_norm
-from lltk.ops.gated_add.op import gated_add
 from lltk.ops.implementations import check_device, find_implementation
+from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
 from lltk.ops.rms_norm_rope.op import rms_norm_rope
+from lltk.ops.row_pipeline.op import row_pipeline
 
 cpu, gpu = pytest.mark.cpu, pytest.mark.gpu
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
-Case = tuple[str, tuple[Any, ...]]
+Arguments = dict[str, Any]
+Case = tuple[str, Arguments]
 """An op and its arguments."""
-FP8_OPS = ("fp8_quantise", "fp8_quantise_norm", "fp8_quantise_add_norm", "fp8_quantise_gelu")
-OPS = (*FP8_OPS, "gated_add", "rms_norm_rope")
+OPS = ("row_pipeline", "rms_norm_rope")
 CENTRED = "fp8_quantise_centred"
 EPS = 1e-6
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -70,35 +68,67 @@ def tables(length: int, width: int) -> tuple[Tensor, Tensor]:
     return both.cos(), both.sin()
 
 
-def cases(dtype: torch.dtype, large: bool = False) -> Iterator[Case]:
-    """Of every op; shapes that fill a power of two and others."""
-    for length, frames, heads, width in (
-        ((880, 8, 24, 128), (64, 2, 3, 64)) if large else ((6, 3, 3, 16), (4, 1, 2, 8))
-    ):
+def norm_by(scale: Tensor, shift: Tensor) -> Arguments:
+    """The arguments of a norm."""
+    return {"scale": scale, "shift": shift, "eps": EPS}
+
+
+Sizes = tuple[tuple[int, int, int, int], ...]
+SMALL: Sizes = ((6, 3, 3, 16), (4, 1, 2, 8))
+LARGE: Sizes = ((880, 8, 24, 128), (64, 2, 3, 64))
+"""Tokens, frames, heads and their width; rows that fill a power of two and others."""
+
+
+def cases(dtype: torch.dtype, sizes: Sizes = SMALL) -> Iterator[Case]:
+    """Of every op."""
+    for length, frames, heads, width in sizes:
         columns = heads * width
         x, y = (normal(1, length, columns, seed=s, dtype=dtype) for s in (1, 2))
         scale, shift, gate = modulation(frames, columns)
-        yield "fp8_quantise", (x,)
-        yield "fp8_quantise", (strided(x),)
-        yield "fp8_quantise", (turned(x),)
-        yield "fp8_quantise_gelu", (normal(3, 2, 5 * columns, seed=3, dtype=dtype),)
-        yield "fp8_quantise_gelu", (turned(x),)
-        yield "fp8_quantise_norm", (x, scale, shift, EPS)
-        yield "fp8_quantise_norm", (strided(x), scale[0, 0, 0], shift[0, 0, 0], EPS)
-        yield "fp8_quantise_add_norm", (x, strided(y), gate, scale, shift, EPS)
-        yield "fp8_quantise_add_norm", (x, y, gate, scale[0, 0, 0], shift[0, 0, 0], EPS)
-        yield "fp8_quantise_add_norm", (turned(x), y, None, scale, shift, EPS)
-        yield "gated_add", (x, y, gate)
-        yield "gated_add", (strided(x), y, None)
-        yield "gated_add", (turned(x), turned(y), gate)
-        both = torch.cat([x, y]), scale[0, 0, 0].to(dtype)
-        yield "rms_norm_rope", (*both, *tables(length, width), EPS)
-        yield "rms_norm_rope", (strided(x), both[1], *tables(length, width), EPS)
+        modulated, affine = norm_by(scale, shift), norm_by(scale[0, 0, 0], shift[0, 0, 0])
+        for given in (
+            {"x": x},
+            {"x": strided(x)},
+            {"x": turned(x)},
+            {"x": normal(3, 2, 5 * columns, seed=3, dtype=dtype), "activation": "gelu"},
+            {"x": turned(x), "activation": "gelu"},
+            {"x": x, **modulated},
+            {"x": strided(x), **affine},
+            {"x": x, "y": strided(y), "gate": gate, **modulated, "keep_sum": True},
+            {"x": x, "y": y, "gate": gate, **affine, "keep_sum": True},
+            {"x": turned(x), "y": y, **modulated, "keep_sum": True},
+        ):
+            yield "row_pipeline", {**given, "to": "fp8"}
+        yield "row_pipeline", {"x": x, "y": y, "gate": gate}
+        yield "row_pipeline", {"x": strided(x), "y": y}
+        yield "row_pipeline", {"x": turned(x), "y": turned(y), "gate": gate}
+        yield from new_combinations(x, y, gate, modulated)
+        weight, (cos, sin) = scale[0, 0, 0].to(dtype), tables(length, width)
+        rotated = {"weight": weight, "cos": cos, "sin": sin, "eps": EPS}
+        yield "rms_norm_rope", {"x": torch.cat([x, y]), **rotated}
+        yield "rms_norm_rope", {"x": strided(x), **rotated}
 
 
-def ran(op: str, name: str, arguments: tuple[Any, ...], device: str = "cpu") -> tuple[Tensor, ...]:
-    placed = [on(device, a) if isinstance(a, Tensor) else a for a in arguments]
-    result = loaded(op, name)(*placed)
+def new_combinations(x: Tensor, y: Tensor, gate: Tensor, norm: Arguments) -> Iterator[Case]:
+    """Pipelines that no recipe has."""
+    gelu = {"activation": "gelu"}
+    for given in (
+        {"x": strided(x), "y": y, "gate": gate, **gelu, "to": "nvfp4", "keep_sum": True},
+        {"x": x, "y": turned(y), **norm, **gelu, "to": "nvfp4", "rule": "mse"},
+        {"x": turned(x), **gelu, "to": "nvfp4"},
+        {"x": x, "y": y, "gate": gate, **norm, **gelu, "to": "fp8"},
+        {"x": x, "y": y, **gelu, "keep_sum": True},
+        {"x": strided(x), **norm},
+    ):
+        yield "row_pipeline", given
+
+
+def ran(op: str, name: str, given: Arguments, device: str = "cpu") -> tuple[Tensor, ...]:
+    placed = {n: on(device, a) if isinstance(a, Tensor) else a for n, a in given.items()}
+    return as_tuple(loaded(op, name)(**placed))
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
@@ -117,48 +147,57 @@ def loaded(op: str, name: str) -> Callable[..., Any]:
 
 
 def disagreement(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
-    """The largest relative distance of results' decoded rows, whose sums are rounded otherwise.
+    """How far results are apart whose sums are rounded otherwise.
 
-    The distance is that of all rows together: a code beside the right one in every thousand of
-    E4M3's is 1e-3, a value that rounds to a neighbour in bfloat16 less.
+    For NVFP4 it is the largest share of codes or of scales that differ. For others it is the
+    largest relative distance of decoded rows, all rows together: a code beside the right one in
+    every thousand of E4M3's is 1e-3, a value that rounds to a neighbour in bfloat16 less.
     """
     for a, b in zip(ours, wanted, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
-    return max(
+    shares = []
+    if ours[0].dtype == torch.uint8:
+        shares = [
+            float((a.cpu().view(torch.uint8) != b.cpu().view(torch.uint8)).double().mean())
+            for a, b in zip(ours[:2], wanted[:2], strict=True)
+        ]
+        ours, wanted = ours[2:], wanted[2:]
+    distances = [
         float((a - b).norm() / b.norm())
         for a, b in zip(decoded(ours), decoded(wanted), strict=True)
-    )
+    ]
+    return max(shares + distances)
 
 
 def decoded(results: tuple[Tensor, ...]) -> list[Tensor]:
     """Results in float64, FP8 values times their scales, which follow them."""
-    tensors = [t.cpu().double() for t in results]
-    if len(tensors) > 1:
-        *others, values, scales = tensors
-        return [*others, values * scales, scales]
-    return tensors
+    first, *others = (t.cpu().double() for t in results)
+    if results[0].dtype == torch.float8_e4m3fn:
+        return [first * others[0], *others]
+    return [first, *others]
 
 
-def changed(op: str, arguments: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+def changed(given: Arguments) -> Iterator[Arguments]:
     """Arguments that differ in one place that a kernel may get wrong."""
-    for index, given in enumerate(arguments):
-        if isinstance(given, Tensor):
-            yield (*arguments[:index], given.roll(2, -1), *arguments[index + 1 :])
-    if op in ("fp8_quantise_norm", "fp8_quantise_add_norm", "rms_norm_rope"):
-        yield (*arguments[:-1], 1.0)
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            yield {**given, name: value.roll(2, -1)}
+    if "eps" in given:
+        yield {**given, "eps": 1.0}
+    if "activation" in given and "to" in given:
+        yield {**given, "activation": None}
 
 
 def failures(dtype: torch.dtype, device: str, bound: float) -> Iterator[str]:
     """Where kernels and references differ, or do not where they must."""
-    for op, arguments in cases(dtype, large=device != "cpu"):
-        ours = ran(op, "triton", arguments, device)
-        wanted = ran(op, "reference", arguments)
-        shapes = [tuple(a.shape) for a in arguments if isinstance(a, Tensor)]
+    for op, given in cases(dtype, SMALL if device == "cpu" else LARGE):
+        ours, wanted = ran(op, "triton", given, device), ran(op, "reference", given)
+        shape = tuple(given["x"].shape)
         if (found := disagreement(ours, wanted)) > bound:
-            yield f"{op}: {shapes}: {found}"
-        for number, others in enumerate(changed(op, arguments)):
+            yield f"{op} of {', '.join(given)}: {shape}: {found}"
+        for number, others in enumerate(changed(given)):
             if (found := disagreement(ours, ran(op, "reference", others))) < 4 * bound:
-                yield f"{op}: {shapes}: unseen: {number}: {found}"
+                yield f"{op} of {', '.join(given)}: {shape}: unseen: {number}: {found}"
     yield from edges(dtype, device)
     yield from centred_failures(dtype, device, bound)
 
@@ -173,16 +212,17 @@ def centred_failures(dtype: torch.dtype, device: str, bound: float) -> Iterator[
     """As `failures`, of the op that adds a centre to what attention in FP8 gave."""
     for sizes in ((6, 3, 16), (4, 2, 8)):
         x, scale, centre = centred(*sizes)
-        ours = ran(CENTRED, "triton", (x, scale, centre, dtype), device)
-        found = disagreement(ours, ran(CENTRED, "reference", (x, scale, centre, dtype)))
-        if found > bound:
+        given = {"x": x, "scale": scale, "centre": centre, "dtype": dtype}
+        ours = ran(CENTRED, "triton", given, device)
+        if (found := disagreement(ours, ran(CENTRED, "reference", given))) > bound:
             yield f"{CENTRED}: {sizes}: {found}"
-        turned = x.view(torch.uint8).flip(1).view(x.dtype)
-        for number, others in enumerate(
-            ((turned, scale, centre), (x, 1.5 * scale, centre), (x, scale, centre.flip(0)))
-        ):
-            if disagreement(ours, ran(CENTRED, "reference", (*others, dtype))) < 4 * bound:
-                yield f"{CENTRED}: {sizes}: unseen: {number}"
+        for name, other in {
+            "x": x.view(torch.uint8).flip(1).view(x.dtype),
+            "scale": 1.5 * scale,
+            "centre": centre.flip(0),
+        }.items():
+            if disagreement(ours, ran(CENTRED, "reference", {**given, name: other})) < 4 * bound:
+                yield f"{CENTRED}: {sizes}: unseen: {name}"
 
 
 def edges(dtype: torch.dtype, device: str) -> Iterator[str]:
@@ -191,8 +231,9 @@ def edges(dtype: torch.dtype, device: str) -> Iterator[str]:
     x[1], x[2, 5], x[3, 5], x[4, 5] = 0, torch.inf, -torch.inf, torch.nan
     x[5] *= 1e-30
     x[6] = torch.tensor([448.0, 17, 19, -17, -19, 2**-10, 3 * 2**-10, -0.0] * 8)
-    ours, scales = (t.cpu() for t in ran("fp8_quantise", "triton", (x,), device))
-    values, wanted = ran("fp8_quantise", "reference", (x,))
+    given = {"x": x, "to": "fp8"}
+    ours, scales = (t.cpu() for t in ran("row_pipeline", "triton", given, device))
+    values, wanted = ran("row_pipeline", "reference", given)
     finite = [0, 1, 5, 6]
     if not torch.equal(scales[finite], wanted[finite]):
         yield f"scales of {dtype}"
@@ -225,24 +266,26 @@ def test_references_are_the_formulas(dtype: torch.dtype) -> None:
         v = centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
         return (v.view(each) * scale.double() + shift.double()).view(v.shape)
 
-    def near(ours: tuple[Tensor, ...], wanted: Tensor) -> None:
-        found = ours[-2].double() * ours[-1].double()
+    def near(values: Tensor, scales: Tensor, wanted: Tensor) -> None:
+        found = values.double() * scales.double()
         assert float((found - wanted).norm() / wanted.norm()) < 0.05 + step
         assert float((found.roll(1, 1) - wanted).norm() / wanted.norm()) > 0.5
 
     wide, added = x.double(), (y.double().view(each) * gate.double()).view(x.shape)
-    near(fp8_quantise_norm(x, scale, shift, EPS), norm(wide))
-    for result, total in (
-        (fp8_quantise_add_norm(x, y, gate, scale, shift, EPS), wide + added),
-        (fp8_quantise_add_norm(x, y, None, scale, shift, EPS), wide + y.double()),
+    norm_arguments = norm_by(scale, shift)
+    near(*row_pipeline(x, **norm_arguments, to="fp8"), norm(wide))
+    for gated, total in (
+        ({"y": y, "gate": gate}, wide + added),
+        ({"y": y}, wide + y.double()),
     ):
-        assert torch.allclose(result[0].double(), total, rtol=step, atol=step)
-        near(result[1:], norm(result[0].double()))
-    assert torch.equal(gated_add(x, y, gate), fp8_quantise_add_norm(x, y, gate, scale, shift, 1)[0])
-    near(fp8_quantise_gelu(x), F.gelu(wide, approximate="tanh"))
+        values, scales, kept = row_pipeline(x, **gated, **norm_arguments, to="fp8", keep_sum=True)
+        assert torch.allclose(kept.double(), total, rtol=step, atol=step)
+        near(values, scales, norm(kept.double()))
+        assert torch.equal(row_pipeline(x, **gated)[0], kept)
+    near(*row_pipeline(x, activation="gelu", to="fp8"), F.gelu(wide, approximate="tanh"))
     values, factor, centre = centred(6, 3, 16)
     near(
-        fp8_quantise_centred(values, factor, centre, dtype),
+        *fp8_quantise_centred(values, factor, centre, dtype),
         (values.double() / 7 + centre.double()).flatten(2),
     )
     weight, (cos, sin) = normal(48, seed=3).to(dtype), tables(6, 16)
@@ -257,28 +300,43 @@ def test_references_are_the_formulas(dtype: torch.dtype) -> None:
 
 
 @cpu
+def test_a_new_combination_needs_no_code_of_its_own() -> None:
+    """Each step is what it is alone, rounded in between, in the order that the op states."""
+    x, y = (normal(1, 6, 48, seed=s, dtype=torch.bfloat16) for s in (1, 2))
+    scale, shift, gate = modulation(3, 48)
+    (total,) = row_pipeline(x, y=y, gate=gate)
+    (normed,) = row_pipeline(total, **norm_by(scale, shift))
+    for given, before in (({}, total), (norm_by(scale, shift), normed)):
+        *written, kept = row_pipeline(
+            x, y=y, gate=gate, **given, activation="gelu", to="nvfp4", rule="mse", keep_sum=True
+        )
+        assert torch.equal(kept, total)
+        wanted = nvfp4_quantise(F.gelu(before, approximate="tanh"), 1, "mse")
+        others = nvfp4_quantise(before, 1, "mse")
+        assert disagreement(tuple(written), tuple(wanted)) == 0
+        assert disagreement(tuple(written), tuple(others)) > 0.1
+
+
+@cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ops_are_their_references(dtype: torch.dtype) -> None:
-    for op, arguments in cases(dtype):
-        ours, wanted = ran(op, "reference", arguments), ran(op, "torch", arguments)
+    for op, given in cases(dtype):
+        ours, wanted = ran(op, "reference", given), ran(op, "torch", given)
         for a, b in zip(ours, wanted, strict=True):
-            assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+            assert torch.equal(as_bytes(a), as_bytes(b))
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    return x.contiguous().flatten().view(torch.uint8)
 
 
 @cpu
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
-    ops: dict[str, Any] = {
-        "fp8_quantise": fp8_quantise,
-        "fp8_quantise_norm": fp8_quantise_norm,
-        "fp8_quantise_add_norm": fp8_quantise_add_norm,
-        "fp8_quantise_gelu": fp8_quantise_gelu,
-        "gated_add": gated_add,
-        "rms_norm_rope": rms_norm_rope,
-    }
-    for op, arguments in cases(dtype):
-        torch.library.opcheck(ops[op], arguments)
+    ops: dict[str, Any] = {"row_pipeline": row_pipeline, "rms_norm_rope": rms_norm_rope}
+    for op, given in cases(dtype, SMALL[:1]):
+        torch.library.opcheck(ops[op], (), given)
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(fp8_quantise_centred, (*centred(6, 3, 16), dtype), test_utils=checks)
 
@@ -287,20 +345,38 @@ def test_opcheck(dtype: torch.dtype) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     x, y = normal(1, 6, 48), normal(1, 6, 32)
     scale, shift, gate = modulation(3, 48)
+    norm = norm_by(scale, shift)
     cos, sin = tables(6, 16)
+    pipelines: list[Arguments] = [
+        {"x": y, **norm, "to": "fp8"},
+        {"x": x, **norm, "shift": shift[..., :32], "to": "fp8"},
+        {"x": x, **norm, "shift": shift[:, :1], "to": "fp8"},
+        {"x": x, "scale": scale, "shift": shift, "to": "fp8"},
+        {"x": x, "eps": EPS, "to": "fp8"},
+        {"x": x, "y": y},
+        {"x": y, "y": y, "gate": gate},
+        {"x": x[:, :5], "y": x[:, :5], "gate": gate},
+        {"x": x, "y": y, **norm, "to": "fp8"},
+        {"x": x, "gate": gate, "to": "fp8"},
+        {"x": x, "to": "fp8", "keep_sum": True},
+        {"x": x, "y": x, "keep_sum": True},
+        {"x": x},
+        {"x": x, "to": "int8"},
+        {"x": x, "activation": "silu", "to": "fp8"},
+        {"x": x, "to": "fp8", "rule": "mse"},
+        {"x": x[..., :40], "to": "nvfp4"},
+    ]
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        for call, arguments in (
-            (fp8_quantise_norm, (y, scale, shift, EPS)),
-            (fp8_quantise_norm, (x, scale, shift[..., :32], EPS)),
-            (gated_add, (x, y, None)),
-            (gated_add, (y, y, gate)),
-            (fp8_quantise_add_norm, (x, y, None, scale, shift, EPS)),
-            (rms_norm_rope, (x, scale[0, 0, 0], cos[:, :5], sin[:, :5], EPS)),
-            (rms_norm_rope, (x, scale, cos, sin, EPS)),
-            (rms_norm_rope, (y, scale[0, 0, 0, :32], *tables(6, 20), EPS)),
+        for given in pipelines:
+            with pytest.raises(RuntimeError):
+                row_pipeline(**given)
+        for arguments in (
+            (x, scale[0, 0, 0], cos[:, :5], sin[:, :5], EPS),
+            (x, scale, cos, sin, EPS),
+            (y, scale[0, 0, 0, :32], *tables(6, 20), EPS),
         ):
             with pytest.raises(RuntimeError):
-                call(*arguments)
+                rms_norm_rope(*arguments)
 
 
 # The kernels
@@ -340,22 +416,29 @@ def test_kernels_at_the_5b_models_sizes() -> None:
     scale, shift, gate = (t.cuda() for t in modulation(8, 3072))
     cos, sin = (t.cuda() for t in tables(7040, 128))
     wide = torch.randn(1, 7040, 14336, device="cuda").bfloat16()
-    given: dict[str, tuple[Any, ...]] = {
-        "fp8_quantise": (x,),
-        "fp8_quantise_norm": (x, scale, shift, EPS),
-        "fp8_quantise_add_norm": (x, y, gate, scale, shift, EPS),
-        "fp8_quantise_gelu": (wide,),
-        "gated_add": (x, y, gate),
-        "rms_norm_rope": (x, scale[0, 0, 0].bfloat16(), cos, sin, EPS),
-    }
-    for op, arguments in given.items():
+    rotated = {"weight": scale[0, 0, 0].bfloat16(), "cos": cos, "sin": sin, "eps": EPS}
+    for op, given in (
+        *(("row_pipeline", each) for each in used(x, y, wide, scale, shift, gate)),
+        ("rms_norm_rope", {"x": x, **rotated}),
+    ):
         ours, wanted = (
-            find_implementation(op, name).load()(*arguments) for name in ("triton", "torch")
+            as_tuple(find_implementation(op, name).load()(**given)) for name in ("triton", "torch")
         )
-        if isinstance(ours, Tensor):
-            ours, wanted = (ours,), (wanted,)
-        assert disagreement(ours, wanted) < 2e-3, op
-        assert disagreement(tuple(next_rows(t) for t in ours), wanted) > 0.1, op
+        assert disagreement(ours, wanted) < 2e-3, list(given)
+        assert disagreement(tuple(next_rows(t) for t in ours), wanted) > 0.1, list(given)
+
+
+def used(x: Tensor, y: Tensor, wide: Tensor, *parts: Tensor) -> list[Arguments]:
+    """The pipelines of the FP8 recipes; parts are scale, shift and gate."""
+    scale, shift, gate = parts
+    norm = norm_by(scale, shift)
+    return [
+        {"x": x, "to": "fp8"},
+        {"x": x, **norm, "to": "fp8"},
+        {"x": x, "y": y, "gate": gate, **norm, "to": "fp8", "keep_sum": True},
+        {"x": wide, "activation": "gelu", "to": "fp8"},
+        {"x": x, "y": y, "gate": gate},
+    ]
 
 
 def next_rows(x: Tensor) -> Tensor:
@@ -366,34 +449,31 @@ def next_rows(x: Tensor) -> Tensor:
 @gpu
 @needs_triton
 def test_kernels_replay_in_cuda_graphs() -> None:
-    operands = {
-        op: [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
-        for op, arguments in cases(torch.bfloat16)
-    }
+    operands = [
+        (op, {n: a.cuda() if isinstance(a, Tensor) else a for n, a in given.items()})
+        for op, given in cases(torch.bfloat16)
+    ]
 
     def step() -> list[Tensor]:
-        results = (
-            find_implementation(op, "triton").load()(*arguments)
-            for op, arguments in operands.items()
-        )
-        return [t for r in results for t in ((r,) if isinstance(r, Tensor) else r)]
+        results = (find_implementation(op, "triton").load()(**given) for op, given in operands)
+        return [t for result in results for t in as_tuple(result)]
 
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         recorded = step()
     before = [t.clone() for t in recorded]
-    for arguments in operands.values():
-        arguments[0] *= 1.5
-        arguments[0][..., 0] += 1
+    for _, given in operands:
+        given["x"] *= 1.5
+        given["x"][..., 0] += 1
     graph.replay()
     for ours, old, wanted in zip(recorded, before, step(), strict=True):
-        assert torch.equal(ours.view(torch.uint8), wanted.view(torch.uint8))
-        assert not torch.equal(ours.view(torch.uint8), old.view(torch.uint8))
+        assert torch.equal(as_bytes(ours), as_bytes(wanted))
+        assert not torch.equal(as_bytes(ours), as_bytes(old))
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str, tuple[Any, ...]], str]:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str, Arguments], str]:
     """PTX of the kernel that an op launches, for an architecture that need not be there."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -401,7 +481,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str, tuple[Any, 
 
     run = JITFunction.run
 
-    def compile_for(architecture: int, op: str, arguments: tuple[Any, ...]) -> str:
+    def compile_for(architecture: int, op: str, arguments: Arguments) -> str:
         class Absent:
             def get_current_target(self) -> GPUTarget:
                 return GPUTarget("cuda", architecture, 32)
@@ -422,7 +502,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str, tuple[Any, 
         with monkeypatch.context() as patched:
             patched.setattr(driver, "_active", Absent())
             patched.setattr(JITFunction, "run", compile_only)
-            if op in (*FP8_OPS, CENTRED):
+            if op in ("row_pipeline", CENTRED):
                 where = f"lltk.ops.{op}.triton.converts_e4m3"
                 patched.setattr(where, lambda device: True)
             ran(op, "triton", arguments)
@@ -439,20 +519,21 @@ def test_kernels_compile(architecture: int, compiled: Any) -> None:
     """To one wide read of each operand's row, and to the instruction that converts."""
     x, y = (normal(1, 16, 3072, seed=s, dtype=torch.bfloat16) for s in (1, 2))
     scale, shift, gate = modulation(2, 3072)
-    given: dict[str, tuple[Any, ...]] = {
-        "fp8_quantise": (x,),
-        "fp8_quantise_norm": (x, scale, shift, EPS),
-        "fp8_quantise_add_norm": (x, y, gate, scale, shift, EPS),
-        "fp8_quantise_gelu": (normal(1, 2, 14336, dtype=torch.bfloat16),),
-        "gated_add": (x, y, gate),
-        "rms_norm_rope": (strided(x), gate[0, 0, 0].bfloat16(), *tables(16, 128), EPS),
-        CENTRED: (*centred(8, 24, 128), torch.bfloat16),
-    }
-    for op, arguments in given.items():
-        ptx = compiled(architecture, op, arguments)
-        assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == (op in (*FP8_OPS, CENTRED)), op
-        assert "ld.global.v4.b32" in ptx and "ld.global.b16" not in ptx, op
-        assert "ld.local" not in ptx and "st.local" not in ptx, op
+    wide = normal(1, 2, 14336, dtype=torch.bfloat16)
+    values, factor, centre = centred(8, 24, 128)
+    cos, sin = tables(16, 128)
+    rotated = {"weight": gate[0, 0, 0].bfloat16(), "cos": cos, "sin": sin, "eps": EPS}
+    after_attention = {"x": values, "scale": factor, "centre": centre, "dtype": torch.bfloat16}
+    for op, given in (
+        *(("row_pipeline", each) for each in used(x, y, wide, scale, shift, gate)),
+        ("rms_norm_rope", {"x": strided(x), **rotated}),
+        (CENTRED, after_attention),
+    ):
+        ptx = compiled(architecture, op, given)
+        in_fp8 = op == CENTRED or given.get("to") == "fp8"
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == in_fp8, list(given)
+        assert "ld.global.v4.b32" in ptx and "ld.global.b16" not in ptx, list(given)
+        assert "ld.local" not in ptx and "st.local" not in ptx, list(given)
 
 
 # Choosing
@@ -472,7 +553,9 @@ def test_kernels_are_chosen_by_name() -> None:
 def test_heads_that_the_kernel_cannot_hold_are_refused() -> None:
     x, weight = normal(1, 6, 48), normal(48)
     with pytest.raises(ValueError, match="heads of 16, 32, 64, …, not of 24; set rms_norm_rope"):
-        ran("rms_norm_rope", "triton", (x, weight, *tables(6, 24), EPS))
+        cos, sin = tables(6, 24)
+        given = {"x": x, "weight": weight, "cos": cos, "sin": sin, "eps": EPS}
+        ran("rms_norm_rope", "triton", given)
 
 
 # The benchmark
@@ -480,7 +563,7 @@ def test_heads_that_the_kernel_cannot_hold_are_refused() -> None:
 
 @cpu
 def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "fusions.py"
+    script = BENCHMARKS / "fusions.py"
     options = {"device": "cpu", "implementation": "torch", "frames": 2, "tokens": 8, "heads": 1}
     options |= {"ffn": 256, "layers": 3, "runs": 2, "output": tmp_path / "fusions"}
     flags = [f"--{name}={value}" for name, value in options.items()]
@@ -489,10 +572,43 @@ def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     runpy.run_path(str(script), run_name="__main__")
     record = Record.model_validate_json((tmp_path / "fusions.json").read_text())
     rows = {row["op"]: row for row in record.results}
-    assert rows["fp8_quantise"]["bytes"] == 8 * 128 * 3 + 8 * 4
-    assert rows["gated_add"]["bytes"] == 8 * 128 * 6 + 2 * 128 * 4
+    assert rows["quantise"]["bytes"] == 8 * 128 * 3 + 8 * 4
+    assert rows["gated sum"]["bytes"] == 8 * 128 * 6 + 2 * 128 * 4
     kernels = [row for row in rows.values() if "compiled_ms" in row]
+    assert len(kernels) == 7
     assert rows["all"]["pass_ms"] == pytest.approx(sum(row["pass_ms"] for row in kernels))
-    norms = rows["rms_norm_rope"]
+    norms = rows["norm of heads, rotation"]
     assert norms["pass_ms"] == pytest.approx(3 * 2 * norms["median_ms"])
-    assert {row["op"].partition(",")[0] for row in kernels} == set(OPS)
+
+
+@cpu
+def test_old_and_new_are_compared_in_turns() -> None:
+    compared = runpy.run_path(str(BENCHMARKS / "row_kernels.py"))["compared"]
+    order: list[str] = []
+
+    def side(name: str, medians: list[float]) -> Callable[[str], dict[str, Any]]:
+        left = iter(medians)
+
+        def ask(label: str) -> dict[str, Any]:
+            order.append(name)
+            median = next(left)
+            times = {"median_ms": median, "p90_ms": 10 * median, "host_us": 100 * median}
+            return {**times, "digests": [label]}
+
+        return ask
+
+    row = compared("norm", side("old", [3.0, 1.0, 2.0]), side("new", [5.0, 4.0, 9.0]), 3)
+    assert order == ["old", "new", "new", "old", "old", "new"]
+    assert row == {
+        "steps": "norm",
+        "old_median_ms": 2.0,
+        "old_p90_ms": 20.0,
+        "old_host_us": 200.0,
+        "old_range_ms": [1.0, 3.0],
+        "new_median_ms": 5.0,
+        "new_p90_ms": 50.0,
+        "new_host_us": 500.0,
+        "new_range_ms": [4.0, 9.0],
+        "against_old": 2.5,
+        "same": True,
+    }

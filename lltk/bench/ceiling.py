@@ -16,7 +16,7 @@ from lltk.graph.attention import paged_op
 from lltk.graph.edit import op_of, shape
 from lltk.graph.program import Program
 from lltk.ops.fp8_matmul.op import OVERLOAD as FP8_MATMUL
-from lltk.ops.fp8_quantise.op import fp8_quantise
+from lltk.ops.fp8_rows import fp8_quantise
 from lltk.ops.implementations import find_implementation
 from lltk.ops.nvfp4_linear.op import OVERLOAD as NVFP4_LINEAR
 from lltk.ops.nvfp4_matmul.op import OVERLOAD as NVFP4_MATMUL

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from lltk.graph.contract import TensorSpec
 from lltk.ops.fp8_conv3d.reference import fold_taps, unfold_taps
-from lltk.ops.fp8_quantise.op import OVERLOAD as QUANTISE
-from lltk.ops.fp8_quantise.reference import fp8_quantise
+from lltk.ops.fp8_rows import fp8_quantise, new_fp8
 from lltk.ops.nvfp4_quantise.reference import BLOCK, Quantised
 
 DECODE_SCALE = "weight_decode_scale"
@@ -141,8 +140,7 @@ def pack_fp8(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: it is not finite; names it.
     """
     if weight.is_meta:
-        made: tuple[Tensor, Tensor] = QUANTISE(torch.empty(weight.shape, device="meta"))
-        return made
+        return new_fp8(weight)
     values, scales = fp8_quantise(weight)
     if not bool(scales.isfinite().all()):
         raise ValueError(f"{name}: is not finite; repair the checkpoint")

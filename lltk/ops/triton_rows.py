@@ -1,4 +1,4 @@
-"""What kernels share that work on a row a program."""
+"""What kernels share in which each program works on one row."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lltk.ops.triton_floats import reciprocal, round_e4m3
 
 
 def rows_of(x: Tensor, width: int) -> Tensor:
-    """A tensor as rows of adjacent elements, [R, width]; a view where its strides allow one."""
+    """A tensor as rows [R, width] of adjacent elements; a view where its strides allow one."""
     rows = x.reshape(-1, width)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def row_options(width: int) -> dict[str, Any]:
-    """How a kernel that holds a row of ``width`` elements in registers is launched."""
+    """Launch options of a kernel that holds a row of ``width`` elements in registers."""
     row = triton.next_power_of_2(width)
     return {"ROW": row, "num_warps": min(max(row // 512, 1), 16)}
 
 
 def converts_e4m3(device: torch.device) -> bool:
-    """Whether the instruction is there that converts to E4M3: GPUs that multiply it have it."""
-    return device.type == "cuda"
+    """Whether a device has the instruction that converts to E4M3: Ada and later GPUs have it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @triton.jit
 def load_row(x, start, width, ROW: tl.constexpr):
-    """float32 [ROW] from an element on, 0 beyond ``width``."""
+    """``width`` elements from ``start`` on, as float32 [ROW]; 0 beyond ``width``."""
     column = tl.arange(0, ROW)
     return tl.load(x + start + column, mask=column < width, other=0.0).to(tl.float32)
 
@@ -48,7 +48,7 @@ def store_row(out, row, values, width, ROW: tl.constexpr):
 def store_fp8_row(out, scales, row, values, width, ROW: tl.constexpr, NATIVE: tl.constexpr):
     """Store float32 [ROW], 0 beyond ``width``, as bytes of E4M3 and the row's scale.
 
-    As `fp8_quantise.reference` says; NaN is the largest of a row.
+    The formula is `lltk.ops.fp8_rows.fp8_quantise`. NaN counts as the largest of a row.
     """
     largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     scale = tl.div_rn(largest.to(tl.float32, bitcast=True), 448.0)

@@ -68,10 +68,8 @@ class Case:
 
 
 STREAM, SCORE, TRAIN = PASSES["stream"], PASSES["score"], PASSES["train"]
-W4A4 = (*STREAM[:6], "nvfp4_infer")
 W8A8 = (*STREAM[:6], "fp8_infer")
 PAGES = (*STREAM[:6], "nvfp4_cache", "fp8_infer")
-NORMS = (*W8A8, "fuse_norm_quantise")
 CANON, CAUSAL = Stage.CANONICAL, Stage.CAUSAL
 CASES = [
     Case("canonicalise", "train", "bitwise", CANON, ()),
@@ -87,10 +85,8 @@ CASES = [
     Case("nvfp4_cache", "stream", "changing", Stage.QUANTISED, STREAM[:6], head_dim=16),
     Case("nvfp4_infer", "stream", "changing", Stage.QUANTISED, STREAM[:6], 16, lossy=True),
     Case("fp8_infer", "stream", "changing", Stage.QUANTISED, STREAM[:6], 16, lossy=True),
-    Case("fuse_norm_quantise", "stream", "rounding", Stage.QUANTISED, W4A4, 16, lossy=True),
-    Case("fuse_gelu_quantise", "stream", "rounding", Stage.QUANTISED, W8A8, 16, lossy=True),
+    Case("fuse_rows", "stream", "rounding", Stage.QUANTISED, W8A8, 16, lossy=True),
     Case("fuse_attention_quantise", "stream", "rounding", Stage.QUANTISED, PAGES, 16, lossy=True),
-    Case("fuse_gated_residual", "stream", "rounding", Stage.QUANTISED, NORMS, 16, lossy=True),
     Case("fuse_norm_rope", "stream", "rounding", CAUSAL, STREAM[:6]),
     Case("merge_qkv", "stream", "rounding", CAUSAL, STREAM[:6]),
     Case("nvfp4_train", "train", "changing", Stage.QUANTISED, TRAIN[:5], head_dim=16),

@@ -38,7 +38,7 @@ from lltk.graph.module import instantiate
 from lltk.graph.packed import check_fp8_weights
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.fp8_quantise.reference import fp8_quantise
+from lltk.ops.fp8_rows import fp8_quantise
 from lltk.stream.rollout import Rollout
 
 pytestmark = pytest.mark.cpu
@@ -58,9 +58,10 @@ self['blocks.0.attn1.to_k.weight'])
 AFTER = """
 def step(hidden_states: f32[1, 4, 16]):
     # root
-    fp8_quantise: (f8e4m3[1, 4, 16], f32[1, 4, 1],) = lltk.fp8_quantise.default(hidden_states)
-    getitem: f8e4m3[1, 4, 16] = getitem(fp8_quantise, 0)
-    getitem_1: f32[1, 4, 1] = getitem(fp8_quantise, 1)
+    row_pipeline: (f8e4m3[1, 4, 16], f32[1, 4, 1],) = \
+lltk.row_pipeline.default(hidden_states, to='fp8')
+    getitem: f8e4m3[1, 4, 16] = getitem(row_pipeline, 0)
+    getitem_1: f32[1, 4, 1] = getitem(row_pipeline, 1)
     # blocks.0.attn1.to_q
     fp8_matmul: f32[1, 4, 32] = lltk.fp8_matmul.default(getitem, getitem_1, \
 self['blocks.0.attn1.to_q.weight_values'], self['blocks.0.attn1.to_q.weight_row_scales'], \
@@ -440,12 +441,12 @@ def test_a_broken_weight_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_lowered_to_torch_the_bits_are_the_references() -> None:
-    reference, program = quantised(), converted(lower={"fp8_quantise": "torch"})
-    assert program.implementations["fp8_quantise"] == "torch"
-    assert program.log[-1].matches["fp8_quantise → torch"] > 0
+    reference, program = quantised(), converted(lower={"row_pipeline": "torch"})
+    assert program.implementations["row_pipeline"] == "torch"
+    assert program.log[-1].matches["row_pipeline → torch"] > 0
     written = "".join(texts(program).values())
-    assert "lltk.ops.fp8_quantise.reference.fp8_quantise(" in written
-    assert "lltk.fp8_quantise.default" not in written
+    assert "lltk.ops.row_pipeline.reference.row_pipeline(" in written
+    assert "lltk.row_pipeline.default" not in written
     for graph in program.graphs:
         given = inputs(program, graph)
         assert same(run(program, graph, given), run(reference, graph, given))
@@ -455,8 +456,8 @@ def test_lowered_to_torch_the_bits_are_the_references() -> None:
 def test_lowered_to_scaled_mm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU is refused; torch's product runs there all the same."""
     before = after(ragged(), {"fp8_infer": {"ragged": "pad"}}, "regionalise")
-    program = after(before, {"lower": {"fp8_quantise": "torch", "fp8_matmul": "scaled_mm"}})
-    assert program.log[-1].matches.keys() == {"fp8_quantise → torch", "fp8_matmul → scaled_mm"}
+    program = after(before, {"lower": {"row_pipeline": "torch", "fp8_matmul": "scaled_mm"}})
+    assert program.log[-1].matches.keys() == {"row_pipeline → torch", "fp8_matmul → scaled_mm"}
     assert refused(instantiate, program) == (
         "fp8_matmul: scaled_mm runs on cuda, not on cpu; cpu has reference: set fp8_matmul of the "
         "recipe's lower pass, or leave out the pass that makes fp8_matmul"

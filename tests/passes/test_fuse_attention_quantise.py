@@ -9,9 +9,9 @@ from helpers import after, inputs, reached, refused, run, same, text
 from lltk.graph.edit import calls, output
 from lltk.graph.memory import activations
 from lltk.graph.program import Program
-from lltk.ops.fp8_quantise.op import OVERLOAD as QUANTISE
 from lltk.ops.fp8_quantise_attention.op import OVERLOAD as QUANTISE_ATTENTION
 from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as ATTENTION
+from lltk.ops.row_pipeline.op import OVERLOAD as ROW_PIPELINE
 
 pytestmark = pytest.mark.cpu
 
@@ -35,7 +35,7 @@ def test_what_is_rewritten() -> None:
         assert len(fused) == count
         assert not {node.target for node in graph.nodes} & {ATTENTION}
         assert [tuple(part.shape) for part in fused[0].meta["val"]] == [
-            tuple(part.shape) for part in calls(graph, QUANTISE)[0].meta["val"]
+            tuple(part.shape) for part in calls(graph, ROW_PIPELINE)[0].meta["val"]
         ]
     assert "lltk.fp8_quantise_attention.default(" in text(program, "step")
 
@@ -65,7 +65,7 @@ def test_others_stay(what: str) -> None:
                 end = output(graph)
                 end.args = ({**end.args[0], node.name: node},)
     message = refused(after, program, "fuse_attention_quantise")
-    assert "is not read by fp8_quantise alone; run fp8_infer before" in message
+    assert "is not read by a quantiser to FP8 alone; run fp8_infer before" in message
 
 
 def test_pages_in_bfloat16_are_no_candidates() -> None:

@@ -162,6 +162,12 @@ def test_the_key_of_before_names_the_new_one(name: str, new: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["fp8_quantise", "fp8_quantise_add_norm", "gated_add"])
+def test_keys_of_ops_that_are_one_now_name_it(name: str) -> None:
+    message = refused(after, regional("stream"), {"lower": {name: "triton"}})
+    assert message == (f"passes: lower: {name} is no key any more: write row_pipeline in its place")
+
+
 OWN = """
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.paged_attention.reference import attention, gather

@@ -30,7 +30,7 @@ from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.recipe import load_recipe, open_recipe
 from lltk.graph.stages import Stage
-from lltk.ops.fp8_quantise.reference import fp8_quantise
+from lltk.ops.fp8_rows import fp8_quantise
 from lltk.stream.recipe import stream_section
 
 pytestmark = pytest.mark.cpu
@@ -154,8 +154,8 @@ def test_adapters_come_before() -> None:
 
 def test_all_fusions_together() -> None:
     """In the order of wan22_5b_stream_fp8; products alone may be summed otherwise."""
-    steps = [*CAUSAL, "merge_qkv", "fuse_norm_rope", "fp8_infer", "fuse_norm_quantise",
-             "fuse_gelu_quantise", "fuse_gated_residual", "regionalise", "lower"]  # fmt: skip
+    steps = [*CAUSAL, "merge_qkv", "fuse_norm_rope", "fp8_infer", "fuse_rows",
+             "regionalise", "lower"]  # fmt: skip
     recipe = make_recipe("stream", steps, config=tiny_config(2, attention_head_dim=16))
     plain = reached("stream", *CAUSAL, head_dim=16)
     program = with_weights(make_program(recipe, None), plain.weights)
@@ -181,11 +181,7 @@ def test_the_fast_recipe_transforms() -> None:
     program = make_program(make_recipe("stream", passes, config=config, dtype="bfloat16"), None)
     block = text(program, "step_block")
     for op, count in {
-        "fp8_quantise": 1,
-        "fp8_quantise_norm": 1,
-        "fp8_quantise_add_norm": 2,
-        "fp8_quantise_gelu": 1,
-        "gated_add": 1,
+        "row_pipeline": 6,
         "rms_norm_rope": 2,
     }.items():
         assert program.implementations[op] == "triton"

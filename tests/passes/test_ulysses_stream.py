@@ -98,9 +98,10 @@ def commit(hidden_states: bf16[1, 24, 2, 2, 2], {HALVES}, slot: i64[1]):
     return {{}}
 """
 IN_FP8 = """
-    fp8_quantise: (f8e4m3[1, 4, 2, 12], f32[1, 4, 2, 1],) = lltk.fp8_quantise.default(k)
-    getitem: f8e4m3[1, 4, 2, 12] = getitem(fp8_quantise, 0)
-    getitem_1: f32[1, 4, 2, 1] = getitem(fp8_quantise, 1)
+    row_pipeline: (f8e4m3[1, 4, 2, 12], f32[1, 4, 2, 1],) = \
+lltk.row_pipeline.default(k, to='fp8')
+    getitem: f8e4m3[1, 4, 2, 12] = getitem(row_pipeline, 0)
+    getitem_1: f32[1, 4, 2, 1] = getitem(row_pipeline, 1)
     tokens_to_heads: (f8e4m3[1, 8, 1, 12], f32[1, 8, 1, 1],) = \
 lltk.tokens_to_heads.default([getitem, getitem_1], 2, 'sequence')
     getitem_2: f8e4m3[1, 8, 1, 12] = getitem(tokens_to_heads, 0)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lltk.ops.declaration import Declaration, Exactness
-from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.fp8_quantise_attention import reference
+from lltk.ops.fp8_rows import new_fp8
 from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as ATTENTION
 from lltk.ops.nvfp4_paged_attention.reference import Pages
 

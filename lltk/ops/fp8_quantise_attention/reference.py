@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lltk.ops.fp8_quantise.reference import fp8_quantise
+from lltk.ops.fp8_rows import fp8_quantise
 from lltk.ops.nvfp4_paged_attention.reference import Pages, nvfp4_paged_attention
 
 

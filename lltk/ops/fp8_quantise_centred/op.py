@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lltk.ops.declaration import Declaration, Exactness
-from lltk.ops.fp8_quantise.op import new_fp8
 from lltk.ops.fp8_quantise_centred import reference
+from lltk.ops.fp8_rows import new_fp8
 
 DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 

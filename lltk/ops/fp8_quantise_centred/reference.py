@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lltk.ops.fp8_quantise.reference import fp8_quantise
+from lltk.ops.fp8_rows import fp8_quantise
 
 
 def fp8_quantise_centred(

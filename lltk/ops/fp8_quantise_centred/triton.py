@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lltk.ops.declaration import Declaration, Exactness
-from lltk.ops.fp8_quantise.op import new_fp8
+from lltk.ops.fp8_rows import new_fp8
 from lltk.ops.triton_floats import decode_e4m3, reciprocal
 from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, store_fp8_row
 

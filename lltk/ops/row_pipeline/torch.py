@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lltk.ops.declaration import Declaration, Exactness
-from lltk.ops.gated_add.reference import gated_add
+from lltk.ops.row_pipeline.reference import row_pipeline
 
-__all__ = ["DECLARATION", "gated_add"]
+__all__ = ["DECLARATION", "row_pipeline"]
 
 DECLARATION = Declaration(Exactness.BITWISE, "operations that torch.compile can fuse")

@@ -1,1 +1,0 @@
-"""Rows quantised to FP8."""

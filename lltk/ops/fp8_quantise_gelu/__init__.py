@@ -1,1 +1,0 @@
-"""GELU and quantisation to FP8 at once."""

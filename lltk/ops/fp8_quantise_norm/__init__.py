@@ -1,1 +1,0 @@
-"""Layer norm, modulation and quantisation to FP8 at once."""

@@ -1,1 +1,0 @@
-"""A residual scaled by a gate and added."""

@@ -1,0 +1,1 @@
+"""Residual, norm, activation and quantisation of each row, at once."""

@@ -1,0 +1,272 @@
+"""The steps of `row_pipeline` in registers: each row is read once and written once.
+
+NVFP4 needs the largest magnitude of the whole tensor before it can quantise. A first kernel finds
+it and writes the sum, if that is kept. A second one computes the rows again and quantises them:
+reading a row twice is cheaper than writing what lies between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
+from lltk.ops.floats import E4M3_MAX
+from lltk.ops.hardware import has_e2m1
+from lltk.ops.nvfp4_quantise.reference import FOUR_OVER_SIX_MAX, RULES
+from lltk.ops.nvfp4_quantise.triton import check_dtype, quantise_blocks, tensor_scales
+from lltk.ops.row_pipeline.op import new_results
+from lltk.ops.triton_floats import is_finite
+from lltk.ops.triton_rows import (
+    converts_e4m3,
+    load_row,
+    row_options,
+    rows_of,
+    store_fp8_row,
+    store_row,
+)
+
+DECLARATION = Declaration(
+    Exactness.ROUNDING,
+    "a row a program; sums in another order, roots and exponentials approximated; NVFP4 by "
+    "cvt.e2m1x2 where there is one, else arithmetic",
+    devices=("cuda",),
+    modules=("triton",),
+    architectures=(*ARITHMETIC, *E2M1),
+    opaque=True,
+)
+Operand = tuple[Tensor, int, int]
+"""A tensor [G, D], the elements from one of its rows to the next, and how many rows of x share one
+of them."""
+
+
+def row_pipeline(
+    x: Tensor,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float | None = None,
+    activation: str | None = None,
+    to: str = "plain",
+    rule: str = "none",
+    keep_sum: bool = False,
+) -> list[Tensor]:
+    """`reference.row_pipeline`, but that sums of a row are taken in another order.
+
+    A sum and its product may be rounded at once, and exponentials and roots are approximated, in
+    float32; for NVFP4 only exponentials are.
+
+    Raises:
+        ValueError: ``to`` is "nvfp4", and x has a dtype that its kernels do not read.
+    """
+    results = new_results(
+        x,
+        y=y,
+        gate=gate,
+        scale=scale,
+        shift=shift,
+        eps=eps,
+        activation=activation,
+        to=to,
+        rule=rule,
+        keep_sum=keep_sum,
+    )
+    width = x.shape[-1]
+    rows = x.numel() // width
+    operands = tuple(_operand(given, rows, width) for given in (x, y, gate, scale, shift))
+    total = results[-1] if keep_sum else None
+    options = {**row_options(width), "GELU": activation == "gelu"}
+    with torch.cuda.device_of(x):
+        if to == "nvfp4":
+            check_dtype(x)
+            _quantise_nvfp4(operands, width, eps, total, results, rule, options)
+        else:
+            out, scales = results[:2] if to == "fp8" else (results[0], None)
+            _write[(rows,)](
+                operands,
+                width,
+                eps,
+                total,
+                out.view(torch.uint8) if to == "fp8" else out,
+                scales,
+                NATIVE=converts_e4m3(x.device),
+                **options,
+            )
+    return results
+
+
+def _operand(given: Tensor | None, rows: int, width: int) -> Operand | None:
+    if given is None:
+        return None
+    own = rows_of(given, width)
+    return own, own.stride(0), rows // own.shape[0]
+
+
+def _quantise_nvfp4(
+    operands: tuple[Operand | None, ...],
+    width: int,
+    eps: float | None,
+    total: Tensor | None,
+    results: list[Tensor],
+    rule: str,
+    options: dict[str, Any],
+) -> None:
+    """Launch both kernels."""
+    assert rule in RULES, rule
+    codes, scales, decode_scale = results[:3]
+    rows = codes.shape[:-1].numel()
+    largest = torch.zeros_like(decode_scale)
+    options = {**options, "enable_fp_fusion": False}
+    _find_largest[(rows,)](operands, width, eps, total, largest.view(torch.int32), **options)
+    if total is not None:
+        operands = (_operand(total, rows, width), None, None, *operands[3:])
+    _write_nvfp4[(rows,)](
+        operands,
+        width,
+        eps,
+        codes,
+        scales.view(torch.uint8),
+        largest,
+        decode_scale,
+        TOP=E4M3_MAX if rule == "none" else FOUR_OVER_SIX_MAX,
+        RULE=rule,
+        NATIVE=has_e2m1(codes.device),
+        **options,
+    )
+
+
+@triton.jit
+def _write(
+    operands,
+    width,
+    eps,
+    total,
+    out,
+    scales,
+    GELU: tl.constexpr,
+    ROW: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Write rows as FP8 with their scales, or plainly if there are no scales."""
+    row = tl.program_id(0)
+    values = _steps(operands, row, width, eps, total, GELU, False, ROW)
+    if scales is None:
+        store_row(out, row, values, width, ROW)
+    else:
+        store_fp8_row(out, scales, row, values, width, ROW, NATIVE)
+
+
+@triton.jit
+def _find_largest(operands, width, eps, total, largest, GELU: tl.constexpr, ROW: tl.constexpr):
+    """Raise ``largest`` to the magnitudes in a row; NaN is the largest of all."""
+    values = _steps(operands, tl.program_id(0), width, eps, total, GELU, True, ROW)
+    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.atomic_max(largest, tl.max(bits, 0))
+
+
+@triton.jit
+def _write_nvfp4(
+    operands,
+    width,
+    eps,
+    codes,
+    scales,
+    largest,
+    decode_scale,
+    GELU: tl.constexpr,
+    ROW: tl.constexpr,
+    TOP: tl.constexpr,
+    RULE: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    blocks: tl.constexpr = ROW // 16
+    # Backwards: the rows that the first kernel read last are still in the cache.
+    row = tl.num_programs(0) - 1 - tl.program_id(0)
+    finite, top, encode, decode = tensor_scales(largest, decode_scale, tl.program_id(0) == 0, TOP)
+    values = _steps(operands, row, width, eps, None, GELU, True, ROW)
+    values = tl.reshape(values, (1, blocks, 16))
+    if not finite:
+        values = tl.where(is_finite(values), values, 0.0)
+    local = tl.arange(0, blocks)
+    block = row.to(tl.int64) * (width // 16) + local
+    scale_bytes, packed = quantise_blocks(
+        values, block[None, :], top, encode, decode, None, 0, TOP, RULE, NATIVE
+    )
+    inside = local < width // 16
+    tl.store(scales + block, scale_bytes, mask=inside)
+    packed = tl.reshape(packed, (blocks, 8))
+    byte = tl.arange(0, 8)[None, :]
+    tl.store(codes + block[:, None] * 8 + byte, packed, mask=inside[:, None])
+
+
+@triton.jit
+def _steps(
+    operands,
+    row,
+    width,
+    eps,
+    total,
+    GELU: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROW: tl.constexpr,
+):
+    """What the steps make of a row, rounded to x's dtype after each; stores the sum.
+
+    Args:
+        operands: x, y, gate, scale and shift, each an `Operand` or None.
+        total: where the sum goes, or None.
+        EXACT: whether divisions and roots of the norm are rounded to nearest.
+
+    Returns:
+        float32 [ROW], 0 beyond ``width``.
+    """
+    x, y, gate, scale, shift = operands
+    dtype: tl.constexpr = x[0].dtype.element_ty
+    values = _load(x, row, width, ROW)
+    if y is not None:
+        added = _load(y, row, width, ROW)
+        if gate is not None:
+            added *= _load(gate, row, width, ROW)
+        values = (values + added).to(dtype).to(tl.float32)
+        if total is not None:
+            store_row(total, row, values, width, ROW)
+    if scale is not None:
+        # Read first, so that the sums do not wait for it.
+        scale_row, shift_row = _load(scale, row, width, ROW), _load(shift, row, width, ROW)
+        values = _norm(values, width, eps, EXACT, ROW) * scale_row + shift_row
+        values = values.to(dtype).to(tl.float32)
+    if GELU:
+        # (1 + tanh(u)) / 2 = 1 / (1 + exp(−2u)), here as a power of 2; 2 √(2/π) log₂ e = 2.3022…
+        power = values * (-2.302208198144325 - 0.10294324008002367 * values * values)
+        values = (values / (1.0 + tl.exp2(power))).to(dtype).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _load(operand, row, width, ROW: tl.constexpr):
+    """The row of an operand that belongs to a row of x; float32 [ROW], 0 beyond ``width``."""
+    pointer, stride, together = operand
+    return load_row(pointer, (row // together).to(tl.int64) * stride, width, ROW)
+
+
+@triton.jit
+def _norm(values, width, eps, EXACT: tl.constexpr, ROW: tl.constexpr):
+    """(x − mean) / √(variance + eps) of float32 [ROW]; 0 beyond ``width``."""
+    inside = tl.arange(0, ROW) < width
+    values = tl.where(inside, values - _mean(values, width, EXACT), 0.0)
+    variance = _mean(values * values, width, EXACT)
+    if EXACT:
+        return tl.div_rn(values, tl.sqrt_rn(variance + eps))
+    else:
+        return values * tl.rsqrt(variance + eps)
+
+
+@triton.jit
+def _mean(values, width, EXACT: tl.constexpr):
+    total = tl.sum(values, 0)
+    return tl.div_rn(total, width.to(tl.float32)) if EXACT else total / width

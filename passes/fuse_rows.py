@@ -1,0 +1,226 @@
+"""Quantisers and gated residuals as one op with the steps before them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import fx
+
+from lltk.graph.edit import building, calls, module_of, prune, replace, shape, sort_topologically
+from lltk.graph.match import before_cast, is_call, is_of_rows, operands, read_once, sole_reader
+from lltk.graph.passes import Numerics, Pass, PassConfig, Report
+from lltk.graph.program import Program
+from lltk.graph.stages import Stage
+from lltk.ops.nvfp4_quantise.op import OVERLOAD as NVFP4_QUANTISE
+from lltk.ops.nvfp4_quantise.reference import BLOCK
+from lltk.ops.row_pipeline.op import OVERLOAD as ROW_PIPELINE
+
+aten = torch.ops.aten
+
+
+StepName = Literal["residual", "norm", "activation"]
+
+
+class Config(PassConfig):
+    """Which steps are fused."""
+
+    steps: tuple[StepName, ...] = Field(
+        ("residual", "norm", "activation"), description="which steps an op may take in"
+    )
+
+
+class FuseRows(Pass[Config]):
+    """Compute a residual, a norm, an activation and what quantises the result in one op.
+
+    ::
+
+        s = x + gate · y; row_pipeline(layer_norm(s) · scale + shift, to='fp8')
+            →  values, scales, s = row_pipeline(x, y=y, gate=gate, scale=scale, shift=shift,
+                                                eps=1e-06, to='fp8', keep_sum=True)
+        nvfp4_quantise(gelu(x), 1, 'mse')
+            →  row_pipeline(x, activation='gelu', to='nvfp4', rule='mse')
+        x + gate · y
+            →  row_pipeline(x, y=y, gate=gate)
+
+    From each quantiser the pass goes backwards: activation, norm, residual. Each of the three may
+    be absent. An activation or a norm is taken in if nothing else reads its result. A residual's
+    sum is taken in if it is of the quantiser's block, because blocks are compiled apart; what else
+    reads the sum then reads it from the op. A gated sum that no quantiser takes in becomes an op of
+    its own.
+
+    Scale and shift are the norm's weight and bias, or like the gate those of the frame that a token
+    belongs to. The pass runs after `fp8_infer` or `nvfp4_infer`, if one of them is in the recipe.
+    """
+
+    Config = Config
+    reads = (Stage.CAUSAL, Stage.QUANTISED)
+    kinds = ("stream", "score", "reference")
+    numerics = Numerics.ROUNDING
+
+    def apply(self, program: Program, report: Report) -> None:
+        for graph in program.graphs.values():
+            for node in [*calls(graph, NVFP4_QUANTISE), *calls(graph, ROW_PIPELINE)]:
+                form, steps = _form(node), list(self._steps_before(program, node))
+                if form is None or not steps:
+                    report.miss(node, "quantises no activation, norm or sum that it may take in")
+                    continue
+                _fuse(node, steps, form)
+                labels = [step.label for step in reversed(steps)]
+                report.match(" → ".join([*labels, form["to"]]))
+            sort_topologically(graph)
+            prune(graph)
+            for node in calls(graph, aten.add.Tensor):
+                step = self._find("residual", sole_reader(node, aten.to.dtype) or node)
+                if step is None or "gate" not in step.arguments:
+                    report.miss(node, "adds no gated residual")
+                    continue
+                with building(step.node, module_of(step.node)) as build:
+                    made = build(ROW_PIPELINE, step.x, **step.arguments)
+                    replace(step.node, build(operator.getitem, made, 0))
+                report.match(step.label)
+            prune(graph)
+
+    def _steps_before(self, program: Program, quantiser: fx.Node) -> Iterator[_Step]:
+        """The steps that a quantiser takes in, from the last to the first."""
+        value: Any = quantiser.args[0]
+        block = program.spec.layer_of(module_of(quantiser))
+        for name in ("activation", "norm", "residual"):
+            step = self._find(name, value)
+            if step is None:
+                continue
+            if name == "residual" and program.spec.layer_of(module_of(step.node)) != block:
+                continue
+            yield step
+            value = step.x
+
+    def _find(self, name: StepName, value: Any) -> _Step | None:
+        """The step that makes a value, if it is one that is fused."""
+        return _FINDERS[name](value) if name in self.config.steps else None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step of a pipeline as it stands in a graph.
+
+    Attributes:
+        label: for the report.
+        node: the call that names its module; a residual's is its result.
+        x: what it reads.
+        arguments: what the op needs for it.
+    """
+
+    label: str
+    node: fx.Node
+    x: fx.Node
+    arguments: dict[str, Any]
+
+
+def _form(quantiser: fx.Node) -> dict[str, Any] | None:
+    """How a quantiser writes its result, as the op's arguments; None where the op cannot."""
+    if quantiser.target == ROW_PIPELINE:
+        return dict(quantiser.kwargs)
+    given: tuple[Any, ...] = quantiser.args
+    x, tile, rule, seed = (*given, *(1, "none", None)[len(given) - 1 :])[:4]
+    if tile != 1 or seed is not None or shape(x)[-1] % BLOCK:
+        return None
+    return {"to": "nvfp4", "rule": rule}
+
+
+def _fuse(quantiser: fx.Node, steps: list[_Step], form: dict[str, Any]) -> None:
+    """Put the op in a quantiser's place; steps are in the order of `_steps_before`."""
+    arguments: dict[str, Any] = {}
+    for step in reversed(steps):
+        arguments |= step.arguments
+    arguments |= form
+    first = steps[-1]
+    keeps = "y" in arguments and not _leads_only_to(first.node, quantiser)
+    if keeps:
+        arguments["keep_sum"] = True
+    with building(quantiser, module_of(first.node)) as build:
+        made = build(ROW_PIPELINE, first.x, **arguments)
+        total = build(operator.getitem, made, len(quantiser.meta["val"])) if keeps else None
+    replace(quantiser, made)
+    if total is not None:
+        replace(first.node, total)
+
+
+def _leads_only_to(value: fx.Node, reader: fx.Node) -> bool:
+    """Whether nothing is made of a value but what the reader reads."""
+    while len(value.users) == 1:
+        (value,) = value.users
+        if value is reader:
+            return True
+    return False
+
+
+def _gelu(value: Any) -> _Step | None:
+    """GELU by tanh, read once."""
+    if not read_once(value, aten.gelu.default) or value.kwargs.get("approximate") != "tanh":
+        return None
+    return _Step("gelu", value, value.args[0], {"activation": "gelu"})
+
+
+def _norm(value: Any) -> _Step | None:
+    """A norm with scale and shift, computed in float32; everything in it is read once."""
+    dtype = value.meta["val"].dtype
+    if dtype != torch.float32:
+        value = operands(value, aten.to.dtype)[0]
+    norm: Any = value
+    scale: Any = None
+    shift: Any = None
+    if modulated := read_once(value, aten.flatten.using_ints):
+        product, shift = operands(value.args[0], aten.add.Tensor)
+        norm, scale = operands(product, aten.mul.Tensor)
+        norm = operands(norm, aten.unflatten.int)[0]
+    if not read_once(norm, aten.layer_norm.default):
+        return None
+    x, size, weight, bias, eps = norm.args[:5]
+    if not modulated:
+        scale, shift = weight, bias
+    elif weight is not None or bias is not None:
+        return None
+    if dtype != torch.float32:
+        x = before_cast(x)
+    fits = x.meta["val"].dtype == dtype and list(size) == [shape(x)[-1]]
+    if not fits or not is_of_rows(scale, x) or not is_of_rows(shift, x):
+        return None
+    label = "modulated norm" if modulated else "norm"
+    return _Step(label, norm, x, {"scale": scale, "shift": shift, "eps": eps})
+
+
+def _sum(total: Any) -> _Step | None:
+    """x + gate · y, computed in float32, or x + y; the result may be read more than once."""
+    add = before_cast(total)
+    if not is_call(add, aten.add.Tensor) or add.kwargs:
+        return None
+    x, y = add.args
+    frames, gate = operands(operands(y, aten.flatten.using_ints)[0], aten.mul.Tensor)
+    gated = operands(frames, aten.unflatten.int)[0]
+    if add is not total:
+        if len(add.users) > 1 or add.meta["val"].dtype != torch.float32:
+            return None
+        x, y, gated = (before_cast(each) for each in (x, y, gated))
+    if _is_like(x, total) and _is_like(gated, total) and is_of_rows(gate, x):
+        return _Step("gated sum", total, x, {"y": gated, "gate": gate})
+    if _is_like(x, total) and _is_like(y, total):
+        return _Step("sum", total, x, {"y": y})
+    return None
+
+
+def _is_like(value: Any, total: fx.Node) -> bool:
+    """Whether a value has a sum's shape and dtype."""
+    if not isinstance(value, fx.Node) or shape(value) != shape(total):
+        return False
+    return bool(value.meta["val"].dtype == total.meta["val"].dtype)
+
+
+_FINDERS: dict[StepName, Callable[[Any], _Step | None]] = {
+    "residual": _sum,
+    "norm": _norm,
+    "activation": _gelu,
+}
