@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lltk.bench.ceiling import ceiling
-from lltk.bench.compare import OUTPUT, Errors, watched
+from lltk.bench.layer_errors import OUTPUT, Errors, watched
 from lltk.bench.profiling import longest_kernels, profiled, timed, wait
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import Record, markdown, write_record

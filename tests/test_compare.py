@@ -18,7 +18,7 @@ from helpers import Run, refused, tiny_config
 from streams import SIZES, planned, save_pipeline
 
 from lltk.bench.agreement import interval, lasting, mean, one_ahead, overlap, summarise
-from lltk.bench.compare import OUTPUT, layer_errors
+from lltk.bench.layer_errors import OUTPUT, layer_errors
 from lltk.bench.quality import ShotScore, draw_stories, streamed
 from lltk.compiler import with_weights
 from lltk.graph.module import instantiate

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lltk.bench import compare, stream
+from lltk.bench import comparison, stream
 from lltk.bench.record import Record
 from lltk.cli.bench import stream as stream_command
 from lltk.cli.compare import command as compare_command
@@ -77,7 +77,7 @@ def named(record: Record) -> list[Any] | None:
 def test_a_table_is_made_from_its_record(name: str) -> None:
     record = record_of(name)
     assert file_of(name, ".json").read_text() == record.model_dump_json(indent=2) + "\n"
-    texts: dict[str, Callable[[Record], str]] = {"compare": compare.text, "stream": stream.text}
+    texts: dict[str, Callable[[Record], str]] = {"compare": comparison.text, "stream": stream.text}
     text = texts.get(record.benchmark) or script(record.benchmark)["text"]
     assert file_of(name, ".md").read_text() == text(record)
 

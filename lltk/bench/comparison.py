@@ -22,7 +22,7 @@ from lltk.bench.agreement import (
     summarise,
     videos,
 )
-from lltk.bench.compare import layer_errors
+from lltk.bench.layer_errors import layer_errors
 from lltk.bench.quality import draw_stories
 from lltk.bench.record import Record, markdown
 from lltk.graph.geometry import Geometry
