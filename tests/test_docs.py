@@ -31,6 +31,8 @@ SETTINGS = (
     "the 60 s of a shot",
 )
 """What was chosen and not measured."""
+EXAMPLES = ("passes/wide_output.py", "lltk/ops/paged_attention/fast.py")
+"""Files that a reader writes."""
 
 
 def blocks(text: str) -> Iterator[str]:
@@ -54,10 +56,17 @@ def unrecorded(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_measured_number_has_a_record(page: Path) -> None:
+    assert not unrecorded(page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
     text = page.read_text()
-    assert not unrecorded(text)
     for link in re.findall(r"\]\(([^):#]+)\)", text):
         assert (page.parent / link).exists(), link
+    folders = "|".join(sorted(each.name for each in ROOT.iterdir() if each.is_dir()))
+    for path in re.findall(rf"`((?:{folders})/[\w./]+)`", text):
+        assert (ROOT / path).exists() or path in EXAMPLES, path
 
 
 def test_a_number_without_a_record_is_seen() -> None:
