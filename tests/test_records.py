@@ -122,7 +122,7 @@ def git(*words: str) -> str:
 def whole_history() -> bool:
     """Whether this is a clone with all commits; an unpacked archive or a shallow clone is not."""
     try:
-        root, shallow = git("rev-parse", "--show-toplevel", "--is-shallow-repository").split()
+        root, shallow = git("rev-parse", "--show-toplevel", "--is-shallow-repository").splitlines()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return False
     return Path(root).samefile(ROOT) and shallow == "false"
@@ -136,7 +136,7 @@ def check_commit(record: Record) -> None:
     commit = record.commit
     assert re.fullmatch("[0-9a-f]{7,40}", commit), f"{commit}: not a clean commit"
     assert git("merge-base", commit, "HEAD").startswith(commit)
-    held = set(git("ls-tree", "-r", "--name-only", commit).split())
+    held = set(git("ls-tree", "-r", "--name-only", commit).splitlines())
     assert {*files(record)} <= held
     quoted = git("grep", "-h", "-o", "-E", '"[a-z0-9_]+"', commit, "--", "lltk/ops")
     folders = {part for path in held if path.startswith("lltk/ops/") for part in Path(path).parts}
