@@ -20,7 +20,7 @@ from lltk.models.configs import named_config
 from lltk.models.tiny.text import save_text_encoder
 from lltk.stream.recipe import stream_section
 from lltk.stream.script import Shot
-from lltk.streaming import Stream, StreamPlan, open_stream, plan_stream
+from lltk.streaming import Models, Stream, StreamPlan, open_stream, plan_stream
 
 TRANSFORMER = tiny_config(layers=2, text_dim=64, attention_head_dim=16)
 """Of the tiny text encoder's width."""
@@ -93,6 +93,14 @@ def streamed(
             if act is not None:
                 act(stream, stream.session.timeline.index)
             latents.append(next(stream.session).latents)
+    return torch.cat(latents, dim=2), torch.cat(video, dim=2)
+
+
+def shared(models: Models, seed: int) -> tuple[Tensor, Tensor]:
+    """Latents and video of a session of `SHOTS` over loaded models."""
+    video: list[Tensor] = []
+    with models.open(video.append, SHOTS, seed=seed) as stream:
+        latents = [report.latents for report in stream]
     return torch.cat(latents, dim=2), torch.cat(video, dim=2)
 
 

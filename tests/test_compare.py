@@ -187,9 +187,10 @@ def test_two_models_are_not_compared(
 ) -> None:
     def planned(recipe: Recipe, *_: object, **__: object) -> object:
         transformer = SimpleNamespace(recipe=recipe.resolved())
-        return SimpleNamespace(transformer=transformer, describe=lambda: {"transformer": ""})
+        return SimpleNamespace(transformer=transformer)
 
     monkeypatch.setattr("lltk.streaming.plan_stream", planned)
+    monkeypatch.setattr("lltk.streaming.describe", lambda plan: {"transformer": ""})
     paths = []
     for layers in (1, 2):
         path = tmp_path / f"of_{layers}.yaml"
@@ -212,12 +213,13 @@ def test_what_the_device_lacks_is_refused_before_anything_streams(
             recipe=recipe.resolved() | {"model": {"config": {}}},
             implementations={"paged_attention": chosen},
         )
-        return SimpleNamespace(transformer=transformer, describe=lambda: {"transformer": ""})
+        return SimpleNamespace(transformer=transformer)
 
     def streamed(*_: object) -> None:
         raise AssertionError("refuse it first")
 
     monkeypatch.setattr("lltk.streaming.plan_stream", planned)
+    monkeypatch.setattr("lltk.streaming.describe", lambda plan: {"transformer": ""})
     monkeypatch.setattr("lltk.bench.comparison.Comparison.results", streamed)
     line = ["compare", "tiny_stream", "tiny_stream", "--device", "cpu"]
     code, _, err = run(*line, "--set", "passes.lower.paged_attention=cudnn")

@@ -38,7 +38,7 @@ from lltk.ops.implementations import overload
 from lltk.passes import make_pass
 from lltk.stream.decoder import DecodePipeline, Decoder, DecoderState
 from lltk.stream.recipe import stream_section
-from lltk.streaming import plan_stream
+from lltk.streaming import describe, plan_stream
 
 cpu, gpu = pytest.mark.cpu, pytest.mark.gpu
 
@@ -321,7 +321,7 @@ def test_a_stream_decodes_by_its_recipes_passes(tmp_path: Path) -> None:
     plan = plan_stream(open_recipe("tiny_stream", overrides))
     program = plan.decoders[0].program
     assert [entry.name for entry in program.log] == ["canonicalise", *ALL]
-    assert f"compiled, passes canonicalise, {', '.join(ALL)}" in plan.describe()["decoder"]
+    assert f"compiled, passes canonicalise, {', '.join(ALL)}" in describe(plan)["decoder"]
     assert set(program.graphs) == {"first", "step", "steps"}
     shape = program.contract("steps").inputs["latents"].shape
     assert shape[2] == 2

@@ -220,3 +220,76 @@ def test_cuda_graphs_change_nothing(tmp_path: Path) -> None:
 
     plain, replayed = (streamed(on) for on in ("false", "true"))
     assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))
+
+
+def test_a_second_session_records_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the slot of the first with its CUDA graphs, and is as if it were alone."""
+    import streams
+
+    from lltk.stream.runtimes import cuda_graph
+    from lltk.streaming import load_models, plan_stream
+
+    folder = streams.save_pipeline(tmp_path / "pipeline")
+    settings = (*streams.SIZES, f"stream.pipeline={folder}", "stream.cuda_graphs=true")
+    plan = plan_stream(streams.open_recipe("tiny_stream", settings), "cuda")
+    recorded: list[cuda_graph._Recorded] = []
+    record = cuda_graph._Recorded.__init__
+
+    def counted(self: cuda_graph._Recorded, *given: Any) -> None:
+        recorded.append(self)
+        record(self, *given)
+
+    monkeypatch.setattr(cuda_graph._Recorded, "__init__", counted)
+    wanted = streams.shared(load_models(plan), seed=7)
+    models = load_models(plan)
+    other = streams.shared(models, seed=3)
+    count = len(recorded)
+    again = streams.shared(models, seed=7)
+    assert count > 0 and len(recorded) == count
+    assert all(torch.equal(a, b) for a, b in zip(again, wanted, strict=True))
+    assert not torch.equal(other[0], wanted[0])
+
+
+def test_sessions_share_a_gpu(tmp_path: Path) -> None:
+    """Four from four threads, with graphs in one pool, are each as if they were alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import streams
+
+    from lltk.streaming import load_models, plan_stream
+
+    folder = streams.save_pipeline(tmp_path / "pipeline")
+    for graphs in ("false", "true"):
+        keys = (f"stream.pipeline={folder}", f"stream.cuda_graphs={graphs}", "stream.guidance=1.5")
+        plan = plan_stream(streams.open_recipe("tiny_stream", (*streams.SIZES, *keys)), "cuda")
+        alone = [streams.shared(load_models(plan), seed) for seed in range(4)]
+        with ThreadPoolExecutor(4) as threads:
+            made = list(threads.map(streams.shared, [load_models(plan)] * 4, range(4)))
+        for ours, wanted in zip(made, alone, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
+def test_a_session_costs_what_is_said(tmp_path: Path) -> None:
+    """On top come latents, embeddings, and a library's workspace for the decoder's thread."""
+    import streams
+
+    from lltk.graph.memory import total
+    from lltk.streaming import Stream, load_models, plan_stream, session_memory
+
+    folder = streams.save_pipeline(tmp_path / "pipeline")
+    large = ("geometry.height=512", "geometry.width=512", "geometry.window=512")
+    keys = (*streams.SIZES, *large, f"stream.pipeline={folder}", "stream.guidance=1.5")
+    plan = plan_stream(streams.open_recipe("tiny_stream", keys), "cuda")
+    models, need = load_models(plan), total(session_memory(plan)["cuda"])
+
+    def used(stream: Stream) -> int:
+        for _ in range(3):
+            next(stream)
+        stream.session.delivery.rest()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    with models.open(lambda video: None, streams.SHOTS) as first:
+        before = used(first)
+        with models.open(lambda video: None, streams.SHOTS) as second:
+            assert need <= used(second) - before < 1.5 * need

@@ -15,10 +15,9 @@ from test_pages import SetRule, watch
 from torch import Tensor
 
 from lltk.graph.memory import estimate
-from lltk.stream.memory import stream_memory
 from lltk.stream.rollout import Rollout
 from lltk.stream.script import Shot
-from lltk.streaming import Stream, StreamPlan
+from lltk.streaming import Stream, StreamPlan, stream_memory
 
 pytestmark = pytest.mark.cpu
 
@@ -252,5 +251,5 @@ def test_memory_is_what_is_held(pipeline: Path, plan: StreamPlan) -> None:
     stream, _ = opened(plan)
     held = sum(page.nbytes for page in stream.session.pages.values())
     assert estimate(plan.transformer)["cache pages"] == held
-    assert stream_memory(plan.parts)["cpu"]["cache pages"] == held
+    assert stream_memory(plan)["cpu"]["cache pages"] == held
     assert held < estimate(planned(pipeline).transformer)["cache pages"]

@@ -25,7 +25,7 @@ from lltk.stream.recipe import stream_section
 from lltk.stream.runtimes import Runtime
 from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.timing import Stopwatch
-from lltk.streaming import StreamPlan, open_stream, plan_stream
+from lltk.streaming import StreamPlan, check_plan, describe, open_stream, plan_stream, stream_memory
 
 pytestmark = pytest.mark.cpu
 
@@ -189,7 +189,7 @@ def test_pipelines_are_found_by_path_or_name(tmp_path: Path) -> None:
 def test_decoders_that_cannot_be(plan: StreamPlan, override: str, message: str) -> None:
     keys = (*streams.SIZES, f"stream.pipeline={plan.folder}", f"stream.decoder.{override}")
     recipe = streams.open_recipe("tiny_stream", keys)
-    assert refused(lambda: plan_stream(recipe).check()).startswith(message)
+    assert refused(lambda: check_plan(plan_stream(recipe))).startswith(message)
 
 
 def test_a_decoder_is_recorded_on_a_gpu_of_its_own(tmp_path: Path) -> None:
@@ -203,8 +203,8 @@ def test_a_decoder_is_recorded_on_a_gpu_of_its_own(tmp_path: Path) -> None:
     assert "stream.decoder.cuda_graphs: is for GPUs, not for cpu" in message
     elsewhere = streams.open_recipe("tiny_stream", (*keys, "stream.decoder.device=cuda:1"))
     plan = plan_stream(elsewhere, "cuda")
-    assert "CUDA graphs, passes" in plan.describe()["decoder"]
-    sizes = plan.memory["cuda:1"]
+    assert "CUDA graphs, passes" in describe(plan)["decoder"]
+    sizes = stream_memory(plan)["cuda:1"]
     assert sizes["decoder: CUDA graphs"] == (
         2 * sizes["decoder: feature caches"] + sizes["decoder: activations"]
     )

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,8 @@ from torch import Tensor
 
 from lltk.graph.memory import activations, readable, total
 from lltk.graph.recipe import Recipe, open_recipe
-from lltk.stream import memory
 from lltk.stream.video import VideoWriter, pixels, read_video
-from lltk.streaming import StreamPlan, plan_stream
+from lltk.streaming import StreamPlan, memory, plan_stream, stream_memory
 
 pytestmark = pytest.mark.cpu
 
@@ -318,7 +316,7 @@ def test_too_little_memory(
 ) -> None:
     """The sum, what is free, and what would fit."""
     plan = planned(pipeline, "stream.guidance=2", "stream.text.after=keep")
-    owners = plan.memory["cpu"]
+    owners = stream_memory(plan)["cpu"]
     need = total(owners)
     assert owners["activations"] == activations(plan.transformer) > 0
     options = ["--prompt", "x", "-o", tmp_path / "v.mp4", "--guidance", 2]
@@ -345,10 +343,10 @@ def test_fewer_latents_at_once_would_fit(pipeline: Path, monkeypatch: pytest.Mon
         plan_stream(open_recipe("tiny_stream", (*keys, f"stream.decoder.latents={n}")))
         for n in (1, 2)
     )
-    need, less = (total(plan.memory["cpu"]) for plan in (two, one))
+    need, less = (total(stream_memory(plan)["cpu"]) for plan in (two, one))
     monkeypatch.setattr(memory, "available", lambda device: less)
-    memory.check_memory(one.parts, image=False)
-    message = refused(memory.check_memory, two.parts, image=False)
+    memory.check_memory(one, image=False)
+    message = refused(memory.check_memory, two, image=False)
     assert less < need and message.endswith(
         f"what would fit: stream.decoder.latents=1 ({readable(less)})"
     )
@@ -357,30 +355,32 @@ def test_fewer_latents_at_once_would_fit(pipeline: Path, monkeypatch: pytest.Mon
 def test_ranks_that_decode_nothing_need_no_decoder(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = planned(pipeline).parts
-    owners = memory.stream_memory(parts)["cpu"]
+    plan = planned(pipeline)
+    owners = stream_memory(plan)["cpu"]
     decoder = sum(size for owner, size in owners.items() if owner.startswith("decoder"))
     monkeypatch.setattr(memory, "available", lambda device: total(owners) - decoder)
-    parts = replace(parts, text=0)
-    memory.check_memory(parts, image=False, decodes=False)
-    assert "decoder: weights" in refused(memory.check_memory, parts, image=False)
+    monkeypatch.setattr(memory, "weight_bytes", lambda folder, dtype: 0)
+    memory.check_memory(plan, image=False, decodes=False)
+    assert "decoder: weights" in refused(memory.check_memory, plan, image=False)
 
 
-def test_encoders_count_before_the_stream(pipeline: Path) -> None:
+def test_encoders_count_before_the_stream(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each where it runs, an image's only if there is one, and not beside what comes after them."""
-    large = 1 << 50
-    parts = replace(planned(pipeline).parts, device=torch.device("cpu"))
-    memory.check_memory(parts, image=True)
-    assert memory.loading_memory(parts, image=True) == {
-        "cpu": {"text encoder at work": parts.text, "image encoder": parts.image}
+    plan, sizes = planned(pipeline), {"text_encoder": 1, "vae": 2}
+    made = memory.loading_memory(plan, image=True)["cpu"]
+    assert made.keys() == {"text encoder at work", "image encoder"} and min(made.values()) > 0
+    monkeypatch.setattr(memory, "weight_bytes", lambda folder, dtype: sizes[folder.name])
+    assert memory.loading_memory(plan, image=True) == {
+        "cpu": {"text encoder at work": 1, "image encoder": 2}
     }
-    assert parts.text > 0 and parts.image > 0
-    message = refused(memory.check_memory, replace(parts, text=large), image=False)
+    memory.check_memory(plan, image=True)
+    sizes["vae"] = 1 << 50
+    memory.check_memory(plan, image=False)
+    assert "image encoder 1048576.0 GiB" in refused(memory.check_memory, plan, image=True)
+    sizes["text_encoder"] = 1 << 50
+    message = refused(memory.check_memory, plan, image=False)
     assert "(text encoder at work 1048576.0 GiB)" in message
     assert "its weights alone do not fit" in message
-    pictured = replace(parts, image=large)
-    memory.check_memory(pictured, image=False)
-    assert "image encoder 1048576.0 GiB" in refused(memory.check_memory, pictured, image=True)
 
 
 def test_help_has_an_example(run: Run) -> None:

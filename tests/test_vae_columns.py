@@ -20,7 +20,7 @@ from lltk.compiler import transform
 from lltk.graph.recipe import open_recipe
 from lltk.models import vae_columns, wan_vae
 from lltk.models.vae_columns import Columns, cut, regions
-from lltk.streaming import plan_stream
+from lltk.streaming import describe, plan_stream, stream_memory
 
 pytestmark = pytest.mark.cpu
 
@@ -99,7 +99,7 @@ def test_a_stream_with_two_decoders(tmp_path: Path) -> None:
     with other:
         list(other)
     assert torch.equal(torch.cat([*before, *rest], dim=2), parts)
-    owners = shared.memory["cpu"]
-    assert owners["decoder: weights"] == 2 * plain.memory["cpu"]["decoder: weights"]
-    assert "cpu, float32 and cpu, float32" in shared.describe()["decoder"]
+    owners = stream_memory(shared)["cpu"]
+    assert owners["decoder: weights"] == 2 * stream_memory(plain)["cpu"]["decoder: weights"]
+    assert "cpu, float32 and cpu, float32" in describe(shared)["decoder"]
     assert "another model" in refused(opened, plain, (), resume=tmp_path / "state")

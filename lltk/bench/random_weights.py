@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lltk.compiler import with_weights
 from lltk.graph.program import Program
-from lltk.stream.memory import Placed
-from lltk.streaming import StreamPlan
+from lltk.streaming import Placed, StreamPlan
 
 
 def with_random_weights(program: Program, device: torch.device | str = "cpu") -> Program:

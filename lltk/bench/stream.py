@@ -20,7 +20,7 @@ from lltk.graph.memory import readable
 from lltk.stream.report import ChunkReport
 from lltk.stream.script import Shot
 from lltk.stream.video import VideoWriter, pixels
-from lltk.streaming import StreamPlan, open_stream
+from lltk.streaming import StreamPlan, describe, open_stream, stream_memory
 
 METHOD = (
     "Streamed to an MP4 file; before that, models are loaded and prompts encoded. Each run is a "
@@ -104,7 +104,7 @@ def measure(
     section = plan.section
     return {
         "recipe": digest(plan.recipe.resolved()),
-        "ran": plan.describe(),
+        "ran": describe(plan),
         "implementations": dict(plan.transformer.implementations),
         "text": {"device": "random" if prompts else str(plan.text_device), "counted": False},
         "steps": section.steps,
@@ -116,7 +116,7 @@ def measure(
             "seconds": median(t.warm - t.begun for t in timings),
         },
         **summary(timings, section.fps),
-        "memory": {"planned": plan.memory, "peak": _peak()},
+        "memory": {"planned": stream_memory(plan), "peak": _peak()},
     }
 
 

@@ -86,7 +86,7 @@ def stream(
     from lltk.cli.outputs import check_writable, share_cores
     from lltk.graph.recipe import load_recipe
     from lltk.parallel.ranks import joined
-    from lltk.streaming import plan_stream
+    from lltk.streaming import describe, plan_stream, refusal, stream_memory
 
     with joined(device) as ranks:
         console = Console(quiet=as_json or ranks.rank > 0)
@@ -101,17 +101,17 @@ def stream(
             plan = plan_stream(load_recipe(path, overrides), ranks.device, weights=wanted)
             if random_weights and not dry_run:
                 plan = with_random_models(plan)
-        for part, what in plan.describe().items():
+        for part, what in describe(plan).items():
             console.print(f"{part}: {what}", highlight=False)
-        for owners in plan.memory.values():
+        for owners in stream_memory(plan).values():
             console.print(memory_table(owners))
         if output is None or dry_run:
-            refusal = plan.refusal()
+            why = refusal(plan)
             if as_json and ranks.rank == 0:
-                facts = {"plan": plan.describe(), "memory": plan.memory, "refusal": refusal}
+                facts = {"plan": describe(plan), "memory": stream_memory(plan), "refusal": why}
                 click.echo(json.dumps(facts, indent=2))
-            if refusal:
-                console.print(f"It cannot run here: {refusal}", markup=False, highlight=False)
+            if why:
+                console.print(f"It cannot run here: {why}", markup=False, highlight=False)
             return
         share_cores(ranks.device)
         chunks = plan.transformer.geometry.pages if warmup is None else warmup

@@ -85,7 +85,7 @@ def command(
     from lltk.cli.outputs import check_writable, share_cores
     from lltk.graph.recipe import load_recipe
     from lltk.ops.implementations import check_device
-    from lltk.streaming import plan_stream
+    from lltk.streaming import describe, plan_stream
 
     if output is not None:
         check_writable(record_files(output))
@@ -102,7 +102,7 @@ def command(
     for name, recipe in loaded:
         with console.status(f"compiling {name}"):
             plan = plan_stream(recipe, chosen, weights=not dry_run)
-        console.print(f"{name}: {plan.describe()['transformer']}", highlight=False)
+        console.print(f"{name}: {describe(plan)['transformer']}", highlight=False)
         plans.append((name, plan))
         configs = [(name, plan.transformer.recipe["model"]["config"]) for name, plan in plans]
         check_same("model.config", configs)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lltk.graph.memory import readable
 from lltk.stream.chunks import Chunk
 from lltk.stream.report import ChunkReport
 from lltk.stream.script import Shot
@@ -127,6 +128,17 @@ class Frames:
         self._writer.close()
 
 
+def unwritten(frames: Frames, sheet: Path | None, captions: Mapping[int, str]) -> str:
+    """Write the contact sheet, if one is wanted; gives what to say if that fails, else nothing."""
+    if sheet is None:
+        return ""
+    try:
+        frames.write_sheet(sheet, captions)
+    except OSError as error:
+        return f"; the contact sheet is not written: {error}"
+    return ""
+
+
 @contextmanager
 def asked_to_stop() -> Iterator[list[int]]:
     """Signals that ask to stop, Ctrl-C's and a kill's, as a list; a later one interrupts.
@@ -191,6 +203,25 @@ class Tally:
             "first_frame_seconds": None if frames.first is None else frames.first - self._start,
             "share_of_wall": {part: took / wall for part, took in self._seconds.items()},
         }
+
+
+def summary(result: Mapping[str, Any]) -> dict[str, str]:
+    """A result of `Tally`, with what the command adds to it, for people to read."""
+    steady, shares = result["e2e_fps_after_first_chunk"], result["share_of_wall"]
+    lines = {
+        "frames": f"{result['frames']} ({result['video_seconds']:.2f} s)",
+        "E2E FPS, prompts encoded to frames written": f"{result['e2e_fps']:.1f}",
+        "first frame": f"{result['first_frame_seconds']:.2f} s",
+        "text encoder and loading, before": f"{result['load_seconds']:.1f} s",
+        "most memory": readable(result["memory_bytes"]),
+    }
+    if steady is not None:
+        lines["E2E FPS after the first chunk"] = f"{steady:.1f}"
+    for part, share in shares.items():
+        lines[f"share of the time: {part}"] = f"{share:.0%}"
+    if result["state"] is not None:
+        lines["state"] = result["state"]
+    return lines
 
 
 def captions_of(script: Sequence[Shot], chunks: Sequence[Chunk]) -> dict[int, str]:

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lltk.cli.logs import hide_loading
-from lltk.cli.tables import log_tables, memory_table, row_table
+from lltk.cli.plans import show_description, show_dry_run
+from lltk.cli.tables import row_table
 from lltk.graph.recipe_files import find_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from lltk.cli.outputs import Frames
     from lltk.parallel.ranks import Ranks
     from lltk.stream.script import Shot
     from lltk.streaming import StreamPlan
@@ -76,7 +76,7 @@ def command(
       lltk stream tiny_stream --resume video.state.safetensors -o rest.mp4
       torchrun --nproc-per-node 2 -m lltk stream wan22_5b_stream_sp2 --script s.yaml -o video.mp4
     """
-    from lltk.cli.outputs import check_writable, share_cores
+    from lltk.cli.outputs import check_writable, share_cores, summary
     from lltk.graph.recipe import load_recipe
     from lltk.parallel.ranks import joined
     from lltk.streaming import plan_stream
@@ -106,26 +106,9 @@ def command(
             plan = plan_stream(resolved, ranks.device, weights=not dry_run)
         if shots:
             console.print(plan.chunking.statement(shots), highlight=False)
-        for part, what in plan.describe().items():
-            console.print(f"{part}: {what}", highlight=False)
+        show_description(console, plan)
         if dry_run:
-            loading = plan.loading_memory(image is not None)
-            log, refusal = plan.transformer.log, plan.refusal(image is not None)
-            if as_json and speaks:
-                facts = {
-                    "plan": plan.describe(),
-                    "log": [entry.plain() for entry in log],
-                    "memory": plan.memory,
-                    "loading": loading,
-                    "refusal": refusal,
-                }
-                click.echo(json.dumps(facts, indent=2))
-            console.print(log_tables(log))
-            for when, devices in (("before it runs", loading), ("while it runs", plan.memory)):
-                for where, owners in devices.items():
-                    console.print(f"On {where}, {when}:", memory_table(owners), sep="\n")
-            if refusal:
-                console.print(f"It cannot run here: {refusal}", markup=False, highlight=False)
+            show_dry_run(console, plan, image is not None, as_json and speaks)
             return
         assert output is not None
         again = ["lltk", "stream", recipe]
@@ -141,40 +124,8 @@ def command(
             return
         if as_json:
             click.echo(json.dumps(result, indent=2))
-        rows = [{"what": what, "": value} for what, value in _summary(result).items()]
+        rows = [{"what": what, "": value} for what, value in summary(result).items()]
         console.print(row_table(str(output), rows))
-
-
-def _unwritten(frames: Frames, sheet: Path | None, captions: Mapping[int, str]) -> str:
-    """Write the contact sheet, if one is wanted; what to say where that fails."""
-    if sheet is None:
-        return ""
-    try:
-        frames.write_sheet(sheet, captions)
-    except OSError as error:
-        return f"; the contact sheet is not written: {error}"
-    return ""
-
-
-def _summary(result: Mapping[str, Any]) -> dict[str, str]:
-    """A result for people."""
-    from lltk.graph.memory import readable
-
-    steady, shares = result["e2e_fps_after_first_chunk"], result["share_of_wall"]
-    lines = {
-        "frames": f"{result['frames']} ({result['video_seconds']:.2f} s)",
-        "E2E FPS, prompts encoded to frames written": f"{result['e2e_fps']:.1f}",
-        "first frame": f"{result['first_frame_seconds']:.2f} s",
-        "text encoder and loading, before": f"{result['load_seconds']:.1f} s",
-        "most memory": readable(result["memory_bytes"]),
-    }
-    if steady is not None:
-        lines["E2E FPS after the first chunk"] = f"{steady:.1f}"
-    for part, share in shares.items():
-        lines[f"share of the time: {part}"] = f"{share:.0%}"
-    if result["state"] is not None:
-        lines["state"] = result["state"]
-    return lines
 
 
 def _shots(
@@ -216,10 +167,10 @@ def _run(
     """
     import torch
 
-    from lltk.cli.outputs import Frames, Tally, asked_to_stop, captions_of, memory_used
+    from lltk.cli.outputs import Frames, Tally, asked_to_stop, captions_of, memory_used, unwritten
     from lltk.graph.memory import available, readable, total
     from lltk.stream.image import read_image
-    from lltk.streaming import open_stream
+    from lltk.streaming import open_stream, stream_memory
 
     first = None
     if image is not None:
@@ -227,7 +178,7 @@ def _run(
         if note is not None:
             console.print(note)
     frames = Frames(output, plan.size, plan.section.fps, plan.writer_threads)
-    for where, owners in plan.memory.items():
+    for where, owners in stream_memory(plan).items():
         free = readable(available(torch.device(where)))
         console.print(f"memory: {readable(total(owners))} on {where}, of {free} free")
     begun = time.perf_counter()
@@ -285,11 +236,11 @@ def _run(
             following = output.with_name(f"{output.stem}_rest{output.suffix}")
             resumed = shlex.join([*again, "--resume", str(state), "-o", str(following)])
             what = str(failure) if failure else f"stopped: {output} plays, {frames.count} frames"
-            unshown = _unwritten(frames, sheet, captions)
+            unshown = unwritten(frames, sheet, captions)
             raise click.ClickException(
                 f"{what}{unshown}; {left} chunks are left, go on with: {resumed}"
             )
-    if unshown := _unwritten(frames, sheet, captions):
+    if unshown := unwritten(frames, sheet, captions):
         raise click.ClickException(f"{output} plays, {frames.count} frames{unshown}")
     return tally.result(frames, done, plan.section.fps) | {
         "output": str(output),

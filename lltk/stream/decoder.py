@@ -236,7 +236,7 @@ class Decoder:
 
 
 def decoder_lane(module: ProgramModule) -> Lane:
-    """Where decoders over a module take turns; on a GPU beside the transformer's work."""
+    """Where decoders over a module take turns; on a GPU on a stream beside the transformer's."""
     return Lane(next(module.parameters()).device, own_stream=True)
 
 
@@ -272,7 +272,7 @@ class DecodePipeline:
         self,
         decoder: LatentDecoder,
         sink: Callable[[Tensor], None],
-        ahead: int = 2,
+        ahead: int = 3,
         overlap: bool = True,
     ) -> None:
         if ahead < 1:
@@ -292,6 +292,7 @@ class DecodePipeline:
         )
         self._watch = Stopwatch(decoder.device)
         self._seconds = {"decode": 0.0, "deliver": 0.0}
+        self._closed = False
         self._stream: torch.cuda.Stream | None = None
         """On a GPU, where the sink works."""
         if decoder.device.type == "cuda":
@@ -320,7 +321,13 @@ class DecodePipeline:
         self._warming = self._decoding.submit(self._warm_up)
 
     def wait_for_room(self) -> None:
-        """Wait until `submit` will not; raises as it does."""
+        """Wait until `submit` will not; raises as it does.
+
+        Raises:
+            ValueError: the pipeline is closed.
+        """
+        if self._closed:
+            raise ValueError("stream: it is closed; open another one, or resume a saved one")
         if self._warming is not None and self._warming.done():
             self._end_warm_up()
         while self._pending and (len(self._pending) >= self._ahead or self._pending[0].done()):
@@ -388,6 +395,7 @@ class DecodePipeline:
             self._shut_down()
 
     def _shut_down(self) -> None:
+        self._closed = True
         self._decoding.shutdown(cancel_futures=True)
         self._delivering.shutdown()
 

@@ -76,6 +76,10 @@ class Delivery:
         """Seconds so far in the decoder's graphs, ``decode``, and in the sink, ``deliver``."""
         return self._pipeline.seconds
 
+    def wait_for_room(self) -> None:
+        """Wait until the decoder has room for more latents; raises as `submit`."""
+        self._pipeline.wait_for_room()
+
     def submit(self, latents: Tensor) -> None:
         """Queue latents, [B, C, F, h, w], once the decoder has room; they must not change.
 

@@ -22,7 +22,7 @@ class ChunkReport:
         text: of these, encoding its prompt.
         graphs: of these, in the transformer's graphs: ``prologue``, ``step``, ``commit``,
             ``recache``; on a GPU the device's time.
-        waited: of these, until the decoder had room.
+        waited: of these, until the decoder had room and it was this session's turn.
         decoding: seconds in other threads since the report before: ``decode`` in the decoder's
             graphs, ``deliver`` in the sink.
     """

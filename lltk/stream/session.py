@@ -135,42 +135,43 @@ class Session:
 
     def _make(self, chunk: Chunk) -> ChunkReport:
         begun = time.perf_counter()
-        text = self._take_prompt(chunk)
-        listed = self.table.next_pages().table
-        clean = self._denoised(chunk, listed)
-        waited = time.perf_counter()
-        self.delivery.submit(clean)
-        waited = time.perf_counter() - waited
-        self._cache.commit(chunk, clean)
-        graphs = self._watch.read()
-        seconds = time.perf_counter() - begun
+        embeddings = self._embeddings(chunk.prompt)
+        encoded = time.perf_counter()
+        self.delivery.wait_for_room()
+        # Nothing within its turn makes a chunk wait for another session, or for a slow sink.
+        with self._runtime.lane.turn():
+            waited = time.perf_counter() - encoded
+            self._take_prompt(chunk, embeddings)
+            listed = self.table.next_pages().table
+            clean = self._denoised(chunk, listed)
+            self.delivery.submit(clean)
+            self._cache.commit(chunk, clean)
+            graphs = self._watch.read()
+        seconds, text = time.perf_counter() - begun, encoded - begun
         before, self._decoding = self._decoding, self.delivery.seconds
         decoding = {name: now - before[name] for name, now in self._decoding.items()}
         return ChunkReport(chunk, clean, len(listed), seconds, text, graphs, waited, decoding)
 
-    def _take_prompt(self, chunk: Chunk) -> float:
-        """Show a chunk's prompt from here on; seconds that encoding it took."""
-        seconds, new = 0.0, chunk.prompt != self._prompt
-        if new or not self._conditioned:
-            seconds = self._condition(chunk.prompt)
+    def _embeddings(self, prompt: str) -> list[Tensor]:
+        """What the runtimes have to take for a prompt, which is nothing where they hold it."""
+        if self._conditioned and prompt == self._prompt:
+            return []
+        texts = [prompt] if self._conditioned else [prompt, self._negative_prompt]
+        return [self._encode(text) for text, _ in zip(texts, self._runtimes, strict=False)]
+
+    def _take_prompt(self, chunk: Chunk, embeddings: Sequence[Tensor]) -> None:
+        """Show a chunk's prompt from here on."""
+        new = chunk.prompt != self._prompt
+        if embeddings:
+            self._conditioned = False  # until all have taken the new one
+            for runtime, embedding in zip(self._runtimes, embeddings, strict=False):
+                with self._watch.measure("prologue"):
+                    runtime.set_prompt(embedding.expand(runtime.geometry.batch, -1, -1))
+            self._prompt, self._conditioned = chunk.prompt, True
         self._stale |= new and chunk.recache
         if self._stale:
             self._cache.recache()
             self._stale = False
-        return seconds
-
-    def _condition(self, prompt: str) -> float:
-        """Give the runtimes a prompt; seconds that encoding it took."""
-        begun = time.perf_counter()
-        texts = [prompt] if self._conditioned else [prompt, self._negative_prompt]
-        embeddings = [self._encode(text) for text, _ in zip(texts, self._runtimes, strict=False)]
-        seconds = time.perf_counter() - begun
-        self._conditioned = False  # until all have taken the new one
-        for runtime, embedding in zip(self._runtimes, embeddings, strict=False):
-            with self._watch.measure("prologue"):
-                runtime.set_prompt(embedding.expand(runtime.geometry.batch, -1, -1))
-        self._prompt, self._conditioned = prompt, True
-        return seconds
 
     def _denoised(self, chunk: Chunk, table: Sequence[int]) -> Tensor:
         """A chunk's clean latents, float32 [B, C, F, h, w]."""

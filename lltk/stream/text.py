@@ -6,10 +6,10 @@ import hashlib
 import html
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -178,49 +178,6 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
         with safe_open(file, "pt") as weights:
             count += sum(prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
     return count * dtype.itemsize
-
-
-class Prompts:
-    """Embeddings of a stream's prompts, each encoded by itself, so the same in every process.
-
-    Args:
-        encoder: used to encode the script's prompts at once, later for those that come.
-        after: what becomes of the encoder after use: it stays, goes to the CPU, or is dropped.
-        device: where the embeddings are wanted.
-    """
-
-    def __init__(
-        self,
-        encoder: TextEncoder,
-        after: Literal["keep", "offload", "free"],
-        device: torch.device,
-    ) -> None:
-        self._encoder = encoder
-        self._home = encoder.device
-        self._after = after
-        self._device = device
-        self._known: dict[str, Tensor] = {}
-
-    def prepare(self, prompts: Iterable[str]) -> None:
-        """Encode prompts that will be asked for, and keep their embeddings."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
-        self._known |= zip(new, self._encoded(new), strict=True)
-
-    def __call__(self, prompt: str) -> Tensor:
-        """The embedding, [1, S, E] on the device."""
-        found = self._known.get(prompt)
-        return self._encoded([prompt])[0] if found is None else found
-
-    def _encoded(self, prompts: Sequence[str]) -> list[Tensor]:
-        if not prompts:
-            return []
-        self._encoder.to(self._home)
-        made = [self._encoder.encode([prompt]).to(self._device) for prompt in prompts]
-        if self._after == "offload":
-            self._encoder.to("cpu")
-        elif self._after == "free":
-            self._encoder.free()
-        return made
 
 
 def _digest(file: Path, cache: Path) -> str:

@@ -1,0 +1,52 @@
+"""What ``lltk stream`` shows of a plan."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+
+from lltk.cli.tables import log_tables, memory_table
+
+if TYPE_CHECKING:
+    from lltk.streaming import StreamPlan
+
+
+def show_description(console: Console, plan: StreamPlan) -> None:
+    """Print what runs where."""
+    from lltk.streaming import describe
+
+    for part, what in describe(plan).items():
+        console.print(f"{part}: {what}", highlight=False)
+
+
+def show_dry_run(console: Console, plan: StreamPlan, image: bool, as_json: bool) -> None:
+    """Print passes and memory, and why the plan cannot run here, if it cannot.
+
+    Args:
+        console: for people; quiet where it should not print.
+        plan: of the stream.
+        image: whether the video begins with one.
+        as_json: whether to print the same as JSON.
+    """
+    from lltk.streaming import describe, loading_memory, refusal, stream_memory
+
+    log, reason = plan.transformer.log, refusal(plan, image)
+    loading, running = loading_memory(plan, image), stream_memory(plan)
+    if as_json:
+        facts = {
+            "plan": describe(plan),
+            "log": [entry.plain() for entry in log],
+            "memory": running,
+            "loading": loading,
+            "refusal": reason,
+        }
+        click.echo(json.dumps(facts, indent=2))
+    console.print(log_tables(log))
+    for when, devices in (("before it runs", loading), ("while it runs", running)):
+        for where, owners in devices.items():
+            console.print(f"On {where}, {when}:", memory_table(owners), sep="\n")
+    if reason:
+        console.print(f"It cannot run here: {reason}", markup=False, highlight=False)

@@ -1,0 +1,44 @@
+"""Whether a plan can run here."""
+
+from __future__ import annotations
+
+from lltk.ops.implementations import check_device
+from lltk.parallel.devices import find_device
+from lltk.stream.runtimes.cuda_graph import check_graphs
+from lltk.streaming.memory import check_memory
+from lltk.streaming.plan import StreamPlan
+
+
+def check_plan(plan: StreamPlan, image: bool = False) -> None:
+    """Refuse a plan that cannot run here.
+
+    Args:
+        plan: of a stream.
+        image: whether the video begins with an image.
+
+    Raises:
+        ValueError: there are not as many ranks as the recipe is for, a device is not here or lacks
+            what the recipe wants, or there is too little memory.
+    """
+    decodes = plan.rank == 0  # which refuses another number of ranks
+    find_device(str(plan.device), "the stream's device")
+    find_device(str(plan.text_device), "stream.text.device")
+    check_device(plan.transformer.implementations, plan.device)
+    if plan.section.cuda_graphs:
+        check_graphs(plan.device, "stream.cuda_graphs")
+    for decoder in plan.decoders:
+        find_device(str(decoder.device), "stream.decoder.device")
+        made = decoder.program.implementations
+        check_device(made, decoder.device, "the lower pass in stream.decoder.passes")
+        if plan.section.decoder.cuda_graphs:
+            check_graphs(decoder.device, "stream.decoder.cuda_graphs")
+    check_memory(plan, image, decodes)
+
+
+def refusal(plan: StreamPlan, image: bool = False) -> str:
+    """What `check_plan` says; empty if the stream can run."""
+    try:
+        check_plan(plan, image)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,39 @@
+"""A plan in words."""
+
+from __future__ import annotations
+
+import torch
+
+from lltk.graph.program import Program
+from lltk.stream.text import weight_bytes
+from lltk.streaming.plan import StreamPlan
+
+
+def describe(plan: StreamPlan) -> dict[str, str]:
+    """What runs where, by part, for people to read."""
+    section, program = plan.section, plan.transformer
+    geometry = program.geometry
+    choices = ", ".join(f"{op} {name}" for op, name in program.implementations.items())
+    guided = f", guidance {section.guidance:g}" if plan.guided else ""
+    ways = {"blocks compiled": section.compile, "CUDA graphs": section.cuda_graphs}
+    how = "".join(f"{way}, " for way, used in ways.items() if used)
+    text = weight_bytes(plan.folder / "text_encoder", program.dtype)
+    return {
+        "pipeline": section.pipeline,
+        "transformer": f"{_where(plan.device, program)}, {how}{choices}",
+        "decoder": f"{' and '.join(_where(d.device, d.program) for d in plan.decoders)}, "
+        f"{'compiled, ' if section.decoder.compile else ''}"
+        f"{'CUDA graphs, ' if section.decoder.cuda_graphs else ''}"
+        f"passes {', '.join(entry.name for entry in plan.decoders[0].program.log)}",
+        "text encoder": f"{plan.text_device}, {section.text.after} after use"
+        + ("" if text else "; its memory is not known without the pipeline's files"),
+        "sampler": f"{section.steps} steps and a commit, shift {section.shift:g}{guided}",
+        "video": f"{geometry.width}×{geometry.height} at {section.fps:g} fps",
+        **({"ranks": str(plan.ranks)} if plan.ranks > 1 else {}),
+        "cache": f"{geometry.window} latent frames in pages of {geometry.chunk}, "
+        f"sinks of {geometry.sink}{' (global and shot)' if geometry.shot_sink else ''}",
+    }
+
+
+def _where(device: torch.device, program: Program) -> str:
+    return f"{device}, {str(program.dtype).removeprefix('torch.')}"

@@ -1,0 +1,211 @@
+"""Loaded models, and the sessions that share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from torch import Tensor
+
+from lltk.graph.memory import readable, total
+from lltk.graph.module import ProgramModule, instantiate
+from lltk.models import wan_vae
+from lltk.parallel.groups import SEQUENCE, same_on_all
+from lltk.stream.decoder import DecodedElsewhere
+from lltk.stream.lanes import Lane
+from lltk.stream.prompts import Embed, Prompts, PromptWorker, pipeline_worker
+from lltk.stream.runtimes.torch import TorchRuntime
+from lltk.stream.script import Shot
+from lltk.stream.session import Session
+from lltk.stream.state import SessionState, load_state
+from lltk.stream.text import TextEncoder
+from lltk.stream.timeline import Timeline
+from lltk.streaming.checks import check_plan
+from lltk.streaming.decoders import Decoders
+from lltk.streaming.identity import identity
+from lltk.streaming.memory import check_session_memory, session_memory
+from lltk.streaming.plan import StreamPlan
+from lltk.streaming.slots import Slot, Slots
+from lltk.streaming.stream import Stream, own_file
+
+
+class Models:
+    """A plan's models: weights, compiled code and text encoder, loaded once for all sessions.
+
+    ::
+
+        models = load_models(plan)
+        with models.open(sink, script) as stream:
+            for report in stream:
+                …
+
+    Sessions may be opened, and driven, from any thread. On a device they make one chunk at a time,
+    in turn. A session takes a slot: memory for what is its own and, on a GPU, CUDA graphs that are
+    recorded as they are first needed. Leaving the stream's block gives the slot to the next
+    session, which records nothing anew. A slot is made where none is free.
+
+    Of several ranks each opens the same sessions, and makes their chunks in the same order.
+
+    Args:
+        plan: with weights.
+        prompts: a prompt's embedding, in place of the pipeline's text encoder.
+        sessions: how many may be open at once; None for as many as fit into memory.
+    """
+
+    def __init__(
+        self, plan: StreamPlan, prompts: Embed | None = None, sessions: int | None = None
+    ) -> None:
+        self.plan = plan
+        self._decodes = plan.rank == 0
+        self._worker = _pipeline_worker(plan) if prompts is None else PromptWorker(prompts)
+        self._negative = [plan.section.negative_prompt] if plan.guided else []
+        need = session_memory(plan, self._decodes).items()
+        cost = " and ".join(f"{readable(total(own))} on {device}" for device, own in need)
+        self._slots = Slots(self._new_slot, sessions, cost)
+        self._transformer: tuple[ProgramModule, Lane] | None = None
+        self._decoders: Decoders | None = None
+        self._loading = Lock()
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What saved streams of these models have in common; reads every weight once."""
+        return identity(self.plan)
+
+    def load(self) -> None:
+        """Put the weights on their devices, if they are not there yet.
+
+        Raises:
+            ValueError: the plan has no weights.
+        """
+        plan = self.plan
+        with self._loading:
+            if self._transformer is not None:
+                return
+            if self._decodes:
+                self._decoders = Decoders(plan)
+            module = instantiate(plan.transformer, plan.device)
+            if plan.section.compile:
+                module.compile_blocks()
+            self._transformer = module, Lane(next(module.parameters()).device)
+
+    def open(
+        self,
+        sink: Callable[[Tensor], None] | None,
+        script: Sequence[Shot] = (),
+        *,
+        image: Tensor | None = None,
+        seed: int | None = None,
+        resume: Path | None = None,
+    ) -> Stream:
+        """Open a session.
+
+        Prompts are encoded in another thread, ahead of the chunks that need them. As long as the
+        weights are not loaded, opening waits until prompts and image are encoded, so that their
+        encoders need no room beside the models.
+
+        Args:
+            sink: takes the video of latents as they are decoded, [B, 3, 1 or n · stride, H, W] in
+                [-1, 1], in a thread of its own. None in a rank whose latents rank 0 decodes.
+            script: the shots to begin with.
+            image: the first frame, [B, 3, H, W] in [-1, 1].
+            seed: of the noise; None for the recipe's.
+            resume: a state that `Stream.save` wrote, which knows script, image and seed.
+
+        Raises:
+            ValueError: a file is damaged or does not fit, or there is no slot for the session.
+        """
+        if (sink is None) == self._decodes:
+            given = "a sink" if self._decodes else "None"
+            raise ValueError(f"sink: rank 0 makes the video; give rank {self.plan.rank} {given}")
+        if resume is not None and (script or image is not None or seed is not None):
+            raise ValueError("resume: the state knows script, image and seed; give none of them")
+        state = None if resume is None else self._state(resume)
+        timeline = Timeline(self.plan.chunking, script)
+        if state is not None:
+            timeline.restore(state.timeline)
+        prompts = Prompts(self._worker, self._negative)
+        prompts.expect(timeline.prompts)
+        if self._transformer is None:
+            prompts.wait()
+        latent = None if image is None else self._encoded(image)
+        self.load()
+        slot = self._slots.take()
+        try:
+            session = Session(
+                slot.runtimes[0],
+                slot.decoder,
+                sink or (lambda video: None),
+                prompts,
+                timeline,
+                self.plan.sampling,
+                self.plan.section.seed if seed is None else seed,
+                slot.runtimes[1] if self.plan.guided else None,
+                latent,
+            )
+            if state is not None:
+                session.restore(state)
+        except BaseException:
+            self._slots.give_back(slot)
+            raise
+        return Stream(self, session, prompts, lambda: self._slots.give_back(slot))
+
+    def _state(self, path: Path) -> SessionState:
+        state = load_state(own_file(path, self.plan.rank), self.identity)
+        if not same_on_all(state.timeline.index, SEQUENCE, self.plan.ranks):
+            raise ValueError(f"{path}: its ranks' files are of different chunks; resume another")
+        return state
+
+    def _encoded(self, image: Tensor) -> Tensor:
+        """The image's latent, on the transformer's device."""
+        device, dtype = self.plan.decoder_device, self.plan.decoders[0].program.dtype
+        loaded = wan_vae.load_vae(self.plan.folder)
+        with nullcontext() if self._decoders is None else self._decoders.lane.turn():
+            weights = {name: weight.to(device, dtype) for name, weight in loaded.weights.items()}
+            vae = wan_vae.make_vae(loaded.config or {}, weights)
+            latent = wan_vae.encode_image(vae, image.to(device)).cpu()
+        return latent.to(self.plan.device)
+
+    def _new_slot(self) -> Slot:
+        assert self._transformer is not None
+        check_session_memory(self.plan, self._decodes)
+        program, graphs = self.plan.transformer, self.plan.section.cuda_graphs
+        module, lane = self._transformer
+        count = 2 if self.plan.guided else 1
+        runtimes = [TorchRuntime(program, module, graphs, lane) for _ in range(count)]
+        decoders = self._decoders
+        elsewhere = DecodedElsewhere(lane.device)
+        return Slot(runtimes, elsewhere if decoders is None else decoders.new())
+
+
+def load_models(
+    plan: StreamPlan, *, prompts: Embed | None = None, sessions: int | None = None
+) -> Models:
+    """Load a plan's models, for any number of sessions.
+
+    Args:
+        plan: with weights.
+        prompts: a prompt's embedding, [1, S, E] where the transformer runs; None for the
+            pipeline's text encoder.
+        sessions: how many may be open at once; None for as many as fit into memory.
+
+    Raises:
+        ValueError: a file is damaged or does not fit, there is not enough memory, a device lacks
+            what the recipe wants, or there are not as many ranks as it is for.
+    """
+    check_plan(plan)
+    models = Models(plan, prompts, sessions)
+    models.load()
+    return models
+
+
+def _pipeline_worker(plan: StreamPlan) -> PromptWorker:
+    """Encodes prompts with the pipeline's text encoder, where the recipe says."""
+    text, program = plan.section.text, plan.transformer
+    cache = None if text.cache is None else Path(text.cache)
+    tokens = program.geometry.text_tokens
+    encoder = TextEncoder(plan.folder, tokens, program.dtype, plan.text_device, cache)
+    return pipeline_worker(encoder, text.after, plan.device)

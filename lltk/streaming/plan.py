@@ -1,0 +1,194 @@
+"""What a stream recipe becomes before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lltk.compiler import transform
+from lltk.graph.facts import HighSteps, Ranks
+from lltk.graph.program import Program
+from lltk.graph.recipe import Recipe, parse_recipe
+from lltk.models.pipelines import find_pipeline
+from lltk.parallel.groups import SEQUENCE, rank_in
+from lltk.stream.chunks import Chunking
+from lltk.stream.recipe import DecoderSection, StreamSection, stream_section
+from lltk.stream.session import Sampling
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A Program and the device that it runs on."""
+
+    program: Program
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """A recipe's stream before anything is allocated; weights are mapped from their files.
+
+    Attributes:
+        recipe: what the plan was made from.
+        section: the recipe's ``stream`` section.
+        folder: the pipeline's folder.
+        transformer: the transformer's Program.
+        decoders: the decoders' Programs and devices. Several make a part of the columns each.
+        device: where the transformer runs, and what the recipe puts nowhere else.
+    """
+
+    recipe: Recipe
+    section: StreamSection
+    folder: Path
+    transformer: Program
+    decoders: tuple[Placed, ...]
+    device: torch.device
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the video in pixels."""
+        return self.recipe.geometry.height, self.recipe.geometry.width
+
+    @property
+    def sampling(self) -> Sampling:
+        """What a session needs of the section."""
+        return Sampling(**{f.name: getattr(self.section, f.name) for f in fields(Sampling)})
+
+    @property
+    def guided(self) -> bool:
+        """Whether a session also runs the negative prompt, over a cache of its own."""
+        return self.section.guidance != 1
+
+    @property
+    def chunking(self) -> Chunking:
+        """How a script becomes chunks."""
+        section, program = self.section, self.transformer
+        size, stride = program.geometry.chunk, program.spec.stride[0]
+        return Chunking(size, section.fps, stride, section.scene_cut, section.recache)
+
+    @property
+    def decoder_device(self) -> torch.device:
+        """Where the frames are made; with several decoders, the first one's device."""
+        return self.decoders[0].device
+
+    @property
+    def text_device(self) -> torch.device:
+        """Where prompts are encoded."""
+        return torch.device(self.section.text.device or self.device)
+
+    @property
+    def writer_threads(self) -> int:
+        """For a `VideoWriter`: one where a model runs on the CPU, whose cores it would take."""
+        return 1 if "cpu" in (self.device.type, self.decoder_device.type) else 8
+
+    @property
+    def ranks(self) -> int:
+        """How many processes run the transformer together."""
+        return self.transformer.fact(Ranks).count
+
+    @property
+    def rank(self) -> int:
+        """Which of these processes this one is.
+
+        Raises:
+            ValueError: there are not as many as the recipe is for.
+        """
+        return rank_in(SEQUENCE, self.ranks)
+
+
+def plan_stream(
+    recipe: Recipe, device: torch.device | str = "cpu", *, weights: bool = True
+) -> StreamPlan:
+    """Make the Programs of a stream recipe.
+
+    Args:
+        recipe: with a ``stream`` section; ``model.checkpoint`` is by default the pipeline's.
+        device: where the stream will run.
+        weights: whether to map the weights. A plan without weights can only be looked at.
+
+    Raises:
+        ValueError: the recipe, its checkpoint or its pipeline does not fit.
+    """
+    if recipe.program != "stream":
+        raise ValueError(f"program: {recipe.program} cannot be streamed; name a stream recipe")
+    section = stream_section(recipe.stream, "recipe")
+    folder = find_pipeline(section.pipeline, needed=weights)
+    model = recipe.model
+    if model.checkpoint is None and weights:
+        model = model.model_copy(update={"checkpoint": str(folder)})
+    own = recipe.model_copy(update={"model": model})
+    transformer = transform(own, weights=weights)
+    if late := [index for index in transformer.fact(HighSteps).indices if index >= section.steps]:
+        raise ValueError(
+            f"keep_steps: {late} are no passes of a chunk, which has {section.steps} "
+            f"(0 to {section.steps - 1}); set keep_steps or stream.steps"
+        )
+    _, width = transformer.geometry.latent(transformer.spec)
+    return StreamPlan(
+        own,
+        section,
+        folder,
+        transformer,
+        tuple(_decoders(own, section, folder if weights else None, torch.device(device), width)),
+        torch.device(device),
+    )
+
+
+def _decoders(
+    recipe: Recipe, section: StreamSection, folder: Path | None, device: torch.device, width: int
+) -> Iterator[Placed]:
+    """The decoders of latents ``width`` columns wide.
+
+    Their weights are those of the pipeline in ``folder``; without one they have none.
+    """
+    own = section.decoder
+    names = own.device if isinstance(own.device, tuple) else (own.device or device,)
+    devices = [torch.device(name) for name in names]
+    if len(devices) > width:
+        raise ValueError(
+            f"stream.decoder.device: names {len(devices)}, and a frame's latents are {width} wide; "
+            "name fewer"
+        )
+    if own.latents > recipe.geometry.chunk:
+        raise ValueError(
+            f"stream.decoder.latents: {own.latents} are never at hand, a chunk has "
+            f"{recipe.geometry.chunk}; name at most so many"
+        )
+    shared = [d for d in devices if (d.type, d.index or 0) == (device.type, device.index or 0)]
+    if own.cuda_graphs and shared and device.type == "cuda":
+        raise ValueError(
+            f"stream.decoder.cuda_graphs: the transformer is on {shared[0]} too, whose waits would "
+            "break a recording; name another GPU in stream.decoder.device, or set "
+            "stream.decoder.cuda_graphs=false"
+        )
+    model: dict[str, Any] = {
+        "config": own.config if folder is None else None,
+        "checkpoint": None if folder is None else str(folder),
+        "dtype": own.dtype,
+        "latents": own.latents,
+    }
+    for index, place in enumerate(devices):
+        if len(devices) > 1:
+            model["columns"] = [width * i // len(devices) for i in (index, index + 1)]
+        decode = {
+            "program": "decode",
+            "model": model,
+            "geometry": recipe.geometry.model_dump(),
+            "passes": _decoder_passes(own, devices),
+        }
+        parsed = parse_recipe(decode, "stream.decoder")
+        yield Placed(transform(parsed, weights=folder is not None, section="stream.decoder"), place)
+
+
+def _decoder_passes(section: DecoderSection, devices: Sequence[torch.device]) -> list[Any]:
+    """The recipe's passes. By default: canonicalise, and what makes a CPU's decoder faster."""
+    if section.passes is not None:
+        return section.passes
+    wanted = section.dtype == "float32" and all(device.type == "cpu" for device in devices)
+    wanted &= torch.backends.mkldnn.is_available() and not section.compile
+    onednn = ["onednn_conv3d"] if wanted else []
+    return ["canonicalise", *onednn]
