@@ -125,6 +125,8 @@ def compare_fp8(device: str, dtype: torch.dtype) -> None:
 
 def compare_writing(device: str) -> None:
     """Pages that the kernels write, to the byte."""
+    from lltk.ops.nvfp4_write_page import triton
+
     for rule, smooth, width, bad in (
         ("none", True, 32, 0.0),
         ("mse", True, 48, 0.0),
@@ -138,7 +140,7 @@ def compare_writing(device: str) -> None:
         ours = empty_pages(values.shape, smooth, device)
         for slot in (1, 0):
             where = torch.tensor([slot], device=device)
-            nvfp4_write_page(*ours, values[:, slot].to(device), where, rule, "triton")
+            triton.nvfp4_write_page(*ours, values[:, slot].to(device), where, rule)
         for found, page in zip(ours, wanted, strict=True):
             if found is not None and page is not None:
                 assert torch.equal(found.cpu().view(torch.uint8), page.view(torch.uint8)), rule

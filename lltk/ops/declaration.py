@@ -1,8 +1,8 @@
 """What an implementation of an op says of itself.
 
-A file in an op's folder that assigns `DECLARATION` is an implementation of the op, called as the
-file is. ``op.py`` declares the reference. The file defines a function called as the op is, with the
-op's parameters::
+A file in an op's folder that assigns `DECLARATION` is an implementation of the op, and has the
+file's name; ``op.py`` is the reference. The file defines a function with the op's name and
+parameters::
 
     DECLARATION = Declaration(Exactness.ROUNDING, "sums in another order", devices=("cuda",))
 

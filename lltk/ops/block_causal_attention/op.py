@@ -13,12 +13,10 @@ from lltk.ops.declaration import Declaration, Exactness
 DECLARATION = Declaration(Exactness.REFERENCE, "one masked softmax, summed in float32")
 
 
-@torch.library.custom_op("lltk::block_causal_attention", mutates_args=())
-def block_causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool
-) -> Tensor:
-    """See `reference.block_causal_attention`."""
-    return reference.block_causal_attention(q, k, v, chunk_tokens, teacher_forcing)
+block_causal_attention = torch.library.custom_op(
+    "lltk::block_causal_attention", reference.block_causal_attention, mutates_args=()
+)
+"""See `reference.block_causal_attention`."""
 
 
 @block_causal_attention.register_fake
@@ -27,12 +25,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool)
     return q.new_empty(q.shape)
 
 
-@torch.library.custom_op("lltk::block_causal_attention_backward", mutates_args=())
-def block_causal_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.block_causal_attention_backward`."""
-    return reference.block_causal_attention_backward(grad, q, k, v, chunk_tokens, teacher_forcing)
+block_causal_attention_backward = torch.library.custom_op(
+    "lltk::block_causal_attention_backward",
+    reference.block_causal_attention_backward,
+    mutates_args=(),
+)
+"""See `reference.block_causal_attention_backward`."""
 
 
 @block_causal_attention_backward.register_fake

@@ -11,17 +11,10 @@ from lltk.ops.declaration import Declaration, Exactness
 DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
-@torch.library.custom_op("lltk::cached_norm_silu", mutates_args=())
-def cached_norm_silu(
-    x: Tensor,
-    gamma: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    cache: Tensor | None = None,
-    keep: bool = False,
-) -> list[Tensor]:
-    """See `reference.cached_norm_silu`."""
-    return reference.cached_norm_silu(x, gamma, bias, residual, cache, keep)
+cached_norm_silu = torch.library.custom_op(
+    "lltk::cached_norm_silu", reference.cached_norm_silu, mutates_args=()
+)
+"""See `reference.cached_norm_silu`."""
 
 
 @cached_norm_silu.register_fake

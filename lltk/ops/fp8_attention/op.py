@@ -11,10 +11,10 @@ from lltk.ops.fp8_attention import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "softmax in float32, the result rounded to E4M3")
 
 
-@torch.library.custom_op("lltk::fp8_attention", mutates_args=())
-def fp8_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
-    """See `reference.fp8_attention`."""
-    return reference.fp8_attention(q, k, v, scale)
+fp8_attention = torch.library.custom_op(
+    "lltk::fp8_attention", reference.fp8_attention, mutates_args=()
+)
+"""See `reference.fp8_attention`."""
 
 
 @fp8_attention.register_fake

@@ -13,17 +13,10 @@ from lltk.ops.fp8_cached_norm_silu import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
-@torch.library.custom_op("lltk::fp8_cached_norm_silu", mutates_args=())
-def fp8_cached_norm_silu(
-    x: Tensor,
-    gamma: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    cache: Tensor | None = None,
-    keep: bool = False,
-) -> list[Tensor]:
-    """See `reference.fp8_cached_norm_silu`."""
-    return reference.fp8_cached_norm_silu(x, gamma, bias, residual, cache, keep)
+fp8_cached_norm_silu = torch.library.custom_op(
+    "lltk::fp8_cached_norm_silu", reference.fp8_cached_norm_silu, mutates_args=()
+)
+"""See `reference.fp8_cached_norm_silu`."""
 
 
 @fp8_cached_norm_silu.register_fake

@@ -11,17 +11,8 @@ from lltk.ops.fp8_conv3d import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "decodes operands to float32")
 
 
-@torch.library.custom_op("lltk::fp8_conv3d", mutates_args=())
-def fp8_conv3d(
-    frames: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See `reference.fp8_conv3d`."""
-    return reference.fp8_conv3d(frames, scale, weight, weight_scales, bias, dtype)
+fp8_conv3d = torch.library.custom_op("lltk::fp8_conv3d", reference.fp8_conv3d, mutates_args=())
+"""See `reference.fp8_conv3d`."""
 
 
 @fp8_conv3d.register_fake

@@ -11,17 +11,8 @@ from lltk.ops.fp8_matmul import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "decodes operands to float32")
 
 
-@torch.library.custom_op("lltk::fp8_matmul", mutates_args=())
-def fp8_matmul(
-    a: Tensor,
-    a_scales: Tensor,
-    b: Tensor,
-    b_scales: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See `reference.fp8_matmul`."""
-    return reference.fp8_matmul(a, a_scales, b, b_scales, bias, dtype)
+fp8_matmul = torch.library.custom_op("lltk::fp8_matmul", reference.fp8_matmul, mutates_args=())
+"""See `reference.fp8_matmul`."""
 
 
 @fp8_matmul.register_fake

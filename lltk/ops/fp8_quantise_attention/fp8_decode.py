@@ -1,7 +1,5 @@
 """Attention in FP8 on a GPU, its result quantised by a kernel."""
 
-from __future__ import annotations
-
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_quantise_attention.fp8 import compose
 from lltk.ops.implementations import load_parts

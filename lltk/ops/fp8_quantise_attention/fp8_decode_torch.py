@@ -1,7 +1,5 @@
 """What `fp8_decode` computes, in plain torch on any device."""
 
-from __future__ import annotations
-
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_quantise_attention.fp8 import compose
 from lltk.ops.implementations import load_parts

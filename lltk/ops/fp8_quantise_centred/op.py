@@ -12,12 +12,10 @@ from lltk.ops.fp8_rows import new_fp8
 DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
-@torch.library.custom_op("lltk::fp8_quantise_centred", mutates_args=())
-def fp8_quantise_centred(
-    x: Tensor, scale: Tensor, centre: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """See `reference.fp8_quantise_centred`."""
-    return reference.fp8_quantise_centred(x, scale, centre, dtype)
+fp8_quantise_centred = torch.library.custom_op(
+    "lltk::fp8_quantise_centred", reference.fp8_quantise_centred, mutates_args=()
+)
+"""See `reference.fp8_quantise_centred`."""
 
 
 @fp8_quantise_centred.register_fake

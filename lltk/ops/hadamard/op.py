@@ -11,10 +11,8 @@ from lltk.ops.hadamard import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
-@torch.library.custom_op("lltk::hadamard", mutates_args=())
-def hadamard(x: Tensor, signs: list[int]) -> Tensor:
-    """See `reference.hadamard`."""
-    return reference.hadamard(x, signs)
+hadamard = torch.library.custom_op("lltk::hadamard", reference.hadamard, mutates_args=())
+"""See `reference.hadamard`."""
 
 
 @hadamard.register_fake

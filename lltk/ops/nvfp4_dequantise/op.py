@@ -11,15 +11,10 @@ from lltk.ops.nvfp4_dequantise import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
-@torch.library.custom_op("lltk::nvfp4_dequantise", mutates_args=())
-def nvfp4_dequantise(
-    codes: Tensor,
-    scales: Tensor,
-    decode_scale: Tensor,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """See `reference.nvfp4_dequantise`."""
-    return reference.nvfp4_dequantise(codes, scales, decode_scale, dtype)
+nvfp4_dequantise = torch.library.custom_op(
+    "lltk::nvfp4_dequantise", reference.nvfp4_dequantise, mutates_args=()
+)
+"""See `reference.nvfp4_dequantise`."""
 
 
 @nvfp4_dequantise.register_fake

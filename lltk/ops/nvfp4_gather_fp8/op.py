@@ -11,18 +11,10 @@ from lltk.ops.nvfp4_gather_fp8 import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch, rounded to E4M3")
 
 
-@torch.library.custom_op("lltk::nvfp4_gather_fp8", mutates_args=())
-def nvfp4_gather_fp8(
-    own: Tensor,
-    centre: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    decode_scales: Tensor,
-    means: Tensor | None,
-    table: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.nvfp4_gather_fp8`."""
-    return reference.nvfp4_gather_fp8(own, centre, codes, scales, decode_scales, means, table)
+nvfp4_gather_fp8 = torch.library.custom_op(
+    "lltk::nvfp4_gather_fp8", reference.nvfp4_gather_fp8, mutates_args=()
+)
+"""See `reference.nvfp4_gather_fp8`."""
 
 
 @nvfp4_gather_fp8.register_fake

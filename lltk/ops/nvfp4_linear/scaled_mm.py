@@ -1,7 +1,5 @@
 """A linear and its gradients: kernels, and products by cuBLAS."""
 
-from __future__ import annotations
-
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.implementations import load_parts
 from lltk.ops.nvfp4_linear.op import compose

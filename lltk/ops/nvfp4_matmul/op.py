@@ -11,18 +11,10 @@ from lltk.ops.nvfp4_matmul import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "decodes operands to float32")
 
 
-@torch.library.custom_op("lltk::nvfp4_matmul", mutates_args=())
-def nvfp4_matmul(
-    a_codes: Tensor,
-    a_scales: Tensor,
-    a_scale: Tensor,
-    b_codes: Tensor,
-    b_scales: Tensor,
-    b_scale: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See `reference.nvfp4_matmul`."""
-    return reference.nvfp4_matmul(a_codes, a_scales, a_scale, b_codes, b_scales, b_scale, dtype)
+nvfp4_matmul = torch.library.custom_op(
+    "lltk::nvfp4_matmul", reference.nvfp4_matmul, mutates_args=()
+)
+"""See `reference.nvfp4_matmul`."""
 
 
 @nvfp4_matmul.register_fake

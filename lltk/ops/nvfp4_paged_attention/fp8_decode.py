@@ -1,7 +1,5 @@
 """Attention in FP8 on a GPU: a kernel decodes pages to E4M3, and cuDNN attends."""
 
-from __future__ import annotations
-
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.implementations import load_parts
 from lltk.ops.nvfp4_paged_attention.fp8 import compose

@@ -21,8 +21,7 @@ def nvfp4_quantise(
     stream: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.nvfp4_quantise`; one decode scale for all of ``x``."""
-    codes, scales, decode_scale = reference.nvfp4_quantise(x, tile, rule, seed, stream)
-    return codes, scales, decode_scale
+    return reference.nvfp4_quantise(x, tile, rule, seed, stream)
 
 
 @nvfp4_quantise.register_fake

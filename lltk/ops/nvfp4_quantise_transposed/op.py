@@ -22,8 +22,7 @@ def nvfp4_quantise_transposed(
     stream: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.nvfp4_quantise_transposed`."""
-    codes, scales, decode_scale = reference.nvfp4_quantise_transposed(x, signs, rule, seed, stream)
-    return codes, scales, decode_scale
+    return reference.nvfp4_quantise_transposed(x, signs, rule, seed, stream)
 
 
 @nvfp4_quantise_transposed.register_fake

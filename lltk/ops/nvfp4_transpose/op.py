@@ -12,10 +12,10 @@ from lltk.ops.nvfp4_transpose import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
-@torch.library.custom_op("lltk::nvfp4_transpose", mutates_args=())
-def nvfp4_transpose(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference.nvfp4_transpose`."""
-    return reference.nvfp4_transpose(codes, scales)
+nvfp4_transpose = torch.library.custom_op(
+    "lltk::nvfp4_transpose", reference.nvfp4_transpose, mutates_args=()
+)
+"""See `reference.nvfp4_transpose`."""
 
 
 @nvfp4_transpose.register_fake

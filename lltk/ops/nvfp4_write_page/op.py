@@ -12,20 +12,12 @@ from lltk.ops.nvfp4_write_page import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
-@torch.library.custom_op(
-    "lltk::nvfp4_write_page", mutates_args=("codes", "scales", "decode_scales", "means")
+nvfp4_write_page = torch.library.custom_op(
+    "lltk::nvfp4_write_page",
+    reference.nvfp4_write_page,
+    mutates_args=("codes", "scales", "decode_scales", "means"),
 )
-def nvfp4_write_page(
-    codes: Tensor,
-    scales: Tensor,
-    decode_scales: Tensor,
-    means: Tensor | None,
-    value: Tensor,
-    slot: Tensor,
-    rule: str = "none",
-) -> None:
-    """See `reference.nvfp4_write_page`."""
-    reference.nvfp4_write_page(codes, scales, decode_scales, means, value, slot, rule)
+"""See `reference.nvfp4_write_page`."""
 
 
 @nvfp4_write_page.register_fake

@@ -15,12 +15,10 @@ DECLARATION = Declaration(
 )
 
 
-@torch.library.custom_op("lltk::paged_attention", mutates_args=())
-def paged_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
-) -> Tensor:
-    """See `reference.paged_attention`."""
-    return reference.paged_attention(q, k, v, k_pages, v_pages, table)
+paged_attention = torch.library.custom_op(
+    "lltk::paged_attention", reference.paged_attention, mutates_args=()
+)
+"""See `reference.paged_attention`."""
 
 
 @paged_attention.register_fake
@@ -29,18 +27,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: 
     return q.new_empty(q.shape)
 
 
-@torch.library.custom_op("lltk::paged_attention_backward", mutates_args=())
-def paged_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    table: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.paged_attention_backward`."""
-    return reference.paged_attention_backward(grad, q, k, v, k_pages, v_pages, table)
+paged_attention_backward = torch.library.custom_op(
+    "lltk::paged_attention_backward", reference.paged_attention_backward, mutates_args=()
+)
+"""See `reference.paged_attention_backward`."""
 
 
 @paged_attention_backward.register_fake

@@ -11,12 +11,8 @@ from lltk.ops.rope_table import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "angles in float64, rounded to float32")
 
 
-@torch.library.custom_op("lltk::rope_table", mutates_args=())
-def rope_table(
-    positions: Tensor, height: int, width: int, head_dim: int, theta: float
-) -> tuple[Tensor, Tensor]:
-    """See `reference.rope_table`."""
-    return reference.rope_table(positions, height, width, head_dim, theta)
+rope_table = torch.library.custom_op("lltk::rope_table", reference.rope_table, mutates_args=())
+"""See `reference.rope_table`."""
 
 
 @rope_table.register_fake

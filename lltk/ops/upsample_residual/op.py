@@ -11,10 +11,10 @@ from lltk.ops.upsample_residual import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
-@torch.library.custom_op("lltk::upsample_residual", mutates_args=())
-def upsample_residual(phases: Tensor, bias: Tensor, shortcut: Tensor, stride: int) -> Tensor:
-    """See `reference.upsample_residual`."""
-    return reference.upsample_residual(phases, bias, shortcut, stride)
+upsample_residual = torch.library.custom_op(
+    "lltk::upsample_residual", reference.upsample_residual, mutates_args=()
+)
+"""See `reference.upsample_residual`."""
 
 
 @upsample_residual.register_fake

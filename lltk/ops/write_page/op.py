@@ -11,10 +11,10 @@ from lltk.ops.write_page import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "copies by index")
 
 
-@torch.library.custom_op("lltk::write_page", mutates_args=("pages",))
-def write_page(pages: Tensor, value: Tensor, slot: Tensor) -> None:
-    """See `reference.write_page`."""
-    reference.write_page(pages, value, slot)
+write_page = torch.library.custom_op(
+    "lltk::write_page", reference.write_page, mutates_args=("pages",)
+)
+"""See `reference.write_page`."""
 
 
 @write_page.register_fake
