@@ -55,6 +55,9 @@ def test_a_run_may_be_left_and_opened_again(tmp_path: Path) -> None:
         rest = list(run)
     assert same([first, *rest], whole) and len(rest) == 2
     assert all(torch.equal(weights[name], own) for name, own in run.trainer.weights.items())
+    exported, averages = load_vae(run.export()).weights, run.trainer.ema
+    assert all(torch.equal(exported[name], own) for name, own in averages.items())
+    assert any(not torch.equal(weights[name], own) for name, own in averages.items())
     message = refused(open_training(often, tmp_path / "parts").__enter__)
     assert message.endswith("holds a run; resume it, or name another folder")
 
