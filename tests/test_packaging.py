@@ -123,6 +123,13 @@ def test_a_module_outside_every_part_is_caught() -> None:
     assert wrong_imports(path, "") == ["lltk/helpers.py: belongs to no part of lltk"]
 
 
+def test_commands_are_thin() -> None:
+    """What a command does stands in the parts below it; its file has options and tables."""
+    files = list((ROOT / "lltk" / "cli").glob("*.py"))
+    long = [path.name for path in files if len(path.read_text().splitlines()) > 250]
+    assert files and not long
+
+
 def test_wheel_holds_every_file(tmp_path: Path) -> None:
     """Built from a copy: what an earlier build left in build/ would end up in the wheel."""
     for folder in FOLDERS:
