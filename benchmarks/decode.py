@@ -29,6 +29,7 @@ from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import Record, markdown, write_record
 from lltk.bench.script import script_parser, script_record
 from lltk.compiler import transform, with_weights
+from lltk.graph.contract import Role
 from lltk.graph.edit import op_of, shape
 from lltk.graph.memory import readable
 from lltk.graph.module import instantiate
@@ -220,8 +221,7 @@ def _rewritten(base: Program, passes: tuple[str, ...], device: torch.device) -> 
 
 def _latents(program: Program, device: torch.device) -> Tensor:
     """A video's first latents, [B, C, 5, h, w]."""
-    inputs = program.contract("first").inputs
-    batch, channels, _, *sides = inputs[program.model.latent_input].shape
+    batch, channels, _, *sides = program.contract("first").input(Role.LATENTS).shape
     generator = torch.Generator(device).manual_seed(1)
     return torch.randn(batch, channels, _OPENING, *sides, generator=generator, device=device)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lltk.graph.capture import capture
+from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.loading import LOADING
 from lltk.graph.program import Program
@@ -37,9 +38,6 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         cross_attention="blocks.{layer}.attn2",
         rope="rope",
         rope_tables=("rope.freqs_cos", "rope.freqs_sin"),
-        latent_input="hidden_states",
-        time_input="timestep",
-        text_input="encoder_hidden_states",
         output="sample",
         keep_fp32=tuple(WanTransformer3DModel._keep_in_fp32_modules),
     )
@@ -82,14 +80,14 @@ def captured(
         graph, weights, buffers = capture(
             lambda: build(config),
             inputs={
-                model_spec.latent_input: (
+                "hidden_states": TensorSpec(
                     (geometry.batch, model_spec.channels, frames, *geometry.latent(model_spec)),
                     dtype,
+                    Role.LATENTS,
                 ),
-                model_spec.time_input: ((geometry.batch, tokens), torch.float32),
-                model_spec.text_input: (
-                    (geometry.batch, geometry.text_tokens, model_spec.text_dim),
-                    dtype,
+                "timestep": TensorSpec((geometry.batch, tokens), torch.float32, Role.TIME),
+                "encoder_hidden_states": TensorSpec(
+                    (geometry.batch, geometry.text_tokens, model_spec.text_dim), dtype, Role.TEXT
                 ),
             },
             outputs=[model_spec.output],

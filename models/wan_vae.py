@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lltk.graph.capture import capture
+from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.geometry import Geometry
 from lltk.graph.loading import LOADING
 from lltk.graph.program import Program
@@ -118,7 +120,6 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         channels=config["z_dim"],
         patch=(1, 1, 1),
         stride=(config["scale_factor_temporal"], spatial, spatial),
-        latent_input="latents",
         output="video",
         keep_fp32=(),
         caches=around + 2 * blocks * resnets + upsampling,
@@ -166,7 +167,7 @@ def captured(
     program = Program("decode", model_spec, geometry, dtype, graphs={}, weights={})
     outputs = (model_spec.output, *model_spec.cache_outputs)
     latent = (geometry.batch, model_spec.channels, 1, *geometry.latent(model_spec))
-    inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    inputs: dict[str, TensorSpec] = {}
     if columns is not None and not 0 <= columns[0] < columns[1] <= latent[-1]:
         raise ValueError(
             f"model.columns: {columns[0]} to {columns[1]} are none of latents {latent[-1]} wide; "
@@ -177,13 +178,14 @@ def captured(
     if latents > 1:
         graphs.append(("steps", _Step, latents))
     for name, module, count in graphs:
-        inputs[model_spec.latent_input] = ((*latent[:2], count, *latent[3:]), torch.float32)
+        sizes = (*latent[:2], count, *latent[3:])
+        inputs["latents"] = TensorSpec(sizes, torch.float32, Role.LATENTS)
         program.graphs[name], program.weights, _ = capture(
             partial(module, config, dtype, part), inputs, outputs, lambda _name, _parameter: dtype
         )
         made = program.contract(name).outputs
         for read, given in zip(model_spec.cache_inputs, model_spec.cache_outputs, strict=True):
-            inputs[read] = (made[given].shape, made[given].dtype)
+            inputs[read] = replace(made[given], role=Role.CACHE)
     program.constants = _statistics(config)
     verify(program)
     return program

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lltk.graph.attention import find_attention
+from lltk.graph.contract import Role
 from lltk.graph.edit import add_input, building, replace, shape
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
@@ -41,12 +42,15 @@ class CachedStep(Pass[Config]):
         found = list(find_attention(program, step, program.spec.self_attention, report))
         if not found:
             return
-        table = add_input(step, "table", torch.empty(pages - 1, dtype=torch.int64, device="meta"))
+        table = add_input(
+            step, "table", torch.empty(pages - 1, dtype=torch.int64, device="meta"), Role.TABLE
+        )
         for attention in found:
             batch, *page = shape(attention.k)
             like = attention.k.meta["val"].new_empty((batch, pages, *page))
             arenas = [
-                add_input(step, f"{name}_pages_{attention.layer}", like) for name in ("k", "v")
+                add_input(step, f"{name}_pages_{attention.layer}", like, Role.PAGES)
+                for name in ("k", "v")
             ]
             with building(attention.node) as build:
                 operands = (attention.q, attention.k, attention.v)

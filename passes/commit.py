@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from lltk.graph.contract import Role
 from lltk.graph.edit import (
     add_input,
     building,
     calls,
     copy_graph,
     drop_unused_inputs,
+    input_of,
     module_of,
     output,
-    placeholder,
     prune,
     shape,
 )
@@ -56,7 +57,7 @@ class Commit(Pass[Config]):
 
     def apply(self, program: Program, report: Report) -> None:
         graph = copy_graph(program.graphs["step"])
-        slot = add_input(graph, "slot", torch.empty(1, dtype=torch.int64, device="meta"))
+        slot = add_input(graph, "slot", torch.empty(1, dtype=torch.int64, device="meta"), Role.SLOT)
         end = output(graph)
         for node in calls(graph, PAGED_ATTENTION):
             _, k, v, k_pages, v_pages, _ = node.args
@@ -65,7 +66,7 @@ class Commit(Pass[Config]):
                 build(WRITE_PAGE, v_pages, v, slot)
             report.match("pages", 2)
         end.args = ({},)
-        _clean_time(graph, program.spec.time_input, program.spec.latent_input)
+        _clean_time(graph)
         report.match("dead", prune(graph))
         drop_unused_inputs(graph)
         program.graphs["commit"] = graph
@@ -84,12 +85,13 @@ class Commit(Pass[Config]):
         assert not extra, f"the commit's last block still reads {sorted(extra)}"
 
 
-def _clean_time(graph: fx.Graph, time_name: str, latent_name: str) -> None:
-    """Replace the timestep input by zeros made on the latents' device."""
-    time, latents = placeholder(graph, time_name), placeholder(graph, latent_name)
+def _clean_time(graph: fx.Graph) -> None:
+    """Let zeros, made on the latents' device, stand in for the timesteps."""
+    time, latents = input_of(graph, Role.TIME), input_of(graph, Role.LATENTS)
     dtype = time.meta["val"].dtype
     options = {} if dtype == latents.meta["val"].dtype else {"dtype": dtype}
     first = next(node for node in graph.nodes if node in time.users)
     with building(first, "") as build:
         zeros = build(aten.new_zeros.default, latents, list(shape(time)), **options)
+    zeros.meta["role"] = Role.TIME
     time.replace_all_uses_with(zeros)

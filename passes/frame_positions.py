@@ -7,7 +7,8 @@ import operator
 import torch
 from torch import fx
 
-from lltk.graph.edit import add_input, building, module_of, placeholder, prune, replace, shape
+from lltk.graph.contract import Role
+from lltk.graph.edit import add_input, building, input_of, module_of, prune, replace, shape
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -40,10 +41,9 @@ class FramePositions(Pass[Config]):
             found = [_table(graph, spec.rope, name, report) for name in spec.rope_tables]
             if None in found:
                 continue
-            frames = shape(placeholder(graph, spec.latent_input))[2]
-            positions = add_input(
-                graph, "positions", torch.empty(frames, dtype=torch.float64, device="meta")
-            )
+            frames = shape(input_of(graph, Role.LATENTS))[2]
+            like = torch.empty(frames, dtype=torch.float64, device="meta")
+            positions = add_input(graph, "positions", like, Role.POSITIONS)
             first = next(node for node in graph.nodes if node in found)
             with building(first, spec.rope) as build:
                 tables = build(

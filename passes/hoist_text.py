@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import fx
 
 from lltk.graph.attention import find_attention
+from lltk.graph.contract import Role
 from lltk.graph.edit import (
     add_input,
     copy_graph,
     drop_unused_inputs,
+    input_of,
     output,
-    placeholder,
     prune,
 )
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
@@ -52,13 +53,13 @@ class HoistText(Pass[Config]):
         drop_unused_inputs(prologue)
         for attention in list(find_attention(program, step, spec.cross_attention, report)):
             for name, value in (("cross_k", attention.k), ("cross_v", attention.v)):
-                given = add_input(step, f"{name}_{attention.layer}", value.meta["val"])
+                given = add_input(step, f"{name}_{attention.layer}", value.meta["val"], Role.PROMPT)
                 value.replace_all_uses_with(given)
             report.match("cross-attention")
         if not report.matches:
             return
         prune(step)
-        if placeholder(step, spec.text_input).users:
+        if input_of(step, Role.TEXT).users:
             raise ValueError("the step still reads the text outside cross-attention")
         drop_unused_inputs(step)
         program.graphs = {"prologue": prologue, "step": step}

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import fx
 
+from lltk.graph.contract import Role
 from lltk.graph.edit import add_input, building, calls, drop_unused_inputs, replace, shape
 from lltk.graph.linears import Rule
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
@@ -19,6 +20,14 @@ from lltk.ops.nvfp4_quantise.reference import BLOCK
 from lltk.ops.nvfp4_write_page.op import OVERLOAD as NVFP4_WRITE_PAGE
 from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
 from lltk.ops.write_page.op import OVERLOAD as WRITE_PAGE
+
+_ROLES = {
+    "codes": Role.PAGE_CODES,
+    "scales": Role.PAGE_SCALES,
+    "decode_scales": Role.PAGE_DECODE_SCALES,
+    "means": Role.PAGE_MEANS,
+}
+"""Of the parts of a page in NVFP4."""
 
 
 class Config(PassConfig):
@@ -78,7 +87,9 @@ class Nvfp4Cache(Pass[Config]):
         if pages not in made:
             name, _, layer = str(pages.target).rpartition("_")
             made[pages] = [
-                None if like is None else add_input(pages.graph, f"{name}_{part}_{layer}", like)
+                None
+                if like is None
+                else add_input(pages.graph, f"{name}_{part}_{layer}", like, _ROLES[part])
                 for part, like in _arenas(pages, self.config.smoothing).items()
             ]
         return made[pages]

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from lltk.graph.contract import Role
 from lltk.graph.edit import Builder, add_input, building, module_of, replace, shape
 from lltk.graph.linears import Linear, LinearChoice, Rule, chosen_linears
 from lltk.graph.passes import Numerics, Pass, Report
@@ -24,8 +25,6 @@ from lltk.ops.nvfp4_quantise_transposed.op import OVERLOAD as QUANTISE_TRANSPOSE
 from lltk.ops.nvfp4_transpose.op import OVERLOAD as TRANSPOSE
 
 aten = torch.ops.aten
-RANDOM = "random"
-"""Input of the train graph: int64 [2], the key and the draw of stochastic rounding."""
 _STREAMS = 2
 _PARTS = ("codes", "scales", "scale", "codes_t", "scales_t")
 
@@ -77,7 +76,7 @@ class Nvfp4Train(Pass[Config]):
         chosen = list(chosen_linears(program, graph, self.config, report, BLOCK))
         if not chosen:
             return
-        random = add_input(graph, RANDOM, torch.empty(2, dtype=torch.int64))
+        random = add_input(graph, "random", torch.empty(2, dtype=torch.int64), Role.RANDOM)
         weights = fx.Graph()
         made: dict[str, fx.Node] = {}
         operands: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -90,12 +89,12 @@ class Nvfp4Train(Pass[Config]):
             if layer not in seeds:
                 number = program.spec.layers if layer is None else layer
                 with building(linear.node, "") as build:
-                    seeds[layer] = build(aten.add.Scalar, random, number, name=f"{RANDOM}_{number}")
+                    seeds[layer] = build(aten.add.Scalar, random, number, name=f"random_{number}")
             names = _names(linear.kind(program), layer)
             values = self._weight(weights, linear)
             made |= dict(zip(names, values, strict=True))
             inputs = [
-                add_input(graph, name, like)
+                add_input(graph, name, like, Role.WEIGHTS)
                 for name, like in zip(names, _shapes(*shape(linear.weight)), strict=True)
             ]
             with building(linear.node) as build:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lltk.graph.edit import Builder, building, has_input, module_of, placeholder, replace, shape
+from lltk.graph.contract import Role
+from lltk.graph.edit import Builder, building, input_of, inputs_of, module_of, replace, shape
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -37,7 +38,7 @@ class PerFrameTimesteps(Pass[Config]):
 
     def requires(self, program: Program) -> None:
         for name, graph in self._visited(program).items():
-            time = placeholder(graph, program.spec.time_input)
+            time = input_of(graph, Role.TIME)
             tokens = program.geometry.frame_tokens(program.spec)
             if len(shape(time)) != 2 or shape(time)[1] % tokens:
                 raise ValueError(
@@ -46,13 +47,12 @@ class PerFrameTimesteps(Pass[Config]):
                 )
 
     def _visited(self, program: Program) -> dict[str, fx.Graph]:
-        time = program.spec.time_input
-        return {name: graph for name, graph in program.graphs.items() if has_input(graph, time)}
+        return {n: graph for n, graph in program.graphs.items() if inputs_of(graph, Role.TIME)}
 
     def apply(self, program: Program, report: Report) -> None:
         frame_tokens = program.geometry.frame_tokens(program.spec)
         for graph in self._visited(program).values():
-            time = placeholder(graph, program.spec.time_input)
+            time = input_of(graph, Role.TIME)
             batch, tokens = shape(time)
             time.meta["val"] = time.meta["val"].new_empty((batch, tokens // frame_tokens))
             per_frame = _spread(graph, time, tokens, frame_tokens, report)

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from lltk.graph.contract import Role
 from lltk.graph.edit import (
     Builder,
     add_input,
     building,
-    has_input,
+    input_of,
+    inputs_of,
     module_of,
-    placeholder,
     rename_placeholder,
     shape,
 )
@@ -51,8 +52,8 @@ class TeacherForcing(Pass[Config]):
 
     def requires(self, program: Program) -> None:
         (graph,) = program.graphs.values()
-        time = placeholder(graph, program.spec.time_input)
-        if not has_input(graph, "positions") or shape(time)[1] != 2 * program.geometry.frames:
+        time = input_of(graph, Role.TIME)
+        if not inputs_of(graph, Role.POSITIONS) or shape(time)[1] != 2 * program.geometry.frames:
             raise ValueError(
                 "needs timesteps and positions per frame; put "
                 "per_frame_timesteps and frame_positions before it in the recipe's passes"
@@ -60,15 +61,16 @@ class TeacherForcing(Pass[Config]):
 
     def apply(self, program: Program, report: Report) -> None:
         (graph,) = program.graphs.values()
-        spec, frames = program.spec, program.geometry.frames
+        frames = program.geometry.frames
         _noisy_head(program, graph, frames, report)
-        noisy = placeholder(graph, spec.latent_input)
-        clean = add_input(graph, "clean", noisy.meta["val"].narrow(2, 0, frames).contiguous())
+        noisy = input_of(graph, Role.LATENTS)
+        like = noisy.meta["val"].narrow(2, 0, frames).contiguous()
+        clean = add_input(graph, "clean", like, Role.CLEAN)
         _double(noisy, 2, lambda build: clean)
         rename_placeholder(noisy, "noisy")
-        time = placeholder(graph, spec.time_input)
+        time = input_of(graph, Role.TIME)
         _double(time, 1, lambda build: build(aten.zeros_like.default, time))
-        positions = placeholder(graph, "positions")
+        positions = input_of(graph, Role.POSITIONS)
         _double(positions, 0, lambda build: positions)
         report.match("inputs", 3)
         rewrite_self_attention(program, "train", True, report)

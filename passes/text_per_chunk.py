@@ -6,7 +6,8 @@ import torch
 from torch import fx
 
 from lltk.graph.attention import attend, find_attention
-from lltk.graph.edit import Builder, building, placeholder, replace, shape
+from lltk.graph.contract import Role
+from lltk.graph.edit import Builder, building, input_of, replace, shape
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -37,9 +38,9 @@ class TextPerChunk(Pass[Config]):
     def apply(self, program: Program, report: Report) -> None:
         spec, prompts = program.spec, program.geometry.chunks
         for graph in program.graphs.values():
-            text = placeholder(graph, spec.text_input)
+            text = input_of(graph, Role.TEXT)
             batch, tokens, width = shape(text)
-            frames = shape(placeholder(graph, spec.latent_input))[2]
+            frames = shape(input_of(graph, Role.LATENTS))[2]
             chunks = frames // program.geometry.chunk
             for attention in find_attention(program, graph, spec.cross_attention, report):
                 with building(attention.node) as build:

@@ -10,19 +10,20 @@ import torch
 from pydantic import Field
 from torch import fx
 
+from lltk.graph.contract import Role
 from lltk.graph.edit import (
     Builder,
     building,
     calls,
-    has_input,
+    inputs_of,
     module_of,
     output,
-    placeholder,
+    role_of,
     shape,
 )
 from lltk.graph.facts import Ranks
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
-from lltk.graph.program import Program, is_page
+from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.ops.fp8_quantise_attention.op import OVERLOAD as FP8_QUANTISE_ATTENTION
 from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
@@ -43,6 +44,16 @@ from lltk.parallel.groups import SEQUENCE
 aten = torch.ops.aten
 _WRITTEN = {WRITE_PAGE: 1, NVFP4_WRITE_PAGE: 4}
 """Ops that write a page, and which argument they write."""
+_FRAMES = {Role.LATENTS: 2, Role.TIME: 1, Role.POSITIONS: 0}
+"""The axis of an input that is the frames."""
+_HEADS = {
+    Role.PAGES: 3,
+    Role.PAGE_CODES: 3,
+    Role.PAGE_SCALES: 3,
+    Role.PAGE_DECODE_SCALES: 2,
+    Role.PAGE_MEANS: 2,
+}
+"""The axis of a part of the cache that is the heads."""
 
 
 class Config(PassConfig):
@@ -99,17 +110,18 @@ class UlyssesStream(Pass[Config]):
             )
 
     def apply(self, program: Program, report: Report) -> None:
-        latents = program.spec.latent_input
-        shared = {n: graph for n, graph in program.graphs.items() if has_input(graph, latents)}
-        for graph in shared.values():
+        for graph in program.graphs.values():
+            if not inputs_of(graph, Role.LATENTS):
+                continue
             self._share_heads(graph, report)
             self._share_frames(program, graph, report)
         program.leave(Ranks(self.config.size))
 
     def _share_heads(self, graph: fx.Graph, report: Report) -> None:
         for page in graph.find_nodes(op="placeholder"):
-            if is_page(str(page.target)):
-                _divide(page, 3 if len(shape(page)) == 5 else 2, self.config.size)
+            role = role_of(page)
+            if role in _HEADS:
+                _divide(page, _HEADS[role], self.config.size)
         arrived: dict[Any, fx.Node] = {}
         for target in (PAGED_ATTENTION, NVFP4_PAGED_ATTENTION):
             for node in calls(graph, target):
@@ -164,15 +176,17 @@ class UlyssesStream(Pass[Config]):
 
     def _share_frames(self, program: Program, graph: fx.Graph, report: Report) -> None:
         spec, size = program.spec, self.config.size
-        inputs = {spec.latent_input: 2, spec.time_input: 1, "positions": 0}
         first = next(node for node in graph.nodes if node.op != "placeholder")
-        for node in calls(graph, aten.new_zeros.default):  # the commit's timesteps
-            batch, frames = shape(node)
-            node.update_arg(1, [batch, frames // size])
-        for name, dim in inputs.items():
-            if has_input(graph, name):
-                self._insert(OWN_PART, placeholder(graph, name), first, "", dim)
+        for node in list(graph.nodes):
+            role = role_of(node)
+            if role not in _FRAMES:
+                continue
+            if node.op == "placeholder":
+                self._insert(OWN_PART, node, first, "", _FRAMES[role])
                 report.match("inputs")
+            else:  # the zeros that stand in for the commit's timesteps
+                batch, frames = shape(node)
+                node.update_arg(1, [batch, frames // size])
         tokens = program.geometry.chunk * program.geometry.frame_tokens(spec)
         for value in output(graph).all_input_nodes:
             last: Any = value
@@ -188,11 +202,11 @@ class UlyssesStream(Pass[Config]):
         value.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def ensures(self, program: Program) -> None:
-        latents, result = program.spec.latent_input, program.spec.output
+        result = program.spec.output
         for name in program.graphs:
             contract = program.contract(name)
             if result in contract.outputs:
-                whole = contract.inputs[latents].shape
+                whole = contract.input(Role.LATENTS).shape
                 assert contract.outputs[result].shape == whole, f"{name}: its output is not whole"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lltk.compiler import transform, with_weights
-from lltk.graph.contract import TensorSpec
+from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.edit import infer, module_of, output
 from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.module import ProgramModule, instantiate
@@ -177,19 +177,17 @@ def inputs(program: Program, graph: str, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs of a named graph; timesteps, positions, pages and tables are valid ones."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: _value(program, name, spec, generator)
+        name: _value(program, spec, generator)
         for name, spec in program.contract(graph).inputs.items()
     }
 
 
-def _value(program: Program, name: str, spec: TensorSpec, generator: torch.Generator) -> Tensor:
-    if name == "positions":
+def _value(program: Program, spec: TensorSpec, generator: torch.Generator) -> Tensor:
+    if spec.role in (Role.POSITIONS, Role.TABLE):
         return torch.arange(spec.shape[0], dtype=spec.dtype)
-    if name == "table":
-        return torch.arange(spec.shape[0])
-    if name == "slot":
+    if spec.role is Role.SLOT:
         return torch.tensor([program.geometry.pages - 1])
-    if name == program.spec.time_input:
+    if spec.role is Role.TIME:
         return torch.rand(spec.shape, generator=generator) * 1000
     if spec.dtype == torch.uint8:
         return torch.randint(256, spec.shape, dtype=spec.dtype, generator=generator)
@@ -283,9 +281,6 @@ HAND_SPEC = ModelSpec(
     cross_attention="blocks.{layer}.attn2",
     rope="rope",
     rope_tables=("rope.freqs_cos", "rope.freqs_sin"),
-    latent_input="hidden_states",
-    time_input="timestep",
-    text_input="encoder_hidden_states",
     output="sample",
     keep_fp32=("scale_shift_table",),
 )

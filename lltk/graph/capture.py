@@ -10,13 +10,14 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
 
+from lltk.graph.contract import TensorSpec
 from lltk.graph.edit import prune, rename_placeholder
 from lltk.graph.loading import LOADING
 
 
 def capture(
     build: Callable[[], nn.Module],
-    inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    inputs: Mapping[str, TensorSpec],
     outputs: Sequence[str],
     run_dtype: Callable[[str, Tensor], torch.dtype],
     options: Mapping[str, Any] | None = None,
@@ -25,7 +26,7 @@ def capture(
 
     Args:
         build: makes the module; called under a fake mode on the CPU.
-        inputs: shape and dtype of each forward argument, by name.
+        inputs: shape, dtype and role of each forward argument, by name.
         outputs: a name for each output, in order.
         run_dtype: dtype in which a parameter, given by name, runs.
         options: constant forward arguments.
@@ -41,9 +42,11 @@ def capture(
         stored = {n: p.to("meta") for n, p in module.named_parameters()}
         for name, parameter in module.named_parameters():
             parameter.data = parameter.data.to(run_dtype(name, parameter))
-        example = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in inputs.items()}
+        example = {n: torch.empty(own.shape, dtype=own.dtype) for n, own in inputs.items()}
         exported = torch.export.export(module, (), {**example, **(options or {})}, strict=False)
     graph, buffers = _named_graph(exported, outputs)
+    for node in graph.find_nodes(op="placeholder"):
+        node.meta["role"] = inputs[str(node.target)].role
     return graph, stored, buffers
 
 

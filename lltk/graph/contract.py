@@ -1,20 +1,83 @@
-"""Shapes and dtypes of tensors, and a graph's contract: its inputs and outputs by name."""
+"""A graph's contract: its inputs and outputs by name, and what each input is for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
 from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+V = TypeVar("V")
+
+
+class Role(StrEnum):
+    """What an input of a graph is for. Code finds inputs by their roles, and names are for people.
+
+    B is the batch, F are latent frames, N chunks, S text tokens, P pages, T the tokens of a page,
+    H heads of D channels.
+    """
+
+    LATENTS = "latents"
+    """The latents that the graph works on, [B, C, F, h, w]."""
+    CLEAN = "clean"
+    """In training, the clean latents of the clip that is also seen noisy, [B, C, F, h, w]."""
+    TIME = "time"
+    """Timesteps, float32 [B, F] once they are per frame; 0 for clean latents, 1000 for noise."""
+    POSITIONS = "positions"
+    """Positions of the frames in the video, float64 [F]."""
+    TEXT = "text"
+    """Embedded prompts, [B, S, E], or [B, N, S, E] where every chunk has its own."""
+    PROMPT = "prompt"
+    """A layer's keys or values of the text, [B, S, H, D], which the graph ``prologue`` gives."""
+    PAGES = "pages"
+    """A layer's cached keys or values, [B, P, T, H, D]."""
+    PAGE_CODES = "page_codes"
+    """The same in NVFP4: the codes, uint8 [B, P, T, H, D/2], …"""
+    PAGE_SCALES = "page_scales"
+    """… the scales of blocks of 16, float8_e4m3fn [B, P, T, H, D/16], …"""
+    PAGE_DECODE_SCALES = "page_decode_scales"
+    """… a scale for every head of a page, float32 [B, P, H], …"""
+    PAGE_MEANS = "page_means"
+    """… and the mean that was taken off each channel, bfloat16 [B, P, H, D]."""
+    TABLE = "table"
+    """The committed pages to attend to, int64, as many as there are."""
+    SLOT = "slot"
+    """The page that a commit writes, int64 [1]."""
+    CACHE = "cache"
+    """Features that a decoder's call leaves for the next call."""
+    WEIGHTS = "weights"
+    """A part of a weight in NVFP4, which the graph ``weights`` gives."""
+    RANDOM = "random"
+    """What stochastic rounding draws by: seed and number of the batch, int64 [2]."""
+
+    @property
+    def is_page(self) -> bool:
+        """Whether such an input is a part of the cache, with the pages as its second axis."""
+        return self in _OF_PAGES
+
+
+_OF_PAGES = frozenset(
+    {
+        Role.PAGES,
+        Role.PAGE_CODES,
+        Role.PAGE_SCALES,
+        Role.PAGE_DECODE_SCALES,
+        Role.PAGE_MEANS,
+    }
+)
+
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a tensor."""
+    """Shape and dtype of a tensor. The role, which only inputs of graphs have, is not compared."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    role: Role | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -22,13 +85,35 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
     @classmethod
-    def of(cls, value: Tensor) -> TensorSpec:
-        return cls(tuple(int(size) for size in value.shape), value.dtype)
+    def of(cls, value: Tensor, role: Role | None = None) -> TensorSpec:
+        return cls(tuple(int(size) for size in value.shape), value.dtype, role)
 
 
 @dataclass(frozen=True)
 class Contract:
-    """Inputs and outputs of a graph by name."""
+    """Inputs and outputs of a graph by name, in order."""
 
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
+
+    @property
+    def pages(self) -> dict[str, TensorSpec]:
+        """The inputs that are parts of the cache; their second axis is the pages."""
+        return {n: spec for n, spec in self.inputs.items() if spec.role and spec.role.is_page}
+
+    def name(self, role: Role) -> str:
+        """The name of the one input of a role."""
+        (name,) = (name for name, spec in self.inputs.items() if spec.role is role)
+        return name
+
+    def input(self, role: Role) -> TensorSpec:
+        """The one input of a role."""
+        return self.inputs[self.name(role)]
+
+    def named(self, values: Mapping[Role, V]) -> dict[str, V]:
+        """Values by the names of the inputs that have their roles, as far as there are such."""
+        return {
+            name: values[spec.role]
+            for name, spec in self.inputs.items()
+            if spec.role is not None and spec.role in values
+        }

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
+from lltk.graph.contract import Role
 from lltk.graph.program import Program
 
 aten = torch.ops.aten
@@ -46,18 +47,31 @@ def calls(graph: fx.Graph, target: Any) -> list[fx.Node]:
     return list(graph.find_nodes(op="call_function", target=target))
 
 
-def placeholder(graph: fx.Graph, name: str) -> fx.Node:
-    """The input called ``name``."""
-    for node in graph.find_nodes(op="placeholder"):
-        if node.target == name:
-            return node
-    have = ", ".join(str(n.target) for n in graph.find_nodes(op="placeholder"))
-    raise ValueError(f"no input {name!r}; the graph has: {have}")
+def role_of(node: fx.Node) -> Role | None:
+    """What an input is for. A call that stands in for an input has its role too."""
+    role: Role | None = node.meta.get("role")
+    return role
 
 
-def has_input(graph: fx.Graph, name: str) -> bool:
-    """Whether there is an input called ``name``."""
-    return any(node.target == name for node in graph.find_nodes(op="placeholder"))
+def inputs_of(graph: fx.Graph, role: Role) -> list[fx.Node]:
+    """The inputs of a role, in order."""
+    return [node for node in graph.find_nodes(op="placeholder") if role_of(node) is role]
+
+
+def input_of(graph: fx.Graph, role: Role) -> fx.Node:
+    """The one input of a role.
+
+    Raises:
+        ValueError: there is none, or several; names those that there are.
+    """
+    found = inputs_of(graph, role)
+    if len(found) != 1:
+        have = ", ".join(
+            f"{node.target} ({role_of(node) or 'no role'})"
+            for node in graph.find_nodes(op="placeholder")
+        )
+        raise ValueError(f"{len(found)} inputs are for {role}, not one; the graph has: {have}")
+    return found[0]
 
 
 def output(graph: fx.Graph) -> fx.Node:
@@ -72,13 +86,20 @@ def rename_placeholder(node: fx.Node, name: str) -> None:
     node._rename(name)
 
 
-def add_input(graph: fx.Graph, name: str, like: Tensor) -> fx.Node:
-    """A new input after the existing ones; ``like`` gives shape and dtype (data ignored)."""
+def add_input(graph: fx.Graph, name: str, like: Tensor, role: Role) -> fx.Node:
+    """A new input after the existing ones.
+
+    Args:
+        graph: with an input at least.
+        name: of the input.
+        like: gives its shape, strides and dtype.
+        role: what it is for.
+    """
     inputs = graph.find_nodes(op="placeholder")
     with graph.inserting_after(inputs[-1]):
         node = graph.placeholder(name)
     with FakeTensorMode():
-        node.meta = {"val": _empty(like), "module": ""}
+        node.meta = {"val": _empty(like), "module": "", "role": role}
     return node
 
 

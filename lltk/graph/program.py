@@ -33,11 +33,6 @@ class StateMap(Protocol):
         """The state dict before the pass, from the one after it."""
 
 
-def is_page(name: str) -> bool:
-    """Whether a stream's input of this name is an arena of pages."""
-    return name.startswith(("k_pages_", "v_pages_"))
-
-
 @dataclass(frozen=True)
 class Region:
     """One block graph shared by layers.
@@ -171,7 +166,11 @@ class Program:
     def contract(self, graph: str) -> Contract:
         """Inputs and outputs of a named graph."""
         nodes = self.graphs[graph].nodes
-        inputs = {n.name: TensorSpec.of(n.meta["val"]) for n in nodes if n.op == "placeholder"}
+        inputs = {
+            n.name: TensorSpec.of(n.meta["val"], n.meta.get("role"))
+            for n in nodes
+            if n.op == "placeholder"
+        }
         (output,) = (n for n in nodes if n.op == "output")
         return Contract(
             inputs, {k: TensorSpec.of(v.meta["val"]) for k, v in output.args[0].items()}
@@ -179,11 +178,8 @@ class Program:
 
     @property
     def pages(self) -> dict[str, TensorSpec]:
-        """A stream's cache: the commit's inputs that are pages, with axes [B, P, …]."""
-        if "commit" not in self.graphs:
-            return {}
-        inputs = self.contract("commit").inputs
-        return {name: spec for name, spec in inputs.items() if is_page(name)}
+        """A stream's cache: the commit's inputs that are parts of it, with axes [B, P, …]."""
+        return self.contract("commit").pages if "commit" in self.graphs else {}
 
     def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The captured model's state dict → this Program's."""

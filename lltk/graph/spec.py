@@ -6,6 +6,8 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from lltk.graph.contract import Role
+
 
 @dataclass(frozen=True)
 class Spec(ABC):
@@ -15,20 +17,24 @@ class Spec(ABC):
         channels: latent channels.
         patch: latent (frames, height, width) that the model takes as one; frames is 1.
         stride: video (frames, height, width) of one latent.
-        latent_input, output: names in the captured contract.
+        output: name of the result in the captured contract.
         keep_fp32: parameters whose dotted name holds one of these parts run in float32.
     """
 
     channels: int
     patch: tuple[int, int, int]
     stride: tuple[int, int, int]
-    latent_input: str
     output: str
     keep_fp32: tuple[str, ...]
 
     @abstractmethod
-    def contract_names(self, graph: str) -> tuple[set[str], set[str]]:
-        """Names of a captured graph's inputs and outputs."""
+    def captured_roles(self, graph: str) -> tuple[Role, ...]:
+        """The roles of a captured graph's inputs."""
+
+    @property
+    def captured_outputs(self) -> set[str]:
+        """The names of a captured graph's outputs."""
+        return {self.output}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,6 @@ class ModelSpec(Spec):
         block, self_attention, cross_attention: module paths.
         rope, rope_tables: module that computes the rotary tables, and its cos and sin buffers.
         rope_theta: base of the rotary frequencies.
-        time_input, text_input: names in the captured contract.
     """
 
     layers: int
@@ -57,12 +62,10 @@ class ModelSpec(Spec):
     cross_attention: str
     rope: str
     rope_tables: tuple[str, str]
-    time_input: str
-    text_input: str
 
-    def contract_names(self, graph: str) -> tuple[set[str], set[str]]:
+    def captured_roles(self, graph: str) -> tuple[Role, ...]:
         """The same for every graph."""
-        return {self.latent_input, self.time_input, self.text_input}, {self.output}
+        return Role.LATENTS, Role.TIME, Role.TEXT
 
     def layer_of(self, module: str, template: str | None = None) -> int | None:
         """Layer index if ``module`` lies in ``template`` (the block by default), else None."""
@@ -95,7 +98,11 @@ class DecoderSpec(Spec):
         """Names of the caches that both graphs give, in the same order."""
         return tuple(f"next_{name}" for name in self.cache_inputs)
 
-    def contract_names(self, graph: str) -> tuple[set[str], set[str]]:
-        """``first`` reads no caches."""
-        read = () if graph == "first" else self.cache_inputs
-        return {self.latent_input, *read}, {self.output, *self.cache_outputs}
+    def captured_roles(self, graph: str) -> tuple[Role, ...]:
+        """Latents and the caches; ``first`` reads no caches."""
+        return Role.LATENTS, *([Role.CACHE] * (0 if graph == "first" else self.caches))
+
+    @property
+    def captured_outputs(self) -> set[str]:
+        """The video and the new caches."""
+        return {self.output, *self.cache_outputs}

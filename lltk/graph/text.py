@@ -1,9 +1,9 @@
 """Graphs as text: one line a node, read back by `parse`.
 
-The text is a subset of Python: inputs with their types, one annotated assignment a call, a
-comment where the module path changes::
+The text is a subset of Python: inputs with their roles and types, one annotated assignment a call,
+a comment where the module path changes::
 
-    def step(x: f32[1, 8, 4]):
+    def step(x: latents(f32[1, 8, 4])):
         # blocks.0.ffn
         linear: f32[1, 8, 4] = aten.linear.default(x, self['blocks.0.ffn.weight'])
         return {'sample': linear}
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lltk.graph.edit import module_of
+from lltk.graph.contract import Role
+from lltk.graph.edit import module_of, role_of
 from lltk.ops.implementations import register_ops
 
 _DTYPES = {
@@ -57,7 +58,7 @@ def type_text(value: Any) -> str:
 def print_graph(graph: fx.Graph, name: str) -> str:
     """The graph as text; equal text means equal graphs up to constants' values."""
     inputs = graph.find_nodes(op="placeholder")
-    parameters = ", ".join(f"{n.name}: {type_text(n.meta['val'])}" for n in inputs)
+    parameters = ", ".join(f"{node.name}: {_input_text(node)}" for node in inputs)
     lines = [f"def {name}({parameters}):"]
     module = None
     for node in graph.nodes:
@@ -74,6 +75,12 @@ def print_graph(graph: fx.Graph, name: str) -> str:
         call = f"{target_name(node)}({', '.join(arguments)})"
         lines.append(f"    {node.name}: {type_text(node.meta.get('val'))} = {call}")
     return "\n".join(lines) + "\n"
+
+
+def _input_text(node: fx.Node) -> str:
+    """``latents(f32[1, 8, 4])``; inputs of regions have no role."""
+    role, text = role_of(node), type_text(node.meta["val"])
+    return text if role is None else f"{role}({text})"
 
 
 def target_name(node: fx.Node) -> str:
@@ -136,7 +143,10 @@ class _Parser:
     def graph(self, function: ast.FunctionDef) -> fx.Graph:
         for argument in function.args.args:
             node = self.out.placeholder(argument.arg)
-            node.meta = {"val": self._type(argument.annotation), "module": ""}
+            role, annotation = self._role(argument.annotation)
+            node.meta = {"val": self._type(annotation), "module": ""}
+            if role is not None:
+                node.meta["role"] = role
             self.nodes[argument.arg] = node
         for statement in function.body:
             self._enter_module(statement.lineno)
@@ -209,6 +219,16 @@ class _Parser:
             case ast.UnaryOp(ast.USub(), ast.Call()):
                 return -self._value(node.operand)
         raise ValueError(f"line {node.lineno}: {ast.unparse(node)!r} is no argument of a call")
+
+    @staticmethod
+    def _role(node: ast.expr | None) -> tuple[Role | None, ast.expr | None]:
+        """An input's role, if it has one, and its type."""
+        match node:
+            case ast.Call(ast.Name(role), [annotation]):
+                if role not in list(Role):
+                    raise ValueError(f"{role} is no role; there are {', '.join(Role)}")
+                return Role(role), annotation
+        return None, node
 
     def _type(self, node: ast.expr | None) -> Any:
         match node:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from lltk.graph.edit import module_of, op_of, output
-from lltk.graph.program import Program, is_page
+from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.ops.implementations import op_called, ops_with_choices
 
@@ -117,8 +117,7 @@ def _causal(program: Program) -> None:
 
 
 def _same_pages(program: Program) -> None:
-    inputs = program.contract("step").inputs
-    read = {name: spec for name, spec in inputs.items() if is_page(name)}
+    read = program.contract("step").pages
     if differing := dict(read.items() ^ program.pages.items()):
         raise ValueError(f"step and commit differ in their pages: {', '.join(sorted(differing))}")
 
@@ -148,8 +147,9 @@ def _captured(program: Program) -> None:
     if program.stage is not Stage.CAPTURED:
         return
     for name in program.graphs:
-        contract, wanted = program.contract(name), program.model.contract_names(name)
-        found = (set(contract.inputs), set(contract.outputs))
+        contract = program.contract(name)
+        found = sorted(str(spec.role) for spec in contract.inputs.values()), set(contract.outputs)
+        wanted = sorted(program.model.captured_roles(name)), program.model.captured_outputs
         if found != wanted:
             raise ValueError(f"{name}: inputs and outputs are {found}, the spec says {wanted}")
 

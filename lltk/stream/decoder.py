@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lltk.graph.contract import TensorSpec
+from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
@@ -107,13 +107,12 @@ class Decoder:
             )
         self._spec = program.model
         self._module = module
-        self._latents = program.contract("first").inputs[self._spec.latent_input]
-        inputs = program.contract("step").inputs
+        self._contracts = {name: program.contract(name) for name in program.graphs}
+        self._latents = self._contracts["first"].input(Role.LATENTS)
+        inputs = self._contracts["step"].inputs
         self._caches = {name: inputs[name] for name in self._spec.cache_inputs}
-        several = "steps" in program.graphs
-        self._several = (
-            program.contract("steps").inputs[self._spec.latent_input].shape[2] if several else 1
-        )
+        steady = self._contracts.get("steps", self._contracts["step"])
+        self._several = steady.input(Role.LATENTS).shape[2]
         self._held: dict[str, Tensor] | None = {}  # caches; None where decoding failed
         option = "stream.decoder.cuda_graphs"
         self.lane = lane or decoder_lane(module)
@@ -226,7 +225,8 @@ class Decoder:
         graph = steady if begun else "first"
         if latents.is_cuda:
             _record(caches, torch.cuda.current_stream(latents.device))
-        caches[spec.latent_input] = latents.contiguous()  # compilers tell strides apart
+        # Compilers tell strides apart.
+        caches |= self._contracts[graph].named({Role.LATENTS: latents.contiguous()})
         if begun and self._graphs is not None:
             result = self._graphs(graph, lambda inputs: self._module(graph, dict(inputs)), caches)
         else:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lltk.graph.contract import Role
 from lltk.graph.diagnose import first_bad_node
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
@@ -115,6 +116,7 @@ class FlowMatching:
                 "chunks; remove them, or set the recipe's program to train"
             )
         self._program = program
+        self._contract = program.contract(program.kind)
         self._module = module
         self._image = image
         self._context_error = context_error
@@ -149,7 +151,8 @@ class FlowMatching:
         batch = self._excerpt(batch)
         inputs, target, weight = self._prepared(batch)
         if self._context_error:
-            inputs |= {"clean": self._mistaken(batch, inputs, target)}
+            mistaken = self._mistaken(batch, inputs, target)
+            inputs |= self._contract.named({Role.CLEAN: mistaken})
         flow = self._flow(inputs)
         error = (flow.float() - target).square().mean(dim=(1, 3, 4))
         return (weight * error).sum()
@@ -180,7 +183,7 @@ class FlowMatching:
     def _prepared(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The graph's inputs; the target ε − x₀, float32 [B, C, F, h, w]; each frame's loss weight,
         float32 [B, F], 0 where it does not count."""
-        program, spec, device = self._program, self._program.spec, self._device
+        program, device = self._program, self._device
         clean = batch.tensors["latents"].to(device, torch.float32)
         _, channels, frames, height, width = clean.shape
         span = program.geometry.chunk if program.kind == "train" else frames
@@ -192,20 +195,17 @@ class FlowMatching:
         sigma = (timestep / LEVELS)[:, None, :, None, None]
         noise = batch.normal("noise", channels, frames, height, width, device=device)
         noisy = (1 - sigma) * clean + sigma * noise
-        latents = (
-            {"clean": self._context(batch, clean), "noisy": noisy}
-            if program.kind == "train"
-            else {spec.latent_input: noisy}
-        )
-        inputs = latents | {
-            spec.time_input: timestep,
-            spec.text_input: batch.tensors["text"],
-            "positions": batch.tensors["positions"],
-            "random": torch.tensor([batch.seed, batch.indices.start]),
-            **self._quantised,
+        values = {
+            Role.LATENTS: noisy,
+            Role.CLEAN: self._context(batch, clean),
+            Role.TIME: timestep,
+            Role.TEXT: batch.tensors["text"],
+            Role.POSITIONS: batch.tensors["positions"],
+            Role.RANDOM: torch.tensor([batch.seed, batch.indices.start]),
         }
-        contract = program.contract(program.kind).inputs
-        cast = {name: inputs[name].to(device, own.dtype) for name, own in contract.items()}
+        inputs = self._contract.named(values) | self._quantised
+        wanted = self._contract.inputs
+        cast = {name: inputs[name].to(device, own.dtype) for name, own in wanted.items()}
         return cast, noise - clean, weight
 
     def _context(self, batch: Batch, clean: Tensor) -> Tensor:
@@ -224,13 +224,14 @@ class FlowMatching:
         The prediction x_s − s·v misses x₀ by s·(ε − x₀ − v). Chunks after a leap carry no error,
         since the chunks before them hardly tell the model what they should show.
         """
-        sigma = (inputs[self._program.spec.time_input] / LEVELS)[:, None, :, None, None]
+        timestep = inputs[self._contract.name(Role.TIME)]
+        sigma = (timestep / LEVELS)[:, None, :, None, None]
         error = sigma * (target - self._flow(inputs))
         geometry = self._program.geometry
         follows = ~leaps(batch.tensors["positions"], geometry.chunk)
         share, size = batch.uniform("error", 2, geometry.chunks).unbind(1)
         chosen = (share < self._context_error) & follows & ~batch.tensors["opens"].cpu()
-        clean = inputs["clean"]
+        clean = inputs[self._contract.name(Role.CLEAN)]
         return (clean + self._spread(_LARGEST_ERROR * size * chosen) * error).to(clean.dtype)
 
     def _spread(self, values: Tensor) -> Tensor:

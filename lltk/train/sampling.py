@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lltk.graph.contract import Role
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.stream.denoise import denoise
@@ -36,32 +37,32 @@ def sample(program: Program, module: ProgramModule, text: Tensor, steps: int, se
     generator = torch.Generator(device).manual_seed(seed)
     shape = (geometry.batch, spec.channels, geometry.frames, *geometry.latent(spec))
     noise = torch.randn(shape, generator=generator, device=device)
-    contract = program.contract(program.kind).inputs
-    given = {
-        spec.text_input: text,
-        spec.time_input: torch.zeros(geometry.batch, geometry.frames),
-        "positions": torch.arange(geometry.frames, dtype=torch.float64),
-        "random": torch.tensor([seed, 0]),
-        **module.quantised_weights(),
-        spec.latent_input: torch.zeros(shape),
-        "clean": torch.zeros(shape),
-        "noisy": torch.zeros(shape),
+    contract = program.contract(program.kind)
+    values = {
+        Role.LATENTS: torch.zeros(shape),
+        Role.CLEAN: torch.zeros(shape),
+        Role.TIME: torch.zeros(geometry.batch, geometry.frames),
+        Role.TEXT: text,
+        Role.POSITIONS: torch.arange(geometry.frames, dtype=torch.float64),
+        Role.RANDOM: torch.tensor([seed, 0]),
     }
-    inputs = {name: given[name].to(device, own.dtype) for name, own in contract.items()}
-    noisy = "noisy" if program.kind == "train" else spec.latent_input
+    given = contract.named(values) | module.quantised_weights()
+    inputs = {name: given[name].to(device, own.dtype) for name, own in contract.inputs.items()}
+    noisy, time = contract.name(Role.LATENTS), contract.name(Role.TIME)
     span = geometry.chunk if program.kind == "train" else geometry.frames
     made = torch.zeros_like(noise)
 
     def velocity(frames: slice, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
         now = made.clone()
         now[:, :, frames] = latents
-        inputs[noisy] = now.to(contract[noisy].dtype)
-        inputs[spec.time_input][:, frames] = timestep
+        inputs[noisy] = now.to(inputs[noisy].dtype)
+        inputs[time][:, frames] = timestep
         return module(program.kind, dict(inputs))[spec.output][:, :, frames]
 
     for start in range(0, geometry.frames, span):
         frames = slice(start, start + span)
         made[:, :, frames] = denoise(schedule, noise[:, :, frames], partial(velocity, frames))
         if program.kind == "train":
-            inputs["clean"] = made.to(contract["clean"].dtype)
+            clean = contract.name(Role.CLEAN)
+            inputs[clean] = made.to(inputs[clean].dtype)
     return made

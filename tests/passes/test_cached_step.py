@@ -28,7 +28,7 @@ from lltk.graph.stages import Stage
 pytestmark = pytest.mark.cpu
 
 PROLOGUE = """
-    def prologue(encoder_hidden_states: f32[1, 8, 2, 3]):
+    def prologue(encoder_hidden_states: text(f32[1, 8, 2, 3])):
         # root
         neg: f32[1, 8, 2, 3] = aten.neg.default(encoder_hidden_states)
         return {'cross_k_0': neg}
@@ -45,8 +45,8 @@ aten.scaled_dot_product_attention.default(permute, permute_1, permute_2)
         return {'sample': permute_3}
 """
 AFTER = """
-def step(q: f32[1, 8, 2, 3], k: f32[1, 8, 2, 3], v: f32[1, 8, 2, 3], table: i64[3], \
-k_pages_0: f32[1, 4, 8, 2, 3], v_pages_0: f32[1, 4, 8, 2, 3]):
+def step(q: f32[1, 8, 2, 3], k: f32[1, 8, 2, 3], v: f32[1, 8, 2, 3], table: table(i64[3]), \
+k_pages_0: pages(f32[1, 4, 8, 2, 3]), v_pages_0: pages(f32[1, 4, 8, 2, 3])):
     # blocks.0.attn1
     paged_attention: f32[1, 8, 2, 3] = \
 lltk.paged_attention.default(q, k, v, k_pages_0, v_pages_0, table)

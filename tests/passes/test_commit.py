@@ -19,14 +19,15 @@ from lltk.passes import make_pass
 pytestmark = pytest.mark.cpu
 
 PROLOGUE = """
-    def prologue(encoder_hidden_states: f32[1, 8, 2, 3]):
+    def prologue(encoder_hidden_states: text(f32[1, 8, 2, 3])):
         # root
         neg: f32[1, 8, 2, 3] = aten.neg.default(encoder_hidden_states)
         return {'cross_k_0': neg}
 """
 STEP = """
-    def step(hidden_states: f32[1, 8, 2, 3], timestep: f32[1, 2], cross_k_0: f32[1, 8, 2, 3],
-             table: i64[3], k_pages_0: f32[1, 4, 8, 2, 3], v_pages_0: f32[1, 4, 8, 2, 3]):
+    def step(hidden_states: latents(f32[1, 8, 2, 3]), timestep: time(f32[1, 2]),
+             cross_k_0: prompt(f32[1, 8, 2, 3]), table: table(i64[3]),
+             k_pages_0: pages(f32[1, 4, 8, 2, 3]), v_pages_0: pages(f32[1, 4, 8, 2, 3])):
         # blocks.0.attn1
         sub: f32[1, 8, 2, 3] = aten.sub.Tensor(hidden_states, cross_k_0)
         exp: f32[1, 2] = aten.exp.default(timestep)
@@ -39,8 +40,8 @@ lltk.paged_attention.default(sub, hidden_states, mul, k_pages_0, v_pages_0, tabl
         return {'sample': add}
 """
 COMMIT = """
-def commit(hidden_states: f32[1, 8, 2, 3], k_pages_0: f32[1, 4, 8, 2, 3], \
-v_pages_0: f32[1, 4, 8, 2, 3], slot: i64[1]):
+def commit(hidden_states: latents(f32[1, 8, 2, 3]), k_pages_0: pages(f32[1, 4, 8, 2, 3]), \
+v_pages_0: pages(f32[1, 4, 8, 2, 3]), slot: slot(i64[1])):
     # root
     new_zeros: f32[1, 2] = aten.new_zeros.default(hidden_states, [1, 2])
     # blocks.0.attn1

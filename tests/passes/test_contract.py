@@ -26,8 +26,8 @@ from ranks import alike
 from torch import Tensor
 
 from lltk.compiler import with_weights
-from lltk.graph.contract import TensorSpec
-from lltk.graph.edit import copy_graph, infer
+from lltk.graph.contract import Role, TensorSpec
+from lltk.graph.edit import copy_graph, infer, input_of
 from lltk.graph.geometry import Kind
 from lltk.graph.passes import Numerics
 from lltk.graph.program import Program
@@ -153,7 +153,7 @@ def test_a_changed_argument_changes_what_follows() -> None:
     program = captured("stream", layers=1)
     (graph,) = program.graphs.values()
     infer(program, graph)
-    (latents,) = (n for n in graph.nodes if n.target == program.spec.latent_input)
+    latents = input_of(graph, Role.LATENTS)
     batch, channels, *rest = latents.meta["val"].shape
     latents.meta["val"] = latents.meta["val"].new_empty((batch, channels + 1, *rest))
     assert "does not fit its arguments" in refused(infer, program, graph)

@@ -44,7 +44,7 @@ from lltk.stream.rollout import Rollout
 pytestmark = pytest.mark.cpu
 
 BEFORE = """
-    def step(hidden_states: f32[1, 4, 16]):
+    def step(hidden_states: latents(f32[1, 4, 16])):
         # blocks.0.attn1.to_q
         linear: f32[1, 4, 32] = aten.linear.default(hidden_states, \
 self['blocks.0.attn1.to_q.weight'], self['blocks.0.attn1.to_q.bias'])
@@ -56,7 +56,7 @@ self['blocks.0.attn1.to_k.weight'])
         return {'sample': add}
 """
 AFTER = """
-def step(hidden_states: f32[1, 4, 16]):
+def step(hidden_states: latents(f32[1, 4, 16])):
     # root
     row_pipeline: (f8e4m3[1, 4, 16], f32[1, 4, 1],) = \
 lltk.row_pipeline.default(hidden_states, to='fp8')

@@ -31,7 +31,7 @@ from lltk.ops.rope_table.op import rope_table
 pytestmark = pytest.mark.cpu
 
 BEFORE = """
-    def forward(hidden_states: f32[1, 4, 3, 4, 4]):
+    def forward(hidden_states: latents(f32[1, 4, 3, 4, 4])):
         # rope
         slice_1: f32[3, 12] = aten.slice.Tensor(self['rope.freqs_cos'], 0, 0, 3)
         slice_2: f32[3, 12] = aten.slice.Tensor(self['rope.freqs_sin'], 0, 0, 3)
@@ -44,7 +44,7 @@ BEFORE = """
         return {'sample': mul}
 """
 AFTER = """
-def forward(hidden_states: f32[1, 4, 3, 4, 4], positions: f64[3]):
+def forward(hidden_states: latents(f32[1, 4, 3, 4, 4]), positions: positions(f64[3])):
     # rope
     rope_table: (f32[1, 12, 1, 12], f32[1, 12, 1, 12],) = \
 lltk.rope_table.default(positions, 2, 2, 12, 10000.0)
@@ -157,7 +157,7 @@ def test_table_read_in_parts_is_named() -> None:
 
 def test_graph_without_tables_is_refused() -> None:
     bare = """
-    def forward(hidden_states: f32[1, 4, 3, 4, 4]):
+    def forward(hidden_states: latents(f32[1, 4, 3, 4, 4])):
         # blocks.0
         neg: f32[1, 4, 3, 4, 4] = aten.neg.default(hidden_states)
         return {'sample': neg}

@@ -12,7 +12,7 @@ from lltk.graph.stages import Stage
 pytestmark = pytest.mark.cpu
 
 BEFORE = """
-    def forward(hidden_states: f32[1, 4, 1, 3], encoder_hidden_states: f32[1, 5, 3]):
+    def forward(hidden_states: latents(f32[1, 4, 1, 3]), encoder_hidden_states: text(f32[1, 5, 3])):
         # text
         gelu: f32[1, 5, 3] = aten.gelu.default(encoder_hidden_states)
         # blocks.0.attn2
@@ -28,7 +28,7 @@ aten.scaled_dot_product_attention.default(permute, permute_1, permute_2)
         return {'sample': permute_3}
 """
 PROLOGUE = """
-def prologue(encoder_hidden_states: f32[1, 5, 3]):
+def prologue(encoder_hidden_states: text(f32[1, 5, 3])):
     # text
     gelu: f32[1, 5, 3] = aten.gelu.default(encoder_hidden_states)
     # blocks.0.attn2
@@ -38,7 +38,8 @@ def prologue(encoder_hidden_states: f32[1, 5, 3]):
     return {'cross_k_0': k, 'cross_v_0': v}
 """
 STEP = """
-def step(hidden_states: f32[1, 4, 1, 3], cross_k_0: f32[1, 5, 1, 3], cross_v_0: f32[1, 5, 1, 3]):
+def step(hidden_states: latents(f32[1, 4, 1, 3]), cross_k_0: prompt(f32[1, 5, 1, 3]), \
+cross_v_0: prompt(f32[1, 5, 1, 3])):
     # blocks.0.attn2
     permute: f32[1, 1, 4, 3] = aten.permute.default(hidden_states, [0, 2, 1, 3])
     permute_1: f32[1, 1, 5, 3] = aten.permute.default(cross_k_0, [0, 2, 1, 3])

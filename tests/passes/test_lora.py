@@ -44,7 +44,7 @@ from lltk.passes.lora import is_adapter
 pytestmark = pytest.mark.cpu
 
 BEFORE = """
-    def score(hidden_states: f32[1, 4, 3]):
+    def score(hidden_states: latents(f32[1, 4, 3])):
         # blocks.0.ffn.net.2
         linear: f32[1, 4, 3] = aten.linear.default(hidden_states, \
 self['blocks.0.ffn.net.2.weight'], self['blocks.0.ffn.net.2.bias'])
@@ -55,7 +55,7 @@ self['blocks.0.ffn.net.2.weight'], self['blocks.0.ffn.net.2.bias'])
         return {'sample': linear_1}
 """
 AFTER = """
-def score(hidden_states: f32[1, 4, 3]):
+def score(hidden_states: latents(f32[1, 4, 3])):
     # blocks.0.ffn.net.2
     linear: f32[1, 4, 3] = aten.linear.default(hidden_states, \
 self['blocks.0.ffn.net.2.weight'], self['blocks.0.ffn.net.2.bias'])

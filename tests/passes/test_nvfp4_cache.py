@@ -22,7 +22,8 @@ from nvfp4_pages import by_hand, written
 from torch import Tensor
 
 from lltk.compiler import transform
-from lltk.graph.edit import calls, placeholder
+from lltk.graph.contract import Role
+from lltk.graph.edit import calls, inputs_of
 from lltk.graph.memory import activations, estimate
 from lltk.graph.program import Program
 from lltk.graph.recipe import open_recipe
@@ -34,23 +35,23 @@ from lltk.ops.nvfp4_paged_attention.reference import Pages
 
 pytestmark = pytest.mark.cpu
 
-ARENAS = "k_pages_0: f32[1, 4, 8, 2, 16], v_pages_0: f32[1, 4, 8, 2, 16]"
+ARENAS = "k_pages_0: pages(f32[1, 4, 8, 2, 16]), v_pages_0: pages(f32[1, 4, 8, 2, 16])"
 BEFORE = {
     "prologue": """
-    def prologue(encoder_hidden_states: f32[1, 8, 2, 16]):
+    def prologue(encoder_hidden_states: text(f32[1, 8, 2, 16])):
         # root
         neg: f32[1, 8, 2, 16] = aten.neg.default(encoder_hidden_states)
         return {'cross_k_0': neg}
     """,
     "step": f"""
-    def step(q: f32[1, 8, 2, 16], table: i64[3], {ARENAS}):
+    def step(q: f32[1, 8, 2, 16], table: table(i64[3]), {ARENAS}):
         # blocks.0.attn1
         attend: f32[1, 8, 2, 16] = \
 lltk.paged_attention.default(q, q, q, k_pages_0, v_pages_0, table)
         return {{'sample': attend}}
     """,
     "commit": f"""
-    def commit(q: f32[1, 8, 2, 16], {ARENAS}, slot: i64[1]):
+    def commit(q: f32[1, 8, 2, 16], {ARENAS}, slot: slot(i64[1])):
         # blocks.0.attn1
         write: None = lltk.write_page.default(k_pages_0, q, slot)
         write_1: None = lltk.write_page.default(v_pages_0, q, slot)
@@ -58,11 +59,13 @@ lltk.paged_attention.default(q, q, q, k_pages_0, v_pages_0, table)
     """,
 }
 K_PARTS = """\
-k_pages_codes_0: u8[1, 4, 8, 2, 8], k_pages_scales_0: f8e4m3[1, 4, 8, 2, 1], \
-k_pages_decode_scales_0: f32[1, 4, 2], k_pages_means_0: bf16[1, 4, 2, 16]"""
+k_pages_codes_0: page_codes(u8[1, 4, 8, 2, 8]), \
+k_pages_scales_0: page_scales(f8e4m3[1, 4, 8, 2, 1]), \
+k_pages_decode_scales_0: page_decode_scales(f32[1, 4, 2]), \
+k_pages_means_0: page_means(bf16[1, 4, 2, 16])"""
 V_PARTS = K_PARTS.replace("k_", "v_")
 STEP = f"""
-def step(q: f32[1, 8, 2, 16], table: i64[3], {K_PARTS}, {V_PARTS}):
+def step(q: f32[1, 8, 2, 16], table: table(i64[3]), {K_PARTS}, {V_PARTS}):
     # blocks.0.attn1
     nvfp4_paged_attention: f32[1, 8, 2, 16] = lltk.nvfp4_paged_attention.default(q, q, q, \
 k_pages_codes_0, k_pages_scales_0, k_pages_decode_scales_0, k_pages_means_0, \
@@ -70,7 +73,7 @@ v_pages_codes_0, v_pages_scales_0, v_pages_decode_scales_0, v_pages_means_0, tab
     return {{'sample': nvfp4_paged_attention}}
 """
 COMMIT = f"""
-def commit(q: f32[1, 8, 2, 16], slot: i64[1], {K_PARTS}, {V_PARTS}):
+def commit(q: f32[1, 8, 2, 16], slot: slot(i64[1]), {K_PARTS}, {V_PARTS}):
     # blocks.0.attn1
     nvfp4_write_page: None = lltk.nvfp4_write_page.default(k_pages_codes_0, k_pages_scales_0, \
 k_pages_decode_scales_0, k_pages_means_0, q, slot, 'mse')
@@ -206,8 +209,8 @@ def test_heads_of_no_whole_blocks_are_refused() -> None:
 def test_pages_that_step_and_commit_do_not_share_are_caught() -> None:
     program = quantised()
     verify(program)
-    codes = placeholder(program.graphs["step"], "k_pages_codes_1")
-    codes.meta = {"val": codes.meta["val"].new_empty((1, 4, 8, 2, 4)), "module": ""}
+    codes = inputs_of(program.graphs["step"], Role.PAGE_CODES)[2]
+    codes.meta["val"] = codes.meta["val"].new_empty((1, 4, 8, 2, 4))
     assert refused(verify, program) == "step and commit differ in their pages: k_pages_codes_1"
 
 

@@ -44,7 +44,7 @@ from lltk.streaming import plan_stream
 pytestmark = pytest.mark.cpu
 
 BEFORE = """
-    def step(hidden_states: f32[1, 4, 16]):
+    def step(hidden_states: latents(f32[1, 4, 16])):
         # blocks.0.attn1.to_q
         linear: f32[1, 4, 32] = aten.linear.default(hidden_states, \
 self['blocks.0.attn1.to_q.weight'], self['blocks.0.attn1.to_q.bias'])
@@ -56,7 +56,7 @@ self['blocks.0.attn1.to_k.weight'])
         return {'sample': add}
 """
 AFTER = """
-def step(hidden_states: f32[1, 4, 16]):
+def step(hidden_states: latents(f32[1, 4, 16])):
     # root
     nvfp4_quantise: (u8[1, 4, 8], f8e4m3[1, 4, 1], f32[()],) = \
 lltk.nvfp4_quantise.default(hidden_states, 1, 'none')

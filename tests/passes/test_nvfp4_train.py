@@ -43,7 +43,7 @@ from lltk.train.recipe import TrainSection
 pytestmark = pytest.mark.cpu
 
 BEFORE = """
-    def train(hidden_states: f32[1, 20, 16]):
+    def train(hidden_states: latents(f32[1, 20, 16])):
         # blocks.0.norm1
         neg: f32[1, 20, 16] = aten.neg.default(hidden_states)
         # blocks.0.attn1.to_q

@@ -9,8 +9,8 @@ import torch
 from helpers import after, difference, hand_made, inputs, reached, refused, run, text
 from torch import Tensor, fx
 
-from lltk.graph.contract import TensorSpec
-from lltk.graph.edit import placeholder, shape
+from lltk.graph.contract import Role, TensorSpec
+from lltk.graph.edit import input_of, shape
 from lltk.graph.geometry import Kind
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -18,7 +18,7 @@ from lltk.graph.stages import Stage
 pytestmark = pytest.mark.cpu
 
 BEFORE = """
-    def forward(hidden_states: f32[1, 8, 3], timestep: f32[1, 8]):
+    def forward(hidden_states: latents(f32[1, 8, 3]), timestep: time(f32[1, 8])):
         # root
         flatten: f32[8] = aten.flatten.using_ints(timestep)
         exp: f32[8] = aten.exp.default(flatten)
@@ -30,7 +30,7 @@ BEFORE = """
         return {'sample': add}
 """
 AFTER = """
-def forward(hidden_states: f32[1, 8, 3], timestep: f32[1, 2]):
+def forward(hidden_states: latents(f32[1, 8, 3]), timestep: time(f32[1, 2])):
     # root
     flatten: f32[2] = aten.flatten.using_ints(timestep)
     exp: f32[2] = aten.exp.default(flatten)
@@ -68,10 +68,7 @@ def test_matches_follow_from_the_layers(kind: Kind, layers: int) -> None:
 def time_only(program: Program) -> list[fx.Node]:
     """Calls that depend on the timestep and on no latents: embedding and modulations."""
     graph = program.graphs["forward"]
-    tainted = {
-        name: {placeholder(graph, name)}
-        for name in (program.spec.time_input, program.spec.latent_input)
-    }
+    tainted = {role: {input_of(graph, role)} for role in (Role.TIME, Role.LATENTS)}
     for node in graph.nodes:
         for reached_nodes in tainted.values():
             if reached_nodes & set(node.all_input_nodes):
@@ -123,7 +120,7 @@ def test_mixing_tokens_and_timesteps_otherwise_is_named() -> None:
 
 
 def test_other_timesteps_are_refused() -> None:
-    per_frame = BEFORE.replace("timestep: f32[1, 8]", "timestep: f32[1, 6]")
+    per_frame = BEFORE.replace("time(f32[1, 8])", "time(f32[1, 6])")
     assert refused(after, made(per_frame), "per_frame_timesteps") == (
         "per_frame_timesteps: forward: timestep is [1, 6], not [batch, frames * 4 tokens]; "
         "capture with one timestep a token"

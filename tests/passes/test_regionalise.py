@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cpu
 aten = torch.ops.aten
 
 BEFORE = """
-    def score(hidden_states: f32[1, 4, 3]):
+    def score(hidden_states: latents(f32[1, 4, 3])):
         # root
         exp: f32[1, 4, 3] = aten.exp.default(hidden_states)
         # blocks.0.ffn
@@ -30,7 +30,7 @@ BEFORE = """
         return {'sample': neg}
 """
 SCORE = """
-def score(hidden_states: f32[1, 4, 3]):
+def score(hidden_states: latents(f32[1, 4, 3])):
     # root
     exp: f32[1, 4, 3] = aten.exp.default(hidden_states)
     # blocks.0

@@ -25,7 +25,8 @@ from lltk.graph.stages import Stage
 pytestmark = pytest.mark.cpu
 
 BEFORE = """
-    def forward(hidden_states: f32[1, 4, 12, 1, 1], timestep: f32[1, 12], positions: f64[12]):
+    def forward(hidden_states: latents(f32[1, 4, 12, 1, 1]), timestep: time(f32[1, 12]),
+                positions: positions(f64[12])):
         # root
         reshape: f32[1, 12, 1, 4] = aten.reshape.default(hidden_states, [1, 12, 1, 4])
         neg: f32[1, 12] = aten.neg.default(timestep)
@@ -44,8 +45,9 @@ aten.scaled_dot_product_attention.default(permute, permute, permute)
         return {'sample': reshape_1}
 """
 AFTER = """
-def train(noisy: f32[1, 4, 6, 1, 1], timestep: f32[1, 6], positions: f64[6], \
-clean: f32[1, 4, 6, 1, 1]):
+def train(noisy: latents(f32[1, 4, 6, 1, 1]), timestep: time(f32[1, 6]), \
+positions: positions(f64[6]), \
+clean: clean(f32[1, 4, 6, 1, 1])):
     # root
     cat: f32[1, 4, 12, 1, 1] = aten.cat.default([clean, noisy], 2)
     reshape: f32[1, 12, 1, 4] = aten.reshape.default(cat, [1, 12, 1, 4])

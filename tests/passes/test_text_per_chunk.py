@@ -24,7 +24,8 @@ from lltk.graph.stages import Stage
 pytestmark = pytest.mark.cpu
 
 BEFORE = """
-    def forward(hidden_states: f32[1, 4, {frames}, 2, 2], encoder_hidden_states: f32[1, 5, 3],
+    def forward(hidden_states: latents(f32[1, 4, {frames}, 2, 2]),
+                encoder_hidden_states: text(f32[1, 5, 3]),
                 q: f32[1, {frames}, 1, 3]):
         # blocks.0.attn2
         k: f32[1, 5, 1, 3] = aten.unsqueeze.default(encoder_hidden_states, 2)
@@ -37,7 +38,8 @@ aten.scaled_dot_product_attention.default(permute, permute_1, permute_2)
         return {{'sample': permute_3}}
 """
 SCORE = """
-def forward(hidden_states: f32[1, 4, 6, 2, 2], encoder_hidden_states: f32[1, 3, 5, 3], \
+def forward(hidden_states: latents(f32[1, 4, 6, 2, 2]), \
+encoder_hidden_states: text(f32[1, 3, 5, 3]), \
 q: f32[1, 6, 1, 3]):
     # root
     flatten_2: f32[3, 5, 3] = aten.flatten.using_ints(encoder_hidden_states, 0, 1)

@@ -22,17 +22,17 @@ from lltk.parallel.exchange import RECEIVE_HEADS
 pytestmark = pytest.mark.cpu
 
 STEPS = PASSES["stream"][:6]
-ARENAS = "k_pages_0: bf16[1, 4, 8, 2, 12], v_pages_0: bf16[1, 4, 8, 2, 12]"
+ARENAS = "k_pages_0: pages(bf16[1, 4, 8, 2, 12]), v_pages_0: pages(bf16[1, 4, 8, 2, 12])"
 HALVES = ARENAS.replace("2, 12", "1, 12")
 BEFORE = {
     "prologue": """
-    def prologue(encoder_hidden_states: bf16[1, 5, 2, 12]):
+    def prologue(encoder_hidden_states: text(bf16[1, 5, 2, 12])):
         # root
         neg: bf16[1, 5, 2, 12] = aten.neg.default(encoder_hidden_states)
         return {'cross_k_0': neg}
     """,
     "step": f"""
-    def step(hidden_states: bf16[1, 24, 2, 2, 2], table: i64[3], {ARENAS}):
+    def step(hidden_states: latents(bf16[1, 24, 2, 2, 2]), table: table(i64[3]), {ARENAS}):
         # blocks.0.attn1
         x: bf16[1, 8, 2, 12] = aten.reshape.default(hidden_states, [1, -1, 2, 12])
         half: bf16[1, 8, 2, 12] = aten.mul.Tensor(x, 0.5)
@@ -47,7 +47,7 @@ lltk.paged_attention.default(q, k, v, k_pages_0, v_pages_0, table)
         return {{'sample': split}}
     """,
     "commit": f"""
-    def commit(hidden_states: bf16[1, 24, 2, 2, 2], {ARENAS}, slot: i64[1]):
+    def commit(hidden_states: latents(bf16[1, 24, 2, 2, 2]), {ARENAS}, slot: slot(i64[1])):
         # blocks.0.attn1
         k: bf16[1, 8, 2, 12] = aten.reshape.default(hidden_states, [1, -1, 2, 12])
         v: bf16[1, 8, 2, 12] = aten.neg.default(k)
@@ -57,7 +57,7 @@ lltk.paged_attention.default(q, k, v, k_pages_0, v_pages_0, table)
     """,
 }
 STEP = f"""
-def step(hidden_states: bf16[1, 24, 2, 2, 2], table: i64[3], {HALVES}):
+def step(hidden_states: latents(bf16[1, 24, 2, 2, 2]), table: table(i64[3]), {HALVES}):
     # root
     own_part: bf16[1, 24, 1, 2, 2] = lltk.own_part.default(hidden_states, 2, 2, 'sequence')
     # blocks.0.attn1
@@ -83,7 +83,7 @@ k_pages_0, v_pages_0, table)
     return {{'sample': split}}
 """
 COMMIT = f"""
-def commit(hidden_states: bf16[1, 24, 2, 2, 2], {HALVES}, slot: i64[1]):
+def commit(hidden_states: latents(bf16[1, 24, 2, 2, 2]), {HALVES}, slot: slot(i64[1])):
     # root
     own_part: bf16[1, 24, 1, 2, 2] = lltk.own_part.default(hidden_states, 2, 2, 'sequence')
     # blocks.0.attn1

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.diagnose import first_bad_node
 from lltk.graph.facts import HighSteps, Ranks
 from lltk.graph.geometry import Geometry
@@ -20,9 +21,6 @@ from lltk.parallel.exchange import all_parts
 from lltk.parallel.groups import SEQUENCE
 from lltk.stream.lanes import Lane
 from lltk.stream.runtimes.cuda_graph import CudaGraphs
-
-_DECODE_SCALES = "_pages_decode_scales_"
-"""In the names of pages that are NaN where what the others of their layer hold is not finite."""
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -37,24 +35,24 @@ def _largest(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values, torch.inf)
 
 
-def _check_pages(pages: Mapping[str, Tensor]) -> None:
+def _check_pages(pages: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
     """Raise ValueError where a page holds what none may; waits for the device."""
     for name, page in pages.items():
-        if wrong := _wrong(name, page):
+        if wrong := _wrong(page, specs[name].role):
             raise ValueError(
                 f"state: {name} has {wrong}; what wrote it is broken, or the file is damaged: "
                 "resume from another"
             )
 
 
-def _wrong(name: str, page: Tensor) -> str | None:
+def _wrong(page: Tensor, role: Role | None) -> str | None:
     if page.dtype is torch.float8_e4m3fn:
         return "block scales that are NaN or negative" if broken_scales(page) else None
     if not page.is_floating_point():
         return None
     if not _largest(page).isfinite():
         return "values that are not finite"
-    negative = _DECODE_SCALES in name and bool((page < 0).any())
+    negative = role is Role.PAGE_DECODE_SCALES and bool((page < 0).any())
     return "decode scales that are negative" if negative else None
 
 
@@ -84,16 +82,20 @@ class TorchRuntime:
         self._device = next(module.parameters()).device
         self._high_steps = program.fact(HighSteps).indices
         self._ranks = program.fact(Ranks).count
-        self._inputs = {
-            name: program.contract(name).inputs for name in program.graphs if name != "prologue"
-        }
+        self._contracts = {name: program.contract(name) for name in program.graphs}
+        self._page_specs = program.pages
         self._pages = {
             name: torch.zeros(spec.shape, dtype=spec.dtype, device=self._device)
-            for name, spec in program.pages.items()
+            for name, spec in self._page_specs.items()
         }
-        scales = {name: page for name, page in self._pages.items() if _DECODE_SCALES in name}
+        scales = {
+            name: page
+            for name, page in self._pages.items()
+            if self._page_specs[name].role is Role.PAGE_DECODE_SCALES
+        }
         self._telling = scales or self._pages
-        """Those that tell whether a page is finite."""
+        """The parts that tell whether a page is finite. A decode scale is NaN where the keys or
+        values that it was computed from are not finite."""
         self._slots = torch.arange(program.geometry.pages, device=self._device)
         self._listed: tuple[tuple[int, ...], Tensor] | None = None
         self._text: dict[str, Tensor] = {}
@@ -129,7 +131,7 @@ class TorchRuntime:
             page.zero_()
 
     def set_prompt(self, text: Tensor) -> None:
-        made = self._module("prologue", {self._spec.text_input: text})
+        made = self._module("prologue", self._contracts["prologue"].named({Role.TEXT: text}))
         held = self._text
         if not held or any(t.requires_grad for t in (*made.values(), *held.values())):
             self._text = made  # the first prompt, or one that a gradient flows through
@@ -157,15 +159,14 @@ class TorchRuntime:
         index: int = 0,
     ) -> str | None:
         graph, inputs = self._step_inputs(latents, timestep, positions, index)
-        given = self._given(graph, {**inputs, "table": self._indices(tuple(table))})
+        given = self._given(graph, self._moving(graph, inputs, table))
         return first_bad_node(self._program, self._module, graph, given)
 
     def _step_inputs(
         self, latents: Tensor, timestep: Tensor, positions: Tensor, index: int
-    ) -> tuple[str, dict[str, Tensor]]:
-        """The graph that makes a pass, and what it reads beside prompt and cache."""
-        spec = self._spec
-        inputs = {spec.latent_input: latents, spec.time_input: timestep, "positions": positions}
+    ) -> tuple[str, dict[Role, Tensor]]:
+        """The graph that makes a pass, and what it reads besides prompt and cache."""
+        inputs = {Role.LATENTS: latents, Role.TIME: timestep, Role.POSITIONS: positions}
         return STEP_HIGH if index in self._high_steps else "step", inputs
 
     def commit(self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
@@ -184,7 +185,7 @@ class TorchRuntime:
         magnitudes: Tensor,
     ) -> str:
         inputs = self._commit_inputs(latents, positions, slot)
-        given = self._given("commit", {**inputs, "table": self._indices(tuple(table))})
+        given = self._given("commit", self._moving("commit", inputs, table))
         # Pages that it does not list, its own among them, may be broken.
         if found := first_bad_node(self._program, self._module, "commit", given, self._pages):
             return found
@@ -193,13 +194,13 @@ class TorchRuntime:
         of_rank = f" of rank {rank}" if self._ranks > 1 else ""
         return f"{list(self._telling)[index]}{of_rank}"
 
-    def _commit_inputs(self, latents: Tensor, positions: Tensor, slot: int) -> dict[str, Tensor]:
-        """What a commit reads beside prompt and cache."""
-        inputs = {self._spec.latent_input: latents, "positions": positions}
-        return inputs | {"slot": self._slots[slot : slot + 1]}
+    def _commit_inputs(self, latents: Tensor, positions: Tensor, slot: int) -> dict[Role, Tensor]:
+        """What a commit reads besides prompt and cache."""
+        own = self._slots[slot : slot + 1]
+        return {Role.LATENTS: latents, Role.POSITIONS: positions, Role.SLOT: own}
 
     def state(self) -> dict[str, Tensor]:
-        _check_pages(self._pages)
+        _check_pages(self._pages, self._page_specs)
         return dict(self._pages)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -212,14 +213,14 @@ class TorchRuntime:
                 f"state: its pages {found} are not this program's, {wanted}; restore a state of "
                 "the same model and geometry"
             )
-        _check_pages(state)
+        _check_pages(state, self._page_specs)
         for name, arena in self._pages.items():
             arena.copy_(state[name])
 
     def _run(
-        self, graph: str, inputs: dict[str, Tensor], table: Sequence[int]
+        self, graph: str, inputs: dict[Role, Tensor], table: Sequence[int]
     ) -> dict[str, Tensor]:
-        moving = {**inputs, "table": self._indices(tuple(table))}
+        moving = self._moving(graph, inputs, table)
         if self._graphs is None:
             return self._call(graph, moving)
         return self._graphs((graph, len(table)), partial(self._call, graph), moving)
@@ -227,10 +228,17 @@ class TorchRuntime:
     def _call(self, graph: str, moving: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._module(graph, self._given(graph, moving))
 
+    def _moving(
+        self, graph: str, inputs: dict[Role, Tensor], table: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """The inputs of a graph that change from call to call, by name."""
+        listed = self._indices(tuple(table))
+        return self._contracts[graph].named({**inputs, Role.TABLE: listed})
+
     def _given(self, graph: str, moving: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All inputs of a graph: those that change from call to call, prompt and cache."""
+        """All inputs of a graph by name: prompt and cache too."""
         every = {**moving, **self._text, **self._pages}
-        return {name: every[name] for name in self._inputs[graph]}
+        return {name: every[name] for name in self._contracts[graph].inputs}
 
     def _indices(self, table: tuple[int, ...]) -> Tensor:
         """The table on the device; a chunk's passes share it."""
