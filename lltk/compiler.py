@@ -3,60 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lltk.graph.packed import check_fp8_weights, is_packed, packed_weights, plain_name
 from lltk.graph.passes import Pass, run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import ModelSection, Recipe
-from lltk.models import configs, wan22, wan_vae
-from lltk.models.checkpoint import Checkpoint, check_weights, load_checkpoint, load_lora
+from lltk.models.checkpoint import check_weights, load_lora
 from lltk.models.configs import named_config
+from lltk.models.families import FAMILIES, family_of
+from lltk.models.family import Family
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.passes import make_pass
 
 Observer = Callable[[Program], None]
-
-
-@dataclass(frozen=True)
-class _Family:
-    """How models of one class are configured, read and captured."""
-
-    configs: Mapping[str, Mapping[str, Any]]
-    validate: Callable[[Mapping[str, Any], str], dict[str, Any]]
-    load: Callable[[ModelSection], Checkpoint]
-    capture: Callable[[dict[str, Any], Recipe, torch.dtype], Program]
-
-
-def _load_transformer(section: ModelSection) -> Checkpoint:
-    return load_checkpoint(str(section.checkpoint), ema=section.ema)
-
-
-def _load_decoder(section: ModelSection) -> Checkpoint:
-    if section.ema:
-        raise ValueError("model.ema: a VAE's folder has no averaged weights; remove it")
-    whole = wan_vae.load_vae(str(section.checkpoint))
-    return replace(whole, weights=wan_vae.decoder_weights(whole.weights))
-
-
-_TRANSFORMER = _Family(
-    configs.CONFIGS,
-    configs.validate_config,
-    _load_transformer,
-    lambda config, recipe, dtype: wan22.captured(config, recipe.program, recipe.geometry, dtype),
-)
-_DECODER = _Family(
-    wan_vae.CONFIGS,
-    wan_vae.validate_config,
-    _load_decoder,
-    lambda config, recipe, dtype: wan_vae.captured(
-        config, recipe.geometry, dtype, recipe.model.latents, recipe.model.columns
-    ),
-)
 
 
 def transform(
@@ -99,19 +62,10 @@ def _capture(
     recipe: Recipe, weights: bool, section: str
 ) -> tuple[Program, dict[str, Tensor] | None]:
     """The captured model; and its weights, if they fit it only after the passes: packed ones."""
-    family = _DECODER if recipe.program == "decode" else _TRANSFORMER
-    if family is _TRANSFORMER and recipe.model.latents != 1:
-        raise ValueError(
-            f"{section}.latents: {recipe.model.latents} is for decoders; a transformer takes "
-            "geometry.chunk latent frames at once"
-        )
-    if family is _TRANSFORMER and recipe.model.columns is not None:
-        raise ValueError(
-            f"{section}.columns: {recipe.model.columns} is for decoders; ulysses_stream shares a "
-            "transformer among devices"
-        )
+    family = family_of(recipe.program)
+    _check_options(family, recipe, section)
     config, loaded = _model(family, recipe, weights, section)
-    program = family.capture(config, recipe, getattr(torch, recipe.model.dtype))
+    program = family.capture(config, recipe)
     packed = loaded if loaded is not None and is_packed(loaded) else None
     if packed is not None and "nvfp4_infer" not in dict(recipe.steps()):
         if "fp8_infer" not in dict(recipe.steps()):
@@ -130,6 +84,18 @@ def _capture(
         key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
     }
     return program, packed
+
+
+def _check_options(family: Family, recipe: Recipe, section: str) -> None:
+    """Refuse what is for models of other families."""
+    for other in FAMILIES:
+        for key in sorted(other.options - family.options):
+            value = getattr(recipe.model, key)
+            if value != ModelSection.model_fields[key].default:
+                raise ValueError(
+                    f"{section}.{key}: {value} is for a {other.name}, and a {recipe.program} "
+                    f"program holds a {family.name}; remove it"
+                )
 
 
 def _decoded(weights: Mapping[str, Tensor], program: Program) -> dict[str, Tensor]:
@@ -178,7 +144,7 @@ def with_weights(program: Program, weights: Mapping[str, Tensor]) -> Program:
 
 
 def _model(
-    family: _Family, recipe: Recipe, weights: bool, where: str
+    family: Family, recipe: Recipe, weights: bool, where: str
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """The model's configuration, and its weights if they are wanted."""
     section = recipe.model

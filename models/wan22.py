@@ -13,11 +13,29 @@ from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.loading import LOADING
 from lltk.graph.program import Program
-from lltk.graph.spec import ModelSpec
+from lltk.graph.recipe import ModelSection, Recipe
+from lltk.graph.spec import LinearRole, ModelSpec
 from lltk.graph.verify import verify
+from lltk.models.checkpoint import Checkpoint, load_checkpoint
+from lltk.models.configs import CONFIGS, validate_config
+from lltk.models.family import Family
 
 STRIDE = (4, 16, 16)
 """Video (frames, height, width) of one latent of Wan2.2's VAE."""
+
+LINEARS = {
+    LinearRole.SELF_QUERY: "blocks.{layer}.attn1.to_q",
+    LinearRole.SELF_KEY: "blocks.{layer}.attn1.to_k",
+    LinearRole.SELF_VALUE: "blocks.{layer}.attn1.to_v",
+    LinearRole.SELF_QKV: "blocks.{layer}.attn1.to_qkv",
+    LinearRole.SELF_OUT: "blocks.{layer}.attn1.to_out.0",
+    LinearRole.CROSS_QUERY: "blocks.{layer}.attn2.to_q",
+    LinearRole.CROSS_KEY: "blocks.{layer}.attn2.to_k",
+    LinearRole.CROSS_VALUE: "blocks.{layer}.attn2.to_v",
+    LinearRole.CROSS_OUT: "blocks.{layer}.attn2.to_out.0",
+    LinearRole.UP: "blocks.{layer}.ffn.net.0.proj",
+    LinearRole.DOWN: "blocks.{layer}.ffn.net.2",
+}
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
@@ -32,15 +50,23 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         text_dim=config["text_dim"],
         patch=tuple(config["patch_size"]),
         stride=STRIDE,
-        rope_theta=10000.0,
         block="blocks.{layer}",
         self_attention="blocks.{layer}.attn1",
         cross_attention="blocks.{layer}.attn2",
+        linears=LINEARS,
         rope="rope",
         rope_tables=("rope.freqs_cos", "rope.freqs_sin"),
+        rope_theta=10000.0,
+        rope_split=rope_split(config["attention_head_dim"]),
         output="sample",
         keep_fp32=tuple(WanTransformer3DModel._keep_in_fp32_modules),
     )
+
+
+def rope_split(head_dim: int) -> tuple[int, int, int]:
+    """How many of a head's channels turn by time, height and width, as in WanRotaryPosEmbed."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
@@ -110,3 +136,24 @@ def _rope_tables(config: Mapping[str, Any], model_spec: ModelSpec) -> dict[str, 
         model_spec.head_dim, model_spec.patch, config.get("rope_max_seq_len", 1024)
     )
     return {f"{model_spec.rope}.{name}": table for name, table in rope.named_buffers()}
+
+
+def _load(section: ModelSection) -> Checkpoint:
+    return load_checkpoint(str(section.checkpoint), ema=section.ema)
+
+
+def _capture(config: Mapping[str, Any], recipe: Recipe) -> Program:
+    dtype = getattr(torch, recipe.model.dtype)
+    return captured(config, recipe.program, recipe.geometry, dtype)
+
+
+FAMILY = Family(
+    name="transformer",
+    kinds=("train", "score", "stream", "reference"),
+    options=frozenset({"ema", "lora"}),
+    configs=CONFIGS,
+    validate=validate_config,
+    load=_load,
+    build=build,
+    capture=_capture,
+)

@@ -18,10 +18,12 @@ from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.geometry import Geometry
 from lltk.graph.loading import LOADING
 from lltk.graph.program import Program
+from lltk.graph.recipe import ModelSection, Recipe
 from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import verify
 from lltk.models.checkpoint import Checkpoint, check_weights, load_folder, save_folder
 from lltk.models.configs import fill_config
+from lltk.models.family import Family
 from lltk.models.vae_columns import Columns, cut
 
 _MODEL = "AutoencoderKLWan"
@@ -351,3 +353,25 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 def encode_image(vae: Any, image: Tensor) -> Tensor:
     """The latent of an image, as a video's first: [B, 3, H, W] in [-1, 1] → [B, z, 1, h, w]."""
     return encode(vae, image.unsqueeze(2))
+
+
+def _load(section: ModelSection) -> Checkpoint:
+    whole = load_vae(str(section.checkpoint))
+    return replace(whole, weights=decoder_weights(whole.weights))
+
+
+def _capture(config: Mapping[str, Any], recipe: Recipe) -> Program:
+    model, dtype = recipe.model, getattr(torch, recipe.model.dtype)
+    return captured(config, recipe.geometry, dtype, model.latents, model.columns)
+
+
+FAMILY = Family(
+    name="decoder",
+    kinds=("decode",),
+    options=frozenset({"latents", "columns"}),
+    configs=CONFIGS,
+    validate=validate_config,
+    load=_load,
+    build=build,
+    capture=_capture,
+)

@@ -12,6 +12,7 @@ from lltk.graph.edit import Builder, building, calls, module_of, prune, replace,
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.regions import find_bodies
+from lltk.graph.spec import DecoderSpec
 from lltk.graph.stages import Stage
 
 aten = torch.ops.aten
@@ -57,7 +58,7 @@ class Canonicalise(Pass[Config]):
             _fold_constants(program, graph, report)
 
     def ensures(self, program: Program) -> None:
-        if program.kind == "decode":
+        if isinstance(program.model, DecoderSpec):
             return
         for name in program.graphs:
             bodies = find_bodies(program, name)

@@ -20,6 +20,7 @@ from lltk.graph.edit import (
 )
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
+from lltk.graph.spec import LinearRole
 from lltk.graph.stages import Stage
 from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
 from lltk.ops.write_page.op import OVERLOAD as WRITE_PAGE
@@ -72,17 +73,15 @@ class Commit(Pass[Config]):
         program.graphs["commit"] = graph
 
     def ensures(self, program: Program) -> None:
-        last = program.spec.layers - 1
-        owner = program.spec.block.format(layer=last)
-        attention = program.spec.self_attention.format(layer=last)
-        read = {
-            str(node.target)
-            for node in program.graphs["commit"].find_nodes(op="get_attr")
-            if str(node.target).startswith(owner + ".")
-        }
-        wanted = {f"{attention}.{part}" for part in ("to_k", "to_v", "norm_k")}
-        extra = {n for n in read if n.rpartition(".")[0] not in wanted | {owner}}
-        assert not extra, f"the commit's last block still reads {sorted(extra)}"
+        spec, read = program.spec, program.graphs["commit"].find_nodes(op="get_attr")
+        last = [
+            role
+            for node in read
+            if spec.layer_of(str(node.target)) == spec.layers - 1
+            and (role := spec.linear_role(str(node.target).rpartition(".")[0])) is not None
+        ]
+        extra = set(last) - {LinearRole.SELF_KEY, LinearRole.SELF_VALUE}
+        assert not extra, f"the commit's last block still computes {', '.join(sorted(extra))}"
 
 
 def _clean_time(graph: fx.Graph) -> None:

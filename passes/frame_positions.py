@@ -24,7 +24,7 @@ class FramePositions(Pass[Config]):
 
     ::
 
-        cos = reshape(cat(rope.freqs_cos[:F], …))  →  cos, sin = lltk.rope_table(positions, …)
+        cos = reshape(cat(the model's table[:F], …))  →  cos, sin = lltk.rope_table(positions, …)
 
     Positions are float64 [F], absolute, of any size and possibly fractional. On 0, 1, …, F-1 the
     tables have the bits of diffusers' own.
@@ -46,10 +46,8 @@ class FramePositions(Pass[Config]):
             positions = add_input(graph, "positions", like, Role.POSITIONS)
             first = next(node for node in graph.nodes if node in found)
             with building(first, spec.rope) as build:
-                tables = build(
-                    OVERLOAD,
-                    positions, height, width, spec.head_dim, spec.rope_theta,
-                )  # fmt: skip
+                split = list(spec.rope_split)
+                tables = build(OVERLOAD, positions, height, width, split, spec.rope_theta)
                 cos = build(operator.getitem, tables, 0, name="rope_cos")
                 sin = build(operator.getitem, tables, 1, name="rope_sin")
             for old, new in zip(found, (cos, sin), strict=True):

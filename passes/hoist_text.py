@@ -28,9 +28,9 @@ class HoistText(Pass[Config]):
 
     ::
 
-        forward(latents, timestep, text)
+        forward(latents, times, text)
             →  prologue(text) → {cross_k_0, cross_v_0, …}
-               step(latents, timestep, cross_k_0, cross_v_0, …)
+               step(latents, times, cross_k_0, cross_v_0, …)
 
     ``cross_k_i`` and ``cross_v_i`` are [B, S, H, D], keys after their norm.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from torch import Tensor, fx
 
 from lltk.graph.edit import building, calls, module_of
 from lltk.graph.facts import Trainable
-from lltk.graph.linears import BLOCK_LINEARS, check_pattern, linear_module
+from lltk.graph.linears import EVERY_LINEAR, check_pattern, is_included, linear_module
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -26,13 +25,15 @@ class Config(PassConfig):
 
     rank: int = Field(128, ge=1, description="rank of every adapter")
     alpha: float = Field(128.0, gt=0, description="an adapter's output is scaled by alpha / rank")
-    include: str = Field(BLOCK_LINEARS, description="modules that get one (whole-path regex)")
+    include: str | None = Field(
+        None, description=f"modules that get one (whole-path regex); null for {EVERY_LINEAR}"
+    )
     seed: int = Field(0, description="seed of the initial values of A (B starts at 0)")
 
     @field_validator("include")
     @classmethod
-    def _is_a_pattern(cls, include: str) -> str:
-        return check_pattern(include, "include")
+    def _is_a_pattern(cls, include: str | None) -> str | None:
+        return None if include is None else check_pattern(include, "include")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Lora(Pass[Config]):
         for graph in program.graphs.values():
             for node in calls(graph, aten.linear.default):
                 module = linear_module(node)
-                if re.fullmatch(self.config.include, module) is None:
+                if not is_included(program.spec, module, self.config.include):
                     report.miss(node, f"{module} does not match include={self.config.include!r}")
                     continue
                 adapted[module] = program.weights[f"{module}.weight"]

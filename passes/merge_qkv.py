@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lltk.graph.edit import building, calls, prune, replace
+from lltk.graph.edit import building, calls, prune, replace, shape
 from lltk.graph.linears import linear_module
 from lltk.graph.packed import FP8_ENDINGS, is_packed
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
+from lltk.graph.spec import LinearRole
 from lltk.graph.stages import Stage
 from lltk.passes.lora import is_adapter
 
 aten = torch.ops.aten
-PARTS = ("to_q", "to_k", "to_v")
-MERGED = "to_qkv"
+_PARTS = (LinearRole.SELF_QUERY, LinearRole.SELF_KEY, LinearRole.SELF_VALUE)
 _ENDINGS = (".weight", ".bias", *FP8_ENDINGS)
 """What can be joined by rows."""
 
@@ -34,43 +34,41 @@ class _JoinedWeights:
     """The state map of joined weights.
 
     Attributes:
-        rows: of the parts, by module path of the attention.
+        rows: how many rows each part has, by its module, in order; by the module that joins them.
     """
 
-    rows: Mapping[str, tuple[int, ...]]
+    rows: Mapping[str, Mapping[str, int]]
 
     def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Join the parts' rows."""
         mapped = dict(state)
-        for attention in self.rows:
-            names = [f"{attention}.{part}" for part in PARTS]
-            held = {n: t for n, t in mapped.items() if n.startswith(tuple(f"{m}." for m in names))}
-            if is_packed(held):
-                raise ValueError(
-                    f"{names[0]} is stored in NVFP4, a scale for the whole weight; weights of "
-                    "different scales cannot be joined: leave merge_qkv out of the recipe"
-                )
-            for ending in _ENDINGS:
-                parts = [mapped.pop(name + ending) for name in names if name + ending in mapped]
-                if len(parts) not in (0, len(names)):
+        for joint, parts in self.rows.items():
+            for part in parts:
+                if is_packed(name for name in mapped if name.startswith(f"{part}.")):
                     raise ValueError(
-                        f"{attention}: {len(parts)} of {', '.join(PARTS)} have a {ending[1:]}; "
-                        "all three or none can be joined"
+                        f"{part} is stored in NVFP4, with one scale for the whole weight; weights "
+                        "of different scales cannot be joined: leave merge_qkv out of the recipe"
                     )
-                if parts:
-                    mapped[f"{attention}.{MERGED}{ending}"] = torch.cat(parts)
+            for ending in _ENDINGS:
+                held = [mapped.pop(part + ending) for part in parts if part + ending in mapped]
+                if len(held) not in (0, len(parts)):
+                    raise ValueError(
+                        f"{joint}: {len(held)} of {', '.join(parts)} have a {ending[1:]}; all "
+                        "three or none can be joined"
+                    )
+                if held:
+                    mapped[joint + ending] = torch.cat(held)
         return mapped
 
     def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Split the rows again."""
         mapped = dict(state)
-        for attention, rows in self.rows.items():
+        for joint, parts in self.rows.items():
             for ending in _ENDINGS:
-                joined = mapped.pop(f"{attention}.{MERGED}{ending}", None)
-                if joined is not None:
-                    names = (f"{attention}.{part}{ending}" for part in PARTS)
-                    pieces = (piece.contiguous() for piece in joined.split(rows))
-                    mapped |= zip(names, pieces, strict=True)
+                rows = mapped.pop(joint + ending, None)
+                if rows is not None:
+                    pieces = (piece.contiguous() for piece in rows.split(list(parts.values())))
+                    mapped |= zip((part + ending for part in parts), pieces, strict=True)
         return mapped
 
 
@@ -82,9 +80,10 @@ class MergeQkv(Pass[Config]):
         q, k, v = linear(x, Wq), linear(x, Wk), linear(x, Wv)
             →  y = linear(x, [Wq; Wk; Wv]); q, k, v = slices of y
 
-    ``attn1.to_q.weight``, ``….to_k.weight`` and ``….to_v.weight`` become ``attn1.to_qkv.weight``,
-    biases likewise; patterns of later passes name ``to_qkv``. Where only some of the three are
-    wanted, as in the commit's last block, the others are computed all the same.
+    The three weights become one, under the path that the model's spec has for
+    `LinearRole.SELF_QKV`, and so do the biases; patterns of later passes name that path. Where only
+    some of the three are wanted, as in the commit's last block, the others are computed all the
+    same.
     """
 
     Config = Config
@@ -101,16 +100,15 @@ class MergeQkv(Pass[Config]):
 
     def apply(self, program: Program, report: Report) -> None:
         groups = [group for graph in program.graphs.values() for group in _groups(program, graph)]
-        whole = {group.attention: group.rows for group in groups if len(group.linears) == 3}
+        rows = {group.joint: group.rows for group in groups if len(group.linears) == len(_PARTS)}
+        program.change_weights(_JoinedWeights(rows))
         for group in groups:
-            if group.attention not in whole:
-                some = next(iter(group.linears.values()))
-                report.miss(some, f"{group.attention}: nothing reads all three of one input")
-        program.change_weights(_JoinedWeights(whole))
-        for group in groups:
-            if group.attention in whole:
-                _merge(group, whole[group.attention])
-                report.match("self-attention" if len(group.linears) == 3 else "a part of it")
+            nodes = list(group.linears.values())
+            if group.joint in rows:
+                _join(group.joint, nodes, rows[group.joint])
+                report.match("self-attention" if len(nodes) == len(_PARTS) else "a part of it")
+            else:
+                report.miss(nodes[0], f"{group.joint}: nothing reads all three of one input")
         for graph in program.graphs.values():
             prune(graph)
 
@@ -123,37 +121,44 @@ class MergeQkv(Pass[Config]):
 
 @dataclass(frozen=True)
 class _Group:
-    """Linears of one attention that read one x, by part."""
+    """Linears of one self-attention that read one x.
 
-    attention: str
-    linears: dict[str, fx.Node]
+    Attributes:
+        joint: the module that joins them.
+        linears: by role.
+    """
+
+    joint: str
+    linears: dict[LinearRole, fx.Node]
 
     @property
-    def rows(self) -> tuple[int, ...]:
-        return tuple(int(self.linears[part].meta["val"].shape[-1]) for part in PARTS)
+    def rows(self) -> dict[str, int]:
+        """How many rows each has, by its module, in order; for a group that is whole."""
+        nodes = [self.linears[role] for role in _PARTS]
+        return {linear_module(node): shape(node)[-1] for node in nodes}
 
 
-def _groups(program: Program, graph: fx.Graph) -> Iterator[_Group]:
-    found: dict[tuple[str, Any], dict[str, fx.Node]] = {}
+def _groups(program: Program, graph: fx.Graph) -> list[_Group]:
+    joint = program.spec.linears[LinearRole.SELF_QKV]
+    found: dict[Any, _Group] = {}
     for node in calls(graph, aten.linear.default):
-        attention, _, part = linear_module(node).rpartition(".")
-        layer = program.spec.layer_of(attention, program.spec.self_attention)
-        if part in PARTS and layer is not None:
-            found.setdefault((attention, node.args[0]), {})[part] = node
-    for (attention, _), linears in found.items():
-        yield _Group(attention, linears)
+        module = linear_module(node)
+        role, layer = program.spec.linear_role(module), program.spec.layer_of(module)
+        if role in _PARTS:
+            group = _Group(joint.format(layer=layer), {})
+            found.setdefault((layer, node.args[0]), group).linears[role] = node
+    return list(found.values())
 
 
-def _merge(group: _Group, rows: tuple[int, ...]) -> None:
-    first = next(iter(group.linears.values()))
-    x, *parameters = first.args
-    with building(first, f"{group.attention}.{MERGED}") as build:
-        names = (f"{group.attention}.{MERGED}.{kind}" for kind in ("weight", "bias"))
+def _join(joint: str, nodes: list[fx.Node], rows: Mapping[str, int]) -> None:
+    x, *parameters = nodes[0].args
+    with building(nodes[0], joint) as build:
+        names = (f"{joint}.{kind}" for kind in ("weight", "bias"))
         held = [build.attribute(name) for _, name in zip(parameters, names, strict=False)]
         made = build(aten.linear.default, x, *held)
-    ends = dict(zip(PARTS, accumulate(rows), strict=True))
-    for part, node in group.linears.items():
-        width = int(node.meta["val"].shape[-1])
+    ends = dict(zip(rows, accumulate(rows.values()), strict=True))
+    for node in nodes:
+        part = linear_module(node)
         with building(node) as build:
-            part_of = build(aten.slice.Tensor, made, -1, ends[part] - width, ends[part])
-        replace(node, part_of)
+            own = build(aten.slice.Tensor, made, -1, ends[part] - rows[part], ends[part])
+        replace(node, own)

@@ -25,7 +25,7 @@ class PerFrameTimesteps(Pass[Config]):
 
     ::
 
-        timestep: f32[B, L]  →  timestep: f32[B, F]
+        times: f32[B, L]  →  times: f32[B, F]
         mul(x[B, L, C], scale[B, L, C])
             →  flatten(mul(unflatten(x, 1, [F, T]), unsqueeze(scale[B, F, C], 2)), 1, 2)
 

@@ -35,8 +35,8 @@ class TeacherForcing(Pass[Config]):
 
     ::
 
-        hidden_states: [B, C, 2F, h, w]  →  cat(clean: [B, C, F, h, w], noisy, dim=2)
-        timestep: [B, 2F], positions: [2F]  →  cat(0, timestep: [B, F]), cat(positions, positions)
+        latents: [B, C, 2F, h, w]  →  cat(clean: [B, C, F, h, w], noisy, dim=2)
+        times: [B, 2F], positions: [2F]  →  cat(0, times: [B, F]), cat(positions, positions)
         attend(q, k, v)  →  lltk.block_causal_attention(q, k, v, chunk tokens, True)
         head(x)  →  head(noisy half of x)
 

@@ -24,7 +24,7 @@ class TextPerChunk(Pass[Config]):
 
     ::
 
-        encoder_hidden_states: [B, S, E]  →  [B, N, S, E], one prompt for each of N chunks
+        text: [B, S, E]  →  [B, N, S, E], one prompt for each of N chunks
         attend(q[B, L, …], k[B, S, …])    →  attend(q[B·N, L/N, …], k[B·N, S, …]), chunks as batch
 
     In a train graph ([clean; noisy]) both copies of a chunk read the same prompt.

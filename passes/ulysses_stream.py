@@ -72,7 +72,7 @@ class UlyssesStream(Pass[Config]):
 
     ::
 
-        hidden_states, timestep, positions  →  own_part(hidden_states, 2), …: F/n frames of F
+        latents, times, positions  →  own_part(latents, 2), …: F/n frames of F
         paged_attention(q, k, v, k_pages_i, v_pages_i, table)
             →  sent = send_tokens([k, v]), then what makes q
                q' = tokens_to_heads([q]): [B, L/n, H, D] → [B, L, H/n, D]
@@ -206,8 +206,9 @@ class UlyssesStream(Pass[Config]):
         for name in program.graphs:
             contract = program.contract(name)
             if result in contract.outputs:
-                whole = contract.input(Role.LATENTS).shape
-                assert contract.outputs[result].shape == whole, f"{name}: its output is not whole"
+                size = math.prod(contract.outputs[result].shape)
+                whole = math.prod(contract.input(Role.LATENTS).shape)
+                assert size == whole, f"{name}: {result} has {size} elements, not {whole}"
 
 
 def _delay(value: fx.Node, until: fx.Node) -> None:

@@ -337,7 +337,7 @@ def test_what_only_decoders_take(key: str) -> None:
     recipe = load_recipe(find_recipe("tiny_stream"), [f"model.{key}"])
     name = key.partition("=")[0]
     assert refused(transform, recipe).startswith(f"model.{name}: ")
-    assert "is for decoders" in refused(transform, recipe)
+    assert "is for a decoder" in refused(transform, recipe)
 
 
 @cpu

@@ -22,6 +22,7 @@ from torch.library import opcheck
 from torch.nn.attention.flex_attention import flex_attention
 
 from lltk.cli.doctor import command as doctor
+from lltk.models.wan22 import rope_split
 from lltk.ops.block_causal_attention import flex as flex_module
 from lltk.ops.block_causal_attention import reference as causal_reference
 from lltk.ops.block_causal_attention.op import (
@@ -159,7 +160,7 @@ def op_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Every op with arguments that cover dtypes, empty tables and both masks."""
     positions = torch.tensor([0.0, 7.25, 1e5], dtype=torch.float64)
     found: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "rope_table": (rope_table, (positions, 2, 3, 12, 1e4))
+        "rope_table": (rope_table, (positions, 2, 3, (4, 4, 4), 1e4))
     }
     for dtype in (torch.float32, torch.bfloat16):
         short = str(dtype).removeprefix("torch.")
@@ -521,7 +522,7 @@ def test_rope_table_has_the_bits_of_diffusers(
     frames: int, start: int, height: int, width: int, half: int
 ) -> None:
     positions = torch.arange(start, start + frames, dtype=torch.float64)
-    ours = rope_table(positions, height, width, 2 * half, 10000.0)
+    ours = rope_table(positions, height, width, rope_split(2 * half), 10000.0)
     theirs = diffusers_table(start + frames, height, width, 2 * half)
     last = frames * height * width
     for mine, whole in zip(ours, theirs, strict=True):
@@ -532,7 +533,7 @@ def test_rope_table_has_the_bits_of_diffusers(
 @cpu
 def test_a_shift_of_one_frame_is_seen_in_the_table() -> None:
     positions = torch.arange(1, 4, dtype=torch.float64)
-    ours = rope_table(positions, 2, 2, 12, 10000.0)
+    ours = rope_table(positions, 2, 2, (4, 4, 4), 10000.0)
     assert worst(ours, diffusers_table(3, 2, 2, 12)) > FAR
 
 
@@ -541,7 +542,7 @@ def test_a_shift_of_one_frame_is_seen_in_the_table() -> None:
 def test_rope_table_at_any_position(position: float, half: int, theta: float) -> None:
     head_dim, height, width = 2 * half, 2, 3
     cos, sin = rope_table(
-        torch.tensor([position], dtype=torch.float64), height, width, head_dim, theta
+        torch.tensor([position], dtype=torch.float64), height, width, rope_split(head_dim), theta
     )
     side = 2 * (head_dim // 6)
     for row in range(height):
@@ -565,15 +566,17 @@ def test_rope_table_at_any_position(position: float, half: int, theta: float) ->
 @cpu
 def test_float32_positions_would_be_seen() -> None:
     exact = torch.tensor([54321.2], dtype=torch.float64)
-    ours, rounded = (rope_table(p, 1, 1, 12, 10000.0) for p in (exact, exact.float().double()))
+    ours, rounded = (
+        rope_table(p, 1, 1, (4, 4, 4), 10000.0) for p in (exact, exact.float().double())
+    )
     assert worst(ours, rounded) > 1e-4
 
 
 @gpu
 def test_rope_table_on_cuda() -> None:
     positions = torch.cat([torch.arange(64), torch.tensor([0.3, 1e5 + 0.7])]).double()
-    here = rope_table(positions, 3, 5, 128, 10000.0)
-    there = rope_table(positions.cuda(), 3, 5, 128, 10000.0)
+    here = rope_table(positions, 3, 5, (44, 42, 42), 10000.0)
+    there = rope_table(positions.cuda(), 3, 5, (44, 42, 42), 10000.0)
     for a, b in zip(here, there, strict=True):
         # float64's cosine may differ in its last bit, which flips a float32 rounding at most.
         assert (a - b.cpu()).abs().max() <= 2**-24

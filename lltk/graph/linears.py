@@ -15,12 +15,12 @@ from torch import fx
 from lltk.graph.edit import calls, shape
 from lltk.graph.passes import PassConfig, Report
 from lltk.graph.program import Program
+from lltk.graph.spec import ModelSpec
 
 aten = torch.ops.aten
 Rule = Literal["none", "mse", "mae", "abs_max"]
 """What Four Over Six minimises; "none" is plain NVFP4."""
-BLOCK_LINEARS = r"blocks\.\d+\.(attn[12]\.to_(qkv|q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
-"""Every linear of every block, by module path."""
+EVERY_LINEAR = "every linear of the blocks' attention and feed-forward"
 
 
 def check_pattern(pattern: str, option: str) -> str:
@@ -35,7 +35,9 @@ def check_pattern(pattern: str, option: str) -> str:
 class LinearChoice(PassConfig):
     """Which linears a quantising pass converts."""
 
-    include: str = Field(BLOCK_LINEARS, description="modules to convert (whole-path regex)")
+    include: str | None = Field(
+        None, description=f"modules to convert (whole-path regex); null for {EVERY_LINEAR}"
+    )
     exclude: tuple[str, ...] = Field((), description="modules to keep among them (regexes)")
     keep_last: float = Field(
         0.0, ge=0, lt=1, description="fraction of the blocks, counted from the last, to keep"
@@ -46,8 +48,8 @@ class LinearChoice(PassConfig):
 
     @field_validator("include")
     @classmethod
-    def _include_is_a_pattern(cls, include: str) -> str:
-        return check_pattern(include, "include")
+    def _include_is_a_pattern(cls, include: str | None) -> str | None:
+        return None if include is None else check_pattern(include, "include")
 
     @field_validator("exclude")
     @classmethod
@@ -119,9 +121,16 @@ def chosen_linears(
         yield Linear(node, module, weight, given)
 
 
+def is_included(spec: ModelSpec, module: str, include: str | None) -> bool:
+    """Whether a linear is among those that ``include`` names; None names `EVERY_LINEAR`."""
+    if include is None:
+        return spec.linear_role(module) is not None
+    return re.fullmatch(include, module) is not None
+
+
 def _kept(program: Program, module: str, choice: LinearChoice) -> str | None:
     """Why a linear stays as it is, or None."""
-    if re.fullmatch(choice.include, module) is None:
+    if not is_included(program.spec, module, choice.include):
         return "not among include"
     for pattern in choice.exclude:
         if re.fullmatch(pattern, module):

@@ -142,7 +142,7 @@ def _region_name(program: Program, bodies: list[Body]) -> str:
 
 
 def _input_names(program: Program, bodies: list[Body]) -> tuple[str, ...]:
-    """Inputs keep a name that layers share; what one block hands the next is ``hidden_states``."""
+    """Inputs keep a name that layers share; what one block hands the next is ``tokens``."""
     same_graph = [body for body in bodies if body.graph == bodies[0].graph]
     names: list[str] = []
     for position, first in enumerate(bodies[0].inputs):
@@ -154,7 +154,7 @@ def _input_names(program: Program, bodies: list[Body]) -> tuple[str, ...]:
         elif first.op == "placeholder" or (outside and len(sources) == 1):
             name = first.name
         else:
-            name = "hidden_states"
+            name = "tokens"
         names.append(f"{name}_{position}" if name in names else name)
     return tuple(names)
 

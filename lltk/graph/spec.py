@@ -1,24 +1,43 @@
-"""What a pass may know about a model: its sizes and the names of its parts."""
+"""What passes may know of a model: its sizes, and where its parts are."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from lltk.graph.contract import Role
 
 
+class LinearRole(StrEnum):
+    """What a linear of a transformer's block is for."""
+
+    SELF_QUERY = "self-attention's queries"
+    SELF_KEY = "self-attention's keys"
+    SELF_VALUE = "self-attention's values"
+    SELF_QKV = "self-attention's queries, keys and values"
+    """Of the pass merge_qkv, which puts it in the place of the three before."""
+    SELF_OUT = "self-attention's output"
+    CROSS_QUERY = "cross-attention's queries"
+    CROSS_KEY = "cross-attention's keys"
+    CROSS_VALUE = "cross-attention's values"
+    CROSS_OUT = "cross-attention's output"
+    UP = "the feed-forward's first"
+    DOWN = "the feed-forward's second"
+
+
 @dataclass(frozen=True)
 class Spec(ABC):
-    """Names and sizes of one captured model; passes read them instead of hard-coding a model.
+    """Names and sizes of a captured model. Passes read them, so that no pass is for one model only.
 
     Attributes:
         channels: latent channels.
-        patch: latent (frames, height, width) that the model takes as one; frames is 1.
+        patch: latent (frames, height, width) that the model takes as one token; frames is 1.
         stride: video (frames, height, width) of one latent.
         output: name of the result in the captured contract.
-        keep_fp32: parameters whose dotted name holds one of these parts run in float32.
+        keep_fp32: parameters with one of these parts in their dotted name run in float32.
     """
 
     channels: int
@@ -39,50 +58,61 @@ class Spec(ABC):
 
 @dataclass(frozen=True)
 class ModelSpec(Spec):
-    """Names and sizes of one captured transformer.
+    """Names and sizes of a captured transformer.
 
-    Module paths hold ``{layer}`` where the layer index stands.
+    Module paths hold ``{layer}`` where the layer's index stands, as in ``blocks.{layer}.attn1``.
 
     Attributes:
         layers: number of blocks.
-        heads, head_dim: attention heads H and their width D.
+        heads, head_dim: number of attention heads H, and their width D.
         text_dim: width of a text embedding.
         block, self_attention, cross_attention: module paths.
-        rope, rope_tables: module that computes the rotary tables, and its cos and sin buffers.
+        linears: module paths of a block's linears.
+        rope: path of the module that computes the rotary tables.
+        rope_tables: names of its buffers, cos and sin.
         rope_theta: base of the rotary frequencies.
+        rope_split: how many of a head's D channels turn by time, height and width.
     """
 
     layers: int
     heads: int
     head_dim: int
     text_dim: int
-    rope_theta: float
     block: str
     self_attention: str
     cross_attention: str
+    linears: Mapping[LinearRole, str]
     rope: str
     rope_tables: tuple[str, str]
+    rope_theta: float
+    rope_split: tuple[int, int, int]
 
     def captured_roles(self, graph: str) -> tuple[Role, ...]:
         """The same for every graph."""
         return Role.LATENTS, Role.TIME, Role.TEXT
 
     def layer_of(self, module: str, template: str | None = None) -> int | None:
-        """Layer index if ``module`` lies in ``template`` (the block by default), else None."""
+        """Layer index if a module lies in a path with ``{layer}``, by default the block's."""
         pattern = re.escape(template or self.block).replace(r"\{layer\}", r"(\d+)")
         found = re.match(pattern + r"(?:\.|$)", module)
         return int(found.group(1)) if found else None
 
+    def linear_role(self, module: str) -> LinearRole | None:
+        """What a block's linear is for, by its module path; None for any other module."""
+        layer = self.layer_of(module)
+        roles = (role for role, path in self.linears.items() if path.format(layer=layer) == module)
+        return None if layer is None else next(roles, None)
+
 
 @dataclass(frozen=True)
 class DecoderSpec(Spec):
-    """Names and sizes of one captured streaming video decoder.
+    """Names and sizes of a captured streaming video decoder.
 
-    Graph ``first`` decodes a video's first latent, which is one frame; ``step`` one latent more;
-    ``steps``, if there is one, several more.
+    Graph ``first`` decodes a video's first latent, which is one frame. ``step`` decodes one latent
+    more, and ``steps``, if there is one, several more.
 
     Attributes:
-        caches: number of feature caches; ``step`` and ``steps`` read ``cache_{i}``, every graph
+        caches: number of feature caches. ``step`` and ``steps`` read ``cache_{i}``, and every graph
             gives ``next_cache_{i}``.
     """
 
@@ -95,7 +125,7 @@ class DecoderSpec(Spec):
 
     @property
     def cache_outputs(self) -> tuple[str, ...]:
-        """Names of the caches that both graphs give, in the same order."""
+        """Names of the caches that every graph gives, in the same order."""
         return tuple(f"next_{name}" for name in self.cache_inputs)
 
     def captured_roles(self, graph: str) -> tuple[Role, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from lltk.graph.edit import module_of, op_of, output
 from lltk.graph.program import Program
+from lltk.graph.spec import ModelSpec
 from lltk.graph.stages import Stage
 from lltk.ops.implementations import op_called, ops_with_choices
 
@@ -41,7 +42,9 @@ def verify(program: Program) -> None:
     for name, graph in program.every_graph():
         _check_attributes(program, name, graph)
     for stage, check in _CHECKS.items():
-        if program.stage >= stage and (program.kind != "decode" or stage in _OF_DECODERS):
+        if program.stage >= stage and (
+            stage in _OF_DECODERS or isinstance(program.model, ModelSpec)
+        ):
             check(program)
 
 

@@ -18,8 +18,8 @@ from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
 from lltk.graph.program import LogEntry, Program
 from lltk.graph.recipe import Recipe, parse_recipe
-from lltk.models import wan22
 from lltk.models.checkpoint import save_checkpoint, save_lora
+from lltk.models.families import family_of
 from lltk.models.tiny.world import FPS
 from lltk.ops.implementations import check_device
 from lltk.stream.video import write_video
@@ -82,7 +82,8 @@ class TransformerPlan:
         program, section = self.program, self.section
         if self.recipe.model.checkpoint is None:
             torch.manual_seed(section.seed)
-            program = with_weights(program, wan22.build(self._config).state_dict())
+            model = family_of(program.kind).build(self._config)
+            program = with_weights(program, model.state_dict())
         module = instantiate(program, self.device)
         if section.recompute:
             module.checkpoint_blocks()

@@ -158,7 +158,7 @@ def test_a_tail_left_alive_is_caught() -> None:
     alive = replace(program, graphs=program.graphs | {"commit": program.graphs["step"]})
     commit = make_pass("commit", {})
     commit.ensures(program)
-    with pytest.raises(AssertionError, match=r"last block still reads \['blocks.1.attn1.norm_q"):
+    with pytest.raises(AssertionError, match="last block still computes cross-attention's output"):
         commit.ensures(alive)
 
 

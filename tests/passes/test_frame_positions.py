@@ -26,6 +26,7 @@ from torch import Tensor
 from lltk.graph.geometry import Kind
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
+from lltk.models.wan22 import rope_split
 from lltk.ops.rope_table.op import rope_table
 
 pytestmark = pytest.mark.cpu
@@ -47,7 +48,7 @@ AFTER = """
 def forward(hidden_states: latents(f32[1, 4, 3, 4, 4]), positions: positions(f64[3])):
     # rope
     rope_table: (f32[1, 12, 1, 12], f32[1, 12, 1, 12],) = \
-lltk.rope_table.default(positions, 2, 2, 12, 10000.0)
+lltk.rope_table.default(positions, 2, 2, [4, 4, 4], 10000.0)
     rope_cos: f32[1, 12, 1, 12] = getitem(rope_table, 0)
     rope_sin: f32[1, 12, 1, 12] = getitem(rope_table, 1)
     # blocks.0.attn1
@@ -101,18 +102,20 @@ def diffusers_table(frames: int, height: int, width: int, head_dim: int) -> tupl
 
 @pytest.mark.parametrize("head_dim", [12, 32, 40, 128])
 def test_tables_have_diffusers_bits_on_all_its_positions(head_dim: int) -> None:
-    ours = rope_table(torch.arange(1024, dtype=torch.float64), 3, 2, head_dim, 10000.0)
+    ours = rope_table(torch.arange(1024, dtype=torch.float64), 3, 2, rope_split(head_dim), 10000.0)
     theirs = diffusers_table(1024, 3, 2, head_dim)
     for mine, his in zip(ours, theirs, strict=True):
         assert mine.shape == (1, 1024 * 6, 1, head_dim) and torch.equal(mine, his)
-    shifted = rope_table(torch.arange(1, 1025, dtype=torch.float64), 3, 2, head_dim, 10000.0)
+    shifted = rope_table(
+        torch.arange(1, 1025, dtype=torch.float64), 3, 2, rope_split(head_dim), 10000.0
+    )
     assert not torch.equal(shifted[0], theirs[0])
 
 
 @given(st.lists(st.integers(0, 1023), min_size=1, max_size=5))
 def test_each_frame_has_the_row_of_its_position(where: list[int]) -> None:
     """Frames in any order, repeated or apart: each reads its own absolute position."""
-    ours = rope_table(torch.tensor(where, dtype=torch.float64), 2, 2, 12, 10000.0)
+    ours = rope_table(torch.tensor(where, dtype=torch.float64), 2, 2, (4, 4, 4), 10000.0)
     for mine, his in zip(ours, diffusers_table(1024, 2, 2, 12), strict=True):
         rows = his.unflatten(1, (1024, 4))[:, where].flatten(1, 2)
         assert torch.equal(mine, rows)
@@ -122,7 +125,7 @@ def test_each_frame_has_the_row_of_its_position(where: list[int]) -> None:
 def test_fractional_and_huge_positions(position: float) -> None:
     """Against Python's own cosine: fractions count, and videos outlast diffusers' 1024 rows."""
     head_dim = 12
-    cos, sin = rope_table(torch.tensor([position], dtype=torch.float64), 1, 1, head_dim, 10000.0)
+    cos, sin = rope_table(torch.tensor([position], dtype=torch.float64), 1, 1, (4, 4, 4), 10000.0)
     pairs = (head_dim - 4 * (head_dim // 6)) // 2
     for pair in range(pairs):
         angle = position * 10000.0 ** (-pair / pairs)
@@ -134,7 +137,7 @@ def test_fractional_and_huge_positions(position: float) -> None:
 
 def test_half_a_frame_is_a_position_of_its_own() -> None:
     positions = torch.tensor([7.0, 7.5, 8.0], dtype=torch.float64)
-    cos, _ = rope_table(positions, 1, 1, 12, 10000.0)
+    cos, _ = rope_table(positions, 1, 1, (4, 4, 4), 10000.0)
     low, half, high = cos[0, :, 0, 0].tolist()
     assert half == pytest.approx(math.cos(7.5), abs=1e-7)
     assert len({low, half, high}) == 3

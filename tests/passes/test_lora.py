@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from lltk.compiler import with_weights
 from lltk.graph.facts import Trainable
 from lltk.graph.geometry import Kind
-from lltk.graph.linears import BLOCK_LINEARS
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -158,8 +157,9 @@ def peft_model() -> nn.Module:
     torch.manual_seed(0)
     model = WanTransformer3DModel(**tiny_config())
     model.load_state_dict(captured("score").weights)
+    linears = r"blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
     wrapped = get_peft_model(
-        model, LoraConfig(r=2, lora_alpha=8, target_modules=BLOCK_LINEARS, init_lora_weights=False)
+        model, LoraConfig(r=2, lora_alpha=8, target_modules=linears, init_lora_weights=False)
     )
     return wrapped.eval()
 

@@ -86,14 +86,15 @@ def test_what_reads_other_inputs_stays() -> None:
     other = BEFORE.replace("score(x: f32[1, 4, 16]", "score(x: f32[1, 4, 16], y: f32[1, 4, 16]")
     first, *rest = other.split("default(x,")
     message = refused(after, made("default(y,".join([first, "default(x,".join(rest)])), "merge_qkv")
-    assert f"{ATTENTION}: nothing reads all three of one input" in message
+    assert f"{ATTENTION}.to_qkv: nothing reads all three of one input" in message
 
 
 def test_weights_of_different_forms_are_refused() -> None:
     some = {name: value for name, value in WEIGHTS.items() if name != f"{ATTENTION}.to_k.bias"}
     graph = BEFORE.replace(f", self['{ATTENTION}.to_k.bias']", "")
     message = refused(after, made(graph, some), "merge_qkv")
-    assert f"{ATTENTION}: 2 of to_q, to_k, to_v have a bias; all three or none can be" in message
+    parts = ", ".join(f"{ATTENTION}.{part}" for part in ("to_q", "to_k", "to_v"))
+    assert f"{ATTENTION}.to_qkv: 2 of {parts} have a bias; all three or none" in message
     packed = {f"{ATTENTION}.to_q.weight_codes": torch.zeros(8, 8, dtype=torch.uint8)}
     program = after(made(), "merge_qkv")
     assert f"{ATTENTION}.to_q is stored in NVFP4" in refused(program.map_state, packed)

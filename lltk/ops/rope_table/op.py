@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,9 @@ rope_table = torch.library.custom_op("lltk::rope_table", reference.rope_table, m
 
 @rope_table.register_fake
 def _(
-    positions: Tensor, height: int, width: int, head_dim: int, theta: float
+    positions: Tensor, height: int, width: int, split: Sequence[int], theta: float
 ) -> tuple[Tensor, Tensor]:
-    shape = (1, positions.shape[0] * height * width, 1, head_dim)
+    shape = (1, positions.shape[0] * height * width, 1, sum(split))
     cos = positions.new_empty(shape, dtype=torch.float32)
     return cos, torch.empty_like(cos)
 

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
 def rope_table(
-    positions: Tensor, height: int, width: int, head_dim: int, theta: float
+    positions: Tensor, height: int, width: int, split: Sequence[int], theta: float
 ) -> tuple[Tensor, Tensor]:
     """Cos and sin of every token's angles.
 
-    The head's D/2 complex pairs are split over time, height and width; height and width take
-    ``head_dim // 6`` pairs each and time the rest. Pair j of an axis with n pairs turns by
-    ``position * theta ** (-j / n)``. Angles, cos and sin are float64, then cast to float32, each
-    value repeated for both halves of its pair (diffusers' WanRotaryPosEmbed).
+    A head's channels are complex pairs, which are split over time, height and width. Pair j of an
+    axis with n pairs turns by ``position * theta ** (-j / n)``. Angles, cos and sin are float64,
+    then cast to float32, each value repeated for both halves of its pair (diffusers'
+    WanRotaryPosEmbed).
 
     Args:
         positions: float64 [F], frame positions; they may be fractional and of any size.
         height, width: tokens of a frame.
-        head_dim: D.
+        split: channels that turn by time, by height and by width, each an even number; they sum
+            to D, a head's width.
         theta: base of the frequencies.
 
     Returns:
         float32 [1, F * height * width, 1, D] cos, and sin.
     """
     frames = positions.shape[0]
-    side = 2 * (head_dim // 6)
     grid = (frames, height, width)
     tables: list[tuple[Tensor, Tensor]] = []
-    for axis, dim in enumerate((head_dim - 2 * side, side, side)):
+    for axis, dim in enumerate(split):
         steps = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device)
         frequencies = 1.0 / (theta ** (steps / dim))
         where = (
@@ -47,4 +49,4 @@ def rope_table(
         tables.append((cos, sin))
     tokens = frames * height * width
     cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*tables, strict=True))
-    return cos.reshape(1, tokens, 1, head_dim), sin.reshape(1, tokens, 1, head_dim)
+    return cos.reshape(1, tokens, 1, -1), sin.reshape(1, tokens, 1, -1)
