@@ -51,7 +51,7 @@ def command(
     with console.status("repeating the recipe's passes"):
         program = load_program(directory)
     graphs = dict(program.every_graph())
-    blocks = [name for name in program.regions if not name.startswith("prologue")]
+    blocks = [name for name, region in program.regions.items() if not region.once_a_prompt]
     name = graph or (blocks or list(graphs))[0]
     if name not in graphs:
         raise ValueError(f"--graph {name}: the program has {', '.join(graphs)}")

@@ -1,4 +1,4 @@
-"""Attention as captured: found by module path, read and written token-major."""
+"""Attention as captured: how to find it, and how to write it with tokens before heads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ _SWAP = [0, 2, 1, 3]
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention; ``q``, ``k``, ``v`` and ``result`` are [batch, tokens, heads, head dim]."""
+    """One dense attention of a graph.
+
+    Attributes:
+        layer: index of its block.
+        node: the call of scaled_dot_product_attention, whose operands have heads before tokens.
+        q, k, v, result: what goes in and comes out, [batch, tokens, heads, head dim].
+    """
 
     layer: int
     node: fx.Node
@@ -32,7 +38,7 @@ class Attention:
 def find_attention(
     program: Program, graph: fx.Graph, template: str, report: Report
 ) -> Iterator[Attention]:
-    """Attentions in modules of ``template``, layer by layer; what does not fit is reported."""
+    """The attentions in modules of a path with ``{layer}``, in order; reports those left out."""
     for node in calls(graph, aten.scaled_dot_product_attention.default):
         layer = program.spec.layer_of(module_of(node), template)
         if layer is None:
@@ -49,7 +55,7 @@ def find_attention(
 
 
 def _swapped(node: object) -> fx.Node | None:
-    """The node that a [0, 2, 1, 3] permutation reads."""
+    """What a permutation by [0, 2, 1, 3] reads; None for any other node."""
     if isinstance(node, fx.Node) and node.target is aten.permute.default:
         source, order = node.args
         if order == _SWAP and isinstance(source, fx.Node):
@@ -58,7 +64,7 @@ def _swapped(node: object) -> fx.Node | None:
 
 
 def attend(build: Builder, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
-    """Dense attention of token-major operands, token-major result."""
+    """Dense attention; operands and result are [batch, tokens, heads, head dim]."""
     heads_first = (build(aten.permute.default, t, _SWAP) for t in (q, k, v))
     out = build(aten.scaled_dot_product_attention.default, *heads_first)
     return build(aten.permute.default, out, _SWAP)
@@ -71,5 +77,5 @@ _PAGED = {
 
 
 def paged_op(node: fx.Node) -> str | None:
-    """The op by which a call attends to pages and the chunk in flight, lowered or not; or None."""
+    """The op of a call that attends to pages and the chunk in flight, lowered or not; or None."""
     return _PAGED.get(op_of(node))

@@ -28,13 +28,14 @@ def capture(
         build: makes the module; called under a fake mode on the CPU.
         inputs: shape, dtype and role of each forward argument, by name.
         outputs: a name for each output, in order.
-        run_dtype: dtype in which a parameter, given by name, runs.
+        run_dtype: gives the dtype in which a parameter runs, from its name and the parameter.
         options: constant forward arguments.
 
     Returns:
-        The graph (parameters and buffers as ``get_attr`` under the module's own names, inputs as
-        placeholders, output a dict), the parameters as meta tensors in their own dtypes, and the
-        names of the buffers it reads.
+        The graph, the parameters and the names of the buffers that the graph reads. In the graph,
+        inputs are placeholders with roles, parameters and buffers are ``get_attr`` nodes under the
+        module's own names, and the output is a dict. Parameters are meta tensors in their own
+        dtypes.
     """
     mode = FakeTensorMode()
     with LOADING, mode, torch.no_grad():
@@ -53,7 +54,10 @@ def capture(
 def _named_graph(
     exported: torch.export.ExportedProgram, outputs: Sequence[str]
 ) -> tuple[fx.Graph, tuple[str, ...]]:
-    """Turn lifted parameters into ``get_attr`` nodes, created where they are first read."""
+    """The exported graph with a ``get_attr`` node for each parameter, where it is first read.
+
+    torch.export makes inputs of parameters and buffers instead.
+    """
     signature = exported.graph_signature
     attributes = {
         spec.arg.name: spec.target

@@ -53,6 +53,8 @@ class Role(StrEnum):
     """A part of a weight in NVFP4, which the graph ``weights`` gives."""
     RANDOM = "random"
     """What stochastic rounding draws by: seed and number of the batch, int64 [2]."""
+    PARAMETER = "parameter"
+    """A parameter of the layer that a region runs for."""
 
     @property
     def is_page(self) -> bool:
@@ -96,6 +98,10 @@ class Contract:
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
 
+    def having(self, role: Role) -> dict[str, TensorSpec]:
+        """The inputs of a role."""
+        return {name: spec for name, spec in self.inputs.items() if spec.role is role}
+
     @property
     def pages(self) -> dict[str, TensorSpec]:
         """The inputs that are parts of the cache; their second axis is the pages."""
@@ -103,7 +109,7 @@ class Contract:
 
     def name(self, role: Role) -> str:
         """The name of the one input of a role."""
-        (name,) = (name for name, spec in self.inputs.items() if spec.role is role)
+        (name,) = self.having(role)
         return name
 
     def input(self, role: Role) -> TensorSpec:

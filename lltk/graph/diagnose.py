@@ -1,4 +1,4 @@
-"""Where the first non-finite value of a forward pass is."""
+"""Finding the first value of a forward pass that is not finite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lltk.graph.program import Program
 
 
 class _Found(Exception):
-    """Where a non-finite value is (fx adds to an exception's message, not to its attributes)."""
+    """A value that is not finite was found. fx adds to the message, but not to ``where``."""
 
     def __init__(self, where: str) -> None:
         super().__init__(where)
@@ -24,13 +24,13 @@ class _Found(Exception):
 
 
 class _Watch(fx.Interpreter):
-    """Runs a graph node by node, regions too, until a value is not finite.
+    """Runs a graph node by node, and what is inside of regions too, until a value is not finite.
 
     Args:
-        program: whose graph or region it is.
-        root: owns what the graph reads.
+        program: the Program that the graph or region belongs to.
+        root: the module that holds what the graph reads.
         graph: what to run.
-        labels: what to call each input; None for one that is not looked at.
+        labels: what to call each input; None for an input that is not looked at.
         owner: path of the block that a region runs for.
     """
 
@@ -80,14 +80,14 @@ def first_bad_node(
     inputs: Mapping[str, Tensor],
     unseen: Collection[str] = (),
 ) -> str | None:
-    """The first input, parameter or node of a graph, in order, with a non-finite value, or None.
+    """The first input, parameter or node of a graph whose value is not finite, or None.
 
     Args:
-        program: which graphs.
+        program: the Program.
         module: the same Program, runnable.
         graph: the graph's name.
         inputs: by name.
-        unseen: those that are not looked at.
+        unseen: names of inputs that are not looked at.
     """
     order = [str(n.target) for n in program.graphs[graph].find_nodes(op="placeholder")]
     labels = [None if name in unseen else f"input {name}" for name in order]
@@ -101,7 +101,7 @@ def first_bad_node(
 
 @torch.no_grad()
 def first_bad_module(module: nn.Module, run: Callable[[], object]) -> str | None:
-    """The first parameter, else the first module to finish, with a non-finite value, or None.
+    """The first parameter that is not finite; else the first module to give such a value; or None.
 
     Args:
         module: what ``run`` runs.

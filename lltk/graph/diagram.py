@@ -1,4 +1,4 @@
-"""A graph as an SVG drawing: one box a module, arrows where values flow."""
+"""A graph as an SVG drawing: a box for each module, an arrow where values flow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from html import escape
 
 from torch import fx
 
-from lltk.graph.edit import module_of
+from lltk.graph.contract import Role
+from lltk.graph.edit import module_of, role_of
 from lltk.graph.text import target_name, type_text
 
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 240, 44, 24, 34, 32
@@ -16,7 +17,7 @@ _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 240, 44, 24, 34, 32
 
 @dataclass
 class _Box:
-    """Consecutive nodes of one module, an input, or the output."""
+    """A box of the drawing: consecutive nodes of one module, an input, or the output."""
 
     title: str
     detail: str
@@ -46,7 +47,7 @@ def _boxes(graph: fx.Graph) -> list[_Box]:
     boxes: list[_Box] = []
     of: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        if node.op == "get_attr" or (node.op == "placeholder" and _is_parameter(node)):
+        if node.op == "get_attr" or role_of(node) is Role.PARAMETER:
             continue
         if node.op == "placeholder":
             box = _Box(node.name, type_text(node.meta["val"]), "input")
@@ -64,11 +65,6 @@ def _boxes(graph: fx.Graph) -> list[_Box]:
         if box.kind == "call":
             box.detail = _detail(box.detail, node)
     return boxes
-
-
-def _is_parameter(node: fx.Node) -> bool:
-    """Lifted parameters of a region are weights, biases and tables by name."""
-    return node.name.endswith(("_weight", "_bias", "_table"))
 
 
 def _detail(before: str, node: fx.Node) -> str:
@@ -114,7 +110,7 @@ def _svg(boxes: list[_Box], name: str, columns: int) -> str:
 
 
 def _arrow(source: tuple[int, int], target: tuple[int, int]) -> str:
-    """From box to box; one that passes boxes in its own column goes round them on the left."""
+    """An arrow between boxes; it goes round boxes in its own column on the left."""
     passes = source[0] == target[0] and target[1] - source[1] > _HEIGHT + _GAP_Y
     if passes:
         start, end = (source[0], source[1] + _HEIGHT // 2), (target[0], target[1] + _HEIGHT // 2)

@@ -1,4 +1,4 @@
-"""What passes need to read and change a graph, its metadata kept right."""
+"""Reading and changing a graph. Nodes carry metadata: value, module path, and an input's role."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy that shares nothing but metadata values."""
+    """A copy with nodes of its own; it shares only the values in their metadata."""
     copy = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -33,7 +33,7 @@ def module_of(node: fx.Node) -> str:
 
 
 def op_of(node: fx.Node) -> Any:
-    """What a call computes; where it was lowered, the op and not what was chosen for it."""
+    """What a call computes: its op, even where it was lowered to an implementation."""
     return node.meta.get("op", node.target)
 
 
@@ -75,7 +75,7 @@ def input_of(graph: fx.Graph, role: Role) -> fx.Node:
 
 
 def output(graph: fx.Graph) -> fx.Node:
-    """The output node; its one argument is a dict of named values."""
+    """The output node. Its one argument is a dict of named values."""
     (node,) = graph.find_nodes(op="output")
     return node
 
@@ -104,7 +104,7 @@ def add_input(graph: fx.Graph, name: str, like: Tensor, role: Role) -> fx.Node:
 
 
 def _empty(like: Tensor) -> Tensor:
-    """A tensor of ``like``'s shape, strides and dtype, made under the mode in force."""
+    """A tensor of ``like``'s shape, strides and dtype; a fake one under a fake mode."""
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
 
 
@@ -115,7 +115,7 @@ def create_call(
     kwargs: Mapping[str, Any],
     name: str | None = None,
 ) -> fx.Node:
-    """A call named after its operator."""
+    """A new call at the graph's insertion point; without a name it is named after its operator."""
     name = name or getattr(target, "_opname", None)
     return graph.create_node("call_function", target, args, dict(kwargs), name=name)
 
@@ -141,22 +141,22 @@ class Builder:
 
 @contextmanager
 def building(before: fx.Node, module: str | None = None) -> Iterator[Builder]:
-    """Insert before a node, under its module path unless another is given."""
+    """Insert nodes before a node; their module path is its own unless another is given."""
     with before.graph.inserting_before(before):
         yield Builder(before.graph, module_of(before) if module is None else module)
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:
-    """Let every user of ``old`` read ``new``, and drop ``old``; a value keeps its metadata."""
+    """Let every user of ``old`` read ``new``, which takes over its value, and drop ``old``."""
     new.meta.setdefault("val", old.meta["val"])
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
 
 
 def is_impure(node: fx.Node) -> bool:
-    """Whether dead-code elimination must keep the node: inputs, the output and mutations.
+    """Whether the node stays although nothing reads it: inputs, the output and mutations.
 
-    Unlike fx's own rule this lets random-tagged but functional calls (attention) go.
+    fx's own rule also keeps attention, whose operator counts as random.
     """
     if node.op in ("placeholder", "output"):
         return True
@@ -165,7 +165,7 @@ def is_impure(node: fx.Node) -> bool:
 
 
 def prune(graph: fx.Graph) -> int:
-    """Remove dead nodes; returns how many."""
+    """Remove nodes that nothing reads; returns how many."""
     before = len(graph.nodes)
     graph.eliminate_dead_code(is_impure_node=is_impure)
     return before - len(graph.nodes)
@@ -180,7 +180,7 @@ def drop_unused_inputs(graph: fx.Graph) -> list[str]:
 
 
 def sort_topologically(graph: fx.Graph) -> None:
-    """Move nodes, as few as need be, so that each follows its inputs."""
+    """Move as few nodes as possible so that each comes after its inputs."""
     placed: set[fx.Node] = set()
     anchor = graph._root
     pending = list(reversed(graph.nodes))
@@ -198,10 +198,10 @@ def sort_topologically(graph: fx.Graph) -> None:
 
 
 def infer(program: Program, graph: fx.Graph) -> None:
-    """Recompute fake values from the inputs' and parameters'.
+    """Compute the shapes and dtypes of all values anew, by running the graph on fake tensors.
 
-    Calls whose arguments are as they were keep theirs. A lowered call has the shape of the op it
-    implements, whatever device it is for.
+    A call whose arguments did not change keeps its value. A lowered call is run as the op that it
+    implements, so that this works on any machine.
 
     Raises:
         ValueError: a call does not fit its arguments; names the node and its module.
@@ -224,7 +224,7 @@ def infer(program: Program, graph: fx.Graph) -> None:
 
 
 def _made_from(node: fx.Node) -> Any:
-    """All that a call's value follows from, arguments by their sizes and dtypes."""
+    """What a call's value follows from: the op, and the sizes and dtypes of its arguments."""
     arguments = map_arg((node.args, node.kwargs), lambda source: _like(source.meta["val"]))
     return op_of(node), arguments
 
@@ -236,7 +236,7 @@ def _like(value: Any) -> Any:
 
 
 def _infer_leaf(program: Program, node: fx.Node) -> Any:
-    """The value of what is no call of an operator."""
+    """The value of a node that calls no operator: input, parameter, output, call of a region."""
     if node.op == "placeholder":
         return _empty(node.meta["val"])
     if node.op == "get_attr":
@@ -253,7 +253,7 @@ def _infer_leaf(program: Program, node: fx.Node) -> Any:
 
 
 def _infer_call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """The value of a call; `values` are those of the mode in force, as far as they are needed."""
+    """The value of a call. ``values`` are fake tensors; those that are missing are added."""
 
     def value(source: fx.Node) -> Any:
         if source not in values:

@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, for a file or a folder, that takes its place on success.
+    """Gives a temporary path beside ``path``, which takes the place of ``path`` on success.
 
-    What is there before is replaced. Missing parent folders are made.
+    It works for a file and for a folder. What was at ``path`` before is replaced. Missing parent
+    folders are made.
 
     Raises:
-        OSError: it cannot be written; safetensors' own error for that is turned into one.
+        OSError: it cannot be written. safetensors raises an error of its own for that, which is
+            turned into this one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, aside = (_beside(path, kind) for kind in ("tmp", "old"))
@@ -36,14 +38,14 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def remove_whole(path: Path) -> None:
-    """Remove a file or a folder at once: killed on the way, nothing is left under its name."""
+    """Remove a file or a folder. Even if the process is killed meanwhile, its name is free."""
     _remove(path.rename(_beside(path, "old")))
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes left of `written_whole` and `remove_whole` in a folder.
+    """Remove the temporary files that a killed process left of the two functions above.
 
-    Nothing may be writing there.
+    Nothing may be writing to the folder.
     """
     for left in folder.glob(f".*.{'[0-9a-f]' * 32}.*"):
         _remove(left)

@@ -1,4 +1,4 @@
-"""A digest of all that decides what a Program computes."""
+"""A digest of everything that decides what a Program computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lltk.graph.text import dtype_name, print_graph
 
 
 def fingerprint(program: Program) -> str:
-    """SHA-256 over graphs, geometry, dtype, constants and weights; reads every weight."""
+    """SHA-256 over graphs, geometry, dtype, constants and weights. It reads every weight."""
     digest = hashlib.sha256()
     digest.update(f"{program.kind} {program.dtype} {program.geometry!r}".encode())
     for name, graph in program.every_graph():

@@ -1,4 +1,4 @@
-"""Sizes a Program is made for, and the rules they obey."""
+"""The sizes that a Program is made for, and the rules they obey."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kind = Literal["train", "score", "stream", "reference", "decode"]
 
 
 class Geometry(BaseModel):
-    """Sizes of a Program. Frames are latent frames; C, W, S stand for chunk, window, sink."""
+    """Sizes of a Program. Frames are latent frames. C, W and S stand for chunk, window, sink."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,7 +55,7 @@ class Geometry(BaseModel):
         return self
 
     def _check_multiple(self, name: str, least: int, most: int | None = None) -> None:
-        """Refuse a size off the chunk grid, with the nearest on it that fit the other sizes."""
+        """Refuse a size that is no multiple of the chunk; names the nearest sizes that fit."""
         value = getattr(self, name)
         if value % self.chunk == 0:
             return
@@ -75,7 +75,7 @@ class Geometry(BaseModel):
 
     @property
     def pages(self) -> int:
-        """Cache pages: the window in chunks, one of them for the chunk in flight."""
+        """Pages of the cache: as many as chunks in the window, the chunk in flight included."""
         return self.window // self.chunk
 
     def grid(self, spec: Spec) -> tuple[int, int]:
@@ -109,7 +109,7 @@ class Geometry(BaseModel):
         return down * across
 
     def captured_frames(self, kind: Kind) -> int:
-        """Latent frames of the captured forward: the train graph holds [clean; noisy]."""
+        """Latent frames of the captured forward. The train graph has them twice: clean, noisy."""
         if kind == "stream":
             return self.chunk
         return 2 * self.frames if kind == "train" else self.frames

@@ -1,4 +1,4 @@
-"""A block's forward and backward in one graph, to look at."""
+"""The forward and backward pass of a block as one graph, to look at."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lltk.graph.edit import copy_graph, output, rename_placeholder
+from lltk.graph.edit import copy_graph, output, rename_placeholder, role_of
 from lltk.graph.program import Region
 
 
 def joint_graph(region: Region) -> fx.Graph:
-    """What autograd makes of a region.
+    """The graph that autograd makes of a region.
 
-    Its inputs are the region's, its parameters, then the gradients of its outputs; it returns the
-    outputs and the gradient of everything that has one, by name.
+    Its inputs are the region's inputs, the region's parameters, and the gradients of the region's
+    outputs, called ``grad_0``, ``grad_1`` and so on. It gives the outputs by name, ``output_0`` and
+    so on, and the gradient of every input and parameter that has one, as ``grad_<name>``.
     """
     read = region.graph.find_nodes(op="placeholder")
     module = fx.GraphModule(torch.nn.Module(), region.graph)
@@ -32,6 +33,8 @@ def joint_graph(region: Region) -> fx.Graph:
     names = [str(node.target) for node in read]
     for node, name in zip(inputs, [*names, *(f"grad_{i}" for i in range(count))], strict=True):
         rename_placeholder(node, name)
+    for node, source in zip(inputs, read, strict=False):
+        node.meta["role"] = role_of(source)
     gradients = dict(zip((f"grad_{name}" for name in names), values[count:], strict=True))
     results = {f"output_{i}": value for i, value in enumerate(values[:count])}
     end.args = (results | {name: value for name, value in gradients.items() if value is not None},)

@@ -33,14 +33,14 @@ def check_pattern(pattern: str, option: str) -> str:
 
 
 class LinearChoice(PassConfig):
-    """Which linears a quantising pass converts."""
+    """Which linears a pass converts that quantises."""
 
     include: str | None = Field(
         None, description=f"modules to convert (whole-path regex); null for {EVERY_LINEAR}"
     )
     exclude: tuple[str, ...] = Field((), description="modules to keep among them (regexes)")
     keep_last: float = Field(
-        0.0, ge=0, lt=1, description="fraction of the blocks, counted from the last, to keep"
+        0.0, ge=0, lt=1, description="fraction of the blocks to keep, counted from the last"
     )
     ragged: Literal["refuse", "pad"] = Field(
         "refuse", description="what to do where a width is not a multiple of 16"
@@ -59,7 +59,13 @@ class LinearChoice(PassConfig):
 
 @dataclass(frozen=True)
 class Linear:
-    """``node`` = linear(x, weight, bias) of a module path."""
+    """A call of a linear.
+
+    Attributes:
+        node: the call.
+        module: path of the module that has the weight.
+        x, weight, bias: its operands.
+    """
 
     node: fx.Node
     module: str
@@ -74,14 +80,14 @@ class Linear:
         return x
 
     def kind(self, program: Program) -> str:
-        """Its path in its block; the whole path outside blocks."""
+        """The module's path within its block; outside blocks its whole path."""
         layer = program.spec.layer_of(self.module)
         block = "" if layer is None else program.spec.block.format(layer=layer) + "."
         return self.module.removeprefix(block)
 
 
 def linear_module(node: fx.Node) -> str:
-    """Module path of the weight of a linear."""
+    """Path of the module that has the weight of a linear."""
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     return str(weight.target).removesuffix(".weight")
@@ -90,16 +96,16 @@ def linear_module(node: fx.Node) -> str:
 def chosen_linears(
     program: Program, graph: fx.Graph, choice: LinearChoice, report: Report, widths: int
 ) -> Iterator[Linear]:
-    """Linears to convert, in order; the others are reported with their reason.
+    """The linears to convert, in order. The others are reported, each with the reason.
 
     Args:
-        program, graph: where.
-        choice: which.
-        report: of the pass.
-        widths: a multiple that both sides of a weight must be.
+        program, graph: where to look.
+        choice: the pass's configuration.
+        report: the pass's report.
+        widths: both widths of a weight must be multiples of it.
 
     Raises:
-        ValueError: a width does not fit and is not to be padded; names the layer.
+        ValueError: a width is no such multiple, and ``ragged`` is ``refuse``; names the layer.
     """
     for node in list(calls(graph, aten.linear.default)):
         module = linear_module(node)

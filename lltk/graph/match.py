@@ -1,4 +1,4 @@
-"""What passes need to recognise a pattern."""
+"""Recognising patterns in a graph."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ def is_call(node: Any, target: Any) -> bool:
 
 
 def read_once(node: Any, target: Any) -> bool:
-    """Whether it is a call of an operator, read once."""
+    """Whether it is a call of an operator with one reader."""
     return is_call(node, target) and len(node.users) == 1
 
 
 def sole_reader(node: fx.Node, target: Any) -> fx.Node | None:
-    """The call of an operator that alone reads a node; None where others do, or none."""
+    """The only reader of a node, if there is only one and it calls the operator; else None."""
     readers = list(node.users)
     return readers[0] if len(readers) == 1 and is_call(readers[0], target) else None
 
 
 def operands(node: Any, target: Any) -> tuple[Any, Any]:
-    """The first two of a call that is read once; None and None of anything else."""
+    """The first two arguments of a call with one reader; None and None for anything else."""
     if not read_once(node, target):
         return None, None
     return node.args[0], node.args[1]
 
 
 def before_cast(node: Any) -> Any:
-    """What a cast was made from; the node itself if it is none."""
+    """What a cast reads; the node itself if it is no cast."""
     return node.args[0] if is_call(node, aten.to.dtype) else node
 
 

@@ -1,4 +1,4 @@
-"""What a Program needs in memory, before anything is allocated."""
+"""How much memory a Program needs, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from lltk.graph.attention import paged_op
-from lltk.graph.edit import op_of
+from lltk.graph.contract import Role
+from lltk.graph.edit import op_of, role_of
 from lltk.graph.facts import Trainable
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
@@ -24,17 +25,19 @@ _MEMINFO = Path("/proc/meminfo")
 def estimate(program: Program) -> dict[str, int]:
     """Bytes by owner on the device that runs the Program.
 
-    Streaming: weights in their run dtypes, the cache's pages (in the compute dtype until the graphs
-    have them) and the cross-attention K/V of one prompt. Training and scoring: weights, the blocks'
-    inputs that per-block checkpointing keeps, and for training float32 gradients and AdamW's two
-    moments of what trains, and the 4-bit values of weights that train in NVFP4. Activations inside
-    one block come on top. Decoding: weights, and the feature caches before a latent; those after it
-    are among the activations.
+    All kinds: weights, in the dtypes they run in.
+
+    - Streaming: the pages of the cache, counted in the compute dtype until the graphs have them,
+      and the cross-attention K/V of one prompt.
+    - Training and scoring: the blocks' inputs, which checkpointing keeps for each block. Training
+      also: float32 gradients and AdamW's two moments of the parameters that train, and the 4-bit
+      values of the weights that train in NVFP4. Activations inside a block come on top.
+    - Decoding: the feature caches before a latent. The caches after it count as activations.
     """
     weights = {n: t.numel() * program.run_dtype(n).itemsize for n, t in program.weights.items()}
     owners = {"weights": sum(weights.values())}
     if isinstance(program.model, DecoderSpec):
-        owners["feature caches"] = total(_caches(program))
+        owners["feature caches"] = _cached(program)
         return owners
     spec, geometry = program.spec, program.geometry
     width, size = spec.heads * spec.head_dim, program.dtype.itemsize
@@ -58,62 +61,63 @@ def estimate(program: Program) -> dict[str, int]:
 
 
 def activations(program: Program, leaving: Collection[str] = (), held: bool = False) -> int:
-    """Most bytes of intermediate results that live at once in any graph.
+    """The most bytes of intermediate results that live at once in any graph.
 
-    Counted along the graphs as inference runs them, with the keys and values that attention over
-    pages gathers; an op's own workspace comes on top.
+    They are counted along the graphs as inference runs them, with the keys and values that
+    attention over pages gathers. An op's own workspace comes on top.
 
     Args:
         program: with graphs whose values have shapes.
-        leaving: graphs that are left out.
-        held: whether a decoder's feature caches stay to a graph's end; if not, a graph that has
-            none to read, or has read them, has their room for its results.
+        leaving: names of graphs that are left out.
+        held: whether a decoder's feature caches live until its graph ends. If not, a cache's room
+            is free once it was read, and a graph that reads no caches has their room from the
+            start.
     """
-    caches = {} if held else _caches(program)
+    caches = 0 if held else _cached(program)
     graphs = (graph for name, graph in program.graphs.items() if name not in leaving)
     return max(_peak(program, graph, caches) for graph in graphs)
 
 
-def _caches(program: Program) -> dict[str, int]:
-    """Bytes of a decoder's feature caches, by the names under which ``step`` reads them."""
+def _cached(program: Program) -> int:
+    """Bytes of the feature caches that a decoder's ``step`` reads; 0 for a transformer."""
     if not isinstance(program.model, DecoderSpec):
-        return {}
-    read = program.contract("step").inputs
-    return {name: read[name].nbytes for name in program.model.cache_inputs}
+        return 0
+    return sum(cache.nbytes for cache in program.contract("step").having(Role.CACHE).values())
 
 
-def _peak(program: Program, graph: fx.Graph, caches: Mapping[str, int]) -> int:
+def _peak(program: Program, graph: fx.Graph, caches: int) -> int:
+    """The most bytes that live at once, less those of caches that are allocated anyway."""
     owner: dict[fx.Node, fx.Node] = {}
     last: dict[fx.Node, int] = {}
     for index, node in enumerate(graph.nodes):
         owner[node] = owner[node.all_input_nodes[0]] if _is_view(node) else node
         for read in node.all_input_nodes:
             last[owner[read]] = index
-    live, peak = -sum(caches.values()), 0
-    held = [0] * (len(owner) + 1)
+    live, peak = -caches, 0
+    freed = [0] * (len(owner) + 1)
     for index, node in enumerate(graph.nodes):
         made = node.op in ("call_function", "call_module") and owner[node] is node
-        if made or (node.op == "placeholder" and node.target in caches):
+        if made or (caches and role_of(node) is Role.CACHE):
             size = _bytes(node.meta["val"])
             live += size
-            held[last.get(node, index)] += size
+            freed[last.get(node, index)] += size
         if node.op == "call_module":
-            inside = _peak(program, program.regions[str(node.args[0])].graph, {})
+            inside = _peak(program, program.regions[str(node.args[0])].graph, 0)
         else:
             inside = _results(node) + _gathered(program, node)
         peak = max(peak, live + inside)
-        live -= held[index]
+        live -= freed[index]
     return peak
 
 
 def _results(node: fx.Node) -> int:
-    """Bytes of several results, before each is taken."""
+    """Bytes of all results of a call that gives several; else 0."""
     made = node.meta.get("val")
     return sum(map(_bytes, made)) if isinstance(made, (list, tuple)) else 0
 
 
 def _gathered(program: Program, node: fx.Node) -> int:
-    """Bytes that a call takes to put pages beside the keys and values that it attends to."""
+    """Bytes of the copies that attention over pages makes of keys and values; else 0."""
     op = paged_op(node)
     chosen = program.implementations.get(op or "")
     if op is None or chosen == "triton":
@@ -127,7 +131,7 @@ def _gathered(program: Program, node: fx.Node) -> int:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether the result lies in its first argument's memory; each of several has its own."""
+    """Whether the result lies in the memory of the call's first argument."""
     if node.target is operator.getitem:
         return _is_view(node.all_input_nodes[0])
     target = op_of(node)
@@ -137,12 +141,12 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _bytes(value: Any) -> int:
-    """Of several results none: each is counted where it is taken."""
+    """Bytes of a tensor; 0 for several results, each of which is counted where it is read."""
     return value.numel() * value.dtype.itemsize if isinstance(value, Tensor) else 0
 
 
 def available(device: torch.device) -> int:
-    """Bytes that can still be allocated: a GPU's free memory, or what the system has to spare."""
+    """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if _MEMINFO.exists():
@@ -152,7 +156,7 @@ def available(device: torch.device) -> int:
 
 
 def readable(count: float) -> str:
-    """Bytes in GiB, MiB or KiB."""
+    """A number of bytes as text, such as ``1.5 GiB``."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -160,5 +164,5 @@ def readable(count: float) -> str:
 
 
 def total(owners: Mapping[str, int]) -> int:
-    """Sum over owners, in bytes."""
+    """The sum over owners, in bytes."""
     return sum(owners.values())

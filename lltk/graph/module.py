@@ -29,11 +29,11 @@ class Block(nn.Module):
         self._parameters_of: dict[str, tuple[Callable[[Any], Tensor], ...]] = {}
 
     def bind(self, region: str, parameters: Iterable[str]) -> None:
-        """Say which of its parameters a region takes, in order."""
+        """Say which of this layer's parameters a region takes, in order."""
         self._parameters_of[region] = tuple(operator.attrgetter(name) for name in parameters)
 
     def forward(self, region: str, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run a region on ``inputs`` with this layer's parameters."""
+        """Run a region with this layer's parameters."""
         if self.recompute and torch.is_grad_enabled():
             result: tuple[Tensor, ...] = checkpoint(self._run, region, *inputs, use_reentrant=False)
             return result
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class ProgramModule(nn.Module):
-    """Runs a Program's graphs over one set of parameters named as diffusers names them.
+    """Runs a Program's graphs over one set of parameters, which have diffusers' names.
 
     ``module("step", {"table": table, …})`` returns the graph's outputs by name.
     """
@@ -57,6 +57,7 @@ class ProgramModule(nn.Module):
             name: fx.GraphModule(nn.Module(), region.graph, class_name=name)
             for name, region in program.regions.items()
         }
+        self._steady = [n for n, region in program.regions.items() if not region.once_a_prompt]
         self._graphs: dict[str, Callable[..., dict[str, Tensor]]] = {}
         self.blocks_by_path = self._make_blocks(program)
         trainable = program.fact(Trainable).names
@@ -104,12 +105,15 @@ class ProgramModule(nn.Module):
 
     @torch.no_grad()
     def quantised_weights(self) -> dict[str, Tensor]:
-        """Inputs of the other graphs that follow from the weights, by name; anew at every call."""
+        """Quantise the weights for the graphs that read them so; the inputs by name.
+
+        Empty where no graph reads quantised weights as inputs.
+        """
         return self(WEIGHTS, {}) if WEIGHTS in self._graphs else {}
 
     @property
     def blocks_in_order(self) -> list[Block]:
-        """The owners, first layer first."""
+        """The blocks, the first layer's first."""
         return list(self.blocks_by_path.values())
 
     def checkpoint_blocks(self) -> None:
@@ -118,16 +122,15 @@ class ProgramModule(nn.Module):
             block.recompute = True
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile the regions; layers that share one share its code.
+        """Compile the regions. Layers that share a region share its compiled code.
 
-        The prologue, which runs once a prompt, stays as it is.
+        What only the prologue runs, which is once a prompt, stays as it is.
 
         Args:
             options: for torch.compile.
         """
-        for name, region in self._regions.items():
-            if not name.startswith("prologue"):
-                self._regions[name] = torch.compile(region, **options)
+        for name in self._steady:
+            self._regions[name] = torch.compile(self._regions[name], **options)
 
     def compile_graph(self, name: str, **options: Any) -> None:
         """Compile a named graph as a whole.
@@ -142,15 +145,16 @@ class ProgramModule(nn.Module):
 def instantiate(
     program: Program, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> ProgramModule:
-    """Make a Program runnable; its own weights are cast, never changed.
+    """Make a Program runnable, over copies of its weights.
 
     Args:
         program: at any stage, with real weights.
         device: where it runs.
-        dtype: one dtype for every parameter instead of the Program's (for checks in float64).
+        dtype: runs every parameter in this dtype, for checks in float64; by default each runs in
+            the dtype that the Program says.
 
     Raises:
-        ValueError: the weights are absent, or the device cannot run what was lowered to.
+        ValueError: the weights are absent, or the device cannot run the chosen implementations.
     """
     check_device(program.implementations, torch.device(device))
     absent = [name for name, tensor in program.weights.items() if tensor.is_meta]
@@ -175,7 +179,7 @@ def _consuming(graph: fx.Graph) -> fx.Graph:
 
 
 def _differentiable(value: Tensor) -> bool:
-    """Whether gradients can flow to it: packed weights are whole numbers and 8-bit scales."""
+    """Whether gradients can flow to a parameter; packed weights are integers or 8-bit floats."""
     return value.is_floating_point() and value.itemsize > 1
 
 

@@ -1,6 +1,6 @@
 """Weights that a state dict holds in NVFP4 or in FP8.
 
-A weight [N, K] in NVFP4 is three entries; x̂ = e2m1(code) · scale · decode scale:
+A weight [N, K] in NVFP4 is three entries. Its values are e2m1(code) · scale · decode scale:
 
 | entry | dtype and shape |
 |---|---|
@@ -8,7 +8,7 @@ A weight [N, K] in NVFP4 is three entries; x̂ = e2m1(code) · scale · decode s
 | ``<module>.weight_scales`` | float8_e4m3fn [N, K/16], by rows |
 | ``<module>.weight_decode_scale`` | float32 [] |
 
-One in FP8 is two; x̂ = value · scale:
+A weight in FP8 is two entries. Its values are value · scale:
 
 | entry | dtype and shape |
 |---|---|
@@ -32,38 +32,42 @@ from lltk.ops.nvfp4_quantise.reference import BLOCK, Quantised
 
 DECODE_SCALE = "weight_decode_scale"
 ENDINGS = (".weight_codes", ".weight_scales", f".{DECODE_SCALE}")
-"""What follows the module's path, codes first."""
+"""What follows the module's path in the entries of a weight in NVFP4: codes first."""
 ROW_SCALES = "weight_row_scales"
 FP8_ENDINGS = (".weight_values", f".{ROW_SCALES}")
-"""What follows the module's path of a weight in FP8, values first."""
+"""What follows the module's path in the entries of a weight in FP8: values first."""
 _ENDING = re.compile(r"\.weight_(codes|scales|decode_scale)$")
 _FIRST_BROKEN = 0x7F
-"""The least byte of E4M3 that is NaN or negative; all above it are too."""
+"""The bytes of E4M3 from this one up are NaN or negative, those below are neither."""
 _E4M3_NAN = 0x7F
-"""The byte of E4M3 that is NaN, but for its sign."""
+"""The byte of E4M3 that is NaN, its sign bit aside."""
 
 
 def broken_scales(scales: Tensor) -> int:
-    """How many of E4M3 block scales are NaN or negative."""
+    """How many block scales in E4M3 are NaN or negative, which no scale may be."""
     return int((scales.view(torch.uint8) >= _FIRST_BROKEN).sum())
 
 
 def is_packed(weights: Iterable[str]) -> bool:
-    """Whether a state dict, or its names, hold NVFP4 weights in lltk's form."""
+    """Whether a state dict, or its names alone, have NVFP4 weights in lltk's form."""
     return any(_ENDING.search(name) for name in weights)
 
 
 def plain_name(name: str) -> str:
-    """``<module>.weight`` for an entry of a quantised weight; other names as they are."""
+    """``<module>.weight`` for the name of an NVFP4 weight's entry; any other name as it is."""
     return _ENDING.sub(".weight", name)
 
 
 def packed_weights(weights: Mapping[str, Tensor], where: str) -> dict[str, Quantised]:
     """The NVFP4 weights in lltk's form, by module.
 
+    Args:
+        weights: a state dict.
+        where: what errors call it.
+
     Raises:
-        ValueError: one is not whole or does not fit, a block scale is NaN or negative, or a decode
-            scale is not finite and above 0.
+        ValueError: a weight lacks an entry, its entries do not fit together, a block scale is NaN
+            or negative, or a decode scale is not finite and above 0.
     """
     found = {}
     for module in quantised_modules(weights, ENDINGS):
@@ -74,7 +78,7 @@ def packed_weights(weights: Mapping[str, Tensor], where: str) -> dict[str, Quant
 
 
 def quantised_modules(state: Mapping[str, Tensor], endings: tuple[str, ...]) -> list[str]:
-    """The modules of which a state has any entry of a quantised weight."""
+    """The modules of whose quantised weight a state dict has at least one entry."""
     found = [
         key.removesuffix(ending)
         for key, value in state.items()
@@ -87,7 +91,11 @@ def quantised_modules(state: Mapping[str, Tensor], endings: tuple[str, ...]) -> 
 def quantised_entries(
     state: Mapping[str, Tensor], module: str, endings: tuple[str, str, str], where: str
 ) -> Quantised:
-    """A module's quantised weight; ValueError if it is not whole, or there is a plain one too."""
+    """A module's quantised weight.
+
+    Raises:
+        ValueError: an entry is missing, or there is a plain weight too.
+    """
     _check_whole(state, module, endings, where)
     return Quantised(*(state[module + ending] for ending in endings))
 
@@ -98,7 +106,7 @@ def _check_whole(
     missing = [module + ending for ending in endings if module + ending not in state]
     if missing:
         raise ValueError(
-            f"{where}: {module} is quantised without {', '.join(missing)}; add what is lost"
+            f"{where}: {module} is quantised, but {', '.join(missing)} is missing; add it"
         )
     if not {".weight", ENDINGS[0]} & set(endings) and f"{module}.weight" in state:
         raise ValueError(f"{where}: {module} has a plain weight and a quantised one; keep one")
@@ -134,10 +142,14 @@ def check_quantised(weight: Quantised, subject: str, endings: tuple[str, str, st
 
 
 def pack_fp8(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight's rows in FP8, and their scales, as `FP8_ENDINGS` are.
+    """A weight [N, K] in FP8: its values, and a scale for each row.
+
+    Args:
+        name: what errors call the weight.
+        weight: floating point; a meta tensor gives meta tensors.
 
     Raises:
-        ValueError: it is not finite; names it.
+        ValueError: the weight is not finite.
     """
     if weight.is_meta:
         return new_fp8(weight)

@@ -1,4 +1,4 @@
-"""The pass contract and the runner."""
+"""What a pass is, and the runner that applies passes."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class PassConfig(BaseModel):
 
 
 class Numerics(Enum):
-    """What a pass may do to results."""
+    """How a pass may change a Program's results."""
 
     BITWISE = "bitwise"
-    """Every output keeps its bits."""
+    """Not at all: every output has the same bits."""
     ROUNDING = "rounding"
-    """The same function, its sums in another order."""
+    """By rounding: it is the same function, summed in another order."""
     CHANGING = "changing"
-    """Another function."""
+    """It is another function."""
 
 
 class Report:
-    """What a pass rewrote, and what it looked at but left, with the reason."""
+    """What a pass rewrote, and what it looked at and left, with the reasons."""
 
     def __init__(self) -> None:
         self.matches: Counter[str] = Counter()
@@ -49,11 +49,11 @@ class Report:
         self.matches[kind] += count
 
     def miss(self, node: fx.Node, reason: str) -> None:
-        """Note why a candidate was left alone."""
+        """Note why a candidate was left."""
         self.misses.append(f"{node.name} ({module_of(node) or 'root'}): {reason}")
 
     def keep(self, node: fx.Node, what: str, reason: str) -> None:
-        """Note what stays as it is by choice: the log tells it."""
+        """Note what the configuration leaves as it is; the log shows it."""
         self.miss(node, reason)
         names = self.kept.setdefault(reason, [])
         if what not in names:
@@ -66,16 +66,18 @@ C = TypeVar("C", bound=PassConfig)
 class Pass(ABC, Generic[C]):
     """One rewrite of a Program.
 
-    A subclass says in its docstring what changes, with a before/after sketch, and sets:
+    A subclass says in its docstring what changes, with a sketch of before and after. It has no
+    state but its configuration: what later code needs to know it leaves in the Program, with
+    `Program.leave` and `Program.change_weights`. It sets:
 
     Attributes:
-        Config: its configuration.
-        version: raised when the same configuration gives another result.
-        reads: stages it accepts.
-        leaves: stage of its result, or None to keep the stage.
-        kinds: kinds of Program it is for.
-        numerics: what it may do to results.
-        optional: whether matching nothing is allowed.
+        Config: the class of its configuration.
+        version: raised when the same configuration gives another result than before.
+        reads: stages of the Programs that it accepts.
+        leaves: stage of the result, or None if the stage stays.
+        kinds: kinds of Program that it is for.
+        numerics: how it may change results.
+        optional: whether it may match nothing.
     """
 
     Config: type[C]
@@ -99,14 +101,14 @@ class Pass(ABC, Generic[C]):
         return type(self).__module__.removeprefix("lltk.passes.")
 
     def requires(self, program: Program) -> None:
-        """Check the input; ValueError with the remedy."""
+        """Check that the Program fits; raises ValueError that says what to change."""
 
     @abstractmethod
     def apply(self, program: Program, report: Report) -> None:
-        """Rewrite the program in place."""
+        """Rewrite the Program in place, and report it."""
 
     def ensures(self, program: Program) -> None:
-        """Check the result; a failure is a defect of the pass."""
+        """Check the result with assertions; one that fails is a defect of the pass."""
 
 
 def run_passes(
@@ -118,11 +120,11 @@ def run_passes(
 
     Args:
         program: left as it is.
-        steps: passes, configured.
-        observe: called after each pass with the program so far.
+        steps: configured passes.
+        observe: called with the Program after each pass.
 
     Raises:
-        ValueError: a pass does not fit the program or matches nothing.
+        ValueError: a pass does not fit the Program, or matches nothing.
     """
     program = replace(
         program,
@@ -146,10 +148,10 @@ def run_passes(
 
 
 def run_pass(program: Program, step: Pass[PassConfig]) -> None:
-    """Apply one pass in place: requires → apply → infer → verify → ensures → record.
+    """Apply one pass in place: requires, apply, infer, verify, ensures, then record.
 
     Raises:
-        ValueError: names the pass.
+        ValueError: the pass does not fit; names the pass.
     """
     start, before = time.perf_counter(), program.count_ops()
     try:

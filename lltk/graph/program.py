@@ -35,17 +35,24 @@ class StateMap(Protocol):
 
 @dataclass(frozen=True)
 class Region:
-    """One block graph shared by layers.
+    """A graph that blocks share.
 
     Attributes:
-        graph: placeholders for ``inputs`` then ``parameters``; returns a tuple.
+        graph: its placeholders are ``inputs``, then ``parameters``; its output is a tuple.
         inputs: activation names, in call order.
         parameters: names relative to the owning module, in call order.
+        callers: the named graphs that call it.
     """
 
     graph: fx.Graph
     inputs: tuple[str, ...]
     parameters: tuple[str, ...]
+    callers: frozenset[str] = frozenset()
+
+    @property
+    def once_a_prompt(self) -> bool:
+        """Whether only the prologue runs it."""
+        return self.callers == {"prologue"}
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,11 @@ class LogEntry:
 
     Attributes:
         name, version, config: the pass as it ran.
-        stage: the stage it left.
-        numerics: what it may do to results (`Numerics`).
-        matches: what it rewrote, counted by kind.
-        kept: what it was told to leave, by reason.
-        ops_before, ops_after: nodes over all graphs and regions.
+        stage: the Program's stage after it.
+        numerics: how it may change results, a value of `Numerics`.
+        matches: how much it rewrote, by kind.
+        kept: what its configuration made it leave, by reason.
+        ops_before, ops_after: calls over all graphs and regions.
         seconds: wall time.
     """
 
@@ -84,15 +91,16 @@ class Program:
 
     Attributes:
         kind: what it is for.
-        model: its names and sizes; `spec` where it is a transformer.
+        model: names and sizes of the captured model; `spec` is the same where it is a transformer.
         geometry: chunk, window, sink, resolution.
         dtype: compute dtype; `run_dtype` says what each parameter is cast to for running.
-        graphs: by name; inputs are placeholders, the output is a dict of named values, parameters
+        graphs: by name. Inputs are placeholders, the output is a dict of named values, parameters
             and constants are ``get_attr`` nodes under diffusers' names.
-        weights: parameters under diffusers' names, real (in their file's dtypes) or meta.
+        weights: parameters under diffusers' names: real ones in the dtypes of their file, or meta
+            tensors.
         constants: tensors that follow from the configuration and are not saved.
-        regions: block graphs shared by layers, from the regional stage on.
-        implementations: what runs each op, by name, once lowered.
+        regions: graphs that blocks share, from the regional stage on.
+        implementations: what runs each op, by the op's name, once the Program is lowered.
         recipe: the resolved recipe it was made from, as plain data.
         stage: how far it is.
         log: what each pass did, in order.
@@ -136,7 +144,7 @@ class Program:
         self.state_maps.append(state_map)
 
     def run_dtype(self, name: str) -> torch.dtype:
-        """Dtype parameter ``name`` is cast to for running (its stored dtype is left alone)."""
+        """The dtype that a parameter is cast to for running; ``weights`` keeps its own."""
         stored = self.weights[name].dtype
         packed = stored.itemsize == 1 or name.endswith((DECODE_SCALE, ROW_SCALES))
         if packed or not stored.is_floating_point:
@@ -145,7 +153,7 @@ class Program:
         return torch.float32 if any(kept in parts for kept in self.model.keep_fp32) else self.dtype
 
     def memory_format(self, name: str) -> torch.memory_format:
-        """How parameter ``name`` lies in memory when it runs, for ``Tensor.to``."""
+        """How a parameter lies in memory when it runs, for ``Tensor.to``."""
         if name not in self.fact(ChannelsLastWeights).names:
             return torch.preserve_format
         images = self.weights[name].dim() == 4
@@ -182,14 +190,14 @@ class Program:
         return self.contract("commit").pages if "commit" in self.graphs else {}
 
     def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The captured model's state dict → this Program's."""
+        """This Program's state dict, from one of the captured model."""
         mapped = dict(state)
         for state_map in self.state_maps:
             mapped = state_map.map_state(mapped)
         return mapped
 
     def unmap_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This Program's state dict → the captured model's."""
+        """The captured model's state dict, from one of this Program."""
         mapped = dict(state)
         for state_map in reversed(self.state_maps):
             mapped = state_map.unmap_state(mapped)

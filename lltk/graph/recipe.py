@@ -15,7 +15,7 @@ from lltk.graph.recipe_files import find_recipe
 
 
 class ModelSection(BaseModel):
-    """Which weights, and how they run."""
+    """Which model, with which weights, and how it runs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,9 +24,11 @@ class ModelSection(BaseModel):
     )
     checkpoint: str | None = Field(None, description="weights: a directory or file")
     ema: bool = Field(False, description="take the averaged weights of a LongLive file")
-    latents: int = Field(1, ge=1, description="latents that a decoder's steady call may take")
+    latents: int = Field(1, ge=1, description="latents that a call of a decoder takes at most")
     columns: tuple[int, int] | None = Field(
-        None, description="latents' columns that a decoder makes: first, end; null: all"
+        None,
+        description="columns of latents that a decoder decodes: the first, and the one after the "
+        "last; null for all",
     )
     lora: str | None = Field(None, description="adapter weights for the lora pass: a file")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
@@ -78,25 +80,34 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, what it extends, and overrides.
 
     Args:
-        path: YAML file; ``extends`` names a file relative to it, or a shipped recipe.
-        overrides: ``key.path=value`` with a YAML value; ``passes.NAME.option=value`` too.
+        path: YAML file. Its ``extends`` names a file relative to it, or a shipped recipe.
+        overrides: each ``key.path=value`` with a YAML value, or ``passes.NAME.option=value``.
 
     Raises:
-        ValueError: unreadable, unknown or misfit keys; names the key and the nearest.
+        ValueError: the file cannot be read, or a key is unknown or has a value that does not fit;
+            names the key, and the nearest known one.
     """
     return parse_recipe(read_recipe(path, overrides), str(path))
 
 
 def open_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe file, or a shipped recipe by name; errors as `find_recipe`'s and `load_recipe`'s."""
+    """The recipe of a file, or a shipped recipe by name.
+
+    Args:
+        name: of either.
+        overrides: as in `load_recipe`.
+
+    Raises:
+        ValueError: there is none, or as `load_recipe`.
+    """
     return load_recipe(find_recipe(name), overrides)
 
 
 def read_recipe(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """The plain data of a recipe, of whatever kind; arguments as `load_recipe`'s.
+    """The plain data of a recipe of any kind, not yet checked; arguments as for `load_recipe`.
 
     Raises:
-        ValueError: unreadable, or an override that does not fit.
+        ValueError: the file cannot be read, or an override does not fit.
     """
     data = _read(path, ())
     for override in overrides:
@@ -105,7 +116,7 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
-    """Check plain data as a recipe; ``where`` is named in errors."""
+    """The recipe in plain data; ``where`` is what errors call it."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -155,7 +166,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _options(passes: list[Any], name: str, override: str) -> dict[str, Any]:
-    """The options of a pass in a recipe's list, to be changed in place."""
+    """The options of a pass in a recipe's list; to change them changes the list."""
     names = [str(next(iter(e), "")) if isinstance(e, dict) else str(e) for e in passes]
     if name not in names:
         near = get_close_matches(name, names, n=1)
@@ -169,7 +180,7 @@ def _options(passes: list[Any], name: str, override: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain data of a YAML file; ValueError where it cannot be read."""
+    """The plain data of a YAML file; raises ValueError where it cannot be read."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -179,7 +190,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """A pydantic error as one line a finding, unknown keys with the nearest known one."""
+    """A pydantic error in a line; unknown keys come with the nearest known one."""
     lines = []
     for finding in error.errors():
         path = [str(part) for part in finding["loc"]]

@@ -17,7 +17,7 @@ def find_recipe(name: str, folder: Path = Path()) -> Path:
     """The file of a recipe given by path or, if shipped, by name.
 
     Args:
-        name: of either.
+        name: a path, or a shipped recipe's name.
         folder: what a path is relative to.
 
     Raises:

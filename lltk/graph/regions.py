@@ -1,19 +1,20 @@
-"""Blocks of a graph that layers share: found, compared, cut out.
+"""Regions: finding blocks that are equal, and cutting them out as one graph.
 
-A *body* is the nodes of one layer in one graph. Bodies with equal text share one region, whose
-outputs are the union of what their users read.
+A *body* is the nodes of one layer in one graph. Bodies whose text is equal share a region, which
+gives everything that is read of any of them.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 from torch.fx.node import map_arg
 
+from lltk.graph.contract import Role
 from lltk.graph.edit import create_call, module_of, output, prune, sort_topologically
 from lltk.graph.program import Program, Region
 from lltk.graph.text import print_graph
@@ -22,14 +23,16 @@ from lltk.graph.verify import is_outer
 
 @dataclass(frozen=True)
 class Body:
-    """One layer's nodes in one graph.
+    """The nodes of one layer in one graph.
 
     Attributes:
-        graph, layer, owner: where it is; ``owner`` is the module path of the block.
+        graph, layer: where it is.
+        owner: module path of the block.
         nodes: calls, in order.
-        inputs: values it reads from outside, in order of first use.
-        parameters: names it reads, relative to the owner, in order of first use.
-        reads: positions in ``nodes`` that something outside reads.
+        inputs: values from outside that it reads, in order of first use.
+        parameters: names of the parameters that it reads, relative to the owner, in order of first
+            use.
+        reads: positions in ``nodes`` of the values that something outside reads.
     """
 
     graph: str
@@ -69,12 +72,12 @@ def _body(program: Program, graph: str, layer: int, nodes: list[fx.Node]) -> Bod
 
 
 def cut(body: Body, names: tuple[str, ...], reads: tuple[int, ...]) -> Region:
-    """The body as a graph of its own.
+    """A region that computes a body.
 
     Args:
         body: the nodes.
         names: a name for each input.
-        reads: positions of the nodes to return.
+        reads: positions of the nodes whose values it gives.
     """
     graph = fx.Graph()
     made: dict[Any, fx.Node] = {}
@@ -89,7 +92,8 @@ def cut(body: Body, names: tuple[str, ...], reads: tuple[int, ...]) -> Region:
     }
     for name in body.parameters:
         made[name] = graph.placeholder(name.replace(".", "_"))
-        made[name].meta = {"val": values[f"{body.owner}.{name}"], "module": ""}
+        value_of = values[f"{body.owner}.{name}"]
+        made[name].meta = {"val": value_of, "module": "", "role": Role.PARAMETER}
 
     def value(old: fx.Node) -> fx.Node:
         if old.op == "get_attr" and old not in made:
@@ -106,7 +110,7 @@ def cut(body: Body, names: tuple[str, ...], reads: tuple[int, ...]) -> Region:
 
 
 def extract_regions(program: Program) -> dict[str, int]:
-    """Replace every layer's body by a call of its owner; fills ``program.regions``.
+    """Replace every layer's body by a call of its owner, and fill ``program.regions``.
 
     Returns:
         Calls by region name.
@@ -121,7 +125,9 @@ def extract_regions(program: Program) -> dict[str, int]:
     for bodies in groups.values():
         reads = tuple(sorted(set[int]().union(*(body.reads for body in bodies))))
         name = _region_name(program, bodies)
-        program.regions[name] = cut(bodies[0], _input_names(program, bodies), reads)
+        region = cut(bodies[0], _input_names(program, bodies), reads)
+        callers = frozenset(body.graph for body in bodies)
+        program.regions[name] = replace(region, callers=callers)
         shared.append((name, reads, bodies))
     moved: dict[fx.Node, fx.Node] = {}
     for name, reads, bodies in shared:
@@ -142,7 +148,11 @@ def _region_name(program: Program, bodies: list[Body]) -> str:
 
 
 def _input_names(program: Program, bodies: list[Body]) -> tuple[str, ...]:
-    """Inputs keep a name that layers share; what one block hands the next is ``tokens``."""
+    """Names for a region's inputs.
+
+    An input from outside of the blocks keeps the name that it has for every layer, less the layer
+    where the name ends in it. What one block hands to the next is called ``tokens``.
+    """
     same_graph = [body for body in bodies if body.graph == bodies[0].graph]
     names: list[str] = []
     for position, first in enumerate(bodies[0].inputs):
@@ -160,7 +170,7 @@ def _input_names(program: Program, bodies: list[Body]) -> tuple[str, ...]:
 
 
 def _stem(source: fx.Node, layer: int) -> str | None:
-    """A name that ends in its layer, without it."""
+    """A node's name without the layer that it ends in; None if it does not."""
     stem, _, number = source.name.rpartition("_")
     return stem if number == str(layer) else None
 

@@ -56,7 +56,7 @@ def type_text(value: Any) -> str:
 
 
 def print_graph(graph: fx.Graph, name: str) -> str:
-    """The graph as text; equal text means equal graphs up to constants' values."""
+    """The graph as text. Graphs with the same text differ in the values of constants at most."""
     inputs = graph.find_nodes(op="placeholder")
     parameters = ", ".join(f"{node.name}: {_input_text(node)}" for node in inputs)
     lines = [f"def {name}({parameters}):"]
@@ -113,14 +113,16 @@ def _argument(value: Any) -> str:
 
 
 def parse(text: str, values: Mapping[str, Tensor] | None = None) -> fx.Graph:
-    """Read `print_graph`'s text back; operators come from ``torch.ops`` alone, nothing is run.
+    """The graph of a text that `print_graph` wrote.
+
+    Nothing in the text is run. Operators are looked up in ``torch.ops`` alone.
 
     Args:
-        text: one graph.
+        text: of one graph.
         values: tensors for ``self['name']``, whose shapes and dtypes become metadata.
 
     Raises:
-        ValueError: not such a text, or an operator that is not registered.
+        ValueError: it is no such text, or an operator is not registered.
     """
     register_ops()
     try:

@@ -1,4 +1,4 @@
-"""One verifier per stage, run after every pass. A failure is a defect of the pass before it."""
+"""What every stage promises, checked after every pass. A failure is a defect of that pass."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ CAUSAL_GRAPHS = {
 }
 
 WEIGHTS = "weights"
-"""A graph that quantises the weights, for the other graphs to read."""
+"""The graph that quantises weights, which other graphs read as inputs."""
 STEP_HIGH = "step_high"
-"""The step in high precision, beside a quantised one."""
+"""The graph of a denoising pass in high precision, beside a quantised ``step``."""
 
 
 def verify(program: Program) -> None:
-    """Check what every stage up to the program's promises.
+    """Check what the Program's stage and those before it promise.
 
     Raises:
-        ValueError: names the node, its module and what the stage requires.
+        ValueError: a promise is broken; names the node, its module and what is required.
     """
     for name, graph in program.every_graph():
         _check_attributes(program, name, graph)
@@ -66,7 +66,7 @@ def _check_attributes(program: Program, name: str, graph: fx.Graph) -> None:
 
 
 def is_mutation(node: fx.Node) -> bool:
-    """Whether the call writes to one of its arguments."""
+    """Whether a call writes to one of its arguments."""
     schema = getattr(op_of(node), "_schema", None)
     return bool(schema is not None and schema.is_mutable)
 
@@ -142,7 +142,10 @@ def _regional(program: Program) -> None:
 
 
 def is_outer(node: fx.Node) -> bool:
-    """Whether the node stays outside its layer's region: page writes, and reads of its results."""
+    """Whether a node of a block stays outside of its region.
+
+    Such nodes write pages, or read the results of the region's call.
+    """
     return is_mutation(node) or any(s.op == "call_module" for s in node.all_input_nodes)
 
 
@@ -173,4 +176,4 @@ _CHECKS: dict[Stage, Callable[[Program], None]] = {
     Stage.LOWERED: _lowered,
 }
 _OF_DECODERS = (Stage.CAPTURED, Stage.CANONICAL, Stage.LOWERED)
-"""What holds of a decoder, which is neither rewritten to be causal nor cut into regions."""
+"""The stages of a decoder, which no pass makes causal or cuts into regions."""

@@ -44,7 +44,7 @@ def score(hidden_states: latents(f32[1, 4, 3])):
     return {'sample': neg}
 """
 BLOCK = """
-def score_block(hidden_states: f32[1, 4, 3], exp: f32[1, 4, 3], ffn_weight: f32[3, 3]):
+def score_block(hidden_states: f32[1, 4, 3], exp: f32[1, 4, 3], ffn_weight: parameter(f32[3, 3])):
     # ffn
     linear: f32[1, 4, 3] = aten.linear.default(hidden_states, ffn_weight)
     add: f32[1, 4, 3] = aten.add.Tensor(linear, exp)
