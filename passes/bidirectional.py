@@ -1,4 +1,4 @@
-"""The reference graph: one noisy clip, every frame seen by every frame."""
+"""The reference graph: one noisy clip, in which every frame sees every frame."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Config(PassConfig):
 
 
 class Bidirectional(Pass[Config]):
-    """Keep the model's dense self-attention; what causal programs are measured against.
+    """Keep the model's dense self-attention. Causal programs are measured against it.
 
     ::
 

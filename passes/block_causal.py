@@ -1,4 +1,4 @@
-"""The score graph: one noisy clip, block-causal."""
+"""The score graph: one noisy clip, in which a chunk sees itself and earlier chunks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Config(PassConfig):
 
 
 class BlockCausal(Pass[Config]):
-    """Let a chunk attend to itself and earlier chunks.
+    """Let a chunk attend to itself and to earlier chunks.
 
     ::
 
@@ -35,7 +35,11 @@ class BlockCausal(Pass[Config]):
 def rewrite_self_attention(
     program: Program, name: str, teacher_forcing: bool, report: Report
 ) -> None:
-    """Make every self-attention of the captured graph block-causal and call the graph ``name``."""
+    """Make every self-attention of the one graph block-causal, and give the graph a name.
+
+    With teacher forcing the graph holds a clip twice, clean and noisy, as
+    `block_causal_attention` has it.
+    """
     (graph,) = program.graphs.values()
     chunk_tokens = program.geometry.chunk * program.geometry.frame_tokens(program.spec)
     for attention in find_attention(program, graph, program.spec.self_attention, report):

@@ -24,8 +24,8 @@ class CachedStep(Pass[Config]):
 
         attend(q, k, v)  →  lltk.paged_attention(q, k, v, k_pages_i, v_pages_i, table)
 
-    ``k_pages_i``, ``v_pages_i`` are [B, P, T, H, D], the window's pages in the compute dtype;
-    ``table`` is int64 [N], the committed pages to attend to.
+    ``k_pages_i`` and ``v_pages_i`` are the pages of layer i, [B, P, T, H, D] in the compute dtype.
+    ``table`` lists the committed pages to attend to, int64 [N].
     """
 
     Config = Config

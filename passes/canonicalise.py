@@ -1,4 +1,4 @@
-"""Canonical form: what capture leaves behind is dropped, RoPE becomes functional."""
+"""The canonical form: what only capture needs is dropped, and RoPE becomes functional."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Config(PassConfig):
 
 
 class Canonicalise(Pass[Config]):
-    """Drop metadata checks, inactive dropout and casts that change nothing; make RoPE functional.
+    """Drop metadata checks, inactive dropout and useless casts, and make RoPE functional.
 
     ::
 
@@ -34,9 +34,10 @@ class Canonicalise(Pass[Config]):
         slice(x, 2, 0, x's frames)  →  x     pad(x, [0, …])  →  x      clone(x)  →  x
         exp(arange(…) * c)  →  a constant
 
-    A clone that an output returns stays: what it copies may be a slice of something larger.
+    A clone that is an output stays, because what it copies may be a slice of something larger.
 
-    A canonical graph holds for the dtypes it was captured with: the dropped casts follow from them.
+    A canonical graph is right only for the dtypes that it was captured with, as they decide which
+    casts change nothing.
     """
 
     Config = Config
@@ -116,7 +117,7 @@ def _is_identity(node: fx.Node) -> bool:
 
 
 def _drop_clone(clone: fx.Node, report: Report) -> None:
-    """Run once nothing mutates any more: then a copy only costs time."""
+    """Drop a copy. To be called once nothing mutates any more, as copies then only cost time."""
     source = clone.args[0]
     assert isinstance(source, fx.Node)
     if not any(user.op == "output" for user in clone.users):
@@ -125,7 +126,7 @@ def _drop_clone(clone: fx.Node, report: Report) -> None:
 
 
 def _functional_rope(empty: fx.Node, report: Report) -> None:
-    """``empty_like`` filled by two strided copies → stack and flatten."""
+    """Replace an ``empty_like`` that two strided copies fill by stack and flatten."""
     halves: dict[int, fx.Node] = {}
     copies: list[fx.Node] = []
     for view in empty.users:
@@ -154,7 +155,7 @@ def _functional_rope(empty: fx.Node, report: Report) -> None:
 
 
 def _fold_constants(program: Program, graph: fx.Graph, report: Report) -> None:
-    """Compute data-free nodes once; those that others read become constants."""
+    """Compute what depends on no input or parameter, and make constants of what others read."""
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         if node.op == "call_function" and all(source in values for source in node.all_input_nodes):

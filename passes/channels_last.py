@@ -1,4 +1,4 @@
-"""A decoder's images lie in memory with channels last."""
+"""Channels last in memory, for a decoder's weights and images."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Config(PassConfig):
 
 
 class ChannelsLast(Pass[Config]):
-    """Keep channels last in memory: weights from loading on, images because of their weights.
+    """Keep channels last in memory: of weights from loading on, and so of images.
 
     ::
 
-        conv3d(x, weight), conv2d(x, weight)  →  the same, its weight's channels last in memory
-        reshape(stack([x[:, :C], x[:, C:]], 3))  →  the same frames by moving whole pixels
-        contiguous(cache)  →  clone(cache), as it lies
+        conv3d(x, weight), conv2d(x, weight)  →  the same, with the weight's channels last
+        reshape(stack([x[:, :C], x[:, C:]], 3))  →  the same frames, made by moving whole pixels
+        contiguous(cache)  →  clone(cache), which keeps the order in memory
 
-    A convolution's result lies as its weight does, and what follows keeps it so. Names, shapes and
-    values stay; cuDNN takes other kernels, so that sums are rounded otherwise.
+    The result of a convolution lies in memory as its weight does, and what follows keeps it so.
+    Names, shapes and values stay. cuDNN uses other kernels, which round sums differently.
     """
 
     Config = Config
@@ -55,7 +55,7 @@ class ChannelsLast(Pass[Config]):
 
 
 def _interleave(stack: fx.Node, report: Report) -> None:
-    """Frames from the halves of channels, without taking pixels apart."""
+    """Make frames of the two halves of the channels by moving whole pixels."""
     parts, (end, *more) = stack.all_input_nodes, stack.users
     halves = parts[0].all_input_nodes[0]
     picked = [(aten.select.int, (halves, 1, index)) for index in range(2)]

@@ -1,4 +1,4 @@
-"""The stream's commit: one clean pass that writes a chunk's K/V into a page."""
+"""The stream's commit: a pass over the finished chunk that writes its K/V into a page."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Config(PassConfig):
 
 
 class Commit(Pass[Config]):
-    """Derive the commit graph from the step: t = 0, K/V written to page ``slot``, nothing returned.
+    """Derive the commit from the step: at t = 0, it writes K/V to a page and gives nothing.
 
     ::
 
         paged_attention(q, k, v, k_pages_i, v_pages_i, table)
             →  the same, and write_page(k_pages_i, k, slot), write_page(v_pages_i, v, slot)
-        return {"sample": …}  →  return {}, all that only it needed removed
+        return {"sample": …}  →  return {}, without what only the sample needed
 
-    The last block ends at its K/V, so its cross-attention inputs go. ``slot`` is int64 [1], on
-    the pages' device.
+    The last block ends at its K/V, so the commit does not read its cross-attention's K/V. ``slot``
+    is the page to write, int64 [1] on the pages' device.
     """
 
     Config = Config

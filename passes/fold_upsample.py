@@ -1,4 +1,4 @@
-"""Convolutions over enlarged images become convolutions over the images themselves."""
+"""Convolutions over the images themselves instead of over enlarged images."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class _Upsampling:
 
     Attributes:
         image: [B·F, C, h, w], before it is enlarged.
-        module: the convolution's, whose weight is [O, C, 3, 3].
-        bias: its bias.
+        module: path of the convolution, whose weight is [O, C, 3, 3].
+        bias: the convolution's bias.
         shortcut: [B, C', T, h, w], before it is enlarged.
-        stride: frames that one of the shortcut's becomes.
-        result: the sum that ends it.
+        stride: how many frames a frame of the shortcut becomes.
+        result: the sum of both.
     """
 
     image: fx.Node
@@ -69,16 +69,16 @@ class _FoldedWeights:
 
 
 class FoldUpsample(Pass[Config]):
-    """Convolve small images with folded weights, then interleave and add the shortcut at once.
+    """Convolve small images with folded weights, then interleave and add the shortcut in one op.
 
     ::
 
         conv2d(nearest(x, 2×), weight: [O, C, 3, 3], bias) + copies(shortcut)
             →  upsample_residual(conv2d(x, phases: [4·O, C, 2, 2]), bias, shortcut, stride)
 
-    Three rows of the enlargement are two of the image, so 4 · 4 products a pixel of the image do
-    what 4 · 9 did, and neither the enlargement nor the shortcut's is written. The casts about the
-    enlargement go with it: copying rounds nothing. ``<module>.weight`` becomes ``<module>.phases``.
+    Three rows of the enlarged image are two rows of the image. So 4 · 4 products for a pixel of the
+    image do what 4 · 9 did, and neither enlarged image is written. The casts around the enlarging
+    go too, since copying rounds nothing. ``<module>.weight`` becomes ``<module>.phases``.
     """
 
     Config = Config
@@ -107,7 +107,7 @@ def _rewrite(found: _Upsampling) -> None:
 
 
 def _match(conv: fx.Node, report: Report) -> _Upsampling | None:
-    """The upsampling that a convolution is in, or None."""
+    """The upsampling that a convolution is a part of, or None."""
     source, weight, bias, *rest = conv.args
     source = _behind(source, aten.to.dtype)
     if source.target is not aten._upsample_nearest_exact2d.vec or source.args[2] != [2.0, 2.0]:
@@ -144,7 +144,7 @@ def _match(conv: fx.Node, report: Report) -> _Upsampling | None:
 
 
 def _behind(node: object, target: object) -> fx.Node:
-    """What a call reads first, or the node itself if it is no such call."""
+    """The first argument of a call of ``target``; the node itself if it is no such call."""
     assert isinstance(node, fx.Node)
     source = node.args[0] if node.target is target else node
     assert isinstance(source, fx.Node)

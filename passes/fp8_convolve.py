@@ -1,4 +1,4 @@
-"""Causal convolutions in W8A8: FP8 weights with a scale a row, FP8 frames with one scale."""
+"""Causal convolutions in W8A8: weights and frames are FP8."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from lltk.ops.fp8_conv3d.op import OVERLOAD as FP8_CONV
 
 aten = torch.ops.aten
 MULTIPLE = 16
-"""What tensor cores want both widths to be a multiple of."""
+"""Tensor cores want both widths to be multiples of it."""
 _CACHE, _SUM = 1, 2
-"""Of `cached_norm_silu`'s results."""
+"""Which of `cached_norm_silu`'s results these are."""
 
 
 class Config(PassConfig):
@@ -43,7 +43,7 @@ class Config(PassConfig):
 
 @dataclass(frozen=True)
 class _Convolution:
-    """A causal convolution and the op that makes what it reads."""
+    """A causal convolution, the op that makes what it reads, and its module path."""
 
     node: fx.Node
     made: fx.Node
@@ -51,7 +51,7 @@ class _Convolution:
 
 
 class Fp8Convolve(Pass[Config]):
-    """Convolve in FP8 what `fuse_norm_silu` made: weights packed, frames and caches in E4M3.
+    """Convolve in FP8 what `fuse_norm_silu` made, with caches in FP8 too.
 
     ::
 
@@ -60,10 +60,10 @@ class Fp8Convolve(Pass[Config]):
             →  frames, next_cache, scale, s = fp8_cached_norm_silu(…, cache, keep)
                fp8_conv3d(frames, scale, values, row scales, b)
 
-    ``<module>.weight`` becomes ``<module>.weight_values`` [O, 27 · C] and ``….weight_row_scales``.
-    A norm bounds its results, so frames need no scale that is measured. Convolutions of widths that
-    are no multiple of 16 stay, and so does the last one, which makes pixels, unless `exclude` says
-    otherwise.
+    ``<module>.weight`` becomes ``<module>.weight_values`` [O, 27 · C], and a scale for each row,
+    ``<module>.weight_row_scales``. A norm bounds its results, so the frames' one scale follows from
+    the norm and need not be measured. Convolutions stay as they are where a width is no multiple of
+    16. So does the last one, which makes pixels, unless ``exclude`` says otherwise.
     """
 
     Config = Config

@@ -1,4 +1,4 @@
-"""Linear layers that infer in W8A8: FP8 weights and activations, a scale a row."""
+"""Inference of linear layers in W8A8: weights and activations are FP8, with a scale a row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lltk.ops.fp8_matmul.op import OVERLOAD as MATMUL
 from lltk.ops.row_pipeline.op import OVERLOAD as ROW_PIPELINE
 
 MULTIPLE = 16
-"""What tensor cores want K and N to be a multiple of."""
+"""Tensor cores want K and N to be multiples of it."""
 
 
 class Config(LinearChoice):
@@ -25,15 +25,15 @@ class Config(LinearChoice):
 
 
 class Fp8Infer(Pass[Config]):
-    """Store weights in FP8 and multiply them with activations quantised as they come.
+    """Store weights in FP8, and multiply them with activations quantised as they come.
 
     ::
 
         linear(x, W, b)  →  fp8_matmul(*row_pipeline(x, to='fp8'), values, row scales, b)
 
-    ``<module>.weight`` becomes ``<module>.weight_values`` and ``….weight_row_scales``. Linears that
-    read the same x share its quantised values. Weights that are stored so already are taken as they
-    are.
+    ``<module>.weight`` becomes ``<module>.weight_values`` and ``<module>.weight_row_scales``.
+    Linears that read the same x share its quantised values. Weights that are stored in FP8 already
+    are taken as they are.
     """
 
     Config = Config

@@ -26,8 +26,8 @@ class FramePositions(Pass[Config]):
 
         cos = reshape(cat(the model's table[:F], …))  →  cos, sin = lltk.rope_table(positions, …)
 
-    Positions are float64 [F], absolute, of any size and possibly fractional. On 0, 1, …, F-1 the
-    tables have the bits of diffusers' own.
+    Positions are float64 [F]. They are absolute, may be of any size, and may be fractional. For 0,
+    1, …, F-1 the tables have the same bits as diffusers' own.
     """
 
     Config = Config
@@ -64,7 +64,7 @@ class FramePositions(Pass[Config]):
 
 
 def _table(graph: fx.Graph, rope: str, buffer: str, report: Report) -> fx.Node | None:
-    """The node that leaves the rope module and derives from one of its buffers."""
+    """The one value that follows from a buffer of the RoPE module and is read outside of it."""
     reached = {n for n in graph.find_nodes(op="get_attr") if n.target == buffer}
     leaving = []
     for node in graph.nodes:

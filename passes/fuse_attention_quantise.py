@@ -1,4 +1,4 @@
-"""Attention over pages in NVFP4 whose only reader quantises it, as one op with it."""
+"""Attention over pages in NVFP4 and the quantising of its result, as one op."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Config(PassConfig):
 
 
 class FuseAttentionQuantise(Pass[Config]):
-    """Attend to pages in NVFP4 and quantise the heads of a token to FP8 in one op.
+    """Attend to pages in NVFP4, and quantise all heads of a token to FP8, in one op.
 
     ::
 

@@ -1,4 +1,4 @@
-"""The norm of queries and keys and their rotation, as one op."""
+"""The norm and the rotation of queries and keys, as one op."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Config(PassConfig):
 
 
 class FuseNormRope(Pass[Config]):
-    """RMS norm over all heads and rotary positions in one op, which writes what attention reads.
+    """Do the RMS norm over all heads and the rotation by positions in one op.
 
     ::
 
@@ -61,7 +61,7 @@ class _Rotation:
 
 
 def _find(stack: fx.Node) -> _Rotation | None:
-    """The rotation that ends in stacking [a cos − b sin, a sin + b cos] of pairs (a, b)."""
+    """The rotation that ends in a stack of [a cos − b sin, a sin + b cos]; None if there is none."""
     parts: Any = stack.args[0]
     if len(parts) != 2 or stack.args[1:] != (-1,) or not is_call(parts[0], aten.sub.Tensor):
         return None
@@ -86,7 +86,7 @@ def _all_calls(nodes: list[Any], target: Any) -> bool:
 
 
 def _norm(even: Any, odd: Any) -> Any:
-    """The norm over all heads that pairs of adjacent channels are from, with its weight."""
+    """The norm over all heads, with a weight, whose result these pairs of channels are; or None."""
     if not _all_calls([even, odd], operator.getitem) or (even.args[1], odd.args[1]) != (0, 1):
         return None
     pairs = even.args[0]
@@ -105,14 +105,14 @@ def _norm(even: Any, odd: Any) -> Any:
 
 
 def _table(part: Any, first: int) -> Any:
-    """What every other channel is read of, from ``first`` on."""
+    """The table of which every second channel is read, from ``first`` on; or None."""
     if not is_call(part, aten.slice.Tensor) or part.args[1:] != (3, first, sys.maxsize, 2):
         return None
     return part.args[0]
 
 
 def _rounded(stack: fx.Node, dtype: torch.dtype) -> fx.Node | None:
-    """The pairs as channels again, rounded to a dtype."""
+    """The node that has the pairs as channels again, in a dtype; or None."""
     node: fx.Node = stack
     for target, rest in ((aten.flatten.using_ints, (-2,)), (aten.to.dtype, (dtype,))):
         if node is not stack and node.meta["val"].dtype == dtype:

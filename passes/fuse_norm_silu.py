@@ -1,4 +1,4 @@
-"""What a causal convolution reads is made at once."""
+"""The input of a causal convolution, made by one op."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MOVES = {
     aten.pad.default,
     aten.cat.default,
 }
-"""What a cache is made with, of what the convolution reads."""
+"""The operations that make a cache of what the convolution reads."""
 
 
 class Config(PassConfig):
@@ -35,15 +35,15 @@ class Config(PassConfig):
 
 @dataclass(frozen=True)
 class _Input:
-    """What a causal convolution over three frames reads.
+    """The input of a causal convolution over three frames.
 
     Attributes:
-        source: what is normed.
+        source: what the norm reads.
         readers: the norm's nodes that read it.
-        gamma: the norm's weight.
-        silu: what follows.
-        cache: frames of the calls before; None for zeros.
-        side: zeros at each side of an image.
+        gamma: name of the norm's weight.
+        silu: the SiLU of the norm.
+        cache: frames of the calls before; None where zeros stand for them.
+        side: how many zeros pad an image on each side.
     """
 
     source: fx.Node
@@ -55,7 +55,7 @@ class _Input:
 
 
 class FuseNormSilu(Pass[Config]):
-    """Make a convolution's input in one op: bias, residual, norm, SiLU and the cached frames.
+    """Make the input of a convolution in one op: bias, residual, norm, SiLU and cached frames.
 
     ::
 
@@ -65,8 +65,9 @@ class FuseNormSilu(Pass[Config]):
         conv3d(pad(cat([cache, y])))                   keep)
                                                    conv3d(frames, padding=(0, 1, 1))
 
-    The sum is given back where something else reads it. In ``first`` there is no cache, and zeros
-    precede. Sums and norms are rounded once, where the model's rounded after every operation.
+    The op also gives the sum s where something else reads it. In ``first`` there is no cache, and
+    zeros stand for the frames before. Sum and norm are rounded once, where the model rounds after
+    every operation.
     """
 
     Config = Config
@@ -124,7 +125,7 @@ def _is_biased(node: fx.Node) -> bool:
 
 
 def _take_bias(conv: fx.Node) -> fx.Node:
-    """The convolution's bias, which it then does without."""
+    """Take its bias from a convolution."""
     bias = conv.args[2]
     assert isinstance(bias, fx.Node)
     conv.update_arg(2, None)
@@ -132,7 +133,7 @@ def _take_bias(conv: fx.Node) -> fx.Node:
 
 
 def _give_cache(graph: fx.Graph, silu: fx.Node, cache: fx.Node, spec: DecoderSpec) -> None:
-    """Let `cache` be what the graph made of `silu` to return."""
+    """Let the graph give ``cache`` in the place of the cache that it makes of ``silu``."""
     values: dict[str, fx.Node] = output(graph).args[0]  # type: ignore[assignment]
     names = [name for name in spec.cache_outputs if _is_made_of(values[name], silu)]
     assert len(names) == 1, f"{silu.name} is kept as {names}"
@@ -170,7 +171,7 @@ def _match(conv: fx.Node, report: Report) -> _Input | None:
 
 
 def _match_norm(node: fx.Node) -> tuple[fx.Node, frozenset[fx.Node], str] | None:
-    """What an RMS norm reads, its nodes that do, and the name of its weight; or None."""
+    """What an RMS norm reads, the norm's nodes that read it, and its weight's name; or None."""
     if node.target is aten.add.Tensor and node.args[1] == 0.0:
         node = node.all_input_nodes[0]
     if node.target is not aten.mul.Tensor:
@@ -197,7 +198,7 @@ def _match_norm(node: fx.Node) -> tuple[fx.Node, frozenset[fx.Node], str] | None
 
 
 def _used_by(divided: fx.Node) -> set[fx.Node]:
-    """A norm's nodes up to its quotient."""
+    """The nodes of a norm up to its quotient."""
     length = divided.all_input_nodes[1]
     clamped = length.all_input_nodes[0]
     return {divided, length, clamped, clamped.all_input_nodes[0]}

@@ -1,4 +1,4 @@
-"""The stream's prologue: text work is done once a prompt, not once a pass."""
+"""The stream's prologue: what depends on the text alone is computed once a prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Config(PassConfig):
 
 
 class HoistText(Pass[Config]):
-    """Split the forward into a prologue, text → cross-attention K/V, and a step that reads them.
+    """Split the forward into a prologue, from text to K/V of cross-attention, and a step.
 
     ::
 
@@ -32,7 +32,7 @@ class HoistText(Pass[Config]):
             →  prologue(text) → {cross_k_0, cross_v_0, …}
                step(latents, times, cross_k_0, cross_v_0, …)
 
-    ``cross_k_i`` and ``cross_v_i`` are [B, S, H, D], keys after their norm.
+    ``cross_k_i`` and ``cross_v_i`` of layer i are [B, S, H, D]; keys are already normed.
     """
 
     Config = Config

@@ -75,14 +75,15 @@ class Adapters:
 
 
 class Lora(Pass[Config]):
-    """Add a trainable low-rank adapter to linears; everything else is frozen.
+    """Add a trainable low-rank adapter to linears, and freeze everything else.
 
     ::
 
         linear(x, W, b)  →  linear(x, W, b) + linear(linear(x, A), B) * (alpha / rank)
 
-    A is ``<module>.lora_A.weight`` [rank, in], B is ``<module>.lora_B.weight`` [out, rank], as PEFT
-    names them; A starts as PEFT's (Kaiming uniform, a = √5), B at 0, so that the function is kept.
+    A is ``<module>.lora_A.weight`` [rank, in] and B is ``<module>.lora_B.weight`` [out, rank], as
+    in PEFT. A starts as PEFT's does (Kaiming uniform, a = √5). B starts at 0, so that the adapter
+    changes nothing at first.
     """
 
     Config = Config
@@ -114,7 +115,7 @@ class Lora(Pass[Config]):
         program.leave(Trainable(frozenset(filter(is_adapter, program.weights))))
 
     def _check_given(self, weights: Mapping[str, Tensor], adapted: Mapping[str, Tensor]) -> None:
-        """Adapters that come with the weights are exactly those of this configuration."""
+        """Check that adapters that come with the weights are those of this configuration."""
         given = {name: tuple(t.shape) for name, t in weights.items() if is_adapter(name)}
         wanted = {}
         for module, weight in adapted.items():

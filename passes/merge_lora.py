@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 class Config(PassConfig):
-    """Nothing to configure: the scale is read from the lora pass before it."""
+    """Nothing to configure; the scale is that of the lora pass before."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class MergeLora(Pass[Config]):
 
 
 def _adapted(node: fx.Node) -> fx.Node | None:
-    """The base linear of ``base + linear(linear(x, A), B) * s``."""
+    """The base linear of ``base + linear(linear(x, A), B) * s``; None for any other sum."""
     base, scaled = node.args[:2]
     if not (isinstance(scaled, fx.Node) and scaled.target is aten.mul.Tensor):
         return None

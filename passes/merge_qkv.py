@@ -1,4 +1,4 @@
-"""Queries, keys and values of self-attention by one linear."""
+"""One linear for the queries, keys and values of self-attention."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class _JoinedWeights:
 
 
 class MergeQkv(Pass[Config]):
-    """Multiply what queries, keys and values are made from by one weight, their rows joined.
+    """Make queries, keys and values by one product, with the rows of their weights joined.
 
     ::
 

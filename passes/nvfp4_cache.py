@@ -1,4 +1,4 @@
-"""The cache in NVFP4: pages are quantised once, where they are committed."""
+"""The cache in NVFP4: a page is quantised once, when it is committed."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _ROLES = {
     "decode_scales": Role.PAGE_DECODE_SCALES,
     "means": Role.PAGE_MEANS,
 }
-"""Of the parts of a page in NVFP4."""
+"""The roles of the parts of a page."""
 
 
 class Config(PassConfig):
     """How pages are quantised."""
 
     smoothing: bool = Field(
-        True, description="whether pages keep each channel's mean apart, keys' and values'"
+        True, description="whether pages keep each channel's mean apart, for keys and for values"
     )
     rule: Rule = Field("mse", description="Four Over Six rule; none for plain NVFP4")
 
 
 class Nvfp4Cache(Pass[Config]):
-    """Hold the cache's pages in NVFP4; the chunk in flight attends as it did.
+    """Hold the pages of the cache in NVFP4. The chunk in flight is not quantised.
 
     ::
 
@@ -51,7 +51,8 @@ class Nvfp4Cache(Pass[Config]):
             →  nvfp4_paged_attention(q, k, v, k_pages_codes_i, …, v_pages_codes_i, …, table)
 
     Codes are uint8 [B, P, T, H, D/2], scales float8_e4m3fn [B, P, T, H, D/16], decode scales
-    float32 [B, P, H] and means bfloat16 [B, P, H, D]; without smoothing, None stands for means.
+    float32 [B, P, H] and means bfloat16 [B, P, H, D]. Without smoothing there are no means, and
+    None stands for them.
     """
 
     Config = Config
@@ -82,7 +83,7 @@ class Nvfp4Cache(Pass[Config]):
     def _parts(
         self, pages: object, made: dict[fx.Node, list[fx.Node | None]]
     ) -> list[fx.Node | None]:
-        """Inputs in an arena's place: codes, scales, decode scales, and means or None."""
+        """The inputs in the place of an arena: codes, scales, decode scales, and means or None."""
         assert isinstance(pages, fx.Node)
         if pages not in made:
             name, _, layer = str(pages.target).rpartition("_")

@@ -1,4 +1,4 @@
-"""Linear layers that infer in W4A4: NVFP4 weights and activations."""
+"""Inference of linear layers in W4A4: weights and activations are NVFP4."""
 
 from __future__ import annotations
 
@@ -90,19 +90,20 @@ class _Nvfp4Weights:
 
 
 class Nvfp4Infer(Pass[Config]):
-    """Store weights in NVFP4 and multiply them with activations quantised as they come.
+    """Store weights in NVFP4, and multiply them with activations quantised as they come.
 
     ::
 
         linear(x, W, b)  →  nvfp4_matmul(*nvfp4_quantise(x), codes, scales, decode scale) + b
 
-    ``<module>.weight`` becomes ``<module>.weight_codes``, ``…_scales`` and ``…_decode_scale``, in
-    16×16 tiles as training rounds it, from the dtype that it would run in; K padded to whole
-    blocks. Linears that read the same x share its quantised values. Weights that are stored so
-    already are taken as they are.
+    ``<module>.weight`` becomes ``<module>.weight_codes``, ``…_scales`` and ``…_decode_scale``. It is
+    rounded as in training, in 16×16 tiles and from the dtype that it would run in, and K is padded
+    to whole blocks. Linears that read the same x share its quantised values. Weights that are
+    stored in NVFP4 already are taken as they are.
 
-    Passes that keep high precision read the weights as they were, which then stay beside the packed
-    ones: graph ``step_high`` is the step before this rewrite.
+    Denoising passes that keep high precision run the graph ``step_high``, which is the step before
+    this rewrite. The weights that it reads, or that a commit in high precision reads, stay beside
+    the packed ones.
     """
 
     Config = Config

@@ -1,4 +1,4 @@
-"""Linear layers trained in NVFP4."""
+"""Training of linear layers in NVFP4."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Config(LinearChoice):
     )
 
     def signs(self) -> list[int]:
-        """Of the transform; empty for none."""
+        """The transform's signs; empty for no transform."""
         if self.hadamard == len(SIGNS) and self.hadamard_seed is None:
             return list(SIGNS)
         return random_signs(self.hadamard, self.hadamard_seed or 0)
 
 
 class Nvfp4Train(Pass[Config]):
-    """Run linears and their gradients as products of NVFP4 operands.
+    """Compute linears and their gradients as products of NVFP4 operands.
 
     ::
 
@@ -61,8 +61,8 @@ class Nvfp4Train(Pass[Config]):
 
         graph ``weights``:  w4 = nvfp4_quantise(W, 16×16), nvfp4_transpose(w4)
 
-    Linears that read the same x share its operands. W and b stay in their precision; the train
-    graph reads W's 4-bit values as inputs, so that they are made once an optimiser step.
+    Linears that read the same x share its operands. W and b stay in their precision. The train
+    graph reads W's 4-bit values as inputs, so that they are made only once in an optimiser step.
     """
 
     Config = Config
@@ -119,7 +119,7 @@ class Nvfp4Train(Pass[Config]):
         program.graphs[WEIGHTS] = weights
 
     def _activation(self, linear: Linear) -> tuple[fx.Node, ...]:
-        """x in NVFP4, and its transpose through the transform; where x is made."""
+        """x in NVFP4, and the transform of its transpose in NVFP4; made where x is made."""
         rule, signs = self.config.activation_rule, self.config.signs()
         with building(linear.node, module_of(linear.x)) as build:
             held = build(aten.detach.default, linear.x)
@@ -129,7 +129,7 @@ class Nvfp4Train(Pass[Config]):
             )
 
     def _weight(self, graph: fx.Graph, linear: Linear) -> tuple[fx.Node, ...]:
-        """The weight's 4-bit values and their transpose, at the end of a graph."""
+        """Add a weight's 4-bit values, and their transpose, to the end of a graph."""
         build = Builder(graph, linear.module)
         weight = build.attribute(str(linear.weight.target))
         quantised = build(QUANTISE, weight, BLOCK, self.config.weight_rule)
@@ -143,13 +143,13 @@ def _parts(build: Builder, node: fx.Node, count: int) -> list[fx.Node]:
 
 
 def _names(kind: str, layer: int | None) -> list[str]:
-    """Of a weight's values: the path in its block, the part, and the layer."""
+    """Names for the parts of a weight: the path in its block, the part, and the layer."""
     suffix = "" if layer is None else f"_{layer}"
     return [f"{kind.replace('.', '_')}_{part}{suffix}" for part in _PARTS]
 
 
 def _shapes(rows: int, width: int) -> list[Tensor]:
-    """What `_PARTS` of a weight [rows, width] look like; no data."""
+    """Meta tensors like the `_PARTS` of a weight [rows, width]."""
     down, across = -(-rows // BLOCK), -(-width // BLOCK)
     byte, eight = torch.uint8, torch.float8_e4m3fn
     sizes: list[tuple[tuple[int, ...], torch.dtype]] = [

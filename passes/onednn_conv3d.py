@@ -1,4 +1,4 @@
-"""A decoder's convolutions by oneDNN, on a CPU."""
+"""oneDNN for a decoder's convolutions on a CPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def conv3d(
     dilation: Sequence[int] = (1, 1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """``aten.conv3d`` by oneDNN, for float32 on a CPU; channels-last, which it is faster for."""
+    """``aten.conv3d`` by oneDNN, for float32 on a CPU.
+
+    The weight is given with channels last, for which oneDNN is faster.
+    """
     last = weight.contiguous(memory_format=torch.channels_last_3d)
     result: Tensor = torch.ops.aten.mkldnn_convolution.default(
         input, last, bias, padding, stride, dilation, groups
@@ -37,14 +40,14 @@ def conv3d(
 
 
 class OnednnConv3d(Pass[Config]):
-    """Give every 3-d convolution to oneDNN.
+    """Let oneDNN compute every 3-d convolution.
 
     ::
 
         aten.conv3d(…)  →  lltk.passes.onednn_conv3d.conv3d(…)
 
-    Left to itself torch runs those of one clip whose channels × frames × height are at most 20480
-    by a loop that is several times slower: most of a small decoder's.
+    For one clip, torch itself uses a loop that is several times slower where channels × frames ×
+    height are at most 20480. In a small decoder these are most convolutions.
     """
 
     Config = Config

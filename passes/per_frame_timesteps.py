@@ -1,4 +1,4 @@
-"""Timesteps per latent frame instead of per token."""
+"""A timestep for each latent frame instead of each token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Config(PassConfig):
 
 
 class PerFrameTimesteps(Pass[Config]):
-    """Compute the time embedding once a frame and broadcast it where it meets tokens.
+    """Embed the timestep once for each frame, and broadcast it where it meets tokens.
 
     ::
 
@@ -29,7 +29,8 @@ class PerFrameTimesteps(Pass[Config]):
         mul(x[B, L, C], scale[B, L, C])
             →  flatten(mul(unflatten(x, 1, [F, T]), unsqueeze(scale[B, F, C], 2)), 1, 2)
 
-    A modulation then holds F rows instead of L (65 MB less a latent frame and block at 5B).
+    A modulation then has F rows instead of L. At 5B that saves 65 MB for each latent frame of each
+    block.
     """
 
     Config = Config
@@ -60,7 +61,7 @@ class PerFrameTimesteps(Pass[Config]):
 
 
 def _name_modulation(program: Program, per_frame: set[fx.Node]) -> None:
-    """Name what the blocks read."""
+    """Give what the blocks read the name ``modulation``."""
     inside = {node for node in per_frame if program.spec.layer_of(module_of(node)) is not None}
     for node in per_frame - inside:
         if inside & node.users.keys():
@@ -70,10 +71,10 @@ def _name_modulation(program: Program, per_frame: set[fx.Node]) -> None:
 def _spread(
     graph: fx.Graph, time: fx.Node, tokens: int, frame_tokens: int, report: Report
 ) -> set[fx.Node]:
-    """Walk what depends on the timestep; rewrite where a token tensor joins.
+    """Visit what depends on the timestep, and rewrite it where it meets a tensor of tokens.
 
     Returns:
-        The nodes that are per frame.
+        The nodes whose values are per frame.
     """
     per_frame = {time}
     flattened: dict[fx.Node, fx.Node] = {}
@@ -117,7 +118,7 @@ def _operand(
 
 
 def _resize(node: fx.Node, tokens: int) -> None:
-    """Take the token count out of the one shape the time embedding states."""
+    """Correct the one call of the time embedding that states the number of tokens."""
     if node.target is aten.unflatten.int and node.args[1:] == (0, [-1, tokens]):
         source = node.args[0]
         (batch, *_) = shape(node)

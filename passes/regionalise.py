@@ -13,14 +13,14 @@ class Config(PassConfig):
 
 
 class Regionalise(Pass[Config]):
-    """Cut every layer's nodes out and call one shared graph with the layer's parameters.
+    """Cut out every layer's nodes, and call a shared graph with the layer's parameters instead.
 
     ::
 
         … 30 × the block's nodes …  →  self['blocks.0']('step_block', x, …), …
 
-    Equal blocks share a graph over all of a program's graphs; a shared graph returns what any of
-    its users reads. Owners keep their parameters under diffusers' names.
+    Equal blocks share one graph, also over several of the Program's graphs. It gives all that is
+    read of any of them. Parameters keep their names.
     """
 
     Config = Config

@@ -1,4 +1,4 @@
-"""The train graph: [clean; noisy] of the same clip in one forward."""
+"""The train graph: a clip's clean and noisy latents in one forward."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Config(PassConfig):
 
 
 class TeacherForcing(Pass[Config]):
-    """Run a clip's clean and noisy latents as one sequence; predict for the noisy half.
+    """Run a clip's clean and noisy latents as one sequence, and predict for the noisy half.
 
     ::
 
@@ -40,8 +40,8 @@ class TeacherForcing(Pass[Config]):
         attend(q, k, v)  →  lltk.block_causal_attention(q, k, v, chunk tokens, True)
         head(x)  →  head(noisy half of x)
 
-    Clean chunks see clean chunks up to their own; a noisy chunk sees earlier clean chunks and
-    itself. Needs per-frame timesteps and frame positions.
+    A clean chunk sees the clean chunks up to its own. A noisy chunk sees the earlier clean chunks
+    and itself. The pass needs timesteps per frame and frame positions.
     """
 
     Config = Config
@@ -77,7 +77,7 @@ class TeacherForcing(Pass[Config]):
 
 
 def _double(source: fx.Node, axis: int, other: Callable[[Builder], fx.Node]) -> None:
-    """Halve an input along ``axis``; its readers read ``other`` and it, joined."""
+    """Halve an input along an axis; its readers then read ``other`` and the input, joined."""
     readers = [node for node in source.graph.nodes if node in source.users]
     with building(readers[0], "") as build:
         joined = build(aten.cat.default, [other(build), source], axis)
@@ -88,7 +88,7 @@ def _double(source: fx.Node, axis: int, other: Callable[[Builder], fx.Node]) -> 
 
 
 def _noisy_head(program: Program, graph: fx.Graph, frames: int, report: Report) -> None:
-    """After the last block keep the second half of the tokens and of what is per frame."""
+    """Keep the second half of the tokens, and of what is per frame, after the last block."""
     spec = program.spec
     blocks = {node for node in graph.nodes if spec.layer_of(module_of(node)) is not None}
     head: set[fx.Node] = set()

@@ -1,4 +1,4 @@
-"""One prompt a chunk: a chunk's tokens attend to their own prompt only."""
+"""A prompt for each chunk: a chunk's tokens attend to their own prompt only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class TextPerChunk(Pass[Config]):
         text: [B, S, E]  →  [B, N, S, E], one prompt for each of N chunks
         attend(q[B, L, …], k[B, S, …])    →  attend(q[B·N, L/N, …], k[B·N, S, …]), chunks as batch
 
-    In a train graph ([clean; noisy]) both copies of a chunk read the same prompt.
+    In a train graph, which holds a clip's clean and noisy chunks, both copies of a chunk read the
+    same prompt.
     """
 
     Config = Config
@@ -65,7 +66,7 @@ class TextPerChunk(Pass[Config]):
 
 
 def _repeat(build: Builder, value: fx.Node, batch: int, streams: int) -> fx.Node:
-    """[B·N, S, H, D] → [B·streams·N, S, H, D], every stream the same."""
+    """Repeat keys or values, [B·N, S, H, D] → [B·streams·N, S, H, D], the same for every stream."""
     if streams == 1:
         return value
     value = build(aten.unflatten.int, value, 0, [batch, 1, -1])

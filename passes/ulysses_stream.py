@@ -1,4 +1,4 @@
-"""A stream over several ranks: frames are shared out among them, and heads for self-attention."""
+"""A stream on several ranks, which share a chunk's frames, and in self-attention its heads."""
 
 from __future__ import annotations
 
@@ -59,11 +59,13 @@ _HEADS = {
 class Config(PassConfig):
     """How many ranks, and what they exchange."""
 
-    size: int = Field(2, ge=2, description="ranks; divides the heads and a chunk's latent frames")
+    size: int = Field(
+        2, ge=2, description="number of ranks, which divides the heads and a chunk's latent frames"
+    )
     exchange: Literal["fp8", "compute"] = Field(
         "fp8",
-        description="what a chunk's keys and values travel in: E4M3 with a scale for each head of "
-        "a token, or the compute dtype",
+        description="how a chunk's keys and values are sent: in E4M3 with a scale for each head of "
+        "a token, or in the compute dtype",
     )
 
 
@@ -82,9 +84,9 @@ class UlyssesStream(Pass[Config]):
         k_pages_i: [B, P, T, H, D]          →  [B, P, T, H/n, D]
         sample                              →  made of all_parts(tokens, 1)
 
-    With ``exchange: fp8`` keys and values are quantised before they leave and decoded where they
-    arrive. Graphs take and give whole chunks, the same on every rank. What a linear in NVFP4 scales
-    by a whole tensor is scaled by this rank's tokens.
+    With ``exchange: fp8`` keys and values are quantised before they are sent, and decoded where
+    they arrive. Graphs take and give whole chunks, the same on every rank. A linear in NVFP4 has a
+    scale for a whole tensor, which is here the tensor of this rank's tokens.
     """
 
     Config = Config
@@ -152,19 +154,19 @@ class UlyssesStream(Pass[Config]):
         return build(op, *args, self.config.size, SEQUENCE)
 
     def _parts(self, build: Builder, op: Any, *args: Any) -> list[fx.Node]:
-        """What an op gives for each of the values, its last argument."""
+        """The results of an op, one for each of the values that are its last argument."""
         made = self._build(build, op, *args)
         return [build(operator.getitem, made, index) for index in range(len(args[-1]))]
 
     def _packed(self, build: Builder, *values: Any) -> list[fx.Node]:
-        """What keys and values travel as."""
+        """Keys and values as they are sent."""
         if self.config.exchange == "compute":
             return list(values)
         made = [build(ROW_PIPELINE, value, to="fp8") for value in values]
         return [build(operator.getitem, each, part) for each in made for part in range(2)]
 
     def _unpacked(self, build: Builder, parts: list[fx.Node], *values: Any) -> list[fx.Node]:
-        """Keys and values from what they travelled as."""
+        """Keys and values again, from what was sent."""
         if self.config.exchange == "compute":
             return parts
         made = []
@@ -196,7 +198,7 @@ class UlyssesStream(Pass[Config]):
             report.match("outputs")
 
     def _insert(self, op: Any, value: fx.Node, before: fx.Node, module: str, *dim: int) -> None:
-        """Let what reads a value read an op of it."""
+        """Insert an op of a value, which all readers of the value read instead."""
         with building(before, module) as build:
             new = self._build(build, op, value, *dim)
         value.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
@@ -212,7 +214,7 @@ class UlyssesStream(Pass[Config]):
 
 
 def _delay(value: fx.Node, until: fx.Node) -> None:
-    """Move what makes a value, as far as ``until`` does not need it, behind ``until``."""
+    """Move the nodes that make a value behind ``until``, but for those that ``until`` needs."""
     needed, makers = _ancestors(until), _ancestors(value) | {value}
     for node in sorted(makers - needed, reverse=True):
         if node < until and node.op == "call_function":
@@ -230,7 +232,7 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def _divide(page: fx.Node, dim: int, size: int) -> None:
-    """Let a page hold this rank's heads only."""
+    """Let a part of the cache hold this rank's heads only."""
     sizes = list(shape(page))
     sizes[dim] //= size
     page.meta["val"] = page.meta["val"].new_empty(sizes)
