@@ -1,7 +1,7 @@
-"""Program directories: the resolved recipe, the pass log and the weights.
+"""Program directories: a Program's recipe, pass log, weights and printed graphs.
 
-Graphs are not stored to be run: loading repeats the recipe's passes and compares the result with
-the printed graphs' digests, so nothing from the directory is executed.
+The printed graphs are not run. Loading repeats the recipe's passes, and compares the digests of the
+graphs that they give with those of the printed ones. So nothing in the directory is executed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lltk.graph.recipe import parse_recipe
 from lltk.graph.stages import Stage
 from lltk.graph.text import print_graph
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "program.json"
 WEIGHTS = "weights.safetensors"
 
@@ -35,10 +35,10 @@ def save_program(program: Program, directory: Path) -> None:
 
     Args:
         program: with or without weights.
-        directory: new, empty, or a Program directory to replace.
+        directory: a new or empty folder, or a Program directory, which is replaced.
 
     Raises:
-        ValueError: the directory holds something else.
+        ValueError: the folder holds something else, or a quantised weight is broken.
     """
     check_target(directory)
     with written_whole(directory) as folder:
@@ -48,7 +48,7 @@ def save_program(program: Program, directory: Path) -> None:
         for name, graph in program.every_graph():
             (graphs / f"{name}.txt").write_text(print_graph(graph, name), encoding="utf-8")
         if not any(tensor.is_meta for tensor in program.weights.values()):
-            packed_weights(program.weights, "weights")  # which holds no broken scale
+            packed_weights(program.weights, "weights")  # refuses broken scales
             check_fp8_weights(program.weights, "weights")
             contiguous = {name: tensor.contiguous() for name, tensor in program.weights.items()}
             save_file(contiguous, folder / WEIGHTS, {"format": "pt"})
@@ -70,10 +70,10 @@ def save_program(program: Program, directory: Path) -> None:
 
 
 def check_target(directory: Path) -> None:
-    """Refuse to write over anything but an empty folder or a Program.
+    """Check that a Program may be written to a path.
 
     Raises:
-        ValueError: says what is there.
+        ValueError: there is something other than an empty folder or a Program.
     """
     if directory.is_file():
         raise ValueError(f"{directory}: is a file; name a folder")
@@ -85,8 +85,9 @@ def load_program(directory: Path) -> Program:
     """Read a Program directory.
 
     Raises:
-        ValueError: not such a directory, a changed or missing file, another format, or versions of
-            torch and diffusers under which the passes give other graphs.
+        ValueError: it is no such directory, a file was changed or is missing, the format is
+            another, or the passes give other graphs than when it was written, as they may with
+            other versions of torch and diffusers.
     """
     manifest = read_manifest(directory)
     program = transform(parse_recipe(manifest["recipe"], str(directory / MANIFEST)), weights=False)
@@ -109,10 +110,11 @@ def load_program(directory: Path) -> Program:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a Program directory, every file checked against it.
+    """The manifest of a Program directory; checks every file against it.
 
     Raises:
-        ValueError: as `load_program`, short of repeating the passes.
+        ValueError: it is no such directory, a file was changed or is missing, or the format is
+            another.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -140,12 +142,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def read_log_entry(data: dict[str, Any]) -> LogEntry:
-    """A pass log entry from the manifest."""
+    """An entry of the pass log, from the manifest."""
     return LogEntry(**{**data, "stage": Stage[data["stage"].upper()]})
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on."""
+    """The versions that a result depends on, by package."""
     packages = ("torch", "diffusers", "transformers", "safetensors")
     return {
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""From a recipe to a Program."""
+"""Making a Program from a recipe."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def transform(
 
     Args:
         recipe: what to make.
-        weights: whether to load ``model.checkpoint``; without, parameters stay meta tensors.
-        stop_after: the last pass to run.
-        disable: passes to leave out.
+        weights: whether to load ``model.checkpoint``. If not, parameters are meta tensors.
+        stop_after: name of the last pass to run.
+        disable: names of passes to leave out.
         observe: called with the Program after capture and after each pass.
         section: what errors call the recipe's model section.
 
     Raises:
-        ValueError: the recipe, its checkpoint or the order of passes does not fit.
+        ValueError: something in the recipe, its checkpoint or the order of its passes does not fit.
     """
     steps = configured_passes(recipe, stop_after, disable)
     program, packed = _capture(recipe, weights, section)
@@ -54,14 +54,17 @@ def transform(
 
 
 def capture(recipe: Recipe, *, weights: bool = True, section: str = "model") -> Program:
-    """Capture the recipe's model, before any pass; arguments and errors as `transform`'s."""
+    """Capture the recipe's model and run no pass; arguments and errors as for `transform`."""
     return _capture(recipe, weights, section)[0]
 
 
 def _capture(
     recipe: Recipe, weights: bool, section: str
 ) -> tuple[Program, dict[str, Tensor] | None]:
-    """The captured model; and its weights, if they fit it only after the passes: packed ones."""
+    """The captured model, with its weights.
+
+    Packed weights fit only after the passes, so they are given apart; None where there are none.
+    """
     family = family_of(recipe.program)
     _check_options(family, recipe, section)
     config, loaded = _model(family, recipe, weights, section)
@@ -99,7 +102,7 @@ def _check_options(family: Family, recipe: Recipe, section: str) -> None:
 
 
 def _decoded(weights: Mapping[str, Tensor], program: Program) -> dict[str, Tensor]:
-    """Weights with those in NVFP4 as what they stand for, in the dtype and width of the model's."""
+    """The weights, those in NVFP4 decoded to the dtype and width of the model's parameters."""
     plain = {name: tensor for name, tensor in weights.items() if plain_name(name) == name}
     for module, weight in packed_weights(weights, "weights").items():
         values, like = nvfp4_dequantise(*weight), program.weights.get(f"{module}.weight")
@@ -111,7 +114,7 @@ def _decoded(weights: Mapping[str, Tensor], program: Program) -> dict[str, Tenso
 def configured_passes(
     recipe: Recipe, stop_after: str | None, disable: Collection[str]
 ) -> list[Pass[Any]]:
-    """The recipe's passes, configured, less those left out."""
+    """The recipe's passes, configured, without those that are left out; as for `transform`."""
     steps = recipe.steps()
     names = [name for name, _ in steps]
     for wanted in [*disable, *([stop_after] if stop_after else [])]:
@@ -127,11 +130,11 @@ def with_weights(program: Program, weights: Mapping[str, Tensor]) -> Program:
 
     Args:
         program: left as it is.
-        weights: a state dict of the captured model or of the Program itself.
+        weights: a state dict of the captured model, or of the Program itself.
 
     Raises:
-        ValueError: missing, unexpected, misshapen or non-finite tensors, or quantised weights that
-            do not fit together.
+        ValueError: a tensor is missing, unexpected, of another shape or not finite, or the entries
+            of a quantised weight do not fit together.
     """
     own = dict(weights)
     check_fp8_weights(own, "weights")
@@ -181,7 +184,7 @@ def _model(
 
 
 def _adapters(recipe: Recipe) -> dict[str, Tensor]:
-    """The adapters of ``model.lora``, scaled as the recipe's lora pass scales them."""
+    """The adapters of ``model.lora``, whose scale must be that of the recipe's lora pass."""
     if recipe.model.lora is None:
         return {}
     adapter = load_lora(recipe.model.lora)

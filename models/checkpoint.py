@@ -1,4 +1,4 @@
-"""Read and write weights: the transformer's and LoRA adapters in the layouts that people have."""
+"""Reading and writing weights of transformers and of LoRA adapters, in the layouts in use."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Checkpoint:
     """Weights as a file holds them.
 
     Attributes:
-        weights: tensors under lltk's names (diffusers'), on the CPU, mapped from the file, with its
-            shapes, dtypes and values. NVFP4 weights are in lltk's form; see `nvfp4_layouts`.
-        config: for a transformer, its checked diffusers configuration; for an adapter, its PEFT
-            configuration (``r``, ``lora_alpha``, …); None where the file carries none.
-        layout: the name, in `WEIGHT_LAYOUTS`, `CONVENTIONS` or `LORA_LAYOUTS`, under which it
-            saves back.
+        weights: tensors under lltk's names, which are diffusers'. They are on the CPU, mapped from
+            the file, and have its shapes, dtypes and values. NVFP4 weights are in lltk's form; see
+            `nvfp4_layouts`.
+        config: a transformer's checked diffusers configuration, or an adapter's PEFT configuration
+            (``r``, ``lora_alpha``, …); None where the file has none.
+        layout: the file's layout, a name in `WEIGHT_LAYOUTS`, `CONVENTIONS` or `LORA_LAYOUTS`.
     """
 
     weights: dict[str, Tensor]
@@ -48,18 +48,18 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
-    """Read a transformer; what `path` is, and its layout, are found out from the names in it.
+    """Read a transformer. Its layout is found out from the names of its tensors.
 
     Args:
-        path: a diffusers folder (or a pipeline's, with ``transformer/``), an original Wan folder, a
-            ``.safetensors`` file, or a ``.pt``/``.pth`` state dict or LongLive checkpoint. With
-            NVFP4 weights, under diffusers' names and in one of `CONVENTIONS`, a folder, or a file
-            whose header says what it holds.
+        path: a diffusers folder, a pipeline's folder with ``transformer/``, an original Wan folder,
+            a ``.safetensors`` file, or a ``.pt`` or ``.pth`` file with a state dict or a LongLive
+            checkpoint. NVFP4 weights have diffusers' names and one of `CONVENTIONS`, and are in a
+            folder, or in a file whose header says what it holds.
         ema: take a LongLive checkpoint's ``generator_ema`` instead of its ``generator``.
 
     Raises:
-        ValueError: the path does not exist, its content is damaged, is no Wan transformer, or is a
-            pickle of anything but tensors and plain values (which is not read); or as
+        ValueError: the path does not exist, its content is damaged or is no Wan transformer, or it
+            is a pickle of anything but tensors and plain values, which is not read. Or as
             `read_packed`.
     """
     path, config, quantisation = Path(path), None, None
@@ -95,19 +95,19 @@ def save_checkpoint(
     config: Mapping[str, Any] | None = None,
     max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Write a transformer whole or not at all; tensors keep their dtypes and values.
+    """Write a transformer, whole or not at all. Tensors keep their dtypes and values.
 
     Args:
         path: a new or empty folder for ``diffusers`` and for `CONVENTIONS`, a ``.safetensors``
             file for ``wan``, a ``.pt`` file for ``longlive``. An existing file is replaced.
-        weights: tensors under diffusers' names; with NVFP4 weights, in lltk's form.
+        weights: tensors under diffusers' names; NVFP4 weights are in lltk's form.
         layout: a name in `WEIGHT_LAYOUTS`, or in `CONVENTIONS` for NVFP4 weights.
-        config: the diffusers configuration; needed by, and written into, folders only.
-        max_shard_size: bytes above which a folder's weights are sharded.
+        config: the diffusers configuration. Only folders need it and hold it.
+        max_shard_size: a folder's weights are sharded above so many bytes.
 
     Raises:
-        ValueError: names, layout and path do not go together, the configuration is missing, or as
-            `write_packed`.
+        ValueError: names, layout and path do not go together, or the configuration is missing. Or
+            as `write_packed`.
     """
     path = Path(path)
     if layout in CONVENTIONS:
@@ -131,14 +131,14 @@ def save_checkpoint(
 
 
 def load_folder(path: str | Path, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a model in diffusers' layout: its ``config.json`` as it stands, and its weights.
+    """Read a model in diffusers' layout: its ``config.json``, unchecked, and its weights.
 
     Args:
-        path: the model's folder, or a pipeline's with the folder `part` in it.
-        part: as ``vae``.
+        path: the model's folder, or a pipeline's folder that has it as the folder ``part``.
+        part: such as ``vae``.
 
     Raises:
-        ValueError: no such folder, or a file in it is missing or damaged.
+        ValueError: there is no such folder, or a file in it is missing or damaged.
     """
     folder = part_folder(Path(path), part)
     if not (folder / "config.json").is_file():
@@ -154,15 +154,18 @@ def save_folder(
     max_shard_size: int = 5 * 10**9,
     header: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model in diffusers' layout, whole or not at all; tensors keep dtypes and values.
+    """Write a model in diffusers' layout, whole or not at all. Tensors keep dtypes and values.
 
     Args:
         path: a new or empty folder.
         weights: tensors under diffusers' names.
         config: the checked configuration.
-        model: diffusers' class.
-        max_shard_size: bytes above which the weights are sharded.
+        model: name of diffusers' class.
+        max_shard_size: the weights are sharded above so many bytes.
         header: metadata for every safetensors file.
+
+    Raises:
+        ValueError: there is a file, or a folder that is not empty.
     """
     from diffusers import __version__
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -187,15 +190,23 @@ def save_folder(
 
 
 def part_folder(path: Path, part: str) -> Path:
-    """The folder of a pipeline's part, or `path` itself where it is no pipeline's folder."""
+    """The folder of a part in a pipeline's folder; the path itself if it has no such folder."""
     return path / part if (path / part).is_dir() else path
 
 
 def load_lora(path: str | Path) -> Checkpoint:
-    """Read an adapter: LongLive's ``.pt`` (the student's), or PEFT's or diffusers' safetensors.
+    """Read an adapter.
 
-    Names are the module's path plus ``.lora_A.weight`` [rank, in] or ``.lora_B.weight``
-    [out, rank]. Raises ValueError as `load_checkpoint` does.
+    Args:
+        path: LongLive's ``.pt`` file, of which the student's adapter is read, or a safetensors file
+            of PEFT or diffusers.
+
+    Returns:
+        Weights whose names are the module's path and ``.lora_A.weight`` [rank, in] or
+        ``.lora_B.weight`` [out, rank].
+
+    Raises:
+        ValueError: as `load_checkpoint`.
     """
     path = Path(path)
     content = _read(path)
@@ -210,10 +221,18 @@ def save_lora(
     layout: str,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an adapter: a ``.pt`` file for ``longlive``, else a ``.safetensors`` file.
+    """Write an adapter.
 
-    `layout` is a name in `LORA_LAYOUTS`; `config`, the PEFT configuration, goes into the file's
-    metadata as diffusers writes it. ``longlive`` files have no place for it and mean a scale of 1.
+    Args:
+        path: a ``.pt`` file for the layout ``longlive``, else a ``.safetensors`` file.
+        weights: as `load_lora` gives them.
+        layout: a name in `LORA_LAYOUTS`.
+        config: the PEFT configuration. It goes into the file's metadata, as diffusers writes it.
+            Files of ``longlive`` have no place for it: their scale is always 1.
+
+    Raises:
+        ValueError: names, layout and path do not go together, or the scale is not 1 for
+            ``longlive``.
     """
     path = Path(path)
     state = _state(weights, LORA_LAYOUTS, layout, path)
@@ -233,9 +252,15 @@ def save_lora(
 def check_weights(
     weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
-    """Raise ValueError unless `weights` are exactly those of `expected` (name → shape), all finite.
+    """Check that weights are exactly those that are expected, and finite.
 
-    `where` is the file or model that the message names.
+    Args:
+        weights: by name.
+        expected: the shape of each weight by its name.
+        where: the file or model that the error names.
+
+    Raises:
+        ValueError: a weight is missing, unexpected, of another shape, or not finite.
     """
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     misshapen = [
@@ -253,7 +278,7 @@ def check_weights(
 
 
 def _finite(weight: Tensor) -> bool:
-    # aminmax hands NaN on, but takes neither one-byte floats nor empty tensors.
+    # aminmax of values with a NaN is NaN. It takes neither one-byte floats nor empty tensors.
     wide = weight.float() if weight.dtype.itemsize == 1 else weight
     return not wide.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(wide))
 
@@ -301,7 +326,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     remedy = "download it again, or convert it to safetensors where you trust it"
     try:
         with zipfile.ZipFile(path) as archive:
-            # Reading compares the checksum: the unpickler never meets a damaged pickle.
+            # Reading checks the checksum, so that the unpickler never sees a damaged pickle.
             for name in archive.namelist():
                 if name.endswith("/data.pkl"):
                     archive.read(name)
@@ -369,7 +394,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The model's and the quantisation's configuration, each where the folder has one."""
+    """The configurations of the model and of its quantisation; None for one that is not there."""
     path, quantisation = folder / "config.json", _read_quantisation(folder)
     if not path.exists():
         return None, quantisation
@@ -387,7 +412,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | 
 
 
 def _read_quantisation(folder: Path) -> dict[str, Any] | None:
-    """modelopt's ``hf_quant_config.json``, which some exports have in place of an entry."""
+    """modelopt's ``hf_quant_config.json``, which some exports have instead of an entry."""
     path = folder / "hf_quant_config.json"
     if not path.exists():
         return None
@@ -463,7 +488,7 @@ def _state(
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous on the CPU, with no more storage than its own."""
+    """The tensor on the CPU, contiguous, in a storage that holds nothing else."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

@@ -1,4 +1,4 @@
-"""Configurations of diffusers' WanTransformer3DModel: named ones, and the check of any other."""
+"""Configurations of diffusers' WanTransformer3DModel: named ones, and how any is checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lltk.models.layouts import few
 
 _MODEL = "WanTransformer3DModel"
 _IMAGE_KEYS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
-# What an original Wan configuration says, and what it may say for diffusers to describe it.
+# Keys of an original Wan configuration: diffusers' name for each, and the values lltk covers.
 _FROM_WAN: Mapping[str, str] = {
     "num_heads": "num_attention_heads",
     "in_dim": "in_channels",
@@ -64,7 +64,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def named_config(name: str, configs: Mapping[str, Mapping[str, Any]] = CONFIGS) -> dict[str, Any]:
-    """A fresh copy of the configuration called `name`; ValueError with a suggestion otherwise."""
+    """A copy of the configuration of a name; raises ValueError with the nearest for another."""
     if name not in configs:
         close = difflib.get_close_matches(name, configs, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(configs)}"
@@ -73,10 +73,15 @@ def named_config(name: str, configs: Mapping[str, Mapping[str, Any]] = CONFIGS) 
 
 
 def validate_config(config: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
-    """`config` with diffusers' defaults filled in, without diffusers' own notes (``_…`` keys).
+    """The configuration with diffusers' defaults, and without diffusers' notes (``_…`` keys).
 
-    ValueError where its class, keys or types are not those of `WanTransformer3DModel`, or where it
-    asks for an image branch, which lltk does not cover.
+    Args:
+        config: arguments of WanTransformer3DModel.
+        where: what errors call it.
+
+    Raises:
+        ValueError: its class, keys or types are not those of WanTransformer3DModel, or it has an
+            image branch, which lltk does not cover.
     """
     from diffusers import WanTransformer3DModel
 
@@ -91,9 +96,15 @@ def validate_config(config: Mapping[str, Any], where: str = "config") -> dict[st
 
 
 def fill_config(config: Mapping[str, Any], model: type, where: str) -> dict[str, Any]:
-    """`config` with the defaults of a diffusers class filled in, without notes (``_…`` keys).
+    """The configuration with the defaults of a diffusers class, and without notes (``_…`` keys).
 
-    ValueError where its class, keys or types are not those of `model`.
+    Args:
+        config: arguments of the class.
+        model: the class.
+        where: what errors call the configuration.
+
+    Raises:
+        ValueError: its class, keys or types are not those of the class.
     """
     name = model.__name__
     if config.get("_class_name", name) != name:
@@ -111,9 +122,10 @@ def fill_config(config: Mapping[str, Any], model: type, where: str) -> dict[str,
 
 
 def config_from_wan(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The diffusers configuration that an original Wan ``config.json`` describes.
+    """The diffusers configuration of what an original Wan ``config.json`` describes.
 
-    ValueError as in `validate_config`, and where a size is missing.
+    Raises:
+        ValueError: a size is missing, or as `validate_config`.
     """
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     _no_extra(given, {**_FROM_WAN, **_WAN_FIXED, "dim": None, "text_len": None}, _MODEL, where)

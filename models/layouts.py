@@ -1,7 +1,8 @@
-"""The names of a Wan transformer's weights in each checkpoint layout, as pure key maps.
+"""The names of a Wan transformer's weights in each checkpoint layout.
 
-lltk's own names are diffusers' (``blocks.0.attn1.to_q.weight``; for LoRA, the module's path plus
-``.lora_A.weight`` or ``.lora_B.weight``). A `Layout` maps a file's keys to them and back.
+lltk's own names are diffusers', such as ``blocks.0.attn1.to_q.weight``. For LoRA they are the
+module's path and ``.lora_A.weight`` or ``.lora_B.weight``. A `Layout` maps a file's names to lltk's
+and back.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]*)\.")
 
 
 def few(names: Iterable[str]) -> str:
-    """The first three names, with an ellipsis where there are more."""
+    """The first three names, and an ellipsis if there are more."""
     listed = list(names)
     return ", ".join(listed[:3]) + (", …" if len(listed) > 3 else "")
 
@@ -49,10 +50,15 @@ def _strict(names: Mapping[str, str | None], where: str, required: str) -> dict[
 
 @dataclass(frozen=True)
 class Layout:
-    """A way of naming weights: `prefix`, then a key that `table` maps to lltk's own name.
+    """A way of naming weights.
 
-    ``blocks.#.`` in `table` stands for every block. Wrapper segments (``_orig_mod.`` and its like)
-    and PEFT's ``.default`` are read past, never written.
+    Parts of a name that come from a wrapper, such as ``_orig_mod.``, and PEFT's ``.default`` are
+    left out when a name is read, and never written.
+
+    Attributes:
+        name: of the layout.
+        prefix: what every name of a file begins with.
+        table: lltk's name for what follows the prefix. ``blocks.#.`` stands for every block.
     """
 
     name: str
@@ -60,17 +66,17 @@ class Layout:
     table: Mapping[str, str]
 
     def own_name(self, key: str) -> str | None:
-        """lltk's name of one key, or None where this layout has no such key."""
+        """lltk's name for one of a file; None if this layout has no such name."""
         key = _ADAPTER.sub(r".\1.weight", _WRAPPERS.sub("", key))
         return _lookup(self.table, key[len(self.prefix) :]) if key.startswith(self.prefix) else None
 
     def read(self, keys: Iterable[str], where: str) -> dict[str, str]:
-        """Map a file's keys to lltk's names; ValueError names `where` and the keys without one."""
+        """lltk's name for each name of a file; raises ValueError if one has none."""
         names = {key: self.own_name(key) for key in keys}
         return _strict(names, where, f"of the layout {self.name!r}")
 
     def write(self, keys: Iterable[str], where: str) -> dict[str, str]:
-        """Map lltk's names to a file's keys; ValueError names `where` and the names without one."""
+        """A file's name for each of lltk's names; raises ValueError if one has none."""
         inverse = {own: key for key, own in self.table.items()}
         names = {own: _lookup(inverse, own) for own in keys}
         return {
@@ -79,7 +85,7 @@ class Layout:
 
 
 def detect(keys: Iterable[str], layouts: Mapping[str, Layout], where: str) -> Layout:
-    """The layout that knows the most of `keys`; ValueError where none knows any."""
+    """The layout that knows the most of a file's names; raises ValueError if none knows any."""
     listed = list(keys)
     known = {
         name: sum(layout.own_name(key) is not None for key in listed)

@@ -1,7 +1,7 @@
 """How modelopt, compressed-tensors and torchao store NVFP4 weights, and what their files say.
 
-Each convention names its entries, reads from a file's description how a weight lies in it, and
-describes the files that lltk writes. docs/nvfp4-files.md has them in a table.
+A convention names its entries, finds out from a file's description how a weight is stored, and
+describes the files that lltk writes. docs/nvfp4-files.md compares the conventions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _E4M3 = str(torch.float8_e4m3fn)
 # Entries of safetensors headers: torchao's, and those of modelopt's exports to one file.
 _TORCHAO, _CONFIG, _LAYERS = "tensor_names", "quantization_config", "_quantization_metadata"
 HEADER_ENTRIES = frozenset({_TORCHAO, _CONFIG, _LAYERS})
-"""Entries of a safetensors header, of which one at least is in a header that describes weights."""
+"""Entries of a safetensors header. A header that describes quantised weights has one of them."""
 _AGAIN = "use the files as they were exported"
 
 
@@ -41,12 +41,12 @@ class Description:
 
 
 class Order(NamedTuple):
-    """How one weight lies in its file.
+    """How a weight is stored in its file.
 
     Attributes:
-        swapped: the even element is in the high nibble.
+        swapped: whether the even element is in the high nibble.
         tile: the shape that a GEMM tile of 128×4 scales has in the file; None for scales by rows.
-        e4m3: the file says that scales are E4M3, so that plain bytes may stand for them.
+        e4m3: whether the file says that scales are E4M3, so that plain bytes may stand for them.
     """
 
     swapped: bool = False
@@ -59,15 +59,16 @@ class Convention:
     """How a library's files hold NVFP4 weights.
 
     Attributes:
-        endings: what the keys of codes, block scales and the tensor's scale have after the name of
-            their module.
-        activation: likewise for the activation's scale, which lltk computes as it runs.
-        order: reads how a module's weight lies, from the description, the module's name and that
-            of the file; ValueError where it is of another kind, or open.
-        describe: what a file says of itself, from its plain entries and its quantised modules.
-        divides: values are divided by the tensor's scale, not multiplied.
-        scale_shape: of the tensor's scale.
-        scale_optional: a weight without the tensor's scale has one of 1.
+        endings: what follows the module's name in the keys of codes, of block scales, and of the
+            tensor's scale.
+        activation: what follows it in the key of the activation's scale, which lltk does not use.
+        order: finds out how a module's weight is stored, from the file's description, the module's
+            name and the file's name. Raises ValueError if it is of another kind, or not said.
+        describe: what a file says of its quantisation, from its plain entries and the quantised
+            modules.
+        divides: whether values are divided by the tensor's scale instead of multiplied by it.
+        scale_shape: shape of the tensor's scale.
+        scale_optional: whether a weight may lack the tensor's scale, which is then 1.
         tile: as `Order.tile`, in files that lltk writes.
     """
 
@@ -82,18 +83,20 @@ class Convention:
 
     @property
     def marks(self) -> set[str]:
-        """The endings that only keys of quantised weights have."""
+        """What only the keys of quantised weights end in."""
         return {*self.endings, self.activation} - {".weight"}
 
 
 def declared(description: Description, where: str) -> tuple[str, Description] | None:
-    """The convention that a checkpoint says it is of, and what it says with nothing left out.
+    """The convention that a checkpoint says it follows, and its description, completed.
+
+    A configuration that only a safetensors header has is completed from there.
 
     Returns:
-        None where it says nothing of quantisation.
+        None if it says nothing of quantisation.
 
     Raises:
-        ValueError: it is of another library, says two things, or too little.
+        ValueError: it follows another convention, contradicts itself, or says too little.
     """
     config, header = description.config, description.header
     if config is None and _CONFIG in header:
@@ -118,7 +121,7 @@ def declared(description: Description, where: str) -> tuple[str, Description] | 
 
 
 def parse_object(text: str | bytes, subject: object) -> dict[str, Any]:
-    """A JSON object; ValueError, naming ``subject``, where the text is none."""
+    """The JSON object of a text; raises ValueError, which names ``subject``, if it is none."""
     try:
         content = json.loads(text)
     except ValueError as error:
@@ -136,7 +139,7 @@ def _required(subject: str, found: Any, *allowed: Any) -> Any:
 
 
 def _weight_groups(config: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """The ``weights`` of a configuration's groups, which are all of NVFP4."""
+    """The ``weights`` of a configuration's groups; raises ValueError if one is not NVFP4."""
     groups = config.get("config_groups", {})
     try:
         weights = [group["weights"] for group in groups.values()]
@@ -152,7 +155,7 @@ def _weight_groups(config: Mapping[str, Any], where: str) -> list[dict[str, Any]
 
 
 def _check_kept(module: str, ignored: Any, where: str) -> None:
-    """Raise ValueError where a quantised module is named among those that are not."""
+    """Raise ValueError if a quantised module is named among those that are not quantised."""
     if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
         raise ValueError(f"{where}: ignored modules are {ignored!r}, not a list; {_AGAIN}")
     for name in ignored:
@@ -164,7 +167,7 @@ def _check_kept(module: str, ignored: Any, where: str) -> None:
 
 
 def _linear(plain: Mapping[str, Tensor]) -> list[str]:
-    """The linear modules, by the shape of their weights, among plain entries."""
+    """The modules of plain entries that are linears, by the shape of their weights."""
     return [
         name.removesuffix(".weight")
         for name, weight in plain.items()
@@ -181,7 +184,7 @@ def _modelopt_order(description: Description, module: str, where: str) -> Order:
     _required(f"{where}: group_size", config.get("group_size"), None, BLOCK)
     _weight_groups(config, where)
     _check_kept(module, config.get("ignore", config.get("exclude_modules")) or [], where)
-    # Keys of SGLang, whose loader reads the same files.
+    # These two keys are SGLang's, whose loader reads the same files.
     scales = config.get("checkpoint_weight_scale_layout")
     swapped = config.get("swap_weight_nibbles")
     _required(f"{where}: checkpoint_weight_scale_layout", scales, None, "linear", "swizzled")
@@ -270,7 +273,7 @@ def _describe_torchao(plain: Mapping[str, Tensor], modules: list[str]) -> Descri
     }
     header = {name: json.dumps({"_type": "Tensor"}) for name in plain}
     for module in modules:
-        # What products with the weight return: as the module's bias, which is added to them.
+        # The dtype that products with the weight have, which is that of the bias added to them.
         bias = plain.get(f"{module}.bias")
         dtype = str(torch.bfloat16 if bias is None else bias.dtype).removeprefix("torch.")
         data = {

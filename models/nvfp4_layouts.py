@@ -1,6 +1,6 @@
-"""NVFP4 weights from and into the files of other libraries; `lltk.graph.packed` has our own form.
+"""NVFP4 weights from and into the files of other libraries; `lltk.graph.packed` has lltk's form.
 
-A file of another convention must say what it is; what leaves room for two readings is refused.
+A file must say which convention it follows. A file that could be read in two ways is refused.
 """
 
 from __future__ import annotations
@@ -31,21 +31,23 @@ def read_packed(
 ) -> tuple[dict[str, Tensor], str] | None:
     """The entries of a file, with NVFP4 weights in lltk's form, and the name of its convention.
 
-    Codes and block scales come bit by bit; a scale that divides becomes the float32 nearest to its
-    reciprocal. Activations' scales are left out: lltk computes them as it runs.
+    Codes and block scales are taken bit by bit. Where the convention divides by a tensor's scale,
+    the decode scale is the float32 nearest to its reciprocal. Scales of activations are left out,
+    as lltk computes them when it runs.
 
     Args:
         state: entries under the file's names.
-        description: what the file says of itself.
-        where: the file, for errors.
+        description: what the file says of its quantisation.
+        where: what errors call the file.
 
     Returns:
-        None for a checkpoint that neither is quantised nor says so.
+        None for a checkpoint that is not quantised and does not say that it is.
 
     Raises:
-        ValueError: the description is missing, of another kind, or leaves the order of nibbles or
-            scales open; entries are missing, misshapen, or of two conventions; a block scale is
-            NaN or negative; a tensor's scale is not finite and above 0.
+        ValueError: the description is missing, is of another kind, or does not say in which order
+            nibbles or scales are. Or entries are missing, have a wrong shape, or are of two
+            conventions. Or a block scale is NaN or negative, or a tensor's scale is not finite and
+            above 0.
     """
     found = declared(description, where)
     if found is None:
@@ -79,15 +81,16 @@ def read_packed(
 def write_packed(
     weights: Mapping[str, Tensor], name: str, where: str
 ) -> tuple[dict[str, Tensor], Description]:
-    """The entries of a file in a convention, and what the file must say of itself.
+    """The entries of a file in a convention, and what the file must say of its quantisation.
 
-    Codes and block scales are written bit by bit; where the tensor's scale divides, the float32
-    nearest to the decode scale's reciprocal. Files describe quantised weights alone (W4A16).
+    Codes and block scales are written bit by bit. Where the convention divides by a tensor's scale,
+    it is the float32 nearest to the decode scale's reciprocal. Files say that weights are
+    quantised and activations are not (W4A16).
 
     Args:
         weights: plain entries, and NVFP4 weights in lltk's form.
         name: one of `CONVENTIONS`.
-        where: the file, for errors.
+        where: what errors call the file.
 
     Raises:
         ValueError: no weight is quantised, one is refused by `packed_weights`, or a decode scale

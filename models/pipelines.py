@@ -12,11 +12,11 @@ def find_pipeline(name: str, needed: bool = True) -> Path:
     """The folder of a pipeline given by path or, if shipped, by name.
 
     Args:
-        name: of either.
-        needed: whether it must be there.
+        name: a path, or the name of a shipped pipeline.
+        needed: whether the folder must exist.
 
     Raises:
-        ValueError: there is no such folder.
+        ValueError: the folder does not exist, and it is needed or is a shipped one.
     """
     path = Path(name)
     if path.is_dir() or (name not in _SHIPPED and not needed):

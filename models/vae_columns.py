@@ -1,8 +1,9 @@
-"""A decoder's work on some columns of a video, so that parts side by side are the whole, exactly.
+"""Decoding some columns of a video, so that parts side by side are exactly the whole video.
 
-A convolution needs a column beyond each border of its result. Up to the middle's attention, which
-sees whole frames, every part computes all columns; from there on its own, and as many beyond as the
-convolutions to come use up, fewer after each block.
+Up to the attention in the middle of the decoder, which sees whole frames, every part computes all
+columns. From there on it computes its own columns, and some beyond them: a convolution needs a
+column beyond each border of its result. How many depends on the convolutions to come, so that they
+are fewer after each block.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from typing import Any
 from torch import Tensor, nn
 
 Columns = tuple[int, int]
-"""The first, and the one after the last."""
+"""The first column, and the one after the last."""
 
 
 def regions(config: Mapping[str, Any], own: Columns, width: int) -> list[Columns]:
-    """Columns to compute: after the middle, after each block, and of the result, in their pixels.
+    """The columns to compute after the middle, after each block, and of the result.
+
+    Each is counted in pixels of its own resolution.
 
     Args:
         config: of AutoencoderKLWan.
-        own: columns of latents, within the width.
-        width: of the latents.
+        own: columns of the latents whose pixels are wanted.
+        width: how many columns the latents have.
     """
     blocks, convolutions = len(config["dim_mult"]), 2 * (config["num_res_blocks"] + 1)
     scales = [2 ** min(i, blocks - 1) for i in range(blocks + 1)]
@@ -41,11 +44,11 @@ def regions(config: Mapping[str, Any], own: Columns, width: int) -> list[Columns
 
 
 def cut(decoder: Any, config: Mapping[str, Any], own: Columns, width: int) -> None:
-    """Let diffusers' decoder compute these columns alone.
+    """Let diffusers' decoder compute some columns only.
 
     Args:
-        decoder: a WanDecoder3d; what its parts give is cropped from now on.
-        config, own, width: as `regions`'.
+        decoder: a WanDecoder3d; from now on the results of its parts are cropped.
+        config, own, width: as for `regions`.
     """
     parts = [decoder.mid_block, *decoder.up_blocks, decoder.conv_out]
     held = (0, width)
@@ -58,7 +61,7 @@ def cut(decoder: Any, config: Mapping[str, Any], own: Columns, width: int) -> No
 
 
 class _Crop:
-    """A hook that keeps some columns of what a module gives."""
+    """A hook that keeps some columns of a module's result."""
 
     def __init__(self, first: int, end: int) -> None:
         self._columns = slice(first, end)

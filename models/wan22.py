@@ -1,4 +1,4 @@
-"""Wan2.2's transformer as diffusers ships it: how to build and capture it, what passes may know."""
+"""Wan2.2's transformer as diffusers ships it: its spec, and how it is built and captured."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def captured(
         dtype: compute dtype; the modules that diffusers keeps in float32 stay there.
 
     Returns:
-        A captured Program: graph ``forward``, meta weights in the configuration's dtypes, the
-        rotary tables as constants.
+        A captured Program. It has the graph ``forward``, meta weights in the configuration's
+        dtypes, and the rotary tables as constants.
     """
     model_spec = spec(config)
     from diffusers.models.attention_dispatch import attention_backend
@@ -129,7 +129,7 @@ def captured(
 
 
 def _rope_tables(config: Mapping[str, Any], model_spec: ModelSpec) -> dict[str, Tensor]:
-    """diffusers' rotary tables, which are not in its checkpoints."""
+    """diffusers' rotary tables, which no checkpoint holds."""
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
     rope = WanRotaryPosEmbed(

@@ -1,4 +1,4 @@
-"""Wan's video VAE as diffusers ships it: its decoder as a Program, image encoding, its files."""
+"""Wan's video VAE as diffusers ships it: its decoder as a Program, encoding, and its files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MODEL = "AutoencoderKLWan"
 _CACHED_FRAMES = 2
 """Frames that a causal convolution over three frames keeps for the next call."""
 _IGNORED = ("clip_output",)
-"""In the published ``config.json``, but no argument of the class, which always clamps."""
+"""Keys of the published ``config.json`` that the class does not take. It always clips."""
 
 # fmt: off
 _WAN22_MEAN = [
@@ -80,14 +80,19 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
     }
 )
-"""By name; Wan2.2's latent statistics are those of diffusers' conversion script."""
+"""By name. Wan2.2's statistics of latents are those of diffusers' conversion script."""
 
 
 def validate_config(config: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
-    """`config` with diffusers' defaults filled in, without diffusers' own notes (``_…`` keys).
+    """The configuration with diffusers' defaults, and without diffusers' notes (``_…`` keys).
 
-    ValueError where its class, keys or types are not those of `AutoencoderKLWan`, or where its
-    sizes contradict one another.
+    Args:
+        config: arguments of AutoencoderKLWan.
+        where: what errors call it.
+
+    Raises:
+        ValueError: its class, keys or types are not those of AutoencoderKLWan, or its sizes
+            contradict one another.
     """
     from diffusers import AutoencoderKLWan
 
@@ -145,25 +150,25 @@ def captured(
 ) -> Program:
     """Capture the decoder at a geometry, without allocating its weights.
 
-    Graph ``first`` decodes a video's first latent, ``step`` one latent more, ``steps`` so many as
-    `latents` says, if more than one. Latents are float32 [B, z, n, h, w], normalised as the
-    transformer gives them; video is [B, 3, 1 or n · stride, H, W] in the compute dtype, in [-1, 1].
-    Feature caches are two frames long, the older one zero after ``first``, so that one ``step``
-    serves every call after it.
+    Graph ``first`` decodes a video's first latent, and ``step`` one latent more. ``steps`` decodes
+    several more; it is there if ``latents`` is more than 1. Latents are float32 [B, z, n, h, w],
+    normalised as the transformer gives them. Video is [B, 3, 1 or n · stride, H, W] in [-1, 1], in
+    the compute dtype. Feature caches are two frames long. After ``first`` the older frame is zero,
+    so that the same ``step`` does for every call after it.
 
     Args:
         config: of AutoencoderKLWan.
         geometry: batch and resolution.
         dtype: compute dtype.
-        latents: of a call of ``steps``.
-        columns: of the latents, those whose pixels the video has; None for all.
+        latents: how many latents a call of ``steps`` takes.
+        columns: the columns of the latents whose pixels the video has; None for all.
 
     Raises:
         ValueError: there are no such columns.
 
     Returns:
-        A captured Program of kind ``decode``: meta weights in the configuration's dtypes under
-        diffusers' names, the latents' mean and deviation as constants.
+        A captured Program of kind ``decode``. It has meta weights in the configuration's dtypes
+        under diffusers' names, and mean and standard deviation of the latents as constants.
     """
     model_spec = spec(config)
     program = Program("decode", model_spec, geometry, dtype, graphs={}, weights={})
@@ -194,13 +199,13 @@ def captured(
 
 
 def _statistics(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Mean and deviation of the latents, float32 [1, z, 1, 1, 1] each."""
+    """Mean and standard deviation of the latents, float32 [1, z, 1, 1, 1] each."""
     names = ("latents_mean", "latents_std")
     return {name: torch.tensor(config[name]).view(1, -1, 1, 1, 1) for name in names}
 
 
 class _Decoder(nn.Module):
-    """What both graphs share; parameters keep diffusers' names."""
+    """What all graphs share. Parameters have diffusers' names."""
 
     latents_mean: Tensor
     latents_std: Tensor
@@ -221,7 +226,7 @@ class _Decoder(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def decode(self, latents: Tensor, caches: list[Any], first: bool) -> Tensor:
-        """Video of some latents; diffusers puts the new caches in the place of the old."""
+        """The video of some latents. diffusers replaces ``caches`` by the new ones in place."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
         scaled = (latents * self.latents_std + self.latents_mean).to(self.dtype)
@@ -243,9 +248,9 @@ class _First(_Decoder):
                 missing = _CACHED_FRAMES - cache.shape[2]
                 padded.append(F.pad(cache, (0, 0, 0, 0, missing, 0)))
             else:
-                # A convolution that starts with the second latent, over two zero frames; it has as
-                # many channels as the one before it. Its dtype is named, so that it stays where a
-                # pass gives that one's cache another.
+                # This convolution starts with the second latent, over two zero frames. It has as
+                # many channels as the convolution before it. The dtype is stated, so that it stays
+                # if a pass changes that of the cache before.
                 assert cache == "Rep"
                 padded.append(torch.zeros_like(padded[-1], dtype=padded[-1].dtype))
         return video, *padded
@@ -259,7 +264,7 @@ class _Step(_Decoder):
 
 
 def decoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the VAE's weights that its decode Program holds."""
+    """The weights of a VAE that its decode Program has."""
     return {
         name: weight
         for name, weight in weights.items()
@@ -268,10 +273,11 @@ def decoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_vae(path: str | Path) -> Checkpoint:
-    """Read a VAE's folder in diffusers' layout, or the ``vae`` folder of a pipeline's.
+    """Read a VAE in diffusers' layout, from its folder or from a pipeline's folder.
 
     Raises:
-        ValueError: no such folder, damaged, or not exactly the finite weights of its configuration.
+        ValueError: there is no such folder, a file is damaged, or the weights are not those of the
+            configuration or not finite.
     """
     stated, weights = load_folder(path, "vae")
     config = validate_config(stated, str(path))
@@ -288,7 +294,8 @@ def save_vae(path: str | Path, weights: Mapping[str, Tensor], config: Mapping[st
         config: of AutoencoderKLWan.
 
     Raises:
-        ValueError: not exactly the finite weights of the configuration, or the folder holds files.
+        ValueError: the weights are not those of the configuration or not finite, or the folder
+            holds files.
     """
     full = validate_config(config, str(path))
     check_weights(weights, _shapes(full), str(path))
@@ -301,7 +308,7 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def make_vae(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
-    """The whole VAE as diffusers' module, over `weights` themselves (not copies), for encoding."""
+    """The whole VAE as diffusers' module. It uses the given weights, not copies of them."""
     with torch.device("meta"):
         vae = build(config)
     vae.load_state_dict(dict(weights), assign=True)
@@ -310,7 +317,7 @@ def make_vae(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
 
 @torch.no_grad()
 def encode(vae: Any, video: Tensor) -> Tensor:
-    """Normalised latents of a video, as the transformer takes them: the posterior's mean.
+    """The latents of a video, normalised as the transformer takes them; the posterior's mean.
 
     Args:
         vae: from `make_vae`, on the video's device.
@@ -320,7 +327,7 @@ def encode(vae: Any, video: Tensor) -> Tensor:
         float32 [B, z, 1 + k, h, w].
 
     Raises:
-        ValueError: the frames or the resolution are no whole number of latents.
+        ValueError: the frames or the resolution do not make a whole number of latents.
     """
     frames, *sides = video.shape[2:]
     time, space = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
@@ -336,7 +343,7 @@ def encode(vae: Any, video: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """The video of whole clips, by diffusers' own decoder: what `encode` undoes.
+    """The video of whole clips' latents, by diffusers' own decoder.
 
     Args:
         vae: from `make_vae`, on the latents' device.
@@ -351,7 +358,15 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def encode_image(vae: Any, image: Tensor) -> Tensor:
-    """The latent of an image, as a video's first: [B, 3, H, W] in [-1, 1] → [B, z, 1, h, w]."""
+    """The latent of an image as a video's first frame.
+
+    Args:
+        vae: from `make_vae`, on the image's device.
+        image: [B, 3, H, W] in [-1, 1].
+
+    Returns:
+        float32 [B, z, 1, h, w], normalised.
+    """
     return encode(vae, image.unsqueeze(2))
 
 

@@ -42,7 +42,7 @@ class FuseNormRope(Pass[Config]):
             for node in calls(graph, aten.stack.default):
                 found = _find(node)
                 if found is None:
-                    report.miss(node, "is no rotation, by a table of tokens, of what a norm makes")
+                    report.miss(node, "is no rotation of what a norm makes by a table of tokens")
                     continue
                 x, _, weight, eps = found.norm.args
                 with building(found.turned, module_of(found.norm)) as build:
@@ -61,7 +61,7 @@ class _Rotation:
 
 
 def _find(stack: fx.Node) -> _Rotation | None:
-    """The rotation that ends in a stack of [a cos − b sin, a sin + b cos]; None if there is none."""
+    """The rotation that a stack of [a cos − b sin, a sin + b cos] ends; None for other stacks."""
     parts: Any = stack.args[0]
     if len(parts) != 2 or stack.args[1:] != (-1,) or not is_call(parts[0], aten.sub.Tensor):
         return None

@@ -96,10 +96,10 @@ class Nvfp4Infer(Pass[Config]):
 
         linear(x, W, b)  →  nvfp4_matmul(*nvfp4_quantise(x), codes, scales, decode scale) + b
 
-    ``<module>.weight`` becomes ``<module>.weight_codes``, ``…_scales`` and ``…_decode_scale``. It is
-    rounded as in training, in 16×16 tiles and from the dtype that it would run in, and K is padded
-    to whole blocks. Linears that read the same x share its quantised values. Weights that are
-    stored in NVFP4 already are taken as they are.
+    ``<module>.weight`` becomes ``<module>.weight_codes``, ``…_scales`` and ``…_decode_scale``. It
+    is rounded as in training, in 16×16 tiles and from the dtype that it would run in, and K is
+    padded to whole blocks. Linears that read the same x share its quantised values. Weights that
+    are stored in NVFP4 already are taken as they are.
 
     Denoising passes that keep high precision run the graph ``step_high``, which is the step before
     this rewrite. The weights that it reads, or that a commit in high precision reads, stay beside
