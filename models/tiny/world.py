@@ -1,4 +1,4 @@
-"""The tiny world: multi-shot videos of one moving shape a shot, with captions.
+"""The tiny world: videos of several shots, each with one moving shape and a caption.
 
 A caption says what a `Scene` holds. Size, accent and tint are the shot's identity: no caption tells
 them, so whoever continues a shot must remember them. The frame is a torus: what leaves it on one
@@ -26,28 +26,29 @@ STRIDE = 4
 TINT = 0.06
 """How far a background's tint lies from grey, in RGB of [0, 1]."""
 ACCENT = 0.45
-"""Radius of the accent dot, in sizes."""
+"""Radius of the accent dot, as a share of the shape's size."""
 STRIPE_PERIOD = 32
-"""Pixels along x + y, a divisor of the resolution."""
+"""How often stripes repeat, in pixels along x + y; a divisor of the resolution."""
 PULSE_DEPTH = 0.25
+"""By which share of its size a pulsing shape grows and shrinks."""
 PULSE_PERIOD = 24
-"""Frames."""
+"""Frames of a pulse."""
 ORBIT = 20.0
-"""Pixels."""
+"""Radius of a circling shape's way, in pixels."""
 
 _SIZES = (14.0, 24.0)
 _SPEEDS = (1.5, 2.5)
 _ORBIT_PERIODS = (28.0, 40.0)
 _BLOCK = 64
-"""Frames rendered at once: what a CPU's cache holds."""
+"""Frames that are rendered at once, so that a CPU's cache holds them."""
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A shape with the symmetry of an n-gon, of area π: the disc of radius 1 has as much.
+    """A shape with the symmetry of an n-gon. Its area is π, as that of a disc of radius 1.
 
-    Mirrored into one of its 2n sectors, a point (u, v), with u along the sector's first edge, is
-    inside where a·u + b·v < c for each of two lines (a, b, c).
+    A point is mirrored into one of the shape's 2n sectors, where it is (u, v), with u along the
+    sector's first edge. It is inside if a·u + b·v < c for each of two lines (a, b, c).
 
     Attributes:
         fold: n.
@@ -149,7 +150,7 @@ WORDS: tuple[str, ...] = tuple(
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption tells.
+    """What a caption says.
 
     Attributes:
         shape: one of `SHAPES`.
@@ -207,7 +208,7 @@ class Story:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """One a shot."""
+        """The captions, one for each shot."""
         return tuple(shot.caption for shot in self.shots)
 
     @property
@@ -249,7 +250,7 @@ class Clip:
 
 
 def draw_shot(generator: torch.Generator) -> Shot:
-    """A shot, every attribute uniform.
+    """Draw a shot. Every attribute is uniform over its values.
 
     Args:
         generator: on the CPU.
@@ -298,7 +299,7 @@ def _say(scene: Scene, template: float, phrase: float) -> str:
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene that a caption describes; a scene-cut prefix and other words are read past.
+    """The scene that a caption describes. Other words, as those of a scene-cut prefix, are ignored.
 
     Raises:
         ValueError: it names no colour, shape, motion or background, or two of one.
@@ -324,16 +325,16 @@ def parse_caption(caption: str) -> Scene:
 
 
 def draw_story(generator: torch.Generator, frames: int, shots: int, chunk: int) -> Story:
-    """Shots that begin on chunk borders, wherever those are.
+    """Draw a story. Its shots begin with chunks, and where they begin is uniform.
 
     Args:
         generator: on the CPU.
         frames: video frames, 4·C·n − 3.
-        shots: at most one a chunk.
-        chunk: C, latent frames a chunk: 4·C video frames, 4·C − 3 for the first.
+        shots: how many, at most one for each chunk.
+        chunk: C, the latent frames of a chunk. It has 4·C video frames, and the first 4·C − 3.
 
     Raises:
-        ValueError: frames is no whole number of chunks, or too few for the shots.
+        ValueError: the frames are no whole number of chunks, or too few for the shots.
     """
     unit = STRIDE * chunk
     chunks, rest = divmod(frames + STRIDE - 1, unit)
@@ -373,7 +374,7 @@ def sample_clips(
     chunk: int,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, list[Story]]:
-    """What `sample_clip` gives `count` times, rendered together.
+    """As many clips as `sample_clip` would give in ``count`` calls, rendered together.
 
     Returns:
         Video, float32 [count, F, 3, H, W] in [-1, 1], and the stories.
