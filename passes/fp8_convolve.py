@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import fx
 
 from lltk.graph.contract import TensorSpec
 from lltk.graph.edit import building, op_of, replace, shape
-from lltk.graph.linears import check_pattern
+from lltk.graph.linears import Pattern
 from lltk.graph.packed import FP8_ENDINGS, Fp8Weights
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
@@ -31,14 +31,9 @@ _CACHE, _SUM = 1, 2
 class Config(PassConfig):
     """Which convolutions."""
 
-    exclude: tuple[str, ...] = Field(
+    exclude: tuple[Pattern, ...] = Field(
         (r"decoder\.conv_out",), description="modules to keep (whole-path regexes)"
     )
-
-    @field_validator("exclude")
-    @classmethod
-    def _exclude_are_patterns(cls, exclude: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_pattern(pattern, "exclude") for pattern in exclude)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, fx
 
 from lltk.graph.edit import building, calls, module_of
 from lltk.graph.facts import Trainable
-from lltk.graph.linears import EVERY_LINEAR, check_pattern, is_included, linear_module
+from lltk.graph.linears import EVERY_LINEAR, Pattern, is_included, linear_module
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -25,15 +25,10 @@ class Config(PassConfig):
 
     rank: int = Field(128, ge=1, description="rank of every adapter")
     alpha: float = Field(128.0, gt=0, description="an adapter's output is scaled by alpha / rank")
-    include: str | None = Field(
+    include: Pattern | None = Field(
         None, description=f"modules that get one (whole-path regex); null for {EVERY_LINEAR}"
     )
     seed: int = Field(0, description="seed of the initial values of A (B starts at 0)")
-
-    @field_validator("include")
-    @classmethod
-    def _is_a_pattern(cls, include: str | None) -> str | None:
-        return None if include is None else check_pattern(include, "include")
 
 
 @dataclass(frozen=True)

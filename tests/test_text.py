@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from lltk.graph.edit import output
+from lltk.graph.contract import Role
+from lltk.graph.edit import copy_graph, output, role_of
 from lltk.graph.geometry import Kind
 from lltk.graph.program import Program
 from lltk.graph.text import parse, print_graph, type_text
@@ -78,6 +79,19 @@ def test_equal_text_is_equal_graphs_only() -> None:
     for old, new in (("1.5", "1.25"), ("aten.add", "aten.mul"), ("'z'", "'w'"), ("a.b", "a.c")):
         changed = text.replace(old, new)
         assert print_graph(parse(changed), "f") == changed != text
+
+
+def test_roles_come_back() -> None:
+    text = (
+        "def f(x: latents(f32[2]), y: f32[2]):\n    # root\n    z: f32[2] = aten.add.Tensor(x, y)\n"
+    )
+    text += "    return {'z': z}\n"
+    graph = parse(text)
+    assert [role_of(node) for node in graph.find_nodes(op="placeholder")] == [Role.LATENTS, None]
+    assert print_graph(graph, "f") == text
+    assert print_graph(copy_graph(graph), "f") == text
+    message = refused(parse, text.replace("latents", "latent"))
+    assert message.startswith("latent is no role; there are latents, clean, ")
 
 
 ARGUMENTS = st.recursive(

@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo
 from torch import fx
 
 from lltk.graph.edit import calls, shape
@@ -23,38 +23,32 @@ Rule = Literal["none", "mse", "mae", "abs_max"]
 EVERY_LINEAR = "every linear of the blocks' attention and feed-forward"
 
 
-def check_pattern(pattern: str, option: str) -> str:
-    """The pattern, if it is a regular expression; ``option`` is named in the error."""
+def _check_pattern(pattern: str, info: ValidationInfo) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
+        option = info.field_name
         raise ValueError(f"{option}: {pattern!r} is not a regular expression: {error}") from error
     return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+"""A regular expression, as the value of an option."""
 
 
 class LinearChoice(PassConfig):
     """Which linears a pass converts that quantises."""
 
-    include: str | None = Field(
+    include: Pattern | None = Field(
         None, description=f"modules to convert (whole-path regex); null for {EVERY_LINEAR}"
     )
-    exclude: tuple[str, ...] = Field((), description="modules to keep among them (regexes)")
+    exclude: tuple[Pattern, ...] = Field((), description="modules to keep among them (regexes)")
     keep_last: float = Field(
         0.0, ge=0, lt=1, description="fraction of the blocks to keep, counted from the last"
     )
     ragged: Literal["refuse", "pad"] = Field(
         "refuse", description="what to do where a width is not a multiple of 16"
     )
-
-    @field_validator("include")
-    @classmethod
-    def _include_is_a_pattern(cls, include: str | None) -> str | None:
-        return None if include is None else check_pattern(include, "include")
-
-    @field_validator("exclude")
-    @classmethod
-    def _exclude_are_patterns(cls, exclude: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_pattern(pattern, "exclude") for pattern in exclude)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,23 @@ def test_log_states_what_ran(case: Case) -> None:
 
 
 @every_pass
+def test_every_input_has_a_role(case: Case) -> None:
+    """The same role under the same name in every graph, and only the repeated ones more than once.
+
+    A layer has several pages, prompts, parts of weights; of everything else a graph reads one.
+    """
+    several = {Role.PROMPT, Role.WEIGHTS, *(role for role in Role if role.is_page)}
+    seen: dict[str, Role | None] = {}
+    for name in case.after().graphs:
+        inputs = case.after().contract(name).inputs
+        roles = [spec.role for spec in inputs.values()]
+        assert None not in roles, f"{name}: {inputs}"
+        assert all(roles.count(role) == 1 for role in set(roles) - several), roles
+        for key, spec in inputs.items():
+            assert seen.setdefault(key, spec.role) is spec.role
+
+
+@every_pass
 def test_input_is_left_alone_and_the_result_repeats(case: Case) -> None:
     before = case.before()
     was = texts(before), list(before.weights), list(before.constants), len(before.log)

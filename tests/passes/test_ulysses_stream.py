@@ -8,8 +8,9 @@ from helpers import PASSES, after, hand_made, inputs, reached, refused, run, sam
 from ranks import alike
 
 from lltk.compiler import transform
+from lltk.graph.contract import Role
 from lltk.graph.diagnose import first_bad_node
-from lltk.graph.edit import calls
+from lltk.graph.edit import building, calls, infer, input_of, shape
 from lltk.graph.facts import Ranks
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
@@ -20,6 +21,7 @@ from lltk.models.configs import named_config
 from lltk.parallel.exchange import RECEIVE_HEADS
 
 pytestmark = pytest.mark.cpu
+aten = torch.ops.aten
 
 STEPS = PASSES["stream"][:6]
 ARENAS = "k_pages_0: pages(bf16[1, 4, 8, 2, 12]), v_pages_0: pages(bf16[1, 4, 8, 2, 12])"
@@ -127,6 +129,22 @@ def test_rewrites_the_text() -> None:
     assert text(program, "commit") == COMMIT.strip()
     assert text(program, "prologue") == text(made(), "prologue")
     assert (program.stage, program.fact(Ranks).count) == (Stage.PARTITIONED, 2)
+
+
+def test_only_zeros_that_stand_in_for_timesteps_are_shared() -> None:
+    """Other zeros of the same shape stay as they are."""
+    program = after(reached("stream", *STEPS))
+    commit = program.graphs["commit"]
+    (own,) = calls(commit, aten.new_zeros.default)
+    latents = input_of(commit, Role.LATENTS)
+    with building(next(node for node in commit.nodes if node in latents.users), "") as build:
+        other = build(aten.new_zeros.default, latents, [1, 2])
+        shifted = build(aten.add.Tensor, latents, build(aten.sum.default, other))
+    latents.replace_all_uses_with(shifted, lambda user: user not in (own, other, shifted))
+    infer(program, commit)
+    assert shape(own) == shape(other)
+    zeros = calls(after(program, "ulysses_stream").graphs["commit"], aten.new_zeros.default)
+    assert {node.name: shape(node) for node in zeros} == {own.name: (1, 1), other.name: (1, 2)}
 
 
 def test_keys_and_values_travel_in_fp8() -> None:
