@@ -538,7 +538,9 @@ def test_a_recipe_reads_the_folder(tmp_path: Path) -> None:
     made = transform(make_recipe(None, checkpoint=str(tmp_path)))  # type: ignore[arg-type]
     assert same(made.weights, program().weights)
     message = refused(transform, make_recipe(CONFIG, checkpoint=str(tmp_path), ema=True))
-    assert message == "model.ema: a VAE's folder has no averaged weights; remove it"
+    assert message == (
+        "model.ema: True is for a transformer, and a decode program holds a decoder; remove it"
+    )
 
 
 def test_program_directory_round_trip(tmp_path: Path) -> None:
