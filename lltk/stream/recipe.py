@@ -85,7 +85,7 @@ class StreamSection(BaseModel):
     )
     negative_prompt: str = Field("", description="u's prompt")
     scene_cut: str = Field(
-        SCENE_CUT, description="precedes the caption in the first chunk of every shot but the first"
+        SCENE_CUT, description="precedes the caption in the first chunk after a cut"
     )
     shot_offset: float = Field(
         0.0, description="φ: RoPE positions skipped at a cut, in latent frames"

@@ -1,4 +1,8 @@
-"""The sampler: UniPC for flow models, its linear forms known before the first step."""
+"""The sampler: UniPC for flow models.
+
+A step is a linear combination of tensors. Its coefficients follow from the schedule alone, so they
+are computed before the first step.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import Tensor
 FIRST_SIGMA = 0.999
 """Where the base sigmas start, before the shift."""
 TRAIN_STEPS = 1000
-"""A model's timestep is this times sigma, without its fraction."""
+"""A model's timestep is this times sigma, rounded down."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +26,7 @@ class Schedule:
     ``v = noise - x0``, so it predicts ``m = x - s v``.
 
     Attributes:
-        sigmas: the N noise levels, falling, and the last one's successor 0.
+        sigmas: the N noise levels, falling, and then 0.
         timesteps: what the model is told at each.
         table: float32 [N, 9] on the samplers' device; a row holds the timestep, sigma, the
             corrector's four coefficients and the predictor's three (see `Sampler`).
@@ -74,9 +78,10 @@ class Sampler:
         y_i     = c0 y_(i-1) + c1 m_(i-2) + c2 m_(i-1) + c3 m_i    (corrector; y_0 = noise)
         x_(i+1) = p0 y_i + p1 m_(i-1) + p2 m_i                     (predictor)
 
-    The first and the last step are of order 1. The state is float32; a step reads nothing back
-    to the host, mutates no tensor and is differentiable in the noise and the model's outputs. It
-    is elementwise: a caller may overwrite frames of what the model sees without changing others.
+    The first and the last step are of order 1. The state is float32. A step reads nothing back to
+    the host and mutates no tensor; it is differentiable in the noise and the model's outputs. A
+    step is elementwise, so a caller may show the model other values in some frames, and the
+    sampler's other frames do not change by that.
 
     Args:
         schedule: on the noise's device.
@@ -154,7 +159,11 @@ def _half_log_snr(sigma: float) -> float:
 
 
 def _span(sigmas: tuple[float, ...], i: int) -> tuple[float, float, float]:
-    """From sigma i to the next: their ratio, the predictions' weight, half the log-SNR gained."""
+    """The step from sigma i to the next.
+
+    Returns:
+        The sigmas' ratio, the weight of the predictions, and h, by which half the log-SNR grows.
+    """
     here, there = sigmas[i], sigmas[i + 1]
     h = _half_log_snr(there) - _half_log_snr(here)
     return there / here, -(1 - there) * math.expm1(-h), h
@@ -170,7 +179,10 @@ def _predictor(sigmas: tuple[float, ...], i: int) -> tuple[float, float, float]:
 
 
 def _corrector(sigmas: tuple[float, ...], i: int) -> tuple[float, float, float, float]:
-    """Coefficients of (y_(i-1), m_(i-2), m_(i-1), m_i) in y_i: the step before, redone."""
+    """Coefficients of (y_(i-1), m_(i-2), m_(i-1), m_i) in y_i.
+
+    The corrector takes step i - 1 once more, now with the prediction at its end.
+    """
     if i == 0:
         return 1.0, 0.0, 0.0, 0.0
     ratio, weight, h = _span(sigmas, i - 1)
