@@ -428,7 +428,7 @@ def test_pipeline_left_with_an_error_drops_what_has_not_begun() -> None:
         threading.Timer(0.1, go_on.set).start()
         raise KeyError
     assert len(got) <= 2
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="it is closed"):
         pipeline.submit(video_latents()[:, :, :1])
 
 
