@@ -199,6 +199,35 @@ def test_a_module_of_the_users_runs_an_op(
     assert same(run(program, "step", given), run(before, "step", given))
 
 
+WRITE = """
+from lltk.ops.declaration import Declaration, Exactness
+
+DECLARATION = Declaration(Exactness.BITWISE, "a page by its index", opaque=OPAQUE)
+
+
+def write_page(pages, value, slot):
+    pages[:, slot.item()] = value
+"""
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_what_the_users_module_writes_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opaque: bool
+) -> None:
+    """Nothing reads the result of a write, which is no reason to drop it."""
+    folder = tmp_path / f"my_writer_{opaque}"
+    folder.mkdir()
+    (folder / "own.py").write_text(WRITE.replace("OPAQUE", str(opaque)))
+    monkeypatch.syspath_prepend(tmp_path)
+    before = regional("stream")
+    program = after(before, {"lower": {"write_page": f"{folder.name}.own"}})
+    assert program.implementations["write_page"] == f"{folder.name}.own"
+    given = inputs(program, "commit")
+    written = run(program, "commit", given)
+    assert same(written, run(after(before, "lower"), "commit", given))
+    assert any(not same({name: page}, {name: given[name]}) for name, page in written.items())
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
