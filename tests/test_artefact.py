@@ -96,7 +96,7 @@ def test_another_format_is_refused(saved: Path) -> None:
     path = saved / "program.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(ValueError, match="is of format 99, this lltk reads 2"):
+    with pytest.raises(ValueError, match="is of format 99, this lltk reads 3"):
         load_program(saved)
 
 
