@@ -38,7 +38,7 @@ def side(checkout: Path, options: Mapping[str, Any]) -> Iterator[tuple[list[str]
     """The labels that a checkout's process can time, and what asks it to."""
     root = Path(__file__).parent
     with subprocess.Popen(
-        [sys.executable, "-P", str(root / "row_kernels" / "side.py"), json.dumps(options)],
+        [sys.executable, str(root / "row_kernels" / "side.py"), json.dumps(options)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

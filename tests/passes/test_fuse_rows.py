@@ -269,6 +269,8 @@ def test_two_norms_of_one_sum_share_it() -> None:
         ("'scales': scales}", "'scales': scales, 'norm': layer_norm}"),
         ("aten.mul.Tensor(unflatten, scale)", "aten.sub.Tensor(unflatten, scale)"),
         ("scale: f32[1, 2, 1, 16]", "scale: f32[1, 2, 2, 16]"),
+        ("shift: f32[1, 2, 1, 16]", "shift: f32[1, 2, 2, 16]"),
+        ("default(to, [16], None, None", "default(to, [4, 16], None, None"),
         ("default(to, [16], None, None", "default(to, [16], None, 0"),
         ("aten.to.dtype(x, torch.float32)", "aten.mul.Tensor(x, weight)"),
     ],
@@ -314,6 +316,24 @@ def test_other_sums_stay(score: str, old: str, new: str) -> None:
     assert "adds no gated residual" in message
 
 
+@pytest.mark.parametrize(
+    ("sum_", "old", "new"),
+    [
+        (SUM, "'sample': total}", "'sample': total, 'wide': add_1}"),
+        (SUM, "'sample': total}", "'sample': total, 'added': flatten_1}"),
+        (SUM, "add_1: f32[1, 4, 16] =", "add_1: bf16[1, 4, 16] ="),
+        (PLAIN, "y: bf16[1, 4, 16]", "y: bf16[1, 1, 16]"),
+    ],
+)
+def test_a_quantiser_takes_in_no_other_sums(sum_: str, old: str, new: str) -> None:
+    """Not if the sum is needed before it is rounded, is rounded twice, or repeats its second."""
+    whole = HEAD + sum_ + AFFINE + FP8 + KEPT
+    assert old in whole
+    changed, matches = rewritten(whole.replace(old, new))
+    assert matches == {"norm → fp8": 1}
+    assert "aten.add.Tensor(to_0, flatten_1)" in changed or "aten.add.Tensor(x, y)" in changed
+
+
 @pytest.mark.parametrize("call", ["default(to_1, 16, 'mse')", "default(to_1, 1, 'mse', seed)"])
 def test_other_quantisers_stay(call: str) -> None:
     """Tiles and stochastic rounding are no pipeline's."""
@@ -329,7 +349,8 @@ def test_widths_that_are_no_blocks_are_for_fp8_alone() -> None:
 
     whole, _ = rewritten(narrow(HEAD + NORM + FP8 + QUANTISED))
     assert op_calls(whole) == [called("x, scale=scale, shift=shift, eps=1e-06, to='fp8'")]
-    refused(after, made(narrow(HEAD + NORM + NVFP4 + QUANTISED)), "fuse_rows")
+    message = refused(after, made(narrow(HEAD + NORM + NVFP4 + QUANTISED)), "fuse_rows")
+    assert "quantises no activation, norm or sum that it may take in" in message
 
 
 def test_a_recipe_may_fuse_some_steps_alone() -> None:
