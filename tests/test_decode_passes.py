@@ -36,7 +36,8 @@ from lltk.graph.stages import Stage
 from lltk.models import wan_vae
 from lltk.ops.implementations import overload
 from lltk.passes import make_pass
-from lltk.stream.decoder import DecodePipeline, Decoder, DecoderState
+from lltk.stream.decode_pipeline import DecodePipeline
+from lltk.stream.decoder import Decoder, DecoderState
 from lltk.stream.recipe import stream_section
 from lltk.streaming import describe, plan_stream
 

@@ -20,8 +20,10 @@ from streams import SHOTS, planned, save_pipeline, streamed
 from torch import Tensor, nn
 
 from lltk.graph.capture import capture
+from lltk.graph.contract import TensorSpec
 from lltk.graph.memory import total
-from lltk.stream.decoder import DecodedElsewhere, DecodePipeline
+from lltk.stream.decode_pipeline import DecodePipeline
+from lltk.stream.decoder import DecodedElsewhere
 from lltk.stream.lanes import Lane
 from lltk.stream.prompts import Prompts, PromptWorker
 from lltk.stream.runtimes.torch import TorchRuntime
@@ -307,7 +309,7 @@ def test_threads_capture_at_once() -> None:
         start.wait(LIMIT)
         graph, _, _ = capture(
             lambda: nn.Linear(width, width + 1),
-            {"input": ((2, width), torch.float32)},
+            {"input": TensorSpec((2, width), torch.float32)},
             ["made"],
             lambda name, parameter: torch.float32,
         )

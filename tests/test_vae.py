@@ -31,7 +31,8 @@ from lltk.graph.stages import Stage
 from lltk.models import wan_vae
 from lltk.models.configs import named_config
 from lltk.models.wan_vae import decoder_weights, encode, encode_image, load_vae, save_vae
-from lltk.stream.decoder import DecodePipeline, Decoder, DecoderState
+from lltk.stream.decode_pipeline import DecodePipeline
+from lltk.stream.decoder import Decoder, DecoderState
 
 pytestmark = pytest.mark.cpu
 

@@ -25,7 +25,7 @@ _SHEET_COLUMNS = 6
 
 
 def check_writable(paths: Iterable[Path]) -> None:
-    """Refuse a file that cannot be written, before any work; makes missing folders.
+    """Refuse files that cannot be written, before any work, and make their missing folders.
 
     Raises:
         OSError: says which and why.
@@ -47,16 +47,16 @@ def check_writable(paths: Iterable[Path]) -> None:
 
 
 def share_cores(device: torch.device) -> None:
-    """Give the transformer's thread and the decoder's half of a CPU's cores each.
+    """On a CPU, give half of the cores to the transformer's thread and half to the decoder's.
 
-    Were each to use all, both would wait for the other's at every op.
+    If each used all cores, each would wait for the other at every op.
     """
     if device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
 
 
 class Frames:
-    """A stream's sink: writes frames as they arrive, and keeps a contact sheet's.
+    """A stream's sink: writes frames as they arrive, and keeps some for a contact sheet.
 
     A context manager; the file begins with the block and is whole after it.
 
@@ -81,7 +81,7 @@ class Frames:
         """Frames of the first chunk, and when they were written."""
 
     def expect(self, first: int, chunks: Sequence[Chunk], sheet: bool) -> None:
-        """Say what comes.
+        """Say which frames will arrive.
 
         Args:
             first: the first frame, in or before the chunks.
@@ -141,7 +141,7 @@ def unwritten(frames: Frames, sheet: Path | None, captions: Mapping[int, str]) -
 
 @contextmanager
 def asked_to_stop() -> Iterator[list[int]]:
-    """Signals that ask to stop, Ctrl-C's and a kill's, as a list; a later one interrupts.
+    """The signals that ask to stop, SIGINT and SIGTERM, as a growing list; a later one interrupts.
 
     One within a second is the same one: torchrun passes on what a terminal gives its ranks too.
     """
@@ -225,14 +225,14 @@ def summary(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def captions_of(script: Sequence[Shot], chunks: Sequence[Chunk]) -> dict[int, str]:
-    """Each shot's caption; of a resumed stream, which has no script, each shot's last prompt."""
+    """Each shot's caption. A resumed stream has no script: then each shot's last prompt."""
     if script:
         return {index: shot.caption for index, shot in enumerate(script)}
     return {chunk.shot: chunk.prompt for chunk in chunks}
 
 
 def memory_used(device: torch.device) -> int:
-    """Bytes: the most this process held so far, on a GPU in torch's tensors."""
+    """The most bytes that this process has held so far; on a GPU, in torch's tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(ImportError):

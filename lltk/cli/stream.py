@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import shlex
-import time
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lltk.cli.logs import hide_loading
 from lltk.cli.plans import show_description, show_dry_run
@@ -21,9 +17,7 @@ from lltk.graph.recipe_files import find_recipe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lltk.parallel.ranks import Ranks
     from lltk.stream.script import Shot
-    from lltk.streaming import StreamPlan
 
 _File = click.Path(path_type=Path)
 
@@ -77,6 +71,7 @@ def command(
       torchrun --nproc-per-node 2 -m lltk stream wan22_5b_stream_sp2 --script s.yaml -o video.mp4
     """
     from lltk.cli.outputs import check_writable, share_cores, summary
+    from lltk.cli.stream_to_files import Files, stream_to_files
     from lltk.graph.recipe import load_recipe
     from lltk.parallel.ranks import joined
     from lltk.streaming import plan_stream
@@ -117,9 +112,8 @@ def command(
         for change in (*overrides, *changes):
             if not change.startswith("stream.seed="):  # the state knows it
                 again += ["--set", change]
-        result = _run(
-            console, ranks, plan, shots, output, contact_sheet, image, save, resume, again
-        )
+        files = Files(output, contact_sheet, image, save, resume)
+        result = stream_to_files(console, ranks, plan, shots, files, again)
         if not speaks:
             return
         if as_json:
@@ -135,7 +129,11 @@ def _shots(
     resume: Path | None,
     image: Path | None,
 ) -> Sequence[Shot]:
-    """What is asked for; exactly one of script, prompt and resume says it."""
+    """The shots to show, from the script or the prompt; none where a stream is resumed.
+
+    Raises:
+        ValueError: not exactly one of script, prompt and resume is given.
+    """
     from lltk.stream.script import load_script, single_shot
 
     if sum(source is not None for source in (script, prompt, resume)) != 1:
@@ -147,104 +145,3 @@ def _shots(
     if script is not None:
         return load_script(script)
     return () if prompt is None else single_shot(prompt, seconds)
-
-
-def _run(
-    console: Console,
-    ranks: Ranks,
-    plan: StreamPlan,
-    shots: Sequence[Shot],
-    output: Path,
-    sheet: Path | None,
-    image: Path | None,
-    save: Path | None,
-    resume: Path | None,
-    again: Sequence[str],
-) -> dict[str, Any]:
-    """Stream to the files; what it did, as plain data.
-
-    Of several ranks the first writes the files; all stop after the same chunk.
-    """
-    import torch
-
-    from lltk.cli.outputs import Frames, Tally, asked_to_stop, captions_of, memory_used, unwritten
-    from lltk.graph.memory import available, readable, total
-    from lltk.stream.image import read_image
-    from lltk.streaming import open_stream, stream_memory
-
-    first = None
-    if image is not None:
-        first, note = read_image(image, *plan.size)
-        if note is not None:
-            console.print(note)
-    frames = Frames(output, plan.size, plan.section.fps, plan.writer_threads)
-    for where, owners in stream_memory(plan).items():
-        free = readable(available(torch.device(where)))
-        console.print(f"memory: {readable(total(owners))} on {where}, of {free} free")
-    begun = time.perf_counter()
-    with console.status("encoding prompts, loading models"):
-        sink = frames if ranks.rank == 0 else None
-        stream = open_stream(plan, sink, shots, image=first, resume=resume)
-    chunks, delivery = stream.session.timeline.chunks, stream.session.delivery
-    start = delivery.frame
-    if not chunks and not ranks.any(bool(delivery.undelivered)):
-        raise ValueError(f"--resume: {resume}: its script is over; nothing is left to make")
-    if resume is not None:
-        console.print(f"going on at frame {start}; the new file holds the continuation")
-    frames.expect(start, chunks, sheet is not None)
-    state = save or output.with_suffix(".state.safetensors")
-    captions = captions_of(shots, chunks)
-    loaded = time.perf_counter()
-    tally = Tally(loaded)
-    failure: OSError | None = None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with (
-        asked_to_stop() as stops,
-        nullcontext() if sink is None else sink,
-        stream,
-        Progress(*columns, TimeRemainingColumn(), console=console) as progress,
-    ):
-        bar = progress.add_task("", total=len(chunks))
-        try:
-            for report in stream:
-                tally.add(report)
-                used = readable(memory_used(plan.device))
-                held = f"{report.pages + 1} of {plan.transformer.geometry.pages} pages"
-                text = f"{tally.rate(frames.count):.1f} fps, {held}, {used}"
-                progress.update(bar, advance=1, description=text)
-                if ranks.any(bool(stops)):
-                    break
-            stream.close()
-        except OSError as error:
-            if ranks.size > 1:
-                raise  # the other ranks wait within a chunk
-            failure = error
-        done = time.perf_counter()
-        left = len(stream.session.timeline.chunks)
-        stopped = failure is not None or left > 0
-        if stopped or save is not None:
-            try:
-                stream.save(state)
-            except OSError as error:
-                what = str(failure or f"{output} plays, {frames.count} frames")
-                raise click.ClickException(
-                    f"{what}; the state is not kept: {error}; stream again, with --save to "
-                    "another disk"
-                ) from error
-        ranks.any(False)  # all have saved
-        if stopped and ranks.rank == 0:
-            following = output.with_name(f"{output.stem}_rest{output.suffix}")
-            resumed = shlex.join([*again, "--resume", str(state), "-o", str(following)])
-            what = str(failure) if failure else f"stopped: {output} plays, {frames.count} frames"
-            unshown = unwritten(frames, sheet, captions)
-            raise click.ClickException(
-                f"{what}{unshown}; {left} chunks are left, go on with: {resumed}"
-            )
-    if unshown := unwritten(frames, sheet, captions):
-        raise click.ClickException(f"{output} plays, {frames.count} frames{unshown}")
-    return tally.result(frames, done, plan.section.fps) | {
-        "output": str(output),
-        "state": None if save is None else str(save),
-        "load_seconds": loaded - begun,
-        "memory_bytes": memory_used(plan.device),
-    }

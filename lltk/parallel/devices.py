@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def find_device(name: str | None, said: str = "--device") -> torch.device:
-    """The device called so; by default a GPU if there is one.
+    """The device of a name; without a name a GPU if there is one, else the CPU.
 
     Args:
         name: ``cpu``, ``cuda`` or ``cuda:1``.

@@ -1,4 +1,4 @@
-"""Process groups by name, so that graphs can name a group that is not there yet."""
+"""Process groups by name. A graph names a group that need not be there before the graph runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _groups: dict[str, dist.ProcessGroup] = {}
 
 @contextmanager
 def registered(name: str, group: dist.ProcessGroup) -> Iterator[None]:
-    """Let ops find a group by its name within the block."""
+    """Let ops find a process group by a name, within the block."""
     assert name not in _groups, f"there is a group {name!r} already"
     _groups[name] = group
     try:
@@ -25,7 +25,7 @@ def registered(name: str, group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def find_group(name: str, size: int) -> dist.ProcessGroup:
-    """The group called ``name``, of ``size`` ranks.
+    """The group that is registered as ``name``, which must have ``size`` ranks.
 
     Raises:
         ValueError: this process is in no such group, or the group has another size.
@@ -47,7 +47,7 @@ def find_group(name: str, size: int) -> dist.ProcessGroup:
 
 
 def rank_in(name: str, size: int) -> int:
-    """This process's rank in a group; 0 in a program for one rank, which needs no group.
+    """This process's rank in a group. A program for one rank needs no group; its rank is 0.
 
     Raises:
         ValueError: as `find_group`.
@@ -58,7 +58,7 @@ def rank_in(name: str, size: int) -> int:
 
 
 def same_on_all(value: object, name: str, size: int) -> bool:
-    """Whether every rank of a group has an equal value; all must ask."""
+    """Whether every rank of a group has an equal value. All ranks must call it."""
     if size == 1:
         return True
     values: list[object] = [None] * size

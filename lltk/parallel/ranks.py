@@ -18,9 +18,9 @@ from lltk.parallel.devices import find_device
 from lltk.parallel.groups import SEQUENCE, registered
 
 TIMEOUT = timedelta(minutes=5)
-"""After which a rank that waits for another gives up; compiling blocks takes less."""
+"""How long a rank waits for another one; compiling blocks takes less."""
 GRACE = 2.0
-"""Seconds that a rank has to end by itself once any has failed."""
+"""Seconds that a rank has to end by itself, once any rank has failed."""
 _POLL = 0.2
 _FAILED = "lltk/failed"
 
@@ -30,7 +30,7 @@ class Ranks:
     """The processes that run a stream together, and which one this is.
 
     Attributes:
-        rank: this process's, from 0. Rank 0 takes the video and speaks.
+        rank: the number of this process, from 0. Rank 0 takes the video and prints.
         size: how many there are; 1 for a process by itself.
         device: where this one computes.
     """
@@ -40,7 +40,7 @@ class Ranks:
     device: torch.device
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; all must ask."""
+        """Whether the flag is set on any rank. All ranks must call it."""
         if self.size == 1:
             return flag
         flags = torch.tensor([flag], dtype=torch.int32)
@@ -57,16 +57,16 @@ def launched() -> bool:
 def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """Run the block together with the other ranks that torchrun started, if it did.
 
-    Where any rank fails, all end within seconds: the first to fail raises what it raised, the
-    others exit with code 1 and say nothing. Each rank takes the GPU of its own number.
+    If a rank fails, all end within seconds. The first to fail raises its error; the others exit
+    with code 1 and print nothing. Each rank takes the GPU of its own number.
 
     Args:
         device: ``cpu`` or ``cuda``; by default GPUs if there are any.
-        timeout: after which an exchange that another rank does not join fails.
+        timeout: how long an exchange waits for a rank that does not join it.
 
     Raises:
-        ValueError: no such device, ranks on GPUs of several kinds or on one, or no library to
-            exchange with.
+        ValueError: there is no such device, ranks would share a GPU or run on different kinds, or
+            torch has no library to exchange with.
     """
     if not launched():
         yield Ranks(0, 1, find_device(device))

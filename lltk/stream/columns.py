@@ -12,10 +12,10 @@ from lltk.stream.lanes import Lane
 
 
 class ColumnDecoder:
-    """Decoders whose videos lie side by side, each on a device of its own, working at once.
+    """Decoders that make a part of a video's columns each, on devices of their own, at once.
 
     Args:
-        decoders: from the left; all take whole latents.
+        decoders: from the left column to the right. Each takes whole latents.
     """
 
     def __init__(self, decoders: Sequence[Decoder]) -> None:
@@ -23,17 +23,17 @@ class ColumnDecoder:
 
     @property
     def device(self) -> torch.device:
-        """Where it takes latents and gives video: the first decoder's."""
+        """Where it takes latents and gives video: the first decoder's device."""
         return self._decoders[0].device
 
     @property
     def lane(self) -> Lane:
-        """Where the decoders of all columns take turns: the first decoder's."""
+        """Where decoding takes turns: the first decoder's lane."""
         return self._decoders[0].lane
 
     @property
     def state(self) -> DecoderState:
-        """All decoders' states; see `Decoder.state`."""
+        """All decoders' states, their caches under ``0.cache_0`` and so on; see `Decoder.state`."""
         return DecoderState(
             {
                 f"{index}.{name}": cache

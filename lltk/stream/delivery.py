@@ -8,7 +8,8 @@ from types import TracebackType
 
 from torch import Tensor
 
-from lltk.stream.decoder import DecodePipeline, DecoderState, LatentDecoder
+from lltk.stream.decode_pipeline import DecodePipeline
+from lltk.stream.decoder import DecoderState, LatentDecoder
 
 
 @dataclass(frozen=True)

@@ -18,30 +18,35 @@ from torch import Tensor
 
 from lltk.graph.files import written_whole
 from lltk.graph.loading import LOADING
+from lltk.stream.runtimes.cuda_graph import empty_cache
 
 _log = logging.getLogger(__name__)
 _PARTS = ("text_encoder", "tokenizer")
 _CALL = 8192
-"""Tokens encoded at once."""
+"""How many tokens one call of the encoder takes at most."""
 
 
 def clean(text: str) -> str:
-    """The text as Wan's encoder was trained to see it: HTML entities read, white space single."""
+    """The text as Wan's encoder was trained to see it.
+
+    HTML entities are replaced by what they stand for, and white space by single spaces.
+    """
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
 class TextEncoder:
-    """A UMT5 and its tokenizer, loaded when a text first needs them.
+    """A UMT5 and its tokenizer, loaded when a text first needs them. One thread at a time uses it.
 
-    A text's embedding is zero after its last token, so that it can be attended without a mask. It
-    depends on its neighbours in one `encode` in its last bits only, as it does on the device.
+    A text's embedding is zero after its last token, so that no mask is needed to attend to it. The
+    other texts of one `encode` change only its last bits, and so does another device.
 
     Args:
-        folder: a pipeline's, with ``text_encoder/`` and ``tokenizer/``.
-        text_tokens: tokens a text is padded to, or cut to with a warning.
-        dtype: in which the encoder runs, and of the embeddings.
-        device: where it runs and leaves the embeddings.
-        cache: a folder that keeps embeddings under a digest of the encoder's files and the text;
+        folder: a pipeline's folder, with ``text_encoder/`` and ``tokenizer/``.
+        text_tokens: how many tokens an embedding has. Shorter texts are padded, longer ones are cut
+            with a warning.
+        dtype: the dtype in which the encoder runs, and of the embeddings.
+        device: where the encoder runs, and where the embeddings are.
+        cache: a folder that keeps embeddings, under a digest of the encoder's files and the text.
             None keeps none.
 
     Raises:
@@ -103,11 +108,11 @@ class TextEncoder:
         """Drop the encoder from memory; it is loaded again when a text needs it."""
         self._loaded = None
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            empty_cache()
 
     @torch.no_grad()
     def _run(self, texts: list[str]) -> list[Tensor]:
-        """Embeddings without padding, [tokens, text_dim] each."""
+        """Encode texts; their embeddings without padding, [tokens, text_dim] each."""
         tokenizer, model = self._load()
         for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
             if len(ids) > self._text_tokens:

@@ -1,4 +1,4 @@
-"""What runs a video's graphs: one protocol, an implementation a file."""
+"""What runs a video's graphs: a protocol, and a file for each implementation."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lltk.stream.lanes import Lane
 
 
 class Runtime(Protocol):
-    """Prologue, step and commit of one video, over buffers it owns at fixed addresses.
+    """Runs prologue, step and commit of one video over buffers that it owns, at fixed addresses.
 
-    It knows pages, not chunks: which page holds what is the caller's. Only `state`, `restore` and
-    what looks for a bad value wait for the device.
+    It knows pages, but not which chunk a page holds: that is the caller's. Only `state`, `restore`
+    and what looks for a bad value wait for the device.
     """
 
     @property
     def geometry(self) -> Geometry:
-        """Sizes it is made for."""
+        """The sizes it is made for."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -30,7 +30,7 @@ class Runtime(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the latents it takes and the samples it gives."""
+        """The dtype of the latents it takes and of the samples it gives."""
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +65,7 @@ class Runtime(Protocol):
             timestep: float32 [B, F].
             positions: float64 [F], the frames' RoPE positions.
             table: committed pages to attend to.
-            index: which of the chunk's passes it is; a Program may choose a precision by it.
+            index: which of the chunk's passes it is. A Program may run some in high precision.
 
         Returns:
             The model's output, [B, C, F, h, w].
@@ -79,17 +79,17 @@ class Runtime(Protocol):
         table: Sequence[int],
         index: int = 0,
     ) -> str | None:
-        """Where the first value of a `step` that is not finite is, or None."""
+        """Find the first value of a `step` that is not finite: where it is, or None."""
 
     def commit(self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
         """Write a clean chunk's K/V to page ``slot``; the rest as `step`'s."""
 
     def magnitudes(self, slot: int) -> Tensor:
-        """Of all that page ``slot`` holds, those that tell whether it is finite, of every rank.
+        """Magnitudes that tell whether page ``slot`` is finite.
 
         Returns:
-            Of the pages' dtype or float32, [n], the same on every rank; not finite where the page
-            is not.
+            [n] of the pages' dtype or float32, the same on every rank: the page's largest magnitude
+            in each input of the cache that tells, of all ranks.
         """
 
     def first_bad_commit(
@@ -100,14 +100,14 @@ class Runtime(Protocol):
         slot: int,
         magnitudes: Tensor,
     ) -> str:
-        """Where the first value of a `commit` that is not finite is; makes the commit again.
+        """Find the first value of a `commit` that is not finite, by making the commit again.
 
         Args:
             latents, positions, table, slot: the commit's.
             magnitudes: the page's after it, not all of them finite.
 
         Returns:
-            A node of its graph; the page's name, where all nodes of this rank are finite.
+            A node of its graph; or the page's name, if all nodes of this rank are finite.
         """
 
     def state(self) -> dict[str, Tensor]:

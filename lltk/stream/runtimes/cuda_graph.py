@@ -57,6 +57,12 @@ class CudaGraphs:
         return self._recorded[key](inputs)
 
 
+def empty_cache() -> None:
+    """Give the device the memory back that torch holds unused; a recording is waited for."""
+    with _CAPTURING:  # which this would break
+        torch.cuda.empty_cache()
+
+
 def check_graphs(device: torch.device, option: str) -> None:
     """Refuse a device that cannot record.
 

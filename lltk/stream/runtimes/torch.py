@@ -24,19 +24,23 @@ from lltk.stream.runtimes.cuda_graph import CudaGraphs
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor from the host's memory on the device, without waiting for the device."""
+    """Copy a tensor from the host's memory to a device, without waiting for the device."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 
 
 def _largest(values: Tensor) -> Tensor:
-    """The largest magnitude, []; NaN above all. One pass over the values, and no copy."""
+    """The largest magnitude, []; NaN if a value is NaN. Reads the values once and copies none."""
     return torch.linalg.vector_norm(values, torch.inf)
 
 
 def _check_pages(pages: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
-    """Raise ValueError where a page holds what none may; waits for the device."""
+    """Refuse pages with values that no commit writes; waits for the device.
+
+    Raises:
+        ValueError: a value is not finite, or a scale is NaN or negative.
+    """
     for name, page in pages.items():
         if wrong := _wrong(page, specs[name].role):
             raise ValueError(
@@ -186,7 +190,7 @@ class TorchRuntime:
     ) -> str:
         inputs = self._commit_inputs(latents, positions, slot)
         given = self._given("commit", self._moving("commit", inputs, table))
-        # Pages that it does not list, its own among them, may be broken.
+        # Pages that the table does not list may be broken, and so may the page that it writes.
         if found := first_bad_node(self._program, self._module, "commit", given, self._pages):
             return found
         first = int(magnitudes.isfinite().logical_not().nonzero()[0])

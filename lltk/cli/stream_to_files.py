@@ -1,0 +1,144 @@
+"""A stream to its files, until it ends or is stopped."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lltk.cli.outputs import Frames, Tally, asked_to_stop, captions_of, memory_used, unwritten
+from lltk.graph.memory import available, readable, total
+from lltk.parallel.ranks import Ranks
+from lltk.stream.image import read_image
+from lltk.stream.script import Shot
+from lltk.streaming import StreamPlan, open_stream, stream_memory
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files that ``lltk stream`` was given.
+
+    Attributes:
+        output: the video to write.
+        sheet: the contact sheet to write.
+        image: the video's first frame.
+        save: where to keep the state in the end.
+        resume: a state to go on from.
+    """
+
+    output: Path
+    sheet: Path | None
+    image: Path | None
+    save: Path | None
+    resume: Path | None
+
+
+def stream_to_files(
+    console: Console,
+    ranks: Ranks,
+    plan: StreamPlan,
+    shots: Sequence[Shot],
+    files: Files,
+    again: Sequence[str],
+) -> dict[str, Any]:
+    """Stream to the files; returns what it did, as plain data.
+
+    Of several ranks the first writes the files. All stop after the same chunk.
+
+    Args:
+        console: for progress.
+        ranks: the processes that run the stream.
+        plan: of the stream.
+        shots: to show; none where a state is resumed.
+        files: to read and write.
+        again: the command without its files, for the message on how to go on.
+
+    Raises:
+        click.ClickException: it was stopped, or a file cannot be written; says how to go on.
+        ValueError: see `open_stream` and `Stream.__next__`.
+    """
+    output, first = files.output, None
+    if files.image is not None:
+        first, note = read_image(files.image, *plan.size)
+        if note is not None:
+            console.print(note)
+    frames = Frames(output, plan.size, plan.section.fps, plan.writer_threads)
+    for where, owners in stream_memory(plan).items():
+        free = readable(available(torch.device(where)))
+        console.print(f"memory: {readable(total(owners))} on {where}, of {free} free")
+    begun = time.perf_counter()
+    with console.status("encoding prompts, loading models"):
+        sink = frames if ranks.rank == 0 else None
+        stream = open_stream(plan, sink, shots, image=first, resume=files.resume)
+    chunks, delivery = stream.session.timeline.chunks, stream.session.delivery
+    start = delivery.frame
+    if not chunks and not ranks.any(bool(delivery.undelivered)):
+        raise ValueError(f"--resume: {files.resume}: its script is over; nothing is left to make")
+    if files.resume is not None:
+        console.print(f"going on at frame {start}; the new file holds the continuation")
+    frames.expect(start, chunks, files.sheet is not None)
+    state = files.save or output.with_suffix(".state.safetensors")
+    captions = captions_of(shots, chunks)
+    loaded = time.perf_counter()
+    tally = Tally(loaded)
+    failure: OSError | None = None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with (
+        asked_to_stop() as stops,
+        nullcontext() if sink is None else sink,
+        stream,
+        Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+    ):
+        bar = progress.add_task("", total=len(chunks))
+        try:
+            for report in stream:
+                tally.add(report)
+                used = readable(memory_used(plan.device))
+                held = f"{report.pages + 1} of {plan.transformer.geometry.pages} pages"
+                text = f"{tally.rate(frames.count):.1f} fps, {held}, {used}"
+                progress.update(bar, advance=1, description=text)
+                if ranks.any(bool(stops)):
+                    break
+            stream.close()
+        except OSError as error:
+            if ranks.size > 1:
+                raise  # the other ranks wait within a chunk
+            failure = error
+        done = time.perf_counter()
+        left = len(stream.session.timeline.chunks)
+        stopped = failure is not None or left > 0
+        if stopped or files.save is not None:
+            try:
+                stream.save(state)
+            except OSError as error:
+                what = str(failure or f"{output} plays, {frames.count} frames")
+                raise click.ClickException(
+                    f"{what}; the state is not kept: {error}; stream again, with --save to "
+                    "another disk"
+                ) from error
+        ranks.any(False)  # all have saved
+        if stopped and ranks.rank == 0:
+            following = output.with_name(f"{output.stem}_rest{output.suffix}")
+            resumed = shlex.join([*again, "--resume", str(state), "-o", str(following)])
+            what = str(failure) if failure else f"stopped: {output} plays, {frames.count} frames"
+            unshown = unwritten(frames, files.sheet, captions)
+            raise click.ClickException(
+                f"{what}{unshown}; {left} chunks are left, go on with: {resumed}"
+            )
+    if unshown := unwritten(frames, files.sheet, captions):
+        raise click.ClickException(f"{output} plays, {frames.count} frames{unshown}")
+    return tally.result(frames, done, plan.section.fps) | {
+        "output": str(output),
+        "state": None if files.save is None else str(files.save),
+        "load_seconds": loaded - begun,
+        "memory_bytes": memory_used(plan.device),
+    }
