@@ -93,7 +93,13 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Contract:
-    """Inputs and outputs of a graph by name, in order."""
+    """Inputs and outputs of a graph by name, in order.
+
+    What one graph gives and another reads has the same name in both. The outputs of ``prologue``
+    are the inputs of ``step`` whose role is `Role.PROMPT`, and those of ``weights`` are the inputs
+    of ``train`` whose role is `Role.WEIGHTS`. A decoder's caches, which its own next call reads,
+    are paired by its spec. The result has the name of the spec's ``output``.
+    """
 
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
