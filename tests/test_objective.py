@@ -195,10 +195,11 @@ LONG = 5
 """Chunks of clips of which a sample shows three."""
 
 
-def numbered(seed: int, gap: float = 1.0) -> tuple[list[int], Recorder]:
-    """Which chunks of long clips a sample shows, and the inputs; a chunk's latents are its number.
+def numbered(seed: int, **options: float) -> tuple[list[int], Recorder]:
+    """Which chunks of long clips a sample shows, and the inputs; options are `FlowMatching`'s.
 
-    Text must be of the same chunks.
+    A chunk's latents and its text are its number. Latents must be of the same chunks as text, but
+    for errors.
     """
     program, _ = program_of("train")
     short = clips(program)
@@ -209,11 +210,11 @@ def numbered(seed: int, gap: float = 1.0) -> tuple[list[int], Recorder]:
     more = {"latents": latents, "text": text, "opens": torch.zeros(2, LONG, dtype=torch.bool)}
     batch = replace(short, seed=seed, tensors=more)
     module = Recorder(torch.zeros_like(short.tensors["latents"]))
-    FlowMatching(program, module, gap=gap).loss(batch)
-    seen = module.given["clean"][:, 0, ::2, 0, 0]
-    assert torch.equal(seen[0], seen[1])
-    assert torch.equal(module.given["encoder_hidden_states"][0, :, 0, 0], seen[0])
-    return [int(value) for value in seen[0]], module
+    FlowMatching(program, module, **options).loss(batch)
+    seen = module.given["encoder_hidden_states"][0, :, 0, 0]
+    shown = module.given["clean"][:, 0, ::2, 0, 0]
+    assert "context_error" in options or torch.equal(shown, seen.expand(2, -1))
+    return [int(value) for value in seen], module
 
 
 def test_an_excerpt_is_single_chunks_and_then_consecutive_ones() -> None:
@@ -273,6 +274,18 @@ def test_context_errors_are_those_of_the_models_prediction() -> None:
     assert torch.equal(own, loss)
     for name in module.given.keys() - {"clean"}:
         assert torch.equal(module.given[name], plain.given[name]), name
+
+
+def test_context_errors_spare_what_follows_a_leap() -> None:
+    """Latents are whole numbers, and with an error they are not."""
+    spared = 0
+    for seed in range(20):
+        seen, module = numbered(seed, context_error=1.0)
+        changed = module.given["clean"][:, 0, ::2, 0, 0] != torch.tensor(seen)
+        follows = [True, *(after == before + 1 for before, after in pairwise(seen))]
+        assert changed.tolist() == [follows, follows], seen
+        spared += follows.count(False)
+    assert spared >= 5
 
 
 def test_context_errors_follow_the_flow() -> None:
