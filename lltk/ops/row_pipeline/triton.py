@@ -236,9 +236,14 @@ def _steps(
         if total is not None:
             store_row(total, row, values, width, ROW)
     if scale is not None:
-        # Read first, so that the sums do not wait for it.
-        scale_row, shift_row = _load(scale, row, width, ROW), _load(shift, row, width, ROW)
-        values = _norm(values, width, eps, EXACT, ROW) * scale_row + shift_row
+        if EXACT:
+            # Read late, as exact divisions and NVFP4 need the registers.
+            values = _norm(values, width, eps, EXACT, ROW) * _load(scale, row, width, ROW)
+            values += _load(shift, row, width, ROW)
+        else:
+            # Read first, so that the sums do not wait for it.
+            scale_row, shift_row = _load(scale, row, width, ROW), _load(shift, row, width, ROW)
+            values = _norm(values, width, eps, EXACT, ROW) * scale_row + shift_row
         values = values.to(dtype).to(tl.float32)
     if GELU:
         # (1 + tanh(u)) / 2 = 1 / (1 + exp(−2u)), here as a power of 2; 2 √(2/π) log₂ e = 2.3022…
