@@ -11,6 +11,7 @@ import torch
 from helpers import PASSES, after, reached
 from test_identities import (
     CLIP,
+    WIDTH,
     Video,
     causal,
     clip_program,
@@ -159,7 +160,7 @@ def test_blocks_recompute_to_the_same_gradients() -> None:
     video = leaves(clip(torch.float32))
     counts, found = [], []
     for checkpointed in (False, True):
-        module = instantiate(reached("train", *PASSES["train"]))
+        module = instantiate(reached("train", *PASSES["train"], **WIDTH))
         if checkpointed:
             module.checkpoint_blocks()
         runs = _count_runs(module)
@@ -202,7 +203,7 @@ def of_step(
     video: Video, pages_train: bool = False, implementation: str = "sdpa"
 ) -> tuple[Gradients, Iterable[Tensor]]:
     """By the last chunk's noisy latents and prompt, through a step; and the pages it read."""
-    program = reached("stream", *PASSES["stream"][:-1])
+    program = reached("stream", *PASSES["stream"][:-1], **WIDTH)
     program = after(program, {"lower": {"paged_attention": implementation}})
     module = instantiate(program, dtype=video.clean.dtype)
     rollout = Rollout(program, module)

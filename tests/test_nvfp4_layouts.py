@@ -447,7 +447,7 @@ def test_a_weight_in_part_is_refused(name: str, part: int) -> None:
     key = KEYS[name][part]
     del state[key]
     message = refused(read_packed, state, Description(config, header), "a")
-    assert f"{MODULE} is quantised without {key}" in message
+    assert f"{MODULE} is quantised, but {key} is missing" in message
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -380,8 +380,8 @@ def rows(value: float) -> Tensor:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({VALUES: None}, f"{MODULES[0]} is quantised without {VALUES}; add"),
-        ({SCALES: None}, f"{MODULES[0]} is quantised without {SCALES}; add"),
+        ({VALUES: None}, f"{MODULES[0]} is quantised, but {VALUES} is missing; add"),
+        ({SCALES: None}, f"{MODULES[0]} is quantised, but {SCALES} is missing; add"),
         ({TO_Q: WEIGHTS[TO_Q]}, f"{MODULES[0]} has a plain weight and a quantised one; keep one"),
         ({VALUES: torch.ones(32, 16)}, f"{VALUES} is torch.float32, not torch.float8_e4m3fn"),
         ({VALUES: e4m3(1).view(torch.uint8)}, f"{VALUES} is torch.uint8, not torch.float8_e4m3fn"),
