@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -65,7 +65,8 @@ class Models:
         self._negative = [plan.section.negative_prompt] if plan.guided else []
         need = session_memory(plan, self._decodes).items()
         cost = " and ".join(f"{readable(total(own))} on {device}" for device, own in need)
-        self._slots = Slots(self._new_slot, sessions, cost)
+        check = partial(check_session_memory, plan, self._decodes)
+        self._slots = Slots(self._new_slot, check, sessions, cost)
         self._transformer: tuple[ProgramModule, Lane] | None = None
         self._decoders: Decoders | None = None
         self._loading = Lock()
@@ -171,7 +172,6 @@ class Models:
 
     def _new_slot(self) -> Slot:
         assert self._transformer is not None
-        check_session_memory(self.plan, self._decodes)
         program, graphs = self.plan.transformer, self.plan.section.cuda_graphs
         module, lane = self._transformer
         count = 2 if self.plan.guided else 1

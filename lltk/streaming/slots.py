@@ -35,13 +35,17 @@ class Slots:
     """Hands out slots, and makes one where none is free.
 
     Args:
-        make: a new slot; raises ValueError where it has no room.
+        make: makes a slot.
+        check: raises ValueError if there is no room for another slot. The first one has room.
         limit: how many may be in use at once; None for no limit.
         cost: what a slot needs, for people to read.
     """
 
-    def __init__(self, make: Callable[[], Slot], limit: int | None, cost: str) -> None:
+    def __init__(
+        self, make: Callable[[], Slot], check: Callable[[], None], limit: int | None, cost: str
+    ) -> None:
         self._make = make
+        self._check = check
         self._limit = limit
         self._cost = cost
         self._lock = Lock()
@@ -70,6 +74,8 @@ class Slots:
                 f"sessions: {self._limit} are open, as many as load_models allows; close one, or "
                 f"allow more (each needs {self._cost})"
             )
+        if self._every:
+            self._check()
         slot = self._make()
         self._every.add(slot)
         return slot
