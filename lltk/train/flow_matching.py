@@ -153,7 +153,7 @@ class FlowMatching:
         if self._context_error:
             mistaken = self._mistaken(batch, inputs, target)
             inputs |= self._contract.named({Role.CLEAN: mistaken})
-        flow = self._flow(inputs)
+        flow = self._flow(*inputs.values())
         error = (flow.float() - target).square().mean(dim=(1, 3, 4))
         return (weight * error).sum()
 
@@ -226,7 +226,7 @@ class FlowMatching:
         """
         timestep = inputs[self._contract.name(Role.TIME)]
         sigma = (timestep / LEVELS)[:, None, :, None, None]
-        error = sigma * (target - self._flow(inputs))
+        error = sigma * (target - self._flow(*inputs.values()))
         geometry = self._program.geometry
         follows = ~leaps(batch.tensors["positions"], geometry.chunk)
         share, size = batch.uniform("error", 2, geometry.chunks).unbind(1)
@@ -241,13 +241,18 @@ class FlowMatching:
 
 
 class _Flow(nn.Module):
-    """The one output of a Program that trains, from its inputs by name."""
+    """The one output of a Program that trains, from its inputs in their order.
+
+    CUDA graphs take tensors only, so this is where a call's inputs get their names again.
+    """
 
     def __init__(self, module: ProgramModule, program: Program) -> None:
         super().__init__()
         self._module = module
         self._kind = program.kind
+        self._names = tuple(program.contract(program.kind).inputs)
         self._output = program.spec.output
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self._module(self._kind, dict(inputs))[self._output]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        named = dict(zip(self._names, inputs, strict=True))
+        return self._module(self._kind, named)[self._output]

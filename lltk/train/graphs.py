@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,12 @@ class Graphed(nn.Module):
         self._module = module
         self._replay: Callable[..., Tensor] | None = None
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The module's result, one tensor, from its inputs by name."""
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The module's result, one tensor."""
         if self._replay is None:
-            # torch replaces the forward of what it is given, and flattens dicts into tensors.
-            own: Any = copy.copy(self._module)
-            sample: Any = (inputs,)
+            # torch replaces the forward of the module that it is given.
+            own = copy.copy(self._module)
             with torch.enable_grad():
-                self._replay = torch.cuda.make_graphed_callables(own, sample)
-        return self._replay(inputs)
+                made = torch.cuda.make_graphed_callables(own, inputs)
+            self._replay = cast(Callable[..., Tensor], made)
+        return self._replay(*inputs)
