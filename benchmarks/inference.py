@@ -38,6 +38,7 @@ _SHARED = "wan22_5b_stream_sp2"
 _REPLAYED = "stream.decoder.cuda_graphs=true"
 _ELSEWHERE = ("stream.decoder.device=cuda:1", _REPLAYED)
 _ON_TWO = ("stream.decoder.device=[cuda:1, cuda:2]", _REPLAYED)
+_SHARED_TOO = ("stream.decoder.device=[cuda:0, cuda:1]", _REPLAYED)
 _BEHIND = ("stream.decoder.device=[cuda:2, cuda:3]", _REPLAYED)
 _METHOD = """\
 Weights are random and have the true shapes. Random embeddings stand for text, whose encoding does
@@ -85,6 +86,8 @@ ROWS: Mapping[str, Row] = {
     "decoder on two GPUs of its own": Row(_FAST, _ON_TWO, 3),
     "2 ranks": Row(_SHARED, (), 2, 2),
     "2 ranks, 2 steps": Row(_SHARED, (), 2, 2, steps=2),
+    "2 ranks, decoder on both GPUs": Row(_SHARED, _SHARED_TOO, 2, 2),
+    "2 ranks, decoder on both GPUs, 2 steps": Row(_SHARED, _SHARED_TOO, 2, 2, steps=2),
     "2 ranks, decoder on two GPUs of its own": Row(_SHARED, _BEHIND, 4, 2),
     "4 ranks": Row(_SHARED, (_FOUR,), 4, 4),
     "4 ranks, 2 steps": Row(_SHARED, (_FOUR,), 4, 4, steps=2),

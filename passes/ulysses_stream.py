@@ -6,7 +6,6 @@ import math
 import operator
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import fx
 
@@ -25,6 +24,7 @@ from lltk.graph.facts import Ranks
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
+from lltk.ops.fp8_dequantise.op import OVERLOAD as FP8_DEQUANTISE
 from lltk.ops.fp8_quantise_attention.op import OVERLOAD as FP8_QUANTISE_ATTENTION
 from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
 from lltk.ops.nvfp4_write_page.op import OVERLOAD as NVFP4_WRITE_PAGE
@@ -41,7 +41,6 @@ from lltk.parallel.exchange import (
 )
 from lltk.parallel.groups import SEQUENCE
 
-aten = torch.ops.aten
 _WRITTEN = {WRITE_PAGE: 1, NVFP4_WRITE_PAGE: 4}
 """Ops that write a page, and which argument they write."""
 _FRAMES = {Role.LATENTS: 2, Role.TIME: 1, Role.POSITIONS: 0}
@@ -171,9 +170,7 @@ class UlyssesStream(Pass[Config]):
             return parts
         made = []
         for value, codes, scales in zip(values, parts[::2], parts[1::2], strict=True):
-            wide = build(aten.mul.Tensor, build(aten.to.dtype, codes, torch.float32), scales)
-            dtype = value.meta["val"].dtype
-            made.append(wide if dtype == torch.float32 else build(aten.to.dtype, wide, dtype))
+            made.append(build(FP8_DEQUANTISE, codes, scales, value.meta["val"].dtype))
         return made
 
     def _share_frames(self, program: Program, graph: fx.Graph, report: Report) -> None:

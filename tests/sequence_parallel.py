@@ -53,6 +53,8 @@ CASES: dict[str, tuple[Sequence[str], str]] = {
 """Passes before the frames are shared, and what is exchanged."""
 CHUNKS = 6
 """Over a window of 4."""
+WAYS = ("eager", "compiled", "graphs")
+"""Ways in which a GPU runs a Program."""
 
 
 @cache
@@ -76,12 +78,15 @@ def program(case: str, size: int) -> Program:
 
 
 @torch.no_grad()
-def rolled(made: Program, device: str = "cpu", compiled: bool = False) -> dict[str, Tensor]:
-    """Samples of chunks over a window that rolls, with a cut; and the pages in the end."""
+def rolled(made: Program, device: str = "cpu", how: str = "eager") -> dict[str, Tensor]:
+    """Samples of chunks over a window that rolls, with a cut; and the pages in the end.
+
+    How is one of `WAYS`.
+    """
     module = instantiate(made, device)
-    if compiled:
+    if how == "compiled":
         module.compile_blocks()
-    run = Rollout(made, module)
+    run = Rollout(made, module, how == "graphs")
     generator = torch.Generator().manual_seed(1)
     geometry, spec = made.geometry, made.spec
     shape = (1, spec.channels, geometry.chunk, *geometry.latent(spec))
@@ -202,13 +207,13 @@ def save_made(rank: int, port: int, path: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Every case on GPUs that torchrun gave, blocks compiled or not, to a file a rank."""
+    """Every case on GPUs that torchrun gave, in every way, to a file a rank."""
     with joined("cuda") as ranks:
         made = {
-            f"{case}.{compiled}.{name}": tensor
+            f"{case}.{how}.{name}": tensor
             for case in CASES
-            for compiled in (False, True)
-            for name, tensor in rolled(program(case, SIZE), str(ranks.device), compiled).items()
+            for how in WAYS
+            for name, tensor in rolled(program(case, SIZE), str(ranks.device), how).items()
         }
         save_file(made, folder / f"{ranks.rank}.safetensors")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import ended, started
 from safetensors.torch import load_file
-from sequence_parallel import CASES, program, rolled
+from sequence_parallel import CASES, WAYS, program, rolled
 from streams import SIZES, save_pipeline
 
 from lltk.graph.recipe import open_recipe
@@ -25,7 +25,7 @@ def _two_gpus() -> None:
 
 
 def test_ranks_stream_what_a_cpu_does(tmp_path: Path) -> None:
-    """Eager and compiled, over NCCL."""
+    """Eager, compiled and from CUDA graphs, over NCCL."""
     for code, _, err in ended(
         started(2, Path(__file__).with_name("sequence_parallel.py"), tmp_path)
     ):
@@ -33,8 +33,8 @@ def test_ranks_stream_what_a_cpu_does(tmp_path: Path) -> None:
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     for case, (_, exchange) in CASES.items():
         wanted = rolled(program(case, 1))["samples"]
-        for compiled in (False, True):
-            name = f"{case}.{compiled}.samples"
+        for how in WAYS:
+            name = f"{case}.{how}.samples"
             assert torch.equal(first[name], second[name])
             error = float((first[name] - wanted).std() / wanted.std())
             assert error < (0.01 if exchange == "compute" else 0.05), (name, error)

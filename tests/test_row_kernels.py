@@ -19,7 +19,9 @@ from torch import Tensor
 
 from lltk.bench.record import Record
 from lltk.ops.floats import round_e4m3
+from lltk.ops.fp8_dequantise.op import fp8_dequantise
 from lltk.ops.fp8_quantise_centred.op import fp8_quantise_centred
+from lltk.ops.fp8_rows import fp8_quantise
 from lltk.ops.implementations import check_device, find_implementation
 from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
 from lltk.ops.rms_norm_rope.op import rms_norm_rope
@@ -200,6 +202,20 @@ def failures(dtype: torch.dtype, device: str, bound: float) -> Iterator[str]:
                 yield f"{op} of {', '.join(given)}: {shape}: unseen: {number}: {found}"
     yield from edges(dtype, device)
     yield from centred_failures(dtype, device, bound)
+    yield from read_back_failures(dtype, device)
+
+
+def read_back_failures(dtype: torch.dtype, device: str) -> Iterator[str]:
+    """As `failures`, of the op that reads FP8 rows back: every code, bit for bit."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(45).view(1, 64, 3, 60)
+    scales = normal(1, 64, 3, 1, seed=1).abs()
+    given = {"codes": codes.view(torch.float8_e4m3fn), "scales": scales, "dtype": dtype}
+    (ours,) = ran("fp8_dequantise", "triton", given, device)
+    for name, other in {"none": scales, "scales": scales.roll(1, 1)}.items():
+        (wanted,) = ran("fp8_dequantise", "reference", {**given, "scales": other})
+        alike = torch.allclose(ours.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+        if alike != (name == "none"):
+            yield f"fp8_dequantise: changed {name}, alike {alike}"
 
 
 def centred(length: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,6 +304,8 @@ def test_references_are_the_formulas(dtype: torch.dtype) -> None:
         *fp8_quantise_centred(values, factor, centre, dtype),
         (values.double() / 7 + centre.double()).flatten(2),
     )
+    read = fp8_dequantise(*fp8_quantise(x), dtype)
+    near(read, torch.ones(()), wide)
     weight, (cos, sin) = normal(48, seed=3).to(dtype), tables(6, 16)
     unit = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
     pairs = torch.view_as_complex(unit.view(1, 6, 3, 8, 2).contiguous())
@@ -339,6 +357,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         torch.library.opcheck(ops[op], (), given)
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(fp8_quantise_centred, (*centred(6, 3, 16), dtype), test_utils=checks)
+    torch.library.opcheck(fp8_dequantise, (*fp8_quantise(normal(6, 16)), dtype), test_utils=checks)
 
 
 @cpu

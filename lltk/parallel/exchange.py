@@ -10,13 +10,17 @@ order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed._functional_collectives  # defines torch.ops._c10d_functional
 from torch import Tensor
 
 from lltk.parallel.groups import find_group
+
+
+_ALIGNED = 16
+"""Bytes; where a value begins in a message is a multiple, so that kernels read whole vectors."""
 
 
 class LostRank(ValueError):
@@ -47,8 +51,7 @@ def send_tokens(values: Sequence[Tensor], size: int, group: str) -> Tensor:
 
 @send_tokens.register_fake
 def _(values: Sequence[Tensor], size: int, group: str) -> Tensor:
-    count = sum(x.numel() * x.itemsize for x in values)
-    return values[0].new_empty(size, count // size, dtype=torch.uint8)
+    return values[0].new_empty(size, _row_bytes(values, size), dtype=torch.uint8)
 
 
 @torch.library.custom_op("lltk::receive_heads", mutates_args=())
@@ -137,20 +140,32 @@ def _swapped(blocks: Tensor, size: int, group: str) -> Tensor:
 
 def _packed(values: Sequence[Tensor], size: int) -> Tensor:
     """[B, l, H, …] each → uint8 [size, n]: row r holds the bytes of rank r's heads."""
-    blocks = [x.unflatten(2, (size, -1)).movedim(2, 0).flatten(1).contiguous() for x in values]
-    return torch.cat([block.view(torch.uint8) for block in blocks], dim=1)
+    packed = values[0].new_empty(size, _row_bytes(values, size), dtype=torch.uint8)
+    for x, block in zip(values, _blocks(packed, values, size), strict=True):
+        block.copy_(x.unflatten(2, (size, -1)).movedim(2, 0))
+    return packed
 
 
 def _heads(sent: Tensor, values: Sequence[Tensor], size: int) -> list[Tensor]:
-    """What the ranks packed, of this rank's heads: [B, L, h, …] each."""
-    received, heads = _end(sent), []
-    counts = [x.numel() * x.itemsize // size for x in values]
-    for x, part in zip(values, received.split(counts, dim=1), strict=True):
-        batch, tokens, _, *rest = x.shape
-        block = part.clone(memory_format=torch.contiguous_format).view(x.dtype)
-        block = block.view(size, batch, tokens, -1, *rest)
-        heads.append(block.movedim(0, 1).flatten(1, 2).contiguous())
-    return heads
+    """What the ranks packed, of this rank's heads: [B, L, h, …] each, none sharing memory."""
+    blocks = _blocks(_end(sent), values, size)
+    return [torch.cat(block.unbind(0), dim=1) for block in blocks]
+
+
+def _row_bytes(values: Sequence[Tensor], size: int) -> int:
+    """Bytes of a rank's heads of every value, each rounded up to `_ALIGNED`."""
+    return sum(-(-x.nbytes // size // _ALIGNED) * _ALIGNED for x in values)
+
+
+def _blocks(packed: Tensor, values: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+    """Views into uint8 [size, n] of where each value lies: [size, B, l, h, …]."""
+    begin = 0
+    for x in values:
+        count = x.nbytes // size
+        batch, tokens, heads, *rest = x.shape
+        block = packed[:, begin : begin + count].view(x.dtype)
+        yield block.view(size, batch, tokens, heads // size, *rest)
+        begin += -(-count // _ALIGNED) * _ALIGNED
 
 
 def _lost(error: RuntimeError) -> LostRank:

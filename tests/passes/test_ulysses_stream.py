@@ -108,10 +108,9 @@ lltk.row_pipeline.default(k, to='fp8')
 lltk.tokens_to_heads.default([getitem, getitem_1], 2, 'sequence')
     getitem_2: f8e4m3[1, 8, 1, 12] = getitem(tokens_to_heads, 0)
     getitem_3: f32[1, 8, 1, 1] = getitem(tokens_to_heads, 1)
-    to: f32[1, 8, 1, 12] = aten.to.dtype(getitem_2, torch.float32)
-    mul: f32[1, 8, 1, 12] = aten.mul.Tensor(to, getitem_3)
-    to_1: bf16[1, 8, 1, 12] = aten.to.dtype(mul, torch.bfloat16)
-    write: None = lltk.write_page.default(k_pages_0, to_1, slot)
+    fp8_dequantise: bf16[1, 8, 1, 12] = \
+lltk.fp8_dequantise.default(getitem_2, getitem_3, torch.bfloat16)
+    write: None = lltk.write_page.default(k_pages_0, fp8_dequantise, slot)
 """
 
 

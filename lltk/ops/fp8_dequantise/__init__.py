@@ -1,0 +1,1 @@
+"""Rows in FP8, read back."""
