@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lltk.parallel.groups import find_group
 
-
 _ALIGNED = 16
 """Bytes; where a value begins in a message is a multiple, so that kernels read whole vectors."""
 
