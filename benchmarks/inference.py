@@ -38,7 +38,8 @@ _SHARED = "wan22_5b_stream_sp2"
 _REPLAYED = "stream.decoder.cuda_graphs=true"
 _ELSEWHERE = ("stream.decoder.device=cuda:1", _REPLAYED)
 _ON_TWO = ("stream.decoder.device=[cuda:1, cuda:2]", _REPLAYED)
-_SHARED_TOO = ("stream.decoder.device=[cuda:0, cuda:1]", _REPLAYED)
+_BY_ONE = ("stream.decoder.device=null",)
+_WIDE = ("passes.ulysses_stream.exchange=compute",)
 _BEHIND = ("stream.decoder.device=[cuda:2, cuda:3]", _REPLAYED)
 _METHOD = """\
 Weights are random and have the true shapes. Random embeddings stand for text, whose encoding does
@@ -85,9 +86,11 @@ ROWS: Mapping[str, Row] = {
     "decoder on its own GPU, 2 steps": Row(_FAST, _ELSEWHERE, 2, steps=2),
     "decoder on two GPUs of its own": Row(_FAST, _ON_TWO, 3),
     "2 ranks": Row(_SHARED, (), 2, 2),
+    "2 ranks, 3 steps": Row(_SHARED, (), 2, 2, steps=3),
     "2 ranks, 2 steps": Row(_SHARED, (), 2, 2, steps=2),
-    "2 ranks, decoder on both GPUs": Row(_SHARED, _SHARED_TOO, 2, 2),
-    "2 ranks, decoder on both GPUs, 2 steps": Row(_SHARED, _SHARED_TOO, 2, 2, steps=2),
+    "2 ranks, the first decodes": Row(_SHARED, _BY_ONE, 2, 2),
+    "2 ranks, the first decodes, 2 steps": Row(_SHARED, _BY_ONE, 2, 2, steps=2),
+    "2 ranks, exchange in bfloat16": Row(_SHARED, _WIDE, 2, 2),
     "2 ranks, decoder on two GPUs of its own": Row(_SHARED, _BEHIND, 4, 2),
     "4 ranks": Row(_SHARED, (_FOUR,), 4, 4),
     "4 ranks, 2 steps": Row(_SHARED, (_FOUR,), 4, 4, steps=2),

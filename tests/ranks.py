@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lltk.parallel import exchange
-from lltk.parallel.groups import SEQUENCE, find_group, registered
+from lltk.parallel.groups import FRAMES, SEQUENCE, find_group, registered
 
 LIMIT = 120
 """Seconds until hung ranks are ended."""
@@ -80,7 +80,7 @@ def grouped(rank: int, size: int, port: int) -> Iterator[None]:
     try:
         group = dist.group.WORLD
         assert group is not None
-        with registered(SEQUENCE, group):
+        with registered(SEQUENCE, group), registered(FRAMES, dist.new_group()):
             yield
     finally:
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -12,10 +13,12 @@ import torch
 from helpers import PASSES, after, make_program, make_recipe, tiny_config
 from ranks import grouped
 from safetensors.torch import save_file
+from streams import SHOTS, SIZES
 from torch import Tensor
 
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
+from lltk.graph.recipe import open_recipe
 from lltk.parallel import reference
 from lltk.parallel.exchange import (
     all_parts,
@@ -34,6 +37,7 @@ from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.script import Shot
 from lltk.stream.session import Sampling, Session
 from lltk.stream.timeline import Timeline
+from lltk.streaming import open_stream, plan_stream
 
 SIZE = 2
 CASES: dict[str, tuple[Sequence[str], str]] = {
@@ -51,6 +55,17 @@ CASES: dict[str, tuple[Sequence[str], str]] = {
     ),
 }
 """Passes before the frames are shared, and what is exchanged."""
+RECORDABLE: dict[str, dict[str, Any]] = {
+    "plain": {"paged_attention": "sdpa"},
+    "plain in fp8": {"prefer": ["triton"], "paged_attention": "sdpa"},
+    "nvfp4 pages": {"prefer": ["triton"], "nvfp4_paged_attention": "decode_triton"},
+    "all": {
+        "prefer": ["triton"],
+        "nvfp4_paged_attention": "decode_triton",
+        "fp8_matmul": "scaled_mm",
+    },
+}
+"""What runs a case's ops in CUDA graphs, which may not wait for the host."""
 CHUNKS = 6
 """Over a window of 4."""
 WAYS = ("eager", "compiled", "graphs")
@@ -70,11 +85,12 @@ def programs() -> list[Program]:
 
 
 @cache
-def program(case: str, size: int) -> Program:
-    """A case's Program for so many ranks."""
+def program(case: str, size: int, how: str = "eager") -> Program:
+    """A case's Program for so many ranks. How is one of `WAYS`."""
     steps, exchange = CASES[case]
     shared = [{"ulysses_stream": {"size": size, "exchange": exchange}}] if size > 1 else []
-    return after(_streaming(), *steps, *shared, "regionalise", "lower")
+    lower = {"lower": RECORDABLE[case] if how == "graphs" else None}
+    return after(_streaming(), *steps, *shared, "regionalise", lower)
 
 
 @torch.no_grad()
@@ -156,6 +172,27 @@ def stopped(made: Program, rank: int) -> str:
     return "nothing"
 
 
+def filmed(pipeline: Path, device: str) -> Tensor:
+    """A video whose frames are wide enough that no decoder of two makes all columns.
+
+    It is saved and resumed after a chunk. Every rank but the first gets no frames of it.
+    """
+    passes = [*open_recipe("tiny_stream", ()).passes]
+    passes.insert(6, {"ulysses_stream": {"exchange": "compute"}})
+    changes = f"stream.pipeline={pipeline}", f"passes={json.dumps(passes)}", "geometry.width=128"
+    plan = plan_stream(
+        open_recipe("tiny_stream", (*SIZES, *changes, f"stream.decoder.device={device}"))
+    )
+    video: list[Tensor] = []
+    sink, state = video.append if plan.rank == 0 else None, pipeline.with_name(f"{device}.state")
+    with open_stream(plan, sink, SHOTS[:1]) as stream:
+        next(stream)
+        stream.save(state)
+    with open_stream(plan, sink, resume=state) as stream:
+        list(stream)
+    return torch.cat(video, dim=2) if video else torch.empty(0)
+
+
 def exchanged(rank: int) -> None:
     """Every op gives what its reference does, in dtypes that a backend may not know too."""
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
@@ -187,8 +224,8 @@ def exchanged(rank: int) -> None:
     assert same_on_all("same", SEQUENCE, SIZE) and not same_on_all(rank, SEQUENCE, SIZE)
 
 
-def made_by(rank: int, port: int) -> dict[str, Tensor]:
-    """All that a rank makes, by ``case.what``."""
+def made_by(rank: int, port: int, pipeline: Path) -> dict[str, Tensor]:
+    """All that a rank makes, by ``case.what``; its videos are of a pipeline."""
     with grouped(rank, SIZE, port):
         exchanged(rank)
         made: dict[str, Any] = {}
@@ -196,14 +233,15 @@ def made_by(rank: int, port: int) -> dict[str, Tensor]:
             shared = program(case, SIZE)
             made |= {f"{case}.{name}": t for name, t in rolled(shared).items()}
         made["session"] = streamed(program("nvfp4 pages", SIZE))
+        made |= {f"film.{device}": filmed(pipeline, device) for device in ("cpu", "ranks")}
         said = stopped(program("nvfp4 pages", SIZE), rank)
         made["stopped"] = torch.tensor(list(said.encode()), dtype=torch.uint8)
     return made
 
 
-def save_made(rank: int, port: int, path: Path) -> None:
+def save_made(rank: int, port: int, pipeline: Path, path: Path) -> None:
     """`made_by`, to a file; for a process of its own."""
-    save_file(made_by(rank, port), path)
+    save_file(made_by(rank, port, pipeline), path)
 
 
 def main(folder: Path) -> None:
@@ -213,7 +251,7 @@ def main(folder: Path) -> None:
             f"{case}.{how}.{name}": tensor
             for case in CASES
             for how in WAYS
-            for name, tensor in rolled(program(case, SIZE), str(ranks.device), how).items()
+            for name, tensor in rolled(program(case, SIZE, how), str(ranks.device), how).items()
         }
         save_file(made, folder / f"{ranks.rank}.safetensors")
 

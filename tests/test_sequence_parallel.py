@@ -43,12 +43,15 @@ PAGES_ROUNDED = {"plain in fp8": 0.025, "all": 0.09}
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     """What each of two ranks makes; this process is the first."""
-    port, path = free_port(), tmp_path_factory.mktemp("ranks") / "second.safetensors"
+    port, folder = free_port(), tmp_path_factory.mktemp("ranks")
+    path, pipeline = folder / "second.safetensors", save_pipeline(folder / "pipeline")
     programs()  # before the fork, so that they are made once
-    second = multiprocessing.get_context("fork").Process(target=save_made, args=(1, port, path))
+    second = multiprocessing.get_context("fork").Process(
+        target=save_made, args=(1, port, pipeline, path)
+    )
     second.start()
     try:
-        first = made_by(0, port)
+        first = made_by(0, port, pipeline)
     finally:
         second.join(LIMIT)
         second.kill()
@@ -109,6 +112,14 @@ def test_a_session_is_the_same_on_every_rank(pair: list[dict[str, Tensor]]) -> N
     chunk = program("nvfp4 pages", 1).geometry.chunk
     assert apart(first[:, :, :chunk], wanted[:, :, :chunk]) < 1e-5  # it reads no page
     assert apart(first, wanted) < 1e-2 and apart(first.roll(1, 2), wanted) > 0.3
+
+
+def test_every_rank_decodes_a_part_of_the_columns(pair: list[dict[str, Tensor]]) -> None:
+    """Also after it is resumed. The first has the video."""
+    parts, whole = pair[0]["film.ranks"], pair[0]["film.cpu"]
+    assert parts.shape == whole.shape and float((parts - whole).abs().max()) < 1e-4
+    assert float((parts.roll(1, -1) - whole).abs().max()) > 1e-2
+    assert not pair[1]["film.ranks"].numel()
 
 
 def test_every_rank_hears_of_a_page_that_is_not_finite(pair: list[dict[str, Tensor]]) -> None:

@@ -360,7 +360,7 @@ def test_ranks_that_decode_nothing_need_no_decoder(
     decoder = sum(size for owner, size in owners.items() if owner.startswith("decoder"))
     monkeypatch.setattr(memory, "available", lambda device: total(owners) - decoder)
     monkeypatch.setattr(memory, "weight_bytes", lambda folder, dtype: 0)
-    memory.check_memory(plan, image=False, decodes=False)
+    memory.check_memory(plan, image=False, rank=1)
     assert "decoder: weights" in refused(memory.check_memory, plan, image=False)
 
 

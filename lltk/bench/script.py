@@ -32,6 +32,7 @@ def script_parser(
     if runs is not None:
         parser.add_argument("--runs", type=int, default=runs, help=f"how often (default: {runs})")
     parser.add_argument(
+        "-o",
         "--output",
         type=Path,
         default=path.parent / "records" / path.stem,
@@ -59,7 +60,7 @@ def script_record(
 def _without_output(arguments: list[str]) -> list[str]:
     """A command's arguments without --output, which changes no result."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output")
+    parser.add_argument("-o", "--output")
     return parser.parse_known_args(arguments)[1]
 
 

@@ -16,14 +16,10 @@ import torch
 import torch.distributed._functional_collectives  # defines torch.ops._c10d_functional
 from torch import Tensor
 
-from lltk.parallel.groups import find_group
+from lltk.parallel.groups import find_group, lost
 
 _ALIGNED = 16
 """Bytes; where a value begins in a message is a multiple, so that kernels read whole vectors."""
-
-
-class LostRank(ValueError):
-    """An exchange failed because another rank has stopped, or its link has."""
 
 
 @torch.library.custom_op("lltk::tokens_to_heads", mutates_args=())
@@ -118,7 +114,7 @@ def _begin(sent: Tensor, size: int, group: str) -> Tensor:
     try:
         received: Tensor = torch.ops._c10d_functional.all_to_all_single(sent, each, each, name)
     except RuntimeError as error:
-        raise _lost(error) from error
+        raise lost(error) from error
     return received
 
 
@@ -127,7 +123,7 @@ def _end(received: Tensor) -> Tensor:
     try:
         arrived: Tensor = torch.ops._c10d_functional.wait_tensor(received)
     except RuntimeError as error:
-        raise _lost(error) from error
+        raise lost(error) from error
     return arrived
 
 
@@ -165,11 +161,6 @@ def _blocks(packed: Tensor, values: Sequence[Tensor], size: int) -> Iterator[Ten
         block = packed[:, begin : begin + count].view(x.dtype)
         yield block.view(size, batch, tokens, heads // size, *rest)
         begin += -(-count // _ALIGNED) * _ALIGNED
-
-
-def _lost(error: RuntimeError) -> LostRank:
-    reason = str(error).strip().splitlines()[0]
-    return LostRank(f"ranks: an exchange failed, another rank has stopped ({reason}); start again")
 
 
 def _resized(

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from torch import Tensor
 
 SEQUENCE = "sequence"
 """The group whose ranks share a chunk's frames, and a cache's heads."""
 
+FRAMES = "frames"
+"""The same ranks, for the parts of frames that they send beside the chunk in flight."""
+
 _groups: dict[str, dist.ProcessGroup] = {}
+
+
+class LostRank(ValueError):
+    """An exchange failed because another rank has stopped, or its link has."""
 
 
 @contextmanager
@@ -46,6 +54,32 @@ def find_group(name: str, size: int) -> dist.ProcessGroup:
     return group
 
 
+def gathered(own: Tensor, shapes: Sequence[Sequence[int]], name: str) -> list[Tensor]:
+    """The parts of all ranks of a group, at its first rank; none at the others.
+
+    All ranks must call it, in the same order.
+
+    Args:
+        own: this rank's part.
+        shapes: of every rank's part; all have the dtype of this one.
+        name: of the group.
+
+    Raises:
+        LostRank: another rank has stopped.
+    """
+    group = find_group(name, len(shapes))
+    try:
+        if group.rank() > 0:
+            dist.send(own.contiguous(), group=group, group_dst=0)
+            return []
+        parts = [own, *(own.new_empty(tuple(shape)) for shape in shapes[1:])]
+        for rank, part in enumerate(parts[1:], 1):
+            dist.recv(part, group=group, group_src=rank)
+    except RuntimeError as error:
+        raise lost(error) from error
+    return parts
+
+
 def rank_in(name: str, size: int) -> int:
     """This process's rank in a group. A program for one rank needs no group; its rank is 0.
 
@@ -64,3 +98,9 @@ def same_on_all(value: object, name: str, size: int) -> bool:
     values: list[object] = [None] * size
     dist.all_gather_object(values, value, group=find_group(name, size))
     return all(other == value for other in values)
+
+
+def lost(error: RuntimeError) -> LostRank:
+    """What to raise where a backend says that an exchange failed."""
+    reason = str(error).strip().splitlines()[0]
+    return LostRank(f"ranks: an exchange failed, another rank has stopped ({reason}); start again")

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lltk.parallel.devices import find_device
-from lltk.parallel.groups import SEQUENCE, registered
+from lltk.parallel.groups import FRAMES, SEQUENCE, registered
 
 TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for another one; compiling blocks takes less."""
@@ -88,7 +88,7 @@ def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
         group = dist.group.WORLD
         assert group is not None
         ranks = Ranks(rank, size, own)
-        with registered(SEQUENCE, group):
+        with registered(SEQUENCE, group), registered(FRAMES, dist.new_group(timeout=timeout)):
             yield ranks
         ranks.any(False)  # all are done
     except BaseException:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lltk.stream.decoder import Decoder, DecoderState
+from lltk.parallel.groups import FRAMES, gathered
+from lltk.stream.decoder import Decoder, DecoderState, no_video
 from lltk.stream.lanes import Lane
 
 
@@ -62,3 +63,51 @@ class ColumnDecoder:
         """See `LatentDecoder.warm_up`."""
         for decoder in self._decoders:
             decoder.warm_up()
+
+
+class RankDecoder:
+    """A rank's decoder of a part of a video's columns. Rank 0 gathers the parts of all ranks.
+
+    All ranks decode the same latents in the same order. In the other ranks the video is empty.
+
+    Args:
+        decoder: makes this rank's columns.
+        columns: how many each rank makes, from left to right.
+    """
+
+    def __init__(self, decoder: Decoder, columns: Sequence[int]) -> None:
+        self._decoder = decoder
+        self._columns = columns
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's."""
+        return self._decoder.device
+
+    @property
+    def lane(self) -> Lane:
+        """Where this rank's decoding takes turns."""
+        return self._decoder.lane
+
+    @property
+    def state(self) -> DecoderState:
+        """This rank's part; see `Decoder.state`."""
+        return self._decoder.state
+
+    @state.setter
+    def state(self, state: DecoderState) -> None:
+        self._decoder.state = state
+
+    def parts(self, latents: Tensor, first: bool) -> list[Tensor]:
+        """See `Decoder.parts`."""
+        return self._decoder.parts(latents, first)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Decoder.decode`; all ranks must call it."""
+        own = self._decoder.decode(latents)
+        parts = gathered(own, [(*own.shape[:-1], width) for width in self._columns], FRAMES)
+        return torch.cat(parts, dim=-1) if parts else no_video(own)
+
+    def warm_up(self) -> None:
+        """See `LatentDecoder.warm_up`."""
+        self._decoder.warm_up()

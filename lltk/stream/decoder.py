@@ -60,6 +60,11 @@ class LatentDecoder(Protocol):
         """
 
 
+def no_video(like: Tensor) -> Tensor:
+    """What a rank makes of latents whose video another rank has: [B, 3, 0, 0, 0]."""
+    return like.new_empty((len(like), 3, 0, 0, 0))
+
+
 class DecodedElsewhere:
     """Stands for the decoder in a rank whose latents another rank decodes: its video is empty."""
 
@@ -76,8 +81,8 @@ class DecodedElsewhere:
         return [latents]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """No frames: [B, 3, 0, 0, 0]."""
-        return latents.new_empty((len(latents), 3, 0, 0, 0))
+        """No frames."""
+        return no_video(latents)
 
     def warm_up(self) -> None:
         """Nothing to do."""

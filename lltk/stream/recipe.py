@@ -13,6 +13,8 @@ from lltk.stream.script import SCENE_CUT
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 _DEVICE = r"cpu|cuda(:\d+)?"
+EVERY_RANK = "ranks"
+"""In the place of a decoder's device: every rank decodes a part of the columns on its own."""
 
 
 def _named(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
@@ -20,6 +22,10 @@ def _named(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
     if names is not None and not (names and all(re.fullmatch(_DEVICE, name) for name in names)):
         raise ValueError(f"device: {value!r} names none; write cpu, cuda, or one GPU as cuda:1")
     return value
+
+
+def _decoding(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    return value if value == EVERY_RANK else _named(value)
 
 
 class TextSection(BaseModel):
@@ -45,9 +51,10 @@ class DecoderSection(BaseModel):
         None, description="a named configuration, to plan without the pipeline's files"
     )
     dtype: Dtype = Field("float32", description="compute dtype")
-    device: Annotated[str | tuple[str, ...] | None, AfterValidator(_named)] = Field(
+    device: Annotated[str | tuple[str, ...] | None, AfterValidator(_decoding)] = Field(
         None,
-        description="where it runs, null: with the rest; several share a frame's columns",
+        description="where it runs, null: with the rest; several devices share a frame's columns, "
+        "and so do all ranks where it says ranks",
     )
     passes: list[str | dict[str, dict[str, Any] | None]] | None = Field(
         None,

@@ -20,19 +20,19 @@ def check_plan(plan: StreamPlan, image: bool = False) -> None:
         ValueError: there are not as many ranks as the recipe is for, a device is not here or lacks
             what the recipe wants, or there is too little memory.
     """
-    decodes = plan.rank == 0  # which refuses another number of ranks
+    rank = plan.rank  # which refuses another number of ranks
     find_device(str(plan.device), "the stream's device")
     find_device(str(plan.text_device), "stream.text.device")
     check_device(plan.transformer.implementations, plan.device)
     if plan.section.cuda_graphs:
         check_graphs(plan.device, "stream.cuda_graphs")
-    for decoder in plan.decoders:
+    for decoder in plan.decoders_of(rank):
         find_device(str(decoder.device), "stream.decoder.device")
         made = decoder.program.implementations
         check_device(made, decoder.device, "the lower pass in stream.decoder.passes")
         if plan.section.decoder.cuda_graphs:
             check_graphs(decoder.device, "stream.decoder.cuda_graphs")
-    check_memory(plan, image, decodes)
+    check_memory(plan, image, rank)
 
 
 def refusal(plan: StreamPlan, image: bool = False) -> str:

@@ -20,7 +20,7 @@ _CACHE = ("cache pages", "cross-attention K/V")
 _OF_A_SESSION = (*_CACHE, _GUIDANCE, "decoder: feature caches")
 
 
-def stream_memory(plan: StreamPlan, decodes: bool = True) -> Sizes:
+def stream_memory(plan: StreamPlan, rank: int = 0) -> Sizes:
     """What the models need, and one session while it runs.
 
     The text encoder counts where it stays. Where it is dropped, a prompt that the script did not
@@ -28,7 +28,7 @@ def stream_memory(plan: StreamPlan, decodes: bool = True) -> Sizes:
 
     Args:
         plan: of the stream.
-        decodes: whether this process makes frames; of several ranks, the first does.
+        rank: whose memory, of several ranks.
     """
     devices: Sizes = {}
     own = devices.setdefault(str(plan.device), {})
@@ -36,7 +36,7 @@ def stream_memory(plan: StreamPlan, decodes: bool = True) -> Sizes:
     if plan.guided:
         own[_GUIDANCE] = sum(own[name] for name in _CACHE)
     own["activations"] = activations(plan.transformer)
-    for decoder in plan.decoders if decodes else ():
+    for decoder in plan.decoders_of(rank):
         place = devices.setdefault(str(decoder.device), {})
         sizes = {**estimate(decoder.program), "activations": _decoding(plan, decoder)}
         if plan.section.decoder.cuda_graphs:
@@ -51,7 +51,7 @@ def stream_memory(plan: StreamPlan, decodes: bool = True) -> Sizes:
     return devices
 
 
-def session_memory(plan: StreamPlan, decodes: bool = True) -> Sizes:
+def session_memory(plan: StreamPlan, rank: int = 0) -> Sizes:
     """What each session needs of `stream_memory`; all else is shared.
 
     A session's latents and embeddings come on top, as long as it is under way: they are small.
@@ -59,10 +59,10 @@ def session_memory(plan: StreamPlan, decodes: bool = True) -> Sizes:
     """
     devices = {
         name: {owner: size for owner, size in owners.items() if owner in _OF_A_SESSION}
-        for name, owners in stream_memory(plan, decodes).items()
+        for name, owners in stream_memory(plan, rank).items()
     }
-    if decodes and plan.section.decoder.cuda_graphs:
-        for decoder in plan.decoders:
+    if plan.section.decoder.cuda_graphs:
+        for decoder in plan.decoders_of(rank):
             place = devices[str(decoder.device)]
             place[_GRAPHS] = place.get(_GRAPHS, 0) + _held_by_graphs(decoder)
     return {name: owners for name, owners in devices.items() if owners}
@@ -98,18 +98,18 @@ def loading_memory(plan: StreamPlan, image: bool) -> Sizes:
     return devices
 
 
-def check_memory(plan: StreamPlan, image: bool, decodes: bool = True) -> None:
+def check_memory(plan: StreamPlan, image: bool, rank: int = 0) -> None:
     """Refuse a stream that does not fit into the memory that is free.
 
     Args:
         plan: of the stream.
         image: whether it begins with an image.
-        decodes: whether this process makes frames.
+        rank: whose memory, of several ranks.
 
     Raises:
         ValueError: says the sum, and which changes would fit.
     """
-    for devices in (loading_memory(plan, image), stream_memory(plan, decodes)):
+    for devices in (loading_memory(plan, image), stream_memory(plan, rank)):
         for name, owners in devices.items():
             free, need = available(torch.device(name)), total(owners)
             if need > free:
@@ -119,13 +119,13 @@ def check_memory(plan: StreamPlan, image: bool, decodes: bool = True) -> None:
                 )
 
 
-def check_session_memory(plan: StreamPlan, decodes: bool = True) -> None:
+def check_session_memory(plan: StreamPlan, rank: int = 0) -> None:
     """Refuse one more session where it does not fit; arguments as `stream_memory`'s.
 
     Raises:
         ValueError: says what a session needs.
     """
-    for name, owners in session_memory(plan, decodes).items():
+    for name, owners in session_memory(plan, rank).items():
         free = available(torch.device(name))
         if total(owners) > free:
             raise ValueError(

@@ -60,12 +60,12 @@ class Models:
         self, plan: StreamPlan, prompts: Embed | None = None, sessions: int | None = None
     ) -> None:
         self.plan = plan
-        self._decodes = plan.rank == 0
+        self._rank = plan.rank
         self._worker = _pipeline_worker(plan) if prompts is None else PromptWorker(prompts)
         self._negative = [plan.section.negative_prompt] if plan.guided else []
-        need = session_memory(plan, self._decodes).items()
+        need = session_memory(plan, self._rank).items()
         cost = " and ".join(f"{readable(total(own))} on {device}" for device, own in need)
-        check = partial(check_session_memory, plan, self._decodes)
+        check = partial(check_session_memory, plan, self._rank)
         self._slots = Slots(self._new_slot, check, sessions, cost)
         self._transformer: tuple[ProgramModule, Lane] | None = None
         self._decoders: Decoders | None = None
@@ -86,8 +86,8 @@ class Models:
         with self._loading:
             if self._transformer is not None:
                 return
-            if self._decodes:
-                self._decoders = Decoders(plan)
+            if plan.decoders_of(self._rank):
+                self._decoders = Decoders(plan, self._rank)
             module = instantiate(plan.transformer, plan.device)
             if plan.section.compile:
                 module.compile_blocks()
@@ -110,7 +110,7 @@ class Models:
 
         Args:
             sink: takes the video of latents as they are decoded, [B, 3, 1 or n · stride, H, W] in
-                [-1, 1], in a thread of its own. None in a rank whose latents rank 0 decodes.
+                [-1, 1], in a thread of its own. None in every rank but rank 0, which has the video.
             script: the shots to begin with.
             image: the first frame, [B, 3, H, W] in [-1, 1].
             seed: of the noise; None for the recipe's.
@@ -119,9 +119,9 @@ class Models:
         Raises:
             ValueError: a file is damaged or does not fit, or there is no slot for the session.
         """
-        if (sink is None) == self._decodes:
-            given = "a sink" if self._decodes else "None"
-            raise ValueError(f"sink: rank 0 makes the video; give rank {self.plan.rank} {given}")
+        if (sink is None) == (self._rank == 0):
+            given = "None" if self._rank else "a sink"
+            raise ValueError(f"sink: rank 0 has the video; give rank {self._rank} {given}")
         if resume is not None and (script or image is not None or seed is not None):
             raise ValueError("resume: the state knows script, image and seed; give none of them")
         state = None if resume is None else self._state(resume)
@@ -155,7 +155,7 @@ class Models:
         return Stream(self, session, prompts, lambda: self._slots.give_back(slot))
 
     def _state(self, path: Path) -> SessionState:
-        state = load_state(own_file(path, self.plan.rank), self.identity)
+        state = load_state(own_file(path, self._rank), self.identity)
         if not same_on_all(state.timeline.index, SEQUENCE, self.plan.ranks):
             raise ValueError(f"{path}: its ranks' files are of different chunks; resume another")
         return state

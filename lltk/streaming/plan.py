@@ -16,7 +16,7 @@ from lltk.graph.recipe import Recipe, parse_recipe
 from lltk.models.pipelines import find_pipeline
 from lltk.parallel.groups import SEQUENCE, rank_in
 from lltk.stream.chunks import Chunking
-from lltk.stream.recipe import DecoderSection, StreamSection, stream_section
+from lltk.stream.recipe import EVERY_RANK, DecoderSection, StreamSection, stream_section
 from lltk.stream.session import Sampling
 
 
@@ -37,7 +37,8 @@ class StreamPlan:
         section: the recipe's ``stream`` section.
         folder: the pipeline's folder.
         transformer: the transformer's Program.
-        decoders: the decoders' Programs and devices. Several make a part of the columns each.
+        decoders: the decoders' Programs and devices. Several make a part of the columns each, on
+            this process's devices or, where each rank has one, on the ranks'.
         device: where the transformer runs, and what the recipe puts nowhere else.
     """
 
@@ -85,6 +86,12 @@ class StreamPlan:
         """For a `VideoWriter`: one where a model runs on the CPU, whose cores it would take."""
         return 1 if "cpu" in (self.device.type, self.decoder_device.type) else 8
 
+    def decoders_of(self, rank: int) -> tuple[Placed, ...]:
+        """The decoders that a rank runs: rank 0 runs all of them, unless each rank has its own."""
+        if self.section.decoder.device == EVERY_RANK:
+            return self.decoders[rank : rank + 1]
+        return self.decoders if rank == 0 else ()
+
     @property
     def ranks(self) -> int:
         """How many processes run the transformer together."""
@@ -128,26 +135,59 @@ def plan_stream(
             f"(0 to {section.steps - 1}); set keep_steps or stream.steps"
         )
     _, width = transformer.geometry.latent(transformer.spec)
+    place = torch.device(device)
+    devices = _decoder_devices(section, place, transformer.fact(Ranks).count)
     return StreamPlan(
         own,
         section,
         folder,
         transformer,
-        tuple(_decoders(own, section, folder if weights else None, torch.device(device), width)),
-        torch.device(device),
+        tuple(_decoders(own, section, folder if weights else None, devices, width)),
+        place,
     )
 
 
+def _decoder_devices(
+    section: StreamSection, device: torch.device, ranks: int
+) -> Sequence[torch.device]:
+    """Where the decoders run, from the left column to the right.
+
+    Args:
+        section: names them.
+        device: the transformer's.
+        ranks: how many processes run the transformer.
+
+    Raises:
+        ValueError: CUDA graphs are wanted beside the transformer.
+    """
+    own = section.decoder
+    if own.device == EVERY_RANK:
+        devices = [device] * ranks
+    else:
+        names = own.device if isinstance(own.device, tuple) else (own.device or device,)
+        devices = [torch.device(name) for name in names]
+    shared = [d for d in devices if (d.type, d.index or 0) == (device.type, device.index or 0)]
+    if own.cuda_graphs and shared and device.type == "cuda":
+        raise ValueError(
+            f"stream.decoder.cuda_graphs: the transformer is on {shared[0]} too, whose waits would "
+            "break a recording; name another GPU in stream.decoder.device, or set "
+            "stream.decoder.cuda_graphs=false"
+        )
+    return devices
+
+
 def _decoders(
-    recipe: Recipe, section: StreamSection, folder: Path | None, device: torch.device, width: int
+    recipe: Recipe,
+    section: StreamSection,
+    folder: Path | None,
+    devices: Sequence[torch.device],
+    width: int,
 ) -> Iterator[Placed]:
-    """The decoders of latents ``width`` columns wide.
+    """The decoders of latents ``width`` columns wide, a device each.
 
     Their weights are those of the pipeline in ``folder``; without one they have none.
     """
     own = section.decoder
-    names = own.device if isinstance(own.device, tuple) else (own.device or device,)
-    devices = [torch.device(name) for name in names]
     if len(devices) > width:
         raise ValueError(
             f"stream.decoder.device: names {len(devices)}, and a frame's latents are {width} wide; "
@@ -157,13 +197,6 @@ def _decoders(
         raise ValueError(
             f"stream.decoder.latents: {own.latents} are never at hand, a chunk has "
             f"{recipe.geometry.chunk}; name at most so many"
-        )
-    shared = [d for d in devices if (d.type, d.index or 0) == (device.type, device.index or 0)]
-    if own.cuda_graphs and shared and device.type == "cuda":
-        raise ValueError(
-            f"stream.decoder.cuda_graphs: the transformer is on {shared[0]} too, whose waits would "
-            "break a recording; name another GPU in stream.decoder.device, or set "
-            "stream.decoder.cuda_graphs=false"
         )
     model: dict[str, Any] = {
         "config": own.config if folder is None else None,
