@@ -89,7 +89,7 @@ def program(case: str, size: int, how: str = "eager") -> Program:
     """A case's Program for so many ranks. How is one of `WAYS`."""
     steps, exchange = CASES[case]
     shared = [{"ulysses_stream": {"size": size, "exchange": exchange}}] if size > 1 else []
-    lower = {"lower": RECORDABLE[case] if how == "graphs" else None}
+    lower = {"lower": RECORDABLE[case] if how == "graphs" else {}}
     return after(_streaming(), *steps, *shared, "regionalise", lower)
 
 
