@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from lltk.ops.floats import E4M3_MAX, decode_e2m1, pack, round_e4m3, round_e4m3_up, unpack
 from lltk.ops.hadamard.op import hadamard as hadamard_op
-from lltk.ops.hadamard.reference import SIGNS, hadamard, hadamard_matrix, random_signs
+from lltk.ops.hadamard.reference import SIGNS, hadamard, random_signs
 from lltk.ops.nvfp4_dequantise.op import nvfp4_dequantise as dequantise_op
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.ops.nvfp4_linear.op import OVERLOAD as nvfp4_linear
@@ -232,7 +232,10 @@ def test_draws_differ_and_repeat() -> None:
 @pytest.mark.parametrize("width", [16, 32, 128])
 def test_the_transform_is_orthogonal(width: int) -> None:
     signs = SHARED if width == 16 else random_signs(width, 7)
-    matrix = hadamard_matrix(signs, torch.device("cpu"))
+    matrix = hadamard(torch.eye(width), signs)
+    # Sylvester's matrix has −1 where its row's and column's indices share an odd number of bits.
+    rows = [[s * (-1) ** (i & j).bit_count() for j in range(width)] for i, s in enumerate(signs)]
+    assert torch.allclose(matrix, torch.tensor(rows) / width**0.5, atol=1e-6)
     assert torch.allclose(matrix @ matrix.t(), torch.eye(width), atol=1e-6)
     x, y = normal(8, 256), normal(8, 256, seed=1)
     product = hadamard(x, signs) @ hadamard(y, signs).t()

@@ -51,6 +51,7 @@ class Declaration:
         opaque: whether torch.compile sees it as one operator, ``lltk::<op>_<name>``, and does not
             look inside. It has no gradient then. Its file is imported when it first runs.
         default: whether it runs the op where a recipe does not choose.
+        in_place: whether it copies none of the pages that it attends to, however many there are.
         parts: implementations of other ops that it is made of, by op. It needs what they need.
     """
 
@@ -61,7 +62,8 @@ class Declaration:
     architectures: tuple[Capability, ...] | None = None
     opaque: bool = False
     default: bool = False
-    parts: Mapping[str, str] = field(default_factory=dict)
+    in_place: bool = False
+    parts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def read_declaration(path: Path) -> Declaration | None:

@@ -133,6 +133,12 @@ def round_e2m1_pairs(even, odd):
 
 
 @triton.jit
+def magnitude_bits(values):
+    """The bits of float32 magnitudes, as int32: in their order NaN is above all numbers."""
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
 def is_finite(values):
     """Whether each float32 is a number."""
     return tl.abs(values) < float("inf")

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lltk.ops.triton_floats import reciprocal, round_e4m3
+from lltk.ops.triton_floats import magnitude_bits, reciprocal, round_e4m3
 
 
 def rows_of(x: Tensor, width: int) -> Tensor:
@@ -50,7 +50,7 @@ def store_fp8_row(out, scales, row, values, width, ROW: tl.constexpr, NATIVE: tl
 
     The formula is `lltk.ops.fp8_rows.fp8_quantise`. NaN counts as the largest of a row.
     """
-    largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    largest = tl.max(magnitude_bits(values), 0)
     scale = tl.div_rn(largest.to(tl.float32, bitcast=True), 448.0)
     scale = tl.where(scale == 0.0, 1.0, scale)
     tl.store(scales + row, scale)

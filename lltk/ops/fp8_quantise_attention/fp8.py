@@ -37,9 +37,16 @@ def compose(
         v_means: Tensor | None,
         table: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
-        v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
-        found = centred(gather_fp8, fp8_attention, q, k, v, k_pages, v_pages, table)
+        found = centred(
+            gather_fp8,
+            fp8_attention,
+            q,
+            k,
+            v,
+            Pages(k_codes, k_scales, k_decode_scales, k_means),
+            Pages(v_codes, v_scales, v_decode_scales, v_means),
+            table,
+        )
         values, scales = quantise_centred(*found, q.dtype)
         return values, scales
 

@@ -5,18 +5,40 @@ from __future__ import annotations
 from torch import Tensor
 
 from lltk.ops.fp8_rows import fp8_quantise
-from lltk.ops.nvfp4_paged_attention.reference import Pages, nvfp4_paged_attention
+from lltk.ops.nvfp4_paged_attention.reference import nvfp4_paged_attention
 
 
 def fp8_quantise_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Pages, v_pages: Pages, table: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_codes: Tensor,
+    k_scales: Tensor,
+    k_decode_scales: Tensor,
+    k_means: Tensor | None,
+    v_codes: Tensor,
+    v_scales: Tensor,
+    v_decode_scales: Tensor,
+    v_means: Tensor | None,
+    table: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The heads of a token, as `nvfp4_paged_attention` has them, as one FP8 row.
-
-    Args:
-        q, k, v, k_pages, v_pages, table: as there.
+    """Attend as `nvfp4_paged_attention` does, and quantise the heads of each token as one FP8 row.
 
     Returns:
-        What `fp8_quantise` makes of [B, L, H · D].
+        What `fp8_quantise` makes of attention's result as [B, L, H · D].
     """
-    return fp8_quantise(nvfp4_paged_attention(q, k, v, k_pages, v_pages, table).flatten(2))
+    attended = nvfp4_paged_attention(
+        q,
+        k,
+        v,
+        k_codes,
+        k_scales,
+        k_decode_scales,
+        k_means,
+        v_codes,
+        v_scales,
+        v_decode_scales,
+        v_means,
+        table,
+    )
+    return fp8_quantise(attended.flatten(2))

@@ -9,15 +9,6 @@ SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 """The signs of width 16 that every rank and run shares (TransformerEngine's)."""
 
 
-def hadamard_matrix(signs: list[int], device: torch.device) -> Tensor:
-    """diag(signs) · H / √n, H Sylvester's matrix of n = len(signs), a power of two; float32."""
-    matrix = torch.ones(1, 1, device=device)
-    while matrix.shape[0] < len(signs):
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    assert matrix.shape[0] == len(signs), f"{len(signs)} is no power of two"
-    return torch.tensor(signs, device=device)[:, None] * matrix * len(signs) ** -0.5
-
-
 def random_signs(width: int, seed: int) -> list[int]:
     """Signs for another width or draw."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ nvfp4_gather_fp8 = torch.library.custom_op(
 
 
 @nvfp4_gather_fp8.register_fake
-def _(
+def new_gathered(
     own: Tensor,
     centre: Tensor,
     codes: Tensor,
@@ -27,6 +27,7 @@ def _(
     means: Tensor | None,
     table: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    """Empty tensors for the results."""
     batch, length, heads, width = own.shape
     torch._check(tuple(centre.shape) == (batch, 1, heads, width))
     size = (batch, table.shape[0] * codes.shape[2] + length, heads, width)

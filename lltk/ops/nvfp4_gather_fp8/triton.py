@@ -8,7 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
+from lltk.ops.nvfp4_gather_fp8.op import new_gathered
 from lltk.ops.nvfp4_paged_attention.triton import block_values
+from lltk.ops.triton_floats import magnitude_bits
 
 DECLARATION = Declaration(
     Exactness.BITWISE,
@@ -32,8 +34,7 @@ def nvfp4_gather_fp8(
     """See `reference.nvfp4_gather_fp8`."""
     batch, length, heads, width = own.shape
     tokens, listed = codes.shape[2], table.shape[0]
-    size = (batch, listed * tokens + length, heads, width)
-    out = torch.empty(size, dtype=torch.float8_e4m3fn, device=own.device)
+    out, _ = new_gathered(own, centre, codes, scales, decode_scales, means, table)
     tile = 4096 // width
     grid = (triton.cdiv(max(tokens, length), tile), listed + 1, batch * heads)
     peaks = torch.empty(grid, device=own.device)
@@ -56,8 +57,7 @@ def decode_fp8_kernel(
 ):  # fmt: skip
     """One head of ROWS tokens of a listed page or, after the last, of the chunk, in E4M3.
 
-    Less a centre. Each program's largest magnitude is kept as its bits, in whose order NaN is above
-    all.
+    Less a centre. Each program keeps the bits of its largest magnitude.
     """
     index, listed = tl.program_id(1), tl.num_programs(1) - 1
     batch, head = (tl.program_id(2) // heads).to(tl.int64), tl.program_id(2) % heads
@@ -79,7 +79,7 @@ def decode_fp8_kernel(
         values = tl.load(own + places + channel[None, :], mask=held[:, None], other=0.0)
         values = values.to(tl.float32)
     values -= tl.load(centre + (batch * heads + head) * WIDTH + channel)[None, :]
-    bits = tl.where(held[:, None], values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    bits = tl.where(held[:, None], magnitude_bits(values), 0)
     program = (tl.program_id(2) * (listed + 1) + index) * tl.num_programs(0) + tl.program_id(0)
     tl.store(peaks + program, tl.max(tl.max(bits, 1), 0))
     row = batch * (listed * tokens + owned) + index.to(tl.int64) * tokens + token[:, None]

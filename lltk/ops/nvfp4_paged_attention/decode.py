@@ -31,6 +31,6 @@ def nvfp4_paged_attention(
 
     Torch picks the attention's backend for the device.
     """
-    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
-    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
-    return attend(q, gather(k, k_pages, table, k.dtype), gather(v, v_pages, table, v.dtype))
+    keys = gather(k, Pages(k_codes, k_scales, k_decode_scales, k_means), table, k.dtype)
+    values = gather(v, Pages(v_codes, v_scales, v_decode_scales, v_means), table, v.dtype)
+    return attend(q, keys, values)

@@ -57,10 +57,9 @@ def gather(
     table: Tensor,
 ) -> Tensor:
     """The listed pages, decoded constants, then the chunk's own: [B, N * T + L, H, D]."""
-    batch, length, heads, width = own.shape
+    batch, _, heads, width = own.shape
     tokens, listed = codes.shape[2], table.shape[0]
-    size = (batch, listed * tokens + length, heads, width)
-    out = torch.empty(size, dtype=own.dtype, device=own.device)
+    out = _new_gathered(own, codes, scales, decode_scales, means, table)
     out[:, listed * tokens :] = own
     tile = 4096 // width
     if listed:
@@ -74,11 +73,16 @@ def gather(
 
 
 @gather.register_fake
-def _(own: Tensor, codes: Tensor, *rest: Tensor | None) -> Tensor:
-    table = rest[-1]
-    assert table is not None
-    batch, length, heads, width = own.shape
-    return own.new_empty((batch, table.shape[0] * codes.shape[2] + length, heads, width))
+def _new_gathered(
+    own: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    decode_scales: Tensor,
+    means: Tensor | None,
+    table: Tensor,
+) -> Tensor:
+    batch, length, *head = own.shape
+    return own.new_empty((batch, table.shape[0] * codes.shape[2] + length, *head))
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -46,9 +46,16 @@ def compose(module: str, gather_fp8: Kernel, fp8_attention: Kernel) -> Callable[
         v_means: Tensor | None,
         table: Tensor,
     ) -> Tensor:
-        k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
-        v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
-        out, scale, v_centre = centred(gather_fp8, fp8_attention, q, k, v, k_pages, v_pages, table)
+        out, scale, v_centre = centred(
+            gather_fp8,
+            fp8_attention,
+            q,
+            k,
+            v,
+            Pages(k_codes, k_scales, k_decode_scales, k_means),
+            Pages(v_codes, v_scales, v_decode_scales, v_means),
+            table,
+        )
         return (out.float() / scale + v_centre).to(q.dtype)
 
     nvfp4_paged_attention.__module__ = module

@@ -9,32 +9,16 @@ from torch import Tensor
 
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.nvfp4_paged_attention import reference
-from lltk.ops.nvfp4_paged_attention.reference import Pages
 
 DECLARATION = Declaration(
     Exactness.REFERENCE, "decodes pages to float32, one softmax over them and the chunk"
 )
 
 
-@torch.library.custom_op("lltk::nvfp4_paged_attention", mutates_args=())
-def nvfp4_paged_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_codes: Tensor,
-    k_scales: Tensor,
-    k_decode_scales: Tensor,
-    k_means: Tensor | None,
-    v_codes: Tensor,
-    v_scales: Tensor,
-    v_decode_scales: Tensor,
-    v_means: Tensor | None,
-    table: Tensor,
-) -> Tensor:
-    """See `reference.nvfp4_paged_attention`."""
-    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
-    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
-    return reference.nvfp4_paged_attention(q, k, v, k_pages, v_pages, table)
+nvfp4_paged_attention = torch.library.custom_op(
+    "lltk::nvfp4_paged_attention", reference.nvfp4_paged_attention, mutates_args=()
+)
+"""See `reference.nvfp4_paged_attention`."""
 
 
 @nvfp4_paged_attention.register_fake
@@ -46,26 +30,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, *pages: Tensor | None) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@torch.library.custom_op("lltk::nvfp4_paged_attention_backward", mutates_args=())
-def nvfp4_paged_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_codes: Tensor,
-    k_scales: Tensor,
-    k_decode_scales: Tensor,
-    k_means: Tensor | None,
-    v_codes: Tensor,
-    v_scales: Tensor,
-    v_decode_scales: Tensor,
-    v_means: Tensor | None,
-    table: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.nvfp4_paged_attention_backward`."""
-    k_pages = Pages(k_codes, k_scales, k_decode_scales, k_means)
-    v_pages = Pages(v_codes, v_scales, v_decode_scales, v_means)
-    return reference.nvfp4_paged_attention_backward(grad, q, k, v, k_pages, v_pages, table)
+nvfp4_paged_attention_backward = torch.library.custom_op(
+    "lltk::nvfp4_paged_attention_backward",
+    reference.nvfp4_paged_attention_backward,
+    mutates_args=(),
+)
+"""See `reference.nvfp4_paged_attention_backward`."""
 
 
 @nvfp4_paged_attention_backward.register_fake

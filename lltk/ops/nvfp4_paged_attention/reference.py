@@ -59,27 +59,55 @@ def gather(own: Tensor, pages: Pages, table: Tensor, dtype: torch.dtype) -> Tens
 
 
 def nvfp4_paged_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Pages, v_pages: Pages, table: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_codes: Tensor,
+    k_scales: Tensor,
+    k_decode_scales: Tensor,
+    k_means: Tensor | None,
+    v_codes: Tensor,
+    v_scales: Tensor,
+    v_decode_scales: Tensor,
+    v_means: Tensor | None,
+    table: Tensor,
 ) -> Tensor:
-    """Attend to the chunk's own keys, as they are, and the pages that ``table`` lists, decoded.
+    """Attend to the chunk's own keys, as they are, and to the decoded pages that ``table`` lists.
 
     Args:
         q, k, v: [B, L, H, D], this chunk's.
-        k_pages, v_pages: the arenas; keys carry their positions.
+        k_codes, k_scales, k_decode_scales, k_means: the keys' `Pages`; they carry their positions.
+        v_codes, v_scales, v_decode_scales, v_means: the values' `Pages`.
         table: int64 [N], distinct committed pages; their order does not matter, N may be 0.
 
     Returns:
         [B, L, H, D] in ``q``'s dtype.
     """
-    return attention(q, _wide(k, k_pages, table), _wide(v, v_pages, table))
+    keys = _wide(k, Pages(k_codes, k_scales, k_decode_scales, k_means), table)
+    values = _wide(v, Pages(v_codes, v_scales, v_decode_scales, v_means), table)
+    return attention(q, keys, values)
 
 
 def nvfp4_paged_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, k_pages: Pages, v_pages: Pages, table: Tensor
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_codes: Tensor,
+    k_scales: Tensor,
+    k_decode_scales: Tensor,
+    k_means: Tensor | None,
+    v_codes: Tensor,
+    v_scales: Tensor,
+    v_decode_scales: Tensor,
+    v_means: Tensor | None,
+    table: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to q, k and v; committed pages are constants."""
+    keys = _wide(k, Pages(k_codes, k_scales, k_decode_scales, k_means), table)
+    values = _wide(v, Pages(v_codes, v_scales, v_decode_scales, v_means), table)
+    dq, dk, dv = attention_backward(grad, q, keys, values)
     own = k.shape[1]
-    dq, dk, dv = attention_backward(grad, q, _wide(k, k_pages, table), _wide(v, v_pages, table))
     return dq, dk[:, -own:].to(k.dtype).contiguous(), dv[:, -own:].to(v.dtype).contiguous()
 
 

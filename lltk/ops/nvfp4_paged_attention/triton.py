@@ -18,6 +18,7 @@ DECLARATION = Declaration(
     devices=("cuda",),
     modules=("triton",),
     architectures=(*ARITHMETIC, *E2M1),
+    in_place=True,
 )
 
 _LOG2_E = 1.4426950408889634
@@ -158,9 +159,20 @@ def nvfp4_paged_attention(
             "nvfp4_paged_attention: triton has no gradient; set nvfp4_paged_attention of the "
             "recipe's lower pass to decode"
         )
-    k_pages = (k_codes, k_scales, k_decode_scales, k_means)
-    v_pages = (v_codes, v_scales, v_decode_scales, v_means)
-    return _attention(q, k, v, *k_pages, *v_pages, table)
+    return _attention(
+        q,
+        k,
+        v,
+        k_codes,
+        k_scales,
+        k_decode_scales,
+        k_means,
+        v_codes,
+        v_scales,
+        v_decode_scales,
+        v_means,
+        table,
+    )
 
 
 def check_width(q: Tensor) -> None:

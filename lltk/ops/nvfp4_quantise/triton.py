@@ -10,10 +10,12 @@ from torch import Tensor
 from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.floats import E4M3_MAX
 from lltk.ops.hardware import has_e2m1
+from lltk.ops.nvfp4_quantise.op import new_nvfp4
 from lltk.ops.nvfp4_quantise.reference import BLOCK, FOUR_OVER_SIX_MAX, RULES, Quantised
 from lltk.ops.triton_floats import (
     decode_e4m3,
     is_finite,
+    magnitude_bits,
     nearest_e2m1,
     pack,
     pairs,
@@ -54,12 +56,9 @@ def nvfp4_quantise(
     assert rule in RULES and tile in (1, BLOCK), (rule, tile)
     check_dtype(x)
     x = x.contiguous()
-    own = x.new_zeros((), dtype=torch.float32)
-    decode_scale = torch.empty_like(own)
-    shape, width = x.shape[:-1], x.shape[-1]
-    blocks = triton.cdiv(width, BLOCK)
-    codes = x.new_empty((*shape, blocks * BLOCK // 2), dtype=torch.uint8)
-    scales = x.new_empty((*shape, blocks), dtype=torch.float8_e4m3fn)
+    codes, scales, decode_scale = new_nvfp4(x)
+    own = torch.zeros_like(decode_scale)
+    width, blocks = x.shape[-1], scales.shape[-1]
     # Only tiles see where a matrix ends; whole blocks need not even see rows.
     rows = x.numel() // width if tile == 1 or x.dim() == 1 else x.shape[-2]
     matrices = x.numel() // (rows * width)
@@ -109,13 +108,12 @@ def largest_magnitude(x: Tensor, largest: Tensor) -> None:
 
 @triton.jit
 def _largest(x, largest, numel, STEP: tl.constexpr, STEPS: tl.constexpr):
-    """Float32 magnitudes, NaN above all, are ordered as their bits are."""
     first = tl.program_id(0).to(tl.int64) * (STEP * STEPS)
     found = tl.zeros((STEP,), tl.int32)
     for step in tl.static_range(STEPS):
         at = first + step * STEP + tl.arange(0, STEP)
         values = tl.load(x + at, mask=at < numel, other=0.0).to(tl.float32)
-        found = tl.maximum(found, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        found = tl.maximum(found, magnitude_bits(values))
     tl.atomic_max(largest, tl.max(found, 0))
 
 
@@ -141,7 +139,7 @@ def _quantise(
 ):
     # Backwards: what the largest was looked for in last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    finite, largest, encode, decode = tensor_scales(own, decode_scale, program == 0, TOP)
+    finite, tensor = tensor_scales(own, decode_scale, program == 0, TOP)
     index = program * AMOUNT + tl.arange(0, AMOUNT)
     band, column = index // blocks, index % blocks
     if TILE > 1:
@@ -159,9 +157,7 @@ def _quantise(
     if not finite:
         values = tl.where(is_finite(values), values, 0.0)
     block = row * blocks + column[None, :]
-    scale, packed = quantise_blocks(
-        values, block, largest, encode, decode, seed, stream, TOP, RULE, NATIVE
-    )
+    scale, packed = quantise_blocks(values, block, tensor, seed, stream, TOP, RULE, NATIVE)
     tl.store(scales + block, tl.broadcast_to(scale[None, :], (TILE, AMOUNT)), mask=inside)
     byte = tl.arange(0, 8)[None, None, :]
     tl.store(codes + (block[:, :, None] * 8 + byte), packed, mask=inside[:, :, None])
@@ -169,7 +165,10 @@ def _quantise(
 
 @triton.jit
 def tensor_scales(own, decode_scale, stores, TOP: tl.constexpr):
-    """Whether all is finite, largest magnitude, encode and decode scale; one program stores it."""
+    """Whether a tensor is finite; its largest magnitude, encode scale and decode scale.
+
+    The one program that ``stores`` writes the decode scale.
+    """
     finite = is_finite(tl.load(own))
     largest = tl.where(finite, tl.load(own), 0.0)
     encode = tl.minimum(tl.div_rn(6.0 * TOP, largest), _FLT_MAX)
@@ -177,16 +176,14 @@ def tensor_scales(own, decode_scale, stores, TOP: tl.constexpr):
     decode = tl.div_rn(1.0, encode)
     if stores:
         tl.store(decode_scale, tl.where(finite, decode, float("nan")))
-    return finite, largest, encode, decode
+    return finite, (largest, encode, decode)
 
 
 @triton.jit
 def quantise_blocks(
     values,
     block,
-    largest,
-    encode,
-    decode,
+    tensor,
     seed,
     stream,
     TOP: tl.constexpr,
@@ -198,7 +195,7 @@ def quantise_blocks(
     Args:
         values: finite float32 [T, N, 16], T blocks sharing a scale.
         block: int64 [T, N], the place of each among all blocks.
-        largest, encode, decode: as of `tensor_scales`.
+        tensor: the tensor's largest magnitude, encode and decode scale, as of `tensor_scales`.
         seed: pointer to an int64 [2], or None to round to nearest.
         stream, TOP, RULE: as of `nvfp4_quantise`.
         NATIVE: whether there is an instruction for E2M1.
@@ -206,6 +203,7 @@ def quantise_blocks(
     Returns:
         uint8 [N] and [T, N, 8].
     """
+    largest, encode, decode = tensor
     peak = tl.max(tl.max(tl.abs(values), 2), 0)
     fine = peak * (encode * (1 / 6)) if RULE == "none" else tl.div_rn(peak, 6.0) * encode
     scale = round_e4m3(tl.minimum(fine, 448.0))
@@ -229,6 +227,15 @@ def quantise_blocks(
     else:
         packed = pack(round_e2m1(scaled))
     return scale.to(tl.uint8), packed
+
+
+@triton.jit
+def store_blocks(codes, scales, block, scale, packed, inside):
+    """Store what `quantise_blocks` returned of blocks [1, N], at ``block`` [N] where ``inside``."""
+    tl.store(scales + block, scale, mask=inside)
+    byte = tl.arange(0, 8)[None, :]
+    packed = tl.reshape(packed, (block.shape[0], 8))
+    tl.store(codes + block[:, None] * 8 + byte, packed, mask=inside[:, None])
 
 
 @triton.jit

@@ -16,9 +16,14 @@ from lltk.ops.floats import E4M3_MAX
 from lltk.ops.hadamard.triton import sign_bits
 from lltk.ops.hardware import has_e2m1
 from lltk.ops.nvfp4_quantise.reference import BLOCK, FOUR_OVER_SIX_MAX, RULES, Quantised
-from lltk.ops.nvfp4_quantise.triton import check_dtype, quantise_blocks, tensor_scales
-from lltk.ops.nvfp4_quantise_transposed.reference import padded
-from lltk.ops.triton_floats import is_finite
+from lltk.ops.nvfp4_quantise.triton import (
+    check_dtype,
+    quantise_blocks,
+    store_blocks,
+    tensor_scales,
+)
+from lltk.ops.nvfp4_quantise_transposed.op import new_transposed
+from lltk.ops.triton_floats import is_finite, magnitude_bits
 
 DECLARATION = Declaration(
     Exactness.BITWISE,
@@ -48,11 +53,9 @@ def nvfp4_quantise_transposed(
     check_dtype(x)
     x = x.flatten(0, -2).contiguous()
     rows, columns = x.shape
-    blocks = padded(rows, signs) // BLOCK
-    own = x.new_zeros((), dtype=torch.float32)
-    decode_scale = torch.empty_like(own)
-    codes = x.new_empty((columns, blocks * BLOCK // 2), dtype=torch.uint8)
-    scales = x.new_empty((columns, blocks), dtype=torch.float8_e4m3fn)
+    codes, scales, decode_scale = new_transposed(x, signs)
+    own = torch.zeros_like(decode_scale)
+    blocks = scales.shape[1]
     together = max(BLOCK, len(signs))
     grid = (blocks * BLOCK // together, triton.cdiv(columns, _COLUMNS))
     tile = {
@@ -101,7 +104,7 @@ def _largest(
     turned = _turned(x, signs, tl.program_id(0) * ROWS, column, rows, columns, TOP, WIDTH, ROWS)
     bits = tl.zeros((COLUMNS,), tl.int32)
     for index in tl.static_range(ROWS):
-        bits = tl.maximum(bits, turned[index].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        bits = tl.maximum(bits, magnitude_bits(turned[index]))
     tl.atomic_max(largest, tl.max(bits, 0))
 
 
@@ -130,7 +133,7 @@ def _quantise(
     first = tl.num_programs(0) - 1 - tl.program_id(0)
     column = (tl.num_programs(1) - 1 - tl.program_id(1)) * COLUMNS + tl.arange(0, COLUMNS)
     stores = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
-    finite, largest, encode, decode = tensor_scales(own, decode_scale, stores, SCALE_TOP)
+    finite, tensor = tensor_scales(own, decode_scale, stores, SCALE_TOP)
     turned = _turned(x, signs, first * ROWS, column, rows, columns, TOP, WIDTH, ROWS)
     for index in tl.static_range(ROWS // 16):
         values = tl.reshape(_joined(turned, 16 * index), (1, COLUMNS, 16))
@@ -138,13 +141,9 @@ def _quantise(
             values = tl.where(is_finite(values), values, 0.0)
         block = column.to(tl.int64) * blocks + first * (ROWS // 16) + index
         scale, packed = quantise_blocks(
-            values, block[None, :], largest, encode, decode, seed, stream, SCALE_TOP, RULE, NATIVE
+            values, block[None, :], tensor, seed, stream, SCALE_TOP, RULE, NATIVE
         )
-        inside = column < columns
-        tl.store(scales + block, scale, mask=inside)
-        packed = tl.reshape(packed, (COLUMNS, 8))
-        byte = tl.arange(0, 8)[None, :]
-        tl.store(codes + block[:, None] * 8 + byte, packed, mask=inside[:, None])
+        store_blocks(codes, scales, block, scale, packed, column < columns)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
-from lltk.ops.nvfp4_quantise.reference import BLOCK
+from lltk.ops.nvfp4_transpose.op import new_transpose
 from lltk.ops.triton_floats import unpack
 
 DECLARATION = Declaration(
@@ -26,9 +26,7 @@ _ROWS, _COLUMNS = 64, 64
 def nvfp4_transpose(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.nvfp4_transpose`, which it equals bit by bit."""
     rows, width = codes.shape[0], 2 * codes.shape[1]
-    blocks = triton.cdiv(rows, BLOCK)
-    turned = codes.new_empty((width, blocks * BLOCK // 2))
-    turned_scales = scales.new_empty((width, blocks))
+    turned, turned_scales = new_transpose(codes, scales)
     with torch.cuda.device_of(codes):
         _transpose[(triton.cdiv(rows, _ROWS), triton.cdiv(width, _COLUMNS))](
             codes.contiguous(),

@@ -11,8 +11,13 @@ from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.floats import E4M3_MAX
 from lltk.ops.hardware import has_e2m1
 from lltk.ops.nvfp4_quantise.reference import BLOCK, FOUR_OVER_SIX_MAX
-from lltk.ops.nvfp4_quantise.triton import check_dtype, quantise_blocks, tensor_scales
-from lltk.ops.triton_floats import is_finite
+from lltk.ops.nvfp4_quantise.triton import (
+    check_dtype,
+    quantise_blocks,
+    store_blocks,
+    tensor_scales,
+)
+from lltk.ops.triton_floats import is_finite, magnitude_bits
 
 DECLARATION = Declaration(
     Exactness.BITWISE,
@@ -122,11 +127,10 @@ def _load(value, mean, tokens, blocks, AMOUNT: tl.constexpr):
 
 @triton.jit
 def _largest(value, mean, largest, tokens, blocks, AMOUNT: tl.constexpr):
-    """Float32 magnitudes, NaN above all, are ordered as their bits are."""
+    """Raise each head's ``largest`` to the bits of its magnitudes."""
     values, _, _ = _load(value, mean, tokens, blocks, AMOUNT)
-    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    tl.atomic_max(largest + head, tl.max(tl.max(bits, 1), 0))
+    tl.atomic_max(largest + head, tl.max(tl.max(magnitude_bits(values), 1), 0))
 
 
 @triton.jit
@@ -149,17 +153,11 @@ def _write(
     head, heads, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     page = batch.to(tl.int64) * pages + tl.load(slot)
     own = largest + batch * heads + head
-    finite, highest, encode, decode = tensor_scales(
-        own, decode_scales + page * heads + head, tl.program_id(0) == 0, TOP
-    )
+    stores = tl.program_id(0) == 0
+    finite, tensor = tensor_scales(own, decode_scales + page * heads + head, stores, TOP)
     values, place, inside = _load(value, mean, tokens, blocks, AMOUNT)
     if not finite:
         values = tl.where(is_finite(values), values, 0.0)
-    scale, packed = quantise_blocks(
-        values[None, :, :], place, highest, encode, decode, None, 0, TOP, RULE, NATIVE
-    )
+    scale, packed = quantise_blocks(values[None, :, :], place, tensor, None, 0, TOP, RULE, NATIVE)
     block = page * tokens * heads * blocks + place
-    tl.store(scales + block, scale, mask=inside)
-    byte = tl.arange(0, 8)[None, :]
-    packed = tl.reshape(packed, (AMOUNT, 8))
-    tl.store(codes + block[:, None] * 8 + byte, packed, mask=inside[:, None])
+    store_blocks(codes, scales, block, scale, packed, inside)

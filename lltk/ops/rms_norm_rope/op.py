@@ -11,14 +11,15 @@ from lltk.ops.rms_norm_rope import reference
 DECLARATION = Declaration(Exactness.REFERENCE, "float32 in torch")
 
 
-@torch.library.custom_op("lltk::rms_norm_rope", mutates_args=())
-def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """See `reference.rms_norm_rope`."""
-    return reference.rms_norm_rope(x, weight, cos, sin, eps)
+rms_norm_rope = torch.library.custom_op(
+    "lltk::rms_norm_rope", reference.rms_norm_rope, mutates_args=()
+)
+"""See `reference.rms_norm_rope`."""
 
 
 @rms_norm_rope.register_fake
-def _(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def new_heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """An empty tensor for the result."""
     batch, length, width = x.shape
     torch._check(weight.shape == (width,) and cos.shape == sin.shape)
     torch._check(cos.shape[:3] == (1, length, 1) and width % cos.shape[3] == 0)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
+from lltk.ops.rms_norm_rope.op import new_heads
 from lltk.ops.triton_rows import row_options, rows_of
 
 DECLARATION = Declaration(
@@ -26,7 +27,7 @@ def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
     Raises:
         ValueError: a head's width is no power of two.
     """
-    out = _heads(x, cos)
+    out = new_heads(x, weight, cos, sin, eps)
     batch, length, heads, width = out.shape
     if width & (width - 1):
         raise ValueError(
@@ -53,13 +54,6 @@ def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
             num_warps=row_options(padded * width)["num_warps"],
         )
     return out
-
-
-def _heads(x: Tensor, cos: Tensor) -> Tensor:
-    """Where the heads go."""
-    width = cos.shape[-1]
-    size = (*x.shape[:2], x.shape[2] // width, width)
-    return torch.empty(size, dtype=x.dtype, device=x.device)
 
 
 @triton.jit

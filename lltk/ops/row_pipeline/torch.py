@@ -1,10 +1,6 @@
 """The formula itself, whose operations torch.compile can fuse with their neighbours."""
 
-from __future__ import annotations
-
 from lltk.ops.declaration import Declaration, Exactness
-from lltk.ops.row_pipeline.reference import row_pipeline
-
-__all__ = ["DECLARATION", "row_pipeline"]
+from lltk.ops.row_pipeline.reference import row_pipeline as row_pipeline
 
 DECLARATION = Declaration(Exactness.BITWISE, "operations that torch.compile can fuse")

@@ -18,9 +18,14 @@ from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.floats import E4M3_MAX
 from lltk.ops.hardware import has_e2m1
 from lltk.ops.nvfp4_quantise.reference import FOUR_OVER_SIX_MAX, RULES
-from lltk.ops.nvfp4_quantise.triton import check_dtype, quantise_blocks, tensor_scales
+from lltk.ops.nvfp4_quantise.triton import (
+    check_dtype,
+    quantise_blocks,
+    store_blocks,
+    tensor_scales,
+)
 from lltk.ops.row_pipeline.op import new_results
-from lltk.ops.triton_floats import is_finite
+from lltk.ops.triton_floats import is_finite, magnitude_bits
 from lltk.ops.triton_rows import (
     converts_e4m3,
     load_row,
@@ -165,8 +170,7 @@ def _write(
 def _find_largest(operands, width, eps, total, largest, GELU: tl.constexpr, ROW: tl.constexpr):
     """Raise ``largest`` to the magnitudes in a row; NaN is the largest of all."""
     values = _steps(operands, tl.program_id(0), width, eps, total, GELU, True, ROW)
-    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    tl.atomic_max(largest, tl.max(bits, 0))
+    tl.atomic_max(largest, tl.max(magnitude_bits(values), 0))
 
 
 @triton.jit
@@ -187,21 +191,15 @@ def _write_nvfp4(
     blocks: tl.constexpr = ROW // 16
     # Backwards: the rows that the first kernel read last are still in the cache.
     row = tl.num_programs(0) - 1 - tl.program_id(0)
-    finite, top, encode, decode = tensor_scales(largest, decode_scale, tl.program_id(0) == 0, TOP)
+    finite, tensor = tensor_scales(largest, decode_scale, tl.program_id(0) == 0, TOP)
     values = _steps(operands, row, width, eps, None, GELU, True, ROW)
     values = tl.reshape(values, (1, blocks, 16))
     if not finite:
         values = tl.where(is_finite(values), values, 0.0)
     local = tl.arange(0, blocks)
     block = row.to(tl.int64) * (width // 16) + local
-    scale_bytes, packed = quantise_blocks(
-        values, block[None, :], top, encode, decode, None, 0, TOP, RULE, NATIVE
-    )
-    inside = local < width // 16
-    tl.store(scales + block, scale_bytes, mask=inside)
-    packed = tl.reshape(packed, (blocks, 8))
-    byte = tl.arange(0, 8)[None, :]
-    tl.store(codes + block[:, None] * 8 + byte, packed, mask=inside[:, None])
+    scale, packed = quantise_blocks(values, block[None, :], tensor, None, 0, TOP, RULE, NATIVE)
+    store_blocks(codes, scales, block, scale, packed, local < width // 16)
 
 
 @triton.jit
