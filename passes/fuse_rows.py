@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,15 @@ from pydantic import Field
 from torch import fx
 
 from lltk.graph.edit import building, calls, module_of, prune, replace, shape, sort_topologically
-from lltk.graph.match import before_cast, is_call, is_of_rows, operands, read_once, sole_reader
+from lltk.graph.match import (
+    ancestors,
+    before_cast,
+    is_call,
+    is_of_rows,
+    operands,
+    read_once,
+    sole_reader,
+)
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -49,9 +57,9 @@ class FuseRows(Pass[Config]):
 
     From each quantiser the pass goes backwards: activation, norm, residual. Each of the three may
     be absent. An activation or a norm is taken in if nothing else reads its result. A residual's
-    sum is taken in if it is of the quantiser's block, because blocks are compiled apart; what else
-    reads the sum then reads it from the op. A gated sum that no quantiser takes in becomes an op of
-    its own.
+    sum is taken in if it is of the quantiser's block, because blocks are compiled apart, and if the
+    norm's scale and shift are not computed from it. What else reads the sum then reads it from the
+    op. A gated sum that no quantiser takes in becomes an op of its own.
 
     Scale and shift are the norm's weight and bias, or like the gate those of the frame that a token
     belongs to. The pass runs after `fp8_infer` or `nvfp4_infer`, if one of them is in the recipe.
@@ -65,7 +73,7 @@ class FuseRows(Pass[Config]):
     def apply(self, program: Program, report: Report) -> None:
         for graph in program.graphs.values():
             for node in [*calls(graph, NVFP4_QUANTISE), *calls(graph, ROW_PIPELINE)]:
-                form, steps = _form(node), list(self._steps_before(program, node))
+                form, steps = _form(node), self._steps_before(program, node)
                 if form is None or not steps:
                     report.miss(node, "quantises no activation, norm or sum that it may take in")
                     continue
@@ -85,18 +93,19 @@ class FuseRows(Pass[Config]):
                 report.match(step.label)
             prune(graph)
 
-    def _steps_before(self, program: Program, quantiser: fx.Node) -> Iterator[_Step]:
+    def _steps_before(self, program: Program, quantiser: fx.Node) -> list[_Step]:
         """The steps that a quantiser takes in, from the last to the first."""
+        steps: list[_Step] = []
         value: Any = quantiser.args[0]
-        block = program.spec.layer_of(module_of(quantiser))
-        for name in ("activation", "norm", "residual"):
-            step = self._find(name, value)
-            if step is None:
-                continue
-            if name == "residual" and program.spec.layer_of(module_of(step.node)) != block:
-                continue
-            yield step
-            value = step.x
+        for name in ("activation", "norm"):
+            if (step := self._find(name, value)) is not None:
+                steps.append(step)
+                value = step.x
+        total = self._find("residual", value)
+        if total is None or any(step.needs(total.node) for step in steps):
+            return steps
+        layers = {program.spec.layer_of(module_of(each)) for each in (total.node, quantiser)}
+        return [*steps, total] if len(layers) == 1 else steps
 
     def _find(self, name: StepName, value: Any) -> _Step | None:
         """The step that makes a value, if it is one that is fused."""
@@ -118,6 +127,11 @@ class _Step:
     node: fx.Node
     x: fx.Node
     arguments: dict[str, Any]
+
+    def needs(self, value: fx.Node) -> bool:
+        """Whether an argument other than ``x`` is computed from a value."""
+        given = [each for each in self.arguments.values() if isinstance(each, fx.Node)]
+        return any(each is value or value in ancestors(each) for each in given)
 
 
 def _form(quantiser: fx.Node) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import torch
 from helpers import HAND_SPEC, PASSES, after, hand_made, reached
 
 from lltk.graph.contract import Role
+from lltk.graph.edit import calls, sort_topologically
 from lltk.graph.facts import Ranks, Trainable
 from lltk.graph.geometry import Kind
 from lltk.graph.module import instantiate
@@ -32,6 +33,14 @@ class Mine:
     """A fact of a user's own pass."""
 
     value: int = 3
+
+
+def test_a_graph_that_cannot_be_sorted_is_named() -> None:
+    graph = hand_made("score", Stage.CAUSAL, {"score": TEXT}).graphs["score"]
+    (add,) = calls(graph, torch.ops.aten.add.Tensor)
+    add.update_arg(1, add)
+    with pytest.raises(AssertionError, match="add is computed from itself"):
+        sort_topologically(graph)
 
 
 def test_facts_are_found_by_their_class() -> None:

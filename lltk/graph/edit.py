@@ -182,12 +182,15 @@ def drop_unused_inputs(graph: fx.Graph) -> list[str]:
 def sort_topologically(graph: fx.Graph) -> None:
     """Move as few nodes as possible so that each comes after its inputs."""
     placed: set[fx.Node] = set()
+    opened: set[fx.Node] = set()
     anchor = graph._root
     pending = list(reversed(graph.nodes))
     while pending:
         node = pending[-1]
         waiting = [source for source in node.all_input_nodes if source not in placed]
         if waiting and node not in placed:
+            assert node not in opened, f"{node.name} is computed from itself"
+            opened.add(node)
             pending.extend(waiting)
             continue
         pending.pop()

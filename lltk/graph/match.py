@@ -40,6 +40,17 @@ def before_cast(node: Any) -> Any:
     return node.args[0] if is_call(node, aten.to.dtype) else node
 
 
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """The nodes that a node is computed from, near and far."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        new = set(pending.pop().all_input_nodes) - found
+        found |= new
+        pending += new
+    return found
+
+
 def is_of_rows(scale: Any, x: fx.Node) -> bool:
     """Whether a scale is float32 [D], or [B, F, 1, D] for the frames of tokens [B, F · T, D]."""
     if not isinstance(scale, fx.Node) or scale.meta["val"].dtype != torch.float32:

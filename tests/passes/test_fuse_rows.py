@@ -251,6 +251,22 @@ def test_the_next_blocks_norm_is_left_to_it() -> None:
     assert "aten.add.Tensor(x, y)" in whole
 
 
+@pytest.mark.parametrize("operand", ["scale", "shift"])
+def test_a_sum_that_its_norm_is_scaled_or_shifted_by_is_left_out(operand: str) -> None:
+    """An op that took the sum in would be computed from its own result."""
+    own = """\
+        # blocks.0
+        frames: bf16[1, 2, 2, 16] = aten.unflatten.int(total, 1, [-1, 2])
+        mean: f32[1, 2, 1, 16] = aten.mean.dim(frames, [2], True, dtype=torch.float32)
+"""
+    norm = NORM.replace("dtype(x,", "dtype(total,").replace(f", {operand})", ", mean)")
+    plain = made(HEAD + SUM + own + norm + FP8 + KEPT)
+    program = after(plain, "fuse_rows")
+    assert program.log[-1].matches == {"gated sum": 1, "modulated norm → fp8": 1}
+    given = inputs(plain, "score")
+    assert same(run(program, "score", given), run(plain, "score", given))
+
+
 def test_two_norms_of_one_sum_share_it() -> None:
     """The first quantiser takes in the sum, the second reads it."""
     second = AFFINE + FP8
