@@ -30,6 +30,7 @@ from lltk.bench.stream import METHOD, Timings, summary, text
 from lltk.compiler import transform
 from lltk.graph.program import Program
 from lltk.ops.fp8_rows import fp8_quantise
+from lltk.ops.implementations import find_implementation
 from lltk.stream.chunks import Chunk
 from lltk.stream.report import ChunkReport
 
@@ -276,14 +277,16 @@ def test_a_passes_products_are_counted_and_timed() -> None:
     tokens, layers = geometry.chunk * geometry.frame_tokens(spec), spec.layers
     width, keys = spec.heads * spec.head_dim, geometry.pages * tokens
     found = products(program, "step")
-    attention = Product(True, "fp8_decode", (tokens, keys, spec.heads, spec.head_dim))
+    attends = find_implementation("fp8_quantise_attention", "fp8_decode")
+    multiplies = find_implementation("fp8_matmul", "scaled_mm")
+    attention = Product(True, attends, (tokens, keys, spec.heads, spec.head_dim))
     text = Product(True, None, (tokens, geometry.text_tokens, spec.heads, spec.head_dim))
     assert {each: n for each, n in found.items() if each.attends} == {
         attention: layers,
         text: layers,
     }
-    assert found[Product(False, "scaled_mm", (tokens, width, width))] >= 6 * layers
-    assert sum(n for p, n in found.items() if p.implementation == "scaled_mm") == 8 * layers
+    assert found[Product(False, multiplies, (tokens, width, width))] >= 6 * layers
+    assert sum(n for p, n in found.items() if p.implementation == multiplies) == 8 * layers
     assert attention.flops == 4 * tokens * keys * width
     assert Product(False, None, (2, 3, 5)).flops == 60
     plain = reached("stream", *PASSES["stream"], head_dim=16)

@@ -17,7 +17,7 @@ from lltk.graph.edit import op_of, shape
 from lltk.graph.program import Program
 from lltk.ops.fp8_matmul.op import OVERLOAD as FP8_MATMUL
 from lltk.ops.fp8_rows import fp8_quantise
-from lltk.ops.implementations import find_implementation
+from lltk.ops.implementations import Implementation, find_implementation
 from lltk.ops.nvfp4_linear.op import OVERLOAD as NVFP4_LINEAR
 from lltk.ops.nvfp4_matmul.op import OVERLOAD as NVFP4_MATMUL
 from lltk.ops.paged_attention.sdpa import attend
@@ -36,7 +36,7 @@ class Product:
     """
 
     attends: bool
-    implementation: str | None
+    implementation: Implementation | None
     sizes: tuple[int, ...]
 
     @property
@@ -53,9 +53,10 @@ class Product:
         if self.attends:
             queries, keys, heads, width = self.sizes
             q, k, v = (normal(1, tokens, heads, width) for tokens in (queries, keys, keys))
-            if self.implementation != "fp8_decode":
+            parts = self.implementation.declared.parts if self.implementation else {}
+            if "fp8_attention" not in parts:
                 return lambda: attend(q, k, v)
-            fp8_attention = find_implementation("fp8_attention", "cudnn").load()
+            fp8_attention = find_implementation("fp8_attention", parts["fp8_attention"]).load()
             scale = torch.ones((), device=device)
             codes = [each.to(torch.float8_e4m3fn) for each in (q, k, v)]
             return lambda: fp8_attention(*codes, scale)
@@ -63,7 +64,7 @@ class Product:
         a, b = normal(rows, depth), normal(columns, depth)
         if self.implementation is None:
             return lambda: torch.nn.functional.linear(a, b)
-        multiply = find_implementation("fp8_matmul", self.implementation).load()
+        multiply = self.implementation.load()
         operands = (*fp8_quantise(a), *fp8_quantise(b))
         return lambda: multiply(*operands, None, dtype)
 
@@ -103,7 +104,8 @@ def ceiling(program: Program, graph: str, device: torch.device, runs: int) -> di
         part["ms"] += count * ms
         part["tflop"] += count * product.flops / 1e12
         sizes = "×".join(map(str, product.sizes))
-        part["rates"][f"{product.implementation or 'torch'} {sizes}"] = product.flops / ms / 1e9
+        how = product.implementation.name if product.implementation else "torch"
+        part["rates"][f"{how} {sizes}"] = product.flops / ms / 1e9
     return made
 
 
@@ -125,13 +127,19 @@ def _product(program: Program, node: fx.Node) -> Product | None:
     operands: list[Any] = [each for each in node.args if isinstance(each, fx.Node)]
     if op is aten.linear.default or op is FP8_MATMUL:
         weight = shape(operands[1 if op is aten.linear.default else 2])
-        how = program.implementations.get("fp8_matmul") if op is FP8_MATMUL else None
+        how = _chosen(program, "fp8_matmul") if op is FP8_MATMUL else None
         return Product(False, how, (prod(shape(node)[:-1]), weight[1], weight[0]))
     if op is aten.scaled_dot_product_attention.default:
         (_, heads, queries, width), keys = shape(operands[0]), shape(operands[1])[2]
         return Product(True, None, (queries, keys, heads, width))
     if (paged := paged_op(node)) is not None:
         (_, queries, heads, width), own = shape(operands[0]), shape(operands[1])[1]
-        how = program.implementations.get(paged)
-        return Product(True, how, (queries, own * program.geometry.pages, heads, width))
+        sizes = (queries, own * program.geometry.pages, heads, width)
+        return Product(True, _chosen(program, paged), sizes)
     return None
+
+
+def _chosen(program: Program, op: str) -> Implementation | None:
+    """The implementation that a lowered program runs an op by."""
+    name = program.implementations.get(op)
+    return None if name is None else find_implementation(op, name)

@@ -18,6 +18,7 @@ from lltk.graph.facts import Trainable
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import WEIGHTS
+from lltk.ops.implementations import find_implementation
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -119,12 +120,16 @@ def _results(node: fx.Node) -> int:
 def _gathered(program: Program, node: fx.Node) -> int:
     """Bytes of the copies that attention over pages makes of keys and values; else 0."""
     op = paged_op(node)
-    chosen = program.implementations.get(op or "")
-    if op is None or chosen == "triton":
+    if op is None:
+        return 0
+    name = program.implementations.get(op, "reference")
+    chosen = find_implementation(op, name).declared
+    if chosen.in_place:
         return 0
     operands: tuple[Any, ...] = node.args[1:3]
     own = [each.meta["val"] for each in operands]
-    if chosen == "fp8_decode":
+    # The reference of nvfp4_gather_fp8 decodes to float32 first.
+    if chosen.parts.get("nvfp4_gather_fp8", "reference") != "reference":
         return sum(program.geometry.pages * each.numel() for each in own)
     pages = [program.geometry.pages * _bytes(each) for each in own]
     return sum(pages) + max(pages)
