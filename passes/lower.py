@@ -40,7 +40,7 @@ class Choices(PassConfig):
     prefer: tuple[str, ...] = Field(
         (),
         description="names of implementations: an op without a key of its own takes the first of "
-        "them that it has, or else its default",
+        "them that it has, or else its default. At least one op must take each name",
     )
 
     @model_validator(mode="before")
@@ -141,6 +141,6 @@ class Lower(Pass[Choices]):
             )
         if idle := [name for name in self.config.prefer if name not in made.values()]:
             raise ValueError(
-                f"prefer: no op of this program has taken {' or '.join(idle)}; remove the name "
-                f"(there is {there})"
+                f"prefer: no op of this program takes {' or '.join(idle)}; remove the name, or add "
+                f"a pass that makes an op that has it (there is {there})"
             )

@@ -22,7 +22,7 @@ def command() -> None:
 
     \b
     Example:
-      lltk bench stream tiny_stream -o benchmarks/stream
+      lltk bench stream tiny_stream -o stream_record
     """
 
 
@@ -75,9 +75,9 @@ def stream(
 
     \b
     Example:
-      lltk bench stream tiny_stream -o benchmarks/stream
-      lltk bench stream tiny_stream --set stream.steps=2 --seconds 30 -o benchmarks/two_steps
-      lltk bench stream wan22_5b_stream_fp8 --random-weights -o benchmarks/stream_5b
+      lltk bench stream tiny_stream -o stream_record
+      lltk bench stream tiny_stream --set stream.steps=2 --seconds 30 -o two_steps_record
+      lltk bench stream wan22_5b_stream_fp8 --random-weights -o stream_5b_record
       torchrun --nproc-per-node 2 -m lltk bench stream wan22_5b_stream_sp2 --random-weights -o sp2
     """
     from lltk.bench.random_weights import random_prompts, with_random_models

@@ -62,7 +62,7 @@ def command(
     \b
     Example:
       lltk compare tiny_stream tiny_stream_nvfp4 --shots 60
-      lltk compare tiny_stream tiny_stream_nvfp4 --shots 1008 --device cuda -o benchmarks/nvfp4
+      lltk compare tiny_stream tiny_stream_nvfp4 --shots 1008 --device cuda -o nvfp4_record
       lltk compare wan22_5b_stream wan22_5b_stream_nvfp4_cache --shots 0 --device cuda
     """
     if len(recipes) < 2:

@@ -144,8 +144,8 @@ def test_ops_without_a_key_take_what_is_preferred() -> None:
     ):
         message = refused(after, before, {"lower": options})
         assert message == (
-            "lower: prefer: no op of this program has taken arena; remove the name (there is "
-            "paged_attention)"
+            "lower: prefer: no op of this program takes arena; remove the name, or add a pass that "
+            "makes an op that has it (there is paged_attention)"
         )
 
 
