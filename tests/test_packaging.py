@@ -112,6 +112,32 @@ def test_a_wrong_import_is_caught(path: str, source: str, culprit: str) -> None:
     assert wrong_imports(PurePosixPath(path), source) == [f"{path}: must not import {culprit}"]
 
 
+def test_the_drawing_of_the_rooms_is_true() -> None:
+    """Each of its arrows is an import, and they lead from each room to all that it imports."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawing = page.partition("## Folders")[2].split("```")[1]
+    names = dict(re.findall(r"(\w+)\[(\w+)", drawing))
+    drawn: dict[str, set[str]] = {}
+    for start, end in re.findall(r"(\w+)(?:\[.*?\])? --> (\w+)", drawing):
+        drawn.setdefault(names[start], set()).add(names[end])
+    imported: dict[str, set[str]] = {}
+    for path in source_files():
+        if path.suffix == ".py" and installed(path).parts[1:]:
+            package = installed(path).parent.parts
+            part = package[1] if len(package) > 1 else path.stem
+            found = imported_parts((ROOT / path).read_text(), ".".join(package)) - {part}
+            imported.setdefault(part, set()).update(found)
+
+    def reached(room: str) -> set[str]:
+        return {room}.union(*(reached(other) for other in drawn.get(room, ())))
+
+    rooms = imported.keys() - {"__init__", "__main__", "module_paths", "recipes"}
+    assert reached("cli") == rooms
+    for room in rooms:
+        found = imported[room] & rooms
+        assert drawn.get(room, set()) <= found <= reached(room), room
+
+
 def test_right_imports_pass() -> None:
     source = "import torch\nimport lltk\nfrom lltk import __version__\nfrom . import base\n"
     source += "from ..graph.program import Program\nfrom lltk.ops import rope\n"
