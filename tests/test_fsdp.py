@@ -62,10 +62,10 @@ def run_rank(rank: int, port: int, folder: str) -> None:
         whole = sum(p.numel() for p in module.parameters())
         module.checkpoint_blocks()
         mesh = init_device_mesh("cpu", (RANKS,))
-        for block in module.blocks_in_order:
+        for block in module.blocks_by_path.values():
             fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
-        assert all(isinstance(block, FSDPModule) for block in module.blocks_in_order)
+        assert all(isinstance(block, FSDPModule) for block in module.blocks_by_path.values())
         assert all(isinstance(p, DTensor) for p in module.parameters())
         held = sum(p.to_local().numel() for p in module.parameters())
         assert held < 0.6 * whole

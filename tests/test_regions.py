@@ -101,7 +101,7 @@ def test_a_graph_a_layer_would_be_counted() -> None:
     torch._dynamo.reset()
     program, backend = lowered("score"), CountingBackend()
     module = instantiate(program)
-    for owner in module.blocks_in_order:
+    for owner in module.blocks_by_path.values():
         copy = fx.GraphModule(torch.nn.Module(), program.regions["score_block"].graph)
         owner._regions = {"score_block": torch.compile(copy, backend=backend)}
     with torch.no_grad():

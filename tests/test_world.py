@@ -54,7 +54,9 @@ def test_a_seed_gives_one_clip() -> None:
 
 
 def test_a_batch_is_its_clips() -> None:
-    video, stories = world.sample_clips(seeded(0), 3, 13, 2, 1)
+    generator = seeded(0)
+    stories = [world.draw_story(generator, 13, 2, 1) for _ in range(3)]
+    video = world.render(stories)
     assert video.shape == (3, 13, 3, 128, 128)
     assert video.dtype == torch.float32
     assert float(video.abs().max()) <= 1

@@ -111,11 +111,6 @@ class ProgramModule(nn.Module):
         """
         return self(WEIGHTS, {}) if WEIGHTS in self._graphs else {}
 
-    @property
-    def blocks_in_order(self) -> list[Block]:
-        """The blocks, the first layer's first."""
-        return list(self.blocks_by_path.values())
-
     def checkpoint_blocks(self) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         for block in self.blocks_by_path.values():

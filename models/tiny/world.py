@@ -366,23 +366,6 @@ def sample_clip(
     return Clip(render([story], device)[0], story)
 
 
-def sample_clips(
-    generator: torch.Generator,
-    count: int,
-    frames: int,
-    shots: int,
-    chunk: int,
-    device: torch.device | str = "cpu",
-) -> tuple[Tensor, list[Story]]:
-    """As many clips as `sample_clip` would give in ``count`` calls, rendered together.
-
-    Returns:
-        Video, float32 [count, F, 3, H, W] in [-1, 1], and the stories.
-    """
-    stories = [draw_story(generator, frames, shots, chunk) for _ in range(count)]
-    return render(stories, device), stories
-
-
 def render(stories: Sequence[Story], device: torch.device | str = "cpu") -> Tensor:
     """Videos of stories of one length.
 
