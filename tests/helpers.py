@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lltk.compiler import transform, with_weights
 from lltk.graph.contract import Role, TensorSpec
-from lltk.graph.edit import infer, module_of, output
+from lltk.graph.edit import module_of, output
 from lltk.graph.geometry import Geometry, Kind
+from lltk.graph.infer import infer
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.passes import run_passes
 from lltk.graph.program import Program

@@ -18,7 +18,8 @@ from lltk.graph.geometry import Kind
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.train.data import Batch, Batches, Kept, generator_at
-from lltk.train.flow_matching import FlowMatching, level_weights, noise_grid
+from lltk.train.flow_matching import FlowMatching
+from lltk.train.noise_levels import level_weights, noise_grid
 from lltk.train.recipe import VaeSection
 from lltk.train.vae import Reconstruction, decode, latent_statistics, roughness
 

@@ -13,7 +13,8 @@ from typing import ClassVar, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict
 from torch import fx
 
-from lltk.graph.edit import copy_graph, infer, module_of, prune
+from lltk.graph.edit import copy_graph, module_of, prune
+from lltk.graph.infer import infer
 from lltk.graph.program import LogEntry, Program
 from lltk.graph.stages import Stage
 from lltk.graph.verify import verify

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from lltk.compiler import with_weights
 from lltk.graph.contract import Role, TensorSpec
-from lltk.graph.edit import copy_graph, infer, input_of
+from lltk.graph.edit import copy_graph, input_of
 from lltk.graph.geometry import Kind
+from lltk.graph.infer import infer
 from lltk.graph.passes import Numerics
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage

@@ -10,8 +10,9 @@ from ranks import alike
 from lltk.compiler import transform
 from lltk.graph.contract import Role
 from lltk.graph.diagnose import first_bad_node
-from lltk.graph.edit import building, calls, infer, input_of, shape
+from lltk.graph.edit import building, calls, input_of, shape
 from lltk.graph.facts import Ranks
+from lltk.graph.infer import infer
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
