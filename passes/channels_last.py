@@ -19,7 +19,7 @@ class Config(PassConfig):
 
 
 class ChannelsLast(Pass[Config]):
-    """Keep channels last in memory: of weights from loading on, and so of images.
+    """Keep channels last in memory: in weights, from loading on, and so in images.
 
     ::
 

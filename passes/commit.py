@@ -33,7 +33,7 @@ class Config(PassConfig):
 
 
 class Commit(Pass[Config]):
-    """Derive the commit from the step: at t = 0, it writes K/V to a page and gives nothing.
+    """Derive the commit from the step: at t = 0 it writes K/V to a page and returns nothing.
 
     ::
 

@@ -42,7 +42,7 @@ class FuseNormRope(Pass[Config]):
             for node in calls(graph, aten.stack.default):
                 found = _find(node)
                 if found is None:
-                    report.miss(node, "is no rotation of what a norm makes by a table of tokens")
+                    report.miss(node, "does not rotate a norm's result by a table of tokens")
                     continue
                 x, _, weight, eps = found.norm.args
                 with building(found.turned, module_of(found.norm)) as build:
@@ -61,7 +61,7 @@ class _Rotation:
 
 
 def _find(stack: fx.Node) -> _Rotation | None:
-    """The rotation that a stack of [a cos − b sin, a sin + b cos] ends; None for other stacks."""
+    """The rotation whose result a stack [a cos − b sin, a sin + b cos] is; or None."""
     parts: Any = stack.args[0]
     if len(parts) != 2 or stack.args[1:] != (-1,) or not is_call(parts[0], aten.sub.Tensor):
         return None
@@ -86,7 +86,7 @@ def _all_calls(nodes: list[Any], target: Any) -> bool:
 
 
 def _norm(even: Any, odd: Any) -> Any:
-    """The norm over all heads, with a weight, whose result these pairs of channels are; or None."""
+    """The norm over all heads, with a weight, that gives these pairs of channels; or None."""
     if not _all_calls([even, odd], operator.getitem) or (even.args[1], odd.args[1]) != (0, 1):
         return None
     pairs = even.args[0]
@@ -105,14 +105,14 @@ def _norm(even: Any, odd: Any) -> Any:
 
 
 def _table(part: Any, first: int) -> Any:
-    """The table of which every second channel is read, from ``first`` on; or None."""
+    """The table that a part is every second channel of, from ``first`` on; None for other parts."""
     if not is_call(part, aten.slice.Tensor) or part.args[1:] != (3, first, sys.maxsize, 2):
         return None
     return part.args[0]
 
 
 def _rounded(stack: fx.Node, dtype: torch.dtype) -> fx.Node | None:
-    """The node that has the pairs as channels again, in a dtype; or None."""
+    """The node that joins the pairs to channels and has a dtype; None if there is none."""
     node: fx.Node = stack
     for target, rest in ((aten.flatten.using_ints, (-2,)), (aten.to.dtype, (dtype,))):
         if node is not stack and node.meta["val"].dtype == dtype:

@@ -118,8 +118,8 @@ class _Step:
 
     Attributes:
         label: for the report.
-        node: the call that names its module; a residual's is its result.
-        x: what it reads.
+        node: a call in its module; for a residual, the one that gives the sum.
+        x: what the step works on.
         arguments: what the op needs for it.
     """
 
@@ -164,7 +164,7 @@ def _fuse(quantiser: fx.Node, steps: list[_Step], form: dict[str, Any]) -> None:
 
 
 def _leads_only_to(value: fx.Node, reader: fx.Node) -> bool:
-    """Whether nothing is made of a value but what the reader reads."""
+    """Whether only the reader reads a value, itself or through calls that nothing else reads."""
     while len(value.users) == 1:
         (value,) = value.users
         if value is reader:

@@ -34,7 +34,7 @@ class _JoinedWeights:
     """The state map of joined weights.
 
     Attributes:
-        rows: how many rows each part has, by its module, in order; by the module that joins them.
+        rows: for each module that joins others: how many rows each of these has, in order.
     """
 
     rows: Mapping[str, Mapping[str, int]]
@@ -133,7 +133,7 @@ class _Group:
 
     @property
     def rows(self) -> dict[str, int]:
-        """How many rows each has, by its module, in order; for a group that is whole."""
+        """How many rows each linear has, by its module, in order. The group must be whole."""
         nodes = [self.linears[role] for role in _PARTS]
         return {linear_module(node): shape(node)[-1] for node in nodes}
 

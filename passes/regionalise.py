@@ -19,8 +19,8 @@ class Regionalise(Pass[Config]):
 
         … 30 × the block's nodes …  →  self['blocks.0']('step_block', x, …), …
 
-    Equal blocks share one graph, also over several of the Program's graphs. It gives all that is
-    read of any of them. Parameters keep their names.
+    Equal blocks share one graph, also over several of the Program's graphs. The shared graph gives
+    every value that is read from at least one of them. Parameters keep their names.
     """
 
     Config = Config

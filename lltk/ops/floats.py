@@ -43,8 +43,9 @@ def round_e2m1_randomly(values: Tensor, random: Tensor) -> Tensor:
 
     Args:
         values: float32 within ±6.
-        random: float32 in [0, 1), of the same shape: the neighbour further from 0 is taken where
-            it is less than the distance from the other one, in units of their gap.
+        random: float32 in [0, 1), of the same shape. The neighbour further from 0 is taken where
+            random · gap is less than the distance from the other neighbour, with gap the distance
+            between both. For example 2.25 becomes 3 where random is below 0.25, and else 2.
 
     Returns:
         uint8, a code each.

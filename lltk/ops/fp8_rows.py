@@ -24,7 +24,7 @@ def fp8_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
         Values, float8_e4m3fn [..., K], and scales, float32 [..., 1]; contiguous.
     """
     x = x.float().contiguous()
-    # By a tensor: a GPU multiplies by a number's reciprocal instead.
+    # Divided by a tensor: by a number, a GPU would multiply by the reciprocal instead.
     scales = x.abs().amax(-1, keepdim=True) / x.new_full((), E4M3_MAX)
     scales = scales.masked_fill(scales == 0, 1.0)
     return (x * reciprocal(scales)).to(torch.float8_e4m3fn), scales

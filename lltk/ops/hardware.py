@@ -20,7 +20,7 @@ E4M3: tuple[Capability, ...] = ((8, 9), (9, 0), *E2M1)
 """CUDA architectures that multiply E4M3."""
 
 _PACKAGES = {"cudnn": "nvidia-cudnn-frontend"}
-"""Packages of modules that have another name."""
+"""The packages whose names differ from their modules'."""
 
 
 def package_of(module: str) -> str:
@@ -34,7 +34,7 @@ def lacking(
     modules: Sequence[str] = (),
     capabilities: Sequence[Capability] | None = None,
 ) -> str | None:
-    """What is lacking to run something on a device, in words, or None.
+    """What a device or the installation lacks to run something, in words; None if nothing.
 
     Args:
         device: where it is to run.

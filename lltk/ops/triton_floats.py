@@ -58,7 +58,7 @@ def round_e2m1(values):
         int32, of which the low four bits are the code.
     """
     size = tl.minimum(tl.abs(values), 6.0)
-    # As above; the lowest bits of the sum count steps, from 4 at 2 and from 6 at 4.
+    # As above. The lowest bits of the sum count the grid's steps: 4 of them at 2, and 6 at 4.
     magic = tl.where(size < 2.0, 4194304.0, tl.where(size < 4.0, 8388610.0, 16777224.0))
     return _signed((size + magic).to(tl.int32, bitcast=True), values)
 

@@ -77,7 +77,11 @@ def make_encoder(seed: int = 0) -> nn.Module:
 
 
 def _deviation(name: str, parameter: torch.Tensor) -> float:
-    """Every activation about 1, but half of it in the branches' outputs: words stay themselves."""
+    """The standard deviation of a weight's random values.
+
+    Activations are about 1 in size and the outputs of branches about half of that, so that the
+    words themselves stay the largest part.
+    """
     if name.endswith(("shared.weight", "relative_attention_bias.weight")):
         return 1.0
     keep = parameter.shape[1] ** -0.5

@@ -467,7 +467,7 @@ def signed_distance(
     b2: Tensor,
     c2: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Distance to an `Outline`, negative inside, near it exact but for rounded corners.
+    """Distance to an `Outline`, negative inside. Near it, distances are exact but at corners.
 
     Args:
         right, down: from the shape's centre, in sizes; broadcast against each other and the rest.

@@ -74,7 +74,7 @@ def test_rewrites_the_text() -> None:
 def test_others_stay(old: str, new: str) -> None:
     assert old in BEFORE
     message = refused(after, made(BEFORE.replace(old, new)), "fuse_norm_rope")
-    assert "is no rotation of what a norm makes by a table of tokens" in message
+    assert "does not rotate a norm's result by a table of tokens" in message
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

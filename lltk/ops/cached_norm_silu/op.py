@@ -41,7 +41,7 @@ def empty_results(
 def checked_cache(
     x: Tensor, gamma: Tensor, bias: Tensor | None, residual: Tensor | None, cache: Tensor | None
 ) -> tuple[int, ...]:
-    """The shape of a cache, [B, C, 2, H, W], of operands that fit together."""
+    """Check that operands fit together; gives the shape of their cache, [B, C, 2, H, W]."""
     batch, width, _, *sides = x.shape
     torch._check(gamma.numel() == width and (bias is None or bias.numel() == width))
     torch._check(residual is None or residual.shape == x.shape)

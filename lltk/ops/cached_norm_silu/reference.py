@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 CACHED = 2
-"""Frames that a causal convolution over three frames reads of the calls before."""
+"""How many frames of earlier calls a causal convolution over three frames reads."""
 EPS = 1e-12
 """Least length that a norm divides by."""
 
@@ -19,7 +19,7 @@ def cached_norm_silu(
     cache: Tensor | None = None,
     keep: bool = False,
 ) -> list[Tensor]:
-    """What a causal convolution reads and the next call's cache, of what the last one gave.
+    """The input of a causal convolution, and the cache for its next call, from an earlier result.
 
     s = x + bias + residual, rounded as x is; frames = [cache, silu(s / max(‖s‖, 1e-12) · √C · γ)],
     ‖s‖ over channels. Computed in float32, or in float64 if x is; everything given lies in memory

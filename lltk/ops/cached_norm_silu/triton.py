@@ -16,7 +16,7 @@ DECLARATION = Declaration(
 )
 
 ELEMENTS = 4096
-"""What a program holds at once."""
+"""Elements that a program holds at once."""
 
 
 def cached_norm_silu(
@@ -27,7 +27,7 @@ def cached_norm_silu(
     cache: Tensor | None = None,
     keep: bool = False,
 ) -> list[Tensor]:
-    """See `reference.cached_norm_silu`, from which it differs as its sums are rounded.
+    """`reference.cached_norm_silu`, with sums taken in another order.
 
     Operands that do not lie in memory with channels last are copied first.
     """
@@ -91,7 +91,7 @@ def _cached_norm_silu(
 ):
     """A program makes some pixels of one frame of the result.
 
-    Sizes are no part of what is compiled, so that a decoder needs few kernels.
+    Kernels are not compiled for each size of image, so that a decoder needs few of them.
     """
     frame, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

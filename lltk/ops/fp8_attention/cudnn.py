@@ -25,12 +25,12 @@ DECLARATION = Declaration(
 )
 
 _ONE = ("descale_q", "descale_k", "descale_v")
-"""Operands are taken as they stand."""
+"""Scales of the operands; all are 1."""
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """A graph built for one shape and device, which threads launch one at a time.
+    """A graph built for one shape and device. One thread at a time launches it.
 
     Attributes:
         tensors: the graph's, by name.

@@ -33,7 +33,7 @@ def fp8_cached_norm_silu(
     cache: Tensor | None = None,
     keep: bool = False,
 ) -> list[Tensor]:
-    """See `reference.fp8_cached_norm_silu`, from which it differs as its sums are rounded.
+    """`reference.fp8_cached_norm_silu`, with sums taken in another order.
 
     Operands that do not lie in memory with channels last are copied first.
     """
@@ -98,7 +98,7 @@ def _fp8_cached_norm_silu(
     KEEP: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """A program makes some pixels of one frame of the result, those about the image too."""
+    """A program makes some pixels of one frame of the result, the zeros around the image too."""
     frame, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     spot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, ROW)[None, :]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import conv3d
 
 TAPS = 27
-"""Of 3×3×3."""
+"""How many taps a convolution over 3×3×3 has."""
 
 
 def fp8_conv3d(

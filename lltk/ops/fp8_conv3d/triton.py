@@ -22,13 +22,13 @@ DECLARATION = Declaration(
 )
 
 _PIXELS = 128
-"""Of a tile."""
+"""Pixels of a tile."""
 _CHANNELS = 256
-"""Of a tile of results, at most."""
+"""Channels of a tile of results, at most."""
 _DEPTH = 128
-"""Channels that a step multiplies, at most; tensor cores take 32."""
+"""Channels of the input that a step multiplies, at most. Tensor cores take 32 at once."""
 _GROUP = 16
-"""Tiles of pixels that read the same weights one after another."""
+"""How many tiles of pixels read the same weights one after another."""
 
 
 def fp8_conv3d(
@@ -106,9 +106,9 @@ def _fp8_conv3d(
 ):
     """TILE channels of PIXELS of a result, whose rows are as long as the input's.
 
-    What a tap reads is then as many pixels away wherever the tile lies; what the last two of each
-    row get is not kept. Tiles are of one dimension because Triton (3.6, 3.7) gives an operand that
-    is reshaped after it was loaded one buffer too few.
+    So the pixels that a tap reads are as far from the tile's own wherever the tile lies. The last
+    two pixels of each row are computed but not kept. Tiles are of one dimension because Triton
+    (3.6, 3.7) gives an operand that is reshaped after it was loaded one buffer too few.
     """
     image = (height - 2) * columns
     parts, tiles = tl.cdiv(image, PIXELS), tl.cdiv(wide, TILE)

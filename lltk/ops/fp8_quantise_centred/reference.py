@@ -11,7 +11,7 @@ from lltk.ops.fp8_rows import fp8_quantise
 def fp8_quantise_centred(
     x: Tensor, scale: Tensor, centre: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """x / scale + centre, rounded to a dtype, the heads of a token as one FP8 row.
+    """Quantise x / scale + centre, rounded to a dtype; a token's heads make one FP8 row.
 
     Args:
         x: float8_e4m3fn [B, L, H, D], with its scale, float32 [].

@@ -26,7 +26,7 @@ _KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 def fp8_quantise_centred(
     x: Tensor, scale: Tensor, centre: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`reference.fp8_quantise_centred`, but for multiplying by 1 / scale, here and as there."""
+    """`reference.fp8_quantise_centred`, but x is multiplied by 1 / scale, not divided by scale."""
     batch, tokens, heads, depth = x.shape
     width = heads * depth
     values, scales = new_fp8(x.flatten(2))

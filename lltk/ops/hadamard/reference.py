@@ -19,16 +19,18 @@ def random_signs(width: int, seed: int) -> list[int]:
 def hadamard(x: Tensor, signs: list[int]) -> Tensor:
     """x · diag(signs) · H / √n for each block of n along the last axis: orthogonal.
 
-    Sums go by halves of the index's bits, lowest first: √n · H · (signs · x / n), of which nothing
-    overflows before the last product.
+    Computed as √n · (H · (signs · x / n)), so that nothing overflows before the last product. Sums
+    and differences are taken over pairs of elements whose indices differ in one bit, the lowest bit
+    first.
 
     Args:
         x: [..., K], K a multiple of n, which is a power of two.
         signs: n times ±1.
 
     Returns:
-        [..., K] in ``x``'s dtype, summed in float32. What the dtype cannot hold (a result may be √n
-        times its largest number) saturates; what is not finite makes its block so.
+        [..., K] in ``x``'s dtype, summed in float32. A result may be up to √n times the dtype's
+        largest number, and saturates then. An infinity or NaN makes its whole block infinite or
+        NaN.
     """
     width = len(signs)
     assert width.bit_count() == 1, f"{width} is no power of two"

@@ -47,7 +47,10 @@ def hadamard(x: Tensor, signs: list[int]) -> Tensor:
 
 
 def sign_bits(signs: list[int]) -> int:
-    """Bit i says that sign i is negative: what kernels take, since copying a list waits."""
+    """The signs as one number for kernels: bit i is set if sign i is negative.
+
+    A list would have to be copied to the device, and the host would wait for the copy.
+    """
     if len(signs) > 64:
         raise ValueError(f"hadamard: triton has widths up to 64, not {len(signs)}")
     return sum(1 << index for index, sign in enumerate(signs) if sign < 0)
@@ -72,7 +75,7 @@ def _hadamard(
 
 @triton.jit
 def transform(values, signs, TOP: tl.constexpr, STAGES: tl.constexpr):
-    """Rows of float32 [N, W] transformed, saturating at ±TOP unless a row has what is no number."""
+    """Rows of float32 [N, W] transformed. Rows without infinity or NaN saturate at ±TOP."""
     amount: tl.constexpr = values.shape[0]
     width: tl.constexpr = values.shape[1]
     finite = tl.min(is_finite(values).to(tl.int32), 1)[:, None] == 1
@@ -81,7 +84,7 @@ def transform(values, signs, TOP: tl.constexpr, STAGES: tl.constexpr):
     lower = tl.arange(0, 2)[None, :, None] == 0
     for stage in tl.static_range(STAGES):
         pair = tl.reshape(turned, (amount * width >> (stage + 1), 2, 1 << stage))
-        # Sums of two numbers, in either order.
+        # Of two numbers, whose sum is the same in either order.
         first, second = tl.sum(pair, 1), tl.sum(pair * tl.where(lower, 1.0, -1.0), 1)
         pair = tl.where(lower, first[:, None, :], second[:, None, :])
         turned = tl.reshape(pair, (amount, width))

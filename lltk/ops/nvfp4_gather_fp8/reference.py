@@ -18,7 +18,9 @@ def nvfp4_gather_fp8(
     means: Tensor | None,
     table: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The listed pages, decoded, then the chunk's own, less a centre, saturating.
+    """Decode the listed pages, append the chunk's own, subtract a centre, and round to E4M3.
+
+    Values beyond ±448 saturate.
 
     Args:
         own: [B, L, H, D].

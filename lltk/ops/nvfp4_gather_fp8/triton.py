@@ -55,9 +55,10 @@ def decode_fp8_kernel(
     pages, tokens, owned, heads, own_batch, own_token, own_head,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
-    """One head of ROWS tokens of a listed page or, after the last, of the chunk, in E4M3.
+    """Subtract a centre from one head of ROWS tokens, and round to E4M3.
 
-    Less a centre. Each program keeps the bits of its largest magnitude.
+    The tokens are those of a listed page or, behind the last page, the chunk's own. Each program
+    keeps the bits of its largest magnitude.
     """
     index, listed = tl.program_id(1), tl.num_programs(1) - 1
     batch, head = (tl.program_id(2) // heads).to(tl.int64), tl.program_id(2) % heads

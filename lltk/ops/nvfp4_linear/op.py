@@ -6,9 +6,9 @@
 | dgrad dx = dy·W | dy in 1×16 blocks, stochastically; the same values of W |
 | wgrad dW = dyᵀ·x | dyᵀ and xᵀ transformed along tokens; dyᵀ stochastically, xᵀ to nearest |
 
-What is quantised when is visible: x and W come quantised, by nodes before this one, and the
-gradient's formula is written in `lltk::` ops. x and W themselves are only where the gradients go:
-of the activation, backward keeps the 4-bit transpose alone.
+The graph shows what is quantised when: nodes before this one quantise x and W, and the gradient's
+formula is written in `lltk::` ops. x and W themselves are arguments only so that they get
+gradients. Of the activation, backward keeps nothing but the 4-bit transpose.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ DECLARATION = Declaration(
 )
 
 _BYTES, _COLUMNS = 16, 16
-"""What rows of codes and rows of the second operand must be multiples of."""
+"""A row of codes is a multiple of so many bytes, and the second operand of so many rows."""
 
 
 def nvfp4_matmul(
@@ -30,7 +30,7 @@ def nvfp4_matmul(
     b_scale: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See `reference.nvfp4_matmul`, of which it may differ by what float32 sums round.
+    """`reference.nvfp4_matmul`, but float32 sums may be rounded in another order.
 
     Rows are padded to 32 codes and ``b`` to 16 rows, with zeros, where they are not multiples.
     """

@@ -34,7 +34,7 @@ def nvfp4_matmul(
     b_scale: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See `reference.nvfp4_matmul`, of which it may differ by what float32 sums round.
+    """`reference.nvfp4_matmul`, but float32 sums may be rounded in another order.
 
     Rows are padded to 32 codes, and operands to 16 rows, with zeros.
     """
@@ -47,7 +47,7 @@ def nvfp4_matmul(
 
 
 def _tensor(codes: Tensor, scales: Tensor, scale: Tensor) -> NVFP4Tensor:
-    """An operand as the library has it: scales in whole tiles by rows, and the amax they imply."""
+    """An operand in the library's form: scales padded to whole tiles, and the amax they imply."""
     codes = pad(codes, (0, -codes.shape[1] % _BYTES, 0, -codes.shape[0] % _ROWS)).contiguous()
     rows, columns = scales.shape
     padding = (0, -columns % _SCALE_COLUMNS, 0, -rows % _SCALE_ROWS)

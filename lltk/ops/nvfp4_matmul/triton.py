@@ -1,8 +1,8 @@
 """A block-scaled product, by a kernel where tensor cores know E2M1.
 
 Elsewhere operands are decoded to bfloat16, which holds codes and block scales exactly, and torch
-multiplies: decoding once takes less than decoding every tile wherever it is used. Sums are the
-tensor cores' float32, in their order.
+multiplies. Decoding an operand once is faster than decoding each tile wherever it is used. Sums are
+float32, in the order of the tensor cores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DECLARATION = Declaration(
     opaque=True,
 )
 
-# Of fewer rows than 128, Blackwell's tensor cores do not multiply codes.
+# Blackwell's tensor cores multiply codes of no fewer than 128 rows.
 _TILE = {"ROWS": 128, "COLUMNS": 128, "WIDTH": 256}
 
 Operand = tuple[Tensor, Tensor, Tensor]
@@ -42,7 +42,7 @@ def nvfp4_matmul(
     b_scale: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See `reference.nvfp4_matmul`, of which it may differ by what float32 sums round."""
+    """`reference.nvfp4_matmul`, but float32 sums may be rounded in another order."""
     multiply = _coded if has_e2m1(a_codes.device, E2M1_PRODUCTS) else _decoded
     a = (a_codes.flatten(0, -2), a_scales.flatten(0, -2), a_scale)
     product = multiply(a, (b_codes, b_scales, b_scale), dtype)

@@ -1,7 +1,8 @@
 """Decode the listed pages to E4M3, then attend in FP8; without gradients.
 
-Tensor cores that multiply FP8 sum with few bits. What all values of a channel have in common would
-use them up, and says nothing; so it is taken off first. This is exact, whatever is taken off:
+Tensor cores that multiply FP8 sum with few bits. A large part that all values of a channel share
+would use these bits up. So a centre is subtracted from each channel of the keys and of the values,
+a and c, and c is added to the result. This is exact, whatever the centres are:
 
     softmax(q (k − a)ᵀ) (v − c) + c = softmax(q kᵀ) v,
 
@@ -79,9 +80,9 @@ def centred(
         q, k, v, k_pages, v_pages, table: as of `reference.nvfp4_paged_attention`.
 
     Returns:
-        out, float8_e4m3fn [B, L, H, D]; its scale, float32 []: what the largest element of v,
-        centred, weighs alone is E4M3's maximum; the centre, float32 [B, 1, H, D]. The result is
-        out / scale + centre.
+        out, float8_e4m3fn [B, L, H, D]; its scale, float32 [], which makes the largest element of
+        the centred values E4M3's maximum; the values' centre, float32 [B, 1, H, D]. Attention's
+        result is out / scale + centre.
     """
     k_centre, v_centre = (
         centre(own, pages.means, table) for own, pages in ((k, k_pages), (v, v_pages))
@@ -94,10 +95,10 @@ def centred(
 
 
 def centre(own: Tensor, means: Tensor | None, table: Tensor) -> Tensor:
-    """What is taken off keys or values: float32 [B, 1, H, D].
+    """The centre that is subtracted from keys or values: float32 [B, 1, H, D].
 
-    The mean over the tokens of the first page listed or, where none is or pages have no means, of
-    the chunk's own [B, L, H, D].
+    It is the mean over the tokens of the first listed page. If no page is listed, or pages have no
+    means, it is the mean over the chunk's own tokens, [B, L, H, D].
     """
     if means is None or table.shape[0] == 0:
         return own.mean(1, keepdim=True, dtype=torch.float32)

@@ -26,7 +26,7 @@ _LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _e2m1(codes):
-    """2**-14 times the values of codes, float16: their bits at the places of float16's."""
+    """2**-14 times the values of codes, by moving their bits to the places that float16 has."""
     codes = codes.to(tl.uint16)
     return (((codes & 7) << 9) | ((codes & 8) << 12)).to(tl.float16, bitcast=True)
 
@@ -45,7 +45,8 @@ def block_values(codes, scales, rows, held, WIDTH: tl.constexpr, ROWS: tl.conste
     values = tl.interleave(_e2m1(packed & 15), _e2m1(packed >> 4))
     places = rows[:, None] * (WIDTH // 16) + tl.arange(0, WIDTH // 16)[None, :]
     bits = tl.load(scales + places, mask=held[:, None], other=0).to(tl.uint16)
-    # E4M3's bits at the places of float16's, whose exponent is biased by 8 more; none is negative.
+    # E4M3's bits moved to float16's places. float16's exponent has a bias that is larger by 8. No
+    # scale is negative.
     scale = (bits << 7).to(tl.float16, bitcast=True) * 256.0
     blocks = tl.reshape(values, (ROWS, WIDTH // 16, 16)) * scale.to(tl.float16)[:, :, None]
     return tl.reshape(blocks, (ROWS, WIDTH))
@@ -77,8 +78,9 @@ def attention_kernel(
 ):  # fmt: skip
     """M queries of one head over the listed pages, tile by tile, then over the chunk's own keys.
 
-    A page's decode scales multiply sums of products, which 8 bits of code and block scale enter
-    exactly; its keys' mean adds one number a query, its values' mean one vector.
+    Products take codes times block scales, which 8 bits hold exactly. A page's decode scales
+    multiply the sums. The mean of its keys adds one number to all scores of a query, and the mean
+    of its values one vector to each result.
     """
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     query, channel = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, WIDTH)
@@ -148,7 +150,7 @@ def nvfp4_paged_attention(
     v_means: Tensor | None,
     table: Tensor,
 ) -> Tensor:
-    """`lltk::nvfp4_paged_attention`, pages decoded tile by tile in the kernel; no gradient.
+    """`reference.nvfp4_paged_attention`, with pages decoded tile by tile; no gradient.
 
     Raises:
         ValueError: D is no power of two, or a gradient is wanted.

@@ -1,7 +1,8 @@
 """NVFP4 quantisation: E2M1 codes, an E4M3 scale a block of 16, one float32 scale a tensor.
 
 x̂ = e2m1(code) · scale · decode scale. The order of operations is that of TransformerEngine's
-reference, so that results agree bit by bit; where that loses or overflows, the text says so.
+reference, so that results agree bit by bit. Where that order loses precision or overflows, the text
+says so.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ def amax(x: Tensor, axes: int = 0) -> Tensor:
 
 
 def scales_of(largest: Tensor, top: float) -> tuple[Tensor, Tensor]:
-    """Encode and decode scale of a tensor: min(6·top / amax, FLT_MAX), 1 for zeros; its inverse.
+    """A tensor's encode scale, min(6·top / amax, FLT_MAX) or 1 for zeros, and its decode scale.
 
-    The inverse is taken of the same clamped scale, so that tiny tensors survive.
+    The decode scale is 1 / encode scale, of the clamped scale, so that tiny tensors survive.
     """
-    # Not a number over a tensor, which torch takes as a product with the rounded reciprocal.
+    # A tensor divided by a tensor: a number divided by one would be a product with its reciprocal.
     encode = (torch.full_like(largest, E2M1_MAX * top) / largest).clamp(max=_FLT_MAX)
     encode = torch.where(largest == 0, 1.0, encode)
     return encode, 1 / encode
@@ -91,8 +92,8 @@ def nvfp4_quantise(
         rule: one of `RULES`.
         seed: int64 [2] for stochastic rounding; see `lltk.ops.philox.uniform`.
         stream: random sequence of ``seed``.
-        largest: float32 of the leading axes, of which each entry has a decode scale of its own; by
-            default one for all.
+        largest: magnitudes, float32 of the leading axes. Each of their entries then has a decode
+            scale of its own; by default there is one for all.
         top: largest block scale; by default 448, and 256 under Four Over Six.
     """
     assert rule in RULES and tile in (1, BLOCK), (rule, tile)
@@ -112,7 +113,7 @@ def nvfp4_quantise(
     scales = round_e4m3(fine) if seed is None else round_e4m3_up(fine)
     if rule != "none":
         unit = _unit(largest)
-        # Of a tensor too small for its encode scale, what 6·top stands for is not its amax.
+        # Where the encode scale was clamped, 6·top does not stand for the tensor's amax.
         reach = torch.where(encode < _FLT_MAX, largest, decode * (E2M1_MAX * top))
         units = [expand(u, peak.dim()) for u in (unit, unit * reach)]
         coarse = round_e4m3(fine * 1.5)
@@ -156,8 +157,8 @@ def _scaled(blocks: Tensor, scales: Tensor, decode: Tensor) -> Tensor:
 def _unit(largest: Tensor) -> Tensor:
     """The power of two that brings a tensor near 1.
 
-    Squares of float32 leave its range below 1e-21 and above 1e19, so errors are not compared in
-    units of the input; those of a power of two of it round alike.
+    Squares of float32 leave its range below 1e-21 and above 1e19. So errors are compared in units
+    of this power of two, which changes no rounding.
     """
     _, exponent = torch.frexp(largest)
     return torch.ldexp(torch.ones_like(largest), -exponent.clamp(-126, 126))

@@ -59,7 +59,7 @@ def nvfp4_quantise(
     codes, scales, decode_scale = new_nvfp4(x)
     own = torch.zeros_like(decode_scale)
     width, blocks = x.shape[-1], scales.shape[-1]
-    # Only tiles see where a matrix ends; whole blocks need not even see rows.
+    # Only tiles depend on where a matrix ends. If rows are whole blocks, rows do not matter either.
     rows = x.numel() // width if tile == 1 or x.dim() == 1 else x.shape[-2]
     matrices = x.numel() // (rows * width)
     if tile == 1 and width % BLOCK == 0:
@@ -137,7 +137,7 @@ def _quantise(
     AMOUNT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    # Backwards: what the largest was looked for in last is still in the cache.
+    # Backwards: the elements that the first kernel read last are still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     finite, tensor = tensor_scales(own, decode_scale, program == 0, TOP)
     index = program * AMOUNT + tl.arange(0, AMOUNT)

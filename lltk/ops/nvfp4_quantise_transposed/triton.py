@@ -129,7 +129,7 @@ def _quantise(
     RULE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    # Backwards: what the largest was looked for in last is still in the cache.
+    # Backwards: the elements that the first kernel read last are still in the cache.
     first = tl.num_programs(0) - 1 - tl.program_id(0)
     column = (tl.num_programs(1) - 1 - tl.program_id(1)) * COLUMNS + tl.arange(0, COLUMNS)
     stores = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)

@@ -19,9 +19,9 @@ def nvfp4_write_page(
 ) -> None:
     """Quantise a chunk's keys or values into one page; every other page keeps its bytes.
 
-    Blocks lie along D; each head of a page has a decode scale of its own. With ``means`` the page
-    holds each channel's mean over the tokens, and the codes what a value differs from the mean as
-    stored. The mean is summed in float64, so that the order of the sum does not show in it.
+    Blocks lie along D, and each head of a page has a decode scale of its own. With ``means`` the
+    page holds each channel's mean over the tokens, rounded, and the codes hold the values less this
+    mean. The mean is summed in float64, so that it does not depend on the order of the sum.
 
     Args:
         codes: uint8 [B, P, T, H, D/2], written in place as are the three that follow.

@@ -29,7 +29,7 @@ DECLARATION = Declaration(
 )
 
 _TOKENS, _CHANNELS = 64, 128
-"""Whose sums one program makes."""
+"""One program sums so many channels over so many tokens."""
 
 
 def nvfp4_write_page(
@@ -79,7 +79,7 @@ def nvfp4_write_page(
 
 
 def _mean(value: Tensor) -> Tensor:
-    """Over the tokens, float64 [B, H, D]."""
+    """The mean over the tokens, float64 [B, H, D]."""
     batch, tokens, heads, width = value.shape
     parts, channels = triton.cdiv(tokens, _TOKENS), heads * width
     sums = value.new_empty((batch, parts, heads, width), dtype=torch.float64)
@@ -92,7 +92,7 @@ def _mean(value: Tensor) -> Tensor:
 
 @triton.jit
 def _sums(value, sums, tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of some channels over some tokens."""
+    """Sum some channels over some tokens, in float64."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
     batch = tl.program_id(2).to(tl.int64)

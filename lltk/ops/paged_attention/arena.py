@@ -1,7 +1,8 @@
 """Paged attention that reads the arena itself, not a copy of its pages; without gradients.
 
-Where the table lists all pages but one and their dtype is the chunk's, its keys and values are
-written to that one first, which its commit writes again. Elsewhere pages are copied.
+If the table lists all pages but one, and their dtype is the chunk's, the chunk's keys and values
+are first written to the page that is left. Its commit will write that page again. Otherwise pages
+are copied.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
     Args:
         x: [B, L, H · D], normed over H · D.
         weight: [H · D].
-        cos, sin: float32 [1, L, 1, D], each number twice, as diffusers has them: of the cosines the
-            even channels are read, of the sines the odd ones.
+        cos, sin: float32 [1, L, 1, D]. Each number is there twice, as diffusers has it. The even
+            channels of cos and the odd channels of sin are read.
         eps: of the norm.
 
     Returns:

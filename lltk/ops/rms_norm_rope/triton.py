@@ -22,7 +22,7 @@ DECLARATION = Declaration(
 
 
 def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """`reference.rms_norm_rope`, but as sums are rounded.
+    """`reference.rms_norm_rope`, with sums taken in another order.
 
     Raises:
         ValueError: a head's width is no power of two.

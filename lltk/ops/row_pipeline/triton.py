@@ -45,8 +45,7 @@ DECLARATION = Declaration(
     opaque=True,
 )
 Operand = tuple[Tensor, int, int]
-"""A tensor [G, D], the elements from one of its rows to the next, and how many rows of x share one
-of them."""
+"""A tensor [G, D], its stride from row to row, and how many rows of x share one of its rows."""
 
 
 def row_pipeline(
@@ -61,10 +60,10 @@ def row_pipeline(
     rule: str = "none",
     keep_sum: bool = False,
 ) -> list[Tensor]:
-    """`reference.row_pipeline`, but that sums of a row are taken in another order.
+    """`reference.row_pipeline`, with sums taken in another order.
 
-    A sum and its product may be rounded at once, and exponentials and roots are approximated, in
-    float32; for NVFP4 only exponentials are.
+    A product and the sum that it goes into may be rounded once, and exponentials and roots are
+    approximated. For NVFP4 only exponentials are.
 
     Raises:
         ValueError: ``to`` is "nvfp4", and x has a dtype that its kernels do not read.
@@ -168,7 +167,7 @@ def _write(
 
 @triton.jit
 def _find_largest(operands, width, eps, total, largest, GELU: tl.constexpr, ROW: tl.constexpr):
-    """Raise ``largest`` to the magnitudes in a row; NaN is the largest of all."""
+    """Raise ``largest`` to the bits of the magnitudes in a row."""
     values = _steps(operands, tl.program_id(0), width, eps, total, GELU, True, ROW)
     tl.atomic_max(largest, tl.max(magnitude_bits(values), 0))
 

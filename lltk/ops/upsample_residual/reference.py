@@ -44,8 +44,8 @@ def upsample_residual(phases: Tensor, bias: Tensor, shortcut: Tensor, stride: in
 
     Row 2i + a and column 2j + b of the result are row i + a and column j + b of phase (a, b). With
     r = 4·C·stride / C', channel c of frame t·stride + k gets the shortcut's frame t and channel
-    (4·(c·stride + k) + 2a + b) div r; frames that the shortcut has too many are its first ones.
-    Computed in float32, or in float64 if the phases are.
+    (4·(c·stride + k) + 2a + b) div r. If the shortcut makes more frames, its first ones are left
+    out. Computed in float32, or in float64 if the phases are.
 
     Args:
         phases: [B·F, 4·C, h + 1, w + 1], a convolution with `fold`'s weights and padding 1.

@@ -19,7 +19,7 @@ DECLARATION = Declaration(
 )
 
 _ELEMENTS = 4096
-"""What a program makes."""
+"""Elements that a program makes."""
 
 
 def upsample_residual(phases: Tensor, bias: Tensor, shortcut: Tensor, stride: int) -> Tensor:
