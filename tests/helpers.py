@@ -95,7 +95,7 @@ def _is_packed(name: str) -> bool:
 
 
 def _packed(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Such a part from normal numbers: any codes, scales above 0."""
+    """A part of a quantised weight, made from normal numbers: any codes, and scales above 0."""
     return (64 * value).abs().to(dtype) if dtype == torch.uint8 else (value.abs() + 0.1).to(dtype)
 
 
@@ -233,7 +233,7 @@ class _OneGraph(nn.Module):
 
 @torch.no_grad()
 def reexported(program: Program, graph: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `run` gives, by way of torch.export of the graph as it stands."""
+    """What `run` gives if the graph is first exported again by torch.export."""
     module = _OneGraph(instantiate(program), graph)
     example = {name: value.clone() for name, value in given.items()}
     exported = torch.export.export(module, (), example, strict=False)
@@ -318,7 +318,7 @@ def texts(program: Program) -> dict[str, str]:
 
 
 def text(program: Program, name: str) -> str:
-    """One graph or region as text, as it stands in a dedented literal."""
+    """One graph or region as text, in the form of a dedented literal."""
     return texts(program)[name].strip()
 
 

@@ -34,7 +34,7 @@ def _random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def written(values: Tensor, smooth: bool, rule: str = "mse") -> Pages:
-    """An arena of `values`, [B, P, T, H, D], page by page."""
+    """An arena that holds `values`, [B, P, T, H, D], written page by page."""
     pages = empty_pages(values.shape, smooth)
     for slot in range(values.shape[1]):
         nvfp4_write_page(*pages, values[:, slot], torch.tensor([slot]), rule)
@@ -42,7 +42,7 @@ def written(values: Tensor, smooth: bool, rule: str = "mse") -> Pages:
 
 
 def by_hand(values: Tensor, smooth: bool, rule: str = "mse") -> Tensor:
-    """What the pages decode to: every head of every page a tensor of its own; float32."""
+    """What the pages should decode to, float32: every head of every page is quantised by itself."""
     result = torch.empty(values.shape)
     batch, pages, _, heads, width = values.shape
     for place in product(range(batch), range(pages), range(heads)):
@@ -66,7 +66,7 @@ def operands(
 
 
 def compare_kernels(device: str, dtype: torch.dtype) -> None:
-    """Both kernels with the reference, and without what they must see."""
+    """Compare both kernels with the reference, and see that changed operands show."""
     from lltk.ops.nvfp4_paged_attention import decode_triton, triton
 
     for tokens, width, smooth_keys, smooth_values, listed in KERNEL_CASES:

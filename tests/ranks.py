@@ -54,7 +54,7 @@ def started(size: int, *arguments: object) -> list[subprocess.Popen[str]]:
 
 
 def ended(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
-    """What became of each; they are killed where they do not end."""
+    """How each process ended. Those that do not end are killed."""
     end = time.monotonic() + LIMIT
     try:
         results = []
@@ -104,7 +104,7 @@ class _Alike:
 
 @contextmanager
 def alike(size: int = 2, rank: int = 0) -> Iterator[None]:
-    """Exchanges with ranks that are not there, and would hold what this one does."""
+    """Let exchanges act as if all other ranks held what this one does."""
 
     def begin(sent: Tensor, _size: int, group: str) -> Tensor:
         assert find_group(group, size).size() == len(sent)

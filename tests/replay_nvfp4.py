@@ -116,7 +116,7 @@ class Case:
         return bool(self.x.isfinite().all())
 
     def source(self, turned: bool) -> Tensor:
-        """What is quantised: the input, or its transpose."""
+        """The tensor that is quantised: the input, or its transpose."""
         if not turned:
             return self.x
         x = self.x.t().contiguous()
@@ -134,7 +134,7 @@ class Case:
 
 
 def same_codes(a: Tensor, b: Tensor) -> Tensor:
-    """Where codes agree, modulo the sign of zero."""
+    """Where codes agree; the sign of zero does not count."""
     return (a == b) | (((a | b) & 7) == 0)
 
 
@@ -238,7 +238,7 @@ def fits(seen: Compared, codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def candidate(seen: Compared) -> Tensor:
-    """Blocks that map their maximum to 6, or to 4: the two there are to choose from."""
+    """Blocks with a scale that maps their maximum to 6 or to 4, between which the rule chooses."""
     mode, x = seen.case.mode, blocks_of(seen.x)
     peak = x.abs().amax(-1)
     if mode.tile == 16:
@@ -260,7 +260,7 @@ def near_tie(seen: Compared) -> Tensor:
 
 
 def tiles(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-    """What 16 rows reduce to, for each of them."""
+    """The result of reducing each 16 rows, repeated for each of them."""
     rows = values.shape[0]
     padded = torch.nn.functional.pad(values, (0, 0, 0, -rows % 16)).unflatten(0, (-1, 16))
     return reduce(padded, dim=1, keepdim=True).expand_as(padded).flatten(0, 1)[:rows]
@@ -407,7 +407,7 @@ def judge_layout(fields: Fields) -> str:
 
 
 def worst(verdicts: list[str]) -> str:
-    """The unexplained one, else what explains, else `EXACT`."""
+    """The unexplained case if there is one, else an explanation, else `EXACT`."""
     wrong = [v for v in verdicts if v.startswith(WRONG)]
     other = [v for v in dict.fromkeys(verdicts) if v != EXACT]
     return wrong[0] if wrong else "; ".join(other) or EXACT
@@ -428,7 +428,7 @@ def judge_e2m1(fields: Fields) -> str:
 
 
 def exact_below(x: Tensor, ours: Tensor, theirs: Tensor, bound: float = torch.inf) -> bool:
-    """Whether codes agree for magnitudes below a bound (all of them without one)."""
+    """Whether codes agree for magnitudes below a bound, or for all of them without one."""
     inside = (x.abs() < bound) | torch.tensor(bound).isinf()
     return bool(same_codes(ours, theirs)[inside].all())
 

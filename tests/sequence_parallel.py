@@ -80,7 +80,7 @@ def _streaming() -> Program:
 
 
 def programs() -> list[Program]:
-    """Every case's, for each rank."""
+    """The Programs of every case, for each rank."""
     return [program(case, SIZE) for case in CASES]
 
 
@@ -95,7 +95,7 @@ def program(case: str, size: int, how: str = "eager") -> Program:
 
 @torch.no_grad()
 def rolled(made: Program, device: str = "cpu", how: str = "eager") -> dict[str, Tensor]:
-    """Samples of chunks over a window that rolls, with a cut; and the pages in the end.
+    """The samples of chunks over a window that rolls, with a cut, and the pages at the end.
 
     How is one of `WAYS`.
     """
@@ -121,7 +121,7 @@ def rolled(made: Program, device: str = "cpu", how: str = "eager") -> dict[str, 
 
 
 def session(made: Program, seed: int = 5) -> Session:
-    """Of guided latents alone, with a cut."""
+    """A guided session with a cut, which makes latents alone."""
     geometry, spec = made.geometry, made.spec
     module = instantiate(made)
     script = [Shot(caption=f"shot {i}", seconds=length) for i, length in enumerate((3, CHUNKS - 3))]
@@ -143,7 +143,7 @@ def session(made: Program, seed: int = 5) -> Session:
 
 
 def streamed(made: Program) -> Tensor:
-    """Latents of a session that is saved and restored on its way."""
+    """The latents of a session that is saved and restored on its way."""
     with session(made) as before:
         latents = [next(before).latents for _ in range(2)]
         state = before.state()
@@ -154,7 +154,7 @@ def streamed(made: Program) -> Tensor:
 
 
 def stopped(made: Program, rank: int) -> str:
-    """What each rank says of a commit that leaves the last one's heads not finite."""
+    """What each rank says of a commit in which the last rank's heads are not finite."""
     with session(made) as stream:
         runtime: Any = stream._runtime
         commit = runtime.commit
@@ -240,12 +240,15 @@ def made_by(rank: int, port: int, pipeline: Path) -> dict[str, Tensor]:
 
 
 def save_made(rank: int, port: int, pipeline: Path, path: Path) -> None:
-    """`made_by`, to a file; for a process of its own."""
+    """Write `made_by` to a file; for a process of its own."""
     save_file(made_by(rank, port, pipeline), path)
 
 
 def main(folder: Path) -> None:
-    """Every case on GPUs that torchrun gave, in every way, to a file a rank."""
+    """Run every case on the GPUs that torchrun gave, blocks compiled or not.
+
+    Each rank writes a file.
+    """
     with joined("cuda") as ranks:
         made = {
             f"{case}.{how}.{name}": tensor

@@ -74,7 +74,7 @@ def _planned(pipeline: Path, overrides: tuple[str, ...]) -> StreamPlan:
 def opened(
     plan: StreamPlan, script: Sequence[Shot] = SHOTS, **options: Any
 ) -> tuple[Stream, list[Tensor]]:
-    """A stream, and the video that it delivers, a latent each."""
+    """A stream, and the list that its video goes to, a tensor for each latent."""
     video: list[Tensor] = []
     return open_stream(plan, video.append, script, **options), video
 

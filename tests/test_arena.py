@@ -84,7 +84,7 @@ def test_a_stream_through_arenas_is_the_plain_one() -> None:
 
 @cpu
 def test_a_state_goes_on_bit_for_bit() -> None:
-    """Whatever a step left in the free page."""
+    """It does, whatever a step left in the free page."""
     program = streaming("arena")
     runs = [Rollout(program, instantiate(program)) for _ in range(2)]
     geometry, spec = program.geometry, program.spec
@@ -106,7 +106,7 @@ def test_a_state_goes_on_bit_for_bit() -> None:
 
 
 def error(ours: Tensor, wanted: Tensor) -> float:
-    """Standard error, relative."""
+    """The standard error, relative to what is wanted."""
     return float((ours.double() - wanted).std() / wanted.std())
 
 

@@ -104,7 +104,7 @@ def test_a_kernel_has_one_owner() -> None:
 
 
 def report(chunk: int, seconds: float = 2.0) -> ChunkReport:
-    """A chunk of 8 frames: 1 s in the graphs that DiT FPS counts."""
+    """The report of a chunk of 8 frames that spent 1 s in the graphs that DiT FPS counts."""
     graphs = {"prologue": 0.25, "step": 0.75, "commit": 0.25}
     return ChunkReport(
         chunk=Chunk(chunk, 0, 0, "a shot", False, range(8 * chunk, 8 * chunk + 8)),
@@ -187,7 +187,7 @@ def run(run: Run) -> Run:
 
 
 def test_a_recipe_is_measured(run: Run, tmp_path: Path) -> None:
-    """A run of three chunks, the first of which warms up; what it took is not looked at."""
+    """The run has three chunks, the first of which warms up. Times are not compared."""
     pipeline = save_pipeline(tmp_path / "pipeline")
     options = ["--seconds", "2", "--warmup", "1", "--runs", "1", "--device", "cpu", "--json"]
     for change in (*SIZES, f"stream.pipeline={pipeline}", "stream.steps=1"):
@@ -223,7 +223,7 @@ def test_random_weights_need_no_files(run: Run, tmp_path: Path) -> None:
 
 
 def test_random_weights_follow_from_their_names() -> None:
-    """So they are the same whatever the passes."""
+    """So they are the same whatever passes there are."""
     steps = [*PASSES["stream"][:-2], "regionalise", "lower"]
     config = tiny_config(1, num_attention_heads=2, attention_head_dim=16)
     programs = [
@@ -269,7 +269,7 @@ def test_help_has_an_example(run: Run) -> None:
 
 
 def test_a_passes_products_are_counted_and_timed() -> None:
-    """Every layer's, attention over a whole window; each by what the recipe names for it."""
+    """Those of every layer, each by its implementation; attention is over a whole window."""
     steps = (*PASSES["stream"][:6], "nvfp4_cache", "fp8_infer", "fuse_attention_quantise")
     lower = {"fp8_quantise_attention": "fp8_decode", "fp8_matmul": "scaled_mm"}
     program = after(reached("stream", *steps, head_dim=16), "regionalise", {"lower": lower})
@@ -303,7 +303,7 @@ def test_a_passes_products_are_counted_and_timed() -> None:
 
 
 def emptied(program: Program) -> Program:
-    """The program with nothing but its inputs' sums."""
+    """The program with graphs that hold no node."""
     program = after(program)
     for name in program.graphs:
         program.graphs[name] = fx.Graph()

@@ -65,7 +65,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ran(
     python: Path | str, arguments: Sequence[object], folder: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """What became of a command, started in a folder."""
+    """The outcome of a command that was started in a folder."""
     return subprocess.run(
         [str(python), *map(str, arguments)],
         cwd=folder,
@@ -92,7 +92,7 @@ def test_the_command_runs_in_the_root_and_sees_a_new_pass(
 
 
 def test_ranks_run_in_the_root(python: Path) -> None:
-    """They find recipes, passes and models; the last of these know no such name, which is quick."""
+    """They find recipes, passes and models. The run ends early, by an error about a name."""
     command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "lltk", "stream",
                "wan22_5b_stream_sp2", "--prompt", "a cat", "--dry-run",
                "--set", "model.config=none"]  # fmt: skip
@@ -102,7 +102,7 @@ def test_ranks_run_in_the_root(python: Path) -> None:
 
 
 def test_an_installation_by_links_sees_a_new_pass(python: Path, copy: Path, tmp_path: Path) -> None:
-    """And it is not misled by folders that are called as its own are, where it is started."""
+    """Folders of the same names, where it is started, do not mislead it."""
     (wheel,) = copy.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".pth"))

@@ -98,7 +98,7 @@ def raw(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def named(layout: str, weights: dict[str, Tensor] = WEIGHTS) -> dict[str, Tensor]:
-    """The weights under the keys of a layout's file."""
+    """The weights under the names that a layout gives them."""
     names = WEIGHT_LAYOUTS[layout].write(weights, "test")
     return {names[name]: weight for name, weight in weights.items()}
 

@@ -42,7 +42,7 @@ def stored() -> dict[str, Tensor]:
 
 
 def named(layout: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under a layout's keys."""
+    """The weights under a layout's names."""
     keys = WEIGHT_LAYOUTS[layout].write(weights, "test")
     return {keys[name]: value for name, value in weights.items()}
 

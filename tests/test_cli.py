@@ -69,7 +69,7 @@ def test_transform_then_inspect(run: Run, recipe: Path, tmp_path: Path) -> None:
 
 
 def test_the_documented_regions_are_there(run: Run) -> None:
-    """The commands of docs/nvfp4.md that print joint graphs, of a narrower model."""
+    """Runs the commands of docs/nvfp4.md that print joint graphs, on a narrower model."""
     text = (Path(__file__).parents[1] / "docs" / "nvfp4.md").read_text("utf-8")
     lines = [line.split() for line in text.splitlines() if line.startswith("    lltk inspect")]
     small = SMALL.replace("layers: 2", "layers: 8").replace("head_dim: 12", "head_dim: 16")
@@ -151,7 +151,7 @@ def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_gpu_that_runs_out_of_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One message; other errors of torch's are no user's."""
+    """It is told in one message. Torch's other errors are not the user's fault."""
     wrong = iter([torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")])
 
     def fail(*given: object, **options: object) -> None:
@@ -234,7 +234,7 @@ def test_the_demo_can_be_planned(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_pass_is_one_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worked example of docs/writing-a-pass.md, in a folder beside the shipped passes."""
+    """Runs the worked example of docs/writing-a-pass.md, in a folder beside the shipped passes."""
     import lltk.passes
     from lltk.graph.recipe_files import shipped
 

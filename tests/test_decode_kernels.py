@@ -37,7 +37,7 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def far(ours: Tensor, wanted: Tensor) -> float:
-    """The largest difference, in units of 1 + the value wanted."""
+    """The largest difference, in units of 1 + the magnitude that is wanted."""
     ours, wanted = ours.cpu().double(), wanted.double()
     return float(((ours - wanted).abs() / (1 + wanted.abs())).max())
 
@@ -73,7 +73,7 @@ def upsample_cases(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 def fp8_norm_cases(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """The same, their caches in FP8."""
+    """The cases of `norm_cases`, with caches in FP8."""
     for x, gamma, bias, residual, cache, keep in norm_cases(dtype):
         if cache is not None:
             cache = fp8_cached_norm_silu(cache.contiguous(memory_format=LAST), gamma)[1]
@@ -101,7 +101,7 @@ def fp8_conv_cases(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 @cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_norm_is_the_models(dtype: torch.dtype) -> None:
-    """diffusers' norm, then SiLU, behind the cache; and not behind another."""
+    """The result is diffusers' norm and SiLU behind the cache, and another cache shows."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 
     bound = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2}[dtype]
@@ -149,7 +149,7 @@ def test_shortcut_is_the_models() -> None:
 @cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_fp8_frames_are_the_norms_rounded(dtype: torch.dtype) -> None:
-    """Within E4M3's step of the norm, behind the very codes of the cache, inside zeros."""
+    """They are within E4M3's step of the norm, behind the cache's very codes, with zeros around."""
     for x, gamma, bias, residual, cache, keep in fp8_norm_cases(dtype):
         frames, kept, scale, *sums = fp8_cached_norm_silu(x, gamma, bias, residual, cache, keep)
         plain, _, *totals = cached_norm_silu(x, gamma, bias, residual, None, keep)
@@ -211,7 +211,7 @@ def test_opcheck() -> None:
 def results(
     op: str, device: str, cases: Iterator[tuple[Any, ...]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of a kernel and of its reference, which computes on the CPU."""
+    """The results of a kernel and of its reference, which computes on the CPU."""
     run = find_implementation(op, "triton").load()
     reference = find_implementation(op, "reference").load()
     for arguments in cases:
@@ -225,7 +225,7 @@ def results(
 
 
 def differences(device: str, dtype: torch.dtype) -> Iterator[float]:
-    """Of the kernels that round nothing to FP8."""
+    """The largest differences of the kernels that round nothing to FP8."""
     cases = {"cached_norm_silu": norm_cases, "upsample_residual": upsample_cases}
     for op, cases_of in cases.items():
         for one, other in results(op, device, cases_of(dtype)):
@@ -257,7 +257,7 @@ def interpret() -> None:
 @cpu
 @needs_triton
 def test_kernels_interpreted() -> None:
-    """In a process of its own: a kernel is interpreted or compiled from its definition on."""
+    """It runs in a process of its own, because a kernel is interpreted or compiled once defined."""
     code = "import test_decode_kernels as t; t.interpret()"
     paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     result = subprocess.run(
@@ -285,7 +285,7 @@ def test_kernels_equal_their_references(dtype: torch.dtype) -> None:
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fp8_kernels_equal_their_references(dtype: torch.dtype) -> None:
-    """Frames but for ties; sums but for the bits that tensor cores keep."""
+    """Frames may differ at ties, and sums in the bits that tensor cores do not keep."""
     assert max(other_codes("cuda", dtype)) < 1e-2
     assert max(convolution_errors("cuda", dtype)) < 1e-2
 
@@ -294,7 +294,7 @@ def test_fp8_kernels_equal_their_references(dtype: torch.dtype) -> None:
 @needs_triton
 @pytest.mark.parametrize("op", ["cached_norm_silu", "fp8_cached_norm_silu"])
 def test_a_pixel_that_is_not_finite_is_no_number(op: str) -> None:
-    """In all its channels, and no other pixel."""
+    """All its channels become NaN, and those of no other pixel."""
     x, gamma = random(1, 20, 2, 3, 4, dtype=torch.float32), torch.ones(20)
     x[0, 3, 0, 1, 2], x[0, 5, 1, 0, 0] = float("nan"), float("inf")
     for one, other in results(op, "cuda", iter([(x, gamma, None, None, None, True)])):
@@ -305,7 +305,7 @@ def test_a_pixel_that_is_not_finite_is_no_number(op: str) -> None:
 @gpu
 @needs_triton
 def test_fp8_convolution_of_a_wide_clip() -> None:
-    """Of the 5B model's size, where tiles wait for one another; ten times the same."""
+    """It has the 5B model's size, where tiles wait for one another. Ten runs give the same."""
     width, sides = 512, (176, 320)
     clip = torch.randn(1, width, 2, *sides, device="cuda", dtype=torch.bfloat16)
     gamma = torch.ones(width, device="cuda", dtype=torch.bfloat16)
@@ -322,7 +322,10 @@ def test_fp8_convolution_of_a_wide_clip() -> None:
 @gpu
 @needs_triton
 def test_kernels_reach_past_32_bits() -> None:
-    """More elements than 32 bits count, their last against a small tensor's."""
+    """There are more elements than 32 bits count.
+
+    The last ones are compared with a small tensor's.
+    """
     run = find_implementation("cached_norm_silu", "triton").load()
     x = torch.empty(1, 1024, 5, 512, 1024, dtype=torch.bfloat16, device="cuda", memory_format=LAST)
     x.normal_()
@@ -379,7 +382,7 @@ def test_kernels_compile(architecture: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """The kernels, as the 5B model's decoder calls them."""
+    """The kernels compiled, as the 5B model's decoder calls them."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction

@@ -52,7 +52,7 @@ UPSAMPLINGS, CAUSAL = 2, 1 + 2 * 2 + 3 * 2 * 2
 
 @cache
 def rewritten(passes: tuple[str, ...]) -> Program:
-    """In float64, with the very weights of `test_vae.vae`."""
+    """The rewritten decoder in float64, with the very weights of `test_vae.vae`."""
     return run_passes(exact(False)[0], [make_pass(name, {}) for name in passes])
 
 
@@ -77,7 +77,7 @@ def test_any_split_is_the_plain_decode(split: list[int]) -> None:
 
 @cache
 def several() -> Program:
-    """Its steady calls take three latents where there are so many."""
+    """A decoder whose later calls take three latents at once, where there are so many."""
     geometry = make_recipe().geometry
     program = after(wan_vae.captured(CONFIG, geometry, torch.float64, 3), "canonicalise", *ALL)
     return with_weights(program, exact(False)[0].weights)
@@ -92,7 +92,7 @@ def test_several_latents_at_once_are_the_plain_decode(split: list[int]) -> None:
 
 @cpu
 def test_latents_are_taken_together_as_far_as_they_reach() -> None:
-    """And a pipeline that goes on from what was left decodes it in the same parts."""
+    """A pipeline that goes on from what was left decodes it in the same parts."""
     run, latents, got = decoder(several()), video_latents()[:, :, :9], []
     assert several().contract("steps").outputs["video"].shape[2] == 3 * 4
     with DecodePipeline(run, got.append, ahead=3) as pipeline:
@@ -172,7 +172,7 @@ def test_memory_is_the_estimated_one(passes: tuple[str, ...]) -> None:
 
 @cpu
 def test_a_failure_takes_the_state_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And does not begin a new video; a saved state goes on."""
+    """It does not begin a new video, and a saved state can go on."""
     run, latents = decoder(rewritten(())), video_latents()[:, :, :4]
     run.decode(latents[:, :, :2])
     saved = run.state
@@ -189,7 +189,7 @@ def test_a_failure_takes_the_state_with_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 @cpu
 def test_what_warming_up_compiles_is_what_streams_run() -> None:
-    """Latents of a longer clip lie otherwise in memory."""
+    """The latents of a longer clip lie otherwise in memory."""
     torch._dynamo.reset()
     program, compiled = rewritten(ALL), []
 
@@ -253,7 +253,7 @@ def test_what_is_rewritten() -> None:
 @cpu
 @pytest.mark.parametrize("passes", SETS[1:], ids=" ".join)
 def test_state_dicts_map_both_ways(passes: tuple[str, ...]) -> None:
-    """Only folding changes names; what it gives back is as near as sums are."""
+    """Only folding changes names. What unfolding gives differs by the rounding of sums."""
     program, original = rewritten(passes), exact(False)[0].weights
     mapped = program.map_state(original)
     assert same(mapped, program.weights)
@@ -268,7 +268,7 @@ def test_state_dicts_map_both_ways(passes: tuple[str, ...]) -> None:
 
 @cpu
 def test_weights_lie_with_channels_last_once_loaded() -> None:
-    """And what the caller holds stays as it was."""
+    """The caller's own weights stay as they were."""
     program = rewritten(ALL)
     module = instantiate(program)
     for name in program.fact(ChannelsLastWeights).names:
@@ -411,7 +411,10 @@ def wide_latents() -> Tensor:
 def test_fused_decode_on_cuda(
     way: str, dtype: str, bound: float, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the plain decoder on the CPU in float32; caches lie with channels last."""
+    """It is compared with the plain decoder on the CPU in float32.
+
+    Caches lie with channels last.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch._dynamo.reset()
     program, plain = wide(dtype, way), wide("float32", "plain")
@@ -443,7 +446,7 @@ def is_fused(node: fx.Node) -> bool:
 @gpu
 @pytest.mark.parametrize("way", ["fused", "FP8"])
 def test_a_state_from_a_file_goes_on_bit_for_bit(way: str) -> None:
-    """Though it comes back with channels first."""
+    """It does so although it comes back with channels first."""
     program = wide("bfloat16", way)
     module, latents = instantiate(program, "cuda"), wide_latents().cuda()
     run, other = Decoder(program, module), Decoder(program, module)

@@ -80,7 +80,7 @@ def clips(folder: Path, shots: int = 3, fps: float = FPS) -> FolderClips:
 
 
 def test_chunks_follow_clips_and_cuts_are_marked(tmp_path: Path) -> None:
-    """The numbers of a folder's clips are numbers: 10 comes after 2."""
+    """Clips are ordered by the numbers in their names: 10 comes after 2."""
     write_clip(tmp_path, "a", 2, numbered(0, FIRST + LATER + 3), "one")
     write_clip(tmp_path, "a", 10, numbered(30, LATER + 5), "two")
     found = clips(tmp_path)
@@ -207,7 +207,7 @@ def dataset_of(data: dict[str, Any], geometry: Geometry) -> Dataset:
 def test_few_clips_are_encoded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: bool
 ) -> None:
-    """Kept clips are those that would have been encoded; held-out ones are none of them."""
+    """Clips that are kept are those that would be encoded. Held-out clips are none of them."""
     torch.manual_seed(0)
     save_vae(tmp_path / "vae", wan_vae.build(VAE).state_dict(), VAE)
     save_text_encoder(tmp_path)
@@ -235,7 +235,7 @@ def test_few_clips_are_encoded_once(
 
 
 def test_clips_may_be_longer_than_what_trains(tmp_path: Path) -> None:
-    """Of the world: their shots open where their captions change."""
+    """Those of the world are: their shots open where their captions change."""
     torch.manual_seed(0)
     save_vae(tmp_path / "vae", wan_vae.build(VAE).state_dict(), VAE)
     save_text_encoder(tmp_path)
@@ -275,7 +275,7 @@ def test_latents_and_text_are_the_pipelines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 64), (64, 32), (48, 48), (20, 20)])
 def test_pictures_keep_their_aspect(height: int, width: int) -> None:
-    """A centred square stays a centred square; what a side has too much is cut off evenly."""
+    """A centred square stays one. What a side has too much is cut off evenly."""
     frame = torch.zeros(height, width, 3, dtype=torch.uint8)
     side = min(height, width)
     top, left = (height - side // 2) // 2, (width - side // 2) // 2

@@ -43,7 +43,7 @@ def decoded(x: Tensor) -> Tensor:
 
 
 def relative(ours: Tensor, wanted: Tensor) -> float:
-    """Standard error relative to what is wanted, of the worst row."""
+    """The standard error of the worst row, relative to the values that are wanted."""
     error = (ours.double() - wanted.double()).norm(dim=-1)
     return float((error / wanted.double().norm(dim=-1)).max())
 
@@ -163,7 +163,7 @@ def operands(leading: Sequence[int], n: int, k: int, biased: bool, device: str =
 
 
 def product(given: Operands) -> Tensor:
-    """The decoded operands' in float64."""
+    """The product of the decoded operands, in float64."""
     a, a_scales, b, b_scales, bias = (None if t is None else t.cpu().double() for t in given)
     assert a is not None and a_scales is not None and b is not None and b_scales is not None
     y = (a * a_scales) @ (b * b_scales).t()
@@ -171,7 +171,7 @@ def product(given: Operands) -> Tensor:
 
 
 def other(given: Operands) -> Operands:
-    """The operands, of which b's rows have each other's scales."""
+    """The operands with the scales of b's rows exchanged."""
     return (*given[:3], given[3].flip(0), given[4])
 
 
@@ -319,7 +319,7 @@ def test_implementations_are_found_by_name() -> None:
 @gpu
 @pytest.mark.parametrize("biased", [False, True])
 def test_scaled_mm_on_cuda(biased: bool) -> None:
-    """Tensor cores sum in fewer bits than float32."""
+    """Tensor cores sum in fewer bits than float32 has."""
     args = operands((256,), 512, 768, biased, "cuda")
     wanted = fp8_matmul(*args, torch.float32).double()
     y = scaled_mm.fp8_matmul(*args, torch.bfloat16)

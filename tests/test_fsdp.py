@@ -40,7 +40,7 @@ def loss(module: ProgramModule, given: dict[str, Tensor]) -> Tensor:
 
 
 def gradients_of_one_process(seeds: list[int]) -> dict[str, Tensor]:
-    """Of the mean loss over the batches of ``seeds``."""
+    """The gradients of the mean loss over the batches of ``seeds``."""
     module = instantiate(program())
     losses = [loss(module, inputs(program(), "train", seed)) for seed in seeds]
     torch.stack(losses).mean().backward()

@@ -47,7 +47,7 @@ def test_recorded_runs(name: str) -> None:
 
 @torch.no_grad()
 def rollout(program: Program, device: str, compiled: bool = False) -> Tensor:
-    """The steps of five chunks, noise fixed, each chunk committed."""
+    """Run the steps of five chunks with fixed noise, and commit each chunk."""
     module = instantiate(program, device)
     if compiled:
         module.compile_blocks()
@@ -83,7 +83,7 @@ ROW_OPS = ("row_pipeline", "rms_norm_rope")
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_fused_stream(compiled: bool) -> None:
-    """As near to float32 as the unfused W8A8 stream is, and nearer to that."""
+    """It is as near to float32 as the unfused W8A8 stream is, and nearer to that stream."""
     plain = compiled_for("stream", "float32", paged_attention="reference")
 
     def in_fp8(*passes: str, **lower: str) -> Program:
@@ -122,7 +122,7 @@ def test_gradients_of_training(attention: str, compiled: bool) -> None:
 def gradients(
     program: Program, given: dict[str, Tensor], device: str, compiled: bool
 ) -> dict[str, Tensor]:
-    """Gradients of every parameter for the mean square of the result."""
+    """Every parameter's gradient of the mean square of the result."""
     torch._dynamo.reset()
     module = instantiate(program, device)
     if compiled:
@@ -133,7 +133,7 @@ def gradients(
 
 
 def test_replayed_training_is_eager() -> None:
-    """Loss and every gradient, while weights, clips and noise change; without gradients too."""
+    """Loss and gradients are the same while weights, clips and noise change."""
     program = compiled_for("train", "float32", block_causal_attention="sdpa")
     eager, replayed = (trained(program, "cuda", graphs) for graphs in (False, True))
     for theirs, ours in zip(eager, replayed, strict=True):
@@ -206,7 +206,7 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cuda_graphs_change_nothing(tmp_path: Path) -> None:
-    """Over every count of listed pages, and a switch of prompt at each shot."""
+    """The stream goes over every count of listed pages, and each shot switches the prompt."""
     import streams
 
     from lltk.streaming import plan_stream
@@ -251,7 +251,7 @@ def test_a_second_session_records_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_sessions_share_a_gpu(tmp_path: Path) -> None:
-    """Four from four threads, with graphs in one pool, are each as if they were alone."""
+    """Four sessions in four threads, with graphs in one pool, are each as if they were alone."""
     from concurrent.futures import ThreadPoolExecutor
 
     import streams

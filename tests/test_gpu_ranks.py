@@ -25,7 +25,7 @@ def _two_gpus() -> None:
 
 
 def test_ranks_stream_what_a_cpu_does(tmp_path: Path) -> None:
-    """Eager, compiled and from CUDA graphs, over NCCL."""
+    """They do so eager and compiled, over NCCL."""
     results = ended(started(2, Path(__file__).with_name("sequence_parallel.py"), tmp_path))
     assert [code for code, _, _ in results] == [0, 0], "".join(err for _, _, err in results)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))

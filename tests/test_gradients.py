@@ -52,7 +52,7 @@ def loss(sample: Tensor) -> Tensor:
 
 
 def gradients(total: Tensor, module: nn.Module, video: Video) -> Gradients:
-    """By every parameter and input; an input that is not read has none."""
+    """The gradients of every parameter and input. An input that is not read has none."""
     wanted = dict(module.named_parameters())
     wanted |= {name: getattr(video, name) for name in ("clean", "noisy", "text")}
     found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
@@ -76,7 +76,7 @@ def of_train(video: Video, implementation: str) -> Gradients:
 
 
 def of_masked_train(video: Video, seen: list[set[int]]) -> Gradients:
-    """Through the noisy half of the masked original."""
+    """The gradients through the noisy half of the masked original."""
     video = leaves(video)
     frames = video.chunks * video.chunk
     sample = run_original(**one_shot_arguments(video, seen))[:, :, frames:]

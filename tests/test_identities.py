@@ -215,7 +215,7 @@ class NoHistory(PageTable):
 
 @torch.no_grad()
 def stream(video: Video, rule: SetRule, forget: bool = False) -> Outputs:
-    """Chunk by chunk with the cache; ``forget`` reads none of it."""
+    """Stream chunk by chunk with the cache; with ``forget`` nothing of it is read."""
     program, module = streaming(replace(rule, cuts=frozenset()), video.clean.dtype)
     rollout = Rollout(program, module)
     for name, arena in rollout.pages.items():
@@ -323,7 +323,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def apart(ours: Outputs, theirs: Outputs) -> float:
-    """Largest difference of a run from another."""
+    """The largest difference between two runs."""
     return max(difference(ours.noisy, theirs.noisy), difference(ours.clean, theirs.clean))
 
 

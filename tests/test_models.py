@@ -98,7 +98,7 @@ def one_at_a_time(kind: type, method: str) -> Iterator[None]:
 
 
 def test_sessions_are_as_alone(plan: StreamPlan, tmp_path: Path) -> None:
-    """Four at once from four threads; then another, which takes a used slot."""
+    """Four run at once in four threads. Then another takes a used slot."""
     alone = [
         made(load_models(plan), wanted, tmp_path / f"alone{i}") for i, wanted in enumerate(SESSIONS)
     ]
@@ -194,7 +194,7 @@ def test_a_limit_of_sessions(plan: StreamPlan, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_slow_sink_holds_nobody_else_up(plan: StreamPlan) -> None:
-    """Though its session's thread waits for it."""
+    """Only its own session's thread waits for it."""
     models, go_on = load_models(plan), threading.Event()
 
     def slow(video: Tensor) -> None:
@@ -244,7 +244,7 @@ def test_a_session_s_slot_is_free_where_opening_fails(plan: StreamPlan, tmp_path
 
 
 def test_prompts_are_encoded_ahead_of_the_chunk(plan: StreamPlan) -> None:
-    """In another thread, as soon as an event brings them."""
+    """Another thread encodes them as soon as an event brings them."""
     encoder = TextEncoder(plan.folder, plan.transformer.geometry.text_tokens)
     asked: list[str] = []
     came = threading.Condition()

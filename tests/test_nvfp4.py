@@ -39,7 +39,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def decoded(x: Tensor, tile: int = 1, rule: str = "none", seed: Tensor | None = None) -> Tensor:
-    """The tensor as NVFP4 holds it."""
+    """The tensor after it was held in NVFP4."""
     return nvfp4_dequantise(*nvfp4_quantise(x, tile, rule, seed))[..., : x.shape[-1]]
 
 
@@ -155,7 +155,7 @@ def test_four_over_six_loses_less() -> None:
 
 @pytest.mark.parametrize("size", [1e-34, 1e-30, 1e36])
 def test_four_over_six_chooses_alike_at_any_size(size: float) -> None:
-    """Squares in units of the input would leave float32's range: always 6."""
+    """In units of the input, squares would leave float32's range, and 6 would always be chosen."""
     x, power = normal(32, 64), 2.0 ** round(torch.tensor(size).log2().item())
     small = nvfp4_quantise(x * power, rule="mse")
     assert torch.equal(small.codes, nvfp4_quantise(x, rule="mse").codes)
@@ -191,7 +191,7 @@ def test_a_scale_for_each_of_the_leading_axes() -> None:
 
 
 def mean_error(x: Tensor, quantise: Callable[[int], Tensor], draws: int = 300) -> float:
-    """Squared bias over what chance alone would leave of it: about 1 if there is none."""
+    """Squared bias over what chance alone would give: about 1 if there is no bias."""
     total, single = torch.zeros_like(x), 0.0
     for draw in range(draws):
         value = quantise(draw)

@@ -67,7 +67,7 @@ def read(pages: Pages) -> Tensor:
 
 
 def raw(pages: Pages) -> list[Tensor]:
-    """A copy of the arena's bytes, [B, P, …] each."""
+    """A copy of the arena's bytes, each part [B, P, …]."""
     return [part.contiguous().view(torch.uint8).clone() for part in pages if part is not None]
 
 
@@ -86,7 +86,7 @@ def raw(pages: Pages) -> list[Tensor]:
 def test_a_page_is_its_heads_quantised(
     slot: int, rule: str, smooth: bool, dtype: torch.dtype, tokens: int
 ) -> None:
-    """To the bit; every other page keeps its bytes."""
+    """It is so to the bit, and every other page keeps its bytes."""
     own, (values, _) = operands(dtype, tokens)
     pages = written(values, smooth, rule)
     assert torch.equal(read(pages), by_hand(values, smooth, rule))
@@ -149,7 +149,7 @@ def test_any_size_survives(size: float) -> None:
 
 @cpu
 def test_smoothing_halves_what_a_bias_costs() -> None:
-    """Keys and values with a bias by channel; Four Over Six gains as well, and less."""
+    """Keys and values have a bias by channel. Four Over Six gains too, but less."""
     q = random((1, 96, 2, 64), torch.float32, 0)
     bias = 2 * random((1, 1, 2, 64), torch.float32, 1)
     keys, values = (random((1, 96, 2, 64), torch.float32, seed) + bias for seed in (2, 3))
@@ -177,7 +177,7 @@ def test_smoothing_halves_what_a_bias_costs() -> None:
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("name", ["reference", "decode"])
 def test_attention_and_its_gradients(name: str, table: list[int], dtype: torch.dtype) -> None:
-    """Of the decoded pages; the chunk in flight is not quantised."""
+    """Attention is over the decoded pages. The chunk in flight is not quantised."""
     run = find_implementation("nvfp4_paged_attention", name).load()
     own, arenas = operands(dtype)
     k_pages, v_pages = written(arenas[0], True), written(arenas[1], False)
@@ -255,7 +255,11 @@ def test_committed_pages_are_constants(name: str) -> None:
 
 
 def in_fp8(bias: float, smooth: bool, table: list[int]) -> tuple[float, float]:
-    """Errors of attention in FP8 over v biased by channel, centred and not, less the bias."""
+    """Standard errors of attention in FP8, over values that have a bias by channel.
+
+    The first is of attention that centres the values, the second of attention that does not. Both
+    are relative to the spread of the results without the bias.
+    """
     own, arenas = operands(torch.float32, 64, 16)
     shared = bias * random((1, 1, 1, arenas[1].shape[3], 16), torch.float32, 7)
     own[2], arenas[1] = own[2] + shared[0], arenas[1] + shared
@@ -335,7 +339,7 @@ def test_fp8_of_nothing_is_nothing() -> None:
 
 @cpu
 def test_fp8_attention_is_its_formula() -> None:
-    """Exact attention of its operands, scaled, but for one rounding of the result."""
+    """It is exact attention of its operands, scaled, and rounded once."""
     (q, k, v, _), _ = operands(torch.float32, 32, 16)
     given = [round_e4m3(t) for t in (q, k, v)]
     ours = fp8_attention(*given, torch.tensor(50.0)).double()
@@ -409,7 +413,7 @@ def op_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", op_samples())
 def test_opcheck(name: str) -> None:
-    """But for the schema, which torch compares no float8 by; see the next test."""
+    """All of it but the schema check, as torch cannot compare float8 there; see the next test."""
     op, arguments = op_samples()[name]
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     opcheck(op, arguments, test_utils=checks)
@@ -444,7 +448,7 @@ def test_fakes_refuse_what_does_not_fit() -> None:
 
 @cpu
 def test_kernels_in_the_interpreter() -> None:
-    """In a process of its own: Triton reads the setting when kernels are defined."""
+    """They run in a process of its own: Triton reads the setting when kernels are defined."""
     pytest.importorskip("triton")
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
@@ -481,7 +485,7 @@ def test_kernels_over_many_tiles() -> None:
 @gpu
 @pytest.mark.parametrize("listed", [[], [3, 0, 2]])
 def test_attention_in_fp8_on_cuda(listed: list[int]) -> None:
-    """Long rows of values that a channel shares, which few bits would lose."""
+    """Rows are long, and their values share a large part, which few bits would lose."""
     own, arenas = operands(torch.bfloat16, 4096, 128)
     own, arenas = [t[:1] for t in own], [t[:1] + 1 for t in arenas]
     own[2] = own[2] + 1
@@ -525,7 +529,7 @@ def test_what_the_kernels_do_not_do_is_refused() -> None:
     ("architecture", "product"), [(90, "wgmma"), (100, "tcgen05.mma"), (120, "mma.sync")]
 )
 def test_kernels_compile_for(architecture: int, product: str) -> None:
-    """With the tensor cores' instruction of each, and no more shared memory than it has."""
+    """Each has the instruction of its tensor cores, and no more shared memory than there is."""
     pytest.importorskip("triton")
     from lltk.ops.nvfp4_gather_fp8.triton import decode_fp8_kernel
     from lltk.ops.nvfp4_paged_attention.decode_triton import decode_kernel
@@ -555,7 +559,7 @@ def cross_compiled(
     options: dict[str, Any],
     others: dict[str, str] | None = None,
 ) -> Any:
-    """A kernel for a GPU that need not be here, for bfloat16 but for the types of `others`."""
+    """A kernel compiled for a GPU that need not be here, with bfloat16 but where `others` says."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -43,7 +43,7 @@ def raw(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cached(stream: Stream) -> dict[str, Tensor]:
-    """A copy of the cache's bytes, [B, P, …] each."""
+    """A copy of the cache's bytes, each part [B, P, …]."""
     return {n: t.clone() for n, t in raw(dict(stream.session.pages)).items()}
 
 
@@ -76,7 +76,7 @@ def test_a_stream_repeats_and_differs_from_the_plain_one(pipeline: Path, plan: S
 def test_a_state_with_broken_scales_is_refused(
     plan: StreamPlan, tmp_path: Path, name: str, value: float, what: str | None
 ) -> None:
-    """Where it is restored and where it would be saved."""
+    """It is refused where it is restored, and where it would be saved."""
     stream, _ = opened(plan)
     other, _ = opened(plan)
     with stream:
@@ -95,7 +95,7 @@ def test_a_state_with_broken_scales_is_refused(
 
 
 def breaking(stream: Stream, weight: str, recached: bool = False) -> None:
-    """Let the next commit, or recache, find a weight so large that what it makes overflows."""
+    """Let the next commit or recache meet a weight that makes its values overflow."""
     runtime: Any = stream.session._runtime
     commit = runtime.commit
 
@@ -113,7 +113,7 @@ def breaking(stream: Stream, weight: str, recached: bool = False) -> None:
 def test_a_commit_that_is_not_finite_stops_it(
     pipeline: Path, tmp_path: Path, passes: str, weight: str
 ) -> None:
-    """At once, named with chunk and layer; its state is not saved."""
+    """The error comes at once and names chunk and layer. The state is not saved."""
     stream, _ = opened(planned(pipeline, passes))
     with stream:
         next(stream.session)
@@ -156,7 +156,7 @@ def test_a_recache_that_is_not_finite_stops_it(plan: StreamPlan, tmp_path: Path)
 
 
 def test_a_page_tells_what_no_node_does(plan: StreamPlan) -> None:
-    """As where kernels round otherwise than the graph does node by node."""
+    """This happens where kernels round otherwise than the graph does node by node."""
     stream, _ = opened(plan)
     with stream:
         runtime: Any = stream.session._runtime
@@ -203,7 +203,7 @@ def test_a_state_of_other_pages_is_refused(
 
 
 def test_sinks_keep_their_bytes(pipeline: Path) -> None:
-    """Through a cut and a recache, which writes every other page that is held."""
+    """They do through a cut, and through a recache that writes every other held page."""
     stream, _ = opened(planned(pipeline, NVFP4, "stream.recache=true"))
     before: dict[int, dict[str, Tensor]] = {}
     changed = 0

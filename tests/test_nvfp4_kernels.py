@@ -49,7 +49,7 @@ SHARED = list(SIGNS)
 
 
 def inputs(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of all kinds that have gone wrong somewhere."""
+    """Tensors of all kinds for which some kernel has been wrong."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -77,7 +77,7 @@ def inputs(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Tensor]]:
 
 
 def same(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
-    """Whether all shapes, dtypes and bits agree; but one NaN is as good as another."""
+    """Whether all shapes, dtypes and bits agree. Any NaN equals any other."""
 
     def bits(x: Tensor) -> Tensor:
         x = x.cpu().contiguous().flatten()
@@ -148,7 +148,7 @@ def failures(device: str, dtypes: tuple[torch.dtype, ...], thorough: bool) -> It
 
 
 def controls(device: str) -> Iterator[str]:
-    """Differences too small to matter that nevertheless must be seen."""
+    """Differences that are too small to matter, and must be seen all the same."""
     kernels = Kernels(device)
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(3))
 
@@ -170,7 +170,7 @@ def controls(device: str) -> Iterator[str]:
 def normed(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, rule: str, name: str = "triton"
 ) -> list[Tensor]:
-    """A norm in NVFP4, by an implementation."""
+    """A norm and its quantisation to NVFP4, by an implementation."""
     run = find_implementation("row_pipeline", name).load()
     made: list[Tensor] = run(x, scale=scale, shift=shift, eps=eps, to="nvfp4", rule=rule)
     return made
@@ -226,7 +226,7 @@ def interpret() -> None:
 @cpu
 @needs_triton
 def test_kernels_interpreted() -> None:
-    """In a process of its own: a kernel is interpreted or compiled from its definition on."""
+    """It runs in a process of its own, because a kernel is interpreted or compiled once defined."""
     result = subprocess.run(
         [
             sys.executable,
@@ -263,7 +263,7 @@ def test_norms_are_quantised(dtype: torch.dtype) -> None:
 @gpu
 @needs_triton
 def test_large_tensors() -> None:
-    """The step's activations, and more elements than 32 bits count."""
+    """They have the sizes of the step's activations, and more elements than 32 bits count."""
     kernels = Kernels("cuda")
     x = torch.randn(7040, 3072, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert kernels.agree("nvfp4_quantise", x)
@@ -336,7 +336,7 @@ def layer_gradients(name: str, seed: Tensor) -> list[Tensor]:
 @needs_triton
 @pytest.mark.parametrize("name", ["triton", "scaled_mm", "te"])
 def test_gradients_are_the_references(name: str) -> None:
-    """Of equal random numbers: the sums alone are in another order."""
+    """Random numbers are equal. Only sums are taken in another order."""
     if reason := find_implementation("nvfp4_linear", name).missing(torch.device("cuda")):
         pytest.skip(reason)
     ours, wanted = layer_gradients(name, SEED), layer_gradients("reference", SEED)

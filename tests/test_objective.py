@@ -28,7 +28,7 @@ pytestmark = pytest.mark.cpu
 
 @cache
 def program_of(kind: Kind, dtype: str = "float32") -> tuple[Program, ProgramModule]:
-    """Two clips a call; shared, so not to be changed."""
+    """A program of two clips a call; shared, so not to be changed."""
     return runnable(make_recipe(kind, batch=2, dtype=dtype))
 
 

@@ -103,7 +103,7 @@ def clip_operands(clip: Clip, dtype: torch.dtype, width: int = 8) -> list[Tensor
 def page_operands(
     dtype: torch.dtype, tokens: int = 4, width: int = 8, pages: int = 4
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """q, k, v, gradient; key and value arenas."""
+    """q, k, v and a gradient, and the arenas of keys and of values."""
     own = [2 * random((2, tokens, 3, width), dtype, seed) for seed in range(4)]
     return own, [2 * random((2, pages, tokens, 3, width), dtype, seed) for seed in (4, 5)]
 
@@ -730,7 +730,7 @@ def fp8_matmul(a, a_scales, b, b_scales, bias, dtype):
 def test_a_new_file_is_a_new_implementation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lower's configuration, doctor's tables and the checks have it, and no other line says so."""
+    """Lower's configuration, doctor's tables and the checks know it, and no other line names it."""
     (tmp_path / "doubled.py").write_text(_NEW)
     folder = import_module("lltk.ops.fp8_matmul")
     monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path)])

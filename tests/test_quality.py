@@ -44,7 +44,7 @@ def test_stories_and_their_prompts() -> None:
 
 
 def test_streamed_chunks_are_a_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of equal noise; over a cut, and until the window has let chunks go."""
+    """Noise is equal. They go over a cut, until the window has let chunks go."""
     plan = planned(save_pipeline(tmp_path))
     script = (
         Shot(caption="a red circle moving left", seconds=3),

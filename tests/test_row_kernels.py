@@ -40,7 +40,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of sizes from 1/16 to 16."""
+    """Random rows, of sizes from 1/16 to 16."""
     generator = torch.Generator().manual_seed(seed)
     size = 16 ** (2 * torch.rand(*shape[:-1], 1, generator=generator) - 1)
     return (torch.randn(*shape, generator=generator) * size).to(dtype)
@@ -52,19 +52,19 @@ def strided(x: Tensor) -> Tensor:
 
 
 def turned(x: Tensor) -> Tensor:
-    """The same values, tokens of a channel adjacent."""
+    """The same values in memory where the tokens of a channel are adjacent."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def modulation(frames: int, width: int) -> list[Tensor]:
-    """Scale, shift and gate of each frame, as chunks of one tensor are: not contiguous."""
+    """Scale, shift and gate of each frame. As chunks of one tensor they are not contiguous."""
     generator = torch.Generator().manual_seed(5)
     table = torch.randn(1, frames, 3, width, generator=generator)
     return [part.squeeze(2).unsqueeze(2) for part in table.chunk(3, 2)]
 
 
 def tables(length: int, width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each twice."""
+    """Cosines and sines, each number twice."""
     angles = torch.arange(length)[:, None] * 10.0 ** -torch.arange(width // 2)
     both = angles.repeat_interleave(2, 1)[None, :, None]
     return both.cos(), both.sin()
@@ -82,7 +82,7 @@ LARGE: Sizes = ((880, 8, 24, 128), (64, 2, 3, 64))
 
 
 def cases(dtype: torch.dtype, sizes: Sizes = SMALL) -> Iterator[Case]:
-    """Of every op."""
+    """Cases of every op."""
     for length, frames, heads, width in sizes:
         columns = heads * width
         x, y = (normal(1, length, columns, seed=s, dtype=dtype) for s in (1, 2))
@@ -135,12 +135,12 @@ def as_tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 def on(device: str, x: Tensor) -> Tensor:
-    """The same values and strides; `Tensor.to` gives a slice dense ones."""
+    """The same values and strides on a device; `Tensor.to` would make a slice dense."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
 
 def loaded(op: str, name: str) -> Callable[..., Any]:
-    """An implementation; of the op that leaves no choice too."""
+    """An implementation, also of the op that leaves no choice."""
     if op != CENTRED:
         return find_implementation(op, name).load()
     module = importlib.import_module(f"lltk.ops.{op}.{'triton' if name == 'triton' else 'op'}")
@@ -172,7 +172,7 @@ def disagreement(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
 
 
 def decoded(results: tuple[Tensor, ...]) -> list[Tensor]:
-    """Results in float64, FP8 values times their scales, which follow them."""
+    """Results in float64. FP8 values are multiplied by their scales, which follow them."""
     first, *others = (t.cpu().double() for t in results)
     if results[0].dtype == torch.float8_e4m3fn:
         return [first * others[0], *others]
@@ -219,13 +219,13 @@ def read_back_failures(dtype: torch.dtype, device: str) -> Iterator[str]:
 
 
 def centred(length: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention's result in FP8, its scale and its centre, of two videos."""
+    """Attention's result in FP8, with its scale and its centre, of two videos."""
     x = round_e4m3(20 * normal(2, length, heads, width, seed=1))
     return x, torch.tensor(7.0), normal(2, 1, heads, width, seed=2)
 
 
 def centred_failures(dtype: torch.dtype, device: str, bound: float) -> Iterator[str]:
-    """As `failures`, of the op that adds a centre to what attention in FP8 gave."""
+    """As `failures`, for the op that adds a centre to the result of attention in FP8."""
     for sizes in ((6, 3, 16), (4, 2, 8)):
         x, scale, centre = centred(*sizes)
         given = {"x": x, "scale": scale, "centre": centre, "dtype": dtype}
@@ -242,7 +242,7 @@ def centred_failures(dtype: torch.dtype, device: str, bound: float) -> Iterator[
 
 
 def edges(dtype: torch.dtype, device: str) -> Iterator[str]:
-    """Rows of zeros, of what is not finite, of what is tiny, and of ties."""
+    """Rows of zeros, of infinities and NaN, of tiny values, and of ties."""
     x = normal(7, 64, seed=4, dtype=dtype)
     x[1], x[2, 5], x[3, 5], x[4, 5] = 0, torch.inf, -torch.inf, torch.nan
     x[5] *= 1e-30
@@ -271,7 +271,10 @@ def interpret() -> None:
 @cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_references_are_the_formulas(dtype: torch.dtype) -> None:
-    """In float64; between the steps values are rounded to the dtype, in E4M3 at the end."""
+    """Formulas are in float64.
+
+    Between steps values are rounded to the dtype, at the end to E4M3.
+    """
     step = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
     x, y = (normal(1, 6, 48, seed=s, dtype=dtype) for s in (1, 2))
     scale, shift, gate = modulation(3, 48)
@@ -319,7 +322,7 @@ def test_references_are_the_formulas(dtype: torch.dtype) -> None:
 
 @cpu
 def test_a_new_combination_needs_no_code_of_its_own() -> None:
-    """Each step is what it is alone, rounded in between, in the order that the op states."""
+    """Each step gives what it gives alone, rounded in between, in the order that the op states."""
     x, y = (normal(1, 6, 48, seed=s, dtype=torch.bfloat16) for s in (1, 2))
     scale, shift, gate = modulation(3, 48)
     (total,) = row_pipeline(x, y=y, gate=gate)
@@ -404,7 +407,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @cpu
 @needs_triton
 def test_kernels_interpreted() -> None:
-    """In a process of its own: a kernel is interpreted or compiled from its definition on."""
+    """It runs in a process of its own, because a kernel is interpreted or compiled once defined."""
     result = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-c", "import test_row_kernels as t; t.interpret()"],
         capture_output=True,
@@ -448,7 +451,7 @@ def test_kernels_at_the_5b_models_sizes() -> None:
 
 
 def used(x: Tensor, y: Tensor, wide: Tensor, *parts: Tensor) -> list[Arguments]:
-    """The pipelines of the FP8 recipes; parts are scale, shift and gate."""
+    """The pipelines of the FP8 recipes. The parts are scale, shift and gate."""
     scale, shift, gate = parts
     norm = norm_by(scale, shift)
     return [
@@ -535,7 +538,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str, Arguments],
 @needs_triton
 @pytest.mark.parametrize("architecture", [90, 120])
 def test_kernels_compile(architecture: int, compiled: Any) -> None:
-    """To one wide read of each operand's row, and to the instruction that converts."""
+    """They read each operand's row by one wide read, and convert by the instruction."""
     x, y = (normal(1, 16, 3072, seed=s, dtype=torch.bfloat16) for s in (1, 2))
     scale, shift, gate = modulation(2, 3072)
     wide = normal(1, 2, 14336, dtype=torch.bfloat16)

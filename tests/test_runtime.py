@@ -109,7 +109,7 @@ def test_onednn_gives_the_same_video(plan: StreamPlan) -> None:
 
 
 def test_activations_are_measured_ones(plan: StreamPlan) -> None:
-    """The most that lives at once, against what the allocator sees on a run."""
+    """The most that lives at once, compared with what the allocator sees on a run."""
     program, module = runnable(make_recipe("stream", layers=3, height=128, width=128))
     given = inputs(program, "step")
     from torch.profiler import ProfilerActivity, profile
@@ -211,7 +211,7 @@ def test_a_decoder_is_recorded_on_a_gpu_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_lane_gives_turns_in_the_order_they_were_asked_for() -> None:
-    """One at a time; whoever is interrupted as it waits holds nobody up."""
+    """One call runs at a time. A call that is interrupted as it waits holds nobody up."""
     lane, order, inside = Lane(torch.device("cpu")), [], []
 
     def work(name: int) -> None:

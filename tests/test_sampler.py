@@ -49,7 +49,7 @@ def run(schedule: Schedule, noise: Tensor, model: Model) -> Sampler:
 
 
 def linear_model(seed: int = 0) -> Model:
-    """A random velocity field: linear in the latents, its matrix moving with time."""
+    """A random velocity field. It is linear in the latents, and its matrix changes with time."""
     generator = torch.Generator().manual_seed(seed)
     still, moving = 0.5 * torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
     bias = torch.randn(6, 1, 1, 1, generator=generator, dtype=torch.float64)
@@ -131,7 +131,7 @@ def diffusers_run(
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("steps", [50, 4, 3, 2, 1])
 def test_diffusers_on_our_sigmas(steps: int, seed: int) -> None:
-    """Fed our sigmas it agrees; stock, or shifting them a second time, it does not."""
+    """Fed our sigmas it agrees. With its own, or if it shifts them again, it does not."""
     model = linear_model(seed)
     ours = run(Schedule.make(steps), make_noise(), model).result
     assert difference(ours, diffusers_run(steps, model)) < CLOSE
@@ -220,7 +220,7 @@ def test_gradients_are_the_linear_forms(steps: int) -> None:
 
 @pytest.mark.parametrize("last", range(4))
 def test_a_run_may_end_at_any_step(last: int) -> None:
-    """Distillation's exit: no gradient before it, and its result is the prediction there."""
+    """Distillation ends there: no gradient flows before it, and its result is the prediction."""
     schedule, sampler = Schedule.make(4), Sampler(Schedule.make(4), make_noise())
     model = linear_model()
     with torch.no_grad():

@@ -34,7 +34,7 @@ class Sample:
 
 
 def spoilt(video: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur of 1.5 pixels, noise, and 8×8 cosine blocks quantised the coarser the finer they are."""
+    """The video blurred by 1.5 pixels, with noise, and with rounded cosines of 8×8 blocks."""
     pixels = torch.arange(128)
     blur = torch.exp(-((pixels - pixels[:, None]) ** 2) / (2 * 1.5**2))
     blur /= blur.sum(1, keepdim=True)
@@ -68,7 +68,7 @@ def pairs(spoil: bool) -> list[tuple[Reading, Reading]]:
 
 
 def hits(spoil: bool) -> dict[str, int]:
-    """Of `COUNT` readings, how many have each attribute right."""
+    """How many of `COUNT` readings have each attribute right."""
     count = dict.fromkeys(("shape", "colour", "motion", "background", "accent", "size", "tint"), 0)
     for sample in samples(spoil):
         shown, shot = sample.first, sample.shot

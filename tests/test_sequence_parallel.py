@@ -42,7 +42,7 @@ PAGES_ROUNDED = {"plain in fp8": 0.025, "all": 0.09}
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """What each of two ranks makes; this process is the first."""
+    """What each of two ranks makes. This process is the first of them."""
     port, folder = free_port(), tmp_path_factory.mktemp("ranks")
     path, pipeline = folder / "second.safetensors", save_pipeline(folder / "pipeline")
     programs()  # before the fork, so that they are made once
@@ -64,7 +64,7 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_stream_what_one_does(pair: list[dict[str, Tensor]], case: str) -> None:
-    """Samples, and in the ranks' pages the heads of one's."""
+    """They make its samples, and hold parts of its pages: each rank has its own heads."""
     alone = rolled(program(case, 1))
     bound = BOUND if CASES[case][1] == "compute" else ROUNDED
     first, second = (each[f"{case}.samples"] for each in pair)
@@ -93,7 +93,7 @@ def test_ranks_stream_what_one_does(pair: list[dict[str, Tensor]], case: str) ->
 
 
 def values(pages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What pages stand for, by ``k`` or ``v`` and layer: those in NVFP4 are decoded."""
+    """What pages stand for, by ``k`` or ``v`` and layer. Pages in NVFP4 are decoded."""
     found = {}
     for kind, layer in product("kv", range(2)):
         if (plain := f"{kind}_pages_{layer}") in pages:
@@ -105,7 +105,7 @@ def values(pages: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_a_session_is_the_same_on_every_rank(pair: list[dict[str, Tensor]]) -> None:
-    """With guidance, saved and restored; as one rank's but for codes that sums round otherwise."""
+    """It has guidance, is saved and restored, and is one rank's but for the rounding of sums."""
     first, second = (each["session"] for each in pair)
     assert torch.equal(first, second)
     wanted = streamed(program("nvfp4 pages", 1))
@@ -123,7 +123,7 @@ def test_every_rank_decodes_a_part_of_the_columns(pair: list[dict[str, Tensor]])
 
 
 def test_every_rank_hears_of_a_page_that_is_not_finite(pair: list[dict[str, Tensor]]) -> None:
-    """It is the second's alone."""
+    """The page is on the second rank alone."""
     first, second = (bytes(each["stopped"].tolist()).decode() for each in pair)
     assert first == second
     assert first.startswith("chunk 0, commit: k_pages_decode_scales_1 of rank 1 is not finite; ")
@@ -177,7 +177,7 @@ except ValueError as error:
 
 
 def test_where_a_rank_fails_all_stop() -> None:
-    """At once, whether they wait for it or not, with its message alone."""
+    """They stop at once, whether they wait for it or not. Only its message is shown."""
     begun = time.monotonic()
     (failed, _, err), *others = ended(started(3, "-c", FAILING))
     assert time.monotonic() - begun < LIMIT / 2
@@ -207,7 +207,7 @@ class _Alone(Ranks):
 def test_one_rank_writes_and_speaks(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: StreamPlan, rank: int
 ) -> None:
-    """Each keeps its part of the state."""
+    """Each rank keeps its own part of the state."""
 
     @contextmanager
     def joined(device: str) -> Iterator[Ranks]:
@@ -254,7 +254,7 @@ def test_a_stream_for_two_ranks_is_refused_by_one(
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> StreamPlan:
-    """Of a stream for two ranks."""
+    """The plan of a stream for two ranks."""
     passes = [*open_recipe("tiny_stream", ()).passes]
     passes.insert(6, {"ulysses_stream": {"exchange": "compute"}})
     pipeline = save_pipeline(tmp_path_factory.mktemp("pipeline"))

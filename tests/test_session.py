@@ -50,7 +50,7 @@ def cached(stream: Stream) -> dict[str, Tensor]:
 
 
 def by_hand(plan: StreamPlan, chunks: int, guidance: float = 1.0) -> Tensor:
-    """The first chunks of `SHOTS`, out of the parts that a session puts together."""
+    """The first chunks of `SHOTS`, made from the parts that a session puts together."""
     section, program = plan.section, plan.transformer
     module = instantiate(program)
     encoder = TextEncoder(plan.folder, program.geometry.text_tokens)
@@ -79,7 +79,7 @@ def by_hand(plan: StreamPlan, chunks: int, guidance: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_chunks_are_what_the_parts_give(pipeline: Path, guidance: float) -> None:
-    """Prefix, offset, sampler, guidance over a second cache, commit; and the decoder's video."""
+    """Prefix, offset, sampler, guidance over a second cache, commit, and the decoder's video."""
     plan = planned(
         pipeline,
         f"stream.guidance={guidance}",
@@ -175,7 +175,7 @@ def test_interleaved_sessions_are_as_alone(pipeline: Path, plan: StreamPlan) -> 
 
 
 def test_sinks_keep_their_bytes(pipeline: Path) -> None:
-    """Through cuts, switches and recaches."""
+    """They do through cuts, switches and recaches."""
     script = [*SHOTS, SHOTS[0].model_copy(update={"seconds": 5.0})]
     stream, _ = opened(planned(pipeline, "stream.recache=true"), script)
     before: dict[int, dict[str, Tensor]] = {}
@@ -199,7 +199,7 @@ def test_sinks_keep_their_bytes(pipeline: Path) -> None:
 
 
 def test_recache_is_committing_from_scratch(plan: StreamPlan) -> None:
-    """Sinks as they were, then every other held chunk under the new prompt, oldest first."""
+    """Sinks stay. Every other held chunk is committed under the new prompt, oldest first."""
     script = [Shot(caption="a red circle moving left", seconds=6)]
     prompt = "a green star falling"
     stream, _ = opened(plan, script)
@@ -266,7 +266,10 @@ def run(stream: Stream) -> list[ChunkReport]:
 
 
 def test_receipts(plan: StreamPlan) -> None:
-    """Applied at the next chunk, in force to the end of the shot; the last of several speaks."""
+    """An event applies at the next chunk, to the end of the shot.
+
+    Of several, the last one holds.
+    """
     stream, _ = opened(plan)
     reports = []
     with stream:
@@ -292,7 +295,7 @@ def test_receipts(plan: StreamPlan) -> None:
 def test_a_switch_outlives_a_failure(
     plan: StreamPlan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
 ) -> None:
-    """Before its first passes; the next attempt, or a restored session, shows it."""
+    """The failure is before its first passes. The next attempt, or a restored session, shows it."""
     prompt = "a green star falling"
 
     def switch(stream: Stream, chunk: int) -> None:
@@ -329,7 +332,7 @@ def test_a_switch_outlives_a_failure(
 def test_a_prompt_that_failed_half_way_is_taken_back(
     plan: StreamPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pages that it wrote already are committed again under the one that speaks."""
+    """Pages that it wrote already are committed again under the prompt that holds."""
     stream, _ = opened(plan)
     with stream:
         for _ in range(2):
@@ -401,7 +404,7 @@ def test_blocks_may_be_compiled(pipeline: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_script_switches_without_a_cut(pipeline: Path) -> None:
-    """As a live switch does at the same chunk; with a cut it is another video."""
+    """It gives what a live switch at the same chunk gives. With a cut the video is another."""
     later = CUTLESS[1]
     for recache in ("true", "false"):
         plan = planned(pipeline, f"stream.recache={recache}", "stream.shot_offset=2")
@@ -493,7 +496,7 @@ def test_images_of_another_aspect_or_none_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("at", "new_process"), [(0, False), (2, False), (5, True)])
 def test_resumed_bit_for_bit(pipeline: Path, tmp_path: Path, at: int, new_process: bool) -> None:
-    """With one switch in force and one that waits, guidance, recaching and a first frame."""
+    """One switch is in force and one waits. There is guidance, recaching and a first frame."""
     overrides = ["stream.guidance=1.5", "stream.recache=true", "stream.shot_offset=1"]
     plan = planned(pipeline, *overrides)
     script = [*SHOTS, SHOTS[0].model_copy(update={"cut": False})]
@@ -647,7 +650,7 @@ def test_an_interrupted_chunk_is_not_saved(
 
 
 def test_memory_stays_the_same(plan: StreamPlan) -> None:
-    """Live tensors, over a long stream."""
+    """The tensors that live are counted, over a long stream."""
     script = [Shot(caption=f"a red circle moving left {i % 2}", seconds=4) for i in range(15)]
     stream = open_stream(plan, lambda video: None, script)
 
@@ -677,7 +680,7 @@ def test_a_report_adds_up(plan: StreamPlan) -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_values_that_are_not_finite_stop_it(pipeline: Path, guidance: float) -> None:
-    """Named with chunk, pass and layer; what was delivered before stays."""
+    """The error names chunk, pass and layer. What was delivered before stays."""
     plan = planned(pipeline, f"stream.guidance={guidance}")
     stream, video = opened(plan)
     with stream:

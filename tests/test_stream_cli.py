@@ -55,7 +55,7 @@ def sets(pipeline: Path, *overrides: str) -> list[str]:
 
 @pytest.fixture
 def run(run: Run, monkeypatch: pytest.MonkeyPatch, pipeline: Path) -> Run:
-    """Run the command; exit code, output, errors. Plans are made once."""
+    """Run the command; exit code, output, errors. Equal plans are made once."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def plan(recipe: Recipe, device: torch.device, *, weights: bool = True) -> StreamPlan:
@@ -145,7 +145,7 @@ def test_an_image_of_another_aspect_is_said(run: Run, pipeline: Path, tmp_path: 
 
 
 def test_a_saved_stream_goes_on(run: Run, pipeline: Path, script: Path, tmp_path: Path) -> None:
-    """Stopped by a signal after its second chunk; both parts together are the whole video."""
+    """A signal stops it after its second chunk. Both parts together are the whole video."""
     got: list[Tensor] = []
     write = VideoWriter.write
 
@@ -314,7 +314,7 @@ def test_other_recipes_are_refused(
 def test_too_little_memory(
     run: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sum, what is free, and what would fit."""
+    """The error has the sum, what is free, and what would fit."""
     plan = planned(pipeline, "stream.guidance=2", "stream.text.after=keep")
     owners = stream_memory(plan)["cpu"]
     need = total(owners)
@@ -337,7 +337,7 @@ def test_too_little_memory(
 
 
 def test_fewer_latents_at_once_would_fit(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what they say holds."""
+    """What the error proposes does fit."""
     keys = (*SIZES, f"stream.pipeline={pipeline}", "geometry.window=6")
     one, two = (
         plan_stream(open_recipe("tiny_stream", (*keys, f"stream.decoder.latents={n}")))
@@ -365,7 +365,10 @@ def test_ranks_that_decode_nothing_need_no_decoder(
 
 
 def test_encoders_count_before_the_stream(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each where it runs, an image's only if there is one, and not beside what comes after them."""
+    """Each counts where it runs, and not beside what comes after.
+
+    An image's counts if there is one.
+    """
     plan, sizes = planned(pipeline), {"text_encoder": 1, "vae": 2}
     made = memory.loading_memory(plan, image=True)["cpu"]
     assert made.keys() == {"text encoder at work", "image encoder"} and min(made.values()) > 0

@@ -72,7 +72,7 @@ def test_a_graph_read_back_computes_the_same() -> None:
 
 
 def test_equal_text_is_equal_graphs_only() -> None:
-    """An argument, an operator, an output's name: each shows in the text."""
+    """An argument, an operator or an output's name that differs shows in the text."""
     text = "def f(x: f32[2]):\n    # a.b\n    y: f32[2] = aten.add.Tensor(x, 1.5)\n"
     text += "    return {'z': y}\n"
     assert print_graph(parse(text), "f") == text
@@ -175,7 +175,7 @@ def test_what_is_no_graph_is_refused(text: str, message: str) -> None:
     ids=["empty", "syntax", "two", "return", "dtype", "untyped", "attribute", "function", "call"],
 )
 def test_other_text_is_refused_with_a_message(text: str) -> None:
-    """Never with a Python error that says nothing about graph text."""
+    """The error is never one of Python that says nothing about graph text."""
     message = refused(parse, text)
     assert "unpack" not in message and "malformed" not in message
 

@@ -57,7 +57,7 @@ def events(chunk: Chunk) -> list[tuple[str, int, int | None]]:
 
 
 def test_an_appended_script_is_the_script_s_end() -> None:
-    """Whatever is made before, and by shots at once or one by one."""
+    """It is so whatever is made before, and whether shots come at once or one by one."""
     shots = [shot("a", 2), shot("b", 2, cut=False), shot("c", 1), shot("d", 2)]
     whole = CHUNKING.chunks(shots)
     for made in range(5):
@@ -95,7 +95,7 @@ def test_a_switch_is_for_the_running_shot_alone() -> None:
 
 
 def test_a_switch_without_a_chunk_to_show_it_is_refused() -> None:
-    """Between shots, while a shot's last chunk is made, and after the script's end."""
+    """That is between shots, while a shot's last chunk is made, and after the script's end."""
     running = timeline(shot("a", 2), shot("b", 1))
     before = running.chunks
     make(running, 1)
@@ -223,7 +223,7 @@ def test_a_thread_waits_for_the_end_of_a_pause() -> None:
 
 
 def test_a_chunk_that_fails_is_still_to_be_made() -> None:
-    """With its events; those that come meanwhile act after it, later ones on it."""
+    """Its events stay with it. Events that come meanwhile act after them."""
     running = timeline(shot("a", 4))
     running.switch("x")
     with pytest.raises(MemoryError), running.next():
@@ -287,7 +287,7 @@ def test_chunks_follow_one_another_whatever_happens(actions: list[str]) -> None:
 
 
 def test_threads_lose_no_event() -> None:
-    """Four append while a fifth makes chunks."""
+    """Four threads append while a fifth makes chunks."""
     running = timeline(shot("a", 1))
     begin, done = threading.Barrier(5), threading.Event()
     made: list[Chunk] = []
@@ -329,7 +329,7 @@ def from_another_thread(act: Callable[[], object]) -> None:
 
 
 def test_a_session_shows_what_other_threads_ask_for(tmp_path: Path) -> None:
-    """Appended, cut, paused and played while it runs: as the script that says so from the start."""
+    """They append, cut, pause and play. The video is that of a script which says so at first."""
     plan = planned(save_pipeline(tmp_path), "stream.shot_offset=1")
     green = Shot(caption="a green star falling", seconds=2)
     script = [SHOTS[0].model_copy(update={"seconds": 2}), green, SHOTS[1]]

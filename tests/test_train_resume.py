@@ -84,7 +84,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def killed(folder: Path, kills: int) -> None:
-    """Kill a run at random steps, at times before its first training state, then let it end."""
+    """Kill a run at random steps, sometimes before its first training state, then let it end."""
     random_ = random.Random(kills)
     for _ in range(kills):
         kill_after(folder, random_.randint(1, STEPS // kills - 2), random_.random() / 50)

@@ -24,7 +24,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 def test_the_documented_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a smaller model and fewer steps."""
+    """It runs with a smaller model and fewer steps."""
     (example,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     small = example.replace('["train.steps=1000"]', repr(VAE))
     assert small != example

@@ -72,7 +72,7 @@ def program() -> Program:
 
 @cache
 def exact(lifted: bool) -> tuple[Program, ProgramModule]:
-    """Captured in float64, with the very weights of `vae`; `lifted` as `whole` says."""
+    """The decoder captured in float64, with the very weights of `vae`; `lifted` as `whole` says."""
     if lifted:
         made = exact(False)[0]
         made = replace(made, graphs={n: copy_graph(g) for n, g in made.graphs.items()})
@@ -145,7 +145,7 @@ def test_any_split_is_the_whole_decode(split: list[int]) -> None:
 
 
 def test_the_comparison_sees_a_lost_cache() -> None:
-    """And the video is no constant, nor mostly clamped."""
+    """Besides, the video is not constant, and most of it is not clamped."""
     run, (first, second) = decoder(), video_latents()[:, :, :4].split(2, dim=2)
     run.decode(first)
     lost = {name: torch.zeros_like(cache) for name, cache in run.state.caches.items()}
@@ -229,7 +229,7 @@ def test_wan22_at_full_size() -> None:
 
 
 def test_two_decoders_never_meet() -> None:
-    """Interleaved over one module, each is as if it were alone."""
+    """They take turns over one module, and each is as if it were alone."""
     one, other = decoder(), decoder()
     latents, reversed_ = video_latents()[:, :, :4], video_latents()[:, :, :4].flip(2)
     pairs = [
@@ -282,7 +282,10 @@ def test_pipeline_keeps_order_and_frames() -> None:
 
 
 def test_warming_up_leaves_the_video_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs every graph, begun or not; what it raises is the next submit's."""
+    """It runs every graph, before a video begins or later.
+
+    The next submit raises what it raised.
+    """
     latents, got, run = video_latents()[:, :, :3], [], decoder()
     graphs: list[str] = []
     call = ProgramModule.forward
@@ -317,7 +320,7 @@ def test_warming_up_leaves_the_video_as_it_is(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_pipeline_runs_ahead_by_its_bound_and_no_further() -> None:
-    """With the sink shut on one video, a second is decoded; two latents more may wait."""
+    """While the sink holds one video, the next is decoded, and two latents more may wait."""
     opened, last, got = threading.Event(), threading.Event(), []
 
     def sink(video: Tensor) -> None:

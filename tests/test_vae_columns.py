@@ -30,7 +30,7 @@ WAN22 = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 
 @torch.no_grad()
 def decoded(latents: Tensor, own: Columns | None) -> Tensor:
-    """diffusers' video of some columns, or of all."""
+    """The video of some columns, or of all, by diffusers' decoder."""
     model = vae()
     if own is not None:
         model = copy.deepcopy(model)
@@ -79,7 +79,7 @@ def test_columns_that_are_not_there_are_refused(columns: list[int]) -> None:
 
 
 def test_a_stream_with_two_decoders(tmp_path: Path) -> None:
-    """Two frames wide enough that neither makes all; and it goes on from a state."""
+    """Frames are so wide that neither decoder makes all. The stream goes on from a state."""
     folder = save_pipeline(tmp_path / "pipeline")
     settings = (*SIZES, f"stream.pipeline={folder}", "geometry.width=128")
     plain, shared = (

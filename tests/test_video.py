@@ -24,7 +24,7 @@ SIDE = 64
 
 
 def numbered(first: int, count: int) -> Tensor:
-    """Frames that say their number: level 4 × number mod 64, a ramp on top."""
+    """Frames that show their number: a level of 4 · (number mod 60), and a ramp on top."""
     levels = 4 * (torch.arange(first, first + count) % 60)
     ramp = torch.linspace(0, 16, SIDE).int()
     frames = levels[:, None, None, None] + ramp[None, None, :, None]
@@ -32,14 +32,14 @@ def numbered(first: int, count: int) -> Tensor:
 
 
 def noise(count: int) -> Tensor:
-    """Frames that no codec makes small."""
+    """Frames of noise, which no codec makes small."""
     shape = (count, SIDE, SIDE, 3)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference of any frame's mean level."""
+    """The largest difference of any frame's mean level."""
     levels = [frames.float().mean((1, 2, 3)) for frames in (ours, theirs)]
     return float((levels[0] - levels[1]).abs().max())
 
@@ -73,7 +73,7 @@ def test_the_rate_is_kept(tmp_path: Path, fps: float) -> None:
 
 
 def test_colours_are_kept_and_tagged(tmp_path: Path) -> None:
-    """Read as BT.709 they are right; read as BT.601, as an untagged file is, they are not."""
+    """Read as BT.709 they are right. Read as BT.601, as a file without tags is, they are not."""
     import av
 
     colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [10, 200, 90]])
@@ -143,7 +143,7 @@ def test_an_error_in_between_leaves_every_frame(tmp_path: Path) -> None:
 
 @contextmanager
 def disk_of(size: int) -> Iterator[None]:
-    """No file may grow beyond these bytes: a write that would is cut off, as by a full disk."""
+    """Let no file grow beyond some bytes. A write that would is cut off, as by a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_message_and_a_video(tmp_path: Path, into: int) -> No
 
 @pytest.mark.parametrize("missing", [1, 50_000])
 def test_a_disk_full_at_the_end(tmp_path: Path, missing: int) -> None:
-    """A frame goes to disk at the close, and does not fit, be it by a byte."""
+    """The last frame is written when the file is closed, and does not fit, even by one byte."""
     path, frame = tmp_path / "video.mp4", noise(1).repeat(1, 8, 8, 1)
     with VideoWriter(path, 8 * SIDE, 8 * SIDE, 24) as video:
         video.write(frame)

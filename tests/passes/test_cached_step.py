@@ -94,7 +94,7 @@ class OneShot:
     def step_inputs(
         self, program: Program, table: list[int], slots: list[int]
     ) -> dict[str, Tensor]:
-        """The last chunk's, with the first two chunks' K/V in pages ``slots``."""
+        """The last chunk's inputs, with the first two chunks' K/V in the pages ``slots``."""
         given = {
             "hidden_states": self.given["hidden_states"][:, :, 4:],
             "timestep": self.given["timestep"][:, 4:],

@@ -122,7 +122,7 @@ def test_active_dropout_stays_and_is_named() -> None:
 
 
 def test_half_filled_buffer_stays_and_is_refused() -> None:
-    """RoPE's buffer with one half written is no RoPE; the verifier then finds the mutation."""
+    """A buffer of which only one half is written is no RoPE. The verifier finds the mutation."""
     half = "\n".join(line for line in CAPTURED.splitlines() if "copy__1" not in line)
     wanted = "forward: copy_ (blocks.0.attn1) is a mutation; a canonical graph has none"
     assert wanted in refused(after, made(half), "canonicalise")

@@ -66,7 +66,7 @@ def test_rewrites_the_text() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_matches_follow_from_the_layers(layers: int) -> None:
-    """One dead tail, the last block's and the head's, however many layers are before it."""
+    """There is one dead tail, of the last block and the head, however many layers come before."""
     matches = reached("stream", *STEPS, "commit", layers=layers).log[-1].matches
     assert matches["pages"] == 2 * layers
     assert matches["dead"] == reached("stream", *STEPS, "commit").log[-1].matches["dead"]
@@ -120,7 +120,7 @@ def test_no_input_is_left_over(layers: int) -> None:
 
 
 def step_keys(program: Program, given: dict[str, Tensor], time: float) -> dict[str, Tensor]:
-    """K and V that the step attends with at one timestep, by page name."""
+    """The K and V that the step attends with at one timestep, by page name."""
     kept = {}
     for layer, node in enumerate(calls(program.graphs["step"], PAGED_ATTENTION)):
         kept[f"k_pages_{layer}"], kept[f"v_pages_{layer}"] = (arg.name for arg in node.args[1:3])

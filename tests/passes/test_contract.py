@@ -40,7 +40,7 @@ pytestmark = pytest.mark.cpu
 
 @pytest.fixture(autouse=True)
 def _ranks() -> Iterator[None]:
-    """Of a program that is for two, one runs."""
+    """The program is for two ranks, of which one runs."""
     with alike():
         yield
 
@@ -148,7 +148,7 @@ def test_input_is_left_alone_and_the_result_repeats(case: Case) -> None:
 
 @every_pass
 def test_values_are_known_as_they_would_be_from_nothing(case: Case) -> None:
-    """Metadata that was kept, where a call's arguments did not change, is right."""
+    """Metadata is kept where a call's arguments did not change, and must be right there."""
     program = case.after()
     for _, graph in program.every_graph():
         anew = copy_graph(graph)
@@ -253,7 +253,7 @@ def test_too_early_is_refused(case: Case) -> None:
 
 @every_pass
 def test_too_late_is_refused(case: Case) -> None:
-    """A finished program whose log is gone, lest the pass be found in it."""
+    """The program is finished and its log is gone, so that the log cannot show the pass."""
     program = replace(reached(case.kind, *PASSES[case.kind], layers=1), log=[])
     stage = " or ".join(str(stage) for stage in make_pass(case.name, {}).reads)
     assert refused(after, program, case.name) == (

@@ -40,7 +40,7 @@ def tiny(
     width: int = 48,
     columns: tuple[int, int] | None = None,
 ) -> Program:
-    """The tiny family's decoder with random weights, of small images."""
+    """The tiny family's decoder for small images, with random weights."""
     part = {} if columns is None else {"columns": list(columns)}
     recipe = make_recipe("tiny_vae", dtype=dtype, **part)
     sizes = recipe.geometry.model_copy(update={"height": height, "width": width})
@@ -63,7 +63,7 @@ def error(ours: Tensor, wanted: Tensor) -> float:
 @cpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_decodes_as_the_plain_decoder_but_for_rounding(dtype: str) -> None:
-    """Eight bits cost more than sixteen, and less than any lost cache."""
+    """Eight bits cost more than sixteen do, and less than any lost cache."""
     wanted = decoder(tiny(("canonicalise",))).decode(latents())
     video = decoder(tiny(FP8, dtype)).decode(latents())
     assert 0.01 < error(video, wanted) < 0.12
@@ -73,7 +73,7 @@ def test_it_decodes_as_the_plain_decoder_but_for_rounding(dtype: str) -> None:
 @cpu
 @torch.no_grad()
 def test_a_trained_decoder_loses_little() -> None:
-    """The tiny model's: far less than what it loses of the world it learnt."""
+    """The tiny model's decoder loses far less by FP8 than it lost of the world it learnt."""
     truth = render(draw_stories(5, 1, 2, 2, 3)).transpose(1, 2)
     files = wan_vae.load_vae(find_pipeline("tiny") / "vae")
     given = wan_vae.encode(wan_vae.make_vae(files.config, files.weights), truth)
@@ -89,7 +89,7 @@ def test_a_trained_decoder_loses_little() -> None:
 
 
 def psnr(ours: Tensor, wanted: Tensor) -> float:
-    """Of videos in [-1, 1], decibels."""
+    """The peak signal-to-noise ratio of videos in [-1, 1], in decibels."""
     return float(10 * torch.log10(4 / (ours - wanted).square().mean()))
 
 
@@ -116,7 +116,7 @@ def decoded_again(state: DecoderState) -> Tensor:
 
 @cpu
 def test_parts_of_the_columns_are_the_whole() -> None:
-    """But for sums that round to another code."""
+    """The parts equal the whole, but where a sum rounds to another code."""
     size = (16, 16 * 40)
     given = torch.randn(1, 24, 2, 1, 40, generator=torch.Generator().manual_seed(2))
     whole = decoder(tiny(FP8, "float32", *size)).decode(given)
@@ -130,7 +130,7 @@ def test_parts_of_the_columns_are_the_whole() -> None:
 
 @cpu
 def test_what_is_rewritten() -> None:
-    """All that norms make but what makes pixels; caches, weights and activations take less room."""
+    """All convolutions behind a norm are, but the one that makes pixels. All memory shrinks."""
     program, plain = tiny(FP8), tiny(FUSED)
     (entry,) = (entry for entry in program.log if entry.name == "fp8_convolve")
     assert entry.matches == {"convolutions": 2 * CONVOLUTIONS}

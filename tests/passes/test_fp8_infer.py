@@ -110,7 +110,7 @@ def made(
 
 
 def ragged() -> Program:
-    """Of widths 10 and 24."""
+    """A graph of linears whose widths are 10 and 24."""
     graph = BEFORE.replace("4, 16]", "4, 10]").replace("4, 32]", "4, 24]")
     weights = {f"{m}.weight": normal(24, 10, seed=i) for i, m in enumerate(MODULES)}
     return made(weights | {f"{MODULES[0]}.bias": torch.ones(24)}, graph=graph)
@@ -124,7 +124,10 @@ def converted_by_hand() -> Program:
 
 @cache
 def causal() -> Program:
-    """The stream that the pass reads, its linears' widths multiples of 16; not to be changed."""
+    """The stream that the pass reads.
+
+    Its linears have widths that are multiples of 16. Not to be changed.
+    """
     return make_program(make_recipe("stream", STEPS, config=tiny_config(2, **WIDE)))
 
 
@@ -141,7 +144,7 @@ def converted(lower: dict[str, str] | None = None, **options: Any) -> Program:
 
 @cache
 def quantised() -> Program:
-    """That of every block's linears; not to be changed."""
+    """The same with every block's linears quantised; not to be changed."""
     return converted()
 
 
@@ -155,7 +158,7 @@ def from_recipe() -> Program:
 
 
 def loaded() -> tuple[Program, dict[str, Tensor]]:
-    """That program with weights, and what they were."""
+    """That program with weights, and the weights as they were."""
     bare = from_recipe()
     state = randomise(bare.unmap_state(bare.weights))
     return with_weights(bare, state), state
@@ -262,7 +265,7 @@ def test_bfloat16_runs_and_exports() -> None:
 
 @torch.no_grad()
 def rolled(program: Program, chunks: int = 6) -> Tensor:
-    """The flow of every chunk of a stream; equal noise and prompt at every call."""
+    """The flow of every chunk of a stream. Noise and prompts are equal at every call."""
     rollout = Rollout(program, instantiate(program))
     geometry, spec = program.geometry, program.spec
     generator = torch.Generator().manual_seed(0)
@@ -279,7 +282,7 @@ def rolled(program: Program, chunks: int = 6) -> Tensor:
 
 
 def test_a_stream_stays_near_the_plain_one() -> None:
-    """Over more chunks than the window holds."""
+    """The stream has more chunks than the window holds."""
     wanted, ours = rolled(plain()), rolled(quantised())
     errors = (ours - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
     assert float(errors.min()) > 0.005 and float(errors.max()) < 0.1
@@ -365,14 +368,14 @@ VALUES, SCALES = f"{TO_Q}_values", f"{TO_Q}_row_scales"
 
 
 def e4m3(byte: int) -> Tensor:
-    """Ones, but for one byte."""
+    """Ones in E4M3, of which one byte is another."""
     values = torch.ones(32, 16).to(torch.float8_e4m3fn)
     values.view(torch.uint8)[5, 3] = byte
     return values
 
 
 def rows(value: float) -> Tensor:
-    """Scales of one, but for one row."""
+    """Scales of one, of which one row is another."""
     return torch.ones(32, 1).index_fill(0, torch.tensor(5), value)
 
 
@@ -401,7 +404,7 @@ def rows(value: float) -> Tensor:
 def test_bad_packed_weights_are_refused(
     change: dict[str, Tensor | None], message: str, reverse: bool
 ) -> None:
-    """In whatever order the state holds them."""
+    """They are refused in whatever order the state holds them."""
     program = converted_by_hand()
     entries = [(n, t) for n, t in (program.weights | change).items() if t is not None]
     state = dict(reversed(entries) if reverse else entries)
@@ -454,7 +457,7 @@ def test_lowered_to_torch_the_bits_are_the_references() -> None:
 
 
 def test_lowered_to_scaled_mm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU is refused; torch's product runs there all the same."""
+    """A CPU is refused, although torch's product would run there."""
     before = after(ragged(), {"fp8_infer": {"ragged": "pad"}}, "regionalise")
     program = after(before, {"lower": {"row_pipeline": "torch", "fp8_matmul": "scaled_mm"}})
     assert program.log[-1].matches.keys() == {"row_pipeline → torch", "fp8_matmul → scaled_mm"}

@@ -78,7 +78,7 @@ def test_matches_are_two_tables_however_many_layers(kind: Kind, layers: int) -> 
 
 
 def test_outputs_keep_their_bits() -> None:
-    """A shift of all positions alike is invisible (RoPE is relative); of one frame it is not."""
+    """RoPE is relative, so shifting all positions alike shows nowhere. Shifting one frame does."""
     before, program = (reached("score", *CANONICAL[:end], width=96) for end in (2, 3))
     values = inputs(program, "forward")
     positions = values.pop("positions")
@@ -114,7 +114,7 @@ def test_tables_have_diffusers_bits_on_all_its_positions(head_dim: int) -> None:
 
 @given(st.lists(st.integers(0, 1023), min_size=1, max_size=5))
 def test_each_frame_has_the_row_of_its_position(where: list[int]) -> None:
-    """Frames in any order, repeated or apart: each reads its own absolute position."""
+    """Frames may be in any order, repeated or far apart. Each reads its own absolute position."""
     ours = rope_table(torch.tensor(where, dtype=torch.float64), 2, 2, (4, 4, 4), 10000.0)
     for mine, his in zip(ours, diffusers_table(1024, 2, 2, 12), strict=True):
         rows = his.unflatten(1, (1024, 4))[:, where].flatten(1, 2)

@@ -25,7 +25,7 @@ def made(dtype: str = "float32") -> Program:
 
 
 def test_what_is_rewritten() -> None:
-    """Every block's attention to pages but the commit's last, whose result nothing reads."""
+    """Every block's attention to pages is, but the commit's last, whose result nothing reads."""
     program = after(made(), "fuse_attention_quantise")
     layers = made().spec.layers
     assert program.log[-1].matches == {"self-attention": 2 * layers - 1}
@@ -81,7 +81,10 @@ def test_heads_that_ranks_exchange_are_not_quantised_before() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_pages_that_are_decoded_count_as_memory(fused: bool) -> None:
-    """A byte each for keys and values in FP8; in the compute dtype, once more, for others."""
+    """In FP8 keys and values take a byte an element.
+
+    Others take the compute dtype, and a copy more.
+    """
     lowered = {}
     for name in ("reference", "fp8_decode"):
         keys = ("nvfp4_paged_attention", "fp8_quantise_attention")

@@ -82,7 +82,7 @@ def test_others_stay(old: str, new: str) -> None:
     ("kind", "graph", "matches"), [("stream", "step", 7), ("score", "score", 4)]
 )
 def test_results_stay(kind: Kind, graph: str, matches: int, dtype: str) -> None:
-    """Queries and keys of each layer; the commit's last block has keys alone."""
+    """Each layer has queries and keys; the commit's last block has keys alone."""
     plain = reached(kind, *PASSES[kind][:-2], dtype=dtype)
     program = after(plain, "fuse_norm_rope")
     assert program.log[-1].matches == {"norms and rotations": matches}

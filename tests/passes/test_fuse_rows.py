@@ -352,7 +352,7 @@ def test_a_quantiser_takes_in_no_other_sums(sum_: str, old: str, new: str) -> No
 
 @pytest.mark.parametrize("call", ["default(to_1, 16, 'mse')", "default(to_1, 1, 'mse', seed)"])
 def test_other_quantisers_stay(call: str) -> None:
-    """Tiles and stochastic rounding are no pipeline's."""
+    """A pipeline has neither tiles nor stochastic rounding."""
     head = HEAD.replace("weight: f32[16]", "weight: f32[16], seed: i64[2]")
     whole = head + NORM + NVFP4.replace("default(to_1, 1, 'mse')", call) + QUANTISED
     message = refused(after, made(whole), "fuse_rows")
@@ -398,7 +398,7 @@ PIPELINES = {"gated sum → norm": 3, "sum → modulated norm": 3, "modulated no
     [("float32", "fp8"), ("bfloat16", "fp8"), ("bfloat16", None)],
 )
 def test_results_stay(dtype: str, precision: str | None) -> None:
-    """In float32 of norms fused before: torch's own rounds a product and its sum at once."""
+    """In float32 norms are fused in both: torch's own rounds a product and its sum at once."""
     steps = [] if precision is None else [f"{precision}_infer"]
     plain = after(reached("stream", *CAUSAL, dtype=dtype, head_dim=16), *steps)
     program = after(plain, "fuse_rows")

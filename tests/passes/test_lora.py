@@ -102,7 +102,10 @@ def test_rewrites_the_text() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_matches_follow_from_the_layers(layers: int) -> None:
-    """Ten linears a block; the commit's last block keeps two, the prologue has two a block."""
+    """A block has ten linears.
+
+    The commit's last block keeps two, and the prologue has two a block.
+    """
     score = after(reached("score", *CANONICAL, layers=layers), {"lora": SMALL})
     assert score.log[-1].matches == {"linears": 10 * layers}
     stream = after(reached("stream", *PASSES["stream"][:6], layers=layers), {"lora": SMALL})
@@ -127,7 +130,7 @@ def test_only_adapters_train() -> None:
 
 
 def test_initial_values_are_pefts() -> None:
-    """Kaiming uniform with a = √5: uniform within 1/√in."""
+    """Kaiming uniform with a = √5 is uniform within 1/√in."""
     program = adapted(*CANONICAL, rank=64)
     for name, tensor in adapters(program.weights).items():
         if ".lora_B." in name:

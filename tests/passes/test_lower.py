@@ -103,7 +103,7 @@ def test_outputs_agree_with_the_op(kind: Kind, dtype: torch.dtype | None, bound:
 
 
 def uncausal(program: Program) -> Program:
-    """The lowered program with keys for values."""
+    """The lowered program with keys in the place of values."""
     program = after(program)
     for region in program.regions.values():
         for node in region.graph.nodes:
@@ -132,7 +132,7 @@ def test_unknown_implementations_are_refused(options: dict[str, str], message: s
 
 
 def test_ops_without_a_key_take_what_is_preferred() -> None:
-    """The first name that an op has, unless its key says another."""
+    """An op takes the first name that it has, unless its key names another."""
     before = regional("stream")
     program = after(before, {"lower": {"prefer": ["arena"]}})
     assert program.implementations == {"paged_attention": "arena"}

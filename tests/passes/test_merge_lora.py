@@ -134,7 +134,7 @@ def test_low_precision_weights_keep_their_dtype() -> None:
 
 
 def test_unmapped_state_is_the_same_function() -> None:
-    """The merged weights as base, adapters that add nothing."""
+    """The merged weights become the base, and the adapters add nothing."""
     program = after(learned(), "merge_lora")
     state = program.state_maps[-1].unmap_state(program.weights)
     assert state.keys() == learned().weights.keys()

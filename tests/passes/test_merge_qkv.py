@@ -104,7 +104,7 @@ def test_weights_of_different_forms_are_refused() -> None:
     ("kind", "dtype"), [("stream", "float32"), ("stream", "bfloat16"), ("score", "float32")]
 )
 def test_results_stay(kind: Kind, dtype: str) -> None:
-    """The commit's last block has keys and values alone, of the same weight."""
+    """The commit's last block has keys and values alone, computed from the same weight."""
     plain = reached(kind, *PASSES[kind][:-2], dtype=dtype)
     program = after(plain, "merge_qkv")
     finished = after(program, "regionalise", "lower")
@@ -124,7 +124,7 @@ def test_results_stay(kind: Kind, dtype: str) -> None:
 
 
 def test_rows_in_fp8_are_the_same() -> None:
-    """Each row has a scale of its own, so to join them changes none."""
+    """Each row has a scale of its own, so joining rows changes none."""
     plain = reached("stream", *CAUSAL, head_dim=16)
     ours, wanted = after(plain, "merge_qkv", "fp8_infer"), after(plain, "fp8_infer")
     for graph in ("step", "commit"):
@@ -154,7 +154,10 @@ def test_adapters_come_before() -> None:
 
 
 def test_all_fusions_together() -> None:
-    """In the order of wan22_5b_stream_fp8; products alone may be summed otherwise."""
+    """They run in the order of wan22_5b_stream_fp8.
+
+    Only products may be summed in another order.
+    """
     steps = [*CAUSAL, "merge_qkv", "fuse_norm_rope", "fp8_infer", "fuse_rows",
              "regionalise", "lower"]  # fmt: skip
     recipe = make_recipe("stream", steps, config=tiny_config(2, attention_head_dim=16))

@@ -148,7 +148,7 @@ def paged(program: Program, values: dict[str, Tensor], rule: str) -> dict[str, T
 
 
 def decoded(program: Program, values: dict[str, Tensor], rule: str) -> dict[str, Tensor]:
-    """``values`` as the program's pages decode to."""
+    """What ``values`` are once the program's pages were written with them and decoded."""
     smooth = "k_pages_means_0" in program.pages
     return {name: by_hand(value, smooth, rule) for name, value in values.items()}
 
@@ -173,7 +173,7 @@ def test_the_step_reads_what_pages_decode_to(
 
 @pytest.mark.parametrize(("smoothing", "rule"), [(False, "none"), (True, "mse"), (True, "abs_max")])
 def test_the_commit_writes_what_it_would_have_quantised(smoothing: bool, rule: str) -> None:
-    """The page's bytes, and no other page's, of the clean chunk's own K/V."""
+    """It writes its page's bytes, from the clean chunk's own K/V, and no other page's."""
     before = reached("stream", *STEPS, head_dim=16)
     program = quantised(smoothing=smoothing, rule=rule)
     given = inputs(before, "commit") | {"table": torch.tensor([2, 0]), "slot": torch.tensor([1])}

@@ -233,7 +233,7 @@ def test_a_packed_checkpoint_infers_in_fp8(tmp_path: Path) -> None:
 
 
 def test_precision_by_denoising_pass() -> None:
-    """A pass that is kept, and the commit, give the plain program's bits; the others do not."""
+    """A pass or a commit that is kept gives the plain program's bits. The others do not."""
     kept, plain, packed = quantised(keep_steps=[0, 2], keep_commit=True), streaming(), quantised()
     assert kept.fact(HighSteps).indices == {0, 2} and "step_high" in kept.graphs
     text_only = {n for n in plain.weights if re.search(r"attn2\.to_[kv]\.weight$", n)}

@@ -167,7 +167,7 @@ def test_what_is_not_asked_for_is_not_in_the_text() -> None:
     ids=str,
 )
 def test_the_signs_follow_from_width_and_seed(options: dict[str, int], signs: list[int]) -> None:
-    """In x's operand, and in each of the two linears that read it."""
+    """The operand of x has them, and so has each of the two linears that read x."""
     printed = text(after(made(), {"nvfp4_train": options}), "train")
     assert printed.count(str(signs)) == 3
 
@@ -181,7 +181,7 @@ def test_matches_follow_from_the_layers(layers: int) -> None:
 
 
 def test_memory_counts_the_weights_values() -> None:
-    """4.5 bits an element, and as much for the transpose."""
+    """A value takes 4.5 bits, and the transpose as much again."""
     program = trained(2)
     linears = [t for n, t in program.weights.items() if n.startswith("blocks") and t.dim() == 2]
     extra = sum(2 * t.numel() * 9 // 16 + 4 for t in linears)
@@ -335,7 +335,7 @@ def test_draws_follow_the_batch() -> None:
 
 
 def test_no_two_operands_share_a_draw(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether they are of one linear (dx and dW), of two, or of two layers."""
+    """Neither within a linear (dx and dW), nor over two linears or two layers."""
     drawn: list[tuple[int, ...]] = []
 
     def recorded(seed: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
@@ -400,7 +400,7 @@ class Clips:
 
 
 def losses(program: Program, folder: Path, steps: int, resume: bool = False) -> list[float]:
-    """Of every step so far of a run in a folder."""
+    """The losses of all steps so far of a folder's run."""
     section = TrainSection(steps=steps, lr=1e-3, checkpoint_every=2, ema_start=1, seed=5)
     about = {"recipe": {"train": section.model_dump(mode="json")}, "log": [], "versions": {}}
     objective = FlowMatching(program, instantiate(program))

@@ -66,7 +66,7 @@ def test_matches_follow_from_the_layers(kind: Kind, layers: int) -> None:
 
 
 def time_only(program: Program) -> list[fx.Node]:
-    """Calls that depend on the timestep and on no latents: embedding and modulations."""
+    """The calls that depend on the timestep and on no latents: embedding and modulations."""
     graph = program.graphs["forward"]
     tainted = {role: {input_of(graph, role)} for role in (Role.TIME, Role.LATENTS)}
     for node in graph.nodes:

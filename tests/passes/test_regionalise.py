@@ -117,7 +117,7 @@ def test_outputs_keep_their_bits(kind: Kind) -> None:
 
 
 def unbiased(program: Program) -> Program:
-    """The program without the bias of every region's first linear."""
+    """The program without the bias of each region's first linear."""
     program = after(program)
     for region in program.regions.values():
         linear = calls(region.graph, aten.linear.default)[0]

@@ -91,7 +91,7 @@ def test_matches_follow_from_the_layers(kind: Kind, layers: int) -> None:
 def test_outputs_agree_with_masked_prompts(
     kind: Kind, batch: int, dtype: torch.dtype | None, bound: float
 ) -> None:
-    """Oracle: all prompts end to end in one long text, masked so that a chunk sees its own."""
+    """Compared with one long text of all prompts, masked so that a chunk sees only its own."""
     program = reached(kind, *CANONICAL, "text_per_chunk", layers=1, batch=batch)
     prompts, tokens = program.geometry.chunks, program.geometry.text_tokens
     chunks = program.geometry.captured_frames(kind) // program.geometry.chunk

@@ -239,7 +239,7 @@ def test_no_size_divides_chunks_of_three() -> None:
 
 
 def test_the_large_recipe_holds_half_the_heads() -> None:
-    """Its cache in NVFP4, its linears in FP8."""
+    """Its cache is in NVFP4 and its linears are in FP8."""
     config = named_config("wan22_5b") | {"num_layers": 1}
     recipe = open_recipe("wan22_5b_stream_sp2", ())
     model = recipe.model.model_copy(update={"config": config})
