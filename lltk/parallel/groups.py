@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -12,7 +13,8 @@ SEQUENCE = "sequence"
 """The group whose ranks share a chunk's frames, and a cache's heads."""
 
 FRAMES = "frames"
-"""The same ranks, for the parts of frames that they send beside the chunk in flight."""
+"""The same ranks, for the parts of frames that they send while the next chunk is in flight. They
+travel through main memory, so that they never wait for an exchange on the GPUs, nor it for them."""
 
 _groups: dict[str, dist.ProcessGroup] = {}
 
@@ -60,9 +62,12 @@ def gathered(own: Tensor, shapes: Sequence[Sequence[int]], name: str) -> list[Te
     All ranks must call it, in the same order.
 
     Args:
-        own: this rank's part.
+        own: this rank's part, on any device.
         shapes: of every rank's part; all have the dtype of this one.
-        name: of the group.
+        name: of the group, whose backend exchanges main memory.
+
+    Returns:
+        The parts on this rank's device.
 
     Raises:
         LostRank: another rank has stopped.
@@ -70,11 +75,13 @@ def gathered(own: Tensor, shapes: Sequence[Sequence[int]], name: str) -> list[Te
     group = find_group(name, len(shapes))
     try:
         if group.rank() > 0:
-            dist.send(own.contiguous(), group=group, group_dst=0)
+            dist.send(own.contiguous().cpu(), group=group, group_dst=0)
             return []
-        parts = [own, *(own.new_empty(tuple(shape)) for shape in shapes[1:])]
-        for rank, part in enumerate(parts[1:], 1):
+        parts = [own]
+        for rank, shape in enumerate(shapes[1:], 1):
+            part = torch.empty(tuple(shape), dtype=own.dtype)
             dist.recv(part, group=group, group_src=rank)
+            parts.append(part.to(own.device))
     except RuntimeError as error:
         raise lost(error) from error
     return parts

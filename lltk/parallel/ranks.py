@@ -88,7 +88,8 @@ def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
         group = dist.group.WORLD
         assert group is not None
         ranks = Ranks(rank, size, own)
-        with registered(SEQUENCE, group), registered(FRAMES, dist.new_group(timeout=timeout)):
+        frames = dist.new_group(timeout=timeout, backend="gloo")
+        with registered(SEQUENCE, group), registered(FRAMES, frames):
             yield ranks
         ranks.any(False)  # all are done
     except BaseException:

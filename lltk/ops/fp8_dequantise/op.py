@@ -18,8 +18,10 @@ fp8_dequantise = torch.library.custom_op(
 
 
 @fp8_dequantise.register_fake
-def _(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    torch._check(scales.shape == (*codes.shape[:-1], 1))
+def _(codes: Tensor, scales: Tensor, dtype: torch.dtype, centre: Tensor | None = None) -> Tensor:
+    batch, _, heads, width = codes.shape
+    torch._check(scales.dim() == 0 or scales.shape == (*codes.shape[:-1], 1))
+    torch._check(centre is None or centre.shape == (batch, 1, heads, width))
     return codes.new_empty(codes.shape, dtype=dtype)
 
 

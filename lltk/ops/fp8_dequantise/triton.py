@@ -11,8 +11,8 @@ from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.triton_floats import decode_e4m3
 
 DECLARATION = Declaration(
-    Exactness.BITWISE,
-    "a block of elements a program",
+    Exactness.ROUNDING,
+    "a block of elements a program; product and sum may be rounded once",
     devices=("cuda",),
     modules=("triton",),
     opaque=True,
@@ -20,25 +20,35 @@ DECLARATION = Declaration(
 _BLOCK = 4096
 
 
-def fp8_dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """`reference.fp8_dequantise`."""
+def fp8_dequantise(
+    codes: Tensor, scales: Tensor, dtype: torch.dtype, centre: Tensor | None = None
+) -> Tensor:
+    """`reference.fp8_dequantise`; without a centre, bit for bit."""
+    _, length, heads, width = codes.shape
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     with torch.cuda.device_of(codes):
         _dequantise[(triton.cdiv(codes.numel(), _BLOCK),)](
             codes.contiguous().view(torch.uint8),
             scales.contiguous(),
+            None if centre is None else centre.contiguous(),
             out,
             codes.numel(),
-            codes.shape[-1],
+            width if scales.dim() else codes.numel(),
+            length,
+            heads * width,
             BLOCK=_BLOCK,
         )
     return out
 
 
 @triton.jit
-def _dequantise(codes, scales, out, count, width, BLOCK: tl.constexpr):
+def _dequantise(codes, scales, centre, out, count, together, length, token, BLOCK: tl.constexpr):
+    """``together`` elements share a scale, and ``token`` elements are one token's."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     held = index < count
     values = decode_e4m3(tl.load(codes + index, mask=held, other=0).to(tl.int32))
-    values *= tl.load(scales + index // width, mask=held, other=0.0)
+    values *= tl.load(scales + index // together, mask=held, other=0.0)
+    if centre is not None:
+        own = index // token // length * token + index % token
+        values += tl.load(centre + own, mask=held, other=0.0)
     tl.store(out + index, values.to(out.dtype.element_ty), mask=held)

@@ -11,7 +11,11 @@ from lltk.ops.nvfp4_paged_attention.reference import Pages
 
 
 def compose(
-    module: str, gather_fp8: Kernel, fp8_attention: Kernel, quantise_centred: Kernel
+    module: str,
+    gather_fp8: Kernel,
+    fp8_attention: Kernel,
+    row_pipeline: Kernel,
+    quantise_centred: Kernel,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """An implementation of `lltk::fp8_quantise_attention` whose operands are rounded to E4M3.
 
@@ -19,8 +23,8 @@ def compose(
 
     Args:
         module: the Python module that the implementation belongs to.
-        gather_fp8, fp8_attention, quantise_centred: implementations of `nvfp4_gather_fp8`,
-            `fp8_attention` and `fp8_quantise_centred`.
+        gather_fp8, fp8_attention, row_pipeline, quantise_centred: implementations of
+            `nvfp4_gather_fp8`, of the ops of the next two names and of `fp8_quantise_centred`.
     """
 
     def fp8_quantise_attention(
@@ -40,6 +44,7 @@ def compose(
         found = centred(
             gather_fp8,
             fp8_attention,
+            row_pipeline,
             q,
             k,
             v,

@@ -10,6 +10,7 @@ DECLARATION = Declaration(
     parts={
         "nvfp4_gather_fp8": "triton",
         "fp8_attention": "cudnn",
+        "row_pipeline": "triton",
         "fp8_quantise_centred": "triton",
     },
 )

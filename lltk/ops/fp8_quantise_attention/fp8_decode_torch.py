@@ -10,6 +10,7 @@ DECLARATION = Declaration(
     parts={
         "nvfp4_gather_fp8": "reference",
         "fp8_attention": "reference",
+        "row_pipeline": "reference",
         "fp8_quantise_centred": "reference",
     },
 )

@@ -23,14 +23,21 @@ from lltk.ops.nvfp4_paged_attention.reference import Pages
 Kernel = Callable[..., Any]
 
 
-def compose(module: str, gather_fp8: Kernel, fp8_attention: Kernel) -> Callable[..., Tensor]:
+def compose(
+    module: str,
+    gather_fp8: Kernel,
+    fp8_attention: Kernel,
+    row_pipeline: Kernel,
+    fp8_dequantise: Kernel,
+) -> Callable[..., Tensor]:
     """An implementation of `lltk::nvfp4_paged_attention` whose operands are rounded to E4M3.
 
     The result is rounded too, as `centred` says.
 
     Args:
         module: the Python module that the implementation belongs to.
-        gather_fp8, fp8_attention: implementations of `nvfp4_gather_fp8` and `fp8_attention`.
+        gather_fp8, fp8_attention, row_pipeline, fp8_dequantise: implementations of
+            `nvfp4_gather_fp8` and of the ops of the other names.
     """
 
     def nvfp4_paged_attention(
@@ -50,6 +57,7 @@ def compose(module: str, gather_fp8: Kernel, fp8_attention: Kernel) -> Callable[
         out, scale, v_centre = centred(
             gather_fp8,
             fp8_attention,
+            row_pipeline,
             q,
             k,
             v,
@@ -57,7 +65,7 @@ def compose(module: str, gather_fp8: Kernel, fp8_attention: Kernel) -> Callable[
             Pages(v_codes, v_scales, v_decode_scales, v_means),
             table,
         )
-        return (out.float() / scale + v_centre).to(q.dtype)
+        return fp8_dequantise(out, scale.reciprocal(), q.dtype, v_centre)
 
     nvfp4_paged_attention.__module__ = module
     return nvfp4_paged_attention
@@ -66,6 +74,7 @@ def compose(module: str, gather_fp8: Kernel, fp8_attention: Kernel) -> Callable[
 def centred(
     gather_fp8: Kernel,
     fp8_attention: Kernel,
+    row_pipeline: Kernel,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -76,7 +85,7 @@ def centred(
     """Attention in FP8 before the centre of the values is added to it.
 
     Args:
-        gather_fp8, fp8_attention: as of `compose`.
+        gather_fp8, fp8_attention, row_pipeline: as of `compose`.
         q, k, v, k_pages, v_pages, table: as of `reference.nvfp4_paged_attention`.
 
     Returns:
@@ -91,7 +100,8 @@ def centred(
     values, largest = gather_fp8(v, v_centre, *v_pages, table)
     most = round_e4m3(largest).float()
     scale = E4M3_MAX / most.masked_fill(most == 0, 1.0)
-    return fp8_attention(round_e4m3(q), keys, values, scale), scale, v_centre
+    (queries,) = row_pipeline(q.flatten(2), to="e4m3")
+    return fp8_attention(queries.view(q.shape), keys, values, scale), scale, v_centre
 
 
 def centre(own: Tensor, means: Tensor | None, table: Tensor) -> Tensor:

@@ -7,7 +7,12 @@ from lltk.ops.nvfp4_paged_attention.fp8 import compose
 DECLARATION = Declaration(
     Exactness.NARROWER,
     "decodes pages to E4M3, attends in FP8",
-    parts={"nvfp4_gather_fp8": "triton", "fp8_attention": "cudnn"},
+    parts={
+        "nvfp4_gather_fp8": "triton",
+        "fp8_attention": "cudnn",
+        "row_pipeline": "triton",
+        "fp8_dequantise": "triton",
+    },
 )
 
 nvfp4_paged_attention = compose(__name__, *load_parts(DECLARATION))

@@ -7,7 +7,12 @@ from lltk.ops.nvfp4_paged_attention.fp8 import compose
 DECLARATION = Declaration(
     Exactness.NARROWER,
     "fp8_decode's formula in torch",
-    parts={"nvfp4_gather_fp8": "reference", "fp8_attention": "reference"},
+    parts={
+        "nvfp4_gather_fp8": "reference",
+        "fp8_attention": "reference",
+        "row_pipeline": "reference",
+        "fp8_dequantise": "reference",
+    },
 )
 
 nvfp4_paged_attention = compose(__name__, *load_parts(DECLARATION))

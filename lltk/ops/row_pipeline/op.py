@@ -61,6 +61,7 @@ def _new_plain(x: Tensor) -> tuple[Tensor, ...]:
 _FORMS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "plain": _new_plain,
     "fp8": new_fp8,
+    "e4m3": lambda x: new_fp8(x)[:1],
     "nvfp4": new_nvfp4,
 }
 OVERLOAD = torch.ops.lltk.row_pipeline.default

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from lltk.ops.floats import round_e4m3
 from lltk.ops.fp8_rows import fp8_quantise
 from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
 
@@ -44,8 +45,9 @@ def row_pipeline(
             R / G rows of x, and so on. One row [D] is for all of x.
         eps: what the norm adds to the variance.
         activation: ``"gelu"`` or None.
-        to: ``"plain"`` for x's dtype; ``"fp8"`` for what `fp8_quantise` returns; ``"nvfp4"`` for
-            what `nvfp4_quantise` returns of blocks 1×16, for which D is a multiple of 16.
+        to: ``"plain"`` for x's dtype; ``"fp8"`` for what `fp8_quantise` returns; ``"e4m3"`` for
+            the nearest E4M3 values, without scales; ``"nvfp4"`` for what `nvfp4_quantise` returns
+            of blocks 1×16, for which D is a multiple of 16.
         rule: of `nvfp4_quantise`.
         keep_sum: whether the residual's sum is a result too.
 
@@ -63,6 +65,8 @@ def row_pipeline(
     written: Sequence[Tensor] = (x,)
     if to == "fp8":
         written = fp8_quantise(x)
+    elif to == "e4m3":
+        written = (round_e4m3(x),)
     elif to == "nvfp4":
         written = nvfp4_quantise(x, 1, rule)
     return [*written, total] if keep_sum else [*written]

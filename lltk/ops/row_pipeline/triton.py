@@ -28,6 +28,7 @@ from lltk.ops.row_pipeline.op import new_results
 from lltk.ops.triton_floats import is_finite, magnitude_bits
 from lltk.ops.triton_rows import (
     converts_e4m3,
+    e4m3_codes,
     load_row,
     row_options,
     rows_of,
@@ -96,7 +97,7 @@ def row_pipeline(
                 width,
                 eps,
                 total,
-                out.view(torch.uint8) if to == "fp8" else out,
+                out.view(torch.uint8) if to in ("fp8", "e4m3") else out,
                 scales,
                 NATIVE=converts_e4m3(x.device),
                 **options,
@@ -156,10 +157,12 @@ def _write(
     ROW: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """Write rows as FP8 with their scales, or plainly if there are no scales."""
+    """Write rows as FP8 with their scales; without scales, as bytes of E4M3 or plainly."""
     row = tl.program_id(0)
     values = _steps(operands, row, width, eps, total, GELU, False, ROW)
     if scales is None:
+        if out.dtype.element_ty == tl.uint8:
+            values = e4m3_codes(values, NATIVE)
         store_row(out, row, values, width, ROW)
     else:
         store_fp8_row(out, scales, row, values, width, ROW, NATIVE)
