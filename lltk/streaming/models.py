@@ -91,7 +91,8 @@ class Models:
             module = instantiate(plan.transformer, plan.device)
             if plan.section.compile:
                 module.compile_blocks()
-            self._transformer = module, Lane(next(module.parameters()).device)
+            device = next(module.parameters()).device
+            self._transformer = module, Lane(device, own_stream=True, urgent=True)
 
     def open(
         self,
