@@ -77,13 +77,8 @@ def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     watcher.start()
     try:
         own = _own_device(find_device(device))
-        options = None
-        if own.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-            options._timeout = timeout
         dist.init_process_group(
             "gloo" if own.type == "cpu" else "cpu:gloo,cuda:nccl",
-            pg_options=options,
             store=PrefixStore("lltk", store),
             rank=rank,
             world_size=size,

@@ -25,26 +25,21 @@ class Lane:
     Args:
         device: where the work runs; a GPU with its number.
         own_stream: whether, on a GPU, it runs on a stream of the lane's own. If not, it runs on the
-            current stream of the thread that has the turn. Either way what the thread launches
-            outside runs before it or after it, as it stands in the program.
-        urgent: whether, on a GPU, its kernels begin before those of other lanes that wait.
+            current stream of the thread that has the turn.
     """
 
-    def __init__(
-        self, device: torch.device, own_stream: bool = False, urgent: bool = False
-    ) -> None:
+    def __init__(self, device: torch.device, own_stream: bool = False) -> None:
         self.device = device
         self.stream: torch.cuda.Stream | None = None
         """The lane's own stream, if it has one."""
-        priority = -1 if urgent else 0
         self._queue: deque[object] = deque()  # a ticket a thread; the first has the turn
         self._moved = Condition()
         self._done: torch.cuda.Event | None = None
         if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device, priority) if own_stream else None
+            self.stream = torch.cuda.Stream(device) if own_stream else None
             self.graph_pool = torch.cuda.graph_pool_handle()
             # One stream for every recording: memory that is freed on another is not used again.
-            self.graph_stream = torch.cuda.Stream(device, priority)
+            self.graph_stream = torch.cuda.Stream(device)
             self._done = torch.cuda.Event()
 
     @contextmanager
@@ -69,13 +64,10 @@ class Lane:
         if self._done is None:
             yield
             return
-        outside = torch.cuda.current_stream(self.device)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self._done)
-            stream.wait_stream(outside)
             try:
                 yield
             finally:
                 self._done.record(stream)
-                outside.wait_event(self._done)

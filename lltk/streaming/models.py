@@ -91,8 +91,7 @@ class Models:
             module = instantiate(plan.transformer, plan.device)
             if plan.section.compile:
                 module.compile_blocks()
-            device = next(module.parameters()).device
-            self._transformer = module, Lane(device, own_stream=True, urgent=True)
+            self._transformer = module, Lane(next(module.parameters()).device)
 
     def open(
         self,
