@@ -217,7 +217,7 @@ def test_a_slow_sink_holds_nobody_else_up(plan: StreamPlan) -> None:
 
 def test_what_does_not_go_together_is_refused(plan: StreamPlan, tmp_path: Path) -> None:
     models = load_models(plan)
-    assert refused(models.open, None, SHOTS) == "sink: rank 0 makes the video; give rank 0 a sink"
+    assert refused(models.open, None, SHOTS) == "sink: rank 0 has the video; give rank 0 a sink"
     message = refused(models.open, print, SHOTS, resume=tmp_path / "state")
     assert message == "resume: the state knows script, image and seed; give none of them"
     with models.open(lambda video: None, SHOTS) as stream:
