@@ -37,9 +37,11 @@ from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, load_recipe
 from lltk.graph.recipe_files import find_recipe
-from lltk.ops.fp8_conv3d.op import OVERLOAD as FP8_CONVOLUTION
+from lltk.ops.implementations import overload
 from lltk.passes import make_pass
 from lltk.stream.decoder import Decoder
+
+FP8_CONVOLUTION = overload("fp8_conv3d")
 
 _METHOD = """\
 Milliseconds are for one video frame: {runs} calls after two that warm up, timed by {how}. First s

@@ -7,7 +7,9 @@ from lltk.graph.edit import building, replace
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.block_causal_attention.op import OVERLOAD
+from lltk.ops.implementations import overload
+
+BLOCK_CAUSAL_ATTENTION = overload("block_causal_attention")
 
 
 class Config(PassConfig):
@@ -45,7 +47,7 @@ def rewrite_self_attention(
     for attention in find_attention(program, graph, program.spec.self_attention, report):
         with building(attention.node) as build:
             operands = (attention.q, attention.k, attention.v)
-            out = build(OVERLOAD, *operands, chunk_tokens, teacher_forcing)
+            out = build(BLOCK_CAUSAL_ATTENTION, *operands, chunk_tokens, teacher_forcing)
         replace(attention.result, out)
         report.match("self-attention")
     program.graphs = {name: graph}

@@ -10,7 +10,9 @@ from lltk.graph.edit import add_input, building, replace, shape
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.paged_attention.op import OVERLOAD
+from lltk.ops.implementations import overload
+
+PAGED_ATTENTION = overload("paged_attention")
 
 
 class Config(PassConfig):
@@ -54,6 +56,6 @@ class CachedStep(Pass[Config]):
             ]
             with building(attention.node) as build:
                 operands = (attention.q, attention.k, attention.v)
-                out = build(OVERLOAD, *operands, *arenas, table)
+                out = build(PAGED_ATTENTION, *operands, *arenas, table)
             replace(attention.result, out)
             report.match("self-attention")

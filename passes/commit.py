@@ -22,10 +22,11 @@ from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.spec import LinearRole
 from lltk.graph.stages import Stage
-from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
-from lltk.ops.write_page.op import OVERLOAD as WRITE_PAGE
+from lltk.ops.implementations import overload
 
 aten = torch.ops.aten
+PAGED_ATTENTION = overload("paged_attention")
+WRITE_PAGE = overload("write_page")
 
 
 class Config(PassConfig):

@@ -12,10 +12,11 @@ from lltk.graph.edit import building, calls, replace, shape
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.upsample_residual.op import OVERLOAD
+from lltk.ops.implementations import overload
 from lltk.ops.upsample_residual.reference import fold, unfold
 
 aten = torch.ops.aten
+UPSAMPLE_RESIDUAL = overload("upsample_residual")
 _WEIGHT, _PHASES = "weight", "phases"
 
 
@@ -102,7 +103,7 @@ def _rewrite(found: _Upsampling) -> None:
     with building(found.result, found.module) as build:
         weight = build.attribute(f"{found.module}.{_PHASES}")
         phases = build(aten.conv2d.default, found.image, weight, None, [1, 1], [1, 1])
-        made = build(OVERLOAD, phases, found.bias, found.shortcut, found.stride)
+        made = build(UPSAMPLE_RESIDUAL, phases, found.bias, found.shortcut, found.stride)
     replace(found.result, made)
 
 

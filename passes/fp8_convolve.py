@@ -17,11 +17,12 @@ from lltk.graph.packed import FP8_ENDINGS, Fp8Weights
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.cached_norm_silu.op import OVERLOAD as NORM_SILU
-from lltk.ops.fp8_cached_norm_silu.op import OVERLOAD as FP8_NORM_SILU
-from lltk.ops.fp8_conv3d.op import OVERLOAD as FP8_CONV
+from lltk.ops.implementations import overload
 
 aten = torch.ops.aten
+NORM_SILU = overload("cached_norm_silu")
+FP8_NORM_SILU = overload("fp8_cached_norm_silu")
+FP8_CONV = overload("fp8_conv3d")
 MULTIPLE = 16
 """Tensor cores want both widths to be multiples of it."""
 _CACHE, _SUM = 1, 2

@@ -13,8 +13,10 @@ from lltk.graph.packed import FP8_ENDINGS, Fp8Weights
 from lltk.graph.passes import Numerics, Pass, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.fp8_matmul.op import OVERLOAD as MATMUL
-from lltk.ops.row_pipeline.op import OVERLOAD as ROW_PIPELINE
+from lltk.ops.implementations import overload
+
+MATMUL = overload("fp8_matmul")
+ROW_PIPELINE = overload("row_pipeline")
 
 MULTIPLE = 16
 """Tensor cores want K and N to be multiples of it."""

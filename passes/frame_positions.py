@@ -12,7 +12,9 @@ from lltk.graph.edit import add_input, building, input_of, module_of, prune, rep
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.rope_table.op import OVERLOAD
+from lltk.ops.implementations import overload
+
+ROPE_TABLE = overload("rope_table")
 
 
 class Config(PassConfig):
@@ -47,7 +49,7 @@ class FramePositions(Pass[Config]):
             first = next(node for node in graph.nodes if node in found)
             with building(first, spec.rope) as build:
                 split = list(spec.rope_split)
-                tables = build(OVERLOAD, positions, height, width, split, spec.rope_theta)
+                tables = build(ROPE_TABLE, positions, height, width, split, spec.rope_theta)
                 cos = build(operator.getitem, tables, 0, name="rope_cos")
                 sin = build(operator.getitem, tables, 1, name="rope_sin")
             for old, new in zip(found, (cos, sin), strict=True):

@@ -9,11 +9,12 @@ from lltk.graph.match import sole_reader
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.fp8_quantise_attention.op import OVERLOAD as QUANTISE_ATTENTION
-from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as ATTENTION
-from lltk.ops.row_pipeline.op import OVERLOAD as ROW_PIPELINE
+from lltk.ops.implementations import overload
 
 aten = torch.ops.aten
+QUANTISE_ATTENTION = overload("fp8_quantise_attention")
+ATTENTION = overload("nvfp4_paged_attention")
+ROW_PIPELINE = overload("row_pipeline")
 
 
 class Config(PassConfig):

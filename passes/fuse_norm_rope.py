@@ -15,9 +15,10 @@ from lltk.graph.match import is_call, sole_reader
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.rms_norm_rope.op import OVERLOAD as NORM_ROPE
+from lltk.ops.implementations import overload
 
 aten = torch.ops.aten
+NORM_ROPE = overload("rms_norm_rope")
 
 
 class Config(PassConfig):

@@ -14,10 +14,11 @@ from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec
 from lltk.graph.stages import Stage
-from lltk.ops.cached_norm_silu.op import OVERLOAD
 from lltk.ops.cached_norm_silu.reference import CACHED, EPS
+from lltk.ops.implementations import overload
 
 aten = torch.ops.aten
+CACHED_NORM_SILU = overload("cached_norm_silu")
 _CONV = aten.conv3d.default
 _MOVES = {
     aten.clone.default,
@@ -106,7 +107,7 @@ def _fuse(conv: fx.Node, found: _Input, spec: DecoderSpec, report: Report) -> No
                 bias = build(aten.add.Tensor, bias, _take_bias(residual))
         gamma = build.attribute(found.gamma)
         keep = absorbed and bool(others)
-        made = build(OVERLOAD, x, gamma, bias, residual, found.cache, keep)
+        made = build(CACHED_NORM_SILU, x, gamma, bias, residual, found.cache, keep)
         frames, cache = (build(operator.getitem, made, index) for index in range(2))
         if keep:
             total = build(operator.getitem, made, 2)

@@ -24,11 +24,12 @@ from lltk.graph.match import (
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.nvfp4_quantise.op import OVERLOAD as NVFP4_QUANTISE
+from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_quantise.reference import BLOCK
-from lltk.ops.row_pipeline.op import OVERLOAD as ROW_PIPELINE
 
 aten = torch.ops.aten
+NVFP4_QUANTISE = overload("nvfp4_quantise")
+ROW_PIPELINE = overload("row_pipeline")
 
 
 StepName = Literal["residual", "norm", "activation"]

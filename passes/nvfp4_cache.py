@@ -14,12 +14,14 @@ from lltk.graph.linears import Rule
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
+from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_paged_attention.reference import empty_pages
 from lltk.ops.nvfp4_quantise.reference import BLOCK
-from lltk.ops.nvfp4_write_page.op import OVERLOAD as NVFP4_WRITE_PAGE
-from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
-from lltk.ops.write_page.op import OVERLOAD as WRITE_PAGE
+
+NVFP4_PAGED_ATTENTION = overload("nvfp4_paged_attention")
+NVFP4_WRITE_PAGE = overload("nvfp4_write_page")
+PAGED_ATTENTION = overload("paged_attention")
+WRITE_PAGE = overload("write_page")
 
 _ROLES = {
     "codes": Role.PAGE_CODES,

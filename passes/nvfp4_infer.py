@@ -19,12 +19,13 @@ from lltk.graph.passes import Numerics, Pass, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.graph.verify import STEP_HIGH
+from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
-from lltk.ops.nvfp4_matmul.op import OVERLOAD as MATMUL
-from lltk.ops.nvfp4_quantise.op import OVERLOAD as QUANTISE
 from lltk.ops.nvfp4_quantise.reference import BLOCK, nvfp4_quantise
 
 aten = torch.ops.aten
+MATMUL = overload("nvfp4_matmul")
+QUANTISE = overload("nvfp4_quantise")
 
 
 class Config(LinearChoice):

@@ -18,13 +18,14 @@ from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.graph.verify import WEIGHTS
 from lltk.ops.hadamard.reference import SIGNS, random_signs
-from lltk.ops.nvfp4_linear.op import OVERLOAD as LINEAR
-from lltk.ops.nvfp4_quantise.op import OVERLOAD as QUANTISE
+from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_quantise.reference import BLOCK
-from lltk.ops.nvfp4_quantise_transposed.op import OVERLOAD as QUANTISE_TRANSPOSED
-from lltk.ops.nvfp4_transpose.op import OVERLOAD as TRANSPOSE
 
 aten = torch.ops.aten
+LINEAR = overload("nvfp4_linear")
+QUANTISE = overload("nvfp4_quantise")
+QUANTISE_TRANSPOSED = overload("nvfp4_quantise_transposed")
+TRANSPOSE = overload("nvfp4_transpose")
 _STREAMS = 2
 _PARTS = ("codes", "scales", "scale", "codes_t", "scales_t")
 

@@ -24,13 +24,7 @@ from lltk.graph.facts import Ranks
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
-from lltk.ops.fp8_dequantise.op import OVERLOAD as FP8_DEQUANTISE
-from lltk.ops.fp8_quantise_attention.op import OVERLOAD as FP8_QUANTISE_ATTENTION
-from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
-from lltk.ops.nvfp4_write_page.op import OVERLOAD as NVFP4_WRITE_PAGE
-from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
-from lltk.ops.row_pipeline.op import OVERLOAD as ROW_PIPELINE
-from lltk.ops.write_page.op import OVERLOAD as WRITE_PAGE
+from lltk.ops.implementations import overload
 from lltk.parallel.exchange import (
     ALL_PARTS,
     HEADS_TO_TOKENS,
@@ -40,6 +34,14 @@ from lltk.parallel.exchange import (
     TOKENS_TO_HEADS,
 )
 from lltk.parallel.groups import SEQUENCE
+
+FP8_DEQUANTISE = overload("fp8_dequantise")
+FP8_QUANTISE_ATTENTION = overload("fp8_quantise_attention")
+NVFP4_PAGED_ATTENTION = overload("nvfp4_paged_attention")
+NVFP4_WRITE_PAGE = overload("nvfp4_write_page")
+PAGED_ATTENTION = overload("paged_attention")
+ROW_PIPELINE = overload("row_pipeline")
+WRITE_PAGE = overload("write_page")
 
 _WRITTEN = {WRITE_PAGE: 1, NVFP4_WRITE_PAGE: 4}
 """Ops that write a page, and which argument they write."""

@@ -15,9 +15,9 @@ from torch.fx import GraphModule
 from lltk.ops.floats import E4M3_MAX, decode_e2m1, pack, round_e4m3, round_e4m3_up, unpack
 from lltk.ops.hadamard.op import hadamard as hadamard_op
 from lltk.ops.hadamard.reference import SIGNS, hadamard, random_signs
+from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_dequantise.op import nvfp4_dequantise as dequantise_op
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
-from lltk.ops.nvfp4_linear.op import OVERLOAD as nvfp4_linear
 from lltk.ops.nvfp4_matmul.op import nvfp4_matmul as matmul_op
 from lltk.ops.nvfp4_matmul.reference import nvfp4_matmul
 from lltk.ops.nvfp4_quantise.op import nvfp4_quantise as quantise_op
@@ -27,6 +27,8 @@ from lltk.ops.nvfp4_transpose.op import nvfp4_transpose as transpose_op
 from lltk.ops.nvfp4_transpose.reference import nvfp4_transpose
 from lltk.ops.philox import philox, uniform
 from lltk.ops.scale_layout import swizzle, unswizzle
+
+nvfp4_linear = overload("nvfp4_linear")
 
 pytestmark = pytest.mark.cpu
 

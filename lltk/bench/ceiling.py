@@ -15,14 +15,14 @@ from lltk.bench.clock import Clock
 from lltk.graph.attention import paged_op
 from lltk.graph.edit import op_of, shape
 from lltk.graph.program import Program
-from lltk.ops.fp8_matmul.op import OVERLOAD as FP8_MATMUL
 from lltk.ops.fp8_rows import fp8_quantise
-from lltk.ops.implementations import Implementation, find_implementation
-from lltk.ops.nvfp4_linear.op import OVERLOAD as NVFP4_LINEAR
-from lltk.ops.nvfp4_matmul.op import OVERLOAD as NVFP4_MATMUL
+from lltk.ops.implementations import Implementation, find_implementation, overload
 from lltk.ops.paged_attention.sdpa import attend
 
 aten = torch.ops.aten
+FP8_MATMUL = overload("fp8_matmul")
+NVFP4_LINEAR = overload("nvfp4_linear")
+NVFP4_MATMUL = overload("nvfp4_matmul")
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,8 @@ def register_ops() -> None:
 
 def overload(op: str) -> torch._ops.OpOverload:
     """The op as a graph node's target."""
-    found: torch._ops.OpOverload = import_module(f"lltk.ops.{op}.op").OVERLOAD
+    import_module(f"lltk.ops.{op}.op")
+    found: torch._ops.OpOverload = getattr(torch.ops.lltk, op).default
     return found
 
 

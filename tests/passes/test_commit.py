@@ -13,8 +13,10 @@ from lltk.graph.edit import calls, module_of
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.graph.text import target_name
-from lltk.ops.paged_attention.op import OVERLOAD as PAGED_ATTENTION
+from lltk.ops.implementations import overload
 from lltk.passes import make_pass
+
+PAGED_ATTENTION = overload("paged_attention")
 
 pytestmark = pytest.mark.cpu
 

@@ -21,9 +21,11 @@ from lltk.graph.program import Program
 from lltk.models import wan_vae
 from lltk.models.pipelines import find_pipeline
 from lltk.models.tiny.world import render
-from lltk.ops.fp8_conv3d.op import OVERLOAD as CONVOLVE
+from lltk.ops.implementations import overload
 from lltk.passes import make_pass
 from lltk.stream.decoder import Decoder, DecoderState
+
+CONVOLVE = overload("fp8_conv3d")
 
 cpu = pytest.mark.cpu
 FUSED = ("canonicalise", *ALL)

@@ -9,9 +9,11 @@ from helpers import after, inputs, reached, refused, run, same, text
 from lltk.graph.edit import calls, output
 from lltk.graph.memory import activations
 from lltk.graph.program import Program
-from lltk.ops.fp8_quantise_attention.op import OVERLOAD as QUANTISE_ATTENTION
-from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as ATTENTION
-from lltk.ops.row_pipeline.op import OVERLOAD as ROW_PIPELINE
+from lltk.ops.implementations import overload
+
+QUANTISE_ATTENTION = overload("fp8_quantise_attention")
+ATTENTION = overload("nvfp4_paged_attention")
+ROW_PIPELINE = overload("row_pipeline")
 
 pytestmark = pytest.mark.cpu
 

@@ -30,8 +30,10 @@ from lltk.graph.recipe import open_recipe
 from lltk.graph.stages import Stage
 from lltk.graph.verify import verify
 from lltk.models.configs import named_config
-from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as NVFP4_PAGED_ATTENTION
+from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_paged_attention.reference import Pages
+
+NVFP4_PAGED_ATTENTION = overload("nvfp4_paged_attention")
 
 pytestmark = pytest.mark.cpu
 

@@ -48,7 +48,3 @@ def checked_cache(
     kept = (batch, width, reference.CACHED, *sides)
     torch._check(cache is None or tuple(cache.shape) == kept)
     return kept
-
-
-OVERLOAD = torch.ops.lltk.cached_norm_silu.default
-"""The op as a graph node's target."""

@@ -37,7 +37,3 @@ def empty_results(
     made = [torch.empty(s, dtype=fp8, device=x.device, memory_format=layout) for s in shapes]
     total = [torch.empty_like(x, memory_format=layout)] if keep else []
     return [*made, torch.empty((), device=x.device), *total]
-
-
-OVERLOAD = torch.ops.lltk.fp8_cached_norm_silu.default
-"""The op as a graph node's target."""

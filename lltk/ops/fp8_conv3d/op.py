@@ -32,7 +32,3 @@ def empty_result(
     size = (batch, wide, count - 2, height - 2, columns - 2)
     layout = torch.channels_last_3d
     return torch.empty(size, dtype=dtype, device=frames.device, memory_format=layout)
-
-
-OVERLOAD = torch.ops.lltk.fp8_conv3d.default
-"""The op as a graph node's target."""

@@ -23,7 +23,3 @@ def _(codes: Tensor, scales: Tensor, dtype: torch.dtype, centre: Tensor | None =
     torch._check(scales.dim() == 0 or scales.shape == (*codes.shape[:-1], 1))
     torch._check(centre is None or centre.shape == (batch, 1, heads, width))
     return codes.new_empty(codes.shape, dtype=dtype)
-
-
-OVERLOAD = torch.ops.lltk.fp8_dequantise.default
-"""The op as a graph node's target."""

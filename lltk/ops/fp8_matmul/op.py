@@ -27,7 +27,3 @@ def _(
     torch._check(a.shape[-1] == b.shape[-1])
     torch._check(a_scales.shape == (*a.shape[:-1], 1) and b_scales.shape == (b.shape[0], 1))
     return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
-
-
-OVERLOAD = torch.ops.lltk.fp8_matmul.default
-"""The op as a graph node's target."""

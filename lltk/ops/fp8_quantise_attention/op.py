@@ -8,7 +8,7 @@ from torch import Tensor
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_quantise_attention import reference
 from lltk.ops.fp8_rows import new_fp8
-from lltk.ops.nvfp4_paged_attention.op import OVERLOAD as ATTENTION
+from lltk.ops.implementations import overload
 
 DECLARATION = Declaration(
     Exactness.REFERENCE, "nvfp4_paged_attention's reference, then fp8_quantise's"
@@ -23,8 +23,4 @@ fp8_quantise_attention = torch.library.custom_op(
 
 @fp8_quantise_attention.register_fake
 def _(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-    return new_fp8(ATTENTION(q, *rest).flatten(2))
-
-
-OVERLOAD = torch.ops.lltk.fp8_quantise_attention.default
-"""The op as a graph node's target."""
+    return new_fp8(overload("nvfp4_paged_attention")(q, *rest).flatten(2))

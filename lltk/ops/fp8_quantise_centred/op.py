@@ -23,7 +23,3 @@ def _(x: Tensor, scale: Tensor, centre: Tensor, dtype: torch.dtype) -> tuple[Ten
     batch, _, heads, width = x.shape
     torch._check(tuple(centre.shape) == (batch, 1, heads, width))
     return new_fp8(x.flatten(2))
-
-
-OVERLOAD = torch.ops.lltk.fp8_quantise_centred.default
-"""The op as a graph node's target."""

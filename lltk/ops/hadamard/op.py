@@ -19,7 +19,3 @@ hadamard = torch.library.custom_op("lltk::hadamard", reference.hadamard, mutates
 def _(x: Tensor, signs: list[int]) -> Tensor:
     torch._check(x.shape[-1] % len(signs) == 0)
     return x.new_empty(x.shape)
-
-
-OVERLOAD = torch.ops.lltk.hadamard.default
-"""The op as a graph node's target."""

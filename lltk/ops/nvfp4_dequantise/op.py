@@ -26,7 +26,3 @@ def _(
 ) -> Tensor:
     *rows, half = codes.shape
     return codes.new_empty((*rows, 2 * half), dtype=dtype)
-
-
-OVERLOAD = torch.ops.lltk.nvfp4_dequantise.default
-"""The op as a graph node's target."""

@@ -32,7 +32,3 @@ def new_gathered(
     torch._check(tuple(centre.shape) == (batch, 1, heads, width))
     size = (batch, table.shape[0] * codes.shape[2] + length, heads, width)
     return own.new_empty(size, dtype=torch.float8_e4m3fn), own.new_empty((), dtype=torch.float32)
-
-
-OVERLOAD = torch.ops.lltk.nvfp4_gather_fp8.default
-"""The op as a graph node's target."""

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from lltk.ops.declaration import Declaration, Exactness
-from lltk.ops.nvfp4_matmul.op import OVERLOAD as MATMUL
-from lltk.ops.nvfp4_quantise.op import OVERLOAD as QUANTISE
-from lltk.ops.nvfp4_quantise_transposed.op import OVERLOAD as QUANTISE_TRANSPOSED
+from lltk.ops.implementations import overload
 
 DECLARATION = Declaration(Exactness.REFERENCE, "the references of its three ops")
 
@@ -106,5 +104,5 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.width, ctx.weight_dtype = x.shape[-1], weight.dtype
 
 
-OVERLOAD = compose("nvfp4_linear", (QUANTISE, QUANTISE_TRANSPOSED, MATMUL))
-"""The op as a graph node's target."""
+_PARTS = ("nvfp4_quantise", "nvfp4_quantise_transposed", "nvfp4_matmul")
+nvfp4_linear = compose("nvfp4_linear", map(overload, _PARTS))

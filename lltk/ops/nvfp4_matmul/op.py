@@ -30,7 +30,3 @@ def _(
     torch._check(a_codes.shape[-1] == b_codes.shape[-1])
     torch._check(a_scales.shape[-1] * 8 == a_codes.shape[-1])
     return a_codes.new_empty((*a_codes.shape[:-1], b_codes.shape[0]), dtype=dtype)
-
-
-OVERLOAD = torch.ops.lltk.nvfp4_matmul.default
-"""The op as a graph node's target."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from lltk.ops.attention_gradients import add_gradients
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.nvfp4_paged_attention import reference
 
@@ -30,31 +29,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *pages: Tensor | None) -> Tensor:
     return q.new_empty(q.shape)
 
 
-nvfp4_paged_attention_backward = torch.library.custom_op(
-    "lltk::nvfp4_paged_attention_backward",
-    reference.nvfp4_paged_attention_backward,
-    mutates_args=(),
+nvfp4_paged_attention_backward = add_gradients(
+    nvfp4_paged_attention, reference.nvfp4_paged_attention_backward
 )
 """See `reference.nvfp4_paged_attention_backward`."""
-
-
-@nvfp4_paged_attention_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *pages: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*nvfp4_paged_attention_backward(grad, *ctx.saved_tensors), *[None] * 9)
-
-
-nvfp4_paged_attention.register_autograd(_backward, setup_context=_save)
-
-
-OVERLOAD = torch.ops.lltk.nvfp4_paged_attention.default
-"""The op as a graph node's target."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -204,7 +202,7 @@ def _attention(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     batch, queries, heads, width = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tile_m, tile_n, options = _tiles(q.dtype)
+    tile_m, tile_n, warps = (128, 64, 8) if q.dtype.itemsize == 2 else (32, 32, 4)
     with torch.cuda.device_of(q):
         attention_kernel[(triton.cdiv(queries, tile_m), batch * heads)](
             q, k, v, out,
@@ -216,7 +214,7 @@ def _attention(
             WIDTH=width, M=tile_m, N=tile_n,
             K_MEANS=k_means is not None, V_MEANS=v_means is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            **options,
+            num_warps=warps, num_stages=1,
         )  # fmt: skip
     return out
 
@@ -224,10 +222,3 @@ def _attention(
 @_attention.register_fake
 def _(q: Tensor, *rest: Tensor | None) -> Tensor:
     return q.new_empty(q.shape)
-
-
-def _tiles(dtype: torch.dtype) -> tuple[int, int, dict[str, Any]]:
-    """Queries and keys of a tile, and how many warps and stages work on it."""
-    if dtype.itemsize == 2:
-        return 128, 64, {"num_warps": 8, "num_stages": 1}
-    return 32, 32, {"num_warps": 4, "num_stages": 1}

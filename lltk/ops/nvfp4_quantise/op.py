@@ -34,7 +34,3 @@ def new_nvfp4(x: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor, Tens
         x.new_empty((*rows, blocks), dtype=torch.float8_e4m3fn),
         x.new_empty((), dtype=torch.float32),
     )
-
-
-OVERLOAD = torch.ops.lltk.nvfp4_quantise.default
-"""The op as a graph node's target."""

@@ -37,7 +37,3 @@ def new_transposed(
         x.new_empty((columns, rows // BLOCK), dtype=torch.float8_e4m3fn),
         x.new_empty((), dtype=torch.float32),
     )
-
-
-OVERLOAD = torch.ops.lltk.nvfp4_quantise_transposed.default
-"""The op as a graph node's target."""

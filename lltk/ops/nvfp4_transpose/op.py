@@ -27,7 +27,3 @@ def new_transpose(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         codes.new_empty((2 * half, blocks * BLOCK // 2)),
         scales.new_empty((2 * half, blocks)),
     )
-
-
-OVERLOAD = torch.ops.lltk.nvfp4_transpose.default
-"""The op as a graph node's target."""

@@ -36,7 +36,3 @@ def _(
     torch._check(tuple(decode_scales.shape) == (batch, pages, heads))
     if means is not None:
         torch._check(tuple(means.shape) == (batch, pages, heads, 2 * half))
-
-
-OVERLOAD = torch.ops.lltk.nvfp4_write_page.default
-"""The op as a graph node's target."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lltk.ops.declaration import Declaration, Exactness
-from lltk.ops.paged_attention.reference import gather
-from lltk.ops.paged_attention.sdpa import attend
+from lltk.ops.paged_attention import sdpa
 from lltk.ops.write_page.reference import write_page
 
 DECLARATION = Declaration(
@@ -23,17 +22,10 @@ def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
 ) -> Tensor:
     """`reference.paged_attention`, by the backend torch picks for the device."""
-    return attend(q, *_held(k, v, k_pages, v_pages, table))
-
-
-def _held(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
-) -> tuple[Tensor, Tensor]:
-    """All keys and values to attend to, [B, M, H, D] each."""
     pages = k_pages.shape[1]
     if table.shape[0] + 1 != pages or k.dtype != k_pages.dtype:
-        return gather(k, k_pages, table), gather(v, v_pages, table)
+        return sdpa.paged_attention(q, k, v, k_pages, v_pages, table)
     free = pages * (pages - 1) // 2 - table.sum().view(1)
     write_page(k_pages, k, free)
     write_page(v_pages, v, free)
-    return k_pages.flatten(1, 2), v_pages.flatten(1, 2)
+    return sdpa.attend(q, k_pages.flatten(1, 2), v_pages.flatten(1, 2))

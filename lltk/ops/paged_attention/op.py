@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from lltk.ops.attention_gradients import add_gradients
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.paged_attention import reference
 
@@ -27,35 +26,5 @@ def _(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: 
     return q.new_empty(q.shape)
 
 
-paged_attention_backward = torch.library.custom_op(
-    "lltk::paged_attention_backward", reference.paged_attention_backward, mutates_args=()
-)
+paged_attention_backward = add_gradients(paged_attention, reference.paged_attention_backward)
 """See `reference.paged_attention_backward`."""
-
-
-@paged_attention_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    table: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*paged_attention_backward(grad, *ctx.saved_tensors), None, None, None)
-
-
-paged_attention.register_autograd(_backward, setup_context=_save)
-
-
-OVERLOAD = torch.ops.lltk.paged_attention.default
-"""The op as a graph node's target."""

@@ -24,7 +24,3 @@ def new_heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -
     torch._check(weight.shape == (width,) and cos.shape == sin.shape)
     torch._check(cos.shape[:3] == (1, length, 1) and width % cos.shape[3] == 0)
     return x.new_empty((batch, length, width // cos.shape[3], cos.shape[3]))
-
-
-OVERLOAD = torch.ops.lltk.rms_norm_rope.default
-"""The op as a graph node's target."""

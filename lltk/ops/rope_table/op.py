@@ -24,7 +24,3 @@ def _(
     shape = (1, positions.shape[0] * height * width, 1, sum(split))
     cos = positions.new_empty(shape, dtype=torch.float32)
     return cos, torch.empty_like(cos)
-
-
-OVERLOAD = torch.ops.lltk.rope_table.default
-"""The op as a graph node's target."""

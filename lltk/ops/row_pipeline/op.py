@@ -64,5 +64,3 @@ _FORMS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "e4m3": lambda x: new_fp8(x)[:1],
     "nvfp4": new_nvfp4,
 }
-OVERLOAD = torch.ops.lltk.row_pipeline.default
-"""The op as a graph node's target."""

@@ -28,7 +28,3 @@ def empty_result(phases: Tensor, bias: Tensor, shortcut: Tensor, stride: int) ->
     shape = (batch, channels, images // batch, 2 * height, 2 * columns)
     layout = torch.channels_last_3d
     return torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=layout)
-
-
-OVERLOAD = torch.ops.lltk.upsample_residual.default
-"""The op as a graph node's target."""

@@ -21,7 +21,3 @@ write_page = torch.library.custom_op(
 def _(pages: Tensor, value: Tensor, slot: Tensor) -> None:
     batch, _, tokens, heads, width = pages.shape
     torch._check(tuple(value.shape) == (batch, tokens, heads, width))
-
-
-OVERLOAD = torch.ops.lltk.write_page.default
-"""The op as a graph node's target."""
