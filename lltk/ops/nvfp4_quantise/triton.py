@@ -68,7 +68,9 @@ def nvfp4_quantise(
     total = matrices * bands * blocks
     amount = 16 if tile == BLOCK else 256 if rule == "none" and seed is None else 128
     with torch.cuda.device_of(x):
-        largest_magnitude(x, own)
+        _largest[(triton.cdiv(x.numel(), _STEP * _STEPS),)](
+            x, own.view(torch.int32), x.numel(), STEP=_STEP, STEPS=_STEPS
+        )
         _quantise[(triton.cdiv(total, amount),)](
             x,
             codes,
@@ -99,15 +101,9 @@ def check_dtype(x: Tensor) -> None:
         raise ValueError(f"nvfp4_quantise: triton reads {names}, not {x.dtype}: cast it first")
 
 
-def largest_magnitude(x: Tensor, largest: Tensor) -> None:
-    """Raise ``largest``, float32 [], to the largest magnitude in x."""
-    _largest[(triton.cdiv(x.numel(), _STEP * _STEPS),)](
-        x, largest.view(torch.int32), x.numel(), STEP=_STEP, STEPS=_STEPS
-    )
-
-
 @triton.jit
 def _largest(x, largest, numel, STEP: tl.constexpr, STEPS: tl.constexpr):
+    """Raise ``largest`` to the bits of the magnitudes in x."""
     first = tl.program_id(0).to(tl.int64) * (STEP * STEPS)
     found = tl.zeros((STEP,), tl.int32)
     for step in tl.static_range(STEPS):
