@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -52,9 +54,7 @@ def uniform(seed: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
     Returns:
         float32, on the seed's device.
     """
-    size = 1
-    for length in shape:
-        size *= length
+    size = prod(shape)
     block = torch.arange((size + 3) // 4, device=seed.device)
     key, draw = seed[0], seed[1]
     words = philox(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,14 @@ def spans(seen: list[int], chunk_tokens: int) -> list[slice]:
     return runs
 
 
+def chunks(
+    tokens: int, chunk_tokens: int, teacher_forcing: bool
+) -> Iterator[tuple[slice, list[slice]]]:
+    """Each chunk's own tokens, and the ranges of tokens that it attends to."""
+    for row, seen in enumerate(attended(tokens // chunk_tokens, teacher_forcing)):
+        yield slice(row * chunk_tokens, (row + 1) * chunk_tokens), spans(seen, chunk_tokens)
+
+
 def block_causal_attention(
     q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool
 ) -> Tensor:
@@ -46,10 +56,8 @@ def block_causal_attention(
         [B, L, H, D] in ``q``'s dtype.
     """
     parts = []
-    for row, seen in enumerate(attended(q.shape[1] // chunk_tokens, teacher_forcing)):
-        runs = spans(seen, chunk_tokens)
+    for own, runs in chunks(q.shape[1], chunk_tokens, teacher_forcing):
         keys, values = (torch.cat([t[:, run] for run in runs], dim=1) for t in (k, v))
-        own = slice(row * chunk_tokens, (row + 1) * chunk_tokens)
         parts.append(attention(q[:, own], keys, values))
     return torch.cat(parts, dim=1)
 
@@ -61,10 +69,8 @@ def block_causal_attention_backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     grad_, q_, k_, v_ = (t.to(wide) for t in (grad, q, k, v))
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q_, k_, v_))
-    for row, seen in enumerate(attended(q.shape[1] // chunk_tokens, teacher_forcing)):
-        runs = spans(seen, chunk_tokens)
+    for own, runs in chunks(q.shape[1], chunk_tokens, teacher_forcing):
         keys, values = (torch.cat([t[:, run] for run in runs], dim=1) for t in (k_, v_))
-        own = slice(row * chunk_tokens, (row + 1) * chunk_tokens)
         dq[:, own], dkeys, dvalues = attention_backward(grad_[:, own], q_[:, own], keys, values)
         sizes = [run.stop - run.start for run in runs]
         for total, part in ((dk, dkeys), (dv, dvalues)):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lltk.ops.block_causal_attention.reference import attended, spans
+from lltk.ops.block_causal_attention.reference import chunks
 from lltk.ops.declaration import Declaration, Exactness
 
 DECLARATION = Declaration(Exactness.ROUNDING, "torch's attention, chunk by chunk", default=True)
@@ -17,14 +17,12 @@ def block_causal_attention(
 ) -> Tensor:
     """`reference.block_causal_attention`; every chunk attends densely to the keys it may see."""
     queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))
-    parts = []
-    for row, seen in enumerate(attended(q.shape[1] // chunk_tokens, teacher_forcing)):
-        runs = spans(seen, chunk_tokens)
-        parts.append(
-            F.scaled_dot_product_attention(
-                queries[:, :, row * chunk_tokens : (row + 1) * chunk_tokens],
-                torch.cat([keys[:, :, run] for run in runs], dim=2),
-                torch.cat([values[:, :, run] for run in runs], dim=2),
-            )
+    parts = [
+        F.scaled_dot_product_attention(
+            queries[:, :, own],
+            torch.cat([keys[:, :, run] for run in runs], dim=2),
+            torch.cat([values[:, :, run] for run in runs], dim=2),
         )
+        for own, runs in chunks(q.shape[1], chunk_tokens, teacher_forcing)
+    ]
     return torch.cat(parts, dim=2).transpose(1, 2)

@@ -29,9 +29,8 @@ def empty_results(
     """The results' tensors, not filled."""
     batch, width, frames, *sides = x.shape
     kept = checked_cache(x, gamma, bias, residual, cache)
-    shapes = [(batch, width, reference.CACHED + frames, *sides), kept]
-    if keep:
-        shapes.append(tuple(x.shape))
+    total = [tuple(x.shape)] if keep else []
+    shapes = [(batch, width, reference.CACHED + frames, *sides), kept, *total]
     layout = torch.channels_last_3d
     return [
         torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout) for shape in shapes

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -28,25 +30,18 @@ def rope_table(
     Returns:
         float32 [1, F * height * width, 1, D] cos, and sin.
     """
-    frames = positions.shape[0]
-    grid = (frames, height, width)
-    tables: list[tuple[Tensor, Tensor]] = []
-    for axis, dim in enumerate(split):
-        steps = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device)
-        frequencies = 1.0 / (theta ** (steps / dim))
-        where = (
-            positions.to(torch.float64)
-            if axis == 0
-            else torch.arange(grid[axis], dtype=torch.float64, device=positions.device)
+    numbers = partial(torch.arange, dtype=torch.float64, device=positions.device)
+    places = (positions.to(torch.float64), numbers(height), numbers(width))
+    grid = [len(place) for place in places]
+    tables: list[list[Tensor]] = []
+    for axis, (place, dim) in enumerate(zip(places, split, strict=True)):
+        angles = torch.outer(place, 1.0 / (theta ** (numbers(0, dim, 2) / dim)))
+        view = [-1 if other == axis else 1 for other in range(3)]
+        tables.append(
+            [
+                f.repeat_interleave(2, dim=1).float().view(*view, dim).expand(*grid, dim)
+                for f in (angles.cos(), angles.sin())
+            ]
         )
-        angles = torch.outer(where, frequencies)
-        view = [1, 1, 1, dim]
-        view[axis] = grid[axis]
-        cos, sin = (
-            f.repeat_interleave(2, dim=1).float().view(view).expand(*grid, dim)
-            for f in (angles.cos(), angles.sin())
-        )
-        tables.append((cos, sin))
-    tokens = frames * height * width
     cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*tables, strict=True))
-    return cos.reshape(1, tokens, 1, -1), sin.reshape(1, tokens, 1, -1)
+    return cos.reshape(1, prod(grid), 1, -1), sin.reshape(1, prod(grid), 1, -1)
