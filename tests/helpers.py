@@ -196,7 +196,7 @@ def _value(program: Program, spec: TensorSpec, generator: torch.Generator) -> Te
 
 
 def clips(program: Program, seed: int = 0, **more: Tensor) -> Batch:
-    """A call's random clips for training, of seed 7; ``more`` are further tensors of theirs."""
+    """Random clips for a training call, drawn with seed 7; ``more`` are further tensors of it."""
     geometry, spec = program.geometry, program.spec
     generator = torch.Generator().manual_seed(seed)
     shape = (geometry.batch, spec.channels, geometry.frames, *geometry.latent(spec))

@@ -194,7 +194,7 @@ def filmed(pipeline: Path, device: str) -> Tensor:
 
 
 def exchanged(rank: int) -> None:
-    """Every op gives what its reference does, in dtypes that a backend may not know too."""
+    """See that every op gives what its reference does, in dtypes that backends may not know too."""
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
         generator = torch.Generator().manual_seed(0)
         shards = [torch.randn(2, 3, 8, 5, generator=generator).to(dtype) for _ in range(SIZE)]

@@ -48,7 +48,7 @@ def named(layout: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def wrapped(key: str) -> str:
-    """As FSDP, checkpointing and compilation leave it in a training state."""
+    """The weights by the names that FSDP, checkpointing and compilation leave in a state."""
     outer, inner, compiled = WRAPPERS
     key = key.replace("model.", f"model.{outer}{compiled}", 1)
     return key.replace(".blocks.0.", f".blocks.0.{inner}{outer}")
@@ -117,7 +117,7 @@ def program_of(name: str, files: dict[str, Path], kind: Kind) -> Program:
 
 @cache
 def expected(kind: Kind) -> Program:
-    """Without any file: the configuration from the recipe, no weights."""
+    """The program without a file: its configuration is the recipe's, and it has no weights."""
     return transform(recipe(None, kind, config=CONFIG), weights=False)
 
 

@@ -233,7 +233,7 @@ def differences(device: str, dtype: torch.dtype) -> Iterator[float]:
 
 
 def other_codes(device: str, dtype: torch.dtype) -> Iterator[float]:
-    """Shares of FP8 frames' elements that are rounded otherwise, none more than a step away."""
+    """The share of FP8 frames' elements that round to another code, at most a step away."""
     for one, other in results("fp8_cached_norm_silu", device, fp8_norm_cases(dtype)):
         if other.dtype is not torch.float8_e4m3fn:
             assert far(one, other) <= (1e-2 if other.dtype is dtype else 1e-6)

@@ -52,7 +52,7 @@ def relative(ours: Tensor, wanted: Tensor) -> float:
 
 
 def stated(x: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Values and scales by the definition: the nearer neighbour, of two as near the even code."""
+    """Values and scales by the definition: the nearer neighbour, or the even code at a tie."""
     wide = x.float().numpy()
     scales = np.abs(wide).max(-1, keepdims=True) / np.float32(448)
     scales[scales == 0] = 1
@@ -199,7 +199,7 @@ def test_the_product_is_of_the_decoded_operands(
 def test_scaled_mm(
     leading: tuple[int, ...], n: int, k: int, biased: bool, dtype: torch.dtype
 ) -> None:
-    """The reference's to bfloat16's rounding of the product, of the bias and of the sum."""
+    """It differs from the reference by three roundings to bfloat16: of product, bias and sum."""
     args = operands(leading, n, k, biased)
     y = scaled_mm.fp8_matmul(*args, dtype)
     assert y.dtype == dtype and y.shape == (*leading, n)

@@ -202,7 +202,7 @@ def _count_runs(module: Any) -> list[str]:
 def of_step(
     video: Video, pages_train: bool = False, implementation: str = "sdpa"
 ) -> tuple[Gradients, Iterable[Tensor]]:
-    """By the last chunk's noisy latents and prompt, through a step; and the pages it read."""
+    """Gradients of the last chunk's latents and prompt through a step, and the pages it read."""
     program = reached("stream", *PASSES["stream"][:-1], **WIDTH)
     program = after(program, {"lower": {"paged_attention": implementation}})
     module = instantiate(program, dtype=video.clean.dtype)

@@ -352,7 +352,7 @@ def test_a_prompt_that_failed_half_way_is_taken_back(
 
 
 def test_a_cut_renews_no_page(pipeline: Path) -> None:
-    """Neither by the script, whose second prompt only lacks the prefix, nor by a live cut."""
+    """Neither a cut in the script does, whose second prompt lacks the prefix, nor a live cut."""
     stream, _ = opened(planned(pipeline, "stream.recache=true"))
     assert all("recache" not in report.graphs for report in run(stream))
     stream, _ = opened(planned(pipeline, "stream.recache=true"))

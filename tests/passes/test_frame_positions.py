@@ -123,7 +123,7 @@ def test_each_frame_has_the_row_of_its_position(where: list[int]) -> None:
 
 @given(st.floats(-1e9, 1e9))
 def test_fractional_and_huge_positions(position: float) -> None:
-    """Against Python's own cosine: fractions count, and videos outlast diffusers' 1024 rows."""
+    """Python's own cosine agrees: fractions count, and videos outlast diffusers' 1024 rows."""
     head_dim = 12
     cos, sin = rope_table(torch.tensor([position], dtype=torch.float64), 1, 1, (4, 4, 4), 10000.0)
     pairs = (head_dim - 4 * (head_dim // 6)) // 2

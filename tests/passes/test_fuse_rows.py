@@ -342,7 +342,7 @@ def test_other_sums_stay(score: str, old: str, new: str) -> None:
     ],
 )
 def test_a_quantiser_takes_in_no_other_sums(sum_: str, old: str, new: str) -> None:
-    """Not if the sum is needed before it is rounded, is rounded twice, or repeats its second."""
+    """They are read before they are rounded, are rounded twice, or repeat their second part."""
     whole = HEAD + sum_ + AFFINE + FP8 + KEPT
     assert old in whole
     changed, matches = rewritten(whole.replace(old, new))

@@ -218,7 +218,7 @@ def test_a_packed_checkpoint_is_taken_as_it_is(layout: str, tmp_path: Path) -> N
 
 
 def test_a_packed_checkpoint_infers_in_fp8(tmp_path: Path) -> None:
-    """As the values that it stands for do, whose queries, keys and values can be merged."""
+    """It gives what its decoded values give, and its queries, keys and values can be merged."""
     program, config = quantised(), tiny_config(2, **WIDE)
     save_checkpoint(tmp_path / "transformer", program.weights, "modelopt", config)
     steps = [*STEPS, "merge_qkv", "fp8_infer", "regionalise", "lower"]
