@@ -21,6 +21,7 @@ from lltk.graph.edit import (
     shape,
 )
 from lltk.graph.facts import Ranks
+from lltk.graph.match import ancestors
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -214,20 +215,10 @@ class UlyssesStream(Pass[Config]):
 
 def _delay(value: fx.Node, until: fx.Node) -> None:
     """Move the nodes that make a value behind ``until``, but for those that ``until`` needs."""
-    needed, makers = _ancestors(until), _ancestors(value) | {value}
+    needed, makers = ancestors(until), ancestors(value) | {value}
     for node in sorted(makers - needed, reverse=True):
         if node < until and node.op == "call_function":
             until.append(node)
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        new = set(pending.pop().all_input_nodes) - found
-        found |= new
-        pending += new
-    return found
 
 
 def _divide(page: fx.Node, dim: int, size: int) -> None:
