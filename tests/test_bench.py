@@ -144,6 +144,9 @@ def test_numbers_mean_what_their_words_say() -> None:
     assert found["all_fps"] == pytest.approx(60 / (3 + 12))
     assert found["first_frame_seconds"] == pytest.approx(1.5)
     assert found["chunk_seconds"] == {"p50": 2.0, "p90": 4.0}
+    parts = {"text": 0.1, "prologue": 0.25, "step": 0.75, "commit": 0.25, "waiting": 0.5}
+    parts |= {"outside": (8 - 3 * (0.1 + 1.25 + 0.5)) / 3, "decode": 0.4, "deliver": 0.1}
+    assert found["chunk_parts"] == pytest.approx(parts)
     assert found["outside_share"] == pytest.approx((8 - 3 * (0.1 + 1.25 + 0.5) + 3 * 0.1) / 8)
 
 

@@ -31,7 +31,8 @@ METHOD = (
     "end of the warm-up, whose last frames may still be in the making, to the file's end. E2E "
     "seconds: until so many seconds of video are written. Outside: the share of a chunk's time "
     "that the session's thread spends neither in the model's graphs nor in the text encoder nor "
-    "waiting for the decoder, plus what another thread takes to write the frames. FPS and "
+    "waiting for the decoder, plus what another thread takes to write the frames. A chunk's seconds "
+    "by part are means; those of other threads, decode and deliver, overlap with the rest. FPS and "
     "latencies are medians of the runs; p50 and p90 are over all measured chunks."
 )
 _CAPTIONS = ("A red square moves to the right.", "A blue circle moves up.")
@@ -149,8 +150,19 @@ def summary(timings: Sequence[Timings], fps: float) -> dict[str, Any]:
         ),
         "first_frame_seconds": median(each.first - each.begun for each in timings),
         "chunk_seconds": {"p50": percentile(taken, 0.5), "p90": percentile(taken, 0.9)},
+        "chunk_parts": _parts(reports),
         "outside_share": sum(r.outside + r.decoding["deliver"] for r in reports) / sum(taken),
     }
+
+
+def _parts(reports: Sequence[ChunkReport]) -> dict[str, float]:
+    """Mean seconds of a chunk by what they were spent on."""
+    parts = [
+        {"text": r.text, **r.graphs, "waiting": r.waited, "outside": r.outside, **r.decoding}
+        for r in reports
+    ]
+    names = {name: None for each in parts for name in each}
+    return {name: sum(each.get(name, 0.0) for each in parts) / len(parts) for name in names}
 
 
 def text(record: Record) -> str:
