@@ -31,9 +31,9 @@ METHOD = (
     "end of the warm-up, whose last frames may still be in the making, to the file's end. E2E "
     "seconds: until so many seconds of video are written. Outside: the share of a chunk's time "
     "that the session's thread spends neither in the model's graphs nor in the text encoder nor "
-    "waiting for the decoder, plus what another thread takes to write the frames. A chunk's seconds "
-    "by part are means; those of other threads, decode and deliver, overlap with the rest. FPS and "
-    "latencies are medians of the runs; p50 and p90 are over all measured chunks."
+    "waiting for the decoder, plus what another thread takes to write the frames. A chunk's "
+    "seconds by part are means; those of other threads, decode and deliver, overlap with the "
+    "rest. FPS and latencies are medians of the runs; p50 and p90 are over all measured chunks."
 )
 _CAPTIONS = ("A red square moves to the right.", "A blue circle moves up.")
 _LENGTHS = (16, 32, 64)
