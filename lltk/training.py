@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +21,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lltk.files.locks import held, lock_output
+from lltk.files.outputs import Output, check_outputs
 from lltk.graph.program import LogEntry
+from lltk.models.checkpoint import MODEL_FOLDER, WEIGHTS_FILE
 from lltk.tasks.autoencoder import plan_autoencoder
 from lltk.tasks.transformer import plan_transformer
 from lltk.train.data import Dataset
-from lltk.train.loop import Trainer
+from lltk.train.loop import Trainer, run_outputs
 from lltk.train.metrics import Metrics
 from lltk.train.objective import Objective
 from lltk.train.recipe import TrainSection
@@ -70,7 +73,12 @@ class TrainingPlan(Protocol):
         """Make the model on the device, and what a step minimises."""
 
     def export(
-        self, objective: Objective, dataset: Dataset, trained: Mapping[str, Tensor], folder: Path
+        self,
+        objective: Objective,
+        dataset: Dataset,
+        trained: Mapping[str, Tensor],
+        folder: Path,
+        overwrite: bool = False,
     ) -> Path:
         """Write a model's file for others to load.
 
@@ -79,6 +87,7 @@ class TrainingPlan(Protocol):
             dataset: of this plan.
             trained: the trained weights, float32 by parameter name.
             folder: where to write it.
+            overwrite: whether it may replace what lltk did not write.
 
         Returns:
             What was written.
@@ -119,10 +128,19 @@ class Training:
         dataset: the clips.
         folder: the run's; see `Trainer`.
         resume: go on from the newest training state in the folder, if there is one.
+        overwrite: whether exported weights may replace what lltk did not write.
     """
 
-    def __init__(self, plan: TrainingPlan, dataset: Dataset, folder: Path, resume: bool) -> None:
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        dataset: Dataset,
+        folder: Path,
+        resume: bool,
+        overwrite: bool = False,
+    ) -> None:
         self._plan = plan
+        self._overwrite = overwrite
         self._dataset = dataset
         self._folder = folder
         self.objective = plan.objective()
@@ -144,27 +162,55 @@ class Training:
             What was written.
         """
         trained = self.trainer.ema or self.trainer.weights
-        return self._plan.export(self.objective, self._dataset, trained, self._folder)
+        return self._plan.export(
+            self.objective, self._dataset, trained, self._folder, self._overwrite
+        )
+
+
+def training_outputs(folder: Path) -> list[Output]:
+    """What runs in a folder write there."""
+    return [
+        *run_outputs(folder),
+        lock_output(folder),
+        Output(folder / "transformer", MODEL_FOLDER),
+        Output(folder / "vae", MODEL_FOLDER),
+        Output(folder / "lora.safetensors", WEIGHTS_FILE),
+    ]
 
 
 @contextmanager
 def open_training(
-    plan: TrainingPlan, folder: Path, *, resume: bool = False, dataset: Dataset | None = None
+    plan: TrainingPlan,
+    folder: Path,
+    *,
+    resume: bool = False,
+    dataset: Dataset | None = None,
+    overwrite: bool = False,
 ) -> Iterator[Training]:
     """Load the clips and the model, ready to train.
 
-    Inside the block torch searches for the fastest convolutions, since shapes stay the same.
+    Inside the block no other process can train in the folder, and torch searches for the fastest
+    convolutions, since shapes stay the same.
 
     Args:
         plan: of the run.
         folder: the run's. It gets training states, metrics, samples and exported weights.
         resume: go on from the newest training state in the folder, if there is one.
         dataset: the clips; None for those that ``train.data`` names.
+        overwrite: whether the run may replace what lltk did not write.
 
     Raises:
-        ValueError: as `TrainingPlan.dataset` and `Trainer` raise it.
+        ValueError: the folder is in use, or has what lltk did not write under a name that the run
+            needs. Or as `TrainingPlan.dataset` and `Trainer` raise it.
     """
-    clips = plan.dataset() if dataset is None else dataset
-    run = Training(plan, clips, folder, resume)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    check_outputs(training_outputs(folder), [], overwrite)
+    with ExitStack() as opened:
+        there = folder.exists()
+        if there:
+            opened.enter_context(held(folder))
+        clips = plan.dataset() if dataset is None else dataset
+        if not there:  # it is made once all that the recipe names was found
+            opened.enter_context(held(folder))
+        run = Training(plan, clips, folder, resume, overwrite)
+        opened.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))
         yield run

@@ -8,14 +8,17 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lltk.graph.files import written_whole
+from lltk.files.manifest import Manifest
+from lltk.files.outputs import Kind, Output, check_outputs
+from lltk.files.reading import check_regular, read_text
+from lltk.files.tensors import check_seal, is_sealed, save_tensors, write_tensors
+from lltk.files.writing import standing, whole_file, whole_folder
 from lltk.graph.packed import is_packed, plain_name
 from lltk.models.configs import config_from_wan, validate_config
 from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, detect, few
@@ -26,6 +29,11 @@ _STEM = "diffusion_pytorch_model"
 _INDEX = f"{_STEM}.safetensors.index.json"
 _MODEL = "WanTransformer3DModel"
 _PICKLES = (".pt", ".pth")
+_MANIFEST = Manifest(
+    "lltk.json", "a model", format=1, remedy="restore it, or delete lltk.json to use it as it is"
+)
+MODEL_FOLDER = Kind("a model's folder", _MANIFEST.recognises, folder=True)
+WEIGHTS_FILE = Kind("weights", is_sealed)
 _LORA_CONFIG = "lora_adapter_metadata"
 
 
@@ -62,12 +70,13 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
             is a pickle of anything but tensors and plain values, which is not read. Or as
             `read_packed`.
     """
-    path, config, quantisation = Path(path), None, None
-    if path.is_dir():
-        path = part_folder(path, "transformer")
+    path, config, quantisation = standing(Path(path)), None, None
+    checked = path.is_dir()
+    if checked:
+        path = _checked_folder(path, "transformer")
         config, quantisation = _read_config(path)
         path = _weight_file(path)
-    content = _read(path)
+    content = _read(path, checked)
     key = "generator_ema" if ema else "generator"
     if key not in content and (ema or "generator_ema" in content or "generator_lora" in content):
         raise ValueError(
@@ -94,16 +103,19 @@ def save_checkpoint(
     layout: str,
     config: Mapping[str, Any] | None = None,
     max_shard_size: int = 5 * 10**9,
+    overwrite: bool = False,
 ) -> None:
     """Write a transformer, whole or not at all. Tensors keep their dtypes and values.
 
     Args:
-        path: a new or empty folder for ``diffusers`` and for `CONVENTIONS`, a ``.safetensors``
-            file for ``wan``, a ``.pt`` file for ``longlive``. An existing file is replaced.
+        path: a folder as `save_folder` takes it for ``diffusers`` and for `CONVENTIONS`, a
+            ``.safetensors`` file for ``wan``, a ``.pt`` file for ``longlive``. An existing file is
+            replaced.
         weights: tensors under diffusers' names; NVFP4 weights are in lltk's form.
         layout: a name in `WEIGHT_LAYOUTS`, or in `CONVENTIONS` for NVFP4 weights.
         config: the diffusers configuration. Only folders need it and hold it.
         max_shard_size: a folder's weights are sharded above so many bytes.
+        overwrite: whether a folder that holds anything else may be replaced.
 
     Raises:
         ValueError: names, layout and path do not go together, or the configuration is missing. Or
@@ -114,7 +126,7 @@ def save_checkpoint(
         WEIGHT_LAYOUTS["diffusers"].write(set(map(plain_name, weights)), str(path))
         state, described = write_packed(weights, layout, str(path))
         full = _full_config(config, path) | {"quantization_config": described.config}
-        save_folder(path, state, full, _MODEL, max_shard_size, described.header)
+        save_folder(path, state, full, _MODEL, max_shard_size, described.header, overwrite)
         return
     if is_packed(weights):
         raise ValueError(
@@ -127,7 +139,9 @@ def save_checkpoint(
     elif layout == "wan":
         _save_safetensors(state, path)
     else:
-        save_folder(path, state, _full_config(config, path), _MODEL, max_shard_size)
+        save_folder(
+            path, state, _full_config(config, path), _MODEL, max_shard_size, overwrite=overwrite
+        )
 
 
 def load_folder(path: str | Path, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -140,10 +154,10 @@ def load_folder(path: str | Path, part: str) -> tuple[dict[str, Any], dict[str, 
     Raises:
         ValueError: there is no such folder, or a file in it is missing or damaged.
     """
-    folder = part_folder(Path(path), part)
+    folder = _checked_folder(Path(path), part)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: has no config.json; name a diffusers folder of a {part}")
-    return _read_json(folder / "config.json"), _read(_weight_file(folder))
+    return _read_json(folder / "config.json"), _read(_weight_file(folder), checked=True)
 
 
 def save_folder(
@@ -153,45 +167,55 @@ def save_folder(
     model: str,
     max_shard_size: int = 5 * 10**9,
     header: Mapping[str, str] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a model in diffusers' layout, whole or not at all. Tensors keep dtypes and values.
 
     Args:
-        path: a new or empty folder.
+        path: a new or empty folder, or one that this function wrote, which is replaced.
         weights: tensors under diffusers' names.
         config: the checked configuration.
         model: name of diffusers' class.
         max_shard_size: the weights are sharded above so many bytes.
         header: metadata for every safetensors file.
+        overwrite: whether a folder that holds anything else may be replaced.
 
     Raises:
-        ValueError: there is a file, or a folder that is not empty.
+        ValueError: there is a file, or a folder that holds anything else.
     """
     from diffusers import __version__
     from huggingface_hub import split_torch_state_dict_into_shards
 
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: exists and is not an empty folder; name a new one")
+    check_outputs([Output(path, MODEL_FOLDER)], [], overwrite)
     state = {name: _alone(weight) for name, weight in weights.items()}
     split = split_torch_state_dict_into_shards(
         state, filename_pattern=_STEM + "{suffix}.safetensors", max_shard_size=max_shard_size
     )
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     notes = {"_class_name": model, "_diffusers_version": __version__}
-    with written_whole(path) as temporary:
-        temporary.mkdir()
+    with whole_folder(path) as folder:
         for name, keys in split.filename_to_tensors.items():
-            shard = {key: state[key] for key in keys}
-            save_file(shard, temporary / name, {"format": "pt", **(header or {})})
+            with folder.file(name) as file:
+                shard = {key: state[key] for key in keys}
+                write_tensors(file, shard, {"format": "pt", **(header or {})})
         if split.is_sharded:
-            _write_json(temporary / _INDEX, index)
-        _write_json(temporary / "config.json", dict(config) | notes)
+            folder.write_text(_INDEX, _json(index))
+        folder.write_text("config.json", _json(dict(config) | notes))
+        _MANIFEST.write(folder, {"model": model})
 
 
 def part_folder(path: Path, part: str) -> Path:
     """The folder of a part in a pipeline's folder; the path itself if it has no such folder."""
     return path / part if (path / part).is_dir() else path
+
+
+def _checked_folder(path: Path, part: str) -> Path:
+    """A part's folder; one that lltk wrote is checked against its manifest."""
+    folder = standing(part_folder(path, part))
+    if (folder / _MANIFEST.name).exists():
+        _MANIFEST.read(folder)
+    return folder
 
 
 def load_lora(path: str | Path) -> Checkpoint:
@@ -300,20 +324,28 @@ def _compare(
         raise ValueError(f"{where}: weights {', '.join(problems)}; {remedy}")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The content of one file, or of the shards of one index."""
+def _read(path: Path, checked: bool = False) -> dict[str, Any]:
+    """The content of one file, or of the shards of one index.
+
+    Args:
+        path: of the file.
+        checked: whether it needs no look at the seals of files that lltk wrote.
+    """
     if not path.exists():
         raise ValueError(f"{path}: does not exist; check the path")
+    check_regular(path)
     if path.suffix == ".json":
-        return _read_shards(path)
+        return _read_shards(path, checked)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _read_safetensors(path, checked)
     if path.suffix in _PICKLES:
         return _read_pickle(path)
     raise ValueError(f"{path}: not a .safetensors, .pt or .pth file; convert it to safetensors")
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _read_safetensors(path: Path, checked: bool) -> dict[str, Any]:
+    if not checked:
+        check_seal(path)
     try:
         with safe_open(path, "pt") as file:
             names = file.keys()
@@ -350,18 +382,20 @@ def _weight_map(index: Path) -> dict[str, str]:
     files = _read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index}: no weight_map of names to files; download it again")
+    if away := [file for file in files.values() if Path(file).name != file]:
+        raise ValueError(f"{index}: shard {away[0]!r} is no file beside it; download it again")
     return files
 
 
-def _read_shards(index: Path) -> dict[str, Any]:
+def _read_shards(index: Path, checked: bool) -> dict[str, Any]:
     files = _weight_map(index)
     weights: dict[str, Any] = {}
     for shard in sorted(set(files.values())):
-        file = index.parent / Path(shard).name
+        file = index.parent / shard
         if not file.is_file():
             raise ValueError(f"{index}: shard {shard} is missing; download it beside the index")
         listed = {name: shard for name in files if files[name] == shard}
-        part = _read_safetensors(file)
+        part = _read_safetensors(file, checked)
         _compare(part, listed, [], f"{file}: against {index.name}", "download both again")
         weights.update(part)
     return weights
@@ -370,9 +404,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
 def _header(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, or of all shards of an index."""
     if path.suffix == ".json":
-        files = [
-            path.parent / Path(shard).name for shard in sorted(set(_weight_map(path).values()))
-        ]
+        files = [path.parent / shard for shard in sorted(set(_weight_map(path).values()))]
     else:
         files = [path] if path.suffix == ".safetensors" else []
     metadata: dict[str, str] = {}
@@ -390,7 +422,7 @@ def _header(path: Path) -> dict[str, str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return parse_object(path.read_bytes(), path)
+    return parse_object(read_text(path), path)
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -501,16 +533,15 @@ def _suffixed(path: Path, *suffixes: str) -> Path:
 
 def _save_pickle(content: dict[str, dict[str, Tensor]], path: Path) -> None:
     # Given a path, torch.save would write the temporary name into the archive.
-    with written_whole(_suffixed(path, *_PICKLES)) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    with whole_file(_suffixed(path, *_PICKLES)) as file:
+        torch.save(content, cast(IO[bytes], file))
 
 
 def _save_safetensors(
     state: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    with written_whole(_suffixed(path, ".safetensors")) as temporary:
-        save_file(state, temporary, {"format": "pt", **(metadata or {})})
+    save_tensors(_suffixed(path, ".safetensors"), state, {"format": "pt", **(metadata or {})})
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lltk.files.reading import parse_json
 from lltk.ops.nvfp4_quantise.reference import BLOCK
 
 _PACKED = "nvfp4-pack-quantized"
@@ -122,10 +123,7 @@ def declared(description: Description, where: str) -> tuple[str, Description] | 
 
 def parse_object(text: str | bytes, subject: object) -> dict[str, Any]:
     """The JSON object of a text; raises ValueError, which names ``subject``, if it is none."""
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{subject}: damaged JSON ({error}); download it again") from error
+    content = parse_json(text, str(subject))
     if not isinstance(content, dict):
         raise ValueError(f"{subject}: its JSON is not an object; download it again")
     return content

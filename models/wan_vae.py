@@ -285,21 +285,27 @@ def load_vae(path: str | Path) -> Checkpoint:
     return Checkpoint(weights, config, "diffusers")
 
 
-def save_vae(path: str | Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def save_vae(
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    overwrite: bool = False,
+) -> None:
     """Write a VAE's folder in diffusers' layout, whole or not at all.
 
     Args:
-        path: a new or empty folder.
+        path: as for `save_folder`.
         weights: of encoder and decoder, under diffusers' names; dtypes and values are kept.
         config: of AutoencoderKLWan.
+        overwrite: whether a folder that holds anything else may be replaced.
 
     Raises:
         ValueError: the weights are not those of the configuration or not finite, or the folder
-            holds files.
+            holds other files.
     """
     full = validate_config(config, str(path))
     check_weights(weights, _shapes(full), str(path))
-    save_folder(path, weights, full, _MODEL)
+    save_folder(path, weights, full, _MODEL, overwrite=overwrite)
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -62,17 +62,24 @@ def test_round_trip(program: Program, saved: Path) -> None:
 
 
 def test_saving_over_a_program_replaces_it(program: Program, saved: Path) -> None:
-    (saved / "stray.txt").write_text("x")
+    (saved / "weights.safetensors").write_bytes(b"")
     save_program(program, saved)
-    assert not (saved / "stray.txt").exists()
+    load_program(saved)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
 def test_other_folders_are_left_alone(program: Program, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds other files"):
-        save_program(program, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    for folder in (tmp_path / "own", tmp_path / "program"):
+        if folder.name == "program":
+            save_program(program, folder)
+        folder.mkdir(exist_ok=True)
+        (folder / "notes.txt").write_text("mine")
+        before = sorted(path.name for path in folder.iterdir())
+        with pytest.raises(ValueError, match="exists, and lltk did not write it as a Program"):
+            save_program(program, folder)
+        assert sorted(path.name for path in folder.iterdir()) == before
+        save_program(program, folder, overwrite=True)
+        assert not (folder / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "graphs/step_block.txt", "program.json"])
@@ -81,7 +88,7 @@ def test_a_changed_file_is_refused(saved: Path, name: str) -> None:
     content = path.read_bytes()
     middle = len(content) // 2
     path.write_bytes(content[:middle] + b"7" + content[middle + 1 :])
-    with pytest.raises(ValueError, match=r"was changed|is damaged") as error:
+    with pytest.raises(ValueError, match=r"was changed|damaged") as error:
         load_program(saved)
     assert name in str(error.value)
 
@@ -96,12 +103,12 @@ def test_another_format_is_refused(saved: Path) -> None:
     path = saved / "program.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(ValueError, match="is of format 99, this lltk reads 3"):
+    with pytest.raises(ValueError, match="is of format 99, this lltk reads 4"):
         load_program(saved)
 
 
 def test_a_folder_that_is_no_program_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="name a folder that lltk transform wrote"):
+    with pytest.raises(ValueError, match=r"has no program\.json, so it is not a Program"):
         load_program(tmp_path)
 
 

@@ -18,7 +18,6 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lltk.models import checkpoint
 from lltk.models.checkpoint import (
     check_weights,
     load_checkpoint,
@@ -464,7 +463,7 @@ def test_a_cut_file_is_refused(suffix: str, tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         message = refused(load_checkpoint, path)
         assert re.match(rf"{path}: .*(damaged|cut short)", message)
-        assert "download it again" in message
+        assert "download it again" in message or "restore it" in message
 
     check()
 
@@ -494,6 +493,10 @@ def test_damaged_folders(tmp_path: Path) -> None:
     shards = sorted(path.glob("*.safetensors"))
     index = path / "diffusion_pytorch_model.safetensors.index.json"
     text = index.read_text()
+    index.write_text(text.replace("metadata", "metadate"))
+    message = refused(load_checkpoint, path)
+    assert message.startswith(f"{index}: was changed") and "delete lltk.json to use it" in message
+    (path / "lltk.json").unlink()
 
     moved = shards[1].rename(tmp_path / "moved")
     assert f"shard {shards[1].name} is missing" in refused(load_checkpoint, path)
@@ -504,7 +507,9 @@ def test_damaged_folders(tmp_path: Path) -> None:
         index.write_text(broken)
         message = refused(load_checkpoint, path)
         assert message.startswith(f"{index}: ")
-        assert message.endswith("download it again")
+        assert message.endswith(("download it again", "restore it"))
+    index.write_text('{"weight_map": {"x": "../a.safetensors"}}')
+    assert "shard '../a.safetensors' is no file beside it" in refused(load_checkpoint, path)
     index.unlink()
     assert "restore the missing index" in refused(load_checkpoint, path)
     index.write_text(text)
@@ -599,11 +604,9 @@ def test_defaults_are_filled_in() -> None:
 # Writing
 
 
-def fail(_content: Any, target: Any, *_: Any) -> None:
-    """What save_file and torch.save do on a full disk: part of the file is there."""
-    if isinstance(target, Path):
-        target.touch()
-    raise OSError("No space left on device")
+def full(descriptor: int, data: bytes) -> int:
+    """What os.write does on a disk that is full."""
+    raise OSError(28, "No space left on device")
 
 
 def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -611,8 +614,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         if suffix:
             (tmp_path / f"a{suffix}").write_text("before")
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "save_file", fail)
-            patch.setattr(torch, "save", fail)
+            patch.setattr("lltk.files.writing.os.write", full)
             with pytest.raises(OSError, match="No space"):
                 save_checkpoint(tmp_path / f"a{suffix}", WEIGHTS, layout, CONFIG)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
@@ -627,7 +629,9 @@ def test_refused_saves_write_nothing(tmp_path: Path) -> None:
     (taken / "mine").touch()
     save, path = save_checkpoint, tmp_path / "new"
     assert "pass config" in refused(save, path, WEIGHTS, "diffusers")
-    assert "is not an empty folder" in refused(save, taken, WEIGHTS, "diffusers", CONFIG)
+    assert "did not write it as a model's folder" in refused(
+        save, taken, WEIGHTS, "diffusers", CONFIG
+    )
     assert "takes no x" in refused(save, path, WEIGHTS, "diffusers", CONFIG | {"x": 1})
     assert "use one of diffusers, wan" in refused(save, path, WEIGHTS, "onnx")
     assert "this layout is a .safetensors file" in refused(save, tmp_path / "a.pt", WEIGHTS, "wan")

@@ -24,21 +24,22 @@ FOLDERS = ("lltk", *MAPPED)
 # Which parts of lltk a part may import, beside itself.
 ARROWS: dict[str, set[str]] = {
     "module_paths": set(),
+    "files": set(),
     "ops": {"module_paths"},
     "parallel": set(),
-    "graph": {"ops"},
-    "models": {"graph", "ops"},
+    "graph": {"files", "ops"},
+    "models": {"files", "graph", "ops"},
     "recipes": {"graph"},
     "passes": {"parallel", "graph", "ops", "module_paths"},
-    "stream": {"parallel", "graph", "ops"},
-    "export": {"stream", "graph", "ops"},
-    "train": {"stream", "parallel", "graph", "ops"},
+    "stream": {"files", "parallel", "graph", "ops"},
+    "export": {"files", "stream", "graph", "ops"},
+    "train": {"files", "stream", "parallel", "graph", "ops"},
 }
-ARROWS["compiler"] = {"graph", "ops", "models", "passes"}
+ARROWS["compiler"] = {"files", "graph", "ops", "models", "passes"}
 ARROWS["artefact"] = ARROWS["compiler"] | {"compiler"}
 ARROWS["streaming"] = ARROWS["compiler"] | {"compiler", "parallel", "stream"}
 ARROWS["tasks"] = ARROWS["compiler"] | {"compiler", "artefact", "stream", "train"}
-ARROWS["training"] = {"graph", "train", "tasks"}
+ARROWS["training"] = {"files", "graph", "models", "train", "tasks"}
 ARROWS["bench"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)
 ARROWS["__main__"] = {"cli"}

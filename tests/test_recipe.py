@@ -244,7 +244,7 @@ def test_misshapen_overrides_are_refused(base: Path, override: str, message: str
         ("geometry.zzz=2", "unknown key 'geometry.zzz'; known keys: batch, height, width, chunk"),
         ("program=steam", "program: Input should be 'train', 'score', 'stream', 'reference' or"),
         ("model.dtype=half", "model.dtype: Input should be 'bfloat16', 'float16' or 'float32'"),
-        ("model=3", "model: Input should be a valid dictionary"),
+        ("model=3", "model: Input should be an object"),
         ("geometry.chunk=two", "geometry.chunk: Input should be a valid integer"),
         ("geometry.chunk=0", "geometry.chunk: Input should be greater than or equal to 1"),
         ("geometry.sink=-2", "geometry.sink: Input should be greater than or equal to 0"),

@@ -14,10 +14,11 @@ import pytest
 import streams
 import torch
 from helpers import refused
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from streams import SHOTS, opened, planned, save_pipeline, streamed
 from torch import Tensor
 
+from lltk.files.tensors import save_tensors
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.models import wan_vae
 from lltk.stream.denoise import chunk_noise
@@ -619,13 +620,13 @@ def test_other_states_are_refused(pipeline: Path, plan: StreamPlan, tmp_path: Pa
     assert "lltk: 0.1.0 there, 9.0 here" in refused(load_state, state, other_version)
     for content in (state.read_bytes()[:-100], b"", b"{}"):
         (tmp_path / "damaged").write_bytes(content)
-        assert "is no state, or damaged" in refused(load_state, tmp_path / "damaged", other_version)
+        assert "it is damaged or was changed" in refused(load_state, tmp_path / "damaged", {})
     weights = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
-    assert "not a stream's state" in refused(load_state, weights, other_version)
+    assert "not a stream's state" in refused(load_state, weights, {})
     for stated in ("1", '{"format": "2"}'):
-        save_file({"t": torch.ones(1)}, tmp_path / "older", {"lltk.stream": stated})
+        save_tensors(tmp_path / "older", {"t": torch.ones(1)}, {"lltk.stream": stated})
         message = refused(load_state, tmp_path / "older", other_version)
-        assert "not a stream's state of format 3" in message
+        assert "not a stream's state of format 4" in message
 
 
 def test_an_interrupted_chunk_is_not_saved(

@@ -227,7 +227,7 @@ def test_a_disk_too_full_for_the_state(
     def full(*arguments: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lltk.stream.state.save_file", full)
+    monkeypatch.setattr("lltk.stream.state.save_tensors", full)
     options = ["--prompt", "x", "--seconds", 1, "-o", tmp_path / "v.mp4", *sets(pipeline)]
     code, _, err = run("stream", "tiny_stream", *options, "--save", tmp_path / "state")
     assert code == 1
@@ -268,7 +268,7 @@ def test_a_killed_process_leaves_a_video_that_plays(pipeline: Path, tmp_path: Pa
         (["--prompt", "x", "--seconds", "0"], "a shot cannot last 0 s"),
         (["--prompt", "x", "--set", "stream.stps=3"], "unknown key 'stps'; did you mean 'steps'?"),
         (["--script", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
-        (["--resume", "nowhere"], "nowhere: no such file"),
+        (["--resume", "nowhere"], "nowhere: cannot be read"),
         (["--prompt", "x", "--image", "nowhere.png"], "nowhere.png"),
         (["--prompt", "x", "--contact-sheet", "SCRIPT/sheet.png"], "sheet.png: cannot be written"),
         (["--prompt", "x", "--save", "FOLDER"], "cannot be written (it is a folder)"),

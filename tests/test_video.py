@@ -197,12 +197,33 @@ def test_a_disk_full_at_the_end(tmp_path: Path, missing: int) -> None:
         pytest.raises(OSError, match=r"\(File too large\); nothing was kept"),
     ):
         video.close()
+    assert path.stat().st_size == size and len(read_video(path)) == 1, "the old one is there"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_disk_full_from_the_start() -> None:
-    with pytest.raises(OSError, match=r"\(No space left on device\); nothing was kept"):
-        VideoWriter(Path("/dev/full"), SIDE, SIDE, 24)
+def test_a_device_is_no_place_for_a_video() -> None:
+    with pytest.raises(OSError, match="it is no file"):
+        VideoWriter(Path("/dev/null"), SIDE, SIDE, 24)
+
+
+def test_a_video_that_another_writer_replaced_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    one, other = (VideoWriter(path, SIDE, SIDE, 24) for _ in range(2))
+    one.write(numbered(0, 30))
+    other.write(numbered(0, 40))
+    with pytest.raises(OSError, match="another process has replaced it"):
+        one.close()
+    other.close()
+    assert len(read_video(path)) == 40
+
+
+def test_a_disk_full_from_the_start(tmp_path: Path) -> None:
+    with (
+        disk_of(10),
+        pytest.raises(OSError, match=r"\(File too large\); nothing was kept"),
+    ):
+        VideoWriter(tmp_path / "video.mp4", SIDE, SIDE, 24)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from lltk.artefact import versions
-from lltk.graph.files import written_whole
+from lltk.files.outputs import Output, marked
+from lltk.files.writing import write_text
 from lltk.graph.memory import readable
 
 _SOURCES = (
@@ -118,13 +119,18 @@ def write_record(path: Path, record: Record, text: str) -> None:
     for file, content in zip(
         record_files(path), (record.model_dump_json(indent=2) + "\n", text), strict=True
     ):
-        with written_whole(file) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_text(file, content)
 
 
 def record_files(path: Path) -> tuple[Path, Path]:
     """The JSON and the Markdown file of a record; ``path`` is theirs without a suffix."""
     return path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.md")
+
+
+def record_outputs(path: Path) -> list[Output]:
+    """The same files as a command's outputs."""
+    kinds = marked("a record", '"benchmark": "'), marked("a record's page", "Command: `")
+    return [Output(file, kind) for file, kind in zip(record_files(path), kinds, strict=True)]
 
 
 def percentile(values: Iterable[float], share: float) -> float:

@@ -32,16 +32,16 @@ def command() -> None:
     "-o", "--output", type=click.Path(path_type=Path), help="The record's path, without a suffix."
 )
 @click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
+    "--seconds", type=click.FloatRange(0, 3600, min_open=True), default=10.0, show_default=True,
     help="Seconds of video to measure in each run.",
 )  # fmt: skip
 @click.option(
     "--warmup",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 10_000),
     help="Chunks to stream first, which are not measured (default: until the cache is full).",
 )
 @click.option(
-    "--runs", type=click.IntRange(1), default=3, show_default=True, help="Number of runs."
+    "--runs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Number of runs."
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
@@ -51,6 +51,10 @@ def command() -> None:
 @click.option(
     "--random-weights", is_flag=True,
     help="Use random weights and prompts of the true shapes; needs no files.",
+)  # fmt: skip
+@click.option(
+    "--overwrite", is_flag=True,
+    help="Replace what is in the place of an output, also if lltk did not write it.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; measure nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
@@ -63,6 +67,7 @@ def stream(
     overrides: tuple[str, ...],
     device: str | None,
     random_weights: bool,
+    overwrite: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -81,9 +86,11 @@ def stream(
       torchrun --nproc-per-node 2 -m lltk bench stream wan22_5b_stream_sp2 --random-weights -o sp2
     """
     from lltk.bench.random_weights import random_prompts, with_random_models
-    from lltk.bench.record import make_record, record_files, write_record
+    from lltk.bench.record import make_record, record_outputs, write_record
     from lltk.bench.stream import METHOD, measure, text
-    from lltk.cli.outputs import check_writable, share_cores
+    from lltk.cli.inputs import inputs_of
+    from lltk.cli.outputs import share_cores
+    from lltk.files.outputs import check_outputs
     from lltk.graph.recipe import load_recipe
     from lltk.parallel.ranks import joined
     from lltk.streaming import describe, plan_stream, refusal, stream_memory
@@ -93,28 +100,38 @@ def stream(
         path = find_recipe(recipe)
         if output is None and not dry_run:
             raise ValueError("-o: name the record's files, without a suffix")
+        resolved = load_recipe(path, overrides)
         if output is not None:
-            check_writable(record_files(output))
+            inputs = inputs_of(path, resolved.resolved())
+            check_outputs(record_outputs(output), inputs, overwrite)
         hide_loading(ranks.rank == 0)
         with console.status("compiling"):
             wanted = not (dry_run or random_weights)
-            plan = plan_stream(load_recipe(path, overrides), ranks.device, weights=wanted)
+            plan = plan_stream(resolved, ranks.device, weights=wanted)
             if random_weights and not dry_run:
                 plan = with_random_models(plan)
         for part, what in describe(plan).items():
             console.print(f"{part}: {what}", highlight=False)
         for owners in stream_memory(plan).values():
             console.print(memory_table(owners))
+        chunks = plan.transformer.geometry.pages if warmup is None else warmup
         if output is None or dry_run:
             why = refusal(plan)
+            told = f"{runs} runs of {seconds:g} s after {chunks} chunks"
+            console.print(f"Plan: {told}{', with random weights' if random_weights else ''}")
             if as_json and ranks.rank == 0:
-                facts = {"plan": describe(plan), "memory": stream_memory(plan), "refusal": why}
+                facts = {
+                    "plan": describe(plan),
+                    "runs": told,
+                    "random_weights": random_weights,
+                    "memory": stream_memory(plan),
+                    "refusal": why,
+                }
                 click.echo(json.dumps(facts, indent=2))
             if why:
                 console.print(f"It cannot run here: {why}", markup=False, highlight=False)
             return
         share_cores(ranks.device)
-        chunks = plan.transformer.geometry.pages if warmup is None else warmup
         with console.status("streaming"):
             prompts = random_prompts(plan) if random_weights else None
             result = {"name": path.stem} | measure(plan, seconds, chunks, runs, prompts)

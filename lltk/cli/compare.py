@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -20,22 +21,26 @@ from lltk.parallel.devices import find_device
     "-o", "--output", type=click.Path(path_type=Path), help="The record's path, without a suffix."
 )
 @click.option(
-    "--shots", type=click.IntRange(0), default=30, show_default=True,
+    "--shots", type=click.IntRange(0, 1_000_000), default=30, show_default=True,
     help="Shots of the tiny world to score for each recipe.",
 )  # fmt: skip
 @click.option(
-    "--minutes", type=click.IntRange(0), default=0, show_default=True,
+    "--minutes", type=click.IntRange(0, 10_000), default=0, show_default=True,
     help="Single shots of 60 s for each recipe, to see how long they keep their identity.",
 )  # fmt: skip
 @click.option(
-    "--at-once", type=click.IntRange(1), default=128, show_default=True,
-    help="Videos to stream at once.",
+    "--at-once", type=click.IntRange(1, 65_536),
+    help="Videos to stream at once (default: 128).",
 )  # fmt: skip
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True,
-              help="Number of processes that score videos.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1, 1024),
+              help="Number of processes that score videos (default: 2).")  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Change a key of every recipe; may be repeated.")  # fmt: skip
 @click.option("--device", help="Where it runs (default: a GPU if there is one).")
+@click.option(
+    "--overwrite", is_flag=True,
+    help="Replace what is in the place of an output, also if lltk did not write it.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; compare nothing.")
 def command(
@@ -43,10 +48,11 @@ def command(
     output: Path | None,
     shots: int,
     minutes: int,
-    at_once: int,
-    workers: int,
+    at_once: int | None,
+    workers: int | None,
     overrides: tuple[str, ...],
     device: str | None,
+    overwrite: bool,
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -67,6 +73,11 @@ def command(
     """
     if len(recipes) < 2:
         raise ValueError("RECIPES: name at least two; the first is what others are compared with")
+    if not (shots or minutes):
+        for option, value in (("--at-once", at_once), ("--workers", workers)):
+            if value is not None:
+                raise ValueError(f"{option}: no videos are made; drop it, or name --shots")
+    at_once, workers = at_once or 128, workers or 2
     console = Console(quiet=as_json)
     paths = [find_recipe(recipe) for recipe in recipes]
 
@@ -81,20 +92,24 @@ def command(
         quality_row,
         text,
     )
-    from lltk.bench.record import make_record, record_files, write_record
-    from lltk.cli.outputs import check_writable, share_cores
+    from lltk.bench.record import make_record, record_outputs, write_record
+    from lltk.cli.inputs import inputs_of
+    from lltk.cli.outputs import share_cores
+    from lltk.files.outputs import check_outputs
     from lltk.graph.recipe import load_recipe
     from lltk.ops.implementations import check_device
     from lltk.streaming import describe, plan_stream
 
-    if output is not None:
-        check_writable(record_files(output))
     chosen = find_device(device)
     hide_loading()
     films = -(-shots // SHOTS)
     batch = min(max(films, minutes, 1), at_once)
     sizes = (*overrides, f"geometry.batch={batch}")
     loaded = [(path.stem, load_recipe(path, sizes)) for path in paths]
+    if output is not None:
+        named = zip(paths, loaded, strict=True)
+        read = [file for path, (_, made) in named for file in inputs_of(path, made.resolved())]
+        check_outputs(record_outputs(output), read, overwrite)
     check_same("geometry", [(name, recipe.geometry.model_dump()) for name, recipe in loaded])
     if films or minutes:
         check_size(loaded[0][1].geometry)
@@ -107,10 +122,13 @@ def command(
         configs = [(name, plan.transformer.recipe["model"]["config"]) for name, plan in plans]
         check_same("model.config", configs)
     if dry_run:
-        console.print(
-            f"Plan: errors over {SHOTS * CHUNKS} chunks, {films * SHOTS} shots and {minutes} "
-            f"minutes a recipe, {batch} videos at once"
+        told = (
+            f"errors over {SHOTS * CHUNKS} chunks, {films * SHOTS} shots and {minutes} "
+            f"minutes a recipe, {batch} videos at once, {workers} processes that score"
         )
+        if as_json:
+            click.echo(json.dumps({"plan": told, "recipes": [path.stem for path in paths]}))
+        console.print(f"Plan: {told}")
         return
     for _, plan in plans:
         check_device(plan.transformer.implementations, chosen)

@@ -20,11 +20,20 @@ from lltk.cli import stream
     help="The video; its contact sheet is written beside it.",
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed of the noise (default: the recipe's).")
+@click.option(
+    "--overwrite", is_flag=True,
+    help="Replace what is in the place of an output, also if lltk did not write it.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; make nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def command(
-    ctx: click.Context, output: Path, seed: int | None, dry_run: bool, as_json: bool
+    ctx: click.Context,
+    output: Path,
+    seed: int | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Stream four shots with the tiny model that comes with lltk.
 
@@ -45,6 +54,7 @@ def command(
         contact_sheet=sheet,
         seed=seed,
         device="cpu",
+        overwrite=overwrite,
         dry_run=dry_run,
         as_json=as_json,
     )

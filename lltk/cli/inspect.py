@@ -24,10 +24,19 @@ from lltk.cli.tables import contract_table, log_tables, memory_table
 )
 @click.option("--diagram", type=click.Path(path_type=Path), help="SVG file to draw that graph to.")
 @click.option(
+    "--overwrite", is_flag=True,
+    help="Replace what is in the place of an output, also if lltk did not write it.",
+)  # fmt: skip
+@click.option(
     "--json", "as_json", is_flag=True, help="Print the pass log, inputs and outputs as JSON."
 )
 def command(
-    directory: Path, graph: str | None, joint: bool, diagram: Path | None, as_json: bool
+    directory: Path,
+    graph: str | None,
+    joint: bool,
+    diagram: Path | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Show the Program in a DIRECTORY.
 
@@ -41,13 +50,17 @@ def command(
       lltk inspect trained --joint
     """
     from lltk.artefact import load_program
-    from lltk.graph.diagram import draw
-    from lltk.graph.files import written_whole
+    from lltk.files.outputs import Output, check_outputs
+    from lltk.files.writing import write_text
+    from lltk.graph.diagram import DIAGRAM, draw
     from lltk.graph.joint import joint_graph
     from lltk.graph.memory import estimate
     from lltk.graph.text import print_graph
 
     console = Console(quiet=as_json)
+    if diagram is not None:
+        inside = [directory, *(path for path in directory.rglob("*"))]
+        check_outputs([Output(diagram, DIAGRAM)], inside, overwrite)
     with console.status("repeating the recipe's passes"):
         program = load_program(directory)
     graphs = dict(program.every_graph())
@@ -62,8 +75,7 @@ def command(
             raise ValueError(f"--joint: {name} is no region; name one of {', '.join(blocks)}")
         graphs[name] = joint_graph(program.regions[name])
     if diagram is not None:
-        with written_whole(diagram) as temporary:
-            temporary.write_text(draw(graphs[name], name), encoding="utf-8")
+        write_text(diagram, draw(graphs[name], name))
     contracts = {each: program.contract(each) for each in program.graphs}
     if as_json:
         described = {
@@ -81,6 +93,7 @@ def command(
                 }
                 for each, contract in contracts.items()
             },
+            "graph": print_graph(graphs[name], name) if graph or joint else None,
         }
         click.echo(json.dumps(described, indent=2))
         return

@@ -11,7 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
+from lltk.files.outputs import marked
+
 _NEVER = logging.CRITICAL + 1
+_MARK = "log of lltk train"
+LOG = marked("a run's log", _MARK)
 
 
 def hide_loading(speaks: bool = True) -> None:
@@ -33,7 +37,7 @@ def logged(console: Console) -> Iterator[Callable[[Path], None]]:
 
     Yields:
         A function that takes the file's path. From its call on, all messages are appended to the
-        file, those from before the call first.
+        file, those from before the call first. Its folder must be there.
     """
     shown = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
     kept = MemoryHandler(1 << 30, flushLevel=_NEVER)
@@ -43,7 +47,9 @@ def logged(console: Console) -> Iterator[Callable[[Path], None]]:
     handlers: list[logging.Handler] = [shown, kept]
 
     def keep(path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as begun:
+            if not begun.tell():
+                begun.write(f"# {_MARK}\n")
         file = logging.FileHandler(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for record in kept.buffer:

@@ -1,15 +1,13 @@
-"""What a stream's frames go to, and what stops it."""
+"""What a stream's frames go to."""
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,28 +20,6 @@ from lltk.stream.script import Shot
 from lltk.stream.video import VideoWriter, contact_sheet, pixels
 
 _SHEET_COLUMNS = 6
-
-
-def check_writable(paths: Iterable[Path]) -> None:
-    """Refuse files that cannot be written, before any work, and make their missing folders.
-
-    Raises:
-        OSError: says which and why.
-    """
-    for path in paths:
-        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            if path.is_dir():
-                raise IsADirectoryError(21, "it is a folder")
-            if path.exists() and not os.access(path, os.W_OK):
-                raise PermissionError(13, "it is read-only")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise OSError(
-                f"{path}: cannot be written ({error.strerror}); name another path"
-            ) from error
 
 
 def share_cores(device: torch.device) -> None:
@@ -137,30 +113,6 @@ def unwritten(frames: Frames, sheet: Path | None, captions: Mapping[int, str]) -
     except OSError as error:
         return f"; the contact sheet is not written: {error}"
     return ""
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[list[int]]:
-    """The signals that ask to stop, SIGINT and SIGTERM, as a growing list; a later one interrupts.
-
-    One within a second is the same one: torchrun passes on what a terminal gives its ranks too.
-    """
-    received: list[int] = []
-    first = 0.0
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if received and time.monotonic() - first > 1:
-            raise KeyboardInterrupt
-        first = first if received else time.monotonic()
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Tally:

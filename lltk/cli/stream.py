@@ -26,7 +26,7 @@ _File = click.Path(path_type=Path)
 @click.argument("recipe")
 @click.option("--script", type=_File, help="Shot script: YAML, a caption and seconds a shot.")
 @click.option("--prompt", help="One shot's caption, instead of a script.")
-@click.option("--seconds", type=float, default=5.0, show_default=True, help="Its length.")
+@click.option("--seconds", type=float, help="The prompt's length (default: 5).")
 @click.option("-o", "--output", type=_File, help="The video: MP4, written as frames arrive.")
 @click.option("--contact-sheet", type=_File, help="PNG with a row of frames a shot.")
 @click.option("--image", type=_File, help="The video's first frame; cropped to its aspect.")
@@ -37,13 +37,14 @@ _File = click.Path(path_type=Path)
 @click.option("--resume", type=_File, help="State to go on from; it knows script and seed.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 @click.option("--device", help="Where it runs (default: a GPU if there is one).")
+@click.option("--overwrite", is_flag=True, help="Replace outputs that lltk did not write, too.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; make nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     recipe: str,
     script: Path | None,
     prompt: str | None,
-    seconds: float,
+    seconds: float | None,
     output: Path | None,
     contact_sheet: Path | None,
     image: Path | None,
@@ -54,6 +55,7 @@ def command(
     resume: Path | None,
     overrides: tuple[str, ...],
     device: str | None,
+    overwrite: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -70,10 +72,13 @@ def command(
       lltk stream tiny_stream --resume video.state.safetensors -o rest.mp4
       torchrun --nproc-per-node 2 -m lltk stream wan22_5b_stream_sp2 --script s.yaml -o video.mp4
     """
-    from lltk.cli.outputs import check_writable, share_cores, summary
+    from lltk.cli.inputs import inputs_of
+    from lltk.cli.outputs import share_cores, summary
     from lltk.cli.stream_to_files import Files, stream_to_files
+    from lltk.files.outputs import check_outputs
     from lltk.graph.recipe import load_recipe
     from lltk.parallel.ranks import joined
+    from lltk.stream.state import read_state
     from lltk.streaming import plan_stream
 
     with joined(device) as ranks:
@@ -82,19 +87,21 @@ def command(
         path = find_recipe(recipe)
         given = {"seed": seed, "steps": steps, "guidance": guidance}
         changes = [f"stream.{key}={value}" for key, value in given.items() if value is not None]
-        shots = _shots(script, prompt, seconds, resume, image)
         if resume is not None and seed is not None:
             raise ValueError("--seed: a resumed stream has its own; drop the option")
+        shots = _shots(script, prompt, seconds, resume, image)
         resolved = load_recipe(path, (*overrides, *changes))
+        if output is None and not dry_run:
+            raise ValueError("-o: name a file for the video")
+        if resume is not None and output is not None and output.exists() and not overwrite:
+            raise ValueError(
+                f"-o: {output} exists, and a resumed stream's file holds the continuation "
+                "alone; name a new file, or replace it with --overwrite"
+            )
+        files = Files(script, output, contact_sheet, image, save, resume)
+        read = [*inputs_of(path, resolved.resolved()), *files.inputs(ranks.size)]
+        check_outputs(files.outputs(ranks.size), read, overwrite)
         if not dry_run:
-            if output is None:
-                raise ValueError("-o: name a file for the video")
-            if resume is not None and output.exists():
-                raise ValueError(
-                    f"-o: {output} exists, and a resumed stream's file holds the continuation "
-                    "alone; name a new file"
-                )
-            check_writable(file for file in (output, contact_sheet, save) if file is not None)
             share_cores(ranks.device)
         hide_loading(speaks)
         with console.status("compiling"):
@@ -103,16 +110,19 @@ def command(
             console.print(plan.chunking.statement(shots), highlight=False)
         show_description(console, plan)
         if dry_run:
+            if resume is not None:
+                going_on = read_state(resume).timeline
+                console.print(
+                    f"It would go on at chunk {going_on.index}, {len(going_on.chunks)} left"
+                )
             show_dry_run(console, plan, image is not None, as_json and speaks)
             return
-        assert output is not None
         again = ["lltk", "stream", recipe]
         if ranks.size > 1:
             again[:1] = ["torchrun", "--nproc-per-node", str(ranks.size), "-m", "lltk"]
         for change in (*overrides, *changes):
             if not change.startswith("stream.seed="):  # the state knows it
                 again += ["--set", change]
-        files = Files(output, contact_sheet, image, save, resume)
         result = stream_to_files(console, ranks, plan, shots, files, again)
         if not speaks:
             return
@@ -125,7 +135,7 @@ def command(
 def _shots(
     script: Path | None,
     prompt: str | None,
-    seconds: float,
+    seconds: float | None,
     resume: Path | None,
     image: Path | None,
 ) -> Sequence[Shot]:
@@ -134,14 +144,18 @@ def _shots(
     Raises:
         ValueError: not exactly one of script, prompt and resume is given.
     """
+    from lltk.files.reading import check_regular
     from lltk.stream.script import load_script, single_shot
 
     if sum(source is not None for source in (script, prompt, resume)) != 1:
         raise ValueError("name what to stream: one of --script, --prompt and --resume")
     if resume is not None and image is not None:
         raise ValueError("--image: a resumed stream has its first frame; drop the option")
-    if image is not None and not image.is_file():
-        raise ValueError(f"--image: {image} is no file; name a PNG or JPEG")
+    if seconds is not None and prompt is None:
+        raise ValueError("--seconds: is the length of a --prompt; drop the option")
+    for file in (image, resume):
+        if file is not None:
+            check_regular(file)
     if script is not None:
         return load_script(script)
-    return () if prompt is None else single_shot(prompt, seconds)
+    return () if prompt is None else single_shot(prompt, 5.0 if seconds is None else seconds)

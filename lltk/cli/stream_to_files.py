@@ -15,12 +15,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lltk.cli.outputs import Frames, Tally, asked_to_stop, captions_of, memory_used, unwritten
+from lltk.cli.outputs import Frames, Tally, captions_of, memory_used, unwritten
+from lltk.cli.stopping import stopping
+from lltk.files.outputs import Output
 from lltk.graph.memory import available, readable, total
 from lltk.parallel.ranks import Ranks
 from lltk.stream.image import read_image
 from lltk.stream.script import Shot
+from lltk.stream.state import STATE
+from lltk.stream.video import CONTACT_SHEET, VIDEO
 from lltk.streaming import StreamPlan, open_stream, stream_memory
+from lltk.streaming.stream import own_file
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,44 @@ class Files:
     """The files that ``lltk stream`` was given.
 
     Attributes:
-        output: the video to write.
+        script: what to show.
+        output: the video to write; None where nothing is made.
         sheet: the contact sheet to write.
         image: the video's first frame.
         save: where to keep the state in the end.
         resume: a state to go on from.
     """
 
-    output: Path
+    script: Path | None
+    output: Path | None
     sheet: Path | None
     image: Path | None
     save: Path | None
     resume: Path | None
+
+    @property
+    def state(self) -> Path | None:
+        """Where the state is kept: where it was asked for, or beside the video."""
+        beside = None if self.output is None else self.output.with_suffix(".state.safetensors")
+        return self.save or beside
+
+    def outputs(self, ranks: int) -> list[Output]:
+        """What is written, or may be.
+
+        Args:
+            ranks: processes, each of which keeps a state.
+        """
+        named = ((self.output, VIDEO), (self.sheet, CONTACT_SHEET))
+        states = [] if self.state is None else [own_file(self.state, r) for r in range(ranks)]
+        return [
+            *(Output(path, kind) for path, kind in named if path is not None),
+            *(Output(path, STATE) for path in states),
+        ]
+
+    def inputs(self, ranks: int) -> list[Path]:
+        """What is read; argument as `outputs`'."""
+        states = [] if self.resume is None else [own_file(self.resume, r) for r in range(ranks)]
+        return [*states, *(file for file in (self.script, self.image) if file is not None)]
 
 
 def stream_to_files(
@@ -66,7 +97,8 @@ def stream_to_files(
         click.ClickException: it was stopped, or a file cannot be written; says how to go on.
         ValueError: see `open_stream` and `Stream.__next__`.
     """
-    output, first = files.output, None
+    output, state, first = files.output, files.state, None
+    assert output is not None and state is not None
     if files.image is not None:
         first, note = read_image(files.image, *plan.size)
         if note is not None:
@@ -86,14 +118,13 @@ def stream_to_files(
     if files.resume is not None:
         console.print(f"going on at frame {start}; the new file holds the continuation")
     frames.expect(start, chunks, files.sheet is not None)
-    state = files.save or output.with_suffix(".state.safetensors")
     captions = captions_of(shots, chunks)
     loaded = time.perf_counter()
     tally = Tally(loaded)
     failure: OSError | None = None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with (
-        asked_to_stop() as stops,
+        stopping() as stop,
         nullcontext() if sink is None else sink,
         stream,
         Progress(*columns, TimeRemainingColumn(), console=console) as progress,
@@ -106,7 +137,7 @@ def stream_to_files(
                 held = f"{report.pages + 1} of {plan.transformer.geometry.pages} pages"
                 text = f"{tally.rate(frames.count):.1f} fps, {held}, {used}"
                 progress.update(bar, advance=1, description=text)
-                if ranks.any(bool(stops)):
+                if ranks.any(stop.asked):
                     break
             stream.close()
         except OSError as error:
@@ -118,7 +149,8 @@ def stream_to_files(
         stopped = failure is not None or left > 0
         if stopped or files.save is not None:
             try:
-                stream.save(state)
+                with stop.keeping():
+                    stream.save(state)
             except OSError as error:
                 what = str(failure or f"{output} plays, {frames.count} frames")
                 raise click.ClickException(

@@ -11,13 +11,16 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lltk.cli.logs import hide_loading, logged
+from lltk.cli.logs import LOG, hide_loading, logged
+from lltk.cli.stopping import stopping
 from lltk.cli.tables import log_tables, memory_table
 from lltk.graph.recipe_files import find_recipe
 from lltk.parallel.devices import find_device
 
 if TYPE_CHECKING:
     from lltk.training import TrainingPlan
+
+_LOG = "train.log"
 
 
 @click.command("train")
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
     help="Change a key of the recipe; may be repeated.",
 )  # fmt: skip
+@click.option(
+    "--overwrite", is_flag=True,
+    help="Replace what is in the place of an output, also if lltk did not write it.",
+)  # fmt: skip
 @click.option("--device", help="Where it trains (default: a GPU if there is one).")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -39,6 +46,7 @@ def command(
     output: Path | None,
     resume: bool,
     overrides: tuple[str, ...],
+    overwrite: bool,
     device: str | None,
     dry_run: bool,
     as_json: bool,
@@ -52,7 +60,8 @@ def command(
     At the end it gets the weights in diffusers' layout: the averaged ones, if the recipe averages.
 
     The exit code is 1 if the loss is no longer a number, the disk is full, or the run is
-    interrupted. --resume then goes on from the newest training state.
+    interrupted. Ctrl-C, or a kill, keeps a training state after the step in flight; a second one
+    ends the run at once. --resume then goes on from the newest training state.
 
     \b
     Example:
@@ -62,13 +71,23 @@ def command(
     console = Console(quiet=as_json)
     path = find_recipe(recipe)
 
+    from lltk.cli.inputs import inputs_of
+    from lltk.files.outputs import Output, check_outputs
     from lltk.graph.recipe import read_recipe
-    from lltk.training import plan_training
+    from lltk.train.loop import newest_state
+    from lltk.training import plan_training, training_outputs
 
-    chosen = find_device(device)
+    chosen, state = find_device(device), None
+    data = read_recipe(path, overrides)
+    if output is None and (resume or not dry_run):
+        raise ValueError("-o: name a folder for the run")
+    if output is not None:
+        written = [*training_outputs(output), Output(output / _LOG, LOG)]
+        check_outputs(written, inputs_of(path, data), overwrite)
+        state = newest_state(output, resume)
     hide_loading()
     with console.status("reading the recipe"):
-        plan = plan_training(read_recipe(path, overrides), chosen, str(path))
+        plan = plan_training(data, chosen, str(path))
     section = plan.section
     if plan.log:
         console.print(log_tables(plan.log))
@@ -79,20 +98,24 @@ def command(
                 "train": section.model_dump(mode="json"),
                 "log": [entry.plain() for entry in plan.log],
                 "memory": plan.memory,
+                "resume": None if state is None else str(state),
             }
             click.echo(json.dumps(facts, indent=2))
         console.print(f"Plan: {section.steps} steps of {section.batch} clips on {chosen}")
+        if output is not None:
+            console.print(f"It would {'begin' if state is None else f'go on from {state}'}")
         console.print(memory_table(plan.memory))
         return
-    if output is None:
-        raise ValueError("-o: name a folder for the run")
-    steps, weights = _train(plan, output, resume, console)
+    assert output is not None
+    steps, weights = _train(plan, output, resume, overwrite, console)
     if as_json:
         click.echo(json.dumps({"steps": steps, "weights": str(weights)}, indent=2))
     console.print(f"{steps} steps; the weights are in {weights}")
 
 
-def _train(plan: TrainingPlan, output: Path, resume: bool, console: Console) -> tuple[int, Path]:
+def _train(
+    plan: TrainingPlan, output: Path, resume: bool, overwrite: bool, console: Console
+) -> tuple[int, Path]:
     """Train with a progress bar; the steps done and what was written in the end."""
     from lltk.train.loop import Diverged
     from lltk.training import open_training
@@ -100,19 +123,24 @@ def _train(plan: TrainingPlan, output: Path, resume: bool, console: Console) -> 
     with ExitStack() as opened:
         keep_log = opened.enter_context(logged(Console(stderr=True)))
         with console.status("preparing"):
-            run = opened.enter_context(open_training(plan, output, resume=resume))
-        keep_log(output / "train.log")
+            run = opened.enter_context(
+                open_training(plan, output, resume=resume, overwrite=overwrite)
+            )
+        keep_log(output / _LOG)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         bars = opened.enter_context(Progress(*columns, TimeRemainingColumn(), console=console))
         bar = bars.add_task("", total=plan.section.steps, completed=run.trainer.step)
+        stop = opened.enter_context(stopping())
         try:
             for metrics in run:
                 text = f"loss {metrics.loss:.4g}, {metrics.samples_per_second:.3g} clips/s"
                 bars.update(bar, completed=metrics.step, description=text)
+                if stop.asked and metrics.step < plan.section.steps:
+                    with stop.keeping():
+                        run.trainer.save()
+                    raise click.ClickException(f"stopped; {run.trainer.left()}")
         except Diverged as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
             raise click.ClickException(f"{error}; {run.trainer.left()}") from error
-        except KeyboardInterrupt:
-            raise click.ClickException(f"stopped; {run.trainer.left()}") from None
     return run.trainer.step, run.export()

@@ -10,7 +10,13 @@ import click
 from rich.console import Console
 
 from lltk.cli.tables import log_tables, memory_table
-from lltk.graph.recipe import open_recipe
+from lltk.files.manifest import Manifest
+from lltk.files.outputs import Kind, Output, check_outputs
+from lltk.graph.recipe import load_recipe
+from lltk.graph.recipe_files import find_recipe
+
+_DUMPED = Manifest("dump.json", "a Program's graphs", format=1, remedy="dump them again")
+_DUMP = Kind("a dump", lambda folder: all(map(_DUMPED.recognises, folder.iterdir())), folder=True)
 
 
 @click.command("transform")
@@ -29,6 +35,10 @@ from lltk.graph.recipe import open_recipe
 )  # fmt: skip
 @click.option("--stop-after", metavar="PASS", help="Run the passes up to this one.")
 @click.option("--disable", multiple=True, metavar="PASS", help="Leave a pass out; may be repeated.")
+@click.option(
+    "--overwrite", is_flag=True,
+    help="Replace what is in the place of an output, also if lltk did not write it.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; run no pass.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -39,6 +49,7 @@ def command(
     dump: Path | None,
     stop_after: str | None,
     disable: tuple[str, ...],
+    overwrite: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -53,15 +64,19 @@ def command(
       lltk transform my.yaml --set geometry.window=24 --dump passes -o program
     """
     console = Console(quiet=as_json)
-    resolved = open_recipe(recipe, overrides)
-    from lltk.artefact import check_target, save_program
+    path = find_recipe(recipe)
+    resolved = load_recipe(path, overrides)
+    from lltk.artefact import PROGRAM, save_program
+    from lltk.cli.inputs import inputs_of
     from lltk.compiler import transform
+    from lltk.files.writing import remove_whole, whole_folder
     from lltk.graph.memory import estimate
     from lltk.graph.program import Program
     from lltk.graph.text import print_graph
 
-    if output is not None:
-        check_target(output)
+    places = ((output, PROGRAM), (dump, _DUMP))
+    written = [Output(place, kind) for place, kind in places if place is not None]
+    check_outputs(written, inputs_of(path, resolved.resolved()), overwrite)
     if dry_run:
         planned = transform(resolved, weights=False, stop_after=stop_after, disable=disable)
         owners, names = estimate(planned), [entry.name for entry in planned.log]
@@ -78,12 +93,13 @@ def command(
         name = program.log[-1].name if program.log else "captured"
         status.update(f"{name} done ({time.perf_counter() - start:.0f} s)")
         if dump is not None:
-            folder = dump / f"{number:02d}_{name}"
-            folder.mkdir(parents=True, exist_ok=True)
-            for graph_name, graph in program.every_graph():
-                text = print_graph(graph, graph_name)
-                (folder / f"{graph_name}.txt").write_text(text, encoding="utf-8")
+            with whole_folder(dump / f"{number:02d}_{name}") as folder:
+                for graph_name, graph in program.every_graph():
+                    folder.write_text(f"{graph_name}.txt", print_graph(graph, graph_name))
+                _DUMPED.write(folder, {})
 
+    if dump is not None and dump.exists():
+        remove_whole(dump)  # of an earlier command, which may have run other passes
     with console.status("capturing") as status:
         program = transform(
             resolved,
@@ -94,7 +110,7 @@ def command(
         )
         if output is not None:
             status.update("writing")
-            save_program(program, output)
+            save_program(program, output, overwrite)
     seconds = time.perf_counter() - start
     if as_json:
         log = [entry.plain() for entry in program.log]

@@ -8,10 +8,12 @@ from html import escape
 
 from torch import fx
 
+from lltk.files.outputs import marked
 from lltk.graph.contract import Role
 from lltk.graph.edit import module_of, role_of
 from lltk.graph.text import target_name, type_text
 
+DIAGRAM = marked("a diagram", "<desc>lltk diagram</desc>")
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 240, 44, 24, 34, 32
 
 
@@ -90,6 +92,7 @@ def _svg(boxes: list[_Box], name: str, columns: int) -> str:
         'font-family="sans-serif" font-size="12">',
         '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
         '<path d="M0,0 L8,4 L0,8 z" fill="#888"/></marker></defs>',
+        "<desc>lltk diagram</desc>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         f'<text x="{_MARGIN}" y="{_MARGIN}" font-weight="bold">{escape(name)}</text>',
     ]

@@ -10,25 +10,32 @@ from lltk.graph.spec import Spec
 
 Kind = Literal["train", "score", "stream", "reference", "decode"]
 
+_LARGEST = 1 << 16
+"""What any size may be; a larger one is a slip."""
+
 
 class Geometry(BaseModel):
     """Sizes of a Program. Frames are latent frames. C, W and S stand for chunk, window, sink."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    batch: int = Field(1, ge=1, description="clips a call")
-    height: int = Field(ge=1, description="video height in pixels")
-    width: int = Field(ge=1, description="video width in pixels")
-    chunk: int = Field(8, ge=1, description="latent frames a chunk (and a cache page)")
+    batch: int = Field(1, ge=1, le=_LARGEST, description="clips a call")
+    height: int = Field(ge=1, le=_LARGEST, description="video height in pixels")
+    width: int = Field(ge=1, le=_LARGEST, description="video width in pixels")
+    chunk: int = Field(8, ge=1, le=_LARGEST, description="latent frames a chunk (and a cache page)")
     window: int = Field(
-        32, ge=1, description="latent frames attended, the chunk in flight included"
+        32, ge=1, le=_LARGEST, description="latent frames attended, the chunk in flight included"
     )
-    sink: int = Field(8, ge=0, description="latent frames never evicted; 0 for no sinks")
+    sink: int = Field(
+        8, ge=0, le=_LARGEST, description="latent frames never evicted; 0 for no sinks"
+    )
     shot_sink: bool = Field(True, description="whether the latest shot keeps a sink of its own")
     frames: int = Field(
-        ge=1, description="latent frames of a clip (all but stream); by default 4 chunks"
+        ge=1,
+        le=_LARGEST,
+        description="latent frames of a clip (all but stream); by default 4 chunks",
     )
-    text_tokens: int = Field(512, ge=1, description="tokens a prompt is padded to")
+    text_tokens: int = Field(512, ge=1, le=_LARGEST, description="tokens a prompt is padded to")
 
     @model_validator(mode="before")
     @classmethod

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from lltk.files.reading import check_plain, parse_yaml, read_yaml
 from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.recipe_files import find_recipe
+
+_LONGEST_CHAIN = 16
+"""Recipes that extend one another."""
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class ModelSection(BaseModel):
@@ -117,15 +122,36 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     """The recipe in plain data; ``where`` is what errors call it."""
+    return validated(Recipe, data, where)
+
+
+def validated(model: type[Checked], data: Any, where: str) -> Checked:
+    """Plain data as a pydantic model. Types are held to strictly: a flag or a text is no number.
+
+    Args:
+        model: what it should be.
+        data: what JSON can hold.
+        where: what errors call it.
+
+    Raises:
+        ValueError: it does not fit; names each key, and for an unknown one the nearest known.
+    """
     try:
-        return Recipe.model_validate(data)
+        text = json.dumps(data)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: is no plain data: {error}") from error
+    check_plain(json.loads(text), where)
+    try:
+        return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        raise ValueError(f"{where}: {explain(error, Recipe)}") from error
+        raise ValueError(f"{where}: {explain(error, model)}") from error
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in (other.resolve() for other in seen):
         raise ValueError(f"{path}: extends itself through {' → '.join(p.name for p in seen)}")
+    if len(seen) == _LONGEST_CHAIN:
+        raise ValueError(f"{seen[0]}: extends more than {_LONGEST_CHAIN} recipes in a row")
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path}: is not a mapping of recipe keys")
@@ -159,10 +185,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise ValueError(f"--set {override}: {parent} holds a value, not keys")
-    try:
-        data[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {override}: the value is not YAML: {error}") from error
+    data[leaf] = parse_yaml(text, f"--set {override}")
 
 
 def _options(passes: list[Any], name: str, override: str) -> dict[str, Any]:
@@ -177,16 +200,6 @@ def _options(passes: list[Any], name: str, override: str) -> dict[str, Any]:
     options = dict((entry[name] if isinstance(entry, dict) else None) or {})
     passes[at] = {name: options}
     return options
-
-
-def read_yaml(path: Path) -> Any:
-    """The plain data of a YAML file; raises ValueError where it cannot be read."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not YAML: {error}") from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from lltk.graph.recipe import explain
+from lltk.graph.recipe import validated
 from lltk.stream.script import SCENE_CUT
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -84,8 +84,8 @@ class StreamSection(BaseModel):
         description="folder with transformer, vae, text_encoder and tokenizer, or a shipped one's "
         "name"
     )
-    fps: float = Field(gt=0, description="video frames a second")
-    steps: int = Field(4, ge=1, description="denoising passes a chunk")
+    fps: float = Field(ge=1, le=1000, description="video frames a second")
+    steps: int = Field(4, ge=1, le=1000, description="denoising passes a chunk")
     shift: float = Field(5.0, gt=0, description="above 1 for more time at high noise")
     guidance: float = Field(
         1.0, description="g of u + g·(c − u); 1 for none, else a second cache is kept"
@@ -100,7 +100,7 @@ class StreamSection(BaseModel):
     recache: bool = Field(
         False, description="whether a prompt switch within a shot renews the cache"
     )
-    seed: int = Field(0, ge=0, description="of the noise")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of the noise")
     compile: bool = Field(
         False, description="whether the transformer's blocks are compiled; the first chunks wait"
     )
@@ -119,7 +119,4 @@ def stream_section(data: Mapping[str, Any] | None, where: str) -> StreamSection:
     """
     if data is None:
         raise ValueError(f"{where}: has no stream section; add one with at least pipeline and fps")
-    try:
-        return StreamSection.model_validate(data)
-    except ValidationError as error:
-        raise ValueError(f"{where}: stream: {explain(error, StreamSection)}") from error
+    return validated(StreamSection, data, f"{where}: stream")

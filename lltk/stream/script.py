@@ -18,9 +18,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from lltk.graph.recipe import explain, read_yaml
+from lltk.files.reading import read_yaml
+from lltk.graph.recipe import validated
 
 SCENE_CUT = "The scene transitions. "
 """LongLive's marker: it precedes the caption in the first chunk after a cut."""
@@ -84,7 +85,4 @@ def single_shot(caption: str, seconds: float, where: str = "prompt") -> tuple[Sh
 
 
 def _shot(data: dict[str, Any], where: str) -> Shot:
-    try:
-        return Shot.model_validate(data)
-    except ValidationError as error:
-        raise ValueError(f"{where}: {explain(error, Shot)}") from error
+    return validated(Shot, data, where)

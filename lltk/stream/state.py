@@ -8,22 +8,82 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from lltk.graph.files import written_whole
+from lltk.files.outputs import marked
+from lltk.files.reading import parse_json
+from lltk.files.tensors import read_tensors, save_tensors
+from lltk.graph.recipe import validated
 from lltk.stream.cache import CacheState, Held
 from lltk.stream.chunks import Chunk, Receipt
 from lltk.stream.delivery import DeliveryState
 from lltk.stream.timeline import TimelineState
 
 KEY = "lltk.stream"
-FORMAT = "3"
+FORMAT = 4
+STATE = marked("a stream's state", f'"{KEY}":')
 _log = logging.getLogger(__name__)
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Plain(BaseModel):
+    """A part of the header."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Receipt(_Plain):
+    number: int = Field(ge=0)
+    event: str
+    received: int = Field(ge=0)
+    applied: int | None = Field(ge=0)
+
+
+class _Chunk(_Plain):
+    index: int = Field(ge=0)
+    shot: int = Field(ge=0)
+    cuts: int = Field(ge=0)
+    prompt: str = Field(min_length=1)
+    opens_shot: bool
+    frames: tuple[int, int]
+    recache: bool
+    receipts: tuple[_Receipt, ...]
+
+    def chunk(self) -> Chunk:
+        receipts = tuple(Receipt(**receipt.model_dump()) for receipt in self.receipts)
+        own = self.model_dump() | {"frames": range(*self.frames), "receipts": receipts}
+        return Chunk(**own)
+
+
+class _Table(_Plain):
+    slots: list[tuple[_Count, _Count]]
+    shot: int = Field(ge=0)
+    next: int = Field(ge=0)
+
+
+class _Facts(_Plain):
+    seed: int = Field(ge=0)
+    prompt: str | None
+    chunks: tuple[_Chunk, ...]
+    last: _Chunk | None
+    events: int = Field(ge=0)
+    table: _Table
+    held: tuple[_Chunk, ...]
+    runtimes: int = Field(ge=1, le=2)
+    latents: int = Field(ge=0)
+    undecoded: int = Field(ge=0)
+    undelivered: int = Field(ge=0)
+
+
+class _About(_Plain):
+    format: int
+    identity: dict[str, Any]
+    torch: str
+    facts: _Facts
 
 
 @dataclass(frozen=True)
@@ -67,11 +127,8 @@ def save_state(path: Path, state: SessionState, identity: Mapping[str, Any]) -> 
         "torch": torch.__version__,
         "facts": _facts(state),
     }
-    # One entry, because safetensors writes several in any order: equal states are equal files.
     metadata = {KEY: json.dumps(about, sort_keys=True)}
-    tensors = {n: tensor.detach().cpu().contiguous() for n, tensor in _tensors(state).items()}
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    save_tensors(path, _tensors(state), metadata)
 
 
 def load_state(path: Path, identity: Mapping[str, Any]) -> SessionState:
@@ -82,23 +139,10 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> SessionState:
         identity: of the stream that is to go on; see `save_state`.
 
     Raises:
-        ValueError: no state, damaged, or of another model, sampling or version; says which.
+        ValueError: as `read_state`, or it is of another model, sampling or version; says which.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; name one that lltk stream --save wrote")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: is no state, or damaged ({error})") from error
-    about = json.loads(metadata.get(KEY, "{}"))
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: is not a stream's state of format {FORMAT}; name one that this lltk wrote, "
-            "or stream again from the script"
-        )
-    made, wanted = about["identity"], json.loads(json.dumps(dict(identity)))
+    about, state = _read(path)
+    made, wanted = about.identity, json.loads(json.dumps(dict(identity)))
     differing = [key for key in {**made, **wanted} if made.get(key) != wanted.get(key)]
     if differing:
         found = "; ".join(
@@ -109,19 +153,59 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> SessionState:
             f"{path}: was made with another model, recipe or version ({found}); resume it with "
             "what made it"
         )
-    if about["torch"] != torch.__version__:
+    if about.torch != torch.__version__:
         _log.warning(
             "%s: was made with torch %s, this is %s: frames may differ in their last bits",
             path,
-            about["torch"],
+            about.torch,
             torch.__version__,
         )
-    return _state(about["facts"], tensors)
+    return state
+
+
+def read_state(path: Path) -> SessionState:
+    """Read a session's state, of whichever model it is.
+
+    Raises:
+        ValueError: it is no state of this format, was changed, or contradicts itself.
+    """
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[_About, SessionState]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; name one that lltk stream --save wrote")
+    tensors, metadata = read_tensors(path)
+    about = parse_json(metadata.get(KEY, "{}"), f"{path}: its header")
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: is not a stream's state of format {FORMAT}; name one that this lltk wrote, "
+            "or stream again from the script"
+        )
+    checked = validated(_About, about, f"{path}: its header")
+    broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
+    if broken:
+        raise ValueError(f"{path}: {broken[0]} has values that are not finite; use another state")
+    try:
+        return checked, _state(checked.facts, tensors)
+    except Contradiction as error:
+        raise ValueError(f"{path}: {error}; it is damaged: use another state") from error
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return bool(wide.isfinite().all())
 
 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+class Contradiction(ValueError):
+    """A part of a state does not fit another one."""
 
 
 # The parts of a file
@@ -159,39 +243,79 @@ def _facts(state: SessionState) -> dict[str, Any]:
     }
 
 
-def _state(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SessionState:
-    """What `_facts` and `_tensors` were made of."""
+def _state(facts: _Facts, tensors: Mapping[str, Tensor]) -> SessionState:
+    """What `_facts` and `_tensors` were made of.
+
+    Raises:
+        Contradiction: they do not fit together.
+    """
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         part, _, own = name.partition(".")
         parts[part][own] = tensor
-    undecoded, undelivered = (
-        [parts[part][str(i)] for i in range(facts[part])] for part in ("undecoded", "undelivered")
-    )
-    held = (_chunk(data) for data in facts["held"])
-    last = facts["last"]
+    last = None if facts.last is None else facts.last.chunk()
+    timeline = TimelineState(tuple(c.chunk() for c in facts.chunks), last, facts.events)
+    _check_order(timeline)
+    held = [chunk.chunk() for chunk in facts.held]
+    _check_table(facts.table, held, timeline.index)
+    pages = [f"pages{i}" for i in range(facts.runtimes)]
+    wanted = {
+        "clean": {str(chunk.index) for chunk in held},
+        "undecoded": {str(i) for i in range(facts.undecoded)},
+        "undelivered": {str(i) for i in range(facts.undelivered)},
+    }
+    for part in {*wanted, *parts} - {"decoder", "image", *pages}:
+        if other := sorted(parts[part].keys() ^ wanted.get(part, set())):
+            raise Contradiction(f"{part}.{other[0]} is missing, or is one too many")
+    if parts["image"].keys() - {"first"} or (parts["image"] and timeline.index):
+        raise Contradiction("it has an image that is not of the chunk to come")
     return SessionState(
-        facts["seed"],
-        TimelineState(
-            tuple(_chunk(data) for data in facts["chunks"]),
-            None if last is None else _chunk(last),
-            facts["events"],
-        ),
-        facts["prompt"],
+        facts.seed,
+        timeline,
+        facts.prompt,
         CacheState(
-            facts["table"],
+            facts.table.model_dump(),
             tuple(Held(chunk, parts["clean"][str(chunk.index)]) for chunk in held),
         ),
-        [parts[f"pages{i}"] for i in range(facts["runtimes"])],
-        DeliveryState(facts["latents"], parts["decoder"], undecoded, undelivered),
+        [parts[part] for part in pages],
+        DeliveryState(
+            facts.latents,
+            parts["decoder"],
+            [parts["undecoded"][str(i)] for i in range(facts.undecoded)],
+            [parts["undelivered"][str(i)] for i in range(facts.undelivered)],
+        ),
         parts["image"].get("first"),
     )
 
 
+def _check_order(timeline: TimelineState) -> None:
+    """Check that the chunks follow one another, and their shots and cuts too."""
+    before = timeline.last
+    for chunk in timeline.chunks:
+        follows = chunk.index == 0 if before is None else (
+            chunk.index == before.index + 1
+            and chunk.frames.start == before.frames.stop
+            and chunk.shot - before.shot in (0, 1)
+            and chunk.cuts - before.cuts == int(chunk.opens_shot)
+        )  # fmt: skip
+        if not follows:
+            raise Contradiction(f"chunk {chunk.index} follows no chunk that is there")
+        before = chunk
+    every = [*timeline.chunks, *([timeline.last] if timeline.last else [])]
+    if any(receipt.number >= timeline.events for chunk in every for receipt in chunk.receipts):
+        raise Contradiction("a receipt is of an event that was not")
+
+
+def _check_table(table: _Table, held: Sequence[Chunk], index: int) -> None:
+    """Check the page table, and that the chunks are held that it lists."""
+    chunks, slots = [chunk for chunk, _ in table.slots], [slot for _, slot in table.slots]
+    if len(set(slots)) < len(slots):
+        raise Contradiction(f"two chunks are in one page ({slots})")
+    if chunks != sorted(set(chunks)) or chunks != [chunk.index for chunk in held]:
+        raise Contradiction("its page table lists other chunks than it holds")
+    if table.next != index or table.shot > index or any(chunk >= index for chunk in chunks):
+        raise Contradiction(f"its page table is not that before chunk {index}")
+
+
 def _plain(chunk: Chunk) -> dict[str, Any]:
     return {**asdict(chunk), "frames": [chunk.frames.start, chunk.frames.stop]}
-
-
-def _chunk(data: Mapping[str, Any]) -> Chunk:
-    receipts = tuple(Receipt(**receipt) for receipt in data["receipts"])
-    return Chunk(**{**data, "frames": range(*data["frames"]), "receipts": receipts})

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lltk.graph.files import written_whole
+from lltk.files.tensors import checksum, read_tensors, save_tensors
+from lltk.files.writing import write_text
 from lltk.graph.loading import LOADING
 from lltk.stream.runtimes.cuda_graph import empty_cache
 
@@ -157,15 +157,14 @@ class TextEncoder:
         path = self._place(self._cache, text)
         if not path.exists():
             return None
-        try:
-            return load_file(path)["embedding"]
-        except SafetensorError as error:
-            raise ValueError(f"{path}: damaged ({error}); delete it") from error
+        tensors, _ = read_tensors(path)
+        if tensors.keys() != {"embedding"}:
+            raise ValueError(f"{path}: holds no embedding; delete it")
+        return tensors["embedding"]
 
     def _keep(self, text: str, embedding: Tensor) -> None:
         if self._cache is not None:
-            with written_whole(self._place(self._cache, text)) as temporary:
-                save_file({"embedding": embedding.cpu().contiguous()}, temporary)
+            save_tensors(self._place(self._cache, text), {"embedding": embedding}, {})
 
     def _place(self, cache: Path, text: str) -> Path:
         if self._digest is None:
@@ -190,8 +189,7 @@ def _digest(file: Path, cache: Path) -> str:
     state = file.stat()
     note = cache / f"{_hash([str(file.resolve()), state.st_size, state.st_mtime_ns])}.sha256"
     if not note.exists():
-        with file.open("rb") as content, written_whole(note) as temporary:
-            temporary.write_text(hashlib.file_digest(content, "sha256").hexdigest(), "utf-8")
+        write_text(note, checksum(file))
     return note.read_text("utf-8")
 
 

@@ -9,12 +9,13 @@ from fractions import Fraction
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from lltk.graph.files import written_whole
+from lltk.files.outputs import marked
+from lltk.files.writing import beside, sync, sync_folder, whole_file
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -26,6 +27,8 @@ BT709, LIMITED = 1, 1
 """FFmpeg's numbers for the matrix, primaries and transfer of BT.709, and for luma of 16 to 235."""
 TILE, LABEL = 192, 18
 """Pixels: a contact sheet's widest tile, and the height of a caption."""
+_VIDEO_MARK, _SHEET_MARK = "made by lltk stream", "lltk contact sheet"
+VIDEO, CONTACT_SHEET = marked("a video", _VIDEO_MARK), marked("a contact sheet", _SHEET_MARK)
 
 
 class _Disk(FileIO):
@@ -62,7 +65,8 @@ class VideoWriter:
     The file is a row of fragments of 12 frames, each on disk once the next begins or the
     writer is closed; so a killed process or a full disk loses a fragment, not the video. Colours
     are BT.709 in 4:2:0, and tagged so. As a context manager it is closed on the way out, after an
-    error too. What was at the path is replaced at once; missing folders are made.
+    error too. What was at the path is replaced once the first fragment is whole; missing folders
+    are made, and a link is followed.
 
     Args:
         path: the file.
@@ -89,6 +93,9 @@ class VideoWriter:
 
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._path = path
+        self._place = Path(os.path.realpath(path))
+        self._now = beside(self._place)
+        """Where the file is now."""
         self._shape = (height, width, 3)
         self._rate = Fraction(fps).limit_denominator(1001)
         self._frames = 0
@@ -101,11 +108,14 @@ class VideoWriter:
             "flush_packets": "1",
         }
         with self._writing() as stack:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._disk = stack.enter_context(_Disk(path, "wb"))
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            if self._place.exists() and not self._place.is_file():
+                raise OSError(21, "it is no file")
+            self._disk = stack.enter_context(_Disk(self._now, "xb"))
             self._file = stack.enter_context(
                 av.open(self._disk, "w", format="mp4", options=options)
             )
+            self._file.metadata["comment"] = _VIDEO_MARK
             self._stream = self._file.add_stream(
                 "libx264",
                 rate=self._rate,
@@ -168,6 +178,9 @@ class VideoWriter:
         with self._writing() as stack:
             self._encode(None)
             stack.close()
+            self._show()
+            sync(self._place)
+            sync_folder(self._place.parent)
         self._open = None
 
     def __enter__(self) -> VideoWriter:
@@ -187,7 +200,25 @@ class VideoWriter:
             self._file.mux(packet)
             if packet.is_keyframe:
                 self._kept, self._kept_bytes = self._packets, self._disk.tell()
+                if self._kept:
+                    self._show()
             self._packets += 1
+
+    def _show(self) -> None:
+        """Let the file take its place, if it has not yet.
+
+        Raises:
+            OSError: another process has replaced it since.
+        """
+        if self._now != self._place:
+            os.replace(self._now, self._place)
+            self._now, self._own = self._place, os.stat(self._place)
+        elif not self._is_own():
+            raise OSError(5, "another process has replaced it")
+
+    def _is_own(self) -> bool:
+        """Whether the file that is where this one should be is this one."""
+        return self._now != self._place or os.path.samestat(self._own, os.stat(self._place))
 
     @contextmanager
     def _writing(self) -> Iterator[ExitStack]:
@@ -202,8 +233,12 @@ class VideoWriter:
             with suppress(OSError):
                 self._open.close()
             self._open = None
-            if self._kept:
-                os.truncate(self._path, self._kept_bytes)
+            with suppress(OSError):
+                if not self._kept:
+                    os.unlink(self._now)
+                elif self._is_own():
+                    os.truncate(self._now, self._kept_bytes)
+                    self._show()
             seconds = float(self._kept / self._rate)
             kept = f"the first {self._kept} frames ({seconds:.1f} s) are there and play"
             raise OSError(
@@ -250,6 +285,7 @@ def contact_sheet(path: Path, shots: Sequence[tuple[str, Tensor]], columns: int 
         columns: frames a row, the first and the last among them.
     """
     from PIL import Image, ImageDraw, ImageFont
+    from PIL.PngImagePlugin import PngInfo
 
     _, height, width, _ = shots[0][1].shape
     scale = min(TILE / width, 1)
@@ -266,5 +302,7 @@ def contact_sheet(path: Path, shots: Sequence[tuple[str, Tensor]], columns: int 
         for j, k in enumerate(torch.linspace(0, len(frames) - 1, columns).round().int().tolist()):
             picture = Image.fromarray(frames[k].numpy()).resize(tile)
             sheet.paste(picture, (j * tile[0], i * row + LABEL))
-    with written_whole(path) as temporary:
-        sheet.save(temporary, format="PNG")
+    made = PngInfo()
+    made.add_text("Software", _SHEET_MARK)
+    with whole_file(path) as file:
+        sheet.save(cast(IO[bytes], file), format="PNG", pnginfo=made)

@@ -29,6 +29,7 @@ from lltk.streaming.decoders import Decoders
 from lltk.streaming.identity import identity
 from lltk.streaming.memory import check_session_memory, session_memory
 from lltk.streaming.plan import StreamPlan
+from lltk.streaming.restoring import check_state
 from lltk.streaming.slots import Slot, Slots
 from lltk.streaming.stream import Stream, own_file
 
@@ -155,7 +156,9 @@ class Models:
         return Stream(self, session, prompts, lambda: self._slots.give_back(slot))
 
     def _state(self, path: Path) -> SessionState:
-        state = load_state(own_file(path, self._rank), self.identity)
+        own = own_file(path, self._rank)
+        state = load_state(own, self.identity)
+        check_state(own, state, self.plan)
         if not same_on_all(state.timeline.index, SEQUENCE, self.plan.ranks):
             raise ValueError(f"{path}: its ranks' files are of different chunks; resume another")
         return state

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lltk.artefact import versions
-from lltk.graph.files import written_whole
 from lltk.graph.program import LogEntry
 from lltk.models import wan_vae
 from lltk.models.configs import named_config
@@ -78,7 +77,12 @@ class AutoencoderPlan:
         return Reconstruction(model, vae, start, self.section.graphs)
 
     def export(
-        self, objective: Objective, dataset: Dataset, trained: Mapping[str, Tensor], folder: Path
+        self,
+        objective: Objective,
+        dataset: Dataset,
+        trained: Mapping[str, Tensor],
+        folder: Path,
+        overwrite: bool = False,
     ) -> Path:
         """Write ``vae/``, with the mean and standard deviation of its latents measured."""
         model: Any = wan_vae.make_vae(self.config, trained)
@@ -87,8 +91,7 @@ class AutoencoderPlan:
         mean, std = latent_statistics(model, (batch.tensors["video"] for batch in some))
         measured = {**self.config, "latents_mean": mean, "latents_std": std}
         own = {name: tensor.cpu() for name, tensor in trained.items()}
-        with written_whole(folder / "vae") as temporary:
-            wan_vae.save_vae(temporary, own, measured)
+        wan_vae.save_vae(folder / "vae", own, measured, overwrite)
         return folder / "vae"
 
     def write_samples(self, objective: Objective, dataset: Dataset, folder: Path) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from lltk.artefact import versions
 from lltk.compiler import transform, with_weights
 from lltk.graph.facts import Trainable
-from lltk.graph.files import written_whole
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
 from lltk.graph.program import LogEntry, Program
@@ -100,7 +99,12 @@ class TransformerPlan:
         )
 
     def export(
-        self, objective: Objective, dataset: Dataset, trained: Mapping[str, Tensor], folder: Path
+        self,
+        objective: Objective,
+        dataset: Dataset,
+        trained: Mapping[str, Tensor],
+        folder: Path,
+        overwrite: bool = False,
     ) -> Path:
         """Write ``lora.safetensors`` where adapters trained; else ``transformer/``."""
         own = {name: tensor.cpu() for name, tensor in trained.items()}
@@ -109,9 +113,9 @@ class TransformerPlan:
             save_lora(path, own, "lltk")
             return path
         weights = self.program.unmap_state({**objective.weights, **own})
-        with written_whole(folder / "transformer") as temporary:
-            save_checkpoint(temporary, weights, "diffusers", self._config)
-        return folder / "transformer"
+        path = folder / "transformer"
+        save_checkpoint(path, weights, "diffusers", self._config, overwrite=overwrite)
+        return path
 
     def write_samples(self, objective: Objective, dataset: Dataset, folder: Path) -> None:
         """Write ``samples.mp4``: clips from noise, side by side, with held-out clips' captions."""

@@ -16,15 +16,27 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lltk.graph.files import remove_unfinished, written_whole
+from lltk.files.outputs import Output
+from lltk.files.writing import remove_unfinished, sync, write_text
+from lltk.stream.video import VIDEO
 from lltk.train.data import Batch, Batches, Dataset
 from lltk.train.masters import Masters
-from lltk.train.metrics import Metrics, append_metrics, forget_after, plot_loss, read_metrics
+from lltk.train.metrics import (
+    METRICS_FILE,
+    Metrics,
+    append_metrics,
+    forget_after,
+    plot_loss,
+    read_metrics,
+)
 from lltk.train.objective import Objective, mean_loss
 from lltk.train.optimiser import Optimiser
+from lltk.train.plot import SVG
 from lltk.train.recipe import TrainSection, changed_keys
 from lltk.train.state import (
+    STATES,
     TrainingState,
+    check_training_state,
     load_training_state,
     random_state,
     restore_random_state,
@@ -34,8 +46,31 @@ from lltk.train.state import (
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.svg"
+_STATES = "checkpoints"
 _VALIDATION_CLIPS = 16
 _log = logging.getLogger(__name__)
+
+
+def run_outputs(folder: Path) -> list[Output]:
+    """What a `Trainer` writes to the folder of its run."""
+    return [
+        Output(folder / METRICS, METRICS_FILE),
+        Output(folder / PLOT, SVG),
+        Output(folder / _STATES, STATES),
+        *(Output(path, VIDEO) for path in sorted(folder.glob("samples/step_*/*"))),
+    ]
+
+
+def newest_state(folder: Path, resume: bool) -> Path | None:
+    """The training state that a run in a folder goes on from; None where it begins.
+
+    Raises:
+        ValueError: there is one, and it should not be resumed.
+    """
+    found = training_states(folder / _STATES)
+    if found and not resume:
+        raise ValueError(f"{folder}: holds a run; resume it, or name another folder")
+    return found[-1] if found else None
 
 
 class Diverged(ArithmeticError):
@@ -93,14 +128,12 @@ class Trainer:
         """How many steps are done."""
         self.ema: dict[str, Tensor] = {}
         """The averaged weights, float32 by name; empty before there are any."""
-        found = training_states(self._states)
-        if found and not resume:
-            raise ValueError(f"{folder}: holds a run; resume it, or name another folder")
+        found = newest_state(folder, resume)
         torch.manual_seed(section.seed)
-        if found:
-            self._resume(found[-1])
+        if found is not None:
+            self._resume(found)
         for each in (folder, self._states):
-            remove_unfinished(each)
+            remove_unfinished(each)  # its lock says that nothing is writing there
         forget_after(folder / METRICS, self.step)
 
     @property
@@ -146,10 +179,11 @@ class Trainer:
             self.ema,
             self._optimiser.state() | random_state(),
         )
+        if (self._folder / METRICS).exists():
+            sync(self._folder / METRICS)  # the state's history, whatever happens to the machine
         path = save_training_state(self._states, state, self._section.keep)
         if history := read_metrics(self._folder / METRICS):
-            with written_whole(self._folder / PLOT) as temporary:
-                temporary.write_text(plot_loss(history), encoding="utf-8")
+            write_text(self._folder / PLOT, plot_loss(history))
         _log.info("step %d: wrote %s", self.step, path)
         return path
 
@@ -161,7 +195,7 @@ class Trainer:
 
     @property
     def _states(self) -> Path:
-        return self._folder / "checkpoints"
+        return self._folder / _STATES
 
     def _update(self, rate: float) -> tuple[float, float]:
         """Update the weights once; give the loss, and the gradient's norm before clipping."""
@@ -237,11 +271,18 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         state = load_training_state(path)
+        masters = self._masters.parameters
+        check_training_state(state, path, {n: tuple(m.shape) for n, m in masters.items()})
         changed = changed_keys(state.about.get("recipe", {}), self._about.get("recipe", {}))
         if changed:
             raise ValueError(
                 f"{path}: was made by another recipe: {', '.join(changed)} differ; resume with "
                 "that recipe, or train in another folder"
+            )
+        if state.position != state.step * self._section.batch:
+            raise ValueError(
+                f"{path}: after {state.step} steps of {self._section.batch} clips a run has not "
+                f"seen {state.position}; remove it to resume from the one before"
             )
         self.step = state.step
         self._data.position = state.position

@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lltk.graph.files import written_whole
+from pydantic import TypeAdapter, ValidationError
+
+from lltk.files.outputs import marked
+from lltk.files.reading import read_text
+from lltk.files.writing import write_text
 from lltk.train.plot import Curve, line_plot, running_mean
 
 
@@ -34,27 +38,47 @@ class Metrics:
     validation: Mapping[str, float] = field(default_factory=dict)
 
 
+METRICS_FILE = marked("a run's metrics", '{"step": 1, "loss": ')
+_READER = TypeAdapter(Metrics)
+_MOST = 1 << 32
+"""Bytes of the file of a run that is very long."""
+
+
 def append_metrics(path: Path, metrics: Metrics) -> None:
     """Add a step's line to a file."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(metrics)) + "\n")
+        file.write(_line(metrics))
+
+
+def _line(metrics: Metrics) -> str:
+    return json.dumps(asdict(metrics)) + "\n"
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The steps in a file. A last line that a kill cut short is left out."""
+    """The steps in a file. A last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
     if not path.exists():
         return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [Metrics(**json.loads(line)) for line in lines]
+    *lines, _ = read_text(path, _MOST).split("\n")
+    made = []
+    for number, line in enumerate(lines, 1):
+        try:
+            made.append(_READER.validate_json(line, strict=True))
+        except ValidationError as error:
+            raise ValueError(
+                f"{path}: line {number}: is no step's metrics ({error.errors()[0]['msg']}); remove "
+                "the line"
+            ) from error
+    return made
 
 
 def forget_after(path: Path, step: int) -> None:
     """Remove the lines of later steps, which a resumed run takes again."""
     kept = [metrics for metrics in read_metrics(path) if metrics.step <= step]
-    with written_whole(path) as temporary:
-        temporary.touch()
-        for metrics in kept:
-            append_metrics(temporary, metrics)
+    write_text(path, "".join(map(_line, kept)))
 
 
 def plot_loss(metrics: Sequence[Metrics]) -> str:

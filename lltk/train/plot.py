@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lltk.files.outputs import marked
+
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _EDGE = 720, 360, 64, 36, 16
 _ROW = 15
 _POINTS = 600
+SVG = marked("a plot", "<desc>lltk plot</desc>")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def line_plot(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
             'font-family="sans-serif" font-size="11">',
+            "<desc>lltk plot</desc>",
             f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
             *marks,
             f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{caption}</text>',

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from lltk.graph.recipe import explain
+from lltk.graph.recipe import validated
 
 
 class DataSection(BaseModel):
@@ -98,7 +98,9 @@ class TrainSection(BaseModel):
         description="a sample that skips chunks of its clip leaps in its positions; the leap is "
         "longer than in the clip by a random number of latent frames, below this one; 1 adds none",
     )
-    seed: int = Field(0, ge=0, description="seed of the first weights, the clips and the noise")
+    seed: int = Field(
+        0, ge=0, lt=1 << 63, description="seed of the first weights, the clips and the noise"
+    )
     checkpoint_every: int = Field(100, ge=1, description="steps between training states")
     keep: int = Field(2, ge=1, description="how many of the newest training states are kept")
     validate_every: int | None = Field(
@@ -204,9 +206,6 @@ class VaeRecipe(BaseModel):
     train: TrainSection
 
 
-R = TypeVar("R", bound=BaseModel)
-
-
 def train_section(data: Mapping[str, Any] | None, where: str) -> TrainSection:
     """The ``train`` section of a recipe; errors begin with ``where``.
 
@@ -216,16 +215,9 @@ def train_section(data: Mapping[str, Any] | None, where: str) -> TrainSection:
     """
     if data is None:
         raise ValueError(f"{where}: has no train section; add one with at least steps and lr")
-    return _parsed(TrainSection, data, f"{where}: train")
+    return validated(TrainSection, data, f"{where}: train")
 
 
 def vae_recipe(data: Mapping[str, Any], where: str) -> VaeRecipe:
     """A recipe that trains an autoencoder, from plain data; errors as `train_section`'s."""
-    return _parsed(VaeRecipe, data, where)
-
-
-def _parsed(model: type[R], data: Mapping[str, Any], where: str) -> R:
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise ValueError(f"{where}: {explain(error, model)}") from error
+    return validated(VaeRecipe, data, where)

@@ -6,27 +6,60 @@ A state is a folder ``step_00000100``. It is written whole or not at all::
     ema.safetensors        their moving average, once there is one
     optimiser.safetensors  the optimiser's moments as "exp_avg.<name>", …, and the state of torch's
                            random generators as "rng.cpu", "rng.cuda.0", …
-    checkpoint.json        the step, the number of samples seen, the recipe, passes and versions
+    checkpoint.json        the step, the number of samples seen, the recipe, passes and versions,
+                           and the checksums of all files
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from lltk.graph.files import remove_whole, written_whole
+from lltk.files.manifest import Manifest
+from lltk.files.outputs import Kind
+from lltk.files.tensors import read_tensors, write_tensors
+from lltk.files.writing import remove_whole, whole_folder
+from lltk.graph.recipe import validated
 
-FORMAT = 1
-_MANIFEST = "checkpoint.json"
+_MANIFEST = Manifest(
+    "checkpoint.json",
+    "a training state",
+    format=2,
+    remedy="remove it to resume from the one before",
+)
+_NAME = re.compile(r"step_\d{8,}")
 _PARTS = ("weights", "ema", "optimiser")
+STATES = Kind(
+    "training states",
+    lambda folder: all(
+        _NAME.fullmatch(path.name) or path.name[0] == "." for path in folder.iterdir()
+    ),
+    folder=True,
+)
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+Shape = tuple[int, ...]
+
+
+class _Facts(BaseModel):
+    """What the manifest says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int = Field(ge=0)
+    position: int = Field(ge=0)
+    recipe: dict[str, Any] = Field({})
+    log: list[dict[str, Any]] = Field([])
+    versions: dict[str, str] = Field({})
+    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -65,53 +98,82 @@ def save_training_state(folder: Path, state: TrainingState, keep: int) -> Path:
         OSError: it cannot be written. The states before it are left as they were.
     """
     path = folder / f"step_{state.step:08d}"
-    with written_whole(path) as temporary:
-        temporary.mkdir()
+    with whole_folder(path) as made:
         for name in _PARTS:
-            tensors = {n: t.detach().contiguous() for n, t in getattr(state, name).items()}
-            if tensors:
-                save_file(tensors, temporary / f"{name}.safetensors", {"format": "pt"})
-        manifest = {
-            "format": FORMAT,
-            "step": state.step,
-            "position": state.position,
-            **state.about,
-        }
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            if tensors := getattr(state, name):
+                with made.file(f"{name}.safetensors") as file:
+                    write_tensors(file, tensors, {"format": "pt"})
+        _MANIFEST.write(made, {"step": state.step, "position": state.position, **state.about})
     for old in training_states(folder)[:-keep]:
-        remove_whole(old)
+        if _MANIFEST.recognises(old):
+            remove_whole(old)
     return path
 
 
 def training_states(folder: Path) -> list[Path]:
     """The folders of a run's states, the newest last."""
-    return sorted(folder.glob("step_*"))
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def load_training_state(path: Path) -> TrainingState:
     """Read a state's folder. The tensors are on the CPU.
 
     Raises:
-        ValueError: a file is missing or damaged, or has a format that this lltk does not read.
+        ValueError: a file is missing or was changed, or has a format that this lltk does not read.
     """
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        tensors = {
-            name: load_file(file) if (file := path / f"{name}.safetensors").exists() else {}
-            for name in _PARTS
-        }
-        made_format, step, position = (manifest.pop(key) for key in ("format", "step", "position"))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: is not a whole training state ({error}); remove it to resume from the one "
-            "before"
-        ) from error
-    if made_format != FORMAT:
-        raise ValueError(
-            f"{path}: has format {made_format}, but this lltk reads format {FORMAT}; resume with "
-            f"the lltk that wrote it ({manifest.get('versions', {}).get('lltk', 'unknown')})"
-        )
-    return TrainingState(step, position, manifest, **tensors)
+    facts = validated(_Facts, _MANIFEST.read(path), str(path / _MANIFEST.name))
+    if path.name != f"step_{facts.step:08d}":
+        raise ValueError(f"{path}: holds step {facts.step}; give it its name back")
+    tensors = {
+        name: read_tensors(file)[0] if (file := path / f"{name}.safetensors").exists() else {}
+        for name in _PARTS
+    }
+    about = {"recipe": facts.recipe, "log": facts.log, "versions": facts.versions}
+    return TrainingState(facts.step, facts.position, about, **tensors)
+
+
+def check_training_state(state: TrainingState, path: Path, shapes: Mapping[str, Shape]) -> None:
+    """Check a state before any of it is used.
+
+    Args:
+        state: as it was read.
+        path: what errors call it.
+        shapes: of the weights that train, by parameter name.
+
+    Raises:
+        ValueError: a tensor is missing, is one too many, or has another shape, dtype or value than
+            a run of these weights can have.
+    """
+    moments = {f"{key}.{name}": shape for name, shape in shapes.items() for key in _MOMENTS}
+    counters = dict.fromkeys((f"step.{name}" for name in shapes), ())
+    optimiser = {n: t for n, t in state.optimiser.items() if not n.startswith("rng.")}
+    for part, found, wanted in (
+        ("weights", state.weights, shapes),
+        ("ema", state.ema, shapes if state.ema else {}),
+        ("optimiser", optimiser, {**moments, **counters} if state.step else {}),
+    ):
+        other = sorted(found.keys() ^ wanted.keys())
+        if other:
+            where = "is missing" if other[0] in wanted else "is one too many"
+            raise ValueError(f"{path}: {part}: {other[0]} {where}; {_MANIFEST.remedy}")
+        for name, tensor in found.items():
+            if tensor.dtype != torch.float32 or tuple(tensor.shape) != tuple(wanted[name]):
+                raise ValueError(
+                    f"{path}: {part}: {name} is {tensor.dtype} {list(tensor.shape)}, not float32 "
+                    f"{list(wanted[name])}; {_MANIFEST.remedy}"
+                )
+            if not tensor.isfinite().all() or (
+                name.startswith(("exp_avg_sq.", "step.")) and bool((tensor < 0).any())
+            ):
+                raise ValueError(
+                    f"{path}: {part}: {name} has values that no run gives; {_MANIFEST.remedy}"
+                )
+    for name, tensor in state.optimiser.items():
+        if name.startswith("rng.") and (tensor.dtype != torch.uint8 or tensor.dim() != 1):
+            raise ValueError(f"{path}: optimiser: {name} is no generator; {_MANIFEST.remedy}")
+    if len(state.optimiser.get("rng.cpu", ())) != len(torch.get_rng_state()):
+        raise ValueError(f"{path}: optimiser: rng.cpu is no generator; {_MANIFEST.remedy}")
 
 
 def random_state() -> dict[str, Tensor]:

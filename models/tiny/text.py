@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lltk.graph.files import written_whole
+from lltk.files.writing import whole_folder
 from lltk.models.configs import named_config
 from lltk.models.tiny.world import WORDS
 
@@ -95,5 +95,5 @@ def save_text_encoder(folder: Path, seed: int = 0) -> None:
     """Write ``text_encoder/`` and ``tokenizer/`` into a pipeline's folder, each whole."""
     parts: dict[str, Any] = {"text_encoder": make_encoder(seed), "tokenizer": make_tokenizer()}
     for name, part in parts.items():
-        with written_whole(folder / name) as temporary:
-            part.save_pretrained(temporary)
+        with whole_folder(folder / name) as made:
+            part.save_pretrained(made.path)

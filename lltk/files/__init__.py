@@ -1,0 +1,1 @@
+"""Files: written whole, checked as they are read, and never taken from someone else."""

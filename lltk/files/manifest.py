@@ -1,0 +1,111 @@
+"""Manifests: a file of JSON that says what lltk wrote to a folder, with checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lltk.files.reading import parse_json, read_json, read_text
+from lltk.files.tensors import checksum
+from lltk.files.writing import NewFolder, standing
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A kind of folder that lltk writes.
+
+    The file has the ``format``, facts of the kind's own, the SHA-256 of each of the ``files``, and
+    its own as ``digest``.
+
+    Attributes:
+        name: of the file.
+        what: it says that the folder is, such as ``a Program``.
+        format: the only one that is read.
+        remedy: what to do about a damaged folder.
+    """
+
+    name: str
+    what: str
+    format: int
+    remedy: str
+
+    def write(self, folder: NewFolder, facts: Mapping[str, Any]) -> None:
+        """Write it to a folder that holds all its other files.
+
+        Args:
+            folder: to write to.
+            facts: plain data.
+        """
+        content = {"what": self.what, "format": self.format, **facts}
+        content["files"] = dict(sorted(folder.checksums.items()))
+        content = json.loads(json.dumps(content))
+        folder.write_text(
+            self.name, json.dumps(content | {"digest": _digest(content)}, indent=2) + "\n"
+        )
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """The facts of a folder, once every file in it has been checked.
+
+        Raises:
+            ValueError: it is no such folder, has another format, or a file was changed or is
+                missing.
+        """
+        folder = standing(folder)
+        path = folder / self.name
+        if not path.is_file():
+            raise ValueError(f"{folder}: has no {self.name}, so it is not {self.what} of lltk's")
+        content = read_json(path)
+        if not isinstance(content, dict) or not self._is_ours(content):
+            raise ValueError(f"{path}: is damaged; {self.remedy}")
+        if content.get("format") != self.format:
+            versions = content.get("versions")
+            made = versions.get("lltk") if isinstance(versions, dict) else None
+            raise ValueError(
+                f"{path}: is of format {content.get('format')}, this lltk reads {self.format}; "
+                f"{self.remedy}, or use lltk {made or 'of its version'}"
+            )
+        changed = f"was changed after it was written, or is damaged; {self.remedy}"
+        if content.pop("digest", None) != _digest(content):
+            raise ValueError(f"{path}: {changed}")
+        for name, wanted in self._files(content, path).items():
+            file = folder / name
+            if not file.is_file():
+                raise ValueError(f"{file}: is missing; {self.remedy}")
+            if checksum(file) != wanted:
+                raise ValueError(f"{file}: {changed}")
+        del content["what"], content["format"]
+        return content
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether a folder is of this kind, and holds nothing else. No checksums are read."""
+        folder = standing(folder)
+        try:
+            content = parse_json(read_text(folder / self.name), "")
+            known = {*self._files(content, folder), self.name} if self._is_ours(content) else set()
+        except ValueError:
+            return False
+        found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+        return bool(known) and found <= known
+
+    def _is_ours(self, content: Any) -> bool:
+        return isinstance(content, dict) and content.get("what") == self.what
+
+    def _files(self, content: Mapping[str, Any], where: Path) -> dict[str, str]:
+        files = content.get("files")
+        if not isinstance(files, dict):
+            raise ValueError(f"{where}: lists no files; {self.remedy}")
+        for name, digest in files.items():
+            parts = PurePosixPath(name).parts
+            if not (parts and isinstance(digest, str)) or parts[0] == "/" or ".." in parts:
+                raise ValueError(
+                    f"{where}: lists {name!r}, which is no file in its folder; {self.remedy}"
+                )
+        return files
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,208 @@
+"""Reading files that anyone may have written: every bad one is a ValueError that names it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+_BYTES = 1 << 26
+_YAML = 1 << 18
+_DEPTH = 64
+_VALUES = 1 << 20
+_LARGEST = 1 << 63
+"""What is read at most: bytes of a text, bytes of YAML (which takes long), levels, values, and
+below which a whole number is."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open to read.
+
+    Raises:
+        ValueError: it is a folder, a pipe, a device or the like, which could be without an end.
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path}: is no regular file; name a file")
+        yield file
+
+
+def check_regular(path: Path) -> None:
+    """Check that a path is a regular file that can be read.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        with opened(path):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); name a file") from error
+
+
+def read_text(path: Path, most: int = _BYTES) -> str:
+    """The text of a file in UTF-8, of so many bytes at most.
+
+    Raises:
+        ValueError: it cannot be read, is no text, or is too large for a text.
+    """
+    try:
+        with opened(path) as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(data) > most:
+        raise ValueError(f"{path}: is larger than {most >> 20} MiB; name a text file")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no text in UTF-8 ({error})") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain data of a YAML file; errors as `read_text`'s and `parse_yaml`'s."""
+    return parse_yaml(read_text(path), str(path))
+
+
+def read_json(path: Path) -> Any:
+    """The plain data of a JSON file; errors as `read_text`'s and `parse_json`'s."""
+    return parse_json(read_text(path), str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The plain data of a YAML text: what JSON could hold too.
+
+    Args:
+        text: without tags, which would make other things of values.
+        where: what errors call it.
+
+    Raises:
+        ValueError: it is no such text, or as `check_plain`.
+    """
+    if len(text) > _YAML:
+        raise ValueError(f"{where}: is larger than {_YAML >> 10} KiB; make it smaller")
+    try:
+        for token in yaml.scan(text, yaml.SafeLoader):
+            if isinstance(token, yaml.TagToken):
+                raise ValueError(f"line {token.start_mark.line + 1} has a tag; remove it")
+        data = yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ValueError(f"{where}: is nested too deeply; {_DEPTH} levels are read") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{where}: is not YAML: {error}") from error
+    check_plain(data, where)
+    return data
+
+
+def parse_json(text: str | bytes, where: str, finite: bool = True) -> Any:
+    """The plain data of a JSON text.
+
+    Args:
+        text: to read.
+        where: what errors call it.
+        finite: whether numbers must be finite.
+
+    Raises:
+        ValueError: it is not JSON, a name is twice in an object, or as `check_plain`.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError(f"{where}: is nested too deeply; {_DEPTH} levels are read") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: damaged JSON ({error}); restore it") from error
+    check_plain(data, where, finite)
+    return data
+
+
+def check_plain(data: Any, where: str, finite: bool = True) -> None:
+    """Check that data is plain: what JSON holds, of a size that a person could have written.
+
+    Raises:
+        ValueError: another type, too deep or too large, a number that is not finite or beyond 64
+            bits, or text that is not Unicode.
+    """
+    count = 0
+    level = [data]
+    for _ in range(_DEPTH):
+        for value in level:
+            _check_value(value, where, finite)
+        containers = [value for value in level if isinstance(value, dict | list)]
+        count += len(level)
+        if count > _VALUES:
+            raise ValueError(f"{where}: holds more than {_VALUES} values; make it smaller")
+        level = []
+        for value in containers:
+            level += value if isinstance(value, list) else [*value, *value.values()]
+            if len(level) > _VALUES:
+                raise ValueError(f"{where}: holds more than {_VALUES} values; make it smaller")
+        if not level:
+            return
+    raise ValueError(f"{where}: is nested too deeply; {_DEPTH} levels are read")
+
+
+def check_text(text: str, where: str) -> None:
+    """Check that a text is Unicode; half of a pair of surrogates is not.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {text!r} is no Unicode text; write it in UTF-8") from error
+
+
+def _check_value(value: Any, where: str, finite: bool) -> None:
+    if isinstance(value, str):
+        check_text(value, where)
+    elif isinstance(value, dict):
+        other = next((key for key in value if not isinstance(key, str)), None)
+        if other is not None or None in value:
+            raise ValueError(f"{where}: the key {other!r} is no text; quote it")
+    elif isinstance(value, bool):
+        pass
+    elif isinstance(value, int):
+        if not -_LARGEST <= value < _LARGEST:
+            raise ValueError(f"{where}: holds a number beyond 64 bits; write a smaller one")
+    elif isinstance(value, float):
+        if finite and not math.isfinite(value):
+            raise ValueError(f"{where}: holds {value}, which is not finite; write a number")
+    elif value is not None and not isinstance(value, list):
+        raise ValueError(f"{where}: {value!r} is a {type(value).__name__}; quote it")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is twice in an object")
+    return made
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes ``1e-4`` for a number, and refuses a mapping with a key twice: one would be ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = next((key for key in keys if isinstance(key, str) and keys.count(key) > 1), None)
+        if twice is not None:
+            raise ValueError(f"line {node.start_mark.line + 1}: has the key {twice!r} twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

@@ -1,0 +1,143 @@
+"""safetensors files with a seal: the file's own checksum.
+
+The first entry of the header's metadata is ``lltk.sha256``. It is the SHA-256 of the whole file, in
+which these 64 digits are zeros. Other software reads such a file as any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lltk.files.reading import opened
+from lltk.files.writing import NewFile, whole_file
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_KEY = "lltk.sha256"
+_NONE = "0" * 64
+_BEFORE = f'{{"__metadata__":{{"{_KEY}":"'.encode()
+_SEAL = slice(8 + len(_BEFORE), 8 + len(_BEFORE) + len(_NONE))
+"""Where the digits are in a file: after the header's length and the beginning of the header."""
+_BLOCK = 1 << 24
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a sealed safetensors file, whole or not at all; arguments as `write_tensors`'.
+
+    Raises:
+        OSError: as `whole_file`.
+    """
+    with whole_file(path) as file:
+        write_tensors(file, tensors, metadata)
+
+
+def write_tensors(
+    file: NewFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors and metadata to an empty file, and seal it. Equal contents are equal files.
+
+    Args:
+        file: to write to.
+        tensors: by name, on any device. They go to the CPU one at a time.
+        metadata: the header's other entries.
+    """
+    header: dict[str, object] = {"__metadata__": {_KEY: _NONE, **dict(sorted(metadata.items()))}}
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    end = 0
+    for name in ordered:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.dtype.itemsize
+        entry = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = entry | {"data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in ordered:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)
+    file.patch(_SEAL.start, file.checksum.encode())
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file; its seal, if it has one, is read as zeros.
+
+    Raises:
+        ValueError: it is no regular file.
+        OSError: it cannot be read.
+    """
+    return _checksum(path)[0]
+
+
+def check_seal(path: Path, needed: bool = False) -> None:
+    """Check a file against its seal.
+
+    Args:
+        path: of the file.
+        needed: whether a file without a seal is refused.
+
+    Raises:
+        ValueError: the file was changed; says so.
+        OSError: it cannot be read.
+    """
+    if not needed and not is_sealed(path):
+        return
+    made, seal = _checksum(path)
+    if seal != made:
+        why = "has no checksum" if seal is None else "differs from its checksum"
+        raise ValueError(
+            f"{path}: {why}: it is damaged or was changed; restore it, or delete it and use another"
+        )
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file has a seal, true or not."""
+    with opened(path) as file:
+        return _found(file.read(_SEAL.stop)) is not None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a sealed file, on the CPU.
+
+    Raises:
+        ValueError: it is no safetensors file, has no seal, or was changed.
+        OSError: it cannot be read.
+    """
+    check_seal(path, needed=True)
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is damaged ({error}); restore it, or use another") from error
+    del metadata[_KEY]
+    return tensors, metadata
+
+
+def _found(start: bytes) -> str | None:
+    """The seal in a file's first bytes."""
+    if start[8 : _SEAL.start] != _BEFORE:
+        return None
+    return start[_SEAL].decode("ascii", "replace")
+
+
+def _checksum(path: Path) -> tuple[str, str | None]:
+    """A file's checksum as `checksum` has it, and its seal."""
+    digest = hashlib.sha256()
+    with opened(path) as file:
+        start = file.read(_SEAL.stop)
+        seal = _found(start)
+        digest.update(start if seal is None else start[: _SEAL.start] + _NONE.encode())
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest(), seal
