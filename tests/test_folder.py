@@ -150,7 +150,7 @@ def test_bad_clips_are_skipped_counted_and_listed(
         write_clip(tmp_path, "a", 2, good, "  "): "its caption is empty",
         write_clip(tmp_path, "a", 3, good, None): "has no caption",
         write_clip(tmp_path, "b", 0, good, "cut off"): "holds no video",
-        write_clip(tmp_path, "b", 1, good, "broken"): "its caption is not JSON",
+        write_clip(tmp_path, "b", 1, good, "broken"): "its caption cannot be read (",
         write_clip(tmp_path, "b", 2, good, "cut short"): "too short",
         tmp_path / "video" / "a" / "notes.mp4": "its name is not a number",
     }

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lltk.files.reading import parse_json, read_json, read_text
-from lltk.files.tensors import checksum
+from lltk.files.tensors import is_unchanged
 from lltk.files.writing import NewFolder, standing
 
 
@@ -75,7 +75,7 @@ class Manifest:
             file = folder / name
             if not file.is_file():
                 raise ValueError(f"{file}: is missing; {self.remedy}")
-            if checksum(file) != wanted:
+            if not is_unchanged(file, wanted):
                 raise ValueError(f"{file}: {changed}")
         del content["what"], content["format"]
         return content

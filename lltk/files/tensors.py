@@ -79,6 +79,16 @@ def checksum(path: Path) -> str:
     return _checksum(path)[0]
 
 
+def is_unchanged(path: Path, wanted: str) -> bool:
+    """Whether a file has a checksum, and its seal, if it has one, is that too.
+
+    Raises:
+        ValueError, OSError: as `checksum`.
+    """
+    made, seal = _checksum(path)
+    return made == wanted and seal in (None, made)
+
+
 def check_seal(path: Path, needed: bool = False) -> None:
     """Check a file against its seal.
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 
 from lltk.stream.script import SCENE_CUT, Shot
 
+MOST_CHUNKS = 20_000
+"""Chunks of a script: some hours of video. A longer one is a slip."""
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -134,10 +137,19 @@ class Chunking:
         Args:
             script: the shots.
             after: the chunk that they follow; None where they begin the video.
+
+        Raises:
+            ValueError: they are more than any script should have.
         """
         chunks: list[Chunk] = []
         first = 0 if after is None else after.index + 1
-        for shot, length in zip(script, self.lengths(script, first), strict=True):
+        lengths = self.lengths(script, first)
+        if (count := sum(length.chunks for length in lengths)) > MOST_CHUNKS:
+            raise ValueError(
+                f"script: {count} chunks at {self.fps:g} fps are more than {MOST_CHUNKS}; shorten "
+                "it, or append shots while it runs"
+            )
+        for shot, length in zip(script, lengths, strict=True):
             for k in range(length.chunks):
                 after = self._chunk(shot, k == 0, after)
                 chunks.append(after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -61,6 +62,8 @@ class DecodePipeline:
         self._watch = Stopwatch(decoder.device)
         self._seconds = {"decode": 0.0, "deliver": 0.0}
         self._closed = False
+        self._sinking: int | None = None
+        """The thread of the sink."""
         self._stream: torch.cuda.Stream | None = None
         """On a GPU, where the sink works."""
         if decoder.device.type == "cuda":
@@ -96,6 +99,7 @@ class DecodePipeline:
         """
         if self._closed:
             raise ValueError("stream: it is closed; open another one, or resume a saved one")
+        self._check_thread()
         if self._warming is not None and self._warming.done():
             self._end_warm_up()
         while self._pending and (len(self._pending) >= self._ahead or self._pending[0].done()):
@@ -130,13 +134,19 @@ class DecodePipeline:
         self._hand_over(video)
 
     def rest(self) -> None:
-        """Wait until nothing is being decoded or delivered; raises no error of either."""
+        """Wait until nothing is being decoded or delivered; raises no error of either.
+
+        Raises:
+            ValueError: the sink called it.
+        """
+        self._check_thread()
         wait([*self._pending, *([self._warming] if self._warming else [])])
         if self._delivery is not None:
             wait([self._delivery])
 
     def close(self) -> None:
         """Wait for what was submitted, and end the threads; raises as `submit`."""
+        self._check_thread()
         try:
             self._end_warm_up()
             while self._pending:
@@ -187,6 +197,14 @@ class DecodePipeline:
             self._latents.popleft()
             self._hand_over(video)
 
+    def _check_thread(self) -> None:
+        """Refuse to wait in the sink for the sink itself."""
+        if threading.get_ident() == self._sinking:
+            raise ValueError(
+                "stream: the sink cannot save, close or go on, which would wait for the sink; do "
+                "so in the thread that makes the chunks"
+            )
+
     def _warm_up(self) -> None:
         with self._decoder.lane.turn():
             self._decoder.warm_up()
@@ -207,6 +225,7 @@ class DecodePipeline:
 
     def _deliver(self, video: Tensor) -> None:
         begun = time.perf_counter()
+        self._sinking = threading.get_ident()
         if self._stream is None:
             self._sink(video)
         else:

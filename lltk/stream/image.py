@@ -7,6 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lltk.files.reading import opened
+
+_MOST_PIXELS = 1 << 26
+
 
 def read_image(path: Path, height: int, width: int) -> tuple[Tensor, str | None]:
     """An image at a video's size: cropped about its centre to the aspect, then resized.
@@ -19,15 +23,20 @@ def read_image(path: Path, height: int, width: int) -> tuple[Tensor, str | None]
         float32 [1, 3, height, width] in [-1, 1], and what was cropped away, if anything.
 
     Raises:
-        ValueError: not an image, or damaged.
+        ValueError: not an image, damaged, or too large.
         OSError: the file cannot be read.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    data = path.open("rb")
-    with data:
+    with opened(path) as data:
         try:
-            picture = ImageOps.exif_transpose(Image.open(data)).convert("RGB")
+            image = Image.open(data)
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(
+                    f"{path}: has {image.width}×{image.height} pixels, more than "
+                    f"{_MOST_PIXELS >> 20} Mi; make it smaller"
+                )
+            picture = ImageOps.exif_transpose(image).convert("RGB")
         except UnidentifiedImageError as error:
             raise ValueError(f"{path}: is not an image; name a PNG or JPEG") from error
         except (SyntaxError, OSError, Image.DecompressionBombError) as error:

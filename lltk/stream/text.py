@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lltk.files.reading import check_regular
 from lltk.files.tensors import checksum, read_tensors, save_tensors
 from lltk.files.writing import write_text
 from lltk.graph.loading import LOADING
@@ -176,11 +177,19 @@ class TextEncoder:
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of a model's weights in a dtype; 0 where its files are not there."""
+    """Bytes of a model's weights in a dtype; 0 where its files are not there.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
     count = 0
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            count += sum(prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+        check_regular(file)
+        try:
+            with safe_open(file, "pt") as weights:
+                count += sum(prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged ({error}); download it again") from error
     return count * dtype.itemsize
 
 

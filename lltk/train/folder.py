@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lltk.files.reading import read_json
 from lltk.graph.geometry import Geometry
 from lltk.stream.script import SCENE_CUT
 from lltk.train.data import generator_at
@@ -250,12 +250,12 @@ def _opens(spans: Sequence[Span]) -> tuple[bool, ...]:
 
 
 def _caption(path: Path) -> str:
+    if not path.exists():
+        raise Unusable("has no caption")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise Unusable("has no caption") from error
+        data = read_json(path)
     except ValueError as error:
-        raise Unusable(f"its caption is not JSON ({error})") from error
+        raise Unusable(f"its caption cannot be read ({error})") from error
     caption = data.get("caption") if isinstance(data, dict) else None
     if not isinstance(caption, str) or not caption.strip():
         raise Unusable("its caption is empty")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lltk.files.reading import check_regular
+
 if TYPE_CHECKING:
     from av import VideoFrame
 
@@ -35,6 +37,10 @@ def last_time(path: Path) -> Fraction:
     """
     import av
 
+    try:
+        check_regular(path)
+    except ValueError as error:
+        raise Unusable(str(error)) from error
     try:
         with av.open(path) as file:
             for stream in file.streams.video[:1]:

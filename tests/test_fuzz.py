@@ -1,0 +1,296 @@
+"""Damaged and hostile files: read rightly, or refused with one error that names the file.
+
+The numbers are drawn from seeds. The `manual` tests make many more rounds of the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers import tiny_config
+from mutations import changed, damaged
+from streams import opened, planned, save_pipeline
+from toy import finish, trainer
+
+from lltk.artefact import load_program, save_program
+from lltk.compiler import transform
+from lltk.files.tensors import read_tensors, save_tensors
+from lltk.graph.recipe import load_recipe, open_recipe
+from lltk.models.checkpoint import load_checkpoint
+from lltk.stream import state as states
+from lltk.stream.script import load_script
+from lltk.stream.state import read_state
+from lltk.streaming import StreamPlan
+from lltk.streaming.restoring import check_state
+from lltk.train.folder import _caption
+from lltk.train.loop import newest_state
+from lltk.train.metrics import read_metrics
+from lltk.train.state import check_training_state, load_training_state
+
+cpu, manual = pytest.mark.cpu, pytest.mark.manual
+SECONDS = 10.0
+"""No file takes longer to read or to refuse."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file that lltk reads.
+
+    Attributes:
+        path: of a good one.
+        read: what reads it.
+        sealed: whether any change is refused.
+        named: whether errors name the file itself, or else its folder.
+    """
+
+    path: Path
+    read: Callable[[], Any]
+    sealed: bool = False
+    named: bool = True
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def plan(pipeline: Path) -> StreamPlan:
+    return planned(pipeline)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, plan: StreamPlan) -> Path:
+    """A good file of every format."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (folder / "script.yaml").write_text(yaml.safe_dump(SCRIPT))
+    (folder / "caption.json").write_text('{"caption": "a red circle"}')
+    stream, _ = opened(plan)
+    with stream:
+        for _ in range(5):
+            next(stream.session)
+        stream.save(folder / "state")
+    finish(trainer(folder / "run", steps=12))
+    save_program(transform(open_recipe("tiny_stream", SMALL), weights=False), folder / "program")
+    shutil.copytree(pipeline / "transformer", folder / "transformer")
+    (folder / "transformer" / "lltk.json").unlink()
+    tensors, _ = read_tensors(next((pipeline / "transformer").glob("*.safetensors")))
+    from safetensors.torch import save_file
+
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(tensors, weights, {"format": "pt"})
+    shutil.copytree(folder / "transformer", folder / "sharded")
+    names = dict.fromkeys(tensors, weights.name)
+    index = {"metadata": {"total_size": 9}, "weight_map": names}
+    (folder / "sharded" / f"{weights.name}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+SMALL = (
+    "model.config={num_attention_heads: 2, attention_head_dim: 12, in_channels: 4, "
+    "out_channels: 4, text_dim: 8, freq_dim: 8, ffn_dim: 16, num_layers: 2}",
+    "geometry.height=64",
+    "geometry.width=64",
+)
+RECIPE = {
+    "extends": "tiny_stream",
+    "model": {"config": tiny_config(1) | {"patch_size": [1, 2, 2]}, "dtype": "float32"},
+    "geometry": {"height": 64, "width": 64, "chunk": 2, "window": 8, "sink": 2},
+    "stream": {"steps": 3, "fps": 8.0, "decoder": {"device": ["cpu", "cpu"]}},
+}
+SCRIPT = [
+    {"caption": "a red circle", "seconds": 4},
+    {"caption": "a blue square", "seconds": 2.5, "cut": False},
+]
+
+
+def formats(folder: Path, plan: StreamPlan) -> dict[str, Format]:
+    run, sharded, whole = folder / "run", folder / "sharded", folder / "transformer"
+    newest = newest_state(run, resume=True)
+    assert newest is not None
+    shapes = {n: tuple(t.shape) for n, t in load_training_state(newest).weights.items()}
+
+    def state() -> Any:
+        read = read_state(folder / "state")
+        check_state(folder / "state", read, plan)
+        return read
+
+    def training_state() -> Any:
+        read = load_training_state(newest)
+        check_training_state(read, newest, shapes)
+        return read
+
+    def program() -> Any:
+        return load_program(folder / "program")
+
+    sets = {
+        "recipe": Format(folder / "recipe.yaml", lambda: load_recipe(folder / "recipe.yaml")),
+        "script": Format(folder / "script.yaml", lambda: load_script(folder / "script.yaml")),
+        "caption": Format(folder / "caption.json", lambda: _caption(folder / "caption.json")),
+        "metrics": Format(run / "metrics.jsonl", lambda: read_metrics(run / "metrics.jsonl")),
+        "state": Format(folder / "state", state, sealed=True),
+        "config": Format(whole / "config.json", lambda: load_checkpoint(whole)),
+        "safetensors": Format(
+            whole / "diffusion_pytorch_model.safetensors", lambda: load_checkpoint(whole)
+        ),
+        "index": Format(
+            sharded / "diffusion_pytorch_model.safetensors.index.json",
+            lambda: load_checkpoint(sharded),
+            named=False,
+        ),
+    }
+    for name in ("checkpoint.json", "weights.safetensors", "optimiser.safetensors"):
+        sets[f"training {name}"] = Format(newest / name, training_state, sealed=True)
+    for name in ("program.json", "graphs/step.txt"):
+        sets[f"program {name}"] = Format(folder / "program" / name, program, sealed=True)
+    return sets
+
+
+FORMATS = (
+    "recipe", "script", "caption", "metrics", "state", "config", "safetensors", "index",
+    "training checkpoint.json", "training weights.safetensors", "training optimiser.safetensors",
+    "program program.json", "program graphs/step.txt",
+)  # fmt: skip
+
+
+def attempted(format: Format, content: bytes) -> bool:
+    """Read a file with another content: whether it was accepted."""
+    whole = format.path.read_bytes()
+    start = time.monotonic()
+    try:
+        format.path.write_bytes(content)
+        format.read()
+    except (ValueError, OSError) as error:
+        named = format.path if format.named else format.path.parent
+        assert str(named) in str(error) or "caption" in str(error), (content, error)
+        return False
+    finally:
+        format.path.write_bytes(whole)
+        assert time.monotonic() - start < SECONDS, content
+    return True
+
+
+def fuzzed_bytes(format: Format, rounds: int, seed: int) -> None:
+    random, whole = Random(seed), format.path.read_bytes()
+    for _ in range(rounds):
+        content = damaged(whole, random)
+        accepted = attempted(format, content)
+        assert not (accepted and format.sealed and content != whole), content
+
+
+@cpu
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged_files(folder: Path, plan: StreamPlan, name: str) -> None:
+    fuzzed_bytes(formats(folder, plan)[name], 40, 0)
+
+
+@manual
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_damaged_files(folder: Path, plan: StreamPlan, name: str) -> None:
+    fuzzed_bytes(formats(folder, plan)[name], 4000, 1)
+
+
+# Plain data that is well formed, but not what it should be
+
+
+def fuzzed_data(format: Format, data: Any, dump: Callable[[Any], str], rounds: int) -> None:
+    random = Random(rounds)
+    for _ in range(rounds):
+        other = data
+        for _ in range(random.choice((1, 1, 2, 4))):
+            other = changed(other, random)
+        attempted(format, dump(other).encode("utf-8", "surrogatepass"))
+
+
+def _yaml(data: Any) -> str:
+    return yaml.dump(data, Dumper=yaml.SafeDumper, allow_unicode=False)
+
+
+PLAIN: dict[str, Callable[[Any], str]] = {
+    "recipe": _yaml, "script": _yaml, "caption": json.dumps, "config": json.dumps,
+    "index": json.dumps, "metrics": lambda data: json.dumps(data) + "\n",
+}  # fmt: skip
+
+
+def plain(format: Format, name: str) -> Any:
+    text = format.path.read_text()
+    if name == "metrics":
+        text = text.splitlines()[0]
+    return yaml.safe_load(text)
+
+
+@cpu
+@pytest.mark.parametrize("name", PLAIN)
+def test_data_of_other_types(folder: Path, plan: StreamPlan, name: str) -> None:
+    format = formats(folder, plan)[name]
+    fuzzed_data(format, plain(format, name), PLAIN[name], 60)
+
+
+@manual
+@pytest.mark.parametrize("name", PLAIN)
+def test_much_data_of_other_types(folder: Path, plan: StreamPlan, name: str) -> None:
+    format = formats(folder, plan)[name]
+    fuzzed_data(format, plain(format, name), PLAIN[name], 5000)
+
+
+# Files whose checksums were made anew
+
+
+def forge_state(folder: Path, plan: StreamPlan, rounds: int) -> None:
+    format = formats(folder, plan)["state"]
+    whole = format.path.read_bytes()
+    tensors, metadata = read_tensors(format.path)
+    about = json.loads(metadata[states.KEY])
+    random = Random(rounds)
+    accepted = 0
+    for _ in range(rounds):
+        other, own = about, dict(tensors)
+        if random.random() < 0.6:
+            other = {**about, "facts": changed(about["facts"], random)}
+        else:
+            own = retyped(own, random)
+        try:
+            save_tensors(format.path, own, {states.KEY: json.dumps(other, sort_keys=True)})
+            accepted += attempted(format, format.path.read_bytes())
+        finally:
+            format.path.write_bytes(whole)
+    assert accepted < rounds / 3
+
+
+def retyped(tensors: dict[str, torch.Tensor], random: Random) -> dict[str, torch.Tensor]:
+    """Tensors of which one is removed, renamed, of another shape or dtype, or not finite."""
+    name = random.choice(sorted(tensors))
+    tensor = tensors.pop(name)
+    way = random.randrange(5)
+    if way == 1:
+        tensors[random.choice((name + "0", "x", "pages9.x", name.split(".")[0]))] = tensor
+    elif way == 2:
+        tensors[name] = tensor.reshape(-1)[:1]
+    elif way == 3:
+        tensors[name] = tensor.to(torch.int64 if tensor.is_floating_point() else torch.float32)
+    elif way == 4:
+        wide = tensor.double()
+        wide.view(-1)[-1:] = float("nan")
+        tensors[name] = wide.to(tensor.dtype) if tensor.is_floating_point() else wide
+    return tensors
+
+
+@cpu
+def test_forged_states(folder: Path, plan: StreamPlan) -> None:
+    forge_state(folder, plan, 120)
+
+
+@manual
+def test_many_forged_states(folder: Path, plan: StreamPlan) -> None:
+    forge_state(folder, plan, 5000)
