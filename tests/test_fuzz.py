@@ -6,6 +6,7 @@ The numbers are drawn from seeds. The `manual` tests make many more rounds of th
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -57,6 +58,12 @@ class Format:
     read: Callable[[], Any]
     sealed: bool = False
     named: bool = True
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for no disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +193,15 @@ def fuzzed_bytes(format: Format, rounds: int, seed: int) -> None:
     for _ in range(rounds):
         content = damaged(whole, random)
         accepted = attempted(format, content)
-        assert not (accepted and format.sealed and content != whole), content
+        assert not (accepted and format.sealed and differ(whole, content)), content
+
+
+def differ(one: bytes, other: bytes) -> bool:
+    """Whether contents differ by more than white space between JSON's tokens."""
+    try:
+        return bool(json.loads(one) != json.loads(other))
+    except ValueError:
+        return one != other
 
 
 @cpu
@@ -198,7 +213,7 @@ def test_damaged_files(folder: Path, plan: StreamPlan, name: str) -> None:
 @manual
 @pytest.mark.parametrize("name", FORMATS)
 def test_many_damaged_files(folder: Path, plan: StreamPlan, name: str) -> None:
-    fuzzed_bytes(formats(folder, plan)[name], 4000, 1)
+    fuzzed_bytes(formats(folder, plan)[name], 1500, 1)
 
 
 # Plain data that is well formed, but not what it should be

@@ -86,7 +86,7 @@ def stream(
       torchrun --nproc-per-node 2 -m lltk bench stream wan22_5b_stream_sp2 --random-weights -o sp2
     """
     from lltk.bench.random_weights import random_prompts, with_random_models
-    from lltk.bench.record import make_record, record_outputs, write_record
+    from lltk.bench.record import make_record, record_files, record_outputs, write_record
     from lltk.bench.stream import METHOD, measure, text
     from lltk.cli.inputs import inputs_of
     from lltk.cli.outputs import share_cores
@@ -118,7 +118,10 @@ def stream(
         if output is None or dry_run:
             why = refusal(plan)
             told = f"{runs} runs of {seconds:g} s after {chunks} chunks"
+            files = [] if output is None else [str(path) for path in record_files(output)]
             console.print(f"Plan: {told}{', with random weights' if random_weights else ''}")
+            if files:
+                console.print(f"It would write {', '.join(files)}", highlight=False)
             if as_json and ranks.rank == 0:
                 facts = {
                     "plan": describe(plan),
@@ -126,6 +129,7 @@ def stream(
                     "random_weights": random_weights,
                     "memory": stream_memory(plan),
                     "refusal": why,
+                    "outputs": files,
                 }
                 click.echo(json.dumps(facts, indent=2))
             if why:

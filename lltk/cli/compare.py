@@ -92,7 +92,7 @@ def command(
         quality_row,
         text,
     )
-    from lltk.bench.record import make_record, record_outputs, write_record
+    from lltk.bench.record import make_record, record_files, record_outputs, write_record
     from lltk.cli.inputs import inputs_of
     from lltk.cli.outputs import share_cores
     from lltk.files.outputs import check_outputs
@@ -126,9 +126,13 @@ def command(
             f"errors over {SHOTS * CHUNKS} chunks, {films * SHOTS} shots and {minutes} "
             f"minutes a recipe, {batch} videos at once, {workers} processes that score"
         )
+        files = [] if output is None else [str(path) for path in record_files(output)]
         if as_json:
-            click.echo(json.dumps({"plan": told, "recipes": [path.stem for path in paths]}))
+            described = {name: describe(plan) for name, plan in plans}
+            click.echo(json.dumps({"plan": told, "recipes": described, "outputs": files}))
         console.print(f"Plan: {told}")
+        if files:
+            console.print(f"It would write {', '.join(files)}", highlight=False)
         return
     for _, plan in plans:
         check_device(plan.transformer.implementations, chosen)

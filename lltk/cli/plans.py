@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -22,13 +23,16 @@ def show_description(console: Console, plan: StreamPlan) -> None:
         console.print(f"{part}: {what}", highlight=False)
 
 
-def show_dry_run(console: Console, plan: StreamPlan, image: bool, as_json: bool) -> None:
+def show_dry_run(
+    console: Console, plan: StreamPlan, image: bool, facts: Mapping[str, Any], as_json: bool
+) -> None:
     """Print passes and memory, and why the plan cannot run here, if it cannot.
 
     Args:
         console: for people; quiet where it should not print.
         plan: of the stream.
         image: whether the video begins with one.
+        facts: what else the command would do, which people are shown elsewhere.
         as_json: whether to print the same as JSON.
     """
     from lltk.streaming import describe, loading_memory, refusal, stream_memory
@@ -36,14 +40,15 @@ def show_dry_run(console: Console, plan: StreamPlan, image: bool, as_json: bool)
     log, reason = plan.transformer.log, refusal(plan, image)
     loading, running = loading_memory(plan, image), stream_memory(plan)
     if as_json:
-        facts = {
+        found = {
+            **facts,
             "plan": describe(plan),
             "log": [entry.plain() for entry in log],
             "memory": running,
             "loading": loading,
             "refusal": reason,
         }
-        click.echo(json.dumps(facts, indent=2))
+        click.echo(json.dumps(found, indent=2))
     console.print(log_tables(log))
     for when, devices in (("before it runs", loading), ("while it runs", running)):
         for where, owners in devices.items():

@@ -110,12 +110,22 @@ def command(
             console.print(plan.chunking.statement(shots), highlight=False)
         show_description(console, plan)
         if dry_run:
-            if resume is not None:
-                going_on = read_state(resume).timeline
-                console.print(
-                    f"It would go on at chunk {going_on.index}, {len(going_on.chunks)} left"
-                )
-            show_dry_run(console, plan, image is not None, as_json and speaks)
+            kept = None if resume is None else read_state(resume).timeline
+            if kept is not None:
+                console.print(f"It would go on at chunk {kept.index}; {len(kept.chunks)} are left")
+            written = [str(each.path) for each in files.outputs(ranks.size)]
+            for number, shot in enumerate(shots, 1):
+                console.print(f"shot {number} shows: {shot.caption}", markup=False)
+            if written:
+                console.print(f"It would write {', '.join(written)}", highlight=False)
+            facts = {
+                "script": [shot.model_dump() for shot in shots],
+                "resume": None if kept is None else kept.index,
+                "seed": plan.section.seed,
+                "outputs": written,
+            }
+            console.print(f"seed: {plan.section.seed}", highlight=False)
+            show_dry_run(console, plan, image is not None, facts, as_json and speaks)
             return
         again = ["lltk", "stream", recipe]
         if ranks.size > 1:

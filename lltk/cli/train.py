@@ -98,12 +98,13 @@ def command(
                 "train": section.model_dump(mode="json"),
                 "log": [entry.plain() for entry in plan.log],
                 "memory": plan.memory,
-                "resume": None if state is None else str(state),
+                "resume": {"asked": resume, "state": None if state is None else str(state)},
             }
             click.echo(json.dumps(facts, indent=2))
         console.print(f"Plan: {section.steps} steps of {section.batch} clips on {chosen}")
         if output is not None:
-            console.print(f"It would {'begin' if state is None else f'go on from {state}'}")
+            begins = "begin, as there is no training state" if resume else "begin"
+            console.print(f"It would {begins if state is None else f'go on from {state}'}")
         console.print(memory_table(plan.memory))
         return
     assert output is not None

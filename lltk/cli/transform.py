@@ -74,15 +74,21 @@ def command(
     from lltk.graph.program import Program
     from lltk.graph.text import print_graph
 
-    places = ((output, PROGRAM), (dump, _DUMP))
-    written = [Output(place, kind) for place, kind in places if place is not None]
+    kinds = ((output, PROGRAM), (dump, _DUMP))
+    written = [Output(place, kind) for place, kind in kinds if place is not None]
     check_outputs(written, inputs_of(path, resolved.resolved()), overwrite)
     if dry_run:
         planned = transform(resolved, weights=False, stop_after=stop_after, disable=disable)
+        source = "none" if no_weights else str(resolved.model.checkpoint)
+        places = [str(each.path) for each in written]
         owners, names = estimate(planned), [entry.name for entry in planned.log]
         if as_json:
-            click.echo(json.dumps({"passes": names, "memory": owners}, indent=2))
+            facts = {"passes": names, "memory": owners, "weights": source, "outputs": places}
+            click.echo(json.dumps(facts, indent=2))
         console.print("Plan: capture, " + ", ".join(names))
+        console.print(f"Weights: {source}", highlight=False)
+        if places:
+            console.print(f"It would write {', '.join(places)}", highlight=False)
         console.print(memory_table(owners))
         return
 

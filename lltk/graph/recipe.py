@@ -160,7 +160,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return data
     if not isinstance(parent, str):
         raise ValueError(f"{path}: extends: {parent!r} is not the path of a recipe")
-    return _merge(_read(find_recipe(parent, path.parent), (*seen, path)), data)
+    try:
+        extended = find_recipe(parent, path.parent)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: extends: {error}") from error
+    return _merge(_read(extended, (*seen, path)), data)
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,8 @@ FORMAT = 4
 STATE = marked("a stream's state", f'"{KEY}":')
 _log = logging.getLogger(__name__)
 _Count = Annotated[int, Field(ge=0)]
+_WAITING = 1 << 12
+"""More parts of a video than ever wait for the decoder or the sink."""
 
 
 class _Plain(BaseModel):
@@ -75,8 +78,8 @@ class _Facts(_Plain):
     held: tuple[_Chunk, ...]
     runtimes: int = Field(ge=1, le=2)
     latents: int = Field(ge=0)
-    undecoded: int = Field(ge=0)
-    undelivered: int = Field(ge=0)
+    undecoded: int = Field(ge=0, le=_WAITING)
+    undelivered: int = Field(ge=0, le=_WAITING)
 
 
 class _About(_Plain):
@@ -257,7 +260,7 @@ def _state(facts: _Facts, tensors: Mapping[str, Tensor]) -> SessionState:
     timeline = TimelineState(tuple(c.chunk() for c in facts.chunks), last, facts.events)
     _check_order(timeline)
     held = [chunk.chunk() for chunk in facts.held]
-    _check_table(facts.table, held, timeline.index)
+    _check_table(facts.table, held, timeline)
     pages = [f"pages{i}" for i in range(facts.runtimes)]
     wanted = {
         "clean": {str(chunk.index) for chunk in held},
@@ -306,8 +309,9 @@ def _check_order(timeline: TimelineState) -> None:
         raise Contradiction("a receipt is of an event that was not")
 
 
-def _check_table(table: _Table, held: Sequence[Chunk], index: int) -> None:
+def _check_table(table: _Table, held: Sequence[Chunk], timeline: TimelineState) -> None:
     """Check the page table, and that the chunks are held that it lists."""
+    index = timeline.index
     chunks, slots = [chunk for chunk, _ in table.slots], [slot for _, slot in table.slots]
     if len(set(slots)) < len(slots):
         raise Contradiction(f"two chunks are in one page ({slots})")
@@ -315,6 +319,11 @@ def _check_table(table: _Table, held: Sequence[Chunk], index: int) -> None:
         raise Contradiction("its page table lists other chunks than it holds")
     if table.next != index or table.shot > index or any(chunk >= index for chunk in chunks):
         raise Contradiction(f"its page table is not that before chunk {index}")
+    for before, after in pairwise(held):
+        if after.shot < before.shot or after.cuts < before.cuts:
+            raise Contradiction(f"chunk {after.index} is of an earlier shot than those before it")
+    if held and held[-1] != timeline.last:
+        raise Contradiction("the newest chunk that it holds is not the one made last")
 
 
 def _plain(chunk: Chunk) -> dict[str, Any]:

@@ -1,0 +1,233 @@
+"""No option of a command is ignored: each changes what the command does, or is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from helpers import Run
+from streams import SIZES, opened, planned, save_pipeline
+from toy import finish, trainer
+
+from lltk.artefact import save_program
+from lltk.compiler import transform
+from lltk.graph.recipe import open_recipe
+
+pytestmark = pytest.mark.cpu
+
+SETS = [part for size in SIZES for part in ("--set", size)]
+SMALL = [
+    "--set",
+    "model.config={num_attention_heads: 2, attention_head_dim: 12, in_channels: 4, "
+    "out_channels: 4, text_dim: 8, freq_dim: 8, ffn_dim: 16, num_layers: 1}",
+    *("--set", "geometry.height=64", "--set", "geometry.width=64"),
+]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command, and how its options are given.
+
+    Attributes:
+        contexts: arguments to which the options are added.
+        options: a value for each option; those without one are flags.
+        elsewhere: options that other tests show to matter, and where.
+    """
+
+    contexts: Sequence[Sequence[str]]
+    options: Mapping[str, Sequence[str]]
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+
+
+OVERWRITE = {"--overwrite": "test_outputs.py"}
+LINES = {
+    "stream": Line(
+        [
+            ["--prompt", "x", "-o", "v.mp4"],
+            ["--prompt", "x", "--dry-run"],
+            ["--script", "s.yaml", "-o", "v.mp4"],
+            ["--script", "s.yaml", "--dry-run", "--json"],
+            ["--resume", "state", "-o", "v.mp4"],
+            ["--resume", "state", "--dry-run"],
+        ],
+        {
+            "--prompt": ["y"], "--script": ["t.yaml"], "--resume": ["other"], "--seconds": ["3"],
+            "--contact-sheet": ["c.png"], "--image": ["red.png"], "--seed": ["5"], "--steps": ["2"],
+            "--guidance": ["3"], "--save": ["kept"], "--set": ["stream.shift=3"],
+            "--device": ["cuda:99"], "--dry-run": [], "--json": [],
+        },
+        {**OVERWRITE, "--output": "the contexts"},
+    ),
+    "transform": Line(
+        [["--no-weights"], ["--dry-run"], ["--dry-run", "--json"]],
+        {
+            "--output": ["program"], "--no-weights": [], "--set": ["geometry.chunk=1"],
+            "--dump": ["dump"], "--stop-after": ["commit"], "--disable": ["canonicalise"],
+            "--dry-run": [], "--json": [],
+        },
+        OVERWRITE,
+    ),
+    "train": Line(
+        [["-o", "new"], ["-o", "new", "--dry-run"], ["-o", "run"], ["-o", "run", "--dry-run"]],
+        {"--resume": [], "--set": ["train.steps=7"], "--device": ["cuda:99"], "--dry-run": [],
+         "--json": []},
+        {**OVERWRITE, "--output": "the contexts"},
+    ),
+    "inspect": Line(
+        [[], ["--json"]],
+        {"--graph": ["step"], "--joint": [], "--diagram": ["d.svg"], "--json": []},
+        OVERWRITE,
+    ),
+    "bench": Line(
+        [["--dry-run"], ["--dry-run", "--json"]],
+        {"--output": ["other"], "--seconds": ["3"], "--warmup": ["2"], "--runs": ["2"],
+         "--set": ["stream.steps=2"], "--device": ["cuda:99"], "--random-weights": [],
+         "--dry-run": [], "--json": []},
+        OVERWRITE,
+    ),
+    "compare": Line(
+        [["--dry-run"], ["--dry-run", "--json"], ["--dry-run", "--shots", "0"]],
+        {"--output": ["other"], "--shots": ["9"], "--minutes": ["3"], "--at-once": ["2"],
+         "--workers": ["3"], "--set": ["geometry.window=6"], "--device": ["cuda:99"],
+         "--dry-run": [], "--json": []},
+        OVERWRITE,
+    ),
+    "demo": Line(
+        [[], ["--dry-run"], ["--dry-run", "--json"]],
+        {"--output": ["other.mp4"], "--seed": ["5"], "--dry-run": [], "--json": []},
+        OVERWRITE,
+    ),
+    "doctor": Line([[]], {"--json": []}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture
+def place(tmp_path: Path, pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the options name. What the commands do is not done, but told."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Path("s.yaml").write_text("- caption: a red circle\n  seconds: 2\n")
+    Path("t.yaml").write_text("- caption: a blue square\n  seconds: 2\n")
+    Image.new("RGB", (8, 8)).save("red.png")
+    plan = planned(pipeline)
+    stream, _ = opened(plan)
+    with stream:
+        next(stream.session)
+        stream.save(Path("state"))
+        next(stream.session)
+        stream.save(Path("other"))
+    finish(trainer(tmp_path / "run", steps=1))
+    made = transform(open_recipe("tiny_stream", SMALL[1::2]), weights=False)
+    save_program(made, tmp_path / "in")
+
+    def tell(*given: Any) -> dict[str, Any]:
+        click.echo(repr(given))
+        return {"output": "v.mp4", "state": None}
+
+    def make_plan(recipe: Any, device: torch.device, *, weights: bool = True) -> Any:
+        stated = recipe.stream or {}
+        keys = ("steps", "guidance", "seed", "shift")
+        changes = [f"stream.{key}={stated[key]}" for key in keys if key in stated]
+        return planned(pipeline, *changes)
+
+    def transformed(recipe: Any, **options: Any) -> Any:
+        observe = options.pop("observe", None)
+        click.echo(f"{recipe.geometry} {options}")
+        if observe is not None:
+            observe(made)
+        return made
+
+    monkeypatch.setattr("lltk.streaming.plan_stream", make_plan)
+    monkeypatch.setattr("lltk.compiler.transform", transformed)
+    monkeypatch.setattr("lltk.artefact.load_program", lambda directory: made)
+    monkeypatch.setattr("lltk.cli.outputs.summary", lambda result: {"done": str(result)})
+    monkeypatch.setattr(
+        "lltk.cli.stream_to_files.stream_to_files",
+        lambda console, ranks, plan, *given: tell(plan.section, *given),
+    )
+
+    def train(plan: Any, *given: Any) -> tuple[Any, str]:
+        return tell(plan.section, given[:-1]), "weights"
+
+    monkeypatch.setattr("lltk.cli.train._train", train)
+    return tmp_path
+
+
+def parameters(command: str) -> set[str]:
+    """The long names of a command's options."""
+    made = import_module(f"lltk.cli.{command}").command
+    if isinstance(made, click.Group):
+        (made,) = made.commands.values()
+    options = [each for each in made.params if isinstance(each, click.Option)]
+    return {max(each.opts, key=len) for each in options}
+
+
+@pytest.mark.parametrize("command", LINES)
+def test_every_option_is_in_the_table(command: str) -> None:
+    line = LINES[command]
+    assert parameters(command) == {*line.options, *line.elsewhere}
+
+
+def test_every_command_is_in_the_table() -> None:
+    from lltk.cli.main import _COMMANDS
+
+    assert set(LINES) == set(_COMMANDS)
+
+
+FIRST = {
+    "stream": ["stream", "tiny_stream"],
+    "transform": ["transform", "tiny_stream", *SMALL],
+    "train": ["train", "tiny_vae"],
+    "inspect": ["inspect", "in"],
+    "bench": ["bench", "stream", "tiny_stream"],
+    "compare": ["compare", "tiny_stream", "tiny_stream"],
+    "doctor": ["doctor"],
+    "demo": ["demo"],
+}
+
+
+@pytest.mark.parametrize("command", LINES)
+def test_no_option_is_ignored(run: Run, place: Path, command: str) -> None:
+    """Alone and with every other option, in every context."""
+    line = LINES[command]
+    before = {path.name for path in place.iterdir()}
+
+    def outcome(*arguments: str) -> tuple[int, str]:
+        code, out, err = run(*FIRST[command], *arguments)
+        written = sorted({path.name for path in place.iterdir()} - before)
+        for name in written:
+            path = place / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return code, f"{out}{err}{written}"
+
+    options = {name: [name, *value] for name, value in line.options.items()}
+    pairs: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in options]
+    pairs += [(name, (other,)) for name, other in permutations(options, 2)]
+    ignored = []
+    for context in line.contexts:
+        known: dict[frozenset[str], tuple[int, str]] = {}
+        for name, others in pairs:
+            if name in context and not line.options[name]:
+                continue
+            for names in (frozenset(others), frozenset({name, *others})):
+                if names not in known:
+                    given = [part for each in sorted(names) for part in options[each]]
+                    known[names] = outcome(*context, *given)
+            without, together = known[frozenset(others)], known[frozenset({name, *others})]
+            if without[0] == 0 and without == together:
+                ignored.append((context, name, others))
+    assert not ignored, ignored
