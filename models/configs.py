@@ -63,6 +63,12 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
+_LARGEST = 1 << 16
+_BLOCKS = ("num_layers", "num_res_blocks")
+_MOST_BLOCKS = 1 << 10
+"""What a size may be, and how many blocks there may be; more is a slip, and takes forever."""
+
+
 def named_config(name: str, configs: Mapping[str, Mapping[str, Any]] = CONFIGS) -> dict[str, Any]:
     """A copy of the configuration of a name; raises ValueError with the nearest for another."""
     if name not in configs:
@@ -86,6 +92,16 @@ def validate_config(config: Mapping[str, Any], where: str = "config") -> dict[st
     from diffusers import WanTransformer3DModel
 
     full = fill_config(config, WanTransformer3DModel, where)
+    if full["attention_head_dim"] % 2 or full["attention_head_dim"] < 6:
+        raise ValueError(
+            f"{where}: attention_head_dim is {full['attention_head_dim']}; RoPE turns pairs over "
+            "three axes: write an even number from 6"
+        )
+    if len(full["patch_size"]) != 3 or full["patch_size"][0] != 1:
+        raise ValueError(
+            f"{where}: patch_size is {full['patch_size']}; lltk covers patches of one frame, such "
+            "as (1, 2, 2)"
+        )
     image = [f"{key}={full[key]!r}" for key in _IMAGE_KEYS if full[key] is not None]
     if image:
         raise ValueError(
@@ -160,4 +176,8 @@ def _typed(key: str, value: Any, default: Any, where: str) -> Any:
         value = float(value)
     if default is not None and type(value) is not type(default):
         raise ValueError(f"{where}: {key} is {value!r}; write a {type(default).__name__}")
+    parts = value if isinstance(value, list | tuple) else [value]
+    most = _MOST_BLOCKS if key in _BLOCKS else _LARGEST
+    if len(parts) > _LARGEST or any(type(part) is int and not 0 < part <= most for part in parts):
+        raise ValueError(f"{where}: {key} is {value!r}; write sizes from 1 to {most}")
     return value

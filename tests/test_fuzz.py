@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import tiny_config
+from helpers import Run, refused, tiny_config
 from mutations import changed, damaged
 from streams import opened, planned, save_pipeline
 from toy import finish, trainer
@@ -26,9 +26,11 @@ from toy import finish, trainer
 from lltk.artefact import load_program, save_program
 from lltk.compiler import transform
 from lltk.files.tensors import read_tensors, save_tensors
-from lltk.graph.recipe import load_recipe, open_recipe
+from lltk.graph.recipe import Recipe, load_recipe, open_recipe
 from lltk.models.checkpoint import load_checkpoint
+from lltk.models.configs import validate_config
 from lltk.stream import state as states
+from lltk.stream.recipe import stream_section
 from lltk.stream.script import load_script
 from lltk.stream.state import read_state
 from lltk.streaming import StreamPlan
@@ -309,3 +311,72 @@ def test_forged_states(folder: Path, plan: StreamPlan) -> None:
 @manual
 def test_many_forged_states(folder: Path, plan: StreamPlan) -> None:
     forge_state(folder, plan, 5000)
+
+
+# The command line
+
+SETS = (
+    "geometry.height=1e23", "geometry.height=100000000000000000000000", "geometry.chunk=true",
+    "geometry.window=-6", "geometry.batch=70000", "stream.fps=1e6", "stream.fps=.inf",
+    "stream.fps=.nan", "stream.steps=2147483648", "stream.seed=-1", "stream.guidance=1e400",
+    "stream=null", "stream=[]", "passes=[[[]]]", "passes=3", "model=!!bool x", "model={{{",
+    "model=!!python/object/apply:os.system [touch owned]", "a.b.c=1", "=1", "..=1", "x",
+    "model.config={num_layers: 1000000000}", "model.config={attention_head_dim: 7}",
+    "model.config={ffn_dim: -1}", "model.config={patch_size: [2, 2, 2]}", "model.config=x",
+    "model=" + 500 * "[", "model.dtype=\ud800", "stream.text.device=\x00", "passes.lower.x=1",
+    "model: {a: 1, a: 2}", "model={a: 1, a: 2}", "model=2001-13-45", "model={? [a]: 1}",
+    "model=&a [*a]",
+)  # fmt: skip
+DEEPER = tuple(value for value in SETS if value.startswith(("model.config=", "passes.lower.")))
+"""Refused where a model is made, which this test leaves out."""
+OPTIONS = {
+    "--prompt": ("", " ", "\ud800", "x" * 100_000),
+    "--seconds": ("inf", "nan", "-1", "0", "1e-300", "1e23", "x", "3600"),
+    "--seed": ("-1", "1.5", "x", str(10**30)),
+    "--steps": ("0", "-1", "1e3", str(10**30)),
+    "--guidance": ("inf", "nan", "x"),
+    "--device": ("", "cuda:99", "meta", "x" * 300, "cuda:-1"),
+    "--script": ("FIFO", "FOLDER", "/dev/zero", "/dev/null", "/dev/stdin", "nowhere", "x" * 300),
+    "--image": ("FIFO", "FOLDER", "/dev/zero", "/dev/null", "nowhere"),
+    "--resume": ("FIFO", "FOLDER", "/dev/zero", "/dev/null", "nowhere"),
+    "-o": ("FIFO", "FOLDER", "/dev/null", "/dev/null/x", "x" * 300, ""),
+    "--save": ("FIFO", "FOLDER", "/dev/full"),
+    "--contact-sheet": ("FIFO", "/proc/nowhere"),
+}
+
+
+@cpu
+def test_arguments_times_values(
+    run: Run, plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is used or refused with one message, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+
+    def make_plan(recipe: Recipe, *given: Any, **options: Any) -> StreamPlan:
+        return replace(plan, section=stream_section(recipe.stream, "recipe"))
+
+    monkeypatch.setattr("lltk.streaming.plan_stream", make_plan)
+    os.mkfifo("FIFO")
+    Path("FOLDER").mkdir()
+    Path("FOLDER", "notes").touch()
+    lines = [(option, value) for option, values in OPTIONS.items() for value in values]
+    for option, value in [*lines, *(("--set", value) for value in SETS)]:
+        source = [] if option in ("--prompt", "--script", "--resume") else ["--prompt", "x"]
+        start = time.monotonic()
+        code, _, err = run("stream", "tiny_stream", *source, option, value, "--dry-run")
+        assert time.monotonic() - start < SECONDS, (option, value)
+        assert code in (0, 1, 2) and "Traceback" not in err, (option, value, err)
+        harmless = ("3600", "1e-300") if option == "--seconds" else DEEPER
+        assert code == 2 or value in harmless, (option, value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FIFO", "FOLDER"]
+
+
+@cpu
+@pytest.mark.parametrize(
+    "change",
+    [{"num_layers": 10**9}, {"attention_head_dim": 7}, {"ffn_dim": -1}, {"text_dim": 0},
+     {"patch_size": [2, 2, 2]}, {"patch_size": [1]}, {"num_layers": True}],
+)  # fmt: skip
+def test_sizes_that_no_model_has(change: dict[str, Any]) -> None:
+    message = refused(validate_config, {**tiny_config(), **change}, "here")
+    assert message.startswith(f"here: {next(iter(change))} is ")

@@ -60,7 +60,7 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _plain(error: Exception) -> str:
-    text = str(error).replace("[", r"\[")
+    text = str(error).encode("utf-8", "backslashreplace").decode().replace("[", r"\[")
     if isinstance(error, RuntimeError):
         return (
             f"memory: {text}\nLook at the planned memory with --dry-run, and choose smaller sizes."

@@ -25,6 +25,8 @@ from lltk.graph.recipe import validated
 
 SCENE_CUT = "The scene transitions. "
 """LongLive's marker: it precedes the caption in the first chunk after a cut."""
+LONGEST_CAPTION = 10_000
+"""Characters; more are taken for a slip."""
 LONGEST_SHOT = 3600.0
 """Seconds; a longer shot is taken for a slip."""
 
@@ -46,6 +48,11 @@ class Shot(BaseModel):
         words = " ".join(caption.split())
         if not words:
             raise ValueError("caption: is empty; say what the shot shows")
+        if len(words) > LONGEST_CAPTION:
+            raise ValueError(
+                f"caption: of {len(words)} characters; write at most {LONGEST_CAPTION}, of which "
+                "the encoder takes the first few hundred words"
+            )
         return words
 
     @field_validator("seconds")
