@@ -380,3 +380,31 @@ def test_arguments_times_values(
 def test_sizes_that_no_model_has(change: dict[str, Any]) -> None:
     message = refused(validate_config, {**tiny_config(), **change}, "here")
     assert message.startswith(f"here: {next(iter(change))} is ")
+
+
+@cpu
+def test_files_that_are_too_large_or_no_files(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from lltk.stream.chunks import Chunking
+    from lltk.stream.image import read_image
+    from lltk.stream.script import parse_script
+
+    picture = tmp_path / "large.png"
+    Image.new("1", (13_000, 13_000)).save(picture)
+    assert f"{picture}: has 13000×13000 pixels" in refused(read_image, picture, 64, 64)
+    (tmp_path / "caption.json").mkdir()
+    assert "its caption cannot be read" in refused(_caption, tmp_path / "caption.json")
+    for number in range(40):
+        content = f"extends: {number + 1}.yaml\n"
+        (tmp_path / f"{number}.yaml").write_text(content)
+    assert "extends more than 16 recipes in a row" in refused(load_recipe, tmp_path / "0.yaml")
+    shots = parse_script([{"caption": "x", "seconds": 3600}] * 3, "here")
+    start = time.monotonic()
+    assert "112500 chunks at 1000 fps are more than" in refused(Chunking(24, 1000).chunks, shots)
+    assert time.monotonic() - start < 0.5
+    for text in ("[" * 200_000, "{a: " * 5000, "- " * 50_000):
+        deep = tmp_path / "deep.yaml"
+        deep.write_text(text)
+        for read in (load_recipe, load_script):
+            assert str(deep) in refused(read, deep)

@@ -629,6 +629,21 @@ def test_other_states_are_refused(pipeline: Path, plan: StreamPlan, tmp_path: Pa
         assert "not a stream's state of format 4" in message
 
 
+def test_the_sink_cannot_wait_for_itself(plan: StreamPlan, tmp_path: Path) -> None:
+    """It is told at once, and the stream goes on."""
+    said: list[str] = []
+
+    def sink(video: Tensor) -> None:
+        for act in (lambda: stream.save(tmp_path / "state"), stream.close):
+            said.append(refused(act))
+
+    stream = open_stream(plan, sink, SHOTS)
+    with stream:
+        assert len(list(stream)) == 6
+        stream.save(tmp_path / "state")
+    assert len(said) > 6 and all("the sink cannot save" in message for message in said)
+
+
 def test_an_interrupted_chunk_is_not_saved(
     plan: StreamPlan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -144,7 +144,10 @@ def test_an_image_of_another_aspect_is_said(run: Run, pipeline: Path, tmp_path: 
 # Stopped
 
 
-def test_a_saved_stream_goes_on(run: Run, pipeline: Path, script: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_saved_stream_goes_on(
+    run: Run, pipeline: Path, script: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     """A signal stops it after its second chunk. Both parts together are the whole video."""
     got: list[Tensor] = []
     write = VideoWriter.write
@@ -153,7 +156,7 @@ def test_a_saved_stream_goes_on(run: Run, pipeline: Path, script: Path, tmp_path
         write(self, frames)
         got.append(frames)
         if len(got) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     options = ["--script", script, "-o", tmp_path / "one.mp4", "--seed", 5, *sets(pipeline)]
     with pytest.MonkeyPatch.context() as patch:
@@ -178,6 +181,36 @@ def test_a_saved_stream_goes_on(run: Run, pipeline: Path, script: Path, tmp_path
     assert torch.equal(torch.cat(got), torch.cat([pixels(part) for part in wanted]))
     code, _, err = run(*command)
     assert code == 2 and "exists, and a resumed stream's file holds the continuation" in err
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from lltk.cli import stopping as module
+module._SAME = -1.0
+with module.stopping() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.asked
+    if sys.argv[1] == "keeping":
+        with stop.keeping():
+            os.kill(os.getpid(), signal.SIGHUP)
+            Path("kept").touch()
+    else:
+        os.kill(os.getpid(), signal.SIGHUP)
+    Path("later").touch()
+"""
+
+
+@pytest.mark.parametrize("where", ["keeping", "elsewhere"])
+def test_a_second_signal_ends_at_once_but_loses_no_state(tmp_path: Path, where: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", STOPPED, where],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert ended.returncode == 128 + signal.SIGHUP
+    assert [path.name for path in tmp_path.iterdir()] == (["kept"] if where == "keeping" else [])
 
 
 def test_a_full_disk(run: Run, pipeline: Path, tmp_path: Path) -> None:

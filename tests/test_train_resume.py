@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from multiprocessing import get_context
@@ -203,3 +205,59 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
     shutil.rmtree(newest)
     finish(trainer(tmp_path, steps=4, resume=True))
     assert [step for step, _, _ in losses(tmp_path)] == [1, 2, 3, 4]
+
+
+SHIPPED = (
+    "tiny_vae", "--device", "cpu", "--set", "train.steps=24", "--set", "train.checkpoint_every=1",
+    "--set", "train.keep=1", "--set", "train.batch=1", "--set", "vae.batch=1",
+    "--set", "vae.frames=5", "--set", "train.ema_start=3", "--set", "train.validate_every=null",
+    "--set", "train.sample_every=null",
+)  # fmt: skip
+"""`lltk train` with the shipped recipe and its model, on few and short clips."""
+
+
+def train_shipped(folder: Path) -> subprocess.Popen[bytes]:
+    code = "import torch; torch.set_num_threads(1); from lltk.cli.main import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", code, "train", *SHIPPED, "-o", str(folder), "--resume"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def changing(folder: Path, removing: bool) -> bool:
+    """Whether a training state is being written, or an old one is being removed."""
+    there = [path.name for path in (folder / "checkpoints").glob("*")]
+    newest = max((name for name in there if name[0] != "."), default="")
+    hidden = [name[1:14] for name in there if name.endswith("lltk-new")]
+    return any((name < newest) == removing for name in hidden)
+
+
+@pytest.mark.manual
+def test_ten_kills_of_a_run_as_shipped(tmp_path: Path) -> None:
+    """Some at any time, some while a training state is written, some while one is removed."""
+    whole, killed_run = tmp_path / "whole", tmp_path / "killed"
+    assert train_shipped(whole).wait() == 0
+    random_ = random.Random(0)
+    found = []
+    for kill in range(10):
+        process, target = train_shipped(killed_run), lines(killed_run) + 2
+        while lines(killed_run) < target:
+            assert process.poll() is None, "the run ended before it was killed"
+            time.sleep(0.001)
+        removing = kill % 3 == 1
+        if kill % 3 == 2:
+            time.sleep(random_.random() * 2)
+        else:
+            deadline = time.monotonic() + 60
+            while not changing(killed_run, removing) and time.monotonic() < deadline:
+                assert process.poll() is None, "the run ended before it was killed"
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        found.append(changing(killed_run, removing))
+        states = training_states(killed_run / "checkpoints")
+        for path in states:
+            load_training_state(path)
+    assert train_shipped(killed_run).wait() == 0
+    assert agree(killed_run, whole)
+    assert any(found), "a kill came within a write or a removal"

@@ -21,6 +21,13 @@ _VALUES = 1 << 20
 _LARGEST = 1 << 63
 """What is read at most: bytes of a text, bytes of YAML (which takes long), levels, values, and
 below which a whole number is."""
+_OPENING = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+_CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 @contextmanager
@@ -93,12 +100,8 @@ def parse_yaml(text: str, where: str) -> Any:
     if len(text) > _YAML:
         raise ValueError(f"{where}: is larger than {_YAML >> 10} KiB; make it smaller")
     try:
-        for token in yaml.scan(text, yaml.SafeLoader):
-            if isinstance(token, yaml.TagToken):
-                raise ValueError(f"line {token.start_mark.line + 1} has a tag; remove it")
+        _check_tokens(text)
         data = yaml.load(text, _Loader)
-    except RecursionError as error:
-        raise ValueError(f"{where}: is nested too deeply; {_DEPTH} levels are read") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{where}: is not YAML: {error}") from error
     check_plain(data, where)
@@ -162,6 +165,17 @@ def check_text(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: {text!r} is no Unicode text; write it in UTF-8") from error
+
+
+def _check_tokens(text: str) -> None:
+    """Refuse tags, and what is nested too deeply for a reader that calls itself at every level."""
+    depth = 0
+    for token in yaml.scan(text, yaml.SafeLoader):
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > _DEPTH:
+            raise ValueError(f"it is nested too deeply; {_DEPTH} levels are read")
+        if isinstance(token, yaml.TagToken):
+            raise ValueError(f"line {token.start_mark.line + 1} has a tag; remove it")
 
 
 def _check_value(value: Any, where: str, finite: bool) -> None:

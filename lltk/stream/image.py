@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor
@@ -30,7 +31,9 @@ def read_image(path: Path, height: int, width: int) -> tuple[Tensor, str | None]
 
     with opened(path) as data:
         try:
-            image = Image.open(data)
+            with catch_warnings():
+                simplefilter("ignore", Image.DecompressionBombWarning)  # this limit is lower
+                image = Image.open(data)
             if image.width * image.height > _MOST_PIXELS:
                 raise ValueError(
                     f"{path}: has {image.width}×{image.height} pixels, more than "

@@ -209,8 +209,10 @@ class Session:
         Waits for the decoder. The tensors are the session's own: store them before the next chunk.
 
         Raises:
-            ValueError: it was interrupted within a chunk, or in decoding one, or a page is broken.
+            ValueError: it was interrupted within a chunk, or in decoding one, a page is broken, or
+                the sink called it.
         """
+        self.delivery.rest()
         timeline = self.timeline.state
         if self._stale or self.delivery.latents != timeline.index * self._runtime.geometry.chunk:
             raise ValueError(

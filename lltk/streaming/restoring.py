@@ -66,11 +66,12 @@ def _wrong(state: SessionState, plan: StreamPlan) -> Iterator[str]:
         yield "more latents are to be decoded than were made"
     if state.image is not None and (bad := _misshapen(state.image, frames(1), torch.float32)):
         yield f"its image is {bad}"
-    if plan.rank == 0:
+    if plan.ranks == 1:  # ranks may have parts of the video, or none
         shape = (geometry.batch, 3, None, geometry.height, geometry.width)
         for video in delivery.undelivered:
             if bad := _misshapen(video, shape, video.dtype):
                 yield f"video to deliver is {bad}"
+    if plan.decoders_of(plan.rank):
         decoded = delivery.latents > sum(part.shape[2] for part in delivery.undecoded)
         if bool(delivery.caches) != decoded:
             yield "its decoder's caches are not those of the latents that were decoded"
