@@ -152,6 +152,7 @@ def test_old_or_new_is_whole_whatever_call_fails(
             assert found == "2", "it said that it was written"
         elif isinstance(caught, OSError):
             assert str(path) in str(caught) and "cannot be written" in str(caught)
+            assert before is None or standing(path) == path, "it is back in its place"
         assert path.is_symlink() == linked
         write(path, "3")
         assert read(path) == "3" and (path.exists() and standing(path) == path)
