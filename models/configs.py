@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from lltk.graph.loading import LOADING
 from lltk.models.layouts import few
 
 _MODEL = "WanTransformer3DModel"
@@ -89,7 +90,8 @@ def validate_config(config: Mapping[str, Any], where: str = "config") -> dict[st
         ValueError: its class, keys or types are not those of WanTransformer3DModel, or it has an
             image branch, which lltk does not cover.
     """
-    from diffusers import WanTransformer3DModel
+    with LOADING:
+        from diffusers import WanTransformer3DModel
 
     full = fill_config(config, WanTransformer3DModel, where)
     if full["attention_head_dim"] % 2 or full["attention_head_dim"] < 6:

@@ -40,7 +40,8 @@ LINEARS = {
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a WanTransformer3DModel configuration."""
-    from diffusers import WanTransformer3DModel
+    with LOADING:
+        from diffusers import WanTransformer3DModel
 
     return ModelSpec(
         layers=config["num_layers"],
@@ -71,9 +72,10 @@ def rope_split(head_dim: int) -> tuple[int, int, int]:
 
 def build(config: Mapping[str, Any]) -> nn.Module:
     """The model, initialised as diffusers does."""
-    from diffusers import WanTransformer3DModel
+    with LOADING:
+        from diffusers import WanTransformer3DModel
 
-    return WanTransformer3DModel(**config)
+        return WanTransformer3DModel(**config)
 
 
 def captured(
@@ -92,7 +94,8 @@ def captured(
         dtypes, and the rotary tables as constants.
     """
     model_spec = spec(config)
-    from diffusers.models.attention_dispatch import attention_backend
+    with LOADING:
+        from diffusers.models.attention_dispatch import attention_backend
 
     frames = geometry.captured_frames(kind)
     tokens = frames * geometry.frame_tokens(model_spec)
@@ -130,7 +133,8 @@ def captured(
 
 def _rope_tables(config: Mapping[str, Any], model_spec: ModelSpec) -> dict[str, Tensor]:
     """diffusers' rotary tables, which no checkpoint holds."""
-    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+    with LOADING:
+        from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
     rope = WanRotaryPosEmbed(
         model_spec.head_dim, model_spec.patch, config.get("rope_max_seq_len", 1024)

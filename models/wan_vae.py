@@ -94,7 +94,8 @@ def validate_config(config: Mapping[str, Any], where: str = "config") -> dict[st
         ValueError: its class, keys or types are not those of AutoencoderKLWan, or its sizes
             contradict one another.
     """
-    from diffusers import AutoencoderKLWan
+    with LOADING:
+        from diffusers import AutoencoderKLWan
 
     known = {key: value for key, value in config.items() if key not in _IGNORED}
     full = fill_config(known, AutoencoderKLWan, where)
@@ -135,9 +136,9 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
 
 def build(config: Mapping[str, Any]) -> Any:
     """The model, initialised as diffusers does."""
-    from diffusers import AutoencoderKLWan
-
     with LOADING:
+        from diffusers import AutoencoderKLWan
+
         return AutoencoderKLWan(**config)
 
 
@@ -227,7 +228,8 @@ class _Decoder(nn.Module):
 
     def decode(self, latents: Tensor, caches: list[Any], first: bool) -> Tensor:
         """The video of some latents. diffusers replaces ``caches`` by the new ones in place."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+        with LOADING:
+            from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
         scaled = (latents * self.latents_std + self.latents_mean).to(self.dtype)
         video = self.decoder(

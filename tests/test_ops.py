@@ -6,9 +6,12 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Barrier
+from time import sleep
 from typing import Any
 
 import pytest
@@ -619,6 +622,30 @@ def test_every_implementation_loads_with_the_ops_signature() -> None:
                 a.is_write for a in overload(op)._schema.arguments
             ]
         assert find_implementation(op, name) is implementation
+
+
+@cpu
+def test_threads_that_load_an_implementation_get_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registering its operator a second time would end the first registration."""
+    (tmp_path / "in_threads").mkdir()
+    (tmp_path / "in_threads" / "fast.py").write_text(
+        "from lltk.ops.declaration import Declaration, Exactness\n"
+        'DECLARATION = Declaration(Exactness.ROUNDING, "for threads", opaque=True)\n'
+        "def write_page(page, value, slot): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    start = Barrier(4)
+
+    def load(_: int) -> object:
+        start.wait()
+        return find_implementation("write_page", "in_threads.fast").load()
+
+    found = overload("write_page")
+    monkeypatch.setattr("lltk.ops.implementations.overload", lambda op: (sleep(0.02), found)[1])
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(load, range(4)))) == 1
 
 
 @cpu

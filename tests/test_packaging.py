@@ -19,6 +19,7 @@ pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parents[1]
 MAPPED = ("passes", "models", "recipes")
+LAZY = ("diffusers", "transformers")
 FOLDERS = ("lltk", *MAPPED)
 
 # Which parts of lltk a part may import, beside itself.
@@ -111,6 +112,25 @@ def test_imports_follow_the_arrows() -> None:
 )
 def test_a_wrong_import_is_caught(path: str, source: str, culprit: str) -> None:
     assert wrong_imports(PurePosixPath(path), source) == [f"{path}: must not import {culprit}"]
+
+
+def unguarded_imports(source: str) -> list[int]:
+    """The lines of a module that import from diffusers or transformers without the lock."""
+    guarded, lines = set[ast.AST](), []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.With) and "LOADING" in ast.unparse(node.items[0]):
+            guarded.update(ast.walk(node))
+        elif isinstance(node, ast.ImportFrom) and node not in guarded:
+            package = (node.module or "").split(".")[0]
+            if package in LAZY and [name.name for name in node.names] != ["__version__"]:
+                lines.append(node.lineno)
+    return lines
+
+
+def test_one_thread_at_a_time_imports_diffusers() -> None:
+    """Its modules import one another in circles: a second thread would find one half imported."""
+    sources = {path: (ROOT / path).read_text() for path in source_files() if path.suffix == ".py"}
+    assert not {path: lines for path, text in sources.items() if (lines := unguarded_imports(text))}
 
 
 def test_the_drawing_of_the_rooms_is_true() -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lltk.files.outputs import marked
+from lltk.graph.loading import LOADING
 
 _NEVER = logging.CRITICAL + 1
 _MARK = "log of lltk train"
@@ -24,7 +25,8 @@ def hide_loading(speaks: bool = True) -> None:
     Args:
         speaks: whether warnings are shown. Of several ranks only one should show them.
     """
-    from transformers.utils.logging import disable_progress_bar
+    with LOADING:
+        from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     if not speaks:

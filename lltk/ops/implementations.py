@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ import lltk.ops
 from lltk.module_paths import find_by_path, import_by_path
 from lltk.ops.declaration import Declaration, read_declaration
 from lltk.ops.hardware import Capability, lacking
+
+_REGISTERING = RLock()
+"""Held while an operator is registered: a second registration would end the first."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Implementation:
         Raises:
             ValueError: the module cannot be imported, or defines no such function.
         """
-        return _load(self.op, self.name)
+        with _REGISTERING:
+            return _load(self.op, self.name)
 
     def missing(self, device: torch.device) -> str | None:
         """What the device or installation lacks to run it, or None."""

@@ -136,11 +136,11 @@ class TextEncoder:
     def _load(self) -> tuple[Any, Any]:
         """The tokenizer and the model."""
         if self._loaded is None:
-            from transformers import AutoTokenizer, UMT5EncoderModel
-
             encoder, words = (self._folder / part for part in _PARTS)
             try:
                 with LOADING:
+                    from transformers import AutoTokenizer, UMT5EncoderModel
+
                     tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
                     model = UMT5EncoderModel.from_pretrained(
                         encoder, dtype=self._dtype, local_files_only=True

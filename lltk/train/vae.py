@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lltk.graph.diagnose import first_bad_module
+from lltk.graph.loading import LOADING
 from lltk.train.data import Batch
 from lltk.train.graphs import Graphed
 from lltk.train.recipe import VaeSection
@@ -138,7 +139,8 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     Returns:
         [B, 3, 4·F − 3, H, W].
     """
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+    with LOADING:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 
     convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
     cache: list[Tensor | None] = [None] * convolutions

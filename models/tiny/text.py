@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lltk.files.writing import whole_folder
+from lltk.graph.loading import LOADING
 from lltk.models.configs import named_config
 from lltk.models.tiny.world import WORDS
 
@@ -30,7 +31,9 @@ def make_tokenizer() -> Any:
     spelt is ``<unk>``.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+
+    with LOADING:
+        from transformers import PreTrainedTokenizerFast
 
     pad, end, unknown = _SPECIAL
     vocabulary = {token: index for index, token in enumerate(_tokens())}
@@ -52,7 +55,8 @@ def _tokens() -> tuple[str, ...]:
 
 def make_encoder(seed: int = 0) -> nn.Module:
     """A `UMT5EncoderModel` of the tiny transformer's text width, in float32."""
-    from transformers import UMT5Config, UMT5EncoderModel
+    with LOADING:
+        from transformers import UMT5Config, UMT5EncoderModel
 
     width = named_config("tiny")["text_dim"]
     config = UMT5Config(
@@ -64,7 +68,7 @@ def make_encoder(seed: int = 0) -> nn.Module:
         num_heads=4,
         dropout_rate=0.0,
     )
-    with torch.random.fork_rng(devices=[]):
+    with LOADING, torch.random.fork_rng(devices=[]):
         model: nn.Module = UMT5EncoderModel(config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
