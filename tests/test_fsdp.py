@@ -60,7 +60,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     try:
         module = instantiate(program())
         whole = sum(p.numel() for p in module.parameters())
-        module.checkpoint_blocks()
+        module.recompute_blocks()
         mesh = init_device_mesh("cpu", (RANKS,))
         for block in module.blocks_by_path.values():
             fully_shard(block, mesh=mesh)

@@ -162,7 +162,7 @@ def test_blocks_recompute_to_the_same_gradients() -> None:
     for checkpointed in (False, True):
         module = instantiate(reached("train", *PASSES["train"], **WIDTH))
         if checkpointed:
-            module.checkpoint_blocks()
+            module.recompute_blocks()
         runs = _count_runs(module)
         result = module(
             "train",

@@ -717,6 +717,7 @@ def test_parts_needs_are_the_wholes() -> None:
         ("DECLARATION = Declaration(Exactness.EXACT, '')", "EXACT"),
         ("DECLARATION = Declaration(Exactness.BITWISE)", "missing 1 required"),
         ("DECLARATION = Declaration(", "'(' was never closed"),
+        ("DECLARATION = 'fast'", "'fast' is no Declaration"),
     ],
 )
 def test_declarations_that_cannot_be_read_are_named(tmp_path: Path, text: str, said: str) -> None:
@@ -732,7 +733,8 @@ def test_declarations_are_read_without_importing(tmp_path: Path) -> None:
     file = tmp_path / "fast.py"
     file.write_text(
         "import nothing_of_the_kind\n"
-        "DECLARATION = Declaration(Exactness.ROUNDING, 'fast', architectures=(*ARITHMETIC, (9, 9)))"
+        "DECLARATION: object = "
+        "Declaration(Exactness.ROUNDING, 'fast', architectures=(*ARITHMETIC, (9, 9)))"
     )
     found = read_declaration(file)
     assert found == Declaration(Exactness.ROUNDING, "fast", architectures=(*ARITHMETIC, (9, 9)))

@@ -268,7 +268,7 @@ def test_flow_matching_learns_through_a_program(tmp_path: Path, kind: Kind) -> N
 def test_recomputing_blocks_changes_nothing(tmp_path: Path) -> None:
     program, plain = runnable(make_recipe("train", batch=4))
     recomputing = instantiate(program)
-    recomputing.checkpoint_blocks()
+    recomputing.recompute_blocks()
     ends = []
     for name, module in (("plain", plain), ("recomputing", recomputing)):
         section = flow_settings(steps=2)

@@ -111,7 +111,7 @@ class ProgramModule(nn.Module):
         """
         return self(WEIGHTS, {}) if WEIGHTS in self._graphs else {}
 
-    def checkpoint_blocks(self) -> None:
+    def recompute_blocks(self) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         for block in self.blocks_by_path.values():
             block.recompute = True

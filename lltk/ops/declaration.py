@@ -78,9 +78,14 @@ def read_declaration(path: Path) -> Declaration | None:
             return None
         for statement in ast.parse(source).body:
             match statement:
-                case ast.Assign([ast.Name("DECLARATION")], value):
+                case (
+                    ast.Assign([ast.Name("DECLARATION")], value)
+                    | ast.AnnAssign(ast.Name("DECLARATION"), _, ast.expr() as value)
+                ):
                     code = compile(ast.Expression(value), str(path), "eval")
-                    made: Declaration = eval(code, {name: globals()[name] for name in __all__})
+                    made = eval(code, {name: globals()[name] for name in __all__})
+                    if not isinstance(made, Declaration):
+                        raise TypeError(f"{made!r} is no Declaration")
                     return made
     except (OSError, SyntaxError, NameError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its declaration cannot be read: {error}") from error

@@ -85,7 +85,7 @@ class TransformerPlan:
             program = with_weights(program, model.state_dict())
         module = instantiate(program, self.device)
         if section.recompute:
-            module.checkpoint_blocks()
+            module.recompute_blocks()
         if section.compile:
             module.compile_blocks()
         return FlowMatching(

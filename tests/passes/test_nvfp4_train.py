@@ -368,7 +368,7 @@ def test_recomputed_blocks_have_the_same_gradients() -> None:
     program = trained(2, "regionalise", "lower")
     wanted = gradients(program)[1]
     module = instantiate(program)
-    module.checkpoint_blocks()
+    module.recompute_blocks()
     FlowMatching(program, module).loss(clips(program)).backward()
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
