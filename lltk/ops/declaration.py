@@ -78,9 +78,8 @@ def read_declaration(path: Path) -> Declaration | None:
             return None
         for statement in ast.parse(source).body:
             match statement:
-                case (
-                    ast.Assign([ast.Name("DECLARATION")], value)
-                    | ast.AnnAssign(ast.Name("DECLARATION"), _, ast.expr() as value)
+                case ast.Assign([ast.Name("DECLARATION")], value) | ast.AnnAssign(
+                    ast.Name("DECLARATION"), _, ast.expr() as value
                 ):
                     code = compile(ast.Expression(value), str(path), "eval")
                     made = eval(code, {name: globals()[name] for name in __all__})
