@@ -235,7 +235,7 @@ def test_few_clips_are_encoded_once(
 
 
 def test_clips_may_be_longer_than_what_trains(tmp_path: Path) -> None:
-    """Those of the world are: their shots open where their captions change."""
+    """Clips of the tiny world are. Their shots open where their captions change."""
     torch.manual_seed(0)
     save_vae(tmp_path / "vae", wan_vae.build(VAE).state_dict(), VAE)
     save_text_encoder(tmp_path)

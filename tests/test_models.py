@@ -174,7 +174,7 @@ def test_a_limit_of_sessions(plan: StreamPlan, monkeypatch: pytest.MonkeyPatch) 
 
     with models.open(sink, SHOTS) as stream:
         message = refused(models.open, sink, SHOTS)
-        assert message.startswith("sessions: 1 are open, as many as load_models allows; close one")
+        assert message.startswith("sessions: 1 are open, as many as load_models allows; leave the")
         assert message.endswith("KiB on cpu)")
         next(stream)
     abandoned = models.open(sink, SHOTS)

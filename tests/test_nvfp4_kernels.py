@@ -148,7 +148,7 @@ def failures(device: str, dtypes: tuple[torch.dtype, ...], thorough: bool) -> It
 
 
 def controls(device: str) -> Iterator[str]:
-    """Differences that are too small to matter, and must be seen all the same."""
+    """Small changes of a call that change bits of its result: the comparison must see each."""
     kernels = Kernels(device)
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(3))
 
@@ -377,7 +377,7 @@ def test_kernels_replay_in_cuda_graphs() -> None:
 def compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[int, Callable[[], object]], dict[str, str]]:
-    """Kernels that a call launches, compiled for an architecture that need not be there: PTX."""
+    """Gives the PTX of the kernels that a call launches. No GPU of its architecture is needed."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction

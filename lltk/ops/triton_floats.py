@@ -28,7 +28,7 @@ def reciprocal(scale):
 
 @triton.jit
 def round_e4m3_up(values):
-    """Bytes of the least E4M3 values not below, of float32 from 0 to 448; int32."""
+    """Round float32 from 0 to 448 up to E4M3; its bytes, as int32."""
     nearest = round_e4m3(values)
     return nearest + (decode_e4m3(nearest) < values).to(tl.int32)
 

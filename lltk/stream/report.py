@@ -38,5 +38,5 @@ class ChunkReport:
 
     @property
     def outside(self) -> float:
-        """Seconds of its own that were spent neither in models nor in waiting for one."""
+        """Seconds that the session's thread spent neither in a model nor waiting."""
         return self.seconds - self.text - sum(self.graphs.values()) - self.waited

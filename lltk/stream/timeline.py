@@ -61,7 +61,7 @@ class Timeline:
 
     @property
     def index(self) -> int:
-        """Index of the next chunk, or of the one in flight; as many chunks are made."""
+        """Index of the chunk in flight, or else of the next one: how many chunks are made."""
         return self.state.index
 
     @property

@@ -71,8 +71,8 @@ class Slots:
     def _new(self) -> Slot:
         if self._limit is not None and len(self._every) >= self._limit:
             raise ValueError(
-                f"sessions: {self._limit} are open, as many as load_models allows; close one, or "
-                f"allow more (each needs {self._cost})"
+                f"sessions: {self._limit} are open, as many as load_models allows; leave the block "
+                f"of one, or allow more (each needs {self._cost})"
             )
         if self._every:
             self._check()

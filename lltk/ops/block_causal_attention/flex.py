@@ -59,7 +59,7 @@ def block_mask(
 
 
 def _coverage(allowed: Tensor, tokens: int, chunk_tokens: int) -> tuple[Tensor, Tensor]:
-    """Per block pair: whether any, and whether every, token pair is allowed."""
+    """For each pair of blocks, whether any pair of their tokens is allowed, and whether all are."""
     sums = torch.nn.functional.pad(allowed.long().cumsum(0).cumsum(1), (1, 0, 1, 0))
     starts = torch.arange(0, tokens, BLOCK, device=allowed.device)
     first = starts // chunk_tokens

@@ -24,7 +24,7 @@ def compose(
     Args:
         module: the Python module that the implementation belongs to.
         gather_fp8, fp8_attention, row_pipeline, quantise_centred: implementations of
-            `nvfp4_gather_fp8`, of the ops of the next two names and of `fp8_quantise_centred`.
+            `nvfp4_gather_fp8`, `fp8_attention`, `row_pipeline` and `fp8_quantise_centred`.
     """
 
     def fp8_quantise_attention(

@@ -167,9 +167,11 @@ def _unit(largest: Tensor) -> Tensor:
 def _error(
     blocks: Tensor, scales: Tensor, decode: Tensor, units: list[Tensor], top: float, rule: str
 ) -> Tensor:
-    """What rounding to nearest loses in a block: code · scale · amax / (6·top) − x, in units.
+    """The error of a block x that is rounded to nearest, in the units of `_unit`, by a rule.
 
-    Sums go along a row in order, then over halves of the rows.
+    The difference of a value is code · scale · amax / (6·top) − x. The rule ``abs_max`` takes the
+    largest. For the others, differences are summed along each row in order; then the upper half of
+    the rows is added to the lower until one row is left.
     """
     unit, largest = units
     codes = round_e2m1(_scaled(blocks, scales, decode))
