@@ -219,6 +219,22 @@ def test_a_thread_waits_for_the_end_of_a_pause() -> None:
     assert not running.wait(), "nothing is left to wait for"
 
 
+def test_closing_ends_the_wait_for_the_end_of_a_pause() -> None:
+    running = timeline(shot("a", 1))
+    running.pause()
+    with ThreadPoolExecutor(1) as pool:
+        waited = pool.submit(running.wait)
+        running.close()
+        assert not waited.result(timeout=60)
+
+
+def test_two_chunks_are_not_made_at_once() -> None:
+    running = timeline(shot("a", 2))
+    with running.next(), pytest.raises(ValueError, match="another thread"), running.next():
+        pass
+    assert [chunk.index for chunk in make(running)] == [1]
+
+
 # Failures and states
 
 

@@ -189,6 +189,7 @@ class Session:
 
     def close(self) -> None:
         """Wait for the last frames; raises what decoding or the sink raised."""
+        self.timeline.close()
         self.delivery.close()
 
     def __enter__(self) -> Session:
@@ -201,6 +202,7 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.timeline.close()
         self.delivery.__exit__(kind, error, trace)
 
     def state(self) -> SessionState:

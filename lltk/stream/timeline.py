@@ -50,6 +50,7 @@ class Timeline:
         self._last: Chunk | None = None
         self._in_flight = False  # if so, it is the first of the chunks
         self._paused = False
+        self._closed = False
         self._events = 0
         self._changed = Condition()
 
@@ -163,9 +164,15 @@ class Timeline:
 
         It is None during a pause, and when the script is over. Where the block raises, the chunk is
         still to be made, and events act on it again.
+
+        Raises:
+            ValueError: another chunk is being made.
         """
         with self._changed:
-            assert not self._in_flight, "a session makes one chunk at a time"
+            if self._in_flight:
+                raise ValueError(
+                    "stream: another thread is making a chunk of it; iterate from one at a time"
+                )
             ready = bool(self._chunks) and not self._paused
             self._in_flight = ready
             chunk = _applied(self._chunks[0]) if ready else None
@@ -183,8 +190,14 @@ class Timeline:
     def wait(self) -> bool:
         """Wait for the end of a pause; whether there is a chunk to be made."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._paused or not self._chunks)
-            return bool(self._chunks)
+            self._changed.wait_for(lambda: not self._paused or not self._chunks or self._closed)
+            return bool(self._chunks) and not (self._paused and self._closed)
+
+    def close(self) -> None:
+        """Let nobody wait for the end of a pause any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     # With the lock held
 
