@@ -1,4 +1,4 @@
-"""Recipes: YAML files that say which model, at which sizes, through which passes."""
+"""Recipes: YAML or JSON files that say which model, at which sizes, through which passes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from lltk.files.reading import check_plain, parse_yaml, read_yaml
+from lltk.files.reading import check_plain, parse_yaml, read_plain
 from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.recipe_files import find_recipe
 
@@ -152,7 +152,13 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path}: extends itself through {' → '.join(p.name for p in seen)}")
     if len(seen) == _LONGEST_CHAIN:
         raise ValueError(f"{seen[0]}: extends more than {_LONGEST_CHAIN} recipes in a row")
-    data = read_yaml(path)
+    data = read_plain(path)
+    shots = data if isinstance(data, list) else []
+    if shots and all(isinstance(shot, dict) and "caption" in shot for shot in shots):
+        raise ValueError(
+            f"{path}: is a shot script, not a recipe; name a recipe first, such as tiny_stream, "
+            f"and give the script as --script {path}"
+        )
     if not isinstance(data, dict):
         raise ValueError(f"{path}: is not a mapping of recipe keys")
     parent = data.pop("extends", None)
@@ -189,7 +195,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise ValueError(f"--set {override}: {parent} holds a value, not keys")
-    data[leaf] = parse_yaml(text, f"--set {override}")
+    data[leaf] = parse_yaml(text, f"--set {override}", prose=True)
 
 
 def _options(passes: list[Any], name: str, override: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Shot scripts: what a video shows, shot after shot.
 
-A script is a YAML list::
+A script is a list, in YAML or JSON::
 
     - caption: A red circle moves to the right.
       seconds: 4
@@ -15,18 +15,22 @@ A shot with ``cut: false`` goes on from the one before it: only the prompt is sw
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from lltk.files.reading import read_yaml
+from lltk.files.reading import read_plain
 from lltk.graph.recipe import validated
 
 SCENE_CUT = "The scene transitions. "
 """LongLive's marker: it precedes the caption in the first chunk after a cut."""
 LONGEST_CAPTION = 10_000
 """Characters; more are taken for a slip."""
+_SPACE = re.compile(r"[ \t\r\n]+")
+"""Between words. Other white space may be a character that was decoded wrongly; see `clean`."""
 LONGEST_SHOT = 3600.0
 """Seconds; a longer shot is taken for a slip."""
 
@@ -45,9 +49,9 @@ class Shot(BaseModel):
     @field_validator("caption")
     @classmethod
     def _says_something(cls, caption: str) -> str:
-        words = " ".join(caption.split())
-        if not words:
+        if not caption.strip():
             raise ValueError("caption: is empty; say what the shot shows")
+        words = _SPACE.sub(" ", caption).strip(" ")
         if len(words) > LONGEST_CAPTION:
             raise ValueError(
                 f"caption: of {len(words)} characters; write at most {LONGEST_CAPTION}, of which "
@@ -72,7 +76,10 @@ def load_script(path: Path) -> tuple[Shot, ...]:
     Raises:
         ValueError: unreadable, or a shot that does not fit; names the shot and the nearest key.
     """
-    return parse_script(read_yaml(path), str(path))
+    data = read_plain(path)
+    if isinstance(data, dict) and ("passes" in data or "extends" in data):
+        raise ValueError(f"{path}: is a recipe, not a shot script; give it before the options")
+    return parse_script(data, str(path))
 
 
 def parse_script(data: Any, where: str) -> tuple[Shot, ...]:
@@ -89,6 +96,11 @@ def single_shot(caption: str, seconds: float, where: str = "prompt") -> tuple[Sh
         ValueError: an empty caption or a length that does not fit.
     """
     return (_shot({"caption": caption, "seconds": seconds}, where),)
+
+
+def prompted(prompts: Sequence[str], seconds: float) -> tuple[Shot, ...]:
+    """The script of plain prompts, a shot each of so many seconds; errors as `single_shot`'s."""
+    return tuple(shot for prompt in prompts for shot in single_shot(prompt, seconds))
 
 
 def _shot(data: dict[str, Any], where: str) -> Shot:
