@@ -6,11 +6,13 @@ import hashlib
 import html
 import json
 import logging
+import re
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -28,11 +30,13 @@ _CALL = 8192
 
 
 def clean(text: str) -> str:
-    """The text as Wan's encoder was trained to see it.
+    """The text as Wan's encoder was trained to see it, which is diffusers' ``prompt_clean``.
 
-    HTML entities are replaced by what they stand for, and white space by single spaces.
+    Characters that were decoded wrongly are mended, typographic quotes, ligatures and full-width
+    letters become plain ones, HTML entities what they stand for, and white space single spaces.
     """
-    return " ".join(html.unescape(html.unescape(text)).split())
+    mended = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", mended).strip()
 
 
 class TextEncoder:
