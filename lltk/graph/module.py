@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint
 
+from lltk.graph.contract import Role
+from lltk.graph.edit import role_of
 from lltk.graph.facts import Trainable
 from lltk.graph.program import Program
 from lltk.graph.verify import WEIGHTS
@@ -53,11 +56,15 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program, device: torch.device, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self._regions: dict[str, Callable[..., Any]] = {
+        self._regions: dict[str, Any] = {
             name: fx.GraphModule(nn.Module(), region.graph, class_name=name)
             for name, region in program.regions.items()
         }
-        self._steady = [n for n, region in program.regions.items() if not region.once_a_prompt]
+        self._table_readers = {
+            name: _table_readers(program, name)
+            for name, region in program.regions.items()
+            if not region.once_a_prompt
+        }
         self._graphs: dict[str, Callable[..., dict[str, Tensor]]] = {}
         self.blocks_by_path = self._make_blocks(program)
         trainable = program.fact(Trainable).names
@@ -119,13 +126,17 @@ class ProgramModule(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compile the regions. Layers that share a region share its compiled code.
 
-        What only the prologue runs, which is once a prompt, stays as it is.
+        What only the prologue runs, which is once a prompt, stays as it is. So do the ops that read
+        the page table: it grows while the window fills, and every length would be compiled anew.
 
         Args:
             options: for torch.compile.
         """
-        for name in self._steady:
-            self._regions[name] = torch.compile(self._regions[name], **options)
+        for name, readers in self._table_readers.items():
+            if readers:
+                self._regions[name] = _compiled_around(self._regions[name], readers, options)
+            else:
+                self._regions[name] = torch.compile(self._regions[name], **options)
 
     def compile_graph(self, name: str, **options: Any) -> None:
         """Compile a named graph as a whole.
@@ -159,6 +170,39 @@ def instantiate(
             "from a recipe with model.checkpoint, or load them with with_weights"
         )
     return ProgramModule(program, torch.device(device), dtype)
+
+
+def _table_readers(program: Program, region: str) -> frozenset[str]:
+    """The nodes of a region that read the page table, by name."""
+    call = next(
+        node
+        for graph in program.graphs.values()
+        for node in graph.find_nodes(op="call_module")
+        if node.args[0] == region
+    )
+    inputs = program.regions[region].graph.find_nodes(op="placeholder")
+    given = zip(inputs, call.args[1:], strict=False)  # parameters follow
+    tables = [own for own, value in given if role_of(value) is Role.TABLE]
+    return frozenset(user.name for table in tables for user in table.users)
+
+
+def _compiled_around(
+    region: fx.GraphModule, readers: Collection[str], options: Mapping[str, Any]
+) -> fx.GraphModule:
+    """The region in parts: what lies between some nodes is compiled, the nodes are not."""
+    parts: dict[str, int] = {}
+    part = 0
+    for node in region.graph.nodes:
+        own = node.name in readers
+        part += own
+        parts[node.name] = part
+        part += own
+    made = split_module(region, region, lambda node: parts[node.name])
+    kept = {f"submod_{parts[name]}" for name in readers}
+    for name, module in list(made.named_children()):
+        if name not in kept:
+            setattr(made, name, torch.compile(module, **options))
+    return made
 
 
 def _consuming(graph: fx.Graph) -> fx.Graph:
