@@ -201,9 +201,10 @@ def test_a_disk_full_at_the_end(tmp_path: Path, missing: int) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_device_is_no_place_for_a_video() -> None:
+def test_a_device_is_no_place_for_a_video(tmp_path: Path) -> None:
+    (tmp_path / "video.mp4").symlink_to("/dev/null")
     with pytest.raises(OSError, match="it is no file"):
-        VideoWriter(Path("/dev/null"), SIDE, SIDE, 24)
+        VideoWriter(tmp_path / "video.mp4", SIDE, SIDE, 24)
 
 
 def test_a_video_that_another_writer_replaced_is_said(tmp_path: Path) -> None:
@@ -228,7 +229,12 @@ def test_a_disk_full_from_the_start(tmp_path: Path) -> None:
 
 def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "file" / "video.mp4", tmp_path / "file" / "a" / "b.mp4"):
+    (tmp_path / "folder.mp4").mkdir()
+    for path in (
+        tmp_path / "folder.mp4",
+        tmp_path / "file" / "video.mp4",
+        tmp_path / "file" / "a" / "b.mp4",
+    ):
         with pytest.raises(
             OSError, match=r"^video: .*: cannot be written \(.*\); nothing was kept;"
         ):
@@ -240,7 +246,7 @@ def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     [
         ((63, 64, 24), r"height of 63 pixels: .* nearest that fit: 62 and 64"),
         ((64, 1, 24), r"width of 1 pixels: .* nearest that fit: 2 and 4"),
-        ((64, 64, 0), r"0 frames a second: write from 1 to 1000"),
+        ((64, 64, 0), r"0 frames a second: video.mp4 takes from 1 to 1000"),
         ((64, 64, float("nan")), r"nan frames a second"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Video files: MP4 written as frames arrive, and a contact sheet of shots."""
+"""Video files, written as frames arrive, and a contact sheet of shots."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from lltk.files.outputs import marked
 from lltk.files.writing import beside, sync, sync_folder, whole_file
+from lltk.stream.forms import FORMS, form_of
 
 if TYPE_CHECKING:
-    from av import VideoFrame
+    from av import VideoFrame, VideoStream
+    from av.filter import Graph
     from typing_extensions import Buffer
 
 KEYFRAME_EVERY = 12
@@ -60,38 +62,46 @@ def levels(video: Tensor) -> Tensor:
 
 
 class VideoWriter:
-    """An H.264 MP4 that plays whatever became of its writer.
+    """A video file in the form that its suffix names; see `lltk.stream.forms`.
 
-    The file is a row of fragments of 12 frames, each on disk once the next begins or the
-    writer is closed; so a killed process or a full disk loses a fragment, not the video. Colours
-    are BT.709 in 4:2:0, and tagged so. As a context manager it is closed on the way out, after an
-    error too. What was at the path is replaced once the first fragment is whole; missing folders
-    are made, and a link is followed.
+    It plays whatever became of its writer, unless it is a WebP, which is written as it is closed.
+    An MP4 is a row of fragments of 12 frames, each on disk once the next begins or the writer is
+    closed; so a killed process or a full disk loses a fragment, not the video. Colours are BT.709
+    in 4:2:0, and tagged so; each frame of a GIF has a palette of its own. As a context manager it
+    is closed on the way out, after an error too. What was at the path is replaced once the first
+    fragment is whole; missing folders are made, and a link is followed.
 
     Args:
-        path: the file.
+        path: the file, with one of the suffixes of `lltk.stream.forms.FORMS`.
         height, width: pixels, even.
         fps: frames a second.
         threads: of the encoder; fewer than the models leave free.
 
     Raises:
-        ValueError: odd sides, or no frame rate.
+        ValueError: odd sides, no frame rate, or a suffix of no form.
         OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path, height: int, width: int, fps: float, threads: int = 1) -> None:
+        form = form_of(path)
+        if form is None:
+            raise ValueError(f"{path}: names no form of video; add one of {', '.join(FORMS)}")
         for name, size in (("height", height), ("width", width)):
             if size < 2 or size % 2:
                 below = max(size // 2 * 2, 2)
                 raise ValueError(
-                    f"video: {name} of {size} pixels: H.264 in 4:2:0 needs an even number; "
+                    f"video: {name} of {size} pixels: 4:2:0 needs an even number; "
                     f"the nearest that fit: {below} and {below + 2}"
                 )
-        if not 1 <= fps <= 1000:
-            raise ValueError(f"video: {fps:g} frames a second: write from 1 to 1000")
+        if not 1 <= fps <= form.fastest:
+            raise ValueError(
+                f"video: {fps:g} frames a second: {path.name} takes from 1 to {form.fastest}"
+            )
         import av
 
+        self._form = form
         self._reformatter = av.video.reformatter.VideoReformatter()
+        self._palette = _palette_graph(height, width) if form.pixels == "pal8" else None
         self._path = path
         self._place = Path(os.path.realpath(path))
         self._now = beside(self._place)
@@ -101,38 +111,28 @@ class VideoWriter:
         self._frames = 0
         self._packets = 0
         self._kept = self._kept_bytes = 0
-        """What whole fragments hold; the next one's keyframe ends a fragment."""
+        """What plays where the file is cut off: whole fragments, which the next keyframe ends."""
         self._open: ExitStack | None = ExitStack()
-        options = {
-            "movflags": "frag_keyframe+empty_moov+default_base_moof",
-            "flush_packets": "1",
-        }
+        options = {"flush_packets": "1", **form.container_options}
         with self._writing() as stack:
             self._place.parent.mkdir(parents=True, exist_ok=True)
             if self._place.exists() and not self._place.is_file():
                 raise OSError(21, "it is no file")
             self._disk = stack.enter_context(_Disk(self._now, "xb"))
             self._file = stack.enter_context(
-                av.open(self._disk, "w", format="mp4", options=options)
+                av.open(self._disk, "w", format=form.container, options=options)
             )
             self._file.metadata["comment"] = _VIDEO_MARK
-            self._stream = self._file.add_stream(
-                "libx264",
-                rate=self._rate,
-                options={
-                    "crf": "18",
-                    "preset": "veryfast",
-                    "tune": "zerolatency",
-                    "sc_threshold": "0",
-                },
-            )
+            made = self._file.add_stream(form.encoder, self._rate, options=dict(form.options))
+            self._stream = cast("VideoStream", made)
             self._stream.height, self._stream.width = height, width
-            self._stream.pix_fmt = "yuv420p"
+            self._stream.pix_fmt = form.pixels
             self._stream.gop_size = KEYFRAME_EVERY
             self._stream.thread_count = threads
-            self._stream.colorspace = self._stream.color_primaries = BT709
-            self._stream.color_trc = BT709
-            self._stream.color_range = LIMITED
+            if self._palette is None:
+                self._stream.colorspace = self._stream.color_primaries = BT709
+                self._stream.color_trc = BT709
+                self._stream.color_range = LIMITED
             self._file.start_encoding()
 
     @property
@@ -157,16 +157,10 @@ class VideoWriter:
                 f"[F, {', '.join(map(str, self._shape))}] is required"
             )
         import av
-        from av.video.reformatter import ColorRange, Colorspace
 
         with self._writing():
             for pixels in frames.numpy():
-                frame = self._reformatter.reformat(
-                    av.VideoFrame.from_ndarray(pixels, format="rgb24"),
-                    format="yuv420p",
-                    dst_colorspace=Colorspace.ITU709,
-                    dst_color_range=ColorRange.MPEG,
-                )
+                frame = self._encodable(av.VideoFrame.from_ndarray(pixels, format="rgb24"))
                 frame.pts, frame.time_base = self._frames, 1 / self._rate
                 self._encode(frame)
                 self._frames += 1
@@ -194,11 +188,25 @@ class VideoWriter:
     ) -> None:
         self.close()
 
+    def _encodable(self, frame: VideoFrame) -> VideoFrame:
+        """The frame in the encoder's pixels."""
+        if self._palette is not None:
+            self._palette.push(frame)
+            return cast("VideoFrame", self._palette.pull())
+        from av.video.reformatter import ColorRange, Colorspace
+
+        return self._reformatter.reformat(
+            frame,
+            format=self._form.pixels,
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+        )
+
     def _encode(self, frame: VideoFrame | None) -> None:
         """Encode and write a frame, or what the encoder still holds."""
         for packet in self._stream.encode(frame):
             self._file.mux(packet)
-            if packet.is_keyframe:
+            if packet.is_keyframe or self._form.any_cut:
                 self._kept, self._kept_bytes = self._packets, self._disk.tell()
                 if self._kept:
                     self._show()
@@ -230,7 +238,9 @@ class VideoWriter:
         try:
             yield self._open
         except OSError as error:
-            with suppress(OSError):
+            import av
+
+            with suppress(OSError, av.error.FFmpegError):
                 self._open.close()
             self._open = None
             with suppress(OSError):
@@ -245,6 +255,26 @@ class VideoWriter:
                 f"video: {self._path}: cannot be written ({error.strerror}); "
                 f"{kept if self._kept else 'nothing was kept'}; name a path with room to write"
             ) from error
+
+
+def _palette_graph(height: int, width: int) -> Graph:
+    """Gives each frame a palette of its own."""
+    import av
+
+    graph = av.filter.Graph()
+    given = graph.add_buffer(
+        width=width, height=height, format=av.VideoFormat("rgb24"), time_base=Fraction(1, 1000)
+    )
+    both = graph.add("split")
+    palette = graph.add("palettegen", "stats_mode=single")
+    use = graph.add("paletteuse", "new=1")
+    given.link_to(both)
+    both.link_to(palette, 0, 0)
+    both.link_to(use, 1, 0)
+    palette.link_to(use, 0, 1)
+    use.link_to(graph.add("buffersink"))
+    graph.configure()
+    return graph
 
 
 def write_video(path: Path, video: Tensor, fps: float) -> None:

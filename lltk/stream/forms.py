@@ -1,0 +1,62 @@
+"""The forms that a video can be written in, by the suffix of its path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Form:
+    """How FFmpeg writes a form of video.
+
+    Attributes:
+        container, encoder: its names for them.
+        pixels: its name for the encoder's pixels. Those in YUV are in BT.709, 4:2:0.
+        options: of the encoder.
+        container_options: of the container.
+        fastest: the most frames a second that it can show.
+        any_cut: whether it can be cut off before any frame, not just before keyframes.
+    """
+
+    container: str
+    encoder: str
+    pixels: str = "yuv420p"
+    options: Mapping[str, str] = field(default_factory=dict)
+    container_options: Mapping[str, str] = field(default_factory=dict)
+    fastest: int = 1000
+    any_cut: bool = False
+
+
+_H264 = {"crf": "18", "preset": "veryfast", "tune": "zerolatency", "sc_threshold": "0"}
+_VP9 = {"crf": "24", "b": "0", "deadline": "realtime", "cpu-used": "6", "lag-in-frames": "0"}
+_FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+_CLUSTERS = {"cluster_size_limit": "1"}
+"""A cluster a frame, so that a file that was cut off holds every frame before the last."""
+
+FORMS: Mapping[str, Form] = {
+    ".mp4": Form("mp4", "libx264", options=_H264, container_options=_FRAGMENTS),
+    ".mkv": Form("matroska", "libx264", options=_H264, container_options=_CLUSTERS),
+    ".webm": Form("webm", "libvpx-vp9", options=_VP9, container_options=_CLUSTERS),
+    ".gif": Form("gif", "gif", "pal8", container_options={"loop": "0"}, fastest=50, any_cut=True),
+    ".webp": Form(
+        "webp", "libwebp_anim", options={"quality": "90"}, container_options={"loop": "0"}
+    ),
+}
+"""By suffix, in lower case."""
+
+
+def form_of(path: Path) -> Form | None:
+    """The form that a path's suffix names; None for a folder of frames, which has no suffix.
+
+    Raises:
+        ValueError: no video can be written in the form that the suffix names.
+    """
+    suffix = path.suffix.lower()
+    if suffix and suffix not in FORMS:
+        raise ValueError(
+            f"{path}: a video cannot be written as {suffix}; use {', '.join(FORMS)}, or a name "
+            "without a suffix for a folder of PNG frames"
+        )
+    return FORMS[suffix] if suffix else None
