@@ -31,6 +31,7 @@ from lltk.train.data import Dataset
 from lltk.train.loop import Trainer, run_outputs
 from lltk.train.metrics import Metrics
 from lltk.train.objective import Objective
+from lltk.train.progress import Note, silent
 from lltk.train.recipe import TrainSection
 
 
@@ -54,6 +55,10 @@ class TrainingPlan(Protocol):
         """The passes that its Program went through; empty where there is no Program."""
 
     @property
+    def origin(self) -> str:
+        """Where the weights come from that training begins with."""
+
+    @property
     def about(self) -> Mapping[str, Any]:
         """What its training states say of it: ``recipe``, ``log`` and ``versions``."""
 
@@ -61,8 +66,8 @@ class TrainingPlan(Protocol):
     def memory(self) -> Mapping[str, int]:
         """Bytes by owner."""
 
-    def dataset(self) -> Dataset:
-        """Load what makes the clips.
+    def dataset(self, note: Note = silent) -> Dataset:
+        """Load what makes the clips; ``note`` is told how many are encoded.
 
         Raises:
             ValueError: the clips or their encoder cannot be read, or the device lacks what the
@@ -93,8 +98,10 @@ class TrainingPlan(Protocol):
             What was written.
         """
 
-    def write_samples(self, objective: Objective, dataset: Dataset, folder: Path) -> None:
-        """Write what the module can do so far to a folder."""
+    def write_samples(
+        self, objective: Objective, dataset: Dataset, folder: Path, note: Note = silent
+    ) -> None:
+        """Write what the module can do so far to a folder; ``note`` is told how far that is."""
 
 
 def plan_training(
@@ -128,6 +135,7 @@ class Training:
         dataset: the clips.
         folder: the run's; see `Trainer`.
         resume: go on from the newest training state in the folder, if there is one.
+        note: told how far validations and samples are.
         overwrite: whether exported weights may replace what lltk did not write.
     """
 
@@ -137,6 +145,7 @@ class Training:
         dataset: Dataset,
         folder: Path,
         resume: bool,
+        note: Note = silent,
         overwrite: bool = False,
     ) -> None:
         self._plan = plan
@@ -144,9 +153,9 @@ class Training:
         self._dataset = dataset
         self._folder = folder
         self.objective = plan.objective()
-        sample = partial(plan.write_samples, self.objective, dataset)
+        sample = partial(plan.write_samples, self.objective, dataset, note=note)
         self.trainer = Trainer(
-            self.objective, dataset, plan.section, folder, plan.about, sample, resume
+            self.objective, dataset, plan.section, folder, plan.about, sample, resume, note
         )
 
     def __iter__(self) -> Iterator[Metrics]:
@@ -185,6 +194,7 @@ def open_training(
     *,
     resume: bool = False,
     dataset: Dataset | None = None,
+    note: Note = silent,
     overwrite: bool = False,
 ) -> Iterator[Training]:
     """Load the clips and the model, ready to train.
@@ -197,6 +207,7 @@ def open_training(
         folder: the run's. It gets training states, metrics, samples and exported weights.
         resume: go on from the newest training state in the folder, if there is one.
         dataset: the clips; None for those that ``train.data`` names.
+        note: told how far the work is that is no step: encoding clips, validating, sampling.
         overwrite: whether the run may replace what lltk did not write.
 
     Raises:
@@ -208,9 +219,9 @@ def open_training(
         there = folder.exists()
         if there:
             opened.enter_context(held(folder))
-        clips = plan.dataset() if dataset is None else dataset
+        clips = plan.dataset(note) if dataset is None else dataset
         if not there:  # it is made once all that the recipe names was found
             opened.enter_context(held(folder))
-        run = Training(plan, clips, folder, resume, overwrite)
+        run = Training(plan, clips, folder, resume, note, overwrite)
         opened.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))
         yield run

@@ -87,6 +87,7 @@ def test_every_size_ships_every_kind() -> None:
         ),
         "tiny_stream_w4a4",
         "wan22_5b_stream_sp2",
+        "wan22_5b_train_lora",
         "wan22_decode",
     }
 
@@ -171,7 +172,8 @@ def test_unreadable_files_are_named(tmp_path: Path, content: str | None, message
     if content is not None:
         written(path, content)
     child = written(tmp_path / "child.yaml", {"extends": "parent.yaml"})
-    assert refused(load_recipe, child).startswith(f"{path}: {message}")
+    of = f"{child}: extends: " if content is None else ""
+    assert refused(load_recipe, child).startswith(f"{of}{path}: {message}")
 
 
 # Overriding

@@ -44,7 +44,7 @@ def sets(values: list[str]) -> list[str]:
 
 
 def test_autoencoder_then_transformer(run: Run, tmp_path: Path) -> None:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
 
     code, out, err = run("train", "tiny_vae", *sets(VAE), "-o", tmp_path, "--device", "cpu")
     assert (code, err) == (0, "")
@@ -63,7 +63,7 @@ def test_autoencoder_then_transformer(run: Run, tmp_path: Path) -> None:
         code, out, err = run("train", f"tiny_{kind}", *options, "-o", folder, "--json")
         assert code == 0, err
         assert json.loads(out) == {"steps": 2, "weights": str(folder / "transformer")}
-        model = WanTransformer3DModel.from_pretrained(folder / "transformer")
+        model = DiffusionPipeline.from_pretrained(folder / "pipeline").transformer
         assert model.config.num_layers == 1
 
     more = ["--set", "train.steps=3", "--resume"]
@@ -110,11 +110,18 @@ def test_plans(run: Run, recipe: str) -> None:
     code, out, _ = run("train", recipe, *small, "--dry-run", "--json", "--set", "train.steps=7")
     assert code == 0
     plan = json.loads(out)
-    assert plan["train"]["steps"] == 7
+    assert plan["train"]["steps"] == 7 and plan["weights"] == "random"
     memory = plan["memory"]
     assert memory["AdamW moments"] == 2 * memory["gradients"] == 2 * memory["average"] > 0
     code, out, _ = run("train", recipe, *small, "--dry-run")
     assert code == 0 and "AdamW moments" in out
+    assert "Weights to begin with: random" in out
+
+
+def test_random_weights_are_asked_for(run: Run) -> None:
+    line = ["train", "tiny_train", *sets([*SMALL, "train.from_scratch=false"]), "--dry-run"]
+    assert run(*line)[0] == 2
+    assert run(*line, "--from-scratch")[0] == 0
 
 
 def test_what_passes_convert_and_keep_is_printed(run: Run) -> None:
@@ -137,6 +144,18 @@ def test_what_passes_convert_and_keep_is_printed(run: Run) -> None:
             "train: unknown key 'stps'; did you mean",
         ),
         (["tiny_stream"], "has no train section"),
+        (
+            ["tiny_train", *sets([*SMALL, "train.from_scratch=false"])],
+            "model.checkpoint: names no weights to begin with; set model.checkpoint=PATH, or begin",
+        ),
+        (
+            ["tiny_train", "--from-scratch", *sets(["model.checkpoint=x"])],
+            "--from-scratch: the recipe names model.checkpoint",
+        ),
+        (
+            ["tiny_train", *sets(["model.checkpoint=some/one"])],
+            "model.checkpoint: some/one is not here; if it is on the Hugging Face hub, run",
+        ),
         (
             ["tiny_train", *sets([*SMALL, "train.data.pipeline=null"])],
             "pipeline: names no folder",

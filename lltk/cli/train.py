@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from lltk.cli.logs import LOG, hide_loading, logged
 from lltk.cli.stopping import stopping
@@ -34,6 +41,11 @@ _LOG = "train.log"
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
     help="Change a key of the recipe; may be repeated.",
 )  # fmt: skip
+@click.option("--from-scratch", is_flag=True, help="Begin with random weights.")
+@click.option(
+    "--download", is_flag=True,
+    help="Download what the recipe names on the Hugging Face hub, as OWNER/NAME.",
+)  # fmt: skip
 @click.option(
     "--overwrite", is_flag=True,
     help="Replace what is in the place of an output, also if lltk did not write it.",
@@ -46,6 +58,8 @@ def command(
     output: Path | None,
     resume: bool,
     overrides: tuple[str, ...],
+    from_scratch: bool,
+    download: bool,
     overwrite: bool,
     device: str | None,
     dry_run: bool,
@@ -67,6 +81,7 @@ def command(
     Example:
       lltk train tiny_vae -o runs/vae
       lltk train tiny_train --set train.data.pipeline=tiny -o runs/tiny --resume
+      lltk train my.yaml --set model.checkpoint=OWNER/NAME --download -o runs/mine
     """
     console = Console(quiet=as_json)
     path = find_recipe(recipe)
@@ -74,11 +89,15 @@ def command(
     from lltk.cli.inputs import inputs_of
     from lltk.files.outputs import Output, check_outputs
     from lltk.graph.recipe import read_recipe
+    from lltk.models.hub import on_disk
     from lltk.train.loop import newest_state
     from lltk.training import plan_training, training_outputs
 
     chosen, state = find_device(device), None
-    data = read_recipe(path, overrides)
+    data = read_recipe(path, (*overrides, *(["train.from_scratch=true"] if from_scratch else [])))
+    if from_scratch and (data.get("model") or {}).get("checkpoint") is not None:
+        raise ValueError("--from-scratch: the recipe names model.checkpoint; drop one of them")
+    data = on_disk(data, download)
     if output is None and (resume or not dry_run):
         raise ValueError("-o: name a folder for the run")
     if output is not None:
@@ -91,10 +110,12 @@ def command(
     section = plan.section
     if plan.log:
         console.print(log_tables(plan.log))
+    console.print(f"Weights to begin with: {plan.origin}", highlight=False)
     if dry_run:
         if as_json:
             facts = {
                 "device": str(chosen),
+                "weights": plan.origin,
                 "train": section.model_dump(mode="json"),
                 "log": [entry.plain() for entry in plan.log],
                 "memory": plan.memory,
@@ -114,6 +135,26 @@ def command(
     console.print(f"{steps} steps; the weights are in {weights}")
 
 
+class _Bars:
+    """A bar for each work that is under way, beside that of the steps.
+
+    Args:
+        progress: shows them.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, work: str, done: int, total: int) -> None:
+        """Show how much of some work is done; when it is over, its bar goes."""
+        if work not in self._tasks:
+            self._tasks[work] = self._progress.add_task(work, total=total)
+        self._progress.update(self._tasks[work], completed=done)
+        if done == total:
+            self._progress.remove_task(self._tasks.pop(work))
+
+
 def _train(
     plan: TrainingPlan, output: Path, resume: bool, overwrite: bool, console: Console
 ) -> tuple[int, Path]:
@@ -123,13 +164,15 @@ def _train(
 
     with ExitStack() as opened:
         keep_log = opened.enter_context(logged(Console(stderr=True)))
-        with console.status("preparing"):
-            run = opened.enter_context(
-                open_training(plan, output, resume=resume, overwrite=overwrite)
-            )
-        keep_log(output / _LOG)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         bars = opened.enter_context(Progress(*columns, TimeRemainingColumn(), console=console))
+        note = _Bars(bars)
+        note("preparing", 0, 1)
+        run = opened.enter_context(
+            open_training(plan, output, resume=resume, note=note, overwrite=overwrite)
+        )
+        note("preparing", 1, 1)
+        keep_log(output / _LOG)
         bar = bars.add_task("", total=plan.section.steps, completed=run.trainer.step)
         stop = opened.enter_context(stopping())
         try:

@@ -21,6 +21,7 @@ from lltk.stream.video import write_video
 from lltk.tasks.clips import TinyVideos
 from lltk.train.data import Batches, Dataset
 from lltk.train.objective import Objective
+from lltk.train.progress import Note, silent
 from lltk.train.recipe import TrainSection, VaeRecipe, vae_recipe
 from lltk.train.vae import Reconstruction, decode, latent_statistics
 
@@ -51,6 +52,10 @@ class AutoencoderPlan:
         return ()
 
     @property
+    def origin(self) -> str:
+        return "random"
+
+    @property
     def about(self) -> Mapping[str, Any]:
         recipe = self.recipe.model_dump(mode="json")
         return {"recipe": recipe, "log": [], "versions": versions()}
@@ -64,7 +69,7 @@ class AutoencoderPlan:
             memory["average"] = size
         return memory
 
-    def dataset(self) -> Dataset:
+    def dataset(self, note: Note = silent) -> Dataset:
         return TinyVideos(self.recipe.vae.frames, 1, self.section.data.shots, self.device)
 
     def objective(self) -> Objective:
@@ -94,7 +99,9 @@ class AutoencoderPlan:
         wan_vae.save_vae(folder / "vae", own, measured, overwrite)
         return folder / "vae"
 
-    def write_samples(self, objective: Objective, dataset: Dataset, folder: Path) -> None:
+    def write_samples(
+        self, objective: Objective, dataset: Dataset, folder: Path, note: Note = silent
+    ) -> None:
         """Write ``reconstructions.mp4``: held-out clips, and their reconstructions below them."""
         model: Any = objective.module
         video = dataset.batch(~self.section.seed, range(_SAMPLE_CLIPS))["video"]

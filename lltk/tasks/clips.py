@@ -14,6 +14,7 @@ from lltk.stream.script import SCENE_CUT
 from lltk.tasks.encoder import PipelineEncoder
 from lltk.train.data import Dataset, Kept, generator_at
 from lltk.train.folder import FolderClips
+from lltk.train.progress import Note, silent
 from lltk.train.recipe import TrainSection
 
 
@@ -80,7 +81,8 @@ class TinyLatents:
         if (geometry.height, geometry.width) != (RESOLUTION, RESOLUTION):
             raise ValueError(
                 f"geometry: the tiny world is {RESOLUTION}×{RESOLUTION} pixels, not "
-                f"{geometry.height}×{geometry.width}; set geometry.height and geometry.width"
+                f"{geometry.height}×{geometry.width}; set geometry.height and geometry.width, or "
+                "name clips of your own in train.data.folder"
             )
         frames = STRIDE * (geometry.frames - 1) + 1
         self._videos = TinyVideos(frames, geometry.chunk, shots, device)
@@ -124,7 +126,11 @@ class FolderLatents:
 
 
 def encoded_clips(
-    section: TrainSection, geometry: Geometry, encoder: PipelineEncoder, device: torch.device
+    section: TrainSection,
+    geometry: Geometry,
+    encoder: PipelineEncoder,
+    device: torch.device,
+    note: Note = silent,
 ) -> Dataset:
     """The clips that ``train.data`` names, encoded.
 
@@ -133,6 +139,7 @@ def encoded_clips(
         geometry: of the Program that trains. ``train.data.frames`` replaces its frames.
         encoder: makes latents and text.
         device: where clips of the tiny world are rendered.
+        note: told how many of the clips that are kept are encoded.
 
     Raises:
         ValueError: as `TinyLatents` and `FolderClips` raise it.
@@ -146,4 +153,7 @@ def encoded_clips(
     else:
         found = FolderClips(Path(data.folder), geometry, data.fps, data.shots, encoder.stride)
         clips = FolderLatents(found, encoder)
-    return clips if data.clips is None else Kept(clips, section.seed, data.clips)
+    if data.clips is None:
+        return clips
+    block = 64 if data.folder is None else 1  # a folder's are encoded one by one in any case
+    return Kept(clips, section.seed, data.clips, block, note)

@@ -19,6 +19,7 @@ from lltk.graph.program import LogEntry, Program
 from lltk.graph.recipe import Recipe, parse_recipe
 from lltk.models.checkpoint import save_checkpoint, save_lora
 from lltk.models.families import family_of
+from lltk.models.pipelines import find_pipeline, link_pipeline
 from lltk.models.tiny.world import FPS
 from lltk.ops.implementations import check_device
 from lltk.stream.video import write_video
@@ -27,6 +28,7 @@ from lltk.tasks.encoder import PipelineEncoder, encoder_for
 from lltk.train.data import Dataset
 from lltk.train.flow_matching import FlowMatching
 from lltk.train.objective import Objective
+from lltk.train.progress import Note, silent
 from lltk.train.recipe import TrainSection, train_section
 from lltk.train.sampling import sample
 
@@ -55,6 +57,12 @@ class TransformerPlan:
         return self.program.log
 
     @property
+    def origin(self) -> str:
+        lora = self.recipe.model.lora
+        weights = self.recipe.model.checkpoint or "random"
+        return f"{weights}, with the adapters of {lora}" if lora else weights
+
+    @property
     def about(self) -> Mapping[str, Any]:
         return {
             "recipe": self.program.recipe | {"train": self.section.model_dump(mode="json")},
@@ -72,10 +80,10 @@ class TransformerPlan:
             memory["average"] = float32
         return memory
 
-    def dataset(self) -> Dataset:
+    def dataset(self, note: Note = silent) -> Dataset:
         # Encoding clips takes long, so what the device cannot run is refused before it.
         check_device(self.program.implementations, self.device)
-        return encoded_clips(self.section, self.recipe.geometry, self._encoder(), self.device)
+        return encoded_clips(self.section, self.recipe.geometry, self._encoder(), self.device, note)
 
     def objective(self) -> Objective:
         program, section = self.program, self.section
@@ -106,7 +114,10 @@ class TransformerPlan:
         folder: Path,
         overwrite: bool = False,
     ) -> Path:
-        """Write ``lora.safetensors`` where adapters trained; else ``transformer/``."""
+        """Write ``lora.safetensors`` where adapters trained; else ``transformer/``.
+
+        ``pipeline/`` has links to it and to the other parts of the pipeline that it trained with.
+        """
         own = {name: tensor.cpu() for name, tensor in trained.items()}
         if self.program.fact(Trainable).names is not None:
             path = folder / "lora.safetensors"
@@ -115,14 +126,18 @@ class TransformerPlan:
         weights = self.program.unmap_state({**objective.weights, **own})
         path = folder / "transformer"
         save_checkpoint(path, weights, "diffusers", self._config, overwrite=overwrite)
+        if self.section.data.pipeline is not None:
+            link_pipeline(folder / "pipeline", path, find_pipeline(self.section.data.pipeline))
         return path
 
-    def write_samples(self, objective: Objective, dataset: Dataset, folder: Path) -> None:
+    def write_samples(
+        self, objective: Objective, dataset: Dataset, folder: Path, note: Note = silent
+    ) -> None:
         """Write ``samples.mp4``: clips from noise, side by side, with held-out clips' captions."""
         module: Any = objective.module
         text = dataset.batch(~self.section.seed, range(objective.clips))["text"]
         text = text[:, : self.recipe.geometry.chunks]
-        latents = sample(self.program, module, text, _SAMPLE_STEPS, self.section.seed)
+        latents = sample(self.program, module, text, _SAMPLE_STEPS, self.section.seed, note)
         video = self._encoder().video(latents[:_SAMPLE_CLIPS])
         data = self.section.data
         fps = FPS if data.folder is None else data.fps
@@ -147,5 +162,10 @@ def plan_transformer(data: Mapping[str, Any], device: torch.device, where: str) 
     recipe = parse_recipe(data, where)
     section = train_section(recipe.train, where)
     section.calls(recipe.geometry.batch)
+    if recipe.model.checkpoint is None and not section.from_scratch:
+        raise ValueError(
+            f"{where}: model.checkpoint: names no weights to begin with; set "
+            "model.checkpoint=PATH, or begin with random ones by --from-scratch"
+        )
     program = transform(recipe, weights=recipe.model.checkpoint is not None)
     return TransformerPlan(recipe, section, program, device)

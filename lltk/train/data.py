@@ -14,8 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_BLOCK = 64
-"""How many kept samples are made at once."""
+from lltk.train.progress import Note, silent
 
 
 class Dataset(Protocol):
@@ -89,14 +88,26 @@ class Kept:
         dataset: makes the samples.
         seed: the seed of the kept samples.
         count: how many samples are kept.
+        block: how many are made at once.
+        note: told how many are made.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, count: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        seed: int,
+        count: int,
+        block: int = 64,
+        note: Note = silent,
+    ) -> None:
         self._dataset = dataset
         self._seed = seed
         self._count = count
-        blocks = [range(i, min(i + _BLOCK, count)) for i in range(0, count, _BLOCK)]
-        parts = [dataset.batch(seed, block) for block in blocks]
+        parts = []
+        for start in range(0, count, block):
+            note("encoding clips", start, count)
+            parts.append(dataset.batch(seed, range(start, min(start + block, count))))
+        note("encoding clips", count, count)
         self._kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def batch(self, seed: int, indices: range) -> Mapping[str, Tensor]:

@@ -32,6 +32,7 @@ from lltk.train.metrics import (
 from lltk.train.objective import Objective, mean_loss
 from lltk.train.optimiser import Optimiser
 from lltk.train.plot import SVG
+from lltk.train.progress import Note, noted, silent
 from lltk.train.recipe import TrainSection, changed_keys
 from lltk.train.state import (
     STATES,
@@ -95,6 +96,7 @@ class Trainer:
             ``versions``.
         sample: writes samples of the module to the folder that it is given.
         resume: go on from the newest training state in the folder, if there is one.
+        note: told how far a validation is.
 
     Raises:
         ValueError: the folder holds a run and ``resume`` is false; the run had another recipe; the
@@ -111,6 +113,7 @@ class Trainer:
         about: Mapping[str, Any],
         sample: Callable[[Path], None] | None = None,
         resume: bool = False,
+        note: Note = silent,
     ) -> None:
         if section.sample_every is not None and sample is None:
             raise ValueError("train.sample_every: nothing here can make samples; remove it")
@@ -120,6 +123,7 @@ class Trainer:
         self._folder = folder
         self._about = json.loads(json.dumps(about))
         self._sample = sample
+        self._note = note
         self._calls = section.calls(objective.clips)
         self._data = Batches(dataset, section.seed, objective.clips)
         self._masters = Masters(objective.module, objective.weights, objective.weights_changed)
@@ -256,7 +260,9 @@ class Trainer:
         """The loss over samples of another seed, which is the same at every call."""
         clips = self._objective.clips
         batches = Batches(self._dataset, ~self._section.seed, clips)
-        return mean_loss(self._objective, islice(batches, -(-_VALIDATION_CLIPS // clips)))
+        count = -(-_VALIDATION_CLIPS // clips)
+        some = noted(islice(batches, count), "validating", count, self._note)
+        return mean_loss(self._objective, some)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

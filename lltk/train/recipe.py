@@ -58,6 +58,10 @@ class TrainSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: DataSection = Field(DataSection.model_validate({}), description="the clips to train on")
+    from_scratch: bool = Field(
+        False,
+        description="whether random weights are trained where model.checkpoint names none",
+    )
     steps: int = Field(ge=1, description="number of updates of the weights")
     batch: int = Field(
         1, ge=1, description="clips in a step; a multiple of the clips in a call (geometry.batch)"
@@ -151,7 +155,9 @@ class TrainSection(BaseModel):
         return calls
 
 
-MAY_CHANGE = ("steps", "checkpoint_every", "keep", "validate_every", "sample_every")
+MAY_CHANGE = (
+    "from_scratch", "steps", "checkpoint_every", "keep", "validate_every", "sample_every",
+)  # fmt: skip
 """Keys of the train section that a resumed run may change."""
 
 

@@ -12,10 +12,18 @@ from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.stream.denoise import denoise
 from lltk.stream.sampler import Schedule
+from lltk.train.progress import Note, noted, silent
 
 
 @torch.no_grad()
-def sample(program: Program, module: ProgramModule, text: Tensor, steps: int, seed: int) -> Tensor:
+def sample(
+    program: Program,
+    module: ProgramModule,
+    text: Tensor,
+    steps: int,
+    seed: int,
+    note: Note = silent,
+) -> Tensor:
     """Clips from noise, as a stream with a full window makes them, or all frames at once.
 
     A train program makes a chunk after the other: as the noisy chunk, after the clean chunks that
@@ -27,6 +35,7 @@ def sample(program: Program, module: ProgramModule, text: Tensor, steps: int, se
         text: [B, N, S, E], a prompt a chunk, where the module is.
         steps: denoising passes, of a chunk or of the clip.
         seed: of the noise, which is drawn on the device of the text.
+        note: told how many chunks are made, or clips where all frames are denoised at once.
 
     Returns:
         Latents, float32 [B, C, F, h, w], normalised.
@@ -59,7 +68,8 @@ def sample(program: Program, module: ProgramModule, text: Tensor, steps: int, se
         inputs[time][:, frames] = timestep
         return module(program.kind, dict(inputs))[spec.output][:, :, frames]
 
-    for start in range(0, geometry.frames, span):
+    starts = range(0, geometry.frames, span)
+    for start in noted(starts, "sampling", len(starts), note):
         frames = slice(start, start + span)
         made[:, :, frames] = denoise(schedule, noise[:, :, frames], partial(velocity, frames))
         if program.kind == "train":

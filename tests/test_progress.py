@@ -1,0 +1,61 @@
+"""Long work tells how far it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import make_recipe, runnable
+from rich.console import Console
+from rich.progress import Progress
+from torch import randn
+from toy import Regression, Samples, settings
+
+from lltk.cli.train import _Bars
+from lltk.train.data import Kept
+from lltk.train.loop import Trainer
+from lltk.train.sampling import sample
+
+pytestmark = pytest.mark.cpu
+
+
+class Notes(list[tuple[str, int, int]]):
+    """What was noted."""
+
+    def __call__(self, work: str, done: int, total: int) -> None:
+        self.append((work, done, total))
+
+
+def test_encoding_clips() -> None:
+    notes = Notes()
+    kept = Kept(Samples(), 3, 5, block=2, note=notes)
+    assert notes == [("encoding clips", done, 5) for done in (0, 2, 4, 5)]
+    assert (kept.batch(3, range(4))["x"] == Kept(Samples(), 3, 5).batch(3, range(4))["x"]).all()
+
+
+def test_validating(tmp_path: Path) -> None:
+    notes = Notes()
+    section = settings(steps=2, batch=2, validate_every=2)
+    run = Trainer(Regression(clips=2), Samples(), section, tmp_path, {}, note=notes)
+    (_, last) = run
+    assert last.validation and notes == [("validating", done, 8) for done in range(9)]
+
+
+def test_sampling() -> None:
+    notes = Notes()
+    program, module = runnable(make_recipe("train", window=12))
+    text = randn(1, program.geometry.chunks, 5, 16)
+    sample(program, module, text, steps=1, seed=0, note=notes)
+    assert notes == [("sampling", done, 3) for done in range(4)]
+
+
+def test_a_bar_for_each_work() -> None:
+    with Progress(console=Console(quiet=True)) as progress:
+        bars = _Bars(progress)
+        bars("encoding clips", 0, 5)
+        bars("encoding clips", 2, 5)
+        bars("validating", 0, 2)
+        shown = [(task.description, task.completed, task.total) for task in progress.tasks]
+        assert shown == [("encoding clips", 2, 5), ("validating", 0, 2)]
+        bars("encoding clips", 5, 5)
+        assert [task.description for task in progress.tasks] == ["validating"]
