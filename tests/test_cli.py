@@ -175,7 +175,7 @@ def test_doctor(run: Run) -> None:
     assert cpu["paged_attention", "sdpa"] == "runs"
     assert cpu["paged_attention", "cudnn"] == "runs on cuda, not on cpu"
     code, out, _ = run("doctor")
-    assert "lltk[export]" in out
+    assert "lltk[te]" in out
 
 
 def test_doctor_tells_how_implementations_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,3 +268,17 @@ def test_a_device_that_is_not_there(run: Run, device: str) -> None:
             "--device", device,
         )  # fmt: skip
         assert code == 2 and f"--device: {device} is not here; there is cpu" in err
+
+
+def test_recipes_are_listed(run: Run) -> None:
+    from lltk.graph.recipe_files import shipped
+
+    code, out, _ = run("recipes", "--json")
+    assert code == 0
+    rows = {row["recipe"]: row for row in json.loads(out)}
+    assert rows.keys() == shipped().keys()
+    assert all(row["what for"].endswith(".") and len(row["what for"]) > 20 for row in rows.values())
+    assert rows["tiny_stream"]["command"] == "lltk stream"
+    assert rows["tiny_vae"]["command"] == "lltk train"
+    assert rows["wan22_decode"]["command"] == "lltk transform"
+    assert "wan22_5b_stream_fp8" in run("recipes")[1]

@@ -82,3 +82,16 @@ def test_a_number_without_a_record_is_seen() -> None:
 def test_every_record_is_named_by_a_page() -> None:
     held = {path.stem for path in (ROOT / "benchmarks" / "records").glob("*.json")}
     assert held == {name for page in PAGES for name in RECORD.findall(page.read_text())}
+
+
+def test_the_readmes_example_runs_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lltk.stream.video import read_video
+
+    (example,) = re.findall(r"```python\n(import lltk\n.*?)```", PAGES[0].read_text(), re.DOTALL)
+    assert len(example.splitlines()) <= 5
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    video = read_video(tmp_path / "video.mp4")
+    assert video.shape[1:] == (128, 128, 3) and len(video) > 2 * 2 * 16 - 12

@@ -48,6 +48,7 @@ class Line:
 
 
 OVERWRITE = {"--overwrite": "test_outputs.py"}
+DOWNLOAD = {"--download": "test_hub.py"}
 LINES = {
     "stream": Line(
         [
@@ -64,7 +65,8 @@ LINES = {
             "--guidance": ["3"], "--save": ["kept"], "--set": ["stream.shift=3"],
             "--device": ["cuda:99"], "--dry-run": [], "--json": [],
         },
-        {**OVERWRITE, "--output": "the contexts"},
+        {**OVERWRITE, **DOWNLOAD, "--output": "the contexts", "--prompts": "test_stream_cli.py",
+         "--seeds": "test_stream_cli.py"},
     ),
     "transform": Line(
         [["--no-weights"], ["--dry-run"], ["--dry-run", "--json"]],
@@ -73,13 +75,14 @@ LINES = {
             "--dump": ["dump"], "--stop-after": ["commit"], "--disable": ["canonicalise"],
             "--dry-run": [], "--json": [],
         },
-        OVERWRITE,
+        {**OVERWRITE, **DOWNLOAD},
     ),
     "train": Line(
         [["-o", "new"], ["-o", "new", "--dry-run"], ["-o", "run"], ["-o", "run", "--dry-run"]],
         {"--resume": [], "--set": ["train.steps=7"], "--device": ["cuda:99"], "--dry-run": [],
          "--json": []},
-        {**OVERWRITE, "--output": "the contexts"},
+        {**OVERWRITE, **DOWNLOAD, "--output": "the contexts",
+         "--from-scratch": "test_train_cli.py"},
     ),
     "inspect": Line(
         [[], ["--json"]],
@@ -106,6 +109,7 @@ LINES = {
         OVERWRITE,
     ),
     "doctor": Line([[]], {"--json": []}),
+    "recipes": Line([[]], {"--json": []}),
 }  # fmt: skip
 
 
@@ -196,6 +200,7 @@ FIRST = {
     "bench": ["bench", "stream", "tiny_stream"],
     "compare": ["compare", "tiny_stream", "tiny_stream"],
     "doctor": ["doctor"],
+    "recipes": ["recipes"],
     "demo": ["demo"],
 }
 

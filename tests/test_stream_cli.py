@@ -17,6 +17,7 @@ from helpers import Run, refused
 from streams import SIZES, opened, planned, save_pipeline
 from torch import Tensor
 
+from lltk.cli.stream_prompts import jobs
 from lltk.graph.memory import activations, readable, total
 from lltk.graph.recipe import Recipe, open_recipe
 from lltk.stream.video import VideoWriter, pixels, read_video
@@ -54,9 +55,10 @@ def sets(pipeline: Path, *overrides: str) -> list[str]:
 
 
 @pytest.fixture
-def run(run: Run, monkeypatch: pytest.MonkeyPatch, pipeline: Path) -> Run:
+def run(run: Run, monkeypatch: pytest.MonkeyPatch, pipeline: Path, tmp_path: Path) -> Run:
     """Run the command; exit code, output, errors. Equal plans are made once."""
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
 
     def plan(recipe: Recipe, device: torch.device, *, weights: bool = True) -> StreamPlan:
         assert recipe.stream is not None
@@ -86,7 +88,7 @@ def test_a_script_becomes_a_video_and_a_contact_sheet(
     assert code == 0, err
     for said in ("shot 1: 2.6 s asked, 2.62 s made (21 frames, chunks: 3)", "paged_attention sdpa",
                  "decoder: cpu, float32, passes canonicalise", "E2E FPS", "first frame",
-                 "share of the time: outside", "45 (5.62 s)"):  # fmt: skip
+                 "share of the time (they overlap): outside", "45 (5.62 s)"):  # fmt: skip
         assert said in out, out
     video = read_video(tmp_path / "a" / "video.mp4")
     assert video.shape == (45, 32, 64, 3)
@@ -104,6 +106,78 @@ def _script(path: Path) -> object:
     from lltk.stream.script import load_script
 
     return load_script(path)
+
+
+def test_prompts_are_shots_in_a_file_of_another_form(run: Run, pipeline: Path) -> None:
+    """Without -o the file has the recipe's name, and a number where that is taken."""
+    prompts = ["--prompt", "a red circle", "--prompt", "a blue square", "--seconds", 1]
+    for name in ("tiny_stream.mp4", "tiny_stream_2.mp4"):
+        code, out, err = run("stream", "tiny_stream", *prompts, *sets(pipeline))
+        assert code == 0, err
+        assert "shot 2: 1 s asked, 1.00 s made" in out
+        assert len(read_video(Path(name))) == 13
+    code, _, err = run("stream", "tiny_stream", *prompts, *sets(pipeline), "-o", "frames")
+    assert code == 0, err
+    assert len(list(Path("frames").glob("frame_*.png"))) == 13
+
+
+PROMPTS = "a red circle\n\na blue square, moving up\na red circle\n"
+VIDEOS = [f"{prompt}-{n}.mp4" for prompt in sorted({*PROMPTS.splitlines()} - {""}) for n in (0, 1)]
+
+
+def test_many_prompts(run: Run, pipeline: Path, tmp_path: Path) -> None:
+    """A video a prompt and seed, as a stream of that prompt and seed makes it; others go on."""
+    file, folder = tmp_path / "prompts.txt", tmp_path / "videos"
+    file.write_text(PROMPTS)
+    options = ["--prompts", file, "--seeds", 2, "--seconds", 1, "--seed", 3, "-o", folder]
+    code, out, err = run("stream", "tiny_stream", *options, *sets(pipeline))
+    assert code == 0, err
+    assert "4 of 4 videos made" in out
+    assert sorted(path.name for path in folder.iterdir()) == VIDEOS
+    alone = ["--prompt", "a red circle", "--seconds", 1, "--seed", 4, "-o", tmp_path / "one.mp4"]
+    assert run("stream", "tiny_stream", *alone, *sets(pipeline))[0] == 0
+    assert (tmp_path / "one.mp4").read_bytes() == (folder / VIDEOS[3]).read_bytes()
+    assert (folder / VIDEOS[2]).read_bytes() != (folder / VIDEOS[3]).read_bytes()
+
+    made = {name: (folder / name).stat().st_mtime_ns for name in VIDEOS}
+    whole = (folder / VIDEOS[1]).read_bytes()
+    (folder / VIDEOS[1]).unlink()
+    (folder / ".unfinished.mp4").write_bytes(b"of a run that was killed")
+    code, out, err = run("stream", "tiny_stream", *options, *sets(pipeline), "--json")
+    assert code == 0, err
+    assert json.loads(out) == {"folder": str(folder), "videos": 4, "made": 1}
+    assert (folder / VIDEOS[1]).read_bytes() == whole
+    assert all(
+        (folder / name).stat().st_mtime_ns == made[name] for name in VIDEOS if name != VIDEOS[1]
+    )
+    assert sorted(path.name for path in folder.iterdir()) == VIDEOS
+    code, _, err = run("stream", "tiny_stream", *options[:-4], "-o", folder, *sets(pipeline))
+    assert code == 2 and "its videos were made otherwise: recipe.stream.seed differ" in err
+
+
+def test_many_prompts_stop_between_chunks(run: Run, pipeline: Path, tmp_path: Path) -> None:
+    file, folder, write = tmp_path / "prompts.txt", tmp_path / "videos", VideoWriter.write
+    file.write_text(PROMPTS)
+
+    def stopping(self: VideoWriter, frames: Tensor) -> None:
+        write(self, frames)
+        if (folder / VIDEOS[2]).exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = ["--prompts", file, "--seconds", 9, "--seeds", 2, "-o", folder]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoWriter, "write", stopping)
+        code, _, err = run("stream", "tiny_stream", *options, *sets(pipeline))
+    assert code == 1 and "stopped; whole videos are in" in err
+    assert VIDEOS[2] in (left := {path.name for path in folder.iterdir()})
+    assert left <= {VIDEOS[2], ".unfinished.mp4"}
+
+
+def test_a_prompt_that_no_file_can_be_named_after(tmp_path: Path) -> None:
+    for prompt in ("and/or", "x" * 240):
+        assert "names a video, and no file can have that name" in refused(
+            jobs, [prompt], 1, tmp_path
+        )
 
 
 def test_json_and_a_dry_run(run: Run, pipeline: Path, tmp_path: Path) -> None:
@@ -126,7 +200,7 @@ def test_json_and_a_dry_run(run: Run, pipeline: Path, tmp_path: Path) -> None:
     assert code == 0 and "decoder: feature caches" in out and "cached_step" in out
     assert "It cannot run here" not in out
     code, out, _ = run(*what, "--dry-run", "--device", "cpu", "--set", "stream.cuda_graphs=true")
-    assert code == 0 and "It cannot run here: stream.cuda_graphs: is for GPUs" in out
+    assert code == 1 and "It cannot run here: stream.cuda_graphs: is for GPUs" in out
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -295,7 +369,15 @@ def test_a_killed_process_leaves_a_video_that_plays(pipeline: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name what to stream: one of --script, --prompt and --resume"),
+        ([], "name what to stream: one of --script, --prompt, --prompts and --resume"),
+        (["--prompt", "x", "--prompts", "y"], "name what to stream: one of"),
+        (["--prompt", "x", "--seeds", "2"], "--seeds: is for --prompts; drop it"),
+        (["--prompt", "x", "-o", "FOLDER/v.avi"], "a video cannot be written as .avi; use .mp4"),
+        (["--prompt", "x", "-o", "FOLDER"], "lltk did not write it as a folder of frames"),
+        (["--prompts", "SCRIPT", "-o", "SCRIPT"], "is a file; name a folder"),
+        (["--prompts", "SCRIPT", "-o", "FOLDER"], "is not empty, and no videos of lltk"),
+        (["--prompts", "SCRIPT", "--image", "x"], "--image: is for a single video"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
         (["--prompt", "x", "--script", "y"], "name what to stream: one of"),
         (["--prompt", " "], "prompt: caption: is empty"),
         (["--prompt", "x", "--seconds", "0"], "a shot cannot last 0 s"),

@@ -134,6 +134,7 @@ def stream(
                 click.echo(json.dumps(facts, indent=2))
             if why:
                 console.print(f"It cannot run here: {why}", markup=False, highlight=False)
+                raise SystemExit(1)
             return
         share_cores(ranks.device)
         with console.status("streaming"):

@@ -10,7 +10,9 @@ from rich.console import Console
 
 from lltk import __version__
 
-_COMMANDS = ("doctor", "transform", "inspect", "train", "stream", "compare", "bench", "demo")
+_COMMANDS = (
+    "doctor", "recipes", "transform", "inspect", "train", "stream", "compare", "bench", "demo",
+)  # fmt: skip
 
 
 class _Lazy(click.Group):
@@ -31,7 +33,7 @@ class _Lazy(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
-    """Compile video diffusion transformers for training, streaming and export."""
+    """Compile video diffusion transformers for training and streaming."""
     ctx.obj = debug
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lltk.graph.memory import readable
 from lltk.stream.chunks import Chunk
+from lltk.stream.frame_folder import open_writer
 from lltk.stream.report import ChunkReport
 from lltk.stream.script import Shot
-from lltk.stream.video import VideoWriter, contact_sheet, pixels
+from lltk.stream.video import contact_sheet, pixels
 
 _SHEET_COLUMNS = 6
 
@@ -44,7 +45,7 @@ class Frames:
     """
 
     def __init__(self, path: Path, size: tuple[int, int], fps: float, threads: int) -> None:
-        self._open = partial(VideoWriter, path, *size, fps, threads)
+        self._open = partial(open_writer, path, *size, fps, threads)
         self._wanted: dict[int, int] = {}
         self._kept: dict[int, list[Tensor]] = {}
         self._next = 0
@@ -170,7 +171,7 @@ def summary(result: Mapping[str, Any]) -> dict[str, str]:
     if steady is not None:
         lines["E2E FPS after the first chunk"] = f"{steady:.1f}"
     for part, share in shares.items():
-        lines[f"share of the time: {part}"] = f"{share:.0%}"
+        lines[f"share of the time (they overlap): {part}"] = f"{share:.0%}"
     if result["state"] is not None:
         lines["state"] = result["state"]
     return lines

@@ -25,8 +25,8 @@ def show_description(console: Console, plan: StreamPlan) -> None:
 
 def show_dry_run(
     console: Console, plan: StreamPlan, image: bool, facts: Mapping[str, Any], as_json: bool
-) -> None:
-    """Print passes and memory, and why the plan cannot run here, if it cannot.
+) -> str:
+    """Print passes and memory; gives why the plan cannot run here, or nothing.
 
     Args:
         console: for people; quiet where it should not print.
@@ -55,3 +55,4 @@ def show_dry_run(
             console.print(f"On {where}, {when}:", memory_table(owners), sep="\n")
     if reason:
         console.print(f"It cannot run here: {reason}", markup=False, highlight=False)
+    return reason

@@ -24,10 +24,20 @@ _File = click.Path(path_type=Path)
 
 @click.command("stream")
 @click.argument("recipe")
-@click.option("--script", type=_File, help="Shot script: YAML, a caption and seconds a shot.")
-@click.option("--prompt", help="One shot's caption, instead of a script.")
-@click.option("--seconds", type=float, help="The prompt's length (default: 5).")
-@click.option("-o", "--output", type=_File, help="The video: MP4, written as frames arrive.")
+@click.option(
+    "--script", type=_File, help="Shot script: YAML or JSON, a caption and seconds a shot."
+)
+@click.option("--prompt", multiple=True, help="A shot's caption, instead of a script; repeatable.")
+@click.option("--prompts", type=_File, help="Text file of prompts, one a line: a video each.")
+@click.option(
+    "--seeds", type=click.IntRange(1), help="With --prompts: videos of each (default: 1)."
+)
+@click.option("--seconds", type=float, help="Length of each prompt's shot (default: 5).")
+@click.option(
+    "-o", "--output", type=_File,
+    help="The video. Its suffix decides: .mp4, .mkv, .webm, .gif, .webp; none for a folder of PNG "
+    "frames (default: the recipe's name, MP4). With --prompts, the folder of the videos.",
+)  # fmt: skip
 @click.option("--contact-sheet", type=_File, help="PNG with a row of frames a shot.")
 @click.option("--image", type=_File, help="The video's first frame; cropped to its aspect.")
 @click.option("--seed", type=click.IntRange(0), help="Of the noise (default: the recipe's).")
@@ -36,6 +46,10 @@ _File = click.Path(path_type=Path)
 @click.option("--save", type=_File, help="File to keep the stream's state in, to go on later.")
 @click.option("--resume", type=_File, help="State to go on from; it knows script and seed.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@click.option(
+    "--download", is_flag=True,
+    help="Download what the recipe names on the Hugging Face hub, as OWNER/NAME.",
+)  # fmt: skip
 @click.option("--device", help="Where it runs (default: a GPU if there is one).")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that lltk did not write, too.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; make nothing.")
@@ -43,7 +57,9 @@ _File = click.Path(path_type=Path)
 def command(
     recipe: str,
     script: Path | None,
-    prompt: str | None,
+    prompt: tuple[str, ...],
+    prompts: Path | None,
+    seeds: int | None,
     seconds: float | None,
     output: Path | None,
     contact_sheet: Path | None,
@@ -54,6 +70,7 @@ def command(
     save: Path | None,
     resume: Path | None,
     overrides: tuple[str, ...],
+    download: bool,
     device: str | None,
     overwrite: bool,
     dry_run: bool,
@@ -65,19 +82,26 @@ def command(
     was written plays, and the state is kept, in --save or beside the video. --resume goes on from
     there; the new file holds the continuation.
 
+    With --prompts each prompt becomes a video, as often as --seeds says, in the folder -o; the same
+    command makes those that are missing. They are named as VBench and VBench-Long look for them.
+
     \b
     Example:
       lltk stream tiny_stream --script shots.yaml -o video.mp4 --contact-sheet shots.png
       lltk stream tiny_stream --prompt "a red circle moving left" --seconds 10 -o red.mp4
+      lltk stream tiny_stream --prompts prompts.txt --seeds 5 -o videos
       lltk stream tiny_stream --resume video.state.safetensors -o rest.mp4
       torchrun --nproc-per-node 2 -m lltk stream wan22_5b_stream_sp2 --script s.yaml -o video.mp4
     """
     from lltk.cli.inputs import inputs_of
     from lltk.cli.outputs import share_cores, summary
-    from lltk.cli.stream_to_files import Files, stream_to_files
+    from lltk.cli.stream_prompts import jobs, read_prompts, stream_prompts
+    from lltk.cli.stream_to_files import Files, stream_to_files, unused
     from lltk.files.outputs import check_outputs
-    from lltk.graph.recipe import load_recipe
+    from lltk.graph.recipe import parse_recipe, read_recipe
+    from lltk.models.hub import on_disk
     from lltk.parallel.ranks import joined
+    from lltk.stream.frame_folder import check_form
     from lltk.stream.state import read_state
     from lltk.streaming import plan_stream
 
@@ -89,18 +113,29 @@ def command(
         changes = [f"stream.{key}={value}" for key, value in given.items() if value is not None]
         if resume is not None and seed is not None:
             raise ValueError("--seed: a resumed stream has its own; drop the option")
-        shots = _shots(script, prompt, seconds, resume, image)
-        resolved = load_recipe(path, (*overrides, *changes))
-        if output is None and not dry_run:
-            raise ValueError("-o: name a file for the video")
-        if resume is not None and output is not None and output.exists() and not overwrite:
+        alone = {"--contact-sheet": contact_sheet, "--image": image, "--save": save}
+        if prompts and (idle := [name for name, value in alone.items() if value is not None]):
+            raise ValueError(f"{idle[0]}: is for a single video; drop it, or use --prompt")
+        shots = _shots(script, prompt, prompts, seconds, resume, image)
+        wanted = []
+        if prompts is not None:
+            output = output or Path(prompts.stem)
+            wanted = jobs(read_prompts(prompts), seeds or 1, output)
+        elif seeds is not None:
+            raise ValueError("--seeds: is for --prompts; drop it, or use --seed for one video")
+        data = on_disk(read_recipe(path, (*overrides, *changes)), download, not dry_run)
+        resolved = parse_recipe(data, str(path))
+        output = unused(Path(f"{path.stem}.mp4")) if output is None else output
+        if resume is not None and output.exists() and not overwrite:
             raise ValueError(
                 f"-o: {output} exists, and a resumed stream's file holds the continuation "
                 "alone; name a new file, or replace it with --overwrite"
             )
         files = Files(script, output, contact_sheet, image, save, resume)
-        read = [*inputs_of(path, resolved.resolved()), *files.inputs(ranks.size)]
-        check_outputs(files.outputs(ranks.size), read, overwrite)
+        if not wanted:
+            read = [*inputs_of(path, resolved.resolved()), *files.inputs(ranks.size)]
+            check_outputs(files.outputs(ranks.size), read, overwrite)
+        check_form(output, folder=bool(wanted))
         if not dry_run:
             share_cores(ranks.device)
         hide_loading(speaks)
@@ -109,11 +144,15 @@ def command(
         if shots:
             console.print(plan.chunking.statement(shots), highlight=False)
         show_description(console, plan)
+        if wanted:
+            console.print(f"{len(wanted)} videos in {output}", highlight=False)
         if dry_run:
             kept = None if resume is None else read_state(resume).timeline
             if kept is not None:
                 console.print(f"It would go on at chunk {kept.index}; {len(kept.chunks)} are left")
-            written = [str(each.path) for each in files.outputs(ranks.size)]
+            written = [str(job.path) for job in wanted] or [
+                str(each.path) for each in files.outputs(ranks.size)
+            ]
             for number, shot in enumerate(shots, 1):
                 console.print(f"shot {number} shows: {shot.caption}", markup=False)
             if written:
@@ -125,7 +164,15 @@ def command(
                 "outputs": written,
             }
             console.print(f"seed: {plan.section.seed}", highlight=False)
-            show_dry_run(console, plan, image is not None, facts, as_json and speaks)
+            if show_dry_run(console, plan, image is not None, facts, as_json and speaks):
+                raise SystemExit(1)
+            return
+        if wanted:
+            length = 5.0 if seconds is None else seconds
+            done = stream_prompts(console, ranks, plan, wanted, length, output)
+            if as_json and speaks:
+                click.echo(json.dumps(done, indent=2))
+            console.print(f"{done['made']} of {done['videos']} videos made; all are in {output}")
             return
         again = ["lltk", "stream", recipe]
         if ranks.size > 1:
@@ -144,28 +191,29 @@ def command(
 
 def _shots(
     script: Path | None,
-    prompt: str | None,
+    prompt: Sequence[str],
+    prompts: Path | None,
     seconds: float | None,
     resume: Path | None,
     image: Path | None,
 ) -> Sequence[Shot]:
-    """The shots to show, from the script or the prompt; none where a stream is resumed.
+    """The shots of a single video, from the script or the prompts; none where it is resumed.
 
     Raises:
-        ValueError: not exactly one of script, prompt and resume is given.
+        ValueError: not exactly one of script, prompt, prompts and resume is given.
     """
     from lltk.files.reading import check_regular
-    from lltk.stream.script import load_script, single_shot
+    from lltk.stream.script import load_script, prompted
 
-    if sum(source is not None for source in (script, prompt, resume)) != 1:
-        raise ValueError("name what to stream: one of --script, --prompt and --resume")
+    if sum(bool(source) for source in (script, prompt, prompts, resume)) != 1:
+        raise ValueError("name what to stream: one of --script, --prompt, --prompts and --resume")
     if resume is not None and image is not None:
         raise ValueError("--image: a resumed stream has its first frame; drop the option")
-    if seconds is not None and prompt is None:
+    if seconds is not None and not (prompt or prompts):
         raise ValueError("--seconds: is the length of a --prompt; drop the option")
     for file in (image, resume):
         if file is not None:
             check_regular(file)
     if script is not None:
         return load_script(script)
-    return () if prompt is None else single_shot(prompt, 5.0 if seconds is None else seconds)
+    return prompted(prompt, 5.0 if seconds is None else seconds)

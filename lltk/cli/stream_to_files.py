@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lltk.cli.stopping import stopping
 from lltk.files.outputs import Output
 from lltk.graph.memory import available, readable, total
 from lltk.parallel.ranks import Ranks
+from lltk.stream.frame_folder import FRAMES
 from lltk.stream.image import read_image
 from lltk.stream.script import Shot
 from lltk.stream.state import STATE
@@ -60,7 +62,8 @@ class Files:
         Args:
             ranks: processes, each of which keeps a state.
         """
-        named = ((self.output, VIDEO), (self.sheet, CONTACT_SHEET))
+        video = VIDEO if self.output is None or self.output.suffix else FRAMES
+        named = ((self.output, video), (self.sheet, CONTACT_SHEET))
         states = [] if self.state is None else [own_file(self.state, r) for r in range(ranks)]
         return [
             *(Output(path, kind) for path, kind in named if path is not None),
@@ -71,6 +74,12 @@ class Files:
         """What is read; argument as `outputs`'."""
         states = [] if self.resume is None else [own_file(self.resume, r) for r in range(ranks)]
         return [*states, *(file for file in (self.script, self.image) if file is not None)]
+
+
+def unused(path: Path) -> Path:
+    """The path, or the first like it, with a number behind its name, that is not there yet."""
+    numbered = (path.with_stem(f"{path.stem}_{number}") for number in count(2))
+    return next(each for each in chain([path], numbered) if not each.exists())
 
 
 def stream_to_files(

@@ -12,8 +12,9 @@ from rich.console import Console
 from lltk.cli.tables import log_tables, memory_table
 from lltk.files.manifest import Manifest
 from lltk.files.outputs import Kind, Output, check_outputs
-from lltk.graph.recipe import load_recipe
+from lltk.graph.recipe import parse_recipe, read_recipe
 from lltk.graph.recipe_files import find_recipe
+from lltk.models.hub import on_disk
 
 _DUMPED = Manifest("dump.json", "a Program's graphs", format=1, remedy="dump them again")
 _DUMP = Kind("a dump", lambda folder: all(map(_DUMPED.recognises, folder.iterdir())), folder=True)
@@ -36,6 +37,10 @@ _DUMP = Kind("a dump", lambda folder: all(map(_DUMPED.recognises, folder.iterdir
 @click.option("--stop-after", metavar="PASS", help="Run the passes up to this one.")
 @click.option("--disable", multiple=True, metavar="PASS", help="Leave a pass out; may be repeated.")
 @click.option(
+    "--download", is_flag=True,
+    help="Download what the recipe names on the Hugging Face hub, as OWNER/NAME.",
+)  # fmt: skip
+@click.option(
     "--overwrite", is_flag=True,
     help="Replace what is in the place of an output, also if lltk did not write it.",
 )  # fmt: skip
@@ -49,6 +54,7 @@ def command(
     dump: Path | None,
     stop_after: str | None,
     disable: tuple[str, ...],
+    download: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -65,7 +71,9 @@ def command(
     """
     console = Console(quiet=as_json)
     path = find_recipe(recipe)
-    resolved = load_recipe(path, overrides)
+    needed = not (dry_run or no_weights)
+    data = on_disk(read_recipe(path, overrides), download, needed)
+    resolved = parse_recipe(data, str(path))
     from lltk.artefact import PROGRAM, save_program
     from lltk.cli.inputs import inputs_of
     from lltk.compiler import transform

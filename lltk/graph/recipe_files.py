@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 
 
@@ -11,6 +13,13 @@ def shipped() -> dict[str, Path]:
     """The recipes that come with lltk, by name."""
     folder = Path(str(files("lltk.recipes")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def sentence(recipe: Path) -> str:
+    """What a recipe is for: the first sentence of the comment that it begins with."""
+    lines = takewhile(lambda line: line.startswith("#"), recipe.read_text("utf-8").splitlines())
+    comment = " ".join(line.lstrip("# ") for line in lines)
+    return re.split(r"(?<=\.) ", comment)[0]
 
 
 def find_recipe(name: str, folder: Path = Path()) -> Path:

@@ -1,0 +1,187 @@
+"""A video for each prompt of a file and each seed, in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from lltk.cli.stopping import stopping
+from lltk.files.reading import read_json, read_text
+from lltk.files.writing import write_text
+from lltk.parallel.ranks import Ranks
+from lltk.stream.frame_folder import open_writer
+from lltk.stream.prompts import Embed
+from lltk.stream.script import single_shot
+from lltk.stream.text import TextEncoder
+from lltk.stream.video import pixels
+from lltk.streaming import Models, StreamPlan, check_plan, load_models
+from lltk.train.recipe import changed_keys
+
+LONGEST_NAME = 240
+"""Bytes; file systems take 255."""
+_UNFINISHED = ".unfinished.mp4"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video.
+
+    Attributes:
+        prompt: what it shows.
+        index: which of the prompt's videos it is, from 0.
+        path: its file.
+    """
+
+    prompt: str
+    index: int
+    path: Path
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one a line; the same prompt counts once.
+
+    Raises:
+        ValueError: it cannot be read, or holds no prompt.
+    """
+    lines = read_text(path).splitlines()
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt; write one a line")
+    return prompts
+
+
+def jobs(prompts: Iterable[str], seeds: int, folder: Path) -> list[Job]:
+    """The videos, named as VBench and VBench-Long look for them: ``PROMPT-INDEX.mp4``.
+
+    Raises:
+        ValueError: a prompt is no file's name.
+    """
+    made = []
+    for prompt in prompts:
+        for index in range(seeds):
+            name = f"{prompt}-{index}.mp4"
+            if "/" in prompt or "\0" in prompt or len(name.encode()) > LONGEST_NAME:
+                raise ValueError(
+                    f"--prompts: {prompt[:60]!r} names a video, and no file can have that name; "
+                    f"write prompts without a slash, of at most {LONGEST_NAME - 6} bytes"
+                )
+            made.append(Job(prompt, index, folder / name))
+    return made
+
+
+def stream_prompts(
+    console: Console,
+    ranks: Ranks,
+    plan: StreamPlan,
+    wanted: Sequence[Job],
+    seconds: float,
+    folder: Path,
+) -> dict[str, Any]:
+    """Make the videos that are not there yet; returns what was done, as plain data.
+
+    A video is there when it is whole. What all of them were made by is kept beside the folder.
+
+    Args:
+        console: for progress.
+        ranks: the processes that run the stream; the first one writes.
+        plan: of the stream.
+        wanted: the videos. Those of one index share a seed: the recipe's, and the index on top.
+        seconds: the length of each.
+        folder: where they go.
+
+    Raises:
+        click.ClickException: it was stopped.
+        ValueError: the folder's videos were made otherwise, or as `load_models` and `Models.open`.
+    """
+    missing = [job for job in wanted if not job.path.exists()]
+    _note_origin(plan, seconds, folder, ranks.rank == 0)
+    done = {"folder": str(folder), "videos": len(wanted), "made": len(missing)}
+    if not missing:
+        return done
+    check_plan(plan)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with (
+        TemporaryDirectory() as cache,
+        stopping() as stop,
+        Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+    ):
+        prompts = list(dict.fromkeys(job.prompt for job in missing))
+        embed = _encoded(plan, prompts, Path(plan.section.text.cache or cache), progress)
+        bar = progress.add_task("videos", total=len(wanted), completed=len(wanted) - len(missing))
+        models = load_models(plan, prompts=embed, sessions=1)
+        for job in missing:
+            for _ in _made(models, job, seconds, ranks.rank == 0):
+                if ranks.any(stop.asked):
+                    raise click.ClickException(
+                        f"stopped; whole videos are in {folder}, the same command makes the rest"
+                    )
+            progress.advance(bar)
+    return done
+
+
+def _made(models: Models, job: Job, seconds: float, writes: bool) -> Iterator[None]:
+    """Make a video, and give way after each chunk."""
+    plan = models.plan
+    unfinished = job.path.with_name(_UNFINISHED)
+    size, section = plan.size, plan.section
+    opened = open_writer(unfinished, *size, section.fps, plan.writer_threads) if writes else None
+    with nullcontext() if opened is None else opened:
+
+        def sink(video: Tensor) -> None:
+            assert opened is not None
+            opened.write(pixels(video))
+
+        shots = single_shot(job.prompt, seconds)
+        seed = section.seed + job.index
+        with models.open(sink if writes else None, shots, seed=seed) as stream:
+            for _ in stream:
+                yield
+    if writes:
+        os.replace(unfinished, job.path)
+
+
+def _encoded(plan: StreamPlan, prompts: list[str], cache: Path, progress: Progress) -> Embed:
+    """The prompts' embeddings, made before the models are loaded and kept in a folder."""
+    program = plan.transformer
+    tokens = program.geometry.text_tokens
+    encoder = TextEncoder(plan.folder, tokens, program.dtype, plan.text_device, cache)
+    if plan.guided:
+        prompts = [*prompts, plan.section.negative_prompt]
+    for prompt in progress.track(prompts, description="encoding prompts"):
+        encoder.encode([prompt])
+    encoder.free()
+    return lambda prompt: encoder.encode([prompt]).to(plan.device)
+
+
+def _note_origin(plan: StreamPlan, seconds: float, folder: Path, writes: bool) -> None:
+    """Keep beside the folder what its videos are made by, or compare with what is kept.
+
+    Raises:
+        ValueError: they were made by something else.
+    """
+    recipe = plan.recipe.resolved() | {"stream": plan.section.model_dump(mode="json")}
+    own: dict[str, Any] = {"recipe": recipe, "seconds": seconds}
+    note = folder.with_name(f"{folder.name}.json")
+    if note.exists():
+        changed = changed_keys(read_json(note), own)
+        if changed:
+            raise ValueError(
+                f"{folder}: its videos were made otherwise: {', '.join(changed)} differ (see "
+                f"{note}); name another folder"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty, and no videos of lltk; name another folder")
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(note, json.dumps(own, indent=2))
