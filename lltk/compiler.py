@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from lltk.graph.low_rank import LowRank
 from lltk.graph.packed import check_fp8_weights, is_packed, packed_weights, plain_name
 from lltk.graph.passes import Pass, run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import ModelSection, Recipe
-from lltk.models.checkpoint import check_weights, load_lora
+from lltk.models.adapters import Adapter, load_adapter, merge_adapters
+from lltk.models.checkpoint import check_weights
 from lltk.models.configs import named_config
 from lltk.models.families import FAMILIES, family_of
 from lltk.models.family import Family
@@ -20,6 +23,8 @@ from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.passes import make_pass
 
 Observer = Callable[[Program], None]
+Adapters = Sequence[tuple[Adapter, float]]
+"""Adapters, each with its strength."""
 
 
 def transform(
@@ -33,9 +38,13 @@ def transform(
 ) -> Program:
     """Capture the recipe's model and run its passes.
 
+    The adapters of ``model.lora`` are merged into the weights; where ``lora`` is the last to run of
+    ``lora`` and ``merge_lora``, its adapters go on from the file instead.
+
     Args:
         recipe: what to make.
-        weights: whether to load ``model.checkpoint``. If not, parameters are meta tensors.
+        weights: whether to load ``model.checkpoint``, and adapters. If not, parameters are meta
+            tensors.
         stop_after: name of the last pass to run.
         disable: names of passes to leave out.
         observe: called with the Program after capture and after each pass.
@@ -45,7 +54,22 @@ def transform(
         ValueError: something in the recipe, its checkpoint or the order of its passes does not fit.
     """
     steps = configured_passes(recipe, stop_after, disable)
-    program, packed = _capture(recipe, weights, section)
+    adapters, names = _adapters(recipe, weights), [step.name for step in steps]
+    learned: dict[str, Tensor] = {}
+    if "lora" in names:
+        options = dict(recipe.steps())["lora"]
+        for adapter, _ in adapters:
+            _check_lora(adapter, options)
+        if adapters and "merge_lora" not in names:
+            steps[names.index("lora")], learned = _lora_from(adapters, options)
+            adapters = []
+    program, packed = _capture(recipe, adapters, weights, section)
+    if learned and packed is not None:
+        raise ValueError(
+            f"model.lora: lora goes on from an adapter over plain weights, and "
+            f"{recipe.model.checkpoint} is in NVFP4; add merge_lora, or drop lora, to merge it"
+        )
+    program.weights |= learned
     program.recipe["passes"] = [{s.name: s.config.model_dump(mode="json")} for s in steps]
     if observe is not None:
         observe(program)
@@ -55,13 +79,13 @@ def transform(
 
 def capture(recipe: Recipe, *, weights: bool = True, section: str = "model") -> Program:
     """Capture the recipe's model and run no pass; arguments and errors as for `transform`."""
-    return _capture(recipe, weights, section)[0]
+    return _capture(recipe, _adapters(recipe, weights), weights, section)[0]
 
 
 def _capture(
-    recipe: Recipe, weights: bool, section: str
+    recipe: Recipe, adapters: Adapters, weights: bool, section: str
 ) -> tuple[Program, dict[str, Tensor] | None]:
-    """The captured model, with its weights.
+    """The captured model, with its weights, and adapters merged into them.
 
     Packed weights fit only after the passes, so they are given apart; None where there are none.
     """
@@ -69,19 +93,23 @@ def _capture(
     _check_options(family, recipe, section)
     config, loaded = _model(family, recipe, weights, section)
     program = family.capture(config, recipe)
-    packed = loaded if loaded is not None and is_packed(loaded) else None
-    if packed is not None and "nvfp4_infer" not in dict(recipe.steps()):
-        if "fp8_infer" not in dict(recipe.steps()):
-            raise ValueError(
-                f"model.checkpoint: {recipe.model.checkpoint} holds weights in NVFP4; add "
-                "nvfp4_infer, or fp8_infer, to the recipe's passes"
-            )
-        loaded, packed = _decoded(packed, program), None
-    if packed is None and loaded is not None:
+    packed = None
+    if loaded is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}
-        check_weights(loaded, shapes, str(recipe.model.checkpoint))
-        program.weights = loaded
-        program.weights |= _adapters(recipe)
+        for adapter, _ in adapters:
+            adapter.check(shapes)
+        acting = [(adapter, strength) for adapter, strength in adapters if strength]
+        changed = {name for adapter, _ in acting for name in adapter.changes}
+        loaded = _decoded(loaded, program, recipe, changed)
+        whole = {name: tensor for name, tensor in loaded.items() if plain_name(name) == name}
+        in_nvfp4 = {plain_name(name) for name in loaded.keys() - whole.keys()}
+        expected = {name: shapes[name] for name in shapes if name not in in_nvfp4}
+        check_weights(whole, expected, str(recipe.model.checkpoint))
+        merged = merge_adapters(loaded, acting)
+        if in_nvfp4:
+            packed = merged
+        else:
+            program.weights = merged
     program.recipe = recipe.resolved()
     program.recipe["model"]["config"] = {
         key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
@@ -101,13 +129,27 @@ def _check_options(family: Family, recipe: Recipe, section: str) -> None:
                 )
 
 
-def _decoded(weights: Mapping[str, Tensor], program: Program) -> dict[str, Tensor]:
-    """The weights, those in NVFP4 decoded to the dtype and width of the model's parameters."""
-    plain = {name: tensor for name, tensor in weights.items() if plain_name(name) == name}
+def _decoded(
+    weights: Mapping[str, Tensor], program: Program, recipe: Recipe, changed: Collection[str]
+) -> dict[str, Tensor]:
+    """The weights; those in NVFP4 that the passes do not take, or that change, are decoded.
+
+    They get the dtype and width of the model's parameters.
+    """
+    passes = dict(recipe.steps())
+    if is_packed(weights) and not {"nvfp4_infer", "fp8_infer"} & passes.keys():
+        raise ValueError(
+            f"model.checkpoint: {recipe.model.checkpoint} holds weights in NVFP4; add "
+            "nvfp4_infer, or fp8_infer, to the recipe's passes"
+        )
+    plain = dict(weights)
     for module, weight in packed_weights(weights, "weights").items():
-        values, like = nvfp4_dequantise(*weight), program.weights.get(f"{module}.weight")
-        fits = values if like is None else values[:, : like.shape[1]].to(like.dtype)
-        plain[f"{module}.weight"] = fits
+        name = f"{module}.weight"
+        if name not in changed and "nvfp4_infer" in passes:
+            continue
+        plain = {key: tensor for key, tensor in plain.items() if plain_name(key) != name}
+        values, like = nvfp4_dequantise(*weight), program.weights.get(name)
+        plain[name] = values if like is None else values[:, : like.shape[1]].to(like.dtype)
     return plain
 
 
@@ -154,8 +196,6 @@ def _model(
     named = section.config
     config = named_config(named, family.configs) if isinstance(named, str) else named
     config = None if config is None else family.validate(config, f"{where}.config")
-    if section.lora is not None and "lora" not in dict(recipe.steps()):
-        raise ValueError("model.lora: the recipe's passes have no lora; add it, or drop the file")
     if not weights:
         if config is None:
             raise ValueError(
@@ -183,17 +223,59 @@ def _model(
     return config or dict(stated or {}), dict(checkpoint.weights)
 
 
-def _adapters(recipe: Recipe) -> dict[str, Tensor]:
-    """The adapters of ``model.lora``, whose scale must be that of the recipe's lora pass."""
-    if recipe.model.lora is None:
-        return {}
-    adapter = load_lora(recipe.model.lora)
-    config = make_pass("lora", dict(recipe.steps())["lora"]).config
-    stated = adapter.config or {}
-    alpha = stated.get("lora_alpha", config.alpha)
-    if alpha != config.alpha:
+def _adapters(recipe: Recipe, weights: bool) -> Adapters:
+    """The adapters of ``model.lora``, if weights are wanted; their number is checked anyway."""
+    wanted = recipe.model.adapters()
+    return [(load_adapter(file), strength) for file, strength in wanted] if weights else []
+
+
+def _check_lora(adapter: Adapter, options: Mapping[str, Any]) -> None:
+    """Refuse options of the lora pass that a file's adapter contradicts."""
+    for module, pair in _pairs(adapter).items():
+        file = {"rank": pair.rank, "alpha": pair.scale * pair.rank, "include": module}
+        for key in options.keys() & file.keys():
+            stated = options[key]
+            same = re.fullmatch(stated or ".*", module) if key == "include" else stated == file[key]
+            if not same:
+                raise ValueError(
+                    f"model.lora: {adapter.where} has {key} {file[key]} for {module}, and "
+                    f"passes.lora.{key} is {stated}; remove that (model.lora_strength sets how "
+                    "much the file acts)"
+                )
+
+
+def _pairs(adapter: Adapter) -> dict[str, LowRank]:
+    """An adapter's low-rank changes, by module."""
+    return {
+        name.removesuffix(".weight"): change
+        for name, change in adapter.changes.items()
+        if isinstance(change, LowRank)
+    }
+
+
+def _lora_from(
+    adapters: Adapters, options: Mapping[str, Any]
+) -> tuple[Pass[Any], dict[str, Tensor]]:
+    """The lora pass that goes on from an adapter, and the adapter's tensors.
+
+    Args:
+        adapters: must be one, of one rank and scale.
+        options: what the recipe gives the pass. The others are the file's.
+    """
+    (adapter, strength), *others = adapters
+    pairs = _pairs(adapter)
+    kinds = sorted({(pair.rank, pair.scale) for pair in pairs.values()})
+    if others or len(kinds) != 1 or len(pairs) < len(adapter.changes):
+        found = [f"rank {rank} × {scale:g}" for rank, scale in kinds]
+        found += [f"{len(adapter.changes) - len(pairs)} differences"] * (len(kinds) != 1)
         raise ValueError(
-            f"model.lora: {recipe.model.lora} was trained with alpha {alpha}, the recipe's lora "
-            f"pass has {config.alpha}; set lora.alpha to the file's"
+            f"model.lora: lora goes on from one adapter of one rank and scale, and "
+            f"{adapter.where} has {', '.join(found)}; add merge_lora, or drop lora, to merge it"
         )
-    return adapter.weights
+    ((rank, scale),) = kinds
+    file = {"rank": rank, "alpha": scale * rank, "include": "|".join(map(re.escape, pairs))}
+    tensors = {}
+    for module, pair in pairs.items():
+        tensors[f"{module}.lora_A.weight"] = pair.a
+        tensors[f"{module}.lora_B.weight"] = pair.b * strength
+    return make_pass("lora", file | dict(options)), tensors

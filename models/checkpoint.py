@@ -1,4 +1,4 @@
-"""Reading and writing weights of transformers and of LoRA adapters, in the layouts in use."""
+"""Reading and writing weights of transformers, and writing LoRA adapters, in the layouts in use."""
 
 from __future__ import annotations
 
@@ -45,9 +45,8 @@ class Checkpoint:
         weights: tensors under lltk's names, which are diffusers'. They are on the CPU, mapped from
             the file, and have its shapes, dtypes and values. NVFP4 weights are in lltk's form; see
             `nvfp4_layouts`.
-        config: a transformer's checked diffusers configuration, or an adapter's PEFT configuration
-            (``r``, ``lora_alpha``, …); None where the file has none.
-        layout: the file's layout, a name in `WEIGHT_LAYOUTS`, `CONVENTIONS` or `LORA_LAYOUTS`.
+        config: the checked diffusers configuration; None where the file has none.
+        layout: the file's layout, a name in `WEIGHT_LAYOUTS` or `CONVENTIONS`.
     """
 
     weights: dict[str, Tensor]
@@ -76,15 +75,15 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
         path = _checked_folder(path, "transformer")
         config, quantisation = _read_config(path)
         path = _weight_file(path)
-    content = _read(path, checked)
+    content = read_content(path, checked)
     key = "generator_ema" if ema else "generator"
     if key not in content and (ema or "generator_ema" in content or "generator_lora" in content):
         raise ValueError(
             f"{path}: has no {key}, only {few(map(str, content))}; load it with ema={not ema}, or "
-            "an adapter with load_lora"
+            "name an adapter as model.lora"
         )
-    state = _tensors(content.get(key, content), str(path))
-    packed = read_packed(state, Description(quantisation, _header(path)), str(path))
+    state = named_tensors(content.get(key, content), str(path))
+    packed = read_packed(state, Description(quantisation, read_header(path)), str(path))
     if packed is None:
         weights, layout = _rename(state, WEIGHT_LAYOUTS, str(path))
         return Checkpoint(weights, config, layout)
@@ -157,7 +156,7 @@ def load_folder(path: str | Path, part: str) -> tuple[dict[str, Any], dict[str, 
     folder = _checked_folder(Path(path), part)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: has no config.json; name a diffusers folder of a {part}")
-    return _read_json(folder / "config.json"), _read(_weight_file(folder), checked=True)
+    return _read_json(folder / "config.json"), read_content(_weight_file(folder), checked=True)
 
 
 def save_folder(
@@ -218,27 +217,6 @@ def _checked_folder(path: Path, part: str) -> Path:
     return folder
 
 
-def load_lora(path: str | Path) -> Checkpoint:
-    """Read an adapter.
-
-    Args:
-        path: LongLive's ``.pt`` file, of which the student's adapter is read, or a safetensors file
-            of PEFT or diffusers.
-
-    Returns:
-        Weights whose names are the module's path and ``.lora_A.weight`` [rank, in] or
-        ``.lora_B.weight`` [out, rank].
-
-    Raises:
-        ValueError: as `load_checkpoint`.
-    """
-    path = Path(path)
-    content = _read(path)
-    state = _tensors(content.get("generator_lora", content), str(path))
-    weights, layout = _rename(state, LORA_LAYOUTS, str(path))
-    return Checkpoint(weights, _read_lora_config(path), layout)
-
-
 def save_lora(
     path: str | Path,
     weights: Mapping[str, Tensor],
@@ -249,7 +227,8 @@ def save_lora(
 
     Args:
         path: a ``.pt`` file for the layout ``longlive``, else a ``.safetensors`` file.
-        weights: as `load_lora` gives them.
+        weights: A [rank, in] as ``<module>.lora_A.weight`` and B [out, rank] as
+            ``<module>.lora_B.weight``.
         layout: a name in `LORA_LAYOUTS`.
         config: the PEFT configuration. It goes into the file's metadata, as diffusers writes it.
             Files of ``longlive`` have no place for it: their scale is always 1.
@@ -324,7 +303,7 @@ def _compare(
         raise ValueError(f"{where}: weights {', '.join(problems)}; {remedy}")
 
 
-def _read(path: Path, checked: bool = False) -> dict[str, Any]:
+def read_content(path: Path, checked: bool = False) -> dict[str, Any]:
     """The content of one file, or of the shards of one index.
 
     Args:
@@ -338,9 +317,11 @@ def _read(path: Path, checked: bool = False) -> dict[str, Any]:
         return _read_shards(path, checked)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, checked)
-    if path.suffix in _PICKLES:
+    if path.suffix in (*_PICKLES, ".bin"):
         return _read_pickle(path)
-    raise ValueError(f"{path}: not a .safetensors, .pt or .pth file; convert it to safetensors")
+    raise ValueError(
+        f"{path}: not a .safetensors, .pt, .pth or .bin file; convert it to safetensors"
+    )
 
 
 def _read_safetensors(path: Path, checked: bool) -> dict[str, Any]:
@@ -401,7 +382,7 @@ def _read_shards(index: Path, checked: bool) -> dict[str, Any]:
     return weights
 
 
-def _header(path: Path) -> dict[str, str]:
+def read_header(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, or of all shards of an index."""
     if path.suffix == ".json":
         files = [path.parent / shard for shard in sorted(set(_weight_map(path).values()))]
@@ -460,19 +441,6 @@ def _full_config(config: Mapping[str, Any] | None, path: Path) -> dict[str, Any]
     return validate_config(config, str(path))
 
 
-def _read_lora_config(path: Path) -> dict[str, Any] | None:
-    beside = path.with_name("adapter_config.json")
-    if path.name == "adapter_model.safetensors" and beside.exists():
-        return _read_json(beside)
-    if path.suffix != ".safetensors":
-        return None
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(_LORA_CONFIG)
-    if text is None:
-        return None
-    return {key.removeprefix("transformer."): v for key, v in parse_object(text, path).items()}
-
-
 def _weight_file(folder: Path) -> Path:
     for pattern in ("*.safetensors.index.json", "*.safetensors"):
         found = sorted(folder.glob(pattern))
@@ -487,7 +455,8 @@ def _weight_file(folder: Path) -> Path:
     raise ValueError(f"{folder}: no .safetensors file; name a folder or file that holds weights")
 
 
-def _tensors(state: Any, where: str) -> dict[str, Tensor]:
+def named_tensors(state: Any, where: str) -> dict[str, Tensor]:
+    """The state dict that this is; raises ValueError if it is none. Errors begin with ``where``."""
     if not isinstance(state, dict):
         raise ValueError(f"{where}: its weights are a {type(state).__name__}, not a state dict")
     other = [
@@ -497,7 +466,8 @@ def _tensors(state: Any, where: str) -> dict[str, Tensor]:
     ]
     if other:
         raise ValueError(
-            f"{where}: {len(other)} entries are not named tensors: {few(other)}; remove them"
+            f"{where}: {len(other)} entries are not named tensors: {few(other)}; save the state "
+            "dict alone"
         )
     return state
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 _WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-_ADAPTER = re.compile(r"\.(lora_[AB])\.default\.weight$")
 _BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]*)\.")
 
 
@@ -52,8 +51,8 @@ def _strict(names: Mapping[str, str | None], where: str, required: str) -> dict[
 class Layout:
     """A way of naming weights.
 
-    Parts of a name that come from a wrapper, such as ``_orig_mod.``, and PEFT's ``.default`` are
-    left out when a name is read, and never written.
+    Parts of a name that come from a wrapper, such as ``_orig_mod.``, are left out when a name is
+    read, and never written.
 
     Attributes:
         name: of the layout.
@@ -67,7 +66,7 @@ class Layout:
 
     def own_name(self, key: str) -> str | None:
         """lltk's name for one of a file; None if this layout has no such name."""
-        key = _ADAPTER.sub(r".\1.weight", _WRAPPERS.sub("", key))
+        key = _WRAPPERS.sub("", key)
         return _lookup(self.table, key[len(self.prefix) :]) if key.startswith(self.prefix) else None
 
     def read(self, keys: Iterable[str], where: str) -> dict[str, str]:
@@ -144,7 +143,6 @@ WEIGHT_LAYOUTS: Mapping[str, Layout] = {
     "longlive": Layout("longlive", "model.", _WAN),
 }
 LORA_LAYOUTS: Mapping[str, Layout] = {
-    "lltk": Layout("lltk", "", _OWN_LORA),
     "diffusers": Layout("diffusers", "transformer.", _OWN_LORA),
     "peft": Layout("peft", "base_model.model.", _OWN_LORA),
     "longlive": Layout("longlive", "base_model.model.", _LORA),

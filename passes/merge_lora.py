@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from lltk.graph.edit import calls, replace
 from lltk.graph.facts import Trainable
+from lltk.graph.low_rank import LowRank, add_changes
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
@@ -37,8 +38,7 @@ class _MergedWeights:
             module = name.removesuffix(".weight")
             a, b = state.get(f"{module}.lora_A.weight"), state.get(f"{module}.lora_B.weight")
             if a is not None and b is not None:
-                product = self.adapters.scale * (b.float() @ a.float())
-                tensor = (tensor.float() + product).to(tensor.dtype)
+                tensor = add_changes(tensor, [LowRank(a, b, self.adapters.scale)])
             merged[name] = tensor
         return merged
 

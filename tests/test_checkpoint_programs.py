@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lltk.compiler import transform
-from lltk.graph.facts import Trainable
 from lltk.graph.geometry import Kind
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, parse_recipe
 from lltk.graph.text import print_graph
-from lltk.models.checkpoint import load_checkpoint, save_checkpoint, save_lora
+from lltk.models.checkpoint import load_checkpoint, save_checkpoint
 from lltk.models.layouts import WEIGHT_LAYOUTS
 
 pytestmark = pytest.mark.cpu
@@ -189,23 +188,6 @@ def test_the_averaged_weights_are_chosen(files: dict[str, Path]) -> None:
     assert not any(tensor.any() for tensor in plain.weights.values())
 
 
-def test_adapters_come_with_the_recipe(files: dict[str, Path], tmp_path: Path) -> None:
-    module = "blocks.1.attn1.to_q"
-    size = stored()[f"{module}.weight"].shape[0]
-    adapter = {
-        f"{module}.lora_A.weight": torch.randn(2, size),
-        f"{module}.lora_B.weight": torch.randn(size, 2),
-    }
-    path = tmp_path / "adapter.safetensors"
-    save_lora(path, adapter, "diffusers", {"r": 2, "lora_alpha": 4})
-    options = {"rank": 2, "alpha": 4, "include": r"blocks\.1\.attn1\.to_q"}
-    passes = ["canonicalise", {"lora": options}]
-    program = transform(recipe(files["diffusers"], passes=passes, lora=str(path)))
-    assert same_bytes(program.weights, stored() | adapter)
-    assert program.fact(Trainable).names == adapter.keys()
-    assert same_bytes(program.unmap_state(program.weights), stored())
-
-
 # Errors
 
 
@@ -258,23 +240,3 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "broken.safetensors"
     save_file(broken, path)
     assert "proj_out.bias holds NaN" in refused(recipe(path, config=CONFIG))
-
-
-def test_adapters_need_their_pass_and_scale(files: dict[str, Path], tmp_path: Path) -> None:
-    path = tmp_path / "adapter.safetensors"
-    name = "blocks.0.attn1.to_q"
-    adapter = {
-        f"{name}.lora_A.weight": torch.zeros(2, 24),
-        f"{name}.lora_B.weight": torch.zeros(24, 2),
-    }
-    save_lora(path, adapter, "diffusers", {"r": 2, "lora_alpha": 4})
-    message = refused(recipe(files["diffusers"], lora=str(path)))
-    assert "model.lora: the recipe's passes have no lora" in message
-
-    def misfit(**options: Any) -> str:
-        passes = ["canonicalise", {"lora": {"include": name.replace(".", r"\.")} | options}]
-        return refused(recipe(files["diffusers"], passes=passes, lora=str(path)))
-
-    assert "alpha" in misfit(rank=2, alpha=2)
-    assert "rank" in misfit(rank=3, alpha=4)
-    assert "include" in misfit(rank=2, alpha=4, include=r"blocks\.1\.attn1\.to_q")

@@ -28,6 +28,7 @@ def inputs_of(recipe: Path, data: Mapping[str, Any]) -> list[Path]:
         value: Any = data
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
-        if isinstance(value, str) and Path(value).exists():
-            found += [Path(value), *(Path(value) / part for part in _PARTS)]
+        for name in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(name, str) and Path(name).exists():
+                found += [Path(name), *(Path(name) / part for part in _PARTS)]
     return found

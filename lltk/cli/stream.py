@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,14 @@ _File = click.Path(path_type=Path)
 @click.option("--seed", type=click.IntRange(0), help="Of the noise (default: the recipe's).")
 @click.option("--steps", type=click.IntRange(1), help="Denoising passes (default: the recipe's).")
 @click.option("--guidance", type=float, help="1 for none (default: the recipe's).")
+@click.option(
+    "--lora",
+    "adapters",
+    multiple=True,
+    metavar="FILE[:STRENGTH]",
+    help="Adapter (LoRA) to merge, and how strongly (default: 1); may be repeated. Replaces the "
+    "recipe's.",
+)
 @click.option("--save", type=_File, help="File to keep the stream's state in, to go on later.")
 @click.option("--resume", type=_File, help="State to go on from; it knows script and seed.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
@@ -67,6 +76,7 @@ def command(
     seed: int | None,
     steps: int | None,
     guidance: float | None,
+    adapters: tuple[str, ...],
     save: Path | None,
     resume: Path | None,
     overrides: tuple[str, ...],
@@ -90,6 +100,7 @@ def command(
       lltk stream tiny_stream --script shots.yaml -o video.mp4 --contact-sheet shots.png
       lltk stream tiny_stream --prompt "a red circle moving left" --seconds 10 -o red.mp4
       lltk stream tiny_stream --prompts prompts.txt --seeds 5 -o videos
+      lltk stream tiny_stream --prompt "a red circle" --lora style.safetensors:0.8 -o red.mp4
       lltk stream tiny_stream --resume video.state.safetensors -o rest.mp4
       torchrun --nproc-per-node 2 -m lltk stream wan22_5b_stream_sp2 --script s.yaml -o video.mp4
     """
@@ -111,6 +122,7 @@ def command(
         path = find_recipe(recipe)
         given = {"seed": seed, "steps": steps, "guidance": guidance}
         changes = [f"stream.{key}={value}" for key, value in given.items() if value is not None]
+        changes += _lora_keys(adapters)
         if resume is not None and seed is not None:
             raise ValueError("--seed: a resumed stream has its own; drop the option")
         alone = {"--contact-sheet": contact_sheet, "--image": image, "--save": save}
@@ -187,6 +199,23 @@ def command(
             click.echo(json.dumps(result, indent=2))
         rows = [{"what": what, "": value} for what, value in summary(result).items()]
         console.print(row_table(str(output), rows))
+
+
+def _lora_keys(adapters: Sequence[str]) -> list[str]:
+    """The recipe's keys for adapters that are given as FILE or FILE:STRENGTH."""
+    if not adapters:
+        return []
+    files, strengths = [], []
+    for adapter in adapters:
+        file, strength = adapter, 1.0
+        before, colon, after = adapter.rpartition(":")
+        if colon and not Path(adapter).exists():
+            with suppress(ValueError):
+                strength = float(after)
+                file = before
+        files.append(file)
+        strengths.append(strength)
+    return [f"model.lora={json.dumps(files)}", f"model.lora_strength={json.dumps(strengths)}"]
 
 
 def _shots(

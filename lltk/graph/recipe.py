@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
 from lltk.files.reading import check_plain, parse_yaml, read_plain
 from lltk.graph.geometry import Geometry, Kind
@@ -35,10 +35,31 @@ class ModelSection(BaseModel):
         description="columns of latents that a decoder decodes: the first, and the one after the "
         "last; null for all",
     )
-    lora: str | None = Field(None, description="adapter weights for the lora pass: a file")
+    lora: str | tuple[str, ...] | None = Field(
+        None, description="adapters to merge into the weights: files or folders"
+    )
+    lora_strength: FiniteFloat | tuple[FiniteFloat, ...] = Field(
+        1.0, description="what the adapters add is multiplied by: a number, or one an adapter"
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="compute dtype; stored weights keep theirs"
     )
+
+    def adapters(self) -> list[tuple[str, float]]:
+        """The adapters to merge, each with its strength.
+
+        Raises:
+            ValueError: there is not a strength for each.
+        """
+        files = (self.lora,) if isinstance(self.lora, str) else self.lora or ()
+        given = self.lora_strength
+        strengths = given if isinstance(given, tuple) else (given,) * len(files)
+        if len(strengths) != len(files) or (given != 1 and not files):
+            raise ValueError(
+                f"model.lora_strength: {given} for {len(files)} adapters in model.lora; give one "
+                "number, or one an adapter"
+            )
+        return list(zip(files, strengths, strict=True))
 
 
 class Recipe(BaseModel):

@@ -22,6 +22,7 @@ from lltk.models.families import family_of
 from lltk.models.pipelines import find_pipeline, link_pipeline
 from lltk.models.tiny.world import FPS
 from lltk.ops.implementations import check_device
+from lltk.passes.lora import Adapters
 from lltk.stream.video import write_video
 from lltk.tasks.clips import encoded_clips
 from lltk.tasks.encoder import PipelineEncoder, encoder_for
@@ -121,7 +122,13 @@ class TransformerPlan:
         own = {name: tensor.cpu() for name, tensor in trained.items()}
         if self.program.fact(Trainable).names is not None:
             path = folder / "lora.safetensors"
-            save_lora(path, own, "lltk")
+            adapters = self.program.fact(Adapters)
+            stated = {
+                "r": adapters.rank,
+                "lora_alpha": adapters.alpha,
+                "target_modules": adapters.modules,
+            }
+            save_lora(path, own, "diffusers", stated)
             return path
         weights = self.program.unmap_state({**objective.weights, **own})
         path = folder / "transformer"
@@ -166,6 +173,10 @@ def plan_transformer(data: Mapping[str, Any], device: torch.device, where: str) 
         raise ValueError(
             f"{where}: model.checkpoint: names no weights to begin with; set "
             "model.checkpoint=PATH, or begin with random ones by --from-scratch"
+        )
+    if recipe.model.lora is not None and recipe.model.checkpoint is None:
+        raise ValueError(
+            f"{where}: model.lora: there are no weights to add it to; name them in model.checkpoint"
         )
     program = transform(recipe, weights=recipe.model.checkpoint is not None)
     return TransformerPlan(recipe, section, program, device)
