@@ -19,6 +19,7 @@ from lltk.models.checkpoint import check_weights
 from lltk.models.configs import named_config
 from lltk.models.families import FAMILIES, family_of
 from lltk.models.family import Family
+from lltk.models.layouts import few
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.passes import make_pass
 
@@ -265,12 +266,15 @@ def _lora_from(
     (adapter, strength), *others = adapters
     pairs = _pairs(adapter)
     kinds = sorted({(pair.rank, pair.scale) for pair in pairs.values()})
-    if others or len(kinds) != 1 or len(pairs) < len(adapter.changes):
-        found = [f"rank {rank} × {scale:g}" for rank, scale in kinds]
-        found += [f"{len(adapter.changes) - len(pairs)} differences"] * (len(kinds) != 1)
+    found = [f"{adapter.where} has rank {rank} with a scale of {scale:g}" for rank, scale in kinds]
+    if differences := len(adapter.changes) - len(pairs):
+        found.append(f"{adapter.where} has {differences} differences")
+    if others:
+        found.append(f"there are {len(adapters)} adapters")
+    if len(found) > 1 or not kinds:
         raise ValueError(
-            f"model.lora: lora goes on from one adapter of one rank and scale, and "
-            f"{adapter.where} has {', '.join(found)}; add merge_lora, or drop lora, to merge it"
+            f"model.lora: lora goes on from one adapter of one rank and scale; {few(found)}: add "
+            "merge_lora, or drop lora, to merge"
         )
     ((rank, scale),) = kinds
     file = {"rank": rank, "alpha": scale * rank, "include": "|".join(map(re.escape, pairs))}
