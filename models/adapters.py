@@ -128,11 +128,12 @@ def merge_adapters(
         weights: a state dict of the captured model.
         adapters: each with its strength, which multiplies all it adds. They fit the model.
     """
-    merged = dict(weights)
+    changes: dict[str, list[tuple[LowRank | Tensor, float]]] = {}
     for adapter, strength in adapters:
         for name, change in adapter.changes.items():
-            merged[name] = add_changes(merged[name], [change], strength)
-    return merged
+            changes.setdefault(name, []).append((change, strength))
+    merged = {name: add_changes(weights[name], listed) for name, listed in changes.items()}
+    return dict(weights) | merged
 
 
 def load_adapter(path: str | Path) -> Adapter:

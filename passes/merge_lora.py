@@ -38,7 +38,7 @@ class _MergedWeights:
             module = name.removesuffix(".weight")
             a, b = state.get(f"{module}.lora_A.weight"), state.get(f"{module}.lora_B.weight")
             if a is not None and b is not None:
-                tensor = add_changes(tensor, [LowRank(a, b, self.adapters.scale)])
+                tensor = add_changes(tensor, [(LowRank(a, b, self.adapters.scale), 1.0)])
             merged[name] = tensor
         return merged
 

@@ -285,7 +285,7 @@ def test_what_training_writes_does_the_same_elsewhere(reader: str, tmp_path: Pat
     if reader == "diffusers":
         model.load_lora_adapter(tmp_path, weight_name=path.name)
     else:
-        # As docs/training.md shows.
+        # As docs/adapters.md shows.
         with safe_open(path, "pt") as opened:
             stated = json.loads(opened.metadata()["lora_adapter_metadata"])
         config = LoraConfig(**{k.removeprefix("transformer."): v for k, v in stated.items()})

@@ -305,8 +305,9 @@ def test_narrow_tensors_are_widened(tmp_path: Path) -> None:
     save_file(state, tmp_path / "a.safetensors")
     a, b = (state[f"{Q}.lora_{side}.weight"].double() for side in "AB")
     weight = base()[f"{Q}.weight"].bfloat16()
-    found = merge_adapters({f"{Q}.weight": weight}, [(load_adapter(tmp_path / "a.safetensors"), 1)])
-    assert torch.equal(found[f"{Q}.weight"], (weight.double() + b @ a).float().bfloat16())
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    found = merge_adapters({f"{Q}.weight": weight}, [(adapter, 0.4), (adapter, 0.35)])
+    assert torch.equal(found[f"{Q}.weight"], (weight.double() + 0.75 * b @ a).float().bfloat16())
 
 
 # Folders

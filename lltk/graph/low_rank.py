@@ -38,16 +38,15 @@ class LowRank:
         return (self.scale * product).reshape(self.shape)
 
 
-def add_changes(weight: Tensor, changes: Iterable[LowRank | Tensor], strength: float = 1) -> Tensor:
-    """A weight with changes added: summed in float32, cast to the weight's dtype.
+def add_changes(weight: Tensor, changes: Iterable[tuple[LowRank | Tensor, float]]) -> Tensor:
+    """A weight with changes added: summed in float32, and rounded to the weight's dtype once.
 
     Args:
-        weight: of any floating dtype.
-        changes: of the weight's shape.
-        strength: what each change is multiplied by.
+        weight: floating point.
+        changes: of the weight's shape, each with its strength, which it is multiplied by.
     """
-    total = weight.float()
-    for change in changes:
+    total = weight
+    for change, strength in changes:
         dense = change.dense() if isinstance(change, LowRank) else change.float()
         total = total + strength * dense
     return total.to(weight.dtype)
