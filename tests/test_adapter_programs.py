@@ -48,6 +48,7 @@ SIZES = [
     "geometry.height=32", "geometry.width=64", "geometry.chunk=2", "geometry.window=6",
     "geometry.sink=2", "geometry.text_tokens=8",
 ]  # fmt: skip
+SMALL = [part for size in SIZES for part in ("--set", size)]
 Q, DOWN = "blocks.0.attn1.to_q", "blocks.0.ffn.net.2"
 
 
@@ -121,7 +122,7 @@ def test_several_adapters_have_a_strength_each(checkpoint: Path, file: Path) -> 
         wanted = recipe(checkpoint, lora=[str(file), str(file)], lora_strength=strength)
         assert "for 2 adapters in model.lora" in refused(transform, wanted)
     assert "for 0 adapters" in refused(transform, recipe(checkpoint, lora_strength=0.5))
-    assert "finite number" in refused(recipe, checkpoint, lora_strength=float("nan"))
+    assert "not finite" in refused(recipe, checkpoint, lora_strength=float("nan"))
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -348,7 +349,7 @@ def test_stream_takes_adapters(
 
 
 @pytest.mark.parametrize(
-    ("adapter", "found"), [("none.safetensors", "does not exist"), ("a:nan", "finite number")]
+    ("adapter", "found"), [("none.safetensors", "does not exist"), ("a:nan", "nan is no strength")]
 )
 def test_stream_refuses_what_is_no_adapter(
     adapter: str, found: str, run: Run, tmp_path: Path
@@ -356,3 +357,13 @@ def test_stream_refuses_what_is_no_adapter(
     what = ["--prompt", "x", "-o", tmp_path / "v.mp4", "--lora", adapter, "--device", "cpu"]
     code, _, err = run("stream", "tiny_stream", *what)
     assert code == 2 and found in err and "Traceback" not in err
+
+
+def test_a_dry_run_reads_and_shows_the_adapters(file: Path, run: Run, tmp_path: Path) -> None:
+    what = ["stream", "tiny_stream", "--prompt", "x", "--dry-run", "--device", "cpu"]
+    code, out, err = run(*what, "--lora", f"{file}:-0.5", *SMALL)
+    assert code == 0 and "× -0.5" in " ".join(out.split()), err
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(file.read_bytes()[:-8])
+    code, _, err = run(*what, "--lora", broken)
+    assert code == 2 and f"{broken}: differs from its checksum" in " ".join(err.split())

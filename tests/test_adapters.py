@@ -303,11 +303,11 @@ def test_narrow_tensors_are_widened(tmp_path: Path) -> None:
     """The sum is made in float32 and rounded once, to the weight's dtype."""
     state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in pairs({Q: 4}).items()}
     save_file(state, tmp_path / "a.safetensors")
-    a, b = (state[f"{Q}.lora_{side}.weight"].double() for side in "AB")
-    weight = base()[f"{Q}.weight"].bfloat16()
-    adapter = load_adapter(tmp_path / "a.safetensors")
+    a, b = (state[f"{Q}.lora_{side}.weight"].float() for side in "AB")
+    weight, adapter = base()[f"{Q}.weight"].bfloat16(), load_adapter(tmp_path / "a.safetensors")
     found = merge_adapters({f"{Q}.weight": weight}, [(adapter, 0.4), (adapter, 0.35)])
-    assert torch.equal(found[f"{Q}.weight"], (weight.double() + 0.75 * b @ a).float().bfloat16())
+    wanted = (weight.float() + 0.4 * (b @ a) + 0.35 * (b @ a)).bfloat16()
+    assert torch.equal(found[f"{Q}.weight"], wanted)
 
 
 # Folders

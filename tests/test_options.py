@@ -66,7 +66,7 @@ LINES = {
             "--device": ["cuda:99"], "--dry-run": [], "--json": [],
         },
         {**OVERWRITE, **DOWNLOAD, "--output": "the contexts", "--prompts": "test_stream_cli.py",
-         "--seeds": "test_stream_cli.py"},
+         "--seeds": "test_stream_cli.py", "--lora": "test_adapter_programs.py"},
     ),
     "transform": Line(
         [["--no-weights"], ["--dry-run"], ["--dry-run", "--json"]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -202,9 +203,11 @@ def command(
 
 
 def _lora_keys(adapters: Sequence[str]) -> list[str]:
-    """The recipe's keys for adapters that are given as FILE or FILE:STRENGTH."""
-    if not adapters:
-        return []
+    """The recipe's keys for adapters that are given as FILE or FILE:STRENGTH.
+
+    Raises:
+        ValueError: a strength is not finite.
+    """
     files, strengths = [], []
     for adapter in adapters:
         file, strength = adapter, 1.0
@@ -213,8 +216,12 @@ def _lora_keys(adapters: Sequence[str]) -> list[str]:
             with suppress(ValueError):
                 strength = float(after)
                 file = before
+        if not math.isfinite(strength):
+            raise ValueError(f"--lora: {adapter}: {after} is no strength; write a number")
         files.append(file)
         strengths.append(strength)
+    if not files:
+        return []
     return [f"model.lora={json.dumps(files)}", f"model.lora_strength={json.dumps(strengths)}"]
 
 

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lltk.files.reading import check_plain, parse_yaml, read_plain
 from lltk.graph.geometry import Geometry, Kind
@@ -38,7 +38,7 @@ class ModelSection(BaseModel):
     lora: str | tuple[str, ...] | None = Field(
         None, description="adapters to merge into the weights: files or folders"
     )
-    lora_strength: FiniteFloat | tuple[FiniteFloat, ...] = Field(
+    lora_strength: float | tuple[float, ...] = Field(
         1.0, description="what the adapters add is multiplied by: a number, or one an adapter"
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(

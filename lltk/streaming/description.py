@@ -17,10 +17,12 @@ def describe(plan: StreamPlan) -> dict[str, str]:
     guided = f", guidance {section.guidance:g}" if plan.guided else ""
     ways = {"blocks compiled": section.compile, "CUDA graphs": section.cuda_graphs}
     how = "".join(f"{way}, " for way, used in ways.items() if used)
+    adapters = [f"{file} × {strength:g}" for file, strength in plan.recipe.model.adapters()]
     text = weight_bytes(plan.folder / "text_encoder", program.dtype)
     return {
         "pipeline": section.pipeline,
         "transformer": f"{_where(plan.device, program)}, {how}{choices}",
+        **({"adapters": ", ".join(adapters)} if adapters else {}),
         "decoder": f"{' and '.join(_where(d.device, d.program) for d in plan.decoders)}, "
         f"{'compiled, ' if section.decoder.compile else ''}"
         f"{'CUDA graphs, ' if section.decoder.cuda_graphs else ''}"
