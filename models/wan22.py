@@ -154,7 +154,7 @@ def _capture(config: Mapping[str, Any], recipe: Recipe) -> Program:
 FAMILY = Family(
     name="transformer",
     kinds=("train", "score", "stream", "reference"),
-    options=frozenset({"ema", "lora", "lora_strength"}),
+    options=frozenset({"ema", "lora"}),
     configs=CONFIGS,
     validate=validate_config,
     load=_load,
