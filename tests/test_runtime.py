@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,28 @@ def test_buffers_stay_where_they_are() -> None:
     assert {name: buffer.data_ptr() for name, buffer in buffers.items()} == addresses
     del saved["k_pages_1"]
     assert "are not this program's" in refused(runtime.restore, saved)
+
+
+@torch.no_grad()
+def test_pages_that_are_not_there_are_refused() -> None:
+    """So is one that is listed twice, or listed and written, before a kernel goes by them."""
+    runtime = TorchRuntime(*runnable(make_recipe("stream")))
+    assert runtime.geometry.pages == 4
+    runtime.set_prompt(text(0))
+    latents, positions = torch.randn(1, 4, 2, 4, 4), torch.arange(2, dtype=torch.float64)
+    passes, commit = (latents, torch.full((1, 2), 500.0), positions), (latents, positions)
+    calls: list[Callable[[], object]] = []
+    for table in ((4,), (-1,), (1, 1)):
+        calls += [partial(runtime.step, *passes, table), partial(runtime.first_bad, *passes, table)]
+    for table, slot in (((4,), 2), ((1, 1), 2), ((2,), 2), ((), 4), ((), -1)):
+        found = torch.ones(2)
+        calls.append(partial(runtime.commit, *commit, table, slot))
+        calls.append(partial(runtime.first_bad_commit, *commit, table, slot, found))
+    calls += [partial(runtime.magnitudes, slot) for slot in (4, -1)]
+    for call in calls:
+        with pytest.raises(AssertionError, match="are not different ones of 4"):
+            call()
+    assert not any(page.any() for page in runtime.pages.values())
 
 
 def test_a_page_table_goes_on_from_its_state() -> None:

@@ -16,7 +16,7 @@ from lltk.streaming.plan import StreamPlan
 def check_state(path: Path, state: SessionState, plan: StreamPlan) -> None:
     """Check a state against the plan of the stream that is to go on.
 
-    Page indices are bounded here: no kernel that reads pages by them checks them again.
+    Page indices are bounded here; runtimes only assert that they are, and kernels go by them.
 
     Args:
         path: what errors call it.

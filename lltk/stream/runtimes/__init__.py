@@ -16,8 +16,9 @@ from lltk.stream.lanes import Lane
 class Runtime(Protocol):
     """Runs prologue, step and commit of one video over buffers that it owns, at fixed addresses.
 
-    It knows pages, but not which chunk a page holds: that is the caller's. Only `state`, `restore`
-    and what looks for a bad value wait for the device.
+    It knows pages, but not which chunk a page holds: that is the caller's. It asserts that the
+    pages of a call are different ones of its cache. Only `state`, `restore` and what looks for a
+    bad value wait for the device.
     """
 
     @property

@@ -174,9 +174,10 @@ class TorchRuntime:
         return STEP_HIGH if index in self._high_steps else "step", inputs
 
     def commit(self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
-        self._run("commit", self._commit_inputs(latents, positions, slot), table)
+        self._run("commit", self._commit_inputs(latents, positions, table, slot), table)
 
     def magnitudes(self, slot: int) -> Tensor:
+        self._check_indices((slot,))
         found = torch.stack([_largest(page[:, slot]) for page in self._telling.values()])
         return all_parts(found, 0, self._ranks, SEQUENCE) if self._ranks > 1 else found
 
@@ -188,7 +189,7 @@ class TorchRuntime:
         slot: int,
         magnitudes: Tensor,
     ) -> str:
-        inputs = self._commit_inputs(latents, positions, slot)
+        inputs = self._commit_inputs(latents, positions, table, slot)
         given = self._given("commit", self._moving("commit", inputs, table))
         # Pages that the table does not list may be broken, and so may the page that it writes.
         if found := first_bad_node(self._program, self._module, "commit", given, self._pages):
@@ -198,8 +199,11 @@ class TorchRuntime:
         of_rank = f" of rank {rank}" if self._ranks > 1 else ""
         return f"{list(self._telling)[index]}{of_rank}"
 
-    def _commit_inputs(self, latents: Tensor, positions: Tensor, slot: int) -> dict[Role, Tensor]:
+    def _commit_inputs(
+        self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int
+    ) -> dict[Role, Tensor]:
         """What a commit reads besides prompt and cache."""
+        self._check_indices((*table, slot))
         own = self._slots[slot : slot + 1]
         return {Role.LATENTS: latents, Role.POSITIONS: positions, Role.SLOT: own}
 
@@ -247,6 +251,14 @@ class TorchRuntime:
     def _indices(self, table: tuple[int, ...]) -> Tensor:
         """The table on the device; a chunk's passes share it."""
         if self._listed is None or self._listed[0] != table:
+            self._check_indices(table)
             indices = torch.tensor(table, dtype=torch.int64)
             self._listed = table, upload(indices, self._device)
         return self._listed[1]
+
+    def _check_indices(self, pages: Sequence[int]) -> None:
+        """Check that pages are there, and none twice; kernels read and write where these say."""
+        count = self._geometry.pages
+        assert all(0 <= page < count for page in pages) and len(set(pages)) == len(pages), (
+            f"pages {list(pages)} are not different ones of {count}"
+        )
