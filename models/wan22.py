@@ -92,8 +92,12 @@ def captured(
     Returns:
         A captured Program. It has the graph ``forward``, meta weights in the configuration's
         dtypes, and the rotary tables as constants.
+
+    Raises:
+        ValueError: a size is beyond the rotary tables.
     """
     model_spec = spec(config)
+    _check_rope(config, kind, geometry)
     with LOADING:
         from diffusers.models.attention_dispatch import attention_backend
 
@@ -129,6 +133,21 @@ def captured(
     program.constants = {name: tables[name] for name in buffers}
     verify(program)
     return program
+
+
+def _check_rope(config: Mapping[str, Any], kind: Kind, geometry: Geometry) -> None:
+    """Refuse sizes along which diffusers' rotary tables have too few places."""
+    model_spec, most = spec(config), config.get("rope_max_seq_len", 1024)
+    down, across = geometry.grid(model_spec)
+    time = "chunk" if kind == "stream" else "frames"
+    frames = geometry.captured_frames(kind) // model_spec.patch[0]
+    for name, places in (("height", down), ("width", across), (time, frames)):
+        if places > most:
+            size = getattr(geometry, name)
+            raise ValueError(
+                f"geometry.{name}: {size} takes {places} places of the model's RoPE table, which "
+                f"has {most} (rope_max_seq_len); {size * most // places} fit"
+            )
 
 
 def _rope_tables(config: Mapping[str, Any], model_spec: ModelSpec) -> dict[str, Tensor]:

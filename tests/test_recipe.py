@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from helpers import CANONICAL, make_recipe, refused, tiny_config
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lltk.compiler import configured_passes, transform
-from lltk.graph.geometry import Geometry
+from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.recipe import load_recipe, parse_recipe, read_recipe
 from lltk.graph.recipe_files import find_recipe
-from lltk.models import wan_vae
+from lltk.models import wan22, wan_vae
 from lltk.models.configs import named_config
 from lltk.models.wan22 import spec
 from lltk.stream.recipe import stream_section
@@ -345,6 +346,27 @@ def test_resolutions_are_whole_tokens() -> None:
         "geometry.width: 100 pixels is not a multiple of 32 (one token); "
         "the nearest that fit: 96 and 128"
     )
+
+
+@pytest.mark.parametrize(
+    ("program", "key", "size", "fit"),
+    [("stream", "height", 512, 256), ("stream", "width", 512, 256), ("stream", "chunk", 9, 8),
+     ("train", "frames", 5, 4), ("score", "frames", 9, 8)],
+)  # fmt: skip
+def test_sizes_beyond_the_rotary_table(program: Kind, key: str, size: int, fit: int) -> None:
+    """The largest that fit are captured."""
+    config = tiny_config(rope_max_seq_len=8)
+    sizes = {"height": 32, "width": 32, "chunk": 1, "window": 3, "sink": 1, "frames": 1}
+
+    def capture(value: int) -> None:
+        scaled = {"window": 3 * value, "sink": value, "frames": value} if key == "chunk" else {}
+        geometry = Geometry(**sizes | scaled | {key: value})
+        wan22.captured(config, program, geometry, torch.float32)
+
+    message = refused(capture, size)
+    assert message.startswith(f"geometry.{key}: {size} takes ")
+    assert message.endswith(f"RoPE table, which has 8 (rope_max_seq_len); {fit} fit")
+    capture(fit)
 
 
 @given(st.integers(1, 200))
