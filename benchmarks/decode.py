@@ -27,7 +27,7 @@ from torch.profiler import profile
 from lltk.bench.profiling import longest_kernels, profiled, timed
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import Record, markdown, write_record
-from lltk.bench.script import script_parser, script_record
+from lltk.bench.script import script_options, script_parser, script_record
 from lltk.compiler import transform, with_weights
 from lltk.graph.contract import Role
 from lltk.graph.edit import op_of, shape
@@ -129,7 +129,7 @@ def rows(options: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Measure and write the record."""
-    options = parser().parse_args()
+    options = script_options(parser())
     recipe, device = load_recipe(find_recipe(options.recipe)), torch.device(options.device)
     bases = {1: with_random_weights(transform(recipe, weights=False), device)}
     weights = bases[1].weights

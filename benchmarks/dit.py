@@ -25,7 +25,7 @@ from lltk.bench.layer_errors import OUTPUT, Errors, watched
 from lltk.bench.profiling import longest_kernels, profiled, timed, wait
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import Record, markdown, write_record
-from lltk.bench.script import script_parser, script_record
+from lltk.bench.script import script_options, script_parser, script_record
 from lltk.compiler import transform
 from lltk.graph.memory import readable
 from lltk.graph.module import ProgramModule, instantiate
@@ -78,7 +78,7 @@ def rows(options: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Measure, and write the record again after each row."""
-    options = parser().parse_args()
+    options = script_options(parser())
     recipes = {Path(name).stem: load_recipe(find_recipe(name)) for name in options.recipes}
     how = "the wall clock" if options.device == "cpu" else "CUDA events"
     method = _METHOD.format(runs=options.runs, how=how)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lltk.bench.clock import Clock, size_of
 from lltk.bench.record import Record, markdown, write_record
-from lltk.bench.script import KERNEL_COLUMNS, column, script_parser, script_record
+from lltk.bench.script import KERNEL_COLUMNS, column, script_options, script_parser, script_record
 from lltk.ops.fp8_rows import fp8_quantise
 from lltk.ops.implementations import find_implementation, register_ops
 
@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure and write the record."""
-    options = parser().parse_args()
+    options = script_options(parser())
     register_ops()
     clock = Clock(torch.device(options.device), options.runs)
     sizes = {name: getattr(options, name) for name in ("frames", "tokens", "heads", "ffn")}

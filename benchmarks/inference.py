@@ -21,7 +21,7 @@ import torch
 
 from lltk.bench.random_weights import random_prompts, with_random_models
 from lltk.bench.record import Record, markdown, write_record
-from lltk.bench.script import script_parser, script_record
+from lltk.bench.script import script_options, script_parser, script_record
 from lltk.bench.stream import METHOD, measure
 from lltk.graph.memory import readable
 from lltk.graph.recipe import load_recipe
@@ -116,7 +116,7 @@ def rows(options: argparse.Namespace, gpus: int, ranks: int = 1) -> list[str]:
 
 def main() -> None:
     """Measure, and write the record again after each row."""
-    options = parser().parse_args()
+    options = script_options(parser())
     gpus = len(ROWS) if options.device == "cpu" else torch.cuda.device_count()
     results: list[dict[str, Any]] = []
     with joined(options.device) as ranks:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lltk.bench.clock import Clock, size_of
 from lltk.bench.record import Record, markdown, write_record
-from lltk.bench.script import KERNEL_COLUMNS, column, script_parser, script_record
+from lltk.bench.script import KERNEL_COLUMNS, column, script_options, script_parser, script_record
 from lltk.ops.hadamard.reference import SIGNS
 from lltk.ops.implementations import check_device, preferred
 
@@ -157,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure and write the record."""
-    options = parser().parse_args()
+    options = script_options(parser())
     device = torch.device(options.device)
     chosen = {op: preferred(op, (options.backend, "triton")) for op in _OPS}
     check_device({op: each.name for op, each in chosen.items()}, device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lltk.bench.clock import Clock
 from lltk.bench.record import Record, markdown, write_record
-from lltk.bench.script import script_parser, script_record
+from lltk.bench.script import script_options, script_parser, script_record
 from lltk.ops.implementations import find_implementation, implementations, register_ops
 from lltk.ops.nvfp4_paged_attention.reference import Pages, empty_pages
 
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure and write the record."""
-    options = parser().parse_args()
+    options = script_options(parser())
     register_ops()
     clock = Clock(torch.device(options.device), options.runs)
     with torch.no_grad():

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from lltk.bench.record import Record, markdown, write_record
-from lltk.bench.script import column, script_parser, script_record
+from lltk.bench.script import beside_record, column, script_options, script_parser, script_record
+from lltk.files.writing import write_text
 from lltk.graph.recipe import read_recipe
 from lltk.graph.recipe_files import find_recipe
 from lltk.train.data import Dataset
@@ -32,6 +33,7 @@ Teacher forcing on the tiny world. NVFP4 converts the linears that the recipe ti
 converts; {backend} runs its ops. With one seed all variants have the same start, clips, noise and
 learning rates. The held-out loss is that of the averaged weights at the end, over clips and noise
 that are the same for all."""
+PLOT = ".svg"
 HIGH = "high precision"
 VARIANTS: dict[str, tuple[str, ...] | None] = {
     HIGH: None,
@@ -77,8 +79,7 @@ def text(record: Record) -> str:
 
 def main() -> None:
     """Train every variant with every seed and write the record."""
-    options = parser().parse_args()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options = script_options(parser(), PLOT)
     curves: dict[str, list[list[float]]] = defaultdict(list)
     results = list(_runs(options, curves))
     base = {row["seed"]: row["held_out"] for row in results if row["variant"] == HIGH}
@@ -91,8 +92,7 @@ def main() -> None:
         for (name, runs), colour in zip(curves.items(), COLOURS, strict=True)
     ]
     caption = f"running mean of the loss over steps, mean of {options.seeds} seeds"
-    plot = options.output.with_name(options.output.name + ".svg")
-    plot.write_text(line_plot(lines, caption), encoding="utf-8")
+    write_text(beside_record(options.output, PLOT), line_plot(lines, caption))
 
 
 def _runs(

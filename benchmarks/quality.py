@@ -32,8 +32,9 @@ from lltk.bench.agreement import (
 )
 from lltk.bench.quality import PARTS, STRETCH, ShotScore, draw_stories
 from lltk.bench.record import Record, markdown, markdown_table, write_record
-from lltk.bench.script import script_parser, script_record
+from lltk.bench.script import beside_record, script_options, script_parser, script_record
 from lltk.compiler import transform
+from lltk.files.writing import write_text
 from lltk.graph.module import instantiate
 from lltk.graph.recipe import open_recipe
 from lltk.models.tiny.world import FPS
@@ -46,6 +47,7 @@ Captions are drawn with a fixed seed; no model was trained on them. Agreement is
 shots whose shape, colour, motion and background are all as the caption has them, with Wilson's 95
 % interval. Identity compares the size, the dot's colour and the background's tint of a shot's
 last two seconds with its first two: the mean in per cent, with its 95 % interval."""
+PLOT = "_identity.svg"
 SEED = 20_000
 SHOTS = 3
 CHUNKS = 6
@@ -83,8 +85,7 @@ def rows(options: argparse.Namespace) -> list[tuple[str, int]]:
 
 def main() -> None:
     """Measure every row and write the record."""
-    options = parser().parse_args()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options = script_options(parser(), PLOT)
     with ProcessPoolExecutor(
         options.workers, get_context("spawn"), torch.set_num_threads, (1,)
     ) as pool:
@@ -92,8 +93,7 @@ def main() -> None:
     write_record(options.output, record, text(record))
     curves = {row["model"]: row["over_time"] for row in record.results if "over_time" in row}
     if curves:
-        path = options.output.with_name(options.output.name + "_identity.svg")
-        path.write_text(_plot(curves), encoding="utf-8")
+        write_text(beside_record(options.output, PLOT), _plot(curves))
 
 
 def text(record: Record) -> str:

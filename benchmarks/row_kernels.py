@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lltk.bench.record import Record, markdown, write_record
-from lltk.bench.script import column, script_parser, script_record
+from lltk.bench.script import column, script_options, script_parser, script_record
 
 _METHOD = """\
 Milliseconds of {runs} runs after one warm-up: CUDA events around a graph's replay, caches cold.
@@ -96,8 +96,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure and write the record."""
-    options = parser().parse_args()
-    shared = {k: v for k, v in vars(options).items() if k not in ("old", "output", "rounds")}
+    options = script_options(parser())
+    own = ("old", "output", "overwrite", "rounds")
+    shared = {k: v for k, v in vars(options).items() if k not in own}
     here = Path(__file__).parents[1]
     with ExitStack() as stack:
         labels, old = stack.enter_context(side(options.old, {**shared, "old": True}))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lltk.bench.record import Record, markdown, percentile, write_record
-from lltk.bench.script import script_parser, script_record
+from lltk.bench.script import script_options, script_parser, script_record
 from lltk.graph.memory import readable
 
 RECIPES = ("wan22_5b_stream", "wan22_5b_train", "tiny_stream")
@@ -60,7 +60,7 @@ def rows(options: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Measure every recipe and write the record."""
-    options = parser().parse_args()
+    options = script_options(parser())
     method = (
         "Whole processes of `lltk transform RECIPE --no-weights --json`: "
         f"{options.runs} runs after one that warms up."

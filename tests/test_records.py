@@ -210,3 +210,22 @@ def test_a_script_says_how_it_is_called(
     assert examples
     for example in examples:
         script(path.stem)["parser"]().parse_args(shlex.split(example))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_replaces_nothing_that_is_no_record(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says so before it measures anything."""
+    found = script(path.stem)
+    (example, *_) = re.findall(rf"benchmarks/{path.name}(.*)", found["__doc__"])
+    options = [*shlex.split(example), "-o", str(tmp_path / "record")]
+    monkeypatch.setattr(sys, "argv", [str(path), *options])
+    for ending in (".md", *([found["PLOT"]] if "PLOT" in found else [])):
+        target = tmp_path / f"record{ending}"
+        target.write_text("mine")
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(path), run_name="__main__")
+        assert end.value.code == 2 and target.read_text() == "mine"
+        assert f"{target}: exists, and lltk did not write it" in capsys.readouterr().err
+        target.unlink()

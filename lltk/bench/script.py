@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lltk.bench.record import Record, make_record
+from lltk.bench.record import Record, make_record, record_outputs
+from lltk.files.outputs import Output, check_outputs
+from lltk.train.plot import SVG
 
 
 def script_parser(
     script: str, description: str, runs: int | None = None, device: bool = True
 ) -> argparse.ArgumentParser:
-    """A parser with the options that most scripts have: --device, --runs and --output.
+    """A parser with the options that most scripts have: --device, --runs, --output and --overwrite.
 
     Args:
         script: the script's ``__file__``. The record goes to ``records/`` beside it by default.
@@ -38,7 +40,33 @@ def script_parser(
         default=path.parent / "records" / path.stem,
         help=f"the record's path without a suffix (default: benchmarks/records/{path.stem})",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace outputs that lltk did not write, too"
+    )
     return parser
+
+
+def script_options(parser: argparse.ArgumentParser, plot: str | None = None) -> argparse.Namespace:
+    """The running script's options. Ends the script if an output may not be written.
+
+    Args:
+        parser: `script_parser`'s, with what the script has added.
+        plot: how the name of a plot beside the record ends; None if there is none.
+    """
+    options = parser.parse_args()
+    outputs = record_outputs(options.output)
+    if plot is not None:
+        outputs.append(Output(beside_record(options.output, plot), SVG))
+    try:
+        check_outputs(outputs, [], options.overwrite)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return options
+
+
+def beside_record(path: Path, ending: str) -> Path:
+    """A file whose name begins as the record's; ``path`` is the record's without a suffix."""
+    return path.with_name(path.name + ending)
 
 
 def script_record(
@@ -58,9 +86,10 @@ def script_record(
 
 
 def _without_output(arguments: list[str]) -> list[str]:
-    """A command's arguments without --output, which changes no result."""
+    """A command's arguments without --output and --overwrite, which change no result."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-o", "--output")
+    parser.add_argument("--overwrite", action="store_true")
     return parser.parse_known_args(arguments)[1]
 
 
