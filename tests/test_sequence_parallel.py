@@ -7,7 +7,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -28,7 +28,10 @@ from lltk.ops.nvfp4_paged_attention.reference import Pages
 from lltk.parallel.exchange import all_parts, heads_to_tokens, own_part, tokens_to_heads
 from lltk.parallel.groups import SEQUENCE, find_group, rank_in, same_on_all
 from lltk.parallel.ranks import Ranks, _check_alike, _own_device
-from lltk.streaming import StreamPlan, open_stream
+from lltk.stream.state import read_state
+from lltk.streaming import Models, StreamPlan, open_stream
+from lltk.streaming.restoring import check_state
+from lltk.streaming.stream import own_file
 
 pytestmark = pytest.mark.cpu
 
@@ -238,9 +241,44 @@ def test_a_rank_goes_on_from_its_own_state(
         with open_stream(plan, None, resume=path) as stream:
             found = [report.latents for report in stream]
         assert wanted and torch.equal(torch.cat(found), torch.cat(wanted))
-        monkeypatch.setattr("lltk.streaming.models.same_on_all", lambda *given: False)
-        message = refused(open_stream, plan, None, resume=path)
-    assert message == f"{path}: its ranks' files are of different chunks; resume another"
+        compared = []
+        monkeypatch.setattr(
+            "lltk.streaming.models.same_on_all", lambda value, *given: compared.append(value)
+        )
+        for seed in (1, 1, 2):
+            with Models(plan).open(None, SHOTS[:1], seed=seed) as stream:
+                next(stream.session)
+                stream.save(path)
+            message = refused(open_stream, plan, None, resume=path)
+            assert message == (
+                f"{path}: its ranks' files are of different videos or chunks; resume another"
+            )
+    assert compared[0] == compared[1] != compared[2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_s_state_has_the_video_and_caches_of_that_rank(
+    tmp_path: Path, plan: StreamPlan, rank: int
+) -> None:
+    path = own_file(tmp_path / "state", rank)
+    with alike(rank=rank):
+        with open_stream(plan, None if rank else lambda video: None, SHOTS[:1]) as stream:
+            next(stream.session)
+            stream.save(tmp_path / "state")
+        state = read_state(path)
+        whole, none = torch.zeros(1, 3, 1, *plan.size), torch.zeros(1, 3, 0, 0, 0)
+        good, bad = (none, whole) if rank else (whole, none)
+        caches = {"cache_0": torch.zeros(1)} if rank else {}
+
+        def check(**changes: object) -> None:
+            check_state(path, replace(state, delivery=replace(state.delivery, **changes)), plan)
+
+        check(undelivered=[good])
+        assert "video to deliver is torch.float32 [1, 3, " in refused(check, undelivered=[bad])
+        assert f"{path}: decoder: cache_0 is missing, or is one" in refused(check, caches=caches)
+        if rank == 0:
+            assert "video to deliver is torch.float16" in refused(check, undelivered=[good.half()])
+            assert "more video is to be" in refused(check, undelivered=[good] * 9)
 
 
 def test_a_stream_for_two_ranks_is_refused_by_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from lltk.compiler import transform
 from lltk.graph.recipe import open_recipe
 from lltk.models import vae_columns, wan_vae
 from lltk.models.vae_columns import Columns, cut, regions
+from lltk.stream.state import read_state
 from lltk.streaming import describe, plan_stream, stream_memory
+from lltk.streaming.restoring import check_state
 
 pytestmark = pytest.mark.cpu
 
@@ -99,6 +102,13 @@ def test_a_stream_with_two_decoders(tmp_path: Path) -> None:
     with other:
         list(other)
     assert torch.equal(torch.cat([*before, *rest], dim=2), parts)
+    state = read_state(tmp_path / "state")
+    caches = dict(state.delivery.caches)
+    last = caches.pop("1.cache_0")
+    for wrong in ({}, {"x.cache_0": last}, {"1.cache_0": last[:, :0]}, {"1.cache_0": last.half()}):
+        delivery = replace(state.delivery, caches={**caches, **wrong})
+        message = refused(check_state, tmp_path, replace(state, delivery=delivery), shared)
+        assert message.startswith(f"{tmp_path}: decoder: 1.cache_0 is ")
     owners = stream_memory(shared)["cpu"]
     assert owners["decoder: weights"] == 2 * stream_memory(plain)["cpu"]["decoder: weights"]
     assert "cpu, float32 and cpu, float32" in describe(shared)["decoder"]

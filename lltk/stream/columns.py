@@ -12,6 +12,11 @@ from lltk.stream.decoder import Decoder, DecoderState, no_video
 from lltk.stream.lanes import Lane
 
 
+def column_cache(index: int, name: str) -> str:
+    """The name of a decoder's cache in the state of a `ColumnDecoder`."""
+    return f"{index}.{name}"
+
+
 class ColumnDecoder:
     """Decoders that make a part of a video's columns each, on devices of their own, at once.
 
@@ -37,7 +42,7 @@ class ColumnDecoder:
         """All decoders' states, their caches under ``0.cache_0`` and so on; see `Decoder.state`."""
         return DecoderState(
             {
-                f"{index}.{name}": cache
+                column_cache(index, name): cache
                 for index, decoder in enumerate(self._decoders)
                 for name, cache in decoder.state.caches.items()
             }
@@ -46,7 +51,7 @@ class ColumnDecoder:
     @state.setter
     def state(self, state: DecoderState) -> None:
         for index, decoder in enumerate(self._decoders):
-            start = f"{index}."
+            start = column_cache(index, "")
             own = {n.removeprefix(start): c for n, c in state.caches.items() if n.startswith(start)}
             decoder.state = DecoderState(own)
 

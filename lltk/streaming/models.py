@@ -159,8 +159,11 @@ class Models:
         own = own_file(path, self._rank)
         state = load_state(own, self.identity)
         check_state(own, state, self.plan)
-        if not same_on_all(state.timeline.index, SEQUENCE, self.plan.ranks):
-            raise ValueError(f"{path}: its ranks' files are of different chunks; resume another")
+        video = state.seed, state.prompt, state.timeline, state.cache.table
+        if not same_on_all(video, SEQUENCE, self.plan.ranks):
+            raise ValueError(
+                f"{path}: its ranks' files are of different videos or chunks; resume another"
+            )
         return state
 
     def _encoded(self, image: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lltk.graph.contract import TensorSpec
+from lltk.graph.contract import Role, TensorSpec
+from lltk.stream.columns import column_cache
 from lltk.stream.state import SessionState
 from lltk.streaming.plan import StreamPlan
 
@@ -62,19 +63,34 @@ def _wrong(state: SessionState, plan: StreamPlan) -> Iterator[str]:
     for part in delivery.undecoded:
         if bad := _misshapen(part, frames(None), torch.float32):
             yield f"latents to decode are {bad}"
-    if sum(part.shape[2] for part in delivery.undecoded) > delivery.latents:
+    decoded = delivery.latents - sum(part.shape[2] for part in delivery.undecoded)
+    if decoded < 0:
         yield "more latents are to be decoded than were made"
     if state.image is not None and (bad := _misshapen(state.image, frames(1), torch.float32)):
         yield f"its image is {bad}"
-    if plan.ranks == 1:  # ranks may have parts of the video, or none
-        shape = (geometry.batch, 3, None, geometry.height, geometry.width)
-        for video in delivery.undelivered:
-            if bad := _misshapen(video, shape, video.dtype):
-                yield f"video to deliver is {bad}"
-    if plan.decoders_of(plan.rank):
-        decoded = delivery.latents > sum(part.shape[2] for part in delivery.undecoded)
-        if bool(delivery.caches) != decoded:
-            yield "its decoder's caches are not those of the latents that were decoded"
+    sizes = (None, geometry.height, geometry.width) if plan.rank == 0 else (0, 0, 0)
+    for part in delivery.undelivered:  # rank 0 has the video
+        dtype = _video_dtype(plan) if plan.rank == 0 else part.dtype
+        if bad := _misshapen(part, (geometry.batch, 3, *sizes), dtype):
+            yield f"video to deliver is {bad}"
+    if sum(part.shape[2] for part in delivery.undelivered) > decoded * spec.stride[0]:
+        yield "more video is to be delivered than was decoded"
+    yield from _other(delivery.caches, _decoder_caches(plan) if decoded else {}, "decoder")
+
+
+def _video_dtype(plan: StreamPlan) -> torch.dtype:
+    """The dtype of what the decoders make."""
+    program = plan.decoders[0].program
+    return program.contract("first").outputs[program.model.output].dtype
+
+
+def _decoder_caches(plan: StreamPlan) -> dict[str, TensorSpec]:
+    """The feature caches of this rank's decoders, by the names in its decoder's state."""
+    placed = plan.decoders_of(plan.rank)
+    caches = [each.program.contract("step").having(Role.CACHE) for each in placed]
+    if len(caches) == 1:
+        return caches[0]
+    return {column_cache(i, name): own[name] for i, own in enumerate(caches) for name in own}
 
 
 def _other(
