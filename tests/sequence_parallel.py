@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from helpers import PASSES, after, make_program, make_recipe, tiny_config
@@ -16,6 +18,8 @@ from safetensors.torch import save_file
 from streams import SHOTS, SIZES
 from torch import Tensor
 
+from lltk import streaming
+from lltk.cli.main import main as cli
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.recipe import open_recipe
@@ -30,14 +34,16 @@ from lltk.parallel.exchange import (
 )
 from lltk.parallel.groups import SEQUENCE, rank_in, same_on_all
 from lltk.parallel.ranks import joined
-from lltk.stream.chunks import Chunking
+from lltk.stream.chunks import Chunk, Chunking
 from lltk.stream.decoder import DecodedElsewhere
+from lltk.stream.report import ChunkReport
 from lltk.stream.rollout import Rollout
 from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.script import Shot
 from lltk.stream.session import Sampling, Session
 from lltk.stream.timeline import Timeline
-from lltk.streaming import open_stream, plan_stream
+from lltk.stream.video import VideoWriter
+from lltk.streaming import StreamPlan, open_stream, plan_stream
 
 SIZE = 2
 CASES: dict[str, tuple[Sequence[str], str]] = {
@@ -242,6 +248,49 @@ def made_by(rank: int, port: int, pipeline: Path) -> dict[str, Tensor]:
 def save_made(rank: int, port: int, pipeline: Path, path: Path) -> None:
     """Write `made_by` to a file; for a process of its own."""
     save_file(made_by(rank, port, pipeline), path)
+
+
+def run_command(
+    rank: int, port: int, plan: StreamPlan, files: Path, number: int | None, given: Sequence[str]
+) -> None:
+    """Run ``lltk stream`` as a rank; for a process of its own.
+
+    Args:
+        rank: of `SIZE`.
+        port: of the first rank.
+        plan: of the stream.
+        files: where the rank's frames and messages go, with endings for the rank.
+        number: a signal that the rank gets within its second chunk; None for none.
+        given: the command's arguments.
+    """
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(SIZE)}
+    os.environ |= shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    frames: list[Tensor] = []
+    write, make = VideoWriter.write, Session._make
+
+    def writing(self: VideoWriter, video: Tensor) -> None:
+        write(self, video)
+        frames.append(video)
+
+    def making(self: Session, chunk: Chunk) -> ChunkReport:
+        if chunk.index == 1 and number is not None:
+            os.kill(os.getpid(), number)
+        return make(self, chunk)
+
+    with (
+        patch.object(VideoWriter, "write", writing),
+        patch.object(Session, "_make", making),
+        patch.object(streaming, "plan_stream", lambda *given, **options: plan),
+        patch.object(sys, "argv", ["lltk", "stream", "tiny_stream", *given, "--device", "cpu"]),
+        open(f"{files}.err{rank}", "w") as sys.stderr,
+        open(os.devnull, "w") as sys.stdout,
+    ):
+        try:
+            cli()
+        finally:
+            if frames:
+                save_file({"frames": torch.cat(frames)}, f"{files}.frames")
 
 
 def main(folder: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
@@ -17,7 +18,17 @@ import torch.distributed as dist
 from helpers import Run, refused
 from ranks import LIMIT, alike, ended, free_port, started
 from safetensors.torch import load_file
-from sequence_parallel import CASES, SIZE, made_by, program, programs, rolled, save_made, streamed
+from sequence_parallel import (
+    CASES,
+    SIZE,
+    made_by,
+    program,
+    programs,
+    rolled,
+    run_command,
+    save_made,
+    streamed,
+)
 from streams import SHOTS, planned, save_pipeline
 from test_nvfp4_cache_ops import read
 from torch import Tensor
@@ -256,6 +267,20 @@ def test_a_rank_goes_on_from_its_own_state(
     assert compared[0] == compared[1] != compared[2]
 
 
+@pytest.mark.parametrize(("number", "hit"), [(signal.SIGTERM, (0, 1)), (signal.SIGHUP, (1,))])
+def test_a_signal_to_any_rank_stops_all_with_their_states(
+    tmp_path: Path, plan: StreamPlan, whole: Tensor, number: int, hit: Sequence[int]
+) -> None:
+    """They stop after the same chunk. The stream goes on as if it had not been stopped."""
+    made = commanded(plan, tmp_path / "one", "--prompt", "a red circle", number=number, hit=hit)
+    said = (tmp_path / "one.err0").read_text()
+    assert made.codes[0] == 1 and "stopped: " in said and "--resume" in said
+    assert len(read_state(tmp_path / "one.state.safetensors").timeline.chunks) == 3
+    rest = commanded(plan, tmp_path / "rest", "--resume", tmp_path / "one.state.safetensors")
+    assert rest.codes == [0, 0]
+    assert torch.equal(torch.cat([made.frames, rest.frames]), whole)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_s_state_has_the_video_and_caches_of_that_rank(
     tmp_path: Path, plan: StreamPlan, rank: int
@@ -288,6 +313,47 @@ def test_a_stream_for_two_ranks_is_refused_by_one(
     shots = ["--prompt", "a red circle", "--seconds", 2, "-o", tmp_path / "video.mp4"]
     code, _, err = run("stream", "tiny_stream", *shots, "--device", "cpu")
     assert code == 2 and "the recipe is for 2, and 1 ran it; start torchrun" in err
+
+
+@dataclass(frozen=True)
+class Made:
+    """What ranks made: their exit codes, and the frames of the first."""
+
+    codes: Sequence[int | None]
+    frames: Tensor
+
+
+def commanded(
+    plan: StreamPlan,
+    files: Path,
+    *given: object,
+    number: int | None = None,
+    hit: Sequence[int] = (),
+) -> Made:
+    """Stream in two processes; some get a signal. See `run_command`."""
+    arguments = [*map(str, given), "-o", f"{files}.mp4"]
+    port, fork = free_port(), multiprocessing.get_context("fork")
+    processes = [
+        fork.Process(
+            target=run_command,
+            args=(rank, port, plan, files, number if rank in hit else None, arguments),
+        )
+        for rank in range(SIZE)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(LIMIT)
+        process.kill()
+    return Made([p.exitcode for p in processes], load_file(f"{files}.frames")["frames"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, plan: StreamPlan) -> Tensor:
+    """The frames of a stream that nothing stops."""
+    made = commanded(plan, tmp_path_factory.mktemp("whole") / "v", "--prompt", "a red circle")
+    assert made.codes == [0, 0]
+    return made.frames
 
 
 @pytest.fixture(scope="module")
