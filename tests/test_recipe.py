@@ -163,18 +163,24 @@ def test_extends_must_be_a_path(tmp_path: Path, base: Path, parent: object) -> N
     ("content", "message"),
     [
         (None, "no such recipe file; shipped recipes: "),
+        (Path(), "cannot be read (Is a directory); name a file"),
         ("a: [", "is not YAML"),
         ("- a\n- b\n", "is not a mapping of recipe keys"),
         ("", "is not a mapping of recipe keys"),
     ],
 )
-def test_unreadable_files_are_named(tmp_path: Path, content: str | None, message: str) -> None:
+def test_unreadable_files_are_named(
+    tmp_path: Path, content: str | Path | None, message: str
+) -> None:
+    """A recipe that names another is too, if that is no file: here nothing, or a folder."""
     path = tmp_path / "parent.yaml"
-    if content is not None:
+    if isinstance(content, Path):
+        path.mkdir()
+    elif content is not None:
         written(path, content)
     child = written(tmp_path / "child.yaml", {"extends": "parent.yaml"})
-    of = f"{child}: extends: " if content is None else ""
-    assert refused(load_recipe, child).startswith(f"{of}{path}: {message}")
+    where = str(path) if isinstance(content, str) else f"{child}: extends: {path}"
+    assert refused(load_recipe, child).startswith(f"{where}: {message}")
 
 
 # Overriding

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from lltk.files.reading import check_plain, parse_yaml, read_plain
+from lltk.files.reading import check_plain, check_regular, parse_yaml, read_plain
 from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.recipe_files import find_recipe
 
@@ -189,6 +189,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path}: extends: {parent!r} is not the path of a recipe")
     try:
         extended = find_recipe(parent, path.parent)
+        check_regular(extended)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: extends: {error}") from error
     return _merge(_read(extended, (*seen, path)), data)
