@@ -19,7 +19,7 @@ import torch
 from helpers import refused, same
 from toy import SETTINGS, Regression, finish, train_until_killed, trainer
 
-from lltk.train.metrics import read_metrics
+from lltk.train.metrics import Metrics, append_metrics, forget_after, read_metrics
 from lltk.train.state import load_training_state, save_training_state, training_states
 
 STEPS = SETTINGS["steps"]
@@ -261,3 +261,20 @@ def test_ten_kills_of_a_run_as_shipped(tmp_path: Path) -> None:
     assert train_shipped(killed_run).wait() == 0
     assert agree(killed_run, whole)
     assert any(found), "a kill came within a write or a removal"
+
+
+@cpu
+def test_metrics_after_the_state_are_forgotten_also_if_they_are_damaged(tmp_path: Path) -> None:
+    """A kill leaves a part of a line; a machine that loses power, zeros."""
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        append_metrics(path, Metrics(step, 0.5, 1.0, 0.1, 2.0, 4.0))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 4, "lo')
+    assert [metrics.step for metrics in read_metrics(path)] == [1, 2, 3]
+    path.write_bytes(whole + bytes(40) + b'\n{"step": 5, "lo')
+    assert "line 4: is no step's metrics" in refused(read_metrics, path)
+    assert "line 4: is no step's metrics" in refused(forget_after, path, 4)
+    for step in (3, 2, 0):
+        forget_after(path, step)
+        assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:step])

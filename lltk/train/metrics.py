@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -60,24 +60,35 @@ def read_metrics(path: Path) -> list[Metrics]:
     Raises:
         ValueError: a line is damaged.
     """
+    return list(_read(path))
+
+
+def _read(path: Path) -> Iterator[Metrics]:
     if not path.exists():
-        return []
+        return
     *lines, _ = read_text(path, _MOST).split("\n")
-    made = []
     for number, line in enumerate(lines, 1):
         try:
-            made.append(_READER.validate_json(line, strict=True))
+            yield _READER.validate_json(line, strict=True)
         except ValidationError as error:
             raise ValueError(
                 f"{path}: line {number}: is no step's metrics ({error.errors()[0]['msg']}); remove "
                 "the line"
             ) from error
-    return made
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Remove the lines of later steps, which a resumed run takes again."""
-    kept = [metrics for metrics in read_metrics(path) if metrics.step <= step]
+    """Remove the lines after a step's, which a resumed run takes again; they may be damaged.
+
+    Raises:
+        ValueError: an earlier line is damaged.
+    """
+    kept = []
+    for metrics in _read(path) if step else ():
+        if metrics.step <= step:
+            kept.append(metrics)
+        if metrics.step >= step:
+            break
     write_text(path, "".join(map(_line, kept)))
 
 
