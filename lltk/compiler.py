@@ -12,7 +12,8 @@ from lltk.graph.packed import check_fp8_weights, is_packed, packed_weights, plai
 from lltk.graph.passes import Pass, run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import ModelSection, Recipe
-from lltk.models.checkpoint import check_weights, load_lora
+from lltk.graph.weights import check_weights
+from lltk.models.checkpoint import load_lora
 from lltk.models.configs import named_config
 from lltk.models.families import FAMILIES, family_of
 from lltk.models.family import Family

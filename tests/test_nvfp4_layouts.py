@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lltk.graph.packed import is_packed, packed_weights, plain_name
-from lltk.models.checkpoint import check_weights, load_checkpoint, save_checkpoint
+from lltk.graph.weights import check_weights
+from lltk.models.checkpoint import load_checkpoint, save_checkpoint
 from lltk.models.nvfp4_conventions import CONVENTIONS, Description
 from lltk.models.nvfp4_layouts import read_packed, write_packed
 from lltk.ops.floats import pack, unpack
