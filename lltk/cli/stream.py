@@ -29,7 +29,11 @@ _File = click.Path(path_type=Path)
 @click.option("--seconds", type=float, help="The prompt's length (default: 5).")
 @click.option("-o", "--output", type=_File, help="The video: MP4, written as frames arrive.")
 @click.option("--contact-sheet", type=_File, help="PNG with a row of frames a shot.")
-@click.option("--image", type=_File, help="The video's first frame; cropped to its aspect.")
+@click.option(
+    "--image",
+    type=_File,
+    help="The video's first frame; cropped to its aspect, and on white where it is transparent.",
+)
 @click.option("--seed", type=click.IntRange(0), help="Of the noise (default: the recipe's).")
 @click.option("--steps", type=click.IntRange(1), help="Denoising passes (default: the recipe's).")
 @click.option("--guidance", type=float, help="1 for none (default: the recipe's).")
