@@ -29,7 +29,9 @@ def read_caption(path: Path) -> str:
     """
     try:
         with opened(path) as file:
-            data = file.read(_BYTES)
+            data = file.read(_BYTES + 1)
+        if len(data) > _BYTES:
+            raise ValueError(f"is larger than {_BYTES >> 20} MiB")
         text = data.decode(_MARKS.get(data[:2], "utf-8-sig"))
         found = text if path.suffix.lower() == ".txt" else parse_json(text, path.name)
     except (OSError, ValueError) as error:
