@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lltk.files.reading import check_regular, read_text
-from lltk.files.tensors import check_seal
+from lltk.files.tensors import SEAL, check_seal
 from lltk.graph.weights import check_names, few
 from lltk.models.nvfp4_conventions import HEADER_ENTRIES, parse_object
 
@@ -83,7 +83,8 @@ def read_header(path: Path) -> dict[str, str]:
         if _kind(file) != "safetensors":
             continue
         with safe_open(file, "pt") as opened:
-            found = opened.metadata() or {}
+            found = dict(opened.metadata() or {})
+        found.pop(SEAL, None)  # Each shard has its own.
         other = [key for key in metadata.keys() & found.keys() if metadata[key] != found[key]]
         if other and HEADER_ENTRIES & (metadata.keys() | found.keys()):
             raise ValueError(
