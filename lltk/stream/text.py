@@ -184,22 +184,23 @@ class TextEncoder:
 
 def _read_encoder(folder: Path, dtype: torch.dtype) -> Any:
     """The encoder in a folder; raises ValueError unless its weights are exactly the model's."""
-    from transformers import UMT5EncoderModel
-    from transformers.utils import logging as reports
+    with LOADING:
+        from transformers import UMT5EncoderModel
+        from transformers.utils import logging as reports
 
-    before = reports.get_verbosity()
-    reports.set_verbosity_error()  # It would report what is checked below.
-    try:
-        model, found = UMT5EncoderModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            variant=_variant(folder),
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    finally:
-        reports.set_verbosity(before)
+        before = reports.get_verbosity()
+        reports.set_verbosity_error()  # It would report what is checked below.
+        try:
+            model, found = UMT5EncoderModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                variant=_variant(folder),
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        finally:
+            reports.set_verbosity(before)
     weights = dict(model.named_parameters())
     misshapen = [
         f"{name} {tuple(stored)} instead of {tuple(shape)}"
