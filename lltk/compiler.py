@@ -14,12 +14,11 @@ from lltk.graph.packed import check_fp8_weights, is_packed, packed_weights, plai
 from lltk.graph.passes import Pass, run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import ModelSection, Recipe
+from lltk.graph.weights import check_weights, few
 from lltk.models.adapters import Adapter, load_adapter, merge_adapters
-from lltk.models.checkpoint import check_weights
 from lltk.models.configs import named_config
 from lltk.models.families import FAMILIES, family_of
 from lltk.models.family import Family
-from lltk.models.layouts import few
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.passes import make_pass
 

@@ -27,9 +27,11 @@ from typing import Any
 from torch import Tensor
 
 from lltk.graph.low_rank import LowRank, add_changes
-from lltk.models.checkpoint import named_tensors, read_content, read_header
-from lltk.models.layouts import WEIGHT_LAYOUTS, few
+from lltk.graph.weights import few
+from lltk.models.checkpoint import named_tensors, unwrapped
+from lltk.models.layouts import WEIGHT_LAYOUTS
 from lltk.models.nvfp4_conventions import parse_object
+from lltk.models.weight_files import read_header, read_weights
 
 _PREFIX = re.compile(
     r"^(?:(?:base_model|_forward_module|module|model|diffusion_model|transformer|pipe|dit)\.)+"
@@ -148,8 +150,8 @@ def load_adapter(path: str | Path) -> Adapter:
             Names the file and the key.
     """
     file = _file(Path(path))
-    content = read_content(file)
-    state = named_tensors(content.get("generator_lora", content), str(file))
+    content = read_weights(file)
+    state = named_tensors(unwrapped(content.get("generator_lora", content), file), str(file))
     scaling = _scaling(file, state)
     parts = _parts(state, str(file))
     changes: dict[str, LowRank | Tensor] = {}

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lltk.files.manifest import Manifest
 from lltk.files.outputs import Kind, Output, check_outputs
-from lltk.files.reading import check_regular, read_text
-from lltk.files.tensors import check_seal, is_sealed, save_tensors, write_tensors
+from lltk.files.tensors import is_sealed, save_tensors, write_tensors
 from lltk.files.writing import standing, whole_file, whole_folder
 from lltk.graph.packed import is_packed, plain_name
-from lltk.models.configs import config_from_wan, validate_config
-from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, detect, few
-from lltk.models.nvfp4_conventions import CONVENTIONS, HEADER_ENTRIES, Description, parse_object
+from lltk.graph.weights import few
+from lltk.models.configs import config_from_wan, validate_config, without_notes
+from lltk.models.float8 import widened
+from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, detect, weight_layout
+from lltk.models.nvfp4_conventions import CONVENTIONS, Description
 from lltk.models.nvfp4_layouts import read_packed, write_packed
+from lltk.models.weight_files import STEM, read_header, read_json, read_weights, weight_file
 
-_STEM = "diffusion_pytorch_model"
-_INDEX = f"{_STEM}.safetensors.index.json"
+_INDEX = f"{STEM}.safetensors.index.json"
 _MODEL = "WanTransformer3DModel"
 _PICKLES = (".pt", ".pth")
 _MANIFEST = Manifest(
@@ -34,6 +32,11 @@ _MANIFEST = Manifest(
 )
 MODEL_FOLDER = Kind("a model's folder", _MANIFEST.recognises, folder=True)
 WEIGHTS_FILE = Kind("weights", is_sealed)
+_HOLDERS = ("state_dict", "model_state_dict", "model", "module")
+"""Keys under which training scripts save a state dict, beside an optimiser's and the like."""
+_TRANSFORMER = "model.diffusion_model."
+_OTHER_PARTS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")
+"""What a transformer's names begin with in a file of a whole pipeline, and those of other parts."""
 _LORA_CONFIG = "lora_adapter_metadata"
 
 
@@ -43,8 +46,8 @@ class Checkpoint:
 
     Attributes:
         weights: tensors under lltk's names, which are diffusers'. They are on the CPU, mapped from
-            the file, and have its shapes, dtypes and values. NVFP4 weights are in lltk's form; see
-            `nvfp4_layouts`.
+            the file, and have its shapes, dtypes and values, but float8 is widened; see `float8`.
+            NVFP4 weights are in lltk's form; see `nvfp4_layouts`.
         config: the checked diffusers configuration; None where the file has none.
         layout: the file's layout, a name in `WEIGHT_LAYOUTS` or `CONVENTIONS`.
     """
@@ -59,34 +62,38 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
 
     Args:
         path: a diffusers folder, a pipeline's folder with ``transformer/``, an original Wan folder,
-            a ``.safetensors`` file, or a ``.pt`` or ``.pth`` file with a state dict or a LongLive
-            checkpoint. NVFP4 weights have diffusers' names and one of `CONVENTIONS`, and are in a
-            folder, or in a file whose header says what it holds.
+            a safetensors file, an index of shards, or a file of torch.save with a state dict, alone
+            or in a training script's checkpoint, or a LongLive checkpoint. Names may all have a
+            prefix, such as ``model.diffusion_model.``. NVFP4 weights have diffusers' names and one
+            of `CONVENTIONS`, and are in a folder, or in a file whose header says what it holds.
         ema: take a LongLive checkpoint's ``generator_ema`` instead of its ``generator``.
 
     Raises:
         ValueError: the path does not exist, its content is damaged or is no Wan transformer, or it
             is a pickle of anything but tensors and plain values, which is not read. Or as
-            `read_packed`.
+            `widened` and `read_packed`.
     """
     path, config, quantisation = standing(Path(path)), None, None
     checked = path.is_dir()
     if checked:
         path = _checked_folder(path, "transformer")
         config, quantisation = _read_config(path)
-        path = _weight_file(path)
-    content = read_content(path, checked)
+        path = weight_file(path)
+    content = read_weights(path, checked)
     key = "generator_ema" if ema else "generator"
     if key not in content and (ema or "generator_ema" in content or "generator_lora" in content):
         raise ValueError(
             f"{path}: has no {key}, only {few(map(str, content))}; load it with ema={not ema}, or "
             "name an adapter as model.lora"
         )
-    state = named_tensors(content.get(key, content), str(path))
-    packed = read_packed(state, Description(quantisation, read_header(path)), str(path))
+    state = _alone_in_file(named_tensors(unwrapped(content.get(key, content), path), str(path)))
+    state, description = widened(
+        state, Description(quantisation, read_header(path)), where=str(path)
+    )
+    packed = read_packed(state, description, str(path))
     if packed is None:
-        weights, layout = _rename(state, WEIGHT_LAYOUTS, str(path))
-        return Checkpoint(weights, config, layout)
+        found = weight_layout(state, str(path))
+        return Checkpoint(_renamed(state, found, str(path)), config, found.name)
     entries, layout = packed
     plain = {key: plain_name(key) for key in entries}
     names = WEIGHT_LAYOUTS["diffusers"].read(set(plain.values()), str(path))
@@ -146,6 +153,8 @@ def save_checkpoint(
 def load_folder(path: str | Path, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a model in diffusers' layout: its ``config.json``, unchecked, and its weights.
 
+    Weights in float8 are widened, as by `load_checkpoint`.
+
     Args:
         path: the model's folder, or a pipeline's folder that has it as the folder ``part``.
         part: such as ``vae``.
@@ -156,7 +165,9 @@ def load_folder(path: str | Path, part: str) -> tuple[dict[str, Any], dict[str, 
     folder = _checked_folder(Path(path), part)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: has no config.json; name a diffusers folder of a {part}")
-    return _read_json(folder / "config.json"), read_content(_weight_file(folder), checked=True)
+    config, file = without_notes(read_json(folder / "config.json")), weight_file(folder)
+    state = named_tensors(unwrapped(read_weights(file, checked=True), file), str(file))
+    return config, widened(state, Description(None, read_header(file)), str(file))[0]
 
 
 def save_folder(
@@ -189,7 +200,7 @@ def save_folder(
     check_outputs([Output(path, MODEL_FOLDER)], [], overwrite)
     state = {name: _alone(weight) for name, weight in weights.items()}
     split = split_torch_state_dict_into_shards(
-        state, filename_pattern=_STEM + "{suffix}.safetensors", max_shard_size=max_shard_size
+        state, filename_pattern=STEM + "{suffix}.safetensors", max_shard_size=max_shard_size
     )
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     notes = {"_class_name": model, "_diffusers_version": __version__}
@@ -252,166 +263,12 @@ def save_lora(
         _save_pickle({"generator_lora": state}, path)
 
 
-def check_weights(
-    weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str
-) -> None:
-    """Check that weights are exactly those that are expected, and finite.
-
-    Args:
-        weights: by name.
-        expected: the shape of each weight by its name.
-        where: the file or model that the error names.
-
-    Raises:
-        ValueError: a weight is missing, unexpected, of another shape, or not finite.
-    """
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    misshapen = [
-        f"{name} {found[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    _compare(found, expected, misshapen, where, "use the weights or the configuration of one model")
-    broken = [name for name, weight in weights.items() if not _finite(weight)]
-    if broken:
-        raise ValueError(
-            f"{where}: {broken[0]} holds NaN or infinity ({len(broken)} of {len(weights)} tensors "
-            "do); use a checkpoint from before the run diverged"
-        )
-
-
-def _finite(weight: Tensor) -> bool:
-    # aminmax of values with a NaN is NaN. It takes neither one-byte floats nor empty tensors.
-    wide = weight.float() if weight.dtype.itemsize == 1 else weight
-    return not wide.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(wide))
-
-
-def _compare(
-    found: Mapping[str, Any],
-    expected: Mapping[str, Any],
-    misshapen: list[str],
-    where: str,
-    remedy: str,
-) -> None:
-    kinds = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "misshapen": misshapen,
-    }
-    problems = [f"{len(names)} {kind} ({few(names)})" for kind, names in kinds.items() if names]
-    if problems:
-        raise ValueError(f"{where}: weights {', '.join(problems)}; {remedy}")
-
-
-def read_content(path: Path, checked: bool = False) -> dict[str, Any]:
-    """The content of one file, or of the shards of one index.
-
-    Args:
-        path: of the file.
-        checked: whether it needs no look at the seals of files that lltk wrote.
-    """
-    if not path.exists():
-        raise ValueError(f"{path}: does not exist; check the path")
-    check_regular(path)
-    if path.suffix == ".json":
-        return _read_shards(path, checked)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, checked)
-    if path.suffix in (*_PICKLES, ".bin"):
-        return _read_pickle(path)
-    raise ValueError(
-        f"{path}: not a .safetensors, .pt, .pth or .bin file; convert it to safetensors"
-    )
-
-
-def _read_safetensors(path: Path, checked: bool) -> dict[str, Any]:
-    if not checked:
-        check_seal(path)
-    try:
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or cut short ({error}); download it again") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Any]:
-    remedy = "download it again, or convert it to safetensors where you trust it"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # Reading checks the checksum, so that the unpickler never sees a damaged pickle.
-            for name in archive.namelist():
-                if name.endswith("/data.pkl"):
-                    archive.read(name)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: refused unread: a pickle of more than plain tensors; {remedy}"
-        ) from error
-    except (zipfile.BadZipFile, OSError, RuntimeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: refused unread: damaged, or not written by torch.save ({error}); {remedy}"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path}: holds a {type(content).__name__}, not a state dict; save model.state_dict()"
-        )
-    return content
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    files = _read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise ValueError(f"{index}: no weight_map of names to files; download it again")
-    if away := [file for file in files.values() if Path(file).name != file]:
-        raise ValueError(f"{index}: shard {away[0]!r} is no file beside it; download it again")
-    return files
-
-
-def _read_shards(index: Path, checked: bool) -> dict[str, Any]:
-    files = _weight_map(index)
-    weights: dict[str, Any] = {}
-    for shard in sorted(set(files.values())):
-        file = index.parent / shard
-        if not file.is_file():
-            raise ValueError(f"{index}: shard {shard} is missing; download it beside the index")
-        listed = {name: shard for name in files if files[name] == shard}
-        part = _read_safetensors(file, checked)
-        _compare(part, listed, [], f"{file}: against {index.name}", "download both again")
-        weights.update(part)
-    return weights
-
-
-def read_header(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, or of all shards of an index."""
-    if path.suffix == ".json":
-        files = [path.parent / shard for shard in sorted(set(_weight_map(path).values()))]
-    else:
-        files = [path] if path.suffix == ".safetensors" else []
-    metadata: dict[str, str] = {}
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            found = opened.metadata() or {}
-        other = [key for key in metadata.keys() & found.keys() if metadata[key] != found[key]]
-        if other and HEADER_ENTRIES & (metadata.keys() | found.keys()):
-            raise ValueError(
-                f"{file}: its header differs from other shards' in {few(sorted(other))}; "
-                "download all of them again"
-            )
-        metadata |= found
-    return metadata
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return parse_object(read_text(path), path)
-
-
 def _read_config(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The configurations of the model and of its quantisation; None for one that is not there."""
     path, quantisation = folder / "config.json", _read_quantisation(folder)
     if not path.exists():
         return None, quantisation
-    config = _read_json(path)
+    config = without_notes(read_json(path))
     stated = config.pop("quantization_config", quantisation)
     if stated is not None and not isinstance(stated, dict):
         raise ValueError(f"{path}: quantization_config is not an object; download it again")
@@ -429,7 +286,7 @@ def _read_quantisation(folder: Path) -> dict[str, Any] | None:
     path = folder / "hf_quant_config.json"
     if not path.exists():
         return None
-    content = _read_json(path).get("quantization")
+    content = read_json(path).get("quantization")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: has no object 'quantization'; download it again")
     return {"quant_method": "modelopt", **content}
@@ -441,18 +298,26 @@ def _full_config(config: Mapping[str, Any] | None, path: Path) -> dict[str, Any]
     return validate_config(config, str(path))
 
 
-def _weight_file(folder: Path) -> Path:
-    for pattern in ("*.safetensors.index.json", "*.safetensors"):
-        found = sorted(folder.glob(pattern))
-        usual = folder / pattern.replace("*", _STEM)
-        if usual in found or len(found) == 1:
-            return usual if usual in found else found[0]
-        if found:
+def unwrapped(content: Any, path: Path) -> Any:
+    """The state dict in what a training script saved; anything else as it is."""
+    while isinstance(content, dict):
+        inside = [key for key in _HOLDERS if isinstance(content.get(key), dict)]
+        if not inside:
+            break
+        if len(inside) > 1:
             raise ValueError(
-                f"{folder}: {len(found)} files ({few(file.name for file in found)}) and none is "
-                f"{usual.name}; name one of them, or restore the missing index"
+                f"{path}: holds a state dict under each of {', '.join(inside)}; save one alone"
             )
-    raise ValueError(f"{folder}: no .safetensors file; name a folder or file that holds weights")
+        content = content[inside[0]]
+    return content
+
+
+def _alone_in_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries without those of other parts, if it is the file of a whole pipeline."""
+    whole = any(key.startswith(_TRANSFORMER) for key in state)
+    return {
+        key: value for key, value in state.items() if not (whole and key.startswith(_OTHER_PARTS))
+    }
 
 
 def named_tensors(state: Any, where: str) -> dict[str, Tensor]:
@@ -467,7 +332,7 @@ def named_tensors(state: Any, where: str) -> dict[str, Tensor]:
     if other:
         raise ValueError(
             f"{where}: {len(other)} entries are not named tensors: {few(other)}; save the state "
-            "dict alone"
+            "dict of one model, alone or under 'model'"
         )
     return state
 
@@ -476,8 +341,12 @@ def _rename(
     state: Mapping[str, Tensor], layouts: Mapping[str, Layout], where: str
 ) -> tuple[dict[str, Tensor], str]:
     layout = detect(state, layouts, where)
+    return _renamed(state, layout, where), layout.name
+
+
+def _renamed(state: Mapping[str, Tensor], layout: Layout, where: str) -> dict[str, Tensor]:
     names = layout.read(state, where)
-    return {names[key]: value.detach() for key, value in state.items()}, layout.name
+    return {names[key]: value.detach() for key, value in state.items()}
 
 
 def _state(

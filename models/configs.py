@@ -9,9 +9,14 @@ from types import MappingProxyType
 from typing import Any
 
 from lltk.graph.loading import LOADING
-from lltk.models.layouts import few
+from lltk.graph.weights import few
 
 _MODEL = "WanTransformer3DModel"
+NOTES = frozenset(
+    {"torch_dtype", "dtype", "transformers_version", "diffusers_version", "architectures"}
+    | {"auto_map", "library_name", "name_or_path", "license", "tags"}
+)
+"""Keys that tools write to a ``config.json`` and that say nothing of the model's graph."""
 _IMAGE_KEYS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 # Keys of an original Wan configuration: diffusers' name for each, and the values lltk covers.
 _FROM_WAN: Mapping[str, str] = {
@@ -137,6 +142,11 @@ def fill_config(config: Mapping[str, Any], model: type, where: str) -> dict[str,
         key: _typed(key, given.get(key, parameter.default), parameter.default, where)
         for key, parameter in parameters.items()
     }
+
+
+def without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` without `NOTES`."""
+    return {key: value for key, value in config.items() if key not in NOTES}
 
 
 def config_from_wan(config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -10,16 +10,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-_WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+from lltk.graph.weights import few
+
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|_forward_module|module)\."
+)
 _BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]*)\.")
-
-
-def few(names: Iterable[str]) -> str:
-    """The first three names, and an ellipsis if there are more."""
-    listed = list(names)
-    return ", ".join(listed[:3]) + (", …" if len(listed) > 3 else "")
 
 
 def _lookup(table: Mapping[str, str], key: str) -> str | None:
@@ -35,7 +33,7 @@ def _strict(names: Mapping[str, str | None], where: str, required: str) -> dict[
     if unmapped:
         raise ValueError(
             f"{where}: {len(unmapped)} of {len(names)} keys are not {required}: {few(unmapped)}; "
-            "remove them, or use a model without image or control branches"
+            "use the file of one Wan transformer, without image or control branches"
         )
     count = Counter(names.values())
     twice = [key for key, name in names.items() if count[name] > 1]
@@ -97,6 +95,35 @@ def detect(keys: Iterable[str], layouts: Mapping[str, Layout], where: str) -> La
             f"({', '.join(layouts)}); use the file of a Wan transformer"
         )
     return layouts[best]
+
+
+def weight_layout(keys: Iterable[str], where: str) -> Layout:
+    """The layout of a transformer's file, with the prefix that the file's names have.
+
+    The prefix may be any, such as ``model.diffusion_model.``. It is the one of most names.
+
+    Raises:
+        ValueError: no name is a Wan transformer's.
+    """
+    listed = list(keys)
+    found: Counter[tuple[str, str]] = Counter()
+    for key in listed:
+        parts = _WRAPPERS.sub("", key).split(".")
+        for name in ("diffusers", "wan"):
+            table = WEIGHT_LAYOUTS[name].table
+            starts = (i for i in range(len(parts)) if _lookup(table, ".".join(parts[i:])))
+            if (start := next(starts, None)) is not None:
+                found[name, "".join(f"{part}." for part in parts[:start])] += 1
+    if not found:
+        raise ValueError(
+            f"{where}: none of its {len(listed)} keys ({few(listed)}) is of a known layout "
+            f"({', '.join(WEIGHT_LAYOUTS)}); use the file of a Wan transformer"
+        )
+    [((name, prefix), _)] = found.most_common(1)
+    longlive = WEIGHT_LAYOUTS["longlive"]
+    if (name, prefix) == ("wan", longlive.prefix):
+        return longlive
+    return replace(WEIGHT_LAYOUTS[name], prefix=prefix)
 
 
 _ATTENTION = {"self_attn": "attn1", "cross_attn": "attn2"}

@@ -22,8 +22,8 @@ from lltk.ops.nvfp4_quantise.reference import BLOCK
 _PACKED = "nvfp4-pack-quantized"
 _E4M3 = str(torch.float8_e4m3fn)
 # Entries of safetensors headers: torchao's, and those of modelopt's exports to one file.
-_TORCHAO, _CONFIG, _LAYERS = "tensor_names", "quantization_config", "_quantization_metadata"
-HEADER_ENTRIES = frozenset({_TORCHAO, _CONFIG, _LAYERS})
+_TORCHAO, CONFIG, LAYERS = "tensor_names", "quantization_config", "_quantization_metadata"
+HEADER_ENTRIES = frozenset({_TORCHAO, CONFIG, LAYERS})
 """Entries of a safetensors header. A header that describes quantised weights has one of them."""
 _AGAIN = "use the files as they were exported"
 
@@ -100,13 +100,13 @@ def declared(description: Description, where: str) -> tuple[str, Description] | 
         ValueError: it follows another convention, contradicts itself, or says too little.
     """
     config, header = description.config, description.header
-    if config is None and _CONFIG in header:
-        config = parse_object(header[_CONFIG], f"{where}: {_CONFIG} in its header")
+    if config is None and CONFIG in header:
+        config = parse_object(header[CONFIG], f"{where}: {CONFIG} in its header")
     if config is None and _TORCHAO in header:
         return "torchao", description
-    if config is None and _LAYERS in header:
+    if config is None and LAYERS in header:
         raise ValueError(
-            f"{where}: its header names quantised layers ({_LAYERS}), but neither the order of "
+            f"{where}: its header names quantised layers ({LAYERS}), but neither the order of "
             "nibbles nor that of scales; use a folder that modelopt exported, with its config.json"
         )
     if config is None:
@@ -187,14 +187,14 @@ def _modelopt_order(description: Description, module: str, where: str) -> Order:
     swapped = config.get("swap_weight_nibbles")
     _required(f"{where}: checkpoint_weight_scale_layout", scales, None, "linear", "swizzled")
     _required(f"{where}: swap_weight_nibbles", swapped, None, False, True)
-    if scales is None and (_CONFIG in header or _LAYERS in header):
+    if scales is None and (CONFIG in header or LAYERS in header):
         raise ValueError(
             f"{where}: exported to one file, with scales by rows or swizzled; say which: "
             'checkpoint_weight_scale_layout "linear" or "swizzled" in quantization_config'
         )
-    if swapped is None and _LAYERS in header:
+    if swapped is None and LAYERS in header:
         raise ValueError(
-            f"{where}: {_LAYERS} in its header: nibbles may be in either order; say which: "
+            f"{where}: {LAYERS} in its header: nibbles may be in either order; say which: "
             "swap_weight_nibbles in quantization_config, true for the even element in the high one"
         )
     return Order(swapped=bool(swapped), tile=(128, 4) if scales == "swizzled" else None)

@@ -20,7 +20,7 @@ from lltk.graph.packed import (
     quantised_entries,
     quantised_modules,
 )
-from lltk.models.layouts import few
+from lltk.graph.weights import few
 from lltk.models.nvfp4_conventions import CONVENTIONS, Convention, Description, Order, declared
 from lltk.ops.nvfp4_quantise.reference import BLOCK, Quantised
 from lltk.ops.scale_layout import swizzle, unswizzle
@@ -115,7 +115,9 @@ def _marks() -> set[str]:
 def _check_plain(state: Mapping[str, Tensor], where: str) -> None:
     marks = tuple(_marks())
     quantised = [
-        key for key, value in state.items() if key.endswith(marks) or value.dtype is torch.uint8
+        key
+        for key, value in state.items()
+        if key.endswith(marks) or not value.is_floating_point() or value.dtype.itemsize == 1
     ]
     if quantised:
         raise ValueError(

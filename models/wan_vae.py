@@ -21,7 +21,8 @@ from lltk.graph.program import Program
 from lltk.graph.recipe import ModelSection, Recipe
 from lltk.graph.spec import DecoderSpec
 from lltk.graph.verify import verify
-from lltk.models.checkpoint import Checkpoint, check_weights, load_folder, save_folder
+from lltk.graph.weights import check_weights
+from lltk.models.checkpoint import Checkpoint, load_folder, save_folder
 from lltk.models.configs import fill_config
 from lltk.models.family import Family
 from lltk.models.vae_columns import Columns, cut

@@ -18,15 +18,15 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lltk.graph.weights import check_weights
 from lltk.models.adapters import load_adapter
 from lltk.models.checkpoint import (
-    check_weights,
     load_checkpoint,
     save_checkpoint,
     save_lora,
 )
 from lltk.models.configs import CONFIGS, config_from_wan, named_config, validate_config
-from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, detect
+from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, weight_layout
 
 pytestmark = pytest.mark.cpu
 
@@ -127,7 +127,7 @@ def test_names_are_a_bijection_and_agree_with_diffusers(name: str) -> None:
         assert len(set(names.values())) == len(keys)
         back = layout.read(names.values(), "test")
         assert [back[names[key]] for key in keys] == keys
-        assert detect(names.values(), WEIGHT_LAYOUTS, "test") is layout
+        assert weight_layout(names.values(), "test") == layout
     wan = WEIGHT_LAYOUTS["wan"].write(keys, "test")
     theirs = convert_wan_transformer_to_diffusers({wan[key]: key for key in keys})
     assert theirs == {key: key for key in keys}
@@ -142,7 +142,13 @@ def test_original_names() -> None:
     assert wan["blocks.1.ffn.net.0.proj.weight"] == "blocks.1.ffn.0.weight"
 
 
-WRAPPERS = ["_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."]
+WRAPPERS = [
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "_orig_mod.",
+    "_forward_module.",
+    "module.",
+]
 
 
 @given(st.data())
@@ -155,6 +161,27 @@ def test_wrapper_segments_are_read_past_anywhere(data: st.DataObject) -> None:
     ]
     wrapped = ".".join(segments)
     assert WEIGHT_LAYOUTS["longlive"].read([wrapped], "test") == {wrapped: name}
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "wan"])
+@given(
+    st.lists(
+        st.sampled_from(["module", "_forward_module", "model", "diffusion_model", "transformer"]),
+        max_size=4,
+    )
+)
+def test_a_prefix_that_all_names_share_is_read_past(layout: str, parts: list[str]) -> None:
+    prefix = "".join(f"{part}." for part in parts)
+    names = WEIGHT_LAYOUTS[layout].write(SHAPES, "test")
+    keys = {prefix + name: own for own, name in names.items()}
+    assert weight_layout(keys, "test").read(keys, "test") == keys
+
+
+def test_two_transformers_in_a_file_are_refused() -> None:
+    keys = [f"{part}.{name}" for part in ("generator", "critic") for name in SHAPES]
+    message = refused(weight_layout(keys, "a.pt").read, keys, "a.pt")
+    assert f"{len(SHAPES)} of {len(keys)} keys are not of the layout 'diffusers'" in message
+    assert "critic." in message and "one Wan transformer" in message
 
 
 @given(st.sampled_from(sorted(SHAPES)), st.sampled_from(["x", ".bias", "_orig_mod", ".#"]))
@@ -300,6 +327,229 @@ def test_views_are_saved_without_their_neighbours(tmp_path: Path) -> None:
         assert raw(load_checkpoint(path).weights) == raw(views)
 
 
+# What other tools write
+
+
+def cast(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights that the dtype holds."""
+    return {name: weight.nan_to_num().to(dtype) for name, weight in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("size", ["50KB", "1GB"])
+def test_folders_of_diffusers(safe: bool, variant: str | None, size: str, tmp_path: Path) -> None:
+    model = WanTransformer3DModel.from_config(CONFIG)
+    model.load_state_dict(cast(torch.float16))
+    model.half().save_pretrained(
+        tmp_path, safe_serialization=safe, variant=variant, max_shard_size=size
+    )
+    assert len(list(tmp_path.iterdir())) > 2 or size == "1GB"
+    assert raw(load_checkpoint(tmp_path).weights) == raw(model.state_dict())
+
+
+def test_the_usual_name_goes_before_a_variant(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a")
+    for variant in ("fp16", "bf16"):
+        other = {name: torch.zeros_like(weight) for name, weight in WEIGHTS.items()}
+        save_file(other, tmp_path / f"a/diffusion_pytorch_model.{variant}.safetensors")
+    assert raw(load_checkpoint(tmp_path / "a").weights) == raw(WEIGHTS)
+    (tmp_path / "a/diffusion_pytorch_model.safetensors").unlink()
+    message = refused(load_checkpoint, tmp_path / "a")
+    assert "2 files (diffusion_pytorch_model.bf16.safetensors, " in message
+    assert "name one of them" in message
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.PTH", "a.bin", "a.ckpt"])
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("holder", [None, "state_dict", "model", "model_state_dict", "module"])
+def test_torch_files(name: str, old: bool, holder: str | None, tmp_path: Path) -> None:
+    beside = {"epoch": 1, "optimizer": {"state": {}}, "step": torch.tensor(3)}
+    content = named("wan") if holder is None else {holder: named("wan"), **beside}
+    torch.save(content, tmp_path / name, _use_new_zipfile_serialization=not old)
+    assert raw(load_checkpoint(tmp_path / name).weights) == raw(WEIGHTS)
+
+
+def test_files_are_what_they_begin_with(tmp_path: Path) -> None:
+    torch.save(named("wan"), tmp_path / "a.safetensors")
+    message = refused(load_checkpoint, tmp_path / "a.safetensors")
+    assert "is a file of torch.save; rename it to a.pt" in message
+    save_file(named("wan"), tmp_path / "b.pt")
+    assert raw(load_checkpoint(tmp_path / "b.pt").weights) == raw(WEIGHTS)
+
+
+def test_holders_within_holders(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"model": {"state_dict": named("wan"), "name": "wan"}}, path)
+    assert raw(load_checkpoint(path).weights) == raw(WEIGHTS)
+    torch.save({"model": named("wan"), "state_dict": named("wan")}, path)
+    assert "a state dict under each of state_dict, model; " in refused(load_checkpoint, path)
+
+
+def test_the_transformer_of_a_whole_pipelines_file(tmp_path: Path) -> None:
+    parts = {f"model.diffusion_model.{name}": weight for name, weight in named("wan").items()}
+    parts |= {"vae.conv1.weight": torch.zeros(1), "text_encoders.t5.shared.weight": torch.zeros(1)}
+    save_file(parts, tmp_path / "a.safetensors")
+    assert raw(load_checkpoint(tmp_path / "a.safetensors").weights) == raw(WEIGHTS)
+
+
+def test_notes_in_a_configuration_are_read_past(tmp_path: Path) -> None:
+    notes = {"torch_dtype": "bfloat16", "dtype": "bfloat16", "transformers_version": "5.0"}
+    for layout, config in (("diffusers", CONFIG), ("wan", WAN_CONFIG)):
+        folder = write_folder(tmp_path / layout, layout, config | notes)
+        assert load_checkpoint(folder).config == CONFIG
+    assert "takes no dtype, torch_dtype" in refused(validate_config, CONFIG | notes)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+)
+def test_plain_float8_is_widened_without_a_loss(dtype: torch.dtype, tmp_path: Path) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    codes = codes[codes.float().isfinite()]
+    narrow = {"proj_out.weight": codes, "proj_out.bias": torch.ones(2)}
+    save_file(narrow, tmp_path / "a.safetensors")
+    wide = load_checkpoint(tmp_path / "a.safetensors").weights
+    assert wide["proj_out.weight"].dtype is torch.bfloat16
+    assert torch.equal(wide["proj_out.weight"].float(), codes.float())
+    assert raw({"b": wide["proj_out.bias"]}) == raw({"b": torch.ones(2)})
+
+
+SCALES = {
+    "tensor": (),
+    "tensor [1]": (1,),
+    "row": (48, 1),
+    "row [N]": (48,),
+    "block": (3, 4),
+}
+CONVENTIONS_OF_FLOAT8: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
+    "ComfyUI, older": ("scale_weight", {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, {}),
+    "ComfyUI": ("weight_scale", {}, {}),
+    "modelopt": ("weight_scale", {}, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "compressed-tensors": (
+        "weight_scale",
+        {},
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+    ),
+    "fp8": ("weight_scale_inv", {}, {"quant_method": "fp8", "weight_block_size": [16, 12]}),
+}
+
+
+def scaled(ending: str, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Wan's names, with q in scaled float8; and what it stands for, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    state = {name: weight.nan_to_num() for name, weight in named("wan").items()}
+    name = "blocks.1.self_attn.q.weight"
+    codes = torch.randn(48, 48, generator=generator).mul(99).to(torch.float8_e4m3fn)
+    scale = torch.rand(shape, generator=generator) + 0.01
+    state[name] = codes
+    state[name.removesuffix("weight") + ending] = scale
+    state[name.removesuffix("weight") + "input_scale"] = torch.ones(1)
+    rows = [scale.shape[0] if scale.dim() and scale.numel() > 1 else 1, 1]
+    if scale.dim() == 2:
+        rows[1] = scale.shape[1]
+    grid = scale.double().reshape(rows)
+    wanted = codes.double()
+    for i in range(48):
+        for j in range(48):
+            wanted[i, j] *= grid[i * rows[0] // 48, j * rows[1] // 48]
+    return state, {"blocks.1.attn1.to_q.weight": wanted}
+
+
+@pytest.mark.parametrize("granularity", SCALES)
+@pytest.mark.parametrize("convention", CONVENTIONS_OF_FLOAT8)
+def test_scales_of_float8_are_applied(convention: str, granularity: str, tmp_path: Path) -> None:
+    ending, marker, note = CONVENTIONS_OF_FLOAT8[convention]
+    state, wanted = scaled(ending, SCALES[granularity])
+    folder = write_folder(tmp_path / "a", "wan", WAN_CONFIG | {"quantization_config": note or None})
+    save_file(state | marker, folder / "diffusion_pytorch_model.safetensors")
+    found = load_checkpoint(folder).weights
+    assert found.keys() == WEIGHTS.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name].double(), weight, rtol=2**-8, atol=0)
+    for name in WEIGHTS.keys() - wanted.keys():
+        assert torch.equal(found[name], WEIGHTS[name].nan_to_num())
+
+
+def test_a_header_that_names_float8_layers(tmp_path: Path) -> None:
+    state, wanted = scaled("weight_scale", ())
+    state["blocks.1.self_attn.q.comfy_quant"] = torch.zeros(30, dtype=torch.uint8)
+    layers = {"blocks.1.self_attn.q": {"format": "float8_e4m3fn"}}
+    header = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    save_file(state, tmp_path / "a.safetensors", header)
+    found = load_checkpoint(tmp_path / "a.safetensors").weights
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name].double(), weight, rtol=2**-8, atol=0)
+
+
+def test_a_scale_acts_on_a_wide_weight_too(tmp_path: Path) -> None:
+    state, _ = scaled("scale_weight", ())
+    name = "blocks.1.self_attn.q"
+    state[f"{name}.weight"] = torch.full((48, 48), 3.0)
+    state[f"{name}.scale_weight"] = torch.tensor(0.5)
+    save_file(state, tmp_path / "a.safetensors")
+    found = load_checkpoint(tmp_path / "a.safetensors").weights
+    assert raw({"q": found["blocks.1.attn1.to_q.weight"]}) == raw({"q": torch.full((48, 48), 1.5)})
+
+
+Q = "blocks.1.self_attn.q."
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({Q + "scale_weight": None}, f"1 of its matrices have no scale ({Q}weight)"),
+        ({Q + "weight": None}, f"{Q}scale_weight is a scale without {Q}weight"),
+        ({Q + "scale_weight": torch.ones(7)}, f"{Q}scale_weight is (7,), but its weight (48, 48)"),
+        ({Q + "scale_weight": torch.ones(2, 1, 1)}, "is (2, 1, 1), but its weight"),
+        ({Q + "scale_weight": torch.ones(48, 3, dtype=torch.uint8)}, "holds quantised weights"),
+        ({Q + "weight": torch.ones(48, 48, dtype=torch.int8)}, "of a weight in torch.int8"),
+        ({Q + "scale_weight": torch.tensor(float("nan"))}, "to_q.weight holds NaN"),
+        ({Q + "zero_point": torch.ones(1)}, f"keys are not of the layout 'wan': {Q}zero_point"),
+    ],
+)
+def test_scales_that_do_not_fit(
+    change: dict[str, Tensor | None], found: str, tmp_path: Path
+) -> None:
+    state, _ = scaled("scale_weight", ())
+    state |= {"scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)}
+    state = {key: value for key, value in (state | change).items() if value is not None}
+    save_file(state, tmp_path / "a.safetensors")
+
+    def load() -> None:
+        check_weights(load_checkpoint(tmp_path / "a.safetensors").weights, SHAPES, "a.safetensors")
+
+    message = refused(load)
+    assert "a.safetensors: " in message and found in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e8m0fnu])
+def test_other_quantised_weights_are_named(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file(
+        {"proj_out.weight": torch.ones(2, 2).to(dtype), "proj_out.bias": torch.ones(2)},
+        tmp_path / "a.safetensors",
+    )
+    message = refused(load_checkpoint, tmp_path / "a.safetensors")
+    assert "holds quantised weights (proj_out.weight)" in message
+
+
+@pytest.mark.parametrize("name", ["a.gguf", "a.safetensors", "folder"])
+def test_gguf_is_refused_with_the_way_out(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        (path / "a.gguf").write_bytes(b"GGUF" + bytes(64))
+    else:
+        path.write_bytes(b"GGUF" + bytes(64))
+    message = refused(load_checkpoint, path)
+    assert "is a GGUF file" in message and "use the safetensors" in message
+
+
+def test_a_pointer_to_a_file_elsewhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid x")
+    assert "git lfs pull" in refused(load_checkpoint, tmp_path / "a.safetensors")
+
+
 # Strictness
 
 
@@ -367,7 +617,11 @@ class Trap:
 
 
 def test_a_pickle_of_code_is_refused_unread(tmp_path: Path) -> None:
-    for save in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))):
+    for save in (
+        torch.save,
+        lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+        lambda content, path: path.write_bytes(pickle.dumps(content)),
+    ):
         save({"generator": Trap(tmp_path / "sprung")}, tmp_path / "a.pt")
         for load in (load_checkpoint, load_adapter):
             message = refused(load, tmp_path / "a.pt")
@@ -431,6 +685,26 @@ def test_a_damaged_file_is_refused_or_read(suffix: str, tmp_path: Path) -> None:
     check()
 
 
+def test_a_damaged_old_file_is_refused_or_read(tmp_path: Path) -> None:
+    """It has no checksums, so that some damage is not seen here."""
+    path = tmp_path / "a.pt"
+    torch.save({"proj_out.bias": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+
+    @given(st.integers(0, len(whole) - 1), st.integers(1, 255), st.booleans())
+    def check(place: int, change: int, cut: bool) -> None:
+        content = bytearray(whole[:place] if cut else whole)
+        if not cut:
+            content[place] ^= change
+        path.write_bytes(content)
+        try:
+            load_checkpoint(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
+
+    check()
+
+
 def test_damaged_folders(tmp_path: Path) -> None:
     path = tmp_path / "a"
     save_checkpoint(path, WEIGHTS, "diffusers", CONFIG, max_shard_size=50_000)
@@ -464,10 +738,9 @@ def test_damaged_folders(tmp_path: Path) -> None:
 def test_wrong_paths(tmp_path: Path) -> None:
     assert "does not exist; check the path" in refused(load_checkpoint, tmp_path / "none")
     assert "does not exist; check the path" in refused(load_adapter, tmp_path / "none.pt")
-    assert "no .safetensors file" in refused(load_checkpoint, tmp_path)
+    assert "no weights; name a folder or file" in refused(load_checkpoint, tmp_path)
     (tmp_path / "a.onnx").touch()
-    message = refused(load_checkpoint, tmp_path / "a.onnx")
-    assert "not a .safetensors, .pt, .pth or .bin file" in message
+    assert "not a .safetensors, .sft, .pt," in refused(load_checkpoint, tmp_path / "a.onnx")
 
 
 @pytest.mark.parametrize(

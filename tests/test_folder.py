@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_bad_clips_are_skipped_counted_and_listed(
     for path, reason in reasons.items():
         assert found.skipped[path].startswith(reason), found.skipped[path]
         assert f"skipped {path}: {reason}" in caplog.text
-    assert f"{tmp_path}: 7 clips skipped" in caplog.text
+    assert f"{tmp_path}: 7 files skipped" in caplog.text
     assert found.sample(0, 0).prompts == ("good",) * 3
 
 
@@ -185,6 +186,128 @@ def test_a_clip_that_turns_out_damaged_costs_another_place(tmp_path: Path) -> No
     assert {sample.prompts for sample in samples} == {("good",) * 3}
     assert list(found.skipped) == [path] and "damaged" in found.skipped[path]
     assert torch.equal(again.sample(0, 5).video, samples[5].video)
+
+
+def rename(path: Path, name: str) -> Path:
+    return path.rename(path.with_name(name))
+
+
+def test_every_name_is_used_or_listed(tmp_path: Path) -> None:
+    """Suffixes of any case; a clip beside the folders is a sample of one shot."""
+    whole, folder = numbered(0, WHOLE), tmp_path / "video"
+    rename(write_clip(tmp_path, "a", 1, whole, "upper"), "1.MP4")
+    rename(write_clip(tmp_path, "b", 1, whole, "mov"), "1.mov")
+    rename(write_clip(tmp_path, "c", 1, whole, "none"), "1")
+    write_clip(tmp_path, "d", 1, whole, "first")
+    rename(write_clip(tmp_path, "d", 1, whole, "first"), "1.mkv")
+    write_clip(tmp_path, "d", 1, whole, "first")
+    write_clip(tmp_path, "", 7, whole, "top").rename(folder / "top.mp4")
+    (tmp_path / "caption/7.json").rename(tmp_path / "caption/top.json")
+    write_clip(tmp_path, "e/deep", 1, whole, "deep")
+    (folder / "d/2.txt").write_text("a caption of some words\n" * 300)
+    (folder / "d/3.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nhello\n")
+    (folder / ".DS_Store").write_bytes(bytes(99))
+    (tmp_path / "caption/d/9.json").write_text('"no clip"')
+    (tmp_path / "caption/a/1.txt").write_text("another")
+    found = clips(tmp_path, shots=1)
+    used = {found.sample(0, index).prompts[0] for index in range(60)}
+    assert used == {"upper", "mov", "none", "first", "top"}
+    listed = {str(path.relative_to(tmp_path)): why for path, why in found.skipped.items()}
+    reasons = {
+        "video/d/1.mp4": "has the number of 1.mkv",
+        "video/e/deep/1.mp4": "is too deep",
+        "video/d/2.txt": "is text, not video",
+        "video/d/3.srt": "holds no video",
+        "video/.DS_Store": "cannot be read",
+        "caption/d/9.json": "has no clip",
+        "caption/e/deep/1.json": "has no clip",
+        "caption/a/1.txt": "is beside 1.json, which goes before it",
+    }
+    assert listed.keys() == reasons.keys()
+    assert all(listed[path].startswith(why) for path, why in reasons.items()), listed
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("1.json", '{"caption": "a cät", "score": 1}'),
+        ("1.json", '[{"caption": "a cät"}]'),
+        ("1.json", '["a cät"]'),
+        ("1.JSON", '"a cät"'),
+        ("1.txt", "a cät\n"),
+        ("1.TXT", "a cät"),
+    ],
+)
+def test_captions(name: str, text: str, encoding: str, tmp_path: Path) -> None:
+    write_clip(tmp_path, "a", 1, numbered(0, WHOLE), None)
+    (tmp_path / "caption/a").mkdir(parents=True)
+    (tmp_path / "caption/a" / name).write_bytes(text.encode(encoding))
+    found = clips(tmp_path)
+    assert found.sample(0, 0).prompts == ("a cät",) * 3
+    assert not found.skipped
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("1.json", b'{"text": "a", "id": 3}', "its caption 1.json has text, id, but not 'caption'"),
+        ("1.json", b'["a", "b"]', "its caption 1.json is a list of 2, not of one"),
+        ("1.json", b'{"caption": 3}', "its caption 1.json holds 3, not a text"),
+        ("1.json", b'""', "its caption is empty"),
+        ("1.txt", b" \n", "its caption is empty"),
+        ("1.txt", b"\xe4", "its caption cannot be read (1.txt: "),
+        ("1.srt", b"a", "has no caption, only 1.srt: write "),
+    ],
+)
+def test_captions_that_do_not_fit(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
+    path = write_clip(tmp_path, "a", 1, numbered(0, WHOLE), None)
+    (tmp_path / "caption/a").mkdir(parents=True)
+    (tmp_path / "caption/a" / name).write_bytes(content)
+    assert f"skipped {path}: {reason}" in refused(clips, tmp_path)
+
+
+def settings_of(message: str) -> list[dict[str, int]]:
+    """The settings that an error offers."""
+    offered = re.search(r"; set (.*), or add longer clips", message)
+    assert offered, message
+    ways = [re.findall(r"([a-z.]+)=([0-9]+)", way) for way in offered[1].split(" or ")]
+    return [{key: int(value) for key, value in way} for way in ways]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shots", "said", "settings"),
+    [
+        ([WHOLE - 1], 1, "shots of 1.25 s (1) fill 2 of 3 chunks", [{"geometry.frames": 4}]),
+        (
+            [FIRST + LATER, LATER],
+            1,
+            "shots of 0.81 + 0.50 s (2) fill 2 of 3 chunks",
+            [{"train.data.shots": 2}, {"geometry.frames": 4}],
+        ),
+        (
+            [4],
+            1,
+            "shots of 0.25 s (1) fill 0 of 3 chunks",
+            [{"geometry.chunk": 1, "geometry.frames": 1}],
+        ),
+    ],
+)
+def test_what_is_missing_is_said_with_a_setting_that_works(
+    lengths: list[int], shots: int, said: str, settings: list[dict[str, int]], tmp_path: Path
+) -> None:
+    for number, length in enumerate(lengths):
+        write_clip(tmp_path, "a", number, numbered(0, length), "one")
+    message = refused(clips, tmp_path, shots)
+    assert "(21 frames, 1.31 s) and at most 1 shots" in message
+    assert f"a: {said}" in message
+    assert settings_of(message) == settings
+    for way in settings:
+        sizes = {key.removeprefix("geometry."): size for key, size in way.items()}
+        shots = sizes.pop("train.data.shots", shots)
+        geometry = Geometry.model_validate(GEOMETRY.model_dump() | sizes)
+        video = FolderClips(tmp_path, geometry, FPS, shots).sample(0, 0).video
+        assert len(video) == 4 * (geometry.frames - 1) + 1
 
 
 def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from lltk.stream.script import load_script
 from lltk.stream.state import read_state
 from lltk.streaming import StreamPlan
 from lltk.streaming.restoring import check_state
-from lltk.train.folder import _caption
+from lltk.train.captions import read_caption
 from lltk.train.loop import newest_state
 from lltk.train.metrics import read_metrics
 from lltk.train.state import check_training_state, load_training_state
@@ -146,7 +146,7 @@ def formats(folder: Path, plan: StreamPlan) -> dict[str, Format]:
     sets = {
         "recipe": Format(folder / "recipe.yaml", lambda: load_recipe(folder / "recipe.yaml")),
         "script": Format(folder / "script.yaml", lambda: load_script(folder / "script.yaml")),
-        "caption": Format(folder / "caption.json", lambda: _caption(folder / "caption.json")),
+        "caption": Format(folder / "caption.json", lambda: read_caption(folder / "caption.json")),
         "metrics": Format(run / "metrics.jsonl", lambda: read_metrics(run / "metrics.jsonl")),
         "state": Format(folder / "state", state, sealed=True),
         "config": Format(whole / "config.json", lambda: load_checkpoint(whole)),
@@ -394,7 +394,7 @@ def test_files_that_are_too_large_or_no_files(tmp_path: Path) -> None:
     Image.new("1", (13_000, 13_000)).save(picture)
     assert f"{picture}: has 13000×13000 pixels" in refused(read_image, picture, 64, 64)
     (tmp_path / "caption.json").mkdir()
-    assert "its caption cannot be read" in refused(_caption, tmp_path / "caption.json")
+    assert "its caption cannot be read" in refused(read_caption, tmp_path / "caption.json")
     for number in range(40):
         content = f"extends: {number + 1}.yaml\n"
         (tmp_path / f"{number}.yaml").write_text(content)

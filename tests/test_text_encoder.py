@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
 from helpers import refused
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lltk.models.configs import named_config
 from lltk.models.tiny import world
 from lltk.models.tiny.text import save_text_encoder
-from lltk.stream.text import TextEncoder
+from lltk.stream.text import TextEncoder, weight_bytes
 
 pytestmark = pytest.mark.cpu
 
@@ -135,6 +138,74 @@ def test_threads_load_at_once(folder: Path, encoder: TextEncoder) -> None:
     with ThreadPoolExecutor(4) as threads:
         made = list(threads.map(loaded, range(4)))
     assert all(torch.equal(each, wanted) for each in made)
+
+
+Q = "encoder.block.0.layer.0.SelfAttention.q.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({Q: None}, f"text_encoder: weights 1 missing ({Q});"),
+        ({"lm_head.weight": torch.ones(1)}, "text_encoder: weights 1 unexpected (lm_head.weight);"),
+        ({Q: torch.ones(3, 5)}, f"text_encoder: weights 1 misshapen ({Q} (3, 5) instead of "),
+        ({Q: torch.nan}, f"text_encoder: {Q} holds NaN"),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    change: dict[str, Any], found: str, folder: Path, tmp_path: Path
+) -> None:
+    """transformers would draw random numbers for what is missing, and leave out what is not."""
+    shutil.copytree(folder, tmp_path / "p")
+    file = tmp_path / "p/text_encoder/model.safetensors"
+    state = load_file(file)
+    for name, value in change.items():
+        state[name] = torch.full_like(state[name], value) if value is torch.nan else value
+    save_file({k: v for k, v in state.items() if v is not None}, file, {"format": "pt"})
+    assert found in refused(TextEncoder(tmp_path / "p", TOKENS).encode, [RED])
+
+
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        ({"variant": "fp16"}, "model.fp16.safetensors"),
+        ({"variant": "fp16", "max_shard_size": "20KB"}, "model.safetensors.index.fp16.json"),
+        ({"max_shard_size": "20KB"}, "model.safetensors.index.json"),
+    ],
+)
+def test_variants_and_shards(
+    options: dict[str, Any], file: str, folder: Path, encoder: TextEncoder, tmp_path: Path
+) -> None:
+    from transformers import UMT5EncoderModel
+
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    model = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+    model.save_pretrained(tmp_path / "text_encoder", **options)
+    assert (tmp_path / "text_encoder" / file).exists()
+    assert torch.equal(TextEncoder(tmp_path, TOKENS).encode([RED]), encoder.encode([RED]))
+
+
+def test_a_torch_file_of_weights(folder: Path, encoder: TextEncoder, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "p")
+    file = tmp_path / "p/text_encoder/model.safetensors"
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    size = weight_bytes(file.parent, torch.float32)
+    file.unlink()
+    assert torch.equal(TextEncoder(tmp_path / "p", TOKENS).encode([RED]), encoder.encode([RED]))
+    assert weight_bytes(file.parent, torch.float32) == pytest.approx(size, rel=0.1)
+    torch.save({"x": Path("/")}, file.with_name("pytorch_model.bin"))
+    assert "cannot be read" in refused(TextEncoder(tmp_path / "p", TOKENS).encode, [RED])
+
+
+def test_one_of_several_variants_is_not_chosen(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "p")
+    file = tmp_path / "p/text_encoder/model.safetensors"
+    for variant in ("fp16", "bf16"):
+        shutil.copy(file, file.with_name(f"model.{variant}.safetensors"))
+    TextEncoder(tmp_path / "p", TOKENS).encode([RED])
+    file.unlink()
+    message = refused(TextEncoder(tmp_path / "p", TOKENS).encode, [RED])
+    assert "holds the variants bf16, fp16; keep one" in message
 
 
 # Cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from helpers import after, refused, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 from streams import AUTOENCODER as CONFIG
 from torch import Tensor, nn
 
@@ -510,6 +511,27 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     assert "NaN or infinity" in refused(save_vae, path, broken, CONFIG)
     assert "has no config.json" in refused(load_vae, tmp_path)
     assert not path.exists()
+    save_vae(path, weights, CONFIG)
+    for state, found in (
+        (less, f"1 missing ({name})"),
+        (weights | {"x": torch.ones(1)}, "1 unexpected (x)"),
+        (weights | {name: torch.ones(1)}, f"1 misshapen ({name}"),
+        (broken, "NaN or infinity"),
+    ):
+        save_file(state, path / "diffusion_pytorch_model.safetensors")
+        assert found in refused(load_vae, path)
+
+
+def test_other_files_of_a_vae(tmp_path: Path) -> None:
+    """A torch file, a variant, plain float8, and notes in the configuration."""
+    weights = weights_of(torch.float8_e4m3fn)
+    wide = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+    save_vae(tmp_path, wide, CONFIG)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stated | {"torch_dtype": "bfloat16"}))
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(weights, tmp_path / "diffusion_pytorch_model.fp8.bin")
+    assert same(load_vae(tmp_path).weights, wide)
 
 
 @pytest.mark.parametrize(

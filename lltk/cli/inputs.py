@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +35,26 @@ def inputs_of(recipe: Path, data: Mapping[str, Any]) -> list[Path]:
             if isinstance(name, str) and Path(name).exists():
                 found += [Path(name), *(Path(name) / part for part in _PARTS)]
     return found
+
+
+def adapter_keys(adapters: Sequence[str]) -> list[str]:
+    """The recipe's keys for adapters that are given as FILE or FILE:STRENGTH.
+
+    Raises:
+        ValueError: a strength is not finite.
+    """
+    files, strengths = [], []
+    for adapter in adapters:
+        file, strength = adapter, 1.0
+        before, colon, after = adapter.rpartition(":")
+        if colon and not Path(adapter).exists():
+            with suppress(ValueError):
+                strength = float(after)
+                file = before
+        if not math.isfinite(strength):
+            raise ValueError(f"--lora: {adapter}: {after} is no strength; write a number")
+        files.append(file)
+        strengths.append(strength)
+    if not files:
+        return []
+    return [f"model.lora={json.dumps(files)}", f"model.lora_strength={json.dumps(strengths)}"]

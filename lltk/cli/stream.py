@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +39,11 @@ _File = click.Path(path_type=Path)
     "frames (default: the recipe's name, MP4). With --prompts, the folder of the videos.",
 )  # fmt: skip
 @click.option("--contact-sheet", type=_File, help="PNG with a row of frames a shot.")
-@click.option("--image", type=_File, help="The video's first frame; cropped to its aspect.")
+@click.option(
+    "--image",
+    type=_File,
+    help="The video's first frame; cropped to its aspect, and on white where it is transparent.",
+)
 @click.option("--seed", type=click.IntRange(0), help="Of the noise (default: the recipe's).")
 @click.option("--steps", type=click.IntRange(1), help="Denoising passes (default: the recipe's).")
 @click.option("--guidance", type=float, help="1 for none (default: the recipe's).")
@@ -105,7 +107,7 @@ def command(
       lltk stream tiny_stream --resume video.state.safetensors -o rest.mp4
       torchrun --nproc-per-node 2 -m lltk stream wan22_5b_stream_sp2 --script s.yaml -o video.mp4
     """
-    from lltk.cli.inputs import inputs_of
+    from lltk.cli.inputs import adapter_keys, inputs_of
     from lltk.cli.outputs import share_cores, summary
     from lltk.cli.stream_prompts import jobs, read_prompts, stream_prompts
     from lltk.cli.stream_to_files import Files, stream_to_files, unused
@@ -123,7 +125,7 @@ def command(
         path = find_recipe(recipe)
         given = {"seed": seed, "steps": steps, "guidance": guidance}
         changes = [f"stream.{key}={value}" for key, value in given.items() if value is not None]
-        changes += _lora_keys(adapters)
+        changes += adapter_keys(adapters)
         if resume is not None and seed is not None:
             raise ValueError("--seed: a resumed stream has its own; drop the option")
         alone = {"--contact-sheet": contact_sheet, "--image": image, "--save": save}
@@ -200,29 +202,6 @@ def command(
             click.echo(json.dumps(result, indent=2))
         rows = [{"what": what, "": value} for what, value in summary(result).items()]
         console.print(row_table(str(output), rows))
-
-
-def _lora_keys(adapters: Sequence[str]) -> list[str]:
-    """The recipe's keys for adapters that are given as FILE or FILE:STRENGTH.
-
-    Raises:
-        ValueError: a strength is not finite.
-    """
-    files, strengths = [], []
-    for adapter in adapters:
-        file, strength = adapter, 1.0
-        before, colon, after = adapter.rpartition(":")
-        if colon and not Path(adapter).exists():
-            with suppress(ValueError):
-                strength = float(after)
-                file = before
-        if not math.isfinite(strength):
-            raise ValueError(f"--lora: {adapter}: {after} is no strength; write a number")
-        files.append(file)
-        strengths.append(strength)
-    if not files:
-        return []
-    return [f"model.lora={json.dumps(files)}", f"model.lora_strength={json.dumps(strengths)}"]
 
 
 def _shots(

@@ -24,9 +24,9 @@ _DTYPES = {
     torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-_KEY = "lltk.sha256"
+SEAL = "lltk.sha256"
 _NONE = "0" * 64
-_BEFORE = f'{{"__metadata__":{{"{_KEY}":"'.encode()
+_BEFORE = f'{{"__metadata__":{{"{SEAL}":"'.encode()
 _SEAL = slice(8 + len(_BEFORE), 8 + len(_BEFORE) + len(_NONE))
 """Where the digits are in a file: after the header's length and the beginning of the header."""
 _BLOCK = 1 << 24
@@ -52,7 +52,7 @@ def write_tensors(
         tensors: by name, on any device. They go to the CPU one at a time.
         metadata: the header's other entries.
     """
-    header: dict[str, object] = {"__metadata__": {_KEY: _NONE, **dict(sorted(metadata.items()))}}
+    header: dict[str, object] = {"__metadata__": {SEAL: _NONE, **dict(sorted(metadata.items()))}}
     ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     end = 0
     for name in ordered:
@@ -130,7 +130,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path}: is damaged ({error}); restore it, or use another") from error
-    del metadata[_KEY]
+    del metadata[SEAL]
     return tensors, metadata
 
 

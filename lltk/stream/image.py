@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, simplefilter
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lltk.files.reading import opened
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+GROUND = "white"
+"""The colour that shows where an image is transparent."""
 _MOST_PIXELS = 1 << 26
 
 
 def read_image(path: Path, height: int, width: int) -> tuple[Tensor, str | None]:
     """An image at a video's size: cropped about its centre to the aspect, then resized.
+
+    What is transparent lies over `GROUND`. Greys of 16 bits go from 0 to 65535. Those in floating
+    point go from 0 to 1, or to 255 or 65535 if they are above.
 
     Args:
         path: any format that Pillow reads.
@@ -24,7 +34,7 @@ def read_image(path: Path, height: int, width: int) -> tuple[Tensor, str | None]
         float32 [1, 3, height, width] in [-1, 1], and what was cropped away, if anything.
 
     Raises:
-        ValueError: not an image, damaged, or too large.
+        ValueError: not an image, damaged, or too large; or its greys are of another range.
         OSError: the file cannot be read.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -39,7 +49,7 @@ def read_image(path: Path, height: int, width: int) -> tuple[Tensor, str | None]
                     f"{path}: has {image.width}×{image.height} pixels, more than "
                     f"{_MOST_PIXELS >> 20} Mi; make it smaller"
                 )
-            picture = ImageOps.exif_transpose(image).convert("RGB")
+            picture = _as_rgb(ImageOps.exif_transpose(image), path)
         except UnidentifiedImageError as error:
             raise ValueError(f"{path}: is not an image; name a PNG or JPEG") from error
         except (SyntaxError, OSError, Image.DecompressionBombError) as error:
@@ -60,3 +70,34 @@ def read_image(path: Path, height: int, width: int) -> tuple[Tensor, str | None]
             f"cropped about the centre to {round(wide)}×{round(high)}"
         )
     return pixels[None], note
+
+
+def _as_rgb(picture: Picture, path: Path) -> Picture:
+    """The picture in 8 bits of red, green and blue, on `GROUND` where it is transparent."""
+    from PIL import Image
+
+    if picture.mode.startswith(("I", "F")):
+        clear = np.asarray(picture) == picture.info.get("transparency")
+        coloured = Image.fromarray(_grey(picture, path)).convert("RGB")
+        coloured.paste(GROUND, mask=Image.fromarray(clear))
+        return coloured
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    above = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", above.size, GROUND), above).convert("RGB")
+
+
+def _grey(picture: Picture, path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The levels of a grey picture with more than 8 bits, from 0 to 255."""
+    levels = np.asarray(picture).astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError(f"{path}: holds NaN or infinity; name an image without")
+    ranges = (1.0, 255.0, 65535.0) if picture.mode == "F" else (65535.0,)
+    low, high = float(levels.min()), float(levels.max())
+    full = next((full for full in ranges if high <= full), None)
+    if full is None or low < 0:
+        raise ValueError(
+            f"{path}: its greys are from {low:g} to {high:g}, a range that is not known; save them "
+            "with 8 or 16 bits, or as numbers from 0 to 1"
+        )
+    return (levels * (255 / full)).round().astype(np.uint8)

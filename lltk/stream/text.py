@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import ftfy
@@ -21,12 +22,18 @@ from lltk.files.reading import check_regular
 from lltk.files.tensors import checksum, read_tensors, save_tensors
 from lltk.files.writing import write_text
 from lltk.graph.loading import LOADING
+from lltk.graph.weights import check_finite, check_names
 from lltk.stream.runtimes.cuda_graph import empty_cache
 
 _log = logging.getLogger(__name__)
 _PARTS = ("text_encoder", "tokenizer")
 _CALL = 8192
 """How many tokens one call of the encoder takes at most."""
+_WEIGHTS = re.compile(
+    r"(pytorch_)?model\.((?P<variant>[^.-]+)\.)?(safetensors|bin)"
+    r"|(pytorch_)?model\.(safetensors|bin)\.index\.((?P<of_index>[^.]+)\.)?json"
+)
+"""What transformers names the file of a model's weights, or the index of their shards."""
 
 
 def clean(text: str) -> str:
@@ -143,13 +150,11 @@ class TextEncoder:
             encoder, words = (self._folder / part for part in _PARTS)
             try:
                 with LOADING:
-                    from transformers import AutoTokenizer, UMT5EncoderModel
+                    from transformers import AutoTokenizer
 
                     tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
-                    model = UMT5EncoderModel.from_pretrained(
-                        encoder, dtype=self._dtype, local_files_only=True
-                    )
-            except (OSError, SafetensorError) as error:
+                    model = _read_encoder(encoder, self._dtype)
+            except (OSError, SafetensorError, UnpicklingError) as error:
                 raise ValueError(
                     f"{self._folder}: its text encoder cannot be read ({error}); download it again"
                 ) from error
@@ -180,21 +185,66 @@ class TextEncoder:
         return cache / f"{key}.safetensors"
 
 
+def _read_encoder(folder: Path, dtype: torch.dtype) -> Any:
+    """The encoder in a folder; raises ValueError unless its weights are exactly the model's."""
+    with LOADING:
+        from transformers import UMT5EncoderModel
+        from transformers.utils import logging as reports
+
+        before = reports.get_verbosity()
+        reports.set_verbosity_error()  # It would report what is checked below.
+        try:
+            model, found = UMT5EncoderModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                variant=_variant(folder),
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        finally:
+            reports.set_verbosity(before)
+    weights = dict(model.named_parameters())
+    misshapen = [
+        f"{name} {tuple(stored)} instead of {tuple(shape)}"
+        for name, stored, shape in sorted(found["mismatched_keys"])
+    ]
+    present = weights.keys() - found["missing_keys"] | found["unexpected_keys"]
+    check_names(sorted(present), sorted(weights), misshapen, str(folder))
+    check_finite(weights, str(folder))
+    return model
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant, such as ``fp16``, that the names of a model's files have; None if not all do."""
+    matches = [_WEIGHTS.fullmatch(path.name) for path in folder.iterdir()]
+    variants = {match["variant"] or match["of_index"] for match in matches if match}
+    if len(variants) > 1 and None not in variants:
+        raise ValueError(
+            f"{folder}: holds the variants {', '.join(sorted(filter(None, variants)))}; keep one"
+        )
+    return variants.pop() if len(variants) == 1 else None
+
+
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Bytes of a model's weights in a dtype; 0 where its files are not there.
+
+    Torch files are not opened for it: they count by their size.
 
     Raises:
         ValueError: a file is damaged.
     """
     count = 0
-    for file in sorted(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
         check_regular(file)
         try:
             with safe_open(file, "pt") as weights:
                 count += sum(prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged ({error}); download it again") from error
-    return count * dtype.itemsize
+    whole = [] if files else [file.stat().st_size for file in folder.glob("*.bin")]
+    return count * dtype.itemsize + sum(whole)
 
 
 def _digest(file: Path, cache: Path) -> str:

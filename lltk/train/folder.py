@@ -3,14 +3,18 @@
 ::
 
     video/<sample>/<number>.mp4       the shots of one sample, in the order of their numbers
-    caption/<sample>/<number>.json    {"caption": "…"}
+    video/<sample>.mp4                a sample of one shot
+    caption/<sample>/<number>.json    {"caption": "…"}, or a text: see `read_caption`
+    caption/<sample>.txt
+
+Clips may be of any format that the video library decodes.
 """
 
 from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
@@ -19,11 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lltk.files.reading import read_json
 from lltk.graph.geometry import Geometry
 from lltk.stream.script import SCENE_CUT
+from lltk.train.captions import SUFFIXES, read_caption
 from lltk.train.data import generator_at
-from lltk.train.frames import Unusable, last_time, nearest_frames
+from lltk.train.frames import Footage, Unusable, read_footage, shown_frames
+from lltk.train.shortfall import chunk_frames, few_lines, shortfall
 
 _TRIES = 100
 """How many places are tried for a sample before the folder is taken to be damaged."""
@@ -35,14 +40,14 @@ class Clip:
     """A video of one shot that can be read.
 
     Attributes:
-        path: the video file.
+        footage: the video.
         caption: what it shows.
-        until: the time until which its last frame is the nearest, in seconds from its first frame.
+        length: the number of its frames, at the samples' frame rate.
     """
 
-    path: Path
+    footage: Footage
     caption: str
-    until: Fraction
+    length: int
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,12 @@ class FolderClips:
     latent frames, a sample's first chunk takes stride·C − stride + 1 video frames and each further
     one stride·C.
 
-    The frames are those nearest in time. They are resized to cover the geometry's height and width,
-    and cropped about their centre.
+    The frames are those that a player shows at their times, upright. They are resized to cover the
+    geometry's height and width with their aspect kept, and cropped about their centre.
 
-    A clip that is damaged, too short or without a caption is skipped. Some damage shows only when a
-    frame is read. Then another place is drawn for the sample; which one follows from the sample's
-    number and the files alone.
+    A clip that is damaged, too short or without a caption is skipped, and so is any other file.
+    Some damage shows only when a frame is read. Then another place is drawn for the sample; which
+    one follows from the sample's number and the files alone.
 
     Args:
         folder: holds ``video`` and ``caption``.
@@ -118,24 +123,27 @@ class FolderClips:
         self._fps = Fraction(fps).limit_denominator(1001)
         self._stride = stride
         self.skipped: dict[Path, str] = {}
-        """The clips that were left out, wholly or in part, and why."""
+        """The files that were left out, wholly or in part, and why."""
         self._places: list[tuple[Sequence[Clip], int]] = []
         counts = []
-        for clips in self._samples():
+        self._captions = self._written()
+        files = self._files()
+        samples = {name: self._clips(files[name]) for name in files}
+        self._list_captions(files)
+        for found in samples.values():
+            clips = [clip for clip in found if clip.length >= self._frames(0)]
             for first in range(len(clips)):
                 tail = clips[first : first + shots]
                 if (starts := self._starts(tail)) > 0:
                     self._places.append((tail, starts))
                     counts.append(starts)
         if not self._places:
-            raise ValueError(
-                f"{folder}: no sample of {geometry.chunks} chunks of {geometry.chunk} latent "
-                f"frames at {float(self._fps):g} fps and at most {shots} shots can be filled; add "
-                f"longer clips, or lower geometry.frames{self._listed()}"
-            )
+            lengths = {name: [clip.length for clip in samples[name]] for name in samples}
+            why = shortfall(lengths, geometry, self._fps, shots, stride)
+            raise ValueError(f"{folder}: {why}{self._listed()}")
         self._ends = list(accumulate(counts))
         if self.skipped:
-            _log.warning("%s: %d clips skipped", folder, len(self.skipped))
+            _log.warning("%s: %d files skipped", folder, len(self.skipped))
 
     def sample(self, seed: int, index: int) -> Sample:
         """The sample of a number. It follows from the arguments and the files alone.
@@ -159,31 +167,80 @@ class FolderClips:
             f"{self._listed()}"
         )
 
-    def _samples(self) -> Iterator[list[Clip]]:
-        """The usable clips of each sample's folder, in the order of their numbers."""
-        for folder in sorted(path for path in (self._folder / "video").iterdir() if path.is_dir()):
-            found = sorted(folder.glob("*.mp4"))
-            numbered = [path for path in found if path.stem.isdecimal()]
-            for path in found:
-                if path not in numbered:
-                    self._skip(path, "its name is not a number")
-            clips = []
-            for path in sorted(numbered, key=lambda path: int(path.stem)):
-                try:
-                    clips.append(self._clip(path))
-                except Unusable as error:
-                    self._skip(path, str(error))
-            yield clips
+    def _files(self) -> dict[str, list[Path]]:
+        """The files of each sample, in the order of their numbers. Others are left out."""
+        found: dict[str, list[Path]] = {}
+        for path in sorted((self._folder / "video").iterdir()):
+            if not path.is_dir():
+                found[path.name] = [path]
+                continue
+            numbered = []
+            for inner in sorted(path.iterdir()):
+                if inner.is_dir():
+                    for file in sorted(file for file in inner.rglob("*") if file.is_file()):
+                        self._skip(file, "is too deep; put it into video/<sample>/")
+                elif inner.stem.isdecimal():
+                    numbered.append(inner)
+                else:
+                    self._skip(inner, "its name is not a number")
+            found[path.name] = sorted(numbered, key=lambda file: int(file.stem))
+        return found
+
+    def _clips(self, files: Sequence[Path]) -> list[Clip]:
+        """The clips of a sample; those that are too short are among them."""
+        clips: dict[str, Clip] = {}
+        for path in files:
+            number = path.stem.lstrip("0")
+            try:
+                if number in clips:
+                    raise Unusable(f"has the number of {clips[number].footage.path.name}")
+                clips[number] = self._clip(path)
+            except Unusable as error:
+                self._skip(path, str(error))
+        return list(clips.values())
 
     def _clip(self, path: Path) -> Clip:
-        caption = _caption(self._folder / "caption" / path.parent.name / f"{path.stem}.json")
-        clip = Clip(path, caption, last_time(path))
-        if (length := self._length(clip)) < self._frames(0):
-            raise Unusable(
-                f"too short: {length} frames at {float(self._fps):g} fps, but a first chunk takes "
-                f"{self._frames(0)}"
+        footage = read_footage(path)
+        clip = Clip(footage, self._caption(path), footage.frames(self._fps))
+        if clip.length < (first := self._frames(0)):
+            self._skip(
+                path,
+                f"too short: {clip.length} frames at {float(self._fps):g} fps "
+                f"({float(footage.seconds):.2f} s), but a first chunk takes {first} "
+                f"({float(first / self._fps):.2f} s)",
             )
         return clip
+
+    def _caption(self, path: Path) -> str:
+        place = self._caption_place(path)
+        found = self._captions.get(place, [])
+        if not found or found[0].suffix.lower() not in SUFFIXES:
+            only = ", ".join(file.name for file in found)
+            raise Unusable(f"has no caption{only and f', only {only}'}: write {place}.json")
+        return read_caption(found[0])
+
+    def _written(self) -> dict[Path, list[Path]]:
+        """The files of captions by their paths without suffix, those first that are read first."""
+        found: dict[Path, list[Path]] = {}
+        order = {suffix: number for number, suffix in enumerate(SUFFIXES)}
+        files = [path for path in (self._folder / "caption").rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda file: (order.get(file.suffix.lower(), 9), file)):
+            found.setdefault(file.with_suffix(""), []).append(file)
+        return found
+
+    def _caption_place(self, path: Path) -> Path:
+        """The path of a clip's caption, without its suffix."""
+        inner = path.relative_to(self._folder / "video")
+        return self._folder / "caption" / inner.with_suffix("")
+
+    def _list_captions(self, files: Mapping[str, Sequence[Path]]) -> None:
+        """List what is among the captions, but is none of a clip."""
+        places = {self._caption_place(path) for paths in files.values() for path in paths}
+        for place, (first, *others) in sorted(self._captions.items()):
+            if place not in places:
+                self._skip(first, "has no clip")
+            for file in others:
+                self._skip(file, f"is beside {first.name}, which goes before it")
 
     def _skip(self, path: Path, reason: str) -> None:
         if path not in self.skipped:
@@ -191,24 +248,21 @@ class FolderClips:
             _log.warning("skipped %s: %s", path, reason)
 
     def _listed(self) -> str:
-        return "".join(f"\n  skipped {path}: {reason}" for path, reason in self.skipped.items())
+        return few_lines([f"\n  skipped {path}: {reason}" for path, reason in self.skipped.items()])
 
     def _frames(self, chunk: int) -> int:
         """The number of video frames in a sample's chunk of this index."""
-        return self._stride * self._geometry.chunk - (self._stride - 1 if chunk == 0 else 0)
-
-    def _length(self, clip: Clip) -> int:
-        """The number of a clip's frames, at the samples' frame rate."""
-        return int(clip.until * self._fps) + 1
+        first, later = chunk_frames(self._geometry, self._stride)
+        return later if chunk else first
 
     def _starts(self, clips: Sequence[Clip]) -> int:
         """From how many of the first clip's frames a sample can be filled; below 1 if from none.
 
         These are its first frames: the later a sample begins, the less the clips hold for it.
         """
-        after = sum(self._length(clip) // self._frames(1) for clip in clips[1:])
+        after = sum(clip.length // self._frames(1) for clip in clips[1:])
         own = max(self._geometry.chunks - after, 1)
-        return self._length(clips[0]) - (self._frames(0) + (own - 1) * self._frames(1)) + 1
+        return clips[0].length - (self._frames(0) + (own - 1) * self._frames(1)) + 1
 
     def _spans(self, clips: Sequence[Clip], start: int) -> Iterator[Span]:
         """The parts of a sample that begins at this frame of the first clip."""
@@ -216,9 +270,7 @@ class FolderClips:
         for clip in clips:
             begin, end = start, start
             first = chunk
-            while chunk < self._geometry.chunks and (
-                end + self._frames(chunk) <= self._length(clip)
-            ):
+            while chunk < self._geometry.chunks and (end + self._frames(chunk) <= clip.length):
                 end += self._frames(chunk)
                 chunk += 1
             if chunk > first:
@@ -229,11 +281,11 @@ class FolderClips:
         """A span's frames, uint8 [F, H, W, 3]."""
         times = [Fraction(span.start + index) / self._fps for index in range(span.frames)]
         try:
-            return nearest_frames(
-                span.clip.path, times, self._geometry.height, self._geometry.width
+            return shown_frames(
+                span.clip.footage, times, self._geometry.height, self._geometry.width
             )
         except Unusable as error:
-            self._skip(span.clip.path, str(error))
+            self._skip(span.clip.footage.path, str(error))
             raise
 
 
@@ -247,16 +299,3 @@ def _prompts(spans: Sequence[Span]) -> tuple[str, ...]:
 
 def _opens(spans: Sequence[Span]) -> tuple[bool, ...]:
     return tuple(not chunk for span in spans for chunk in range(span.chunks))
-
-
-def _caption(path: Path) -> str:
-    if not path.exists():
-        raise Unusable("has no caption")
-    try:
-        data = read_json(path)
-    except ValueError as error:
-        raise Unusable(f"its caption cannot be read ({error})") from error
-    caption = data.get("caption") if isinstance(data, dict) else None
-    if not isinstance(caption, str) or not caption.strip():
-        raise Unusable("its caption is empty")
-    return caption
