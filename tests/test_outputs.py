@@ -62,6 +62,8 @@ def mine(tmp_path: Path) -> Path:
         ("pipe", TEXT, "is a device or a pipe"),
         ("file/new", TEXT, "file is a file"),
         ("x" * 300, TEXT, "cannot be written (File name too long)"),
+        ("/", TEXT, "it is the root of all folders"),
+        ("/", FOLDER, "is the folder you are in, or holds it"),
     ],
 )
 def test_what_is_there_is_replaced_if_it_was_made(
@@ -74,7 +76,7 @@ def test_what_is_there_is_replaced_if_it_was_made(
     else:
         with pytest.raises((ValueError, OSError)) as caught:
             check_outputs(wanted, [])
-        assert str(caught.value).startswith(str(mine)) and message in str(caught.value)
+        assert str(caught.value).startswith(str(mine / name)) and message in str(caught.value)
     if message is None or "did not write" in message:
         check_outputs(wanted, [], overwrite=True)
     else:
@@ -99,6 +101,16 @@ def test_inputs_and_outputs_may_not_meet(mine: Path, output: str, given: str) ->
     other = [*wanted, Output(mine / given, FOLDER if given == "made_folder" else TEXT)]
     assert "would be one" in refused(check_outputs, other, [], overwrite=True)
     assert "would be one" in refused(check_outputs, other[::-1], [], overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../made_folder"])
+def test_the_folder_that_one_is_in_is_not_replaced(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """An empty name is that folder too, such as that of a variable which is not set."""
+    monkeypatch.chdir(mine / "made_folder")
+    message = refused(check_outputs, [Output(Path(name), FOLDER)], [], overwrite=True)
+    assert message.endswith(": is the folder you are in, or holds it; name another")
 
 
 def test_names_that_differ_in_case(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

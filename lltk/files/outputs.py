@@ -70,7 +70,8 @@ def check_outputs(
         overwrite: whether what lltk did not write may be replaced.
 
     Raises:
-        ValueError: an output is there and may not be replaced, or is an input or another output.
+        ValueError: an output is there and may not be replaced, is an input or another output, or is
+            a folder that holds the current one.
         OSError: it cannot be written; says why.
     """
     for output in outputs:
@@ -85,7 +86,10 @@ def check_outputs(
                 f"{one.path}: {one.kind.name} and {other.kind.name} ({other.path}) would be one; "
                 "name another"
             )
+    here = Path.cwd()
     for output in outputs:
+        if output.kind.folder and (_meet(output.path, here) or _within(here, output)):
+            raise ValueError(f"{output.path}: is the folder you are in, or holds it; name another")
         _check_place(output.path)
         _check_replaced(output, overwrite)
 
@@ -114,8 +118,10 @@ def _check_replaced(output: Output, overwrite: bool) -> None:
 def _check_place(path: Path) -> None:
     """Refuse a path whose folder cannot be written to, or made."""
     place = Path(os.path.realpath(path))
-    folder = next(parent for parent in place.parents if parent.exists())
+    folder = next((parent for parent in place.parents if parent.exists()), place)
     try:
+        if folder == place:
+            raise OSError(16, "it is the root of all folders")
         if place.is_symlink():
             raise OSError(40, "its links lead in a circle")
         if not folder.is_dir():
