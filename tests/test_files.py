@@ -28,8 +28,7 @@ from lltk.files.writing import (
     write_text,
 )
 
-FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["lltk.files.manifest"])
+FORKS = get_context("fork")
 CALLS = ("open", "write", "pwrite", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 FOLDER = Manifest("facts.json", "a folder of the tests", format=1, remedy="write it again")
 cpu = pytest.mark.cpu

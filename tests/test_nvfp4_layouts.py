@@ -134,10 +134,6 @@ def test_a_librarys_file_is_written_as_the_library_writes_it(folder: str, tmp_pa
     theirs, _, header = golden(folder)
     mine = load_file(tmp_path / "a" / FILE)
     theirs = {key: value for key, value in theirs.items() if not key.endswith(".input_scale")}
-    if folder == "modelopt_w4a16":  # all but the header, in which there is a checksum
-        ours, wanted = ((f / FILE).read_bytes() for f in (tmp_path / "a", DATA / folder))
-        start, other = (8 + int.from_bytes(content[:8], "little") for content in (ours, wanted))
-        assert ours[start:] == wanted[other:]
     if folder == "compressed-tensors":
         # A reciprocal's reciprocal is the number again, or its neighbour.
         for key in [key for key in theirs if key.endswith("_global_scale")]:

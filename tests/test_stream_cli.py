@@ -373,7 +373,7 @@ def test_a_killed_process_leaves_a_video_that_plays(pipeline: Path, tmp_path: Pa
         (["--prompt", "x", "--prompts", "y"], "name what to stream: one of"),
         (["--prompt", "x", "--seeds", "2"], "--seeds: is for --prompts; drop it"),
         (["--prompt", "x", "-o", "FOLDER/v.avi"], "a video cannot be written as .avi; use .mp4"),
-        (["--prompt", "x", "-o", "FOLDER"], "lltk did not write it as a folder of frames"),
+        (["--prompt", "x", "-o", "FOLDER"], "is the folder you are in, or holds it"),
         (["--prompts", "SCRIPT", "-o", "SCRIPT"], "is a file; name a folder"),
         (["--prompts", "SCRIPT", "-o", "FOLDER"], "is not empty, and no videos of lltk"),
         (["--prompts", "SCRIPT", "--image", "x"], "--image: is for a single video"),
