@@ -19,7 +19,7 @@ from lltk.graph.packed import is_packed, plain_name
 from lltk.graph.weights import few
 from lltk.models.configs import config_from_wan, validate_config, without_notes
 from lltk.models.float8 import widened
-from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, detect, weight_layout
+from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, weight_layout
 from lltk.models.nvfp4_conventions import CONVENTIONS, Description
 from lltk.models.nvfp4_layouts import read_packed, write_packed
 from lltk.models.weight_files import STEM, read_header, read_json, read_weights, weight_file
@@ -335,13 +335,6 @@ def named_tensors(state: Any, where: str) -> dict[str, Tensor]:
             "dict of one model, alone or under 'model'"
         )
     return state
-
-
-def _rename(
-    state: Mapping[str, Tensor], layouts: Mapping[str, Layout], where: str
-) -> tuple[dict[str, Tensor], str]:
-    layout = detect(state, layouts, where)
-    return _renamed(state, layout, where), layout.name
 
 
 def _renamed(state: Mapping[str, Tensor], layout: Layout, where: str) -> dict[str, Tensor]:

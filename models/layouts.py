@@ -81,22 +81,6 @@ class Layout:
         }
 
 
-def detect(keys: Iterable[str], layouts: Mapping[str, Layout], where: str) -> Layout:
-    """The layout that knows the most of a file's names; raises ValueError if none knows any."""
-    listed = list(keys)
-    known = {
-        name: sum(layout.own_name(key) is not None for key in listed)
-        for name, layout in layouts.items()
-    }
-    best = max(known, key=known.__getitem__)
-    if not known[best]:
-        raise ValueError(
-            f"{where}: none of its {len(listed)} keys ({few(listed)}) is of a known layout "
-            f"({', '.join(layouts)}); use the file of a Wan transformer"
-        )
-    return layouts[best]
-
-
 def weight_layout(keys: Iterable[str], where: str) -> Layout:
     """The layout of a transformer's file, with the prefix that the file's names have.
 

@@ -67,25 +67,28 @@ def profiled(
         wait(device)
     total = start.elapsed_time(end) * 1e3
     taken: dict[str, float] = {}
-    for event in found.key_averages():
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            owner = owner_of(event.key, owners)
-            taken[owner] = taken.get(owner, 0) + event.self_device_time_total
+    for event in _kernels(found):
+        owner = owner_of(event.key, owners)
+        taken[owner] = taken.get(owner, 0) + event.self_device_time_total
     taken["idle"] = max(0.0, total - sum(taken.values()))
     return {owner: spent / total for owner, spent in taken.items()}, found
 
 
 def longest_kernels(found: profile, count: int = 16) -> list[dict[str, Any]]:
     """The kernels that took the most time in total: name, launches and milliseconds."""
-    kernels = [
-        event
-        for event in found.key_averages()
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
-    ]
-    kernels.sort(key=lambda event: -event.self_device_time_total)
+    kernels = sorted(_kernels(found), key=lambda event: -event.self_device_time_total)
     return [
         {"name": e.key[:100], "count": e.count, "ms": e.self_device_time_total / 1e3}
         for e in kernels[:count]
+    ]
+
+
+def _kernels(found: profile) -> list[Any]:
+    """What ran on the GPU. Annotations, such as an exchange's name, span kernels and are none."""
+    return [
+        event
+        for event in found.key_averages()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
 
 

@@ -149,7 +149,7 @@ def _heads(sent: Tensor, values: Sequence[Tensor], size: int) -> list[Tensor]:
 
 def _row_bytes(values: Sequence[Tensor], size: int) -> int:
     """Bytes of a rank's heads of every value, each rounded up to `_ALIGNED`."""
-    return sum(-(-x.nbytes // size // _ALIGNED) * _ALIGNED for x in values)
+    return sum(_aligned(x.nbytes // size) for x in values)
 
 
 def _blocks(packed: Tensor, values: Sequence[Tensor], size: int) -> Iterator[Tensor]:
@@ -160,7 +160,12 @@ def _blocks(packed: Tensor, values: Sequence[Tensor], size: int) -> Iterator[Ten
         batch, tokens, heads, *rest = x.shape
         block = packed[:, begin : begin + count].view(x.dtype)
         yield block.view(size, batch, tokens, heads // size, *rest)
-        begin += -(-count // _ALIGNED) * _ALIGNED
+        begin += _aligned(count)
+
+
+def _aligned(count: int) -> int:
+    """A number of bytes, rounded up to a multiple of `_ALIGNED`."""
+    return -(-count // _ALIGNED) * _ALIGNED
 
 
 def _resized(
