@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,18 +13,16 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from lltk.cli.stopping import stopping
 from lltk.files.reading import read_json, read_text
 from lltk.files.writing import write_text
 from lltk.parallel.ranks import Ranks
-from lltk.stream.frame_folder import open_writer
 from lltk.stream.prompts import Embed
 from lltk.stream.script import single_shot
 from lltk.stream.text import TextEncoder
-from lltk.stream.video import pixels
-from lltk.streaming import Models, StreamPlan, check_plan, load_models
+from lltk.streaming import StreamPlan, check_plan, load_models
+from lltk.streaming.to_video import stream_to
 from lltk.train.recipe import changed_keys
 
 LONGEST_NAME = 240
@@ -121,34 +118,17 @@ def stream_prompts(
         bar = progress.add_task("videos", total=len(wanted), completed=len(wanted) - len(missing))
         models = load_models(plan, prompts=embed, sessions=1)
         for job in missing:
-            for _ in _made(models, job, seconds, ranks.rank == 0):
+            unfinished = job.path.with_name(_UNFINISHED)
+            seed = plan.section.seed + job.index
+            for _ in stream_to(models, single_shot(job.prompt, seconds), unfinished, seed):
                 if ranks.any(stop.asked):
                     raise click.ClickException(
                         f"stopped; whole videos are in {folder}, the same command makes the rest"
                     )
+            if ranks.rank == 0:
+                os.replace(unfinished, job.path)
             progress.advance(bar)
     return done
-
-
-def _made(models: Models, job: Job, seconds: float, writes: bool) -> Iterator[None]:
-    """Make a video, and give way after each chunk."""
-    plan = models.plan
-    unfinished = job.path.with_name(_UNFINISHED)
-    size, section = plan.size, plan.section
-    opened = open_writer(unfinished, *size, section.fps, plan.writer_threads) if writes else None
-    with nullcontext() if opened is None else opened:
-
-        def sink(video: Tensor) -> None:
-            assert opened is not None
-            opened.write(pixels(video))
-
-        shots = single_shot(job.prompt, seconds)
-        seed = section.seed + job.index
-        with models.open(sink if writes else None, shots, seed=seed) as stream:
-            for _ in stream:
-                yield
-    if writes:
-        os.replace(unfinished, job.path)
 
 
 def _encoded(plan: StreamPlan, prompts: list[str], cache: Path, progress: Progress) -> Embed:

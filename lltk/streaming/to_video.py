@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from lltk.graph.recipe import open_recipe
 from lltk.parallel.devices import find_device
-from lltk.stream.frame_folder import open_writer
+from lltk.stream.frame_folder import Writer, open_writer
+from lltk.stream.report import ChunkReport
 from lltk.stream.script import Shot, prompted
 from lltk.stream.video import pixels
 from lltk.streaming.checks import check_plan
@@ -49,11 +52,34 @@ def stream_video(
         script += prompted([shot], seconds) if isinstance(shot, str) else [shot]
     plan = plan_stream(open_recipe(recipe, changes), find_device(device))
     check_plan(plan)
-    with open_writer(Path(path), *plan.size, plan.section.fps, plan.writer_threads) as writer:
+    for _ in stream_to(Models(plan), script, Path(path)):
+        pass
 
-        def sink(video: Tensor) -> None:
-            writer.write(pixels(video))
 
-        with Models(plan).open(sink, script) as stream:
-            for _ in stream:
-                pass
+def stream_to(
+    models: Models, script: Sequence[Shot], path: Path, seed: int | None = None
+) -> Iterator[ChunkReport]:
+    """Stream a script to a video; gives a report after each chunk.
+
+    Of several ranks the first writes.
+
+    Args:
+        models: of the stream.
+        script: what it shows.
+        path: the video; its suffix decides the form, see `lltk.stream.forms`.
+        seed: of the noise; None for the recipe's.
+
+    Raises:
+        ValueError, OSError: as `open_writer` and `Models.open`.
+    """
+    plan, writer = models.plan, None
+    if plan.rank == 0:
+        writer = open_writer(path, *plan.size, plan.section.fps, plan.writer_threads)
+    with nullcontext() if writer is None else writer:
+        sink = None if writer is None else partial(_append, writer)
+        with models.open(sink, script, seed=seed) as stream:
+            yield from stream
+
+
+def _append(writer: Writer, video: Tensor) -> None:
+    writer.write(pixels(video))
