@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from lltk.cli.logs import hide_loading
+from lltk.cli.options import overwrite_option
 from lltk.cli.tables import memory_table
 from lltk.graph.recipe_files import find_recipe
 
@@ -52,10 +53,7 @@ def command() -> None:
     "--random-weights", is_flag=True,
     help="Use random weights and prompts of the true shapes; needs no files.",
 )  # fmt: skip
-@click.option(
-    "--overwrite", is_flag=True,
-    help="Replace what is in the place of an output, also if lltk did not write it.",
-)  # fmt: skip
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; measure nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 def stream(

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from lltk.cli.logs import hide_loading
+from lltk.cli.options import overwrite_option
 from lltk.cli.tables import row_table
 from lltk.graph.recipe_files import find_recipe
 from lltk.parallel.devices import find_device
@@ -37,10 +38,7 @@ from lltk.parallel.devices import find_device
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Change a key of every recipe; may be repeated.")  # fmt: skip
 @click.option("--device", help="Where it runs (default: a GPU if there is one).")
-@click.option(
-    "--overwrite", is_flag=True,
-    help="Replace what is in the place of an output, also if lltk did not write it.",
-)  # fmt: skip
+@overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; compare nothing.")
 def command(

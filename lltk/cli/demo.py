@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from lltk.cli import stream
+from lltk.cli.options import overwrite_option
 
 
 @click.command("demo")
@@ -20,10 +21,7 @@ from lltk.cli import stream
     help="The video; its contact sheet is written beside it.",
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed of the noise (default: the recipe's).")
-@click.option(
-    "--overwrite", is_flag=True,
-    help="Replace what is in the place of an output, also if lltk did not write it.",
-)  # fmt: skip
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; make nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.syntax import Syntax
 
+from lltk.cli.options import overwrite_option
 from lltk.cli.tables import contract_table, log_tables, memory_table
 
 
@@ -23,10 +24,7 @@ from lltk.cli.tables import contract_table, log_tables, memory_table
     help="Print the block's forward and backward pass; for a Program that trains.",
 )
 @click.option("--diagram", type=click.Path(path_type=Path), help="SVG file to draw that graph to.")
-@click.option(
-    "--overwrite", is_flag=True,
-    help="Replace what is in the place of an output, also if lltk did not write it.",
-)  # fmt: skip
+@overwrite_option
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the pass log, inputs and outputs as JSON."
 )

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from lltk.cli.logs import hide_loading
+from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.plans import show_description, show_dry_run
 from lltk.cli.tables import row_table
 from lltk.graph.recipe_files import find_recipe
@@ -58,12 +59,9 @@ _File = click.Path(path_type=Path)
 @click.option("--save", type=_File, help="File to keep the stream's state in, to go on later.")
 @click.option("--resume", type=_File, help="State to go on from; it knows script and seed.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
-@click.option(
-    "--download", is_flag=True,
-    help="Download what the recipe names on the Hugging Face hub, as OWNER/NAME.",
-)  # fmt: skip
+@download_option
 @click.option("--device", help="Where it runs (default: a GPU if there is one).")
-@click.option("--overwrite", is_flag=True, help="Replace outputs that lltk did not write, too.")
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; make nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(

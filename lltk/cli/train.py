@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from lltk.cli.logs import LOG, hide_loading, logged
+from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.stopping import stopping
 from lltk.cli.tables import log_tables, memory_table
 from lltk.graph.recipe_files import find_recipe
@@ -42,14 +43,8 @@ _LOG = "train.log"
     help="Change a key of the recipe; may be repeated.",
 )  # fmt: skip
 @click.option("--from-scratch", is_flag=True, help="Begin with random weights.")
-@click.option(
-    "--download", is_flag=True,
-    help="Download what the recipe names on the Hugging Face hub, as OWNER/NAME.",
-)  # fmt: skip
-@click.option(
-    "--overwrite", is_flag=True,
-    help="Replace what is in the place of an output, also if lltk did not write it.",
-)  # fmt: skip
+@download_option
+@overwrite_option
 @click.option("--device", help="Where it trains (default: a GPU if there is one).")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.tables import log_tables, memory_table
 from lltk.files.manifest import Manifest
 from lltk.files.outputs import Kind, Output, check_outputs
@@ -36,14 +37,8 @@ _DUMP = Kind("a dump", lambda folder: all(map(_DUMPED.recognises, folder.iterdir
 )  # fmt: skip
 @click.option("--stop-after", metavar="PASS", help="Run the passes up to this one.")
 @click.option("--disable", multiple=True, metavar="PASS", help="Leave a pass out; may be repeated.")
-@click.option(
-    "--download", is_flag=True,
-    help="Download what the recipe names on the Hugging Face hub, as OWNER/NAME.",
-)  # fmt: skip
-@click.option(
-    "--overwrite", is_flag=True,
-    help="Replace what is in the place of an output, also if lltk did not write it.",
-)  # fmt: skip
+@download_option
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; run no pass.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
