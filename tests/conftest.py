@@ -10,7 +10,11 @@ import torch
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from helpers import Run
+
+    from lltk.streaming import StreamPlan
 
 settings.register_profile("lltk", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("lltk")
@@ -50,3 +54,19 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return int(stop.value.code or 0), captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline of random weights."""
+    from streams import save_pipeline
+
+    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def plan(pipeline: Path) -> StreamPlan:
+    """Its stream, at the tests' sizes."""
+    from streams import planned
+
+    return planned(pipeline)

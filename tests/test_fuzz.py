@@ -20,7 +20,7 @@ import torch
 import yaml
 from helpers import Run, refused, tiny_config
 from mutations import changed, damaged
-from streams import opened, planned, save_pipeline
+from streams import opened
 from toy import finish, trainer
 
 from lltk.artefact import load_program, save_program
@@ -66,16 +66,6 @@ class Format:
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for no disk."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-@pytest.fixture(scope="module")
-def plan(pipeline: Path) -> StreamPlan:
-    return planned(pipeline)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import difference, make_recipe, refused, runnable, tiny_config
-from streams import SHOTS, opened, planned, save_pipeline, streamed
+from streams import SHOTS, opened, planned, streamed
 from test_pages import SetRule, watch
 from torch import Tensor
 
@@ -26,11 +26,6 @@ PASSES = (
     *("commit", "nvfp4_cache", "regionalise", "lower"),
 )
 NVFP4 = f"passes=[{', '.join(PASSES)}]"
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture(scope="module")

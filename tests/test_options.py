@@ -14,7 +14,7 @@ import click
 import pytest
 import torch
 from helpers import Run
-from streams import SIZES, opened, planned, save_pipeline
+from streams import SIZES, opened, planned
 from toy import finish, trainer
 
 from lltk.artefact import save_program
@@ -111,11 +111,6 @@ LINES = {
     "doctor": Line([[]], {"--json": []}),
     "recipes": Line([[]], {"--json": []}),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture

@@ -35,16 +35,6 @@ from lltk.streaming.identity import identity
 pytestmark = pytest.mark.cpu
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-@pytest.fixture(scope="module")
-def plan(pipeline: Path) -> StreamPlan:
-    return planned(pipeline)
-
-
 def cached(stream: Stream) -> dict[str, Tensor]:
     """A copy of the cache."""
     return {name: page.clone() for name, page in stream.session.pages.items()}

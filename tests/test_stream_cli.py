@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Run, refused
-from streams import SIZES, opened, planned, save_pipeline
+from streams import SIZES, opened, planned
 from torch import Tensor
 
 from lltk.cli.stream_prompts import jobs
@@ -35,11 +35,6 @@ SCRIPT = """\
   seconds: 1
   cut: false
 """
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture
