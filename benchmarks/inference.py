@@ -40,6 +40,8 @@ _ELSEWHERE = ("stream.decoder.device=cuda:1", _REPLAYED)
 _ON_TWO = ("stream.decoder.device=[cuda:1, cuda:2]", _REPLAYED)
 _BY_ONE = ("stream.decoder.device=null",)
 _WIDE = ("passes.ulysses_stream.exchange=compute",)
+_NARROW = ("passes.ulysses_stream.exchange=nvfp4",)
+_NARROWEST = (*_NARROW, "passes.ulysses_stream.exchange_queries=fp8")
 _BEHIND = ("stream.decoder.device=[cuda:2, cuda:3]", _REPLAYED)
 _METHOD = """\
 Weights are random and have the true shapes. Random embeddings stand for text, whose encoding does
@@ -91,6 +93,8 @@ ROWS: Mapping[str, Row] = {
     "2 ranks, the first decodes": Row(_SHARED, _BY_ONE, 2, 2),
     "2 ranks, the first decodes, 2 steps": Row(_SHARED, _BY_ONE, 2, 2, steps=2),
     "2 ranks, exchange in bfloat16": Row(_SHARED, _WIDE, 2, 2),
+    "2 ranks, exchange in NVFP4": Row(_SHARED, _NARROW, 2, 2),
+    "2 ranks, exchange in NVFP4, queries in FP8": Row(_SHARED, _NARROWEST, 2, 2),
     "2 ranks, decoder on two GPUs of its own": Row(_SHARED, _BEHIND, 4, 2),
     "4 ranks": Row(_SHARED, (_FOUR,), 4, 4),
     "4 ranks, 2 steps": Row(_SHARED, (_FOUR,), 4, 4, steps=2),

@@ -6,6 +6,7 @@ import math
 import operator
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import fx
 
@@ -26,6 +27,7 @@ from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.ops.implementations import overload
+from lltk.ops.nvfp4_quantise.reference import BLOCK
 from lltk.parallel.exchange import (
     ALL_PARTS,
     HEADS_TO_TOKENS,
@@ -38,12 +40,17 @@ from lltk.parallel.groups import SEQUENCE
 
 FP8_DEQUANTISE = overload("fp8_dequantise")
 FP8_QUANTISE_ATTENTION = overload("fp8_quantise_attention")
+NVFP4_DEQUANTISE = overload("nvfp4_dequantise")
 NVFP4_PAGED_ATTENTION = overload("nvfp4_paged_attention")
+NVFP4_QUANTISE = overload("nvfp4_quantise")
 NVFP4_WRITE_PAGE = overload("nvfp4_write_page")
 PAGED_ATTENTION = overload("paged_attention")
 ROW_PIPELINE = overload("row_pipeline")
 WRITE_PAGE = overload("write_page")
+aten = torch.ops.aten
 
+_PARTS = {"compute": 1, "fp8": 2, "nvfp4": 3}
+"""How many tensors a value is, in each form that it may travel in."""
 _WRITTEN = {WRITE_PAGE: 1, NVFP4_WRITE_PAGE: 4}
 """Ops that write a page, and which argument they write."""
 _FRAMES = {Role.LATENTS: 2, Role.TIME: 1, Role.POSITIONS: 0}
@@ -64,10 +71,14 @@ class Config(PassConfig):
     size: int = Field(
         2, ge=2, description="number of ranks, which divides the heads and a chunk's latent frames"
     )
-    exchange: Literal["fp8", "compute"] = Field(
+    exchange: Literal["nvfp4", "fp8", "compute"] = Field(
         "fp8",
-        description="how a chunk's keys and values are sent: in E4M3 with a scale for each head of "
-        "a token, or in the compute dtype",
+        description="how a chunk's keys and values are sent: in NVFP4 with a decode scale for each "
+        "rank's tokens, in E4M3 with a scale for each head of a token, or in the compute dtype",
+    )
+    exchange_queries: Literal["fp8", "compute"] = Field(
+        "compute",
+        description="how its queries are sent, and the results of attention: as exchange says",
     )
 
 
@@ -81,13 +92,13 @@ class UlyssesStream(Pass[Config]):
             →  sent = send_tokens([k, v]), then what makes q
                q' = tokens_to_heads([q]): [B, L/n, H, D] → [B, L, H/n, D]
                k', v' = receive_heads(sent, [k, v])
-               heads_to_tokens(paged_attention(q', k', v', k_pages_i, v_pages_i, table))
+               heads_to_tokens([paged_attention(q', k', v', k_pages_i, v_pages_i, table)])
         write_page(k_pages_i, k, slot)      →  write_page(k_pages_i, k', slot)
         k_pages_i: [B, P, T, H, D]          →  [B, P, T, H/n, D]
         sample                              →  made of all_parts(tokens, 1)
 
-    With ``exchange: fp8`` keys and values are quantised before they are sent, and decoded where
-    they arrive. Graphs take and give whole chunks, the same on every rank. A linear in NVFP4 has a
+    What does not travel in the compute dtype is quantised before it is sent, and decoded where it
+    arrives. Graphs take and give whole chunks, the same on every rank. A linear in NVFP4 has a
     scale for a whole tensor, which is here the tensor of this rank's tokens.
     """
 
@@ -106,6 +117,11 @@ class UlyssesStream(Pass[Config]):
                 f"size: {size} ranks cannot share {heads} heads and chunks of {chunk} latent "
                 f"frames evenly; set a size that can ({', '.join(fit) or 'there is none'}), or "
                 "geometry.chunk"
+            )
+        if self.config.exchange == "nvfp4" and (width := program.spec.head_dim) % BLOCK:
+            raise ValueError(
+                f"exchange: nvfp4 is for heads of whole blocks of {BLOCK}, and the model's are "
+                f"{width} wide; set fp8 or compute"
             )
         if any(calls(graph, FP8_QUANTISE_ATTENTION) for graph in program.graphs.values()):
             raise ValueError(
@@ -126,29 +142,34 @@ class UlyssesStream(Pass[Config]):
             role = role_of(page)
             if role in _HEADS:
                 _divide(page, _HEADS[role], self.config.size)
+        exchange, queries = self.config.exchange, self.config.exchange_queries
         arrived: dict[Any, fx.Node] = {}
         for target in (PAGED_ATTENTION, NVFP4_PAGED_ATTENTION):
             for node in calls(graph, target):
                 own: list[Any] = list(node.args[:3])
                 q, k, v = own
                 with building(max(k, v).next, module_of(node)) as build:
-                    values = self._packed(build, k, v)
+                    values = self._packed(build, exchange, k, v)
                     sent = self._build(build, SEND_TOKENS, values)
                 _delay(q, sent)
                 with building(node) as build:
-                    (heads,) = self._parts(build, TOKENS_TO_HEADS, [q])
+                    heads = self._sent(build, queries, TOKENS_TO_HEADS, q)
                     parts = self._parts(build, RECEIVE_HEADS, sent, values)
-                    arrived |= zip((k, v), self._unpacked(build, parts, k, v), strict=True)
+                    made = self._unpacked(build, exchange, parts, k, v)
+                    arrived |= zip((k, v), made, strict=True)
                 node.args = (heads, arrived[k], arrived[v], *node.args[3:])
-                self._insert(HEADS_TO_TOKENS, node, node.next, module_of(node))
+                readers = list(node.users)
+                with building(node.next, module_of(node)) as build:
+                    tokens = self._sent(build, queries, HEADS_TO_TOKENS, node)
+                for reader in readers:
+                    reader.replace_input_with(node, tokens)
                 report.match("self-attention")
         for target, position in _WRITTEN.items():
             for node in calls(graph, target):
                 value = node.args[position]
                 if value not in arrived:  # of the commit's last block, which does not attend
                     with building(node) as build:
-                        parts = self._parts(build, TOKENS_TO_HEADS, self._packed(build, value))
-                        (arrived[value],) = self._unpacked(build, parts, value)
+                        arrived[value] = self._sent(build, exchange, TOKENS_TO_HEADS, value)
                 node.update_arg(position, arrived[value])
                 report.match("pages")
 
@@ -160,20 +181,50 @@ class UlyssesStream(Pass[Config]):
         made = self._build(build, op, *args)
         return [build(operator.getitem, made, index) for index in range(len(args[-1]))]
 
-    def _packed(self, build: Builder, *values: Any) -> list[fx.Node]:
-        """Keys and values as they are sent."""
-        if self.config.exchange == "compute":
-            return list(values)
-        made = [build(ROW_PIPELINE, value, to="fp8") for value in values]
-        return [build(operator.getitem, each, part) for each in made for part in range(2)]
+    def _sent(self, build: Builder, form: str, op: Any, value: Any) -> fx.Node:
+        """What an exchange makes of a value that travels in some form."""
+        parts = self._parts(build, op, self._packed(build, form, value))
+        (arrived,) = self._unpacked(build, form, parts, value)
+        return arrived
 
-    def _unpacked(self, build: Builder, parts: list[fx.Node], *values: Any) -> list[fx.Node]:
-        """Keys and values again, from what was sent."""
-        if self.config.exchange == "compute":
+    def _packed(self, build: Builder, form: str, *values: Any) -> list[fx.Node]:
+        """Values as they are sent, a few parts each."""
+        packed: list[fx.Node] = []
+        for value in values:
+            if form == "compute":
+                packed.append(value)
+                continue
+            made = (
+                build(ROW_PIPELINE, value, to="fp8")
+                if form == "fp8"
+                else build(NVFP4_QUANTISE, value)
+            )
+            parts = [build(operator.getitem, made, index) for index in range(_PARTS[form])]
+            if form == "nvfp4":  # one scale for all tokens, which goes to whoever gets a head
+                batch, _, heads, _ = shape(value)
+                parts[2] = build(aten.expand.default, parts[2], [batch, 1, heads])
+            packed += parts
+        return packed
+
+    def _unpacked(
+        self, build: Builder, form: str, parts: list[fx.Node], *values: Any
+    ) -> list[fx.Node]:
+        """The values again, from what was sent."""
+        if form == "compute":
             return parts
         made = []
-        for value, codes, scales in zip(values, parts[::2], parts[1::2], strict=True):
-            made.append(build(FP8_DEQUANTISE, codes, scales, value.meta["val"].dtype))
+        for index, value in enumerate(values):
+            count, dtype = _PARTS[form], value.meta["val"].dtype
+            own = parts[index * count : (index + 1) * count]
+            if form == "fp8":
+                made.append(build(FP8_DEQUANTISE, *own, dtype))
+                continue
+            codes, scales = (
+                build(aten.unflatten.int, part, 1, [self.config.size, -1]) for part in own[:2]
+            )
+            of_rank = build(aten.select.int, own[2], 2, 0)  # [B, n]: all heads' are the same
+            ranks = build(NVFP4_DEQUANTISE, codes, scales, of_rank, dtype)
+            made.append(build(aten.flatten.using_ints, ranks, 1, 2))
         return made
 
     def _share_frames(self, program: Program, graph: fx.Graph, report: Report) -> None:

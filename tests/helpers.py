@@ -296,13 +296,14 @@ def hand_made(
     weights: Mapping[str, Tensor] | None = None,
     constants: Mapping[str, Tensor] | None = None,
     layers: int = 1,
+    head_dim: int = 12,
     **geometry: Any,
 ) -> Program:
     """A Program whose graphs are read from text."""
     values = {**(weights or {}), **(constants or {})}
     return Program(
         kind,
-        replace(HAND_SPEC, layers=layers),
+        replace(HAND_SPEC, layers=layers, head_dim=head_dim),
         Geometry(**(GEOMETRY | geometry)),
         torch.float32,
         graphs={name: parse(dedent(text).strip(), values) for name, text in texts.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,17 @@ from lltk.stream.video import VideoWriter
 from lltk.streaming import StreamPlan, open_stream, plan_stream
 
 SIZE = 2
-CASES: dict[str, tuple[Sequence[str], str]] = {
-    "plain": ((), "compute"),
-    "plain in fp8": ((), "fp8"),
-    "nvfp4 pages": (("nvfp4_cache",), "compute"),
+_EXACT = {"exchange": "compute"}
+CASES: dict[str, tuple[Sequence[str], Mapping[str, str]]] = {
+    "plain": ((), _EXACT),
+    "plain in fp8": ((), {"exchange": "fp8"}),
+    "plain in nvfp4": ((), {"exchange": "nvfp4"}),
+    "queries in fp8": ((), {"exchange": "compute", "exchange_queries": "fp8"}),
+    "nvfp4 pages": (("nvfp4_cache",), _EXACT),
+    "nvfp4 pages in nvfp4": (
+        ("nvfp4_cache",),
+        {"exchange": "nvfp4", "exchange_queries": "fp8"},
+    ),
     "all": (
         (
             "fuse_norm_rope",
@@ -57,19 +64,22 @@ CASES: dict[str, tuple[Sequence[str], str]] = {
             "fp8_infer",
             "fuse_rows",
         ),
-        "fp8",
+        {"exchange": "fp8"},
     ),
 }
-"""Passes before the frames are shared, and what is exchanged."""
+"""Passes before the frames are shared, and how they are."""
+EXACT = [case for case, (_, options) in CASES.items() if options == _EXACT]
+"""Cases in which nothing is rounded before it is sent."""
+_TORCH = {"prefer": ["triton"], "paged_attention": "sdpa"}
+_DECODED = {"prefer": ["triton"], "nvfp4_paged_attention": "decode_triton"}
 RECORDABLE: dict[str, dict[str, Any]] = {
     "plain": {"paged_attention": "sdpa"},
-    "plain in fp8": {"prefer": ["triton"], "paged_attention": "sdpa"},
-    "nvfp4 pages": {"prefer": ["triton"], "nvfp4_paged_attention": "decode_triton"},
-    "all": {
-        "prefer": ["triton"],
-        "nvfp4_paged_attention": "decode_triton",
-        "fp8_matmul": "scaled_mm",
-    },
+    "plain in fp8": _TORCH,
+    "plain in nvfp4": _TORCH,
+    "queries in fp8": _TORCH,
+    "nvfp4 pages": _DECODED,
+    "nvfp4 pages in nvfp4": _DECODED,
+    "all": {**_DECODED, "fp8_matmul": "scaled_mm"},
 }
 """What runs a case's ops in CUDA graphs, which may not wait for the host."""
 CHUNKS = 6
@@ -85,16 +95,16 @@ def _streaming() -> Program:
     return make_program(make_recipe("stream", PASSES["stream"][:-2], config=config, **sizes))
 
 
-def programs() -> list[Program]:
-    """The Programs of every case, for each rank."""
-    return [program(case, SIZE) for case in CASES]
+def programs(size: int) -> list[Program]:
+    """The Programs of every case, for so many ranks."""
+    return [program(case, size) for case in CASES]
 
 
 @cache
 def program(case: str, size: int, how: str = "eager") -> Program:
     """A case's Program for so many ranks. How is one of `WAYS`."""
-    steps, exchange = CASES[case]
-    shared = [{"ulysses_stream": {"size": size, "exchange": exchange}}] if size > 1 else []
+    steps, options = CASES[case]
+    shared = [{"ulysses_stream": {"size": size, **options}}] if size > 1 else []
     lower = {"lower": RECORDABLE[case] if how == "graphs" else {}}
     return after(_streaming(), *steps, *shared, "regionalise", lower)
 
@@ -199,55 +209,59 @@ def filmed(pipeline: Path, device: str) -> Tensor:
     return torch.cat(video, dim=2) if video else torch.empty(0)
 
 
-def exchanged(rank: int) -> None:
+def exchanged(rank: int, size: int) -> None:
     """See that every op gives what its reference does, in dtypes that backends may not know too."""
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
         generator = torch.Generator().manual_seed(0)
-        shards = [torch.randn(2, 3, 8, 5, generator=generator).to(dtype) for _ in range(SIZE)]
+        shards = [torch.randn(2, 3, 8, 5, generator=generator).to(dtype) for _ in range(size)]
         scales = [shard[..., :1].float() for shard in shards]
-        heads, few = tokens_to_heads([shards[rank], scales[rank]], SIZE, SEQUENCE)
-        wanted = [reference.tokens_to_heads(shards, other) for other in range(SIZE)]
+        heads, few = tokens_to_heads([shards[rank], scales[rank]], size, SEQUENCE)
+        wanted = [reference.tokens_to_heads(shards, other) for other in range(size)]
         assert torch.equal(heads.float(), wanted[rank].float())
-        assert not torch.equal(heads.float(), wanted[1 - rank].float())
+        assert not torch.equal(heads.float(), wanted[rank - 1].float())
         assert torch.equal(few, reference.tokens_to_heads(scales, rank))
-        sent = send_tokens([scales[rank], shards[rank]], SIZE, SEQUENCE)
-        back = heads_to_tokens(heads, SIZE, SEQUENCE)
-        received = receive_heads(sent, [scales[rank], shards[rank]], SIZE, SEQUENCE)
+        sent = send_tokens([scales[rank], shards[rank]], size, SEQUENCE)
+        back, own = heads_to_tokens([heads, few], size, SEQUENCE)
+        (alone,) = heads_to_tokens([heads], size, SEQUENCE)
+        received = receive_heads(sent, [scales[rank], shards[rank]], size, SEQUENCE)
         assert torch.equal(received[0], few)
         assert torch.equal(received[1].float(), heads.float())
         assert torch.equal(back.float(), reference.heads_to_tokens(wanted, rank).float())
         assert torch.equal(back.float(), shards[rank].float())
+        assert torch.equal(alone.float(), back.float()) and torch.equal(own, scales[rank])
         # Two sessions' exchanges, begun before either is ended.
         both = [scales[rank]], [2 * scales[rank], shards[rank]]
-        under_way = [(send_tokens(values, SIZE, SEQUENCE), values) for values in both]
-        (one,), (other, _) = (receive_heads(*each, SIZE, SEQUENCE) for each in under_way)
+        under_way = [(send_tokens(values, size, SEQUENCE), values) for values in both]
+        (one,), (other, _) = (receive_heads(*each, size, SEQUENCE) for each in under_way)
         assert torch.equal(one, few) and torch.equal(other, 2 * few)
-    whole = torch.arange(24.0).view(2, 6, 2)
-    part = own_part(whole, 1, SIZE, SEQUENCE)
-    assert torch.equal(part, whole.chunk(SIZE, 1)[rank])
-    assert torch.equal(all_parts(part, 1, SIZE, SEQUENCE), whole)
-    assert rank_in(SEQUENCE, SIZE) == rank
-    assert same_on_all("same", SEQUENCE, SIZE) and not same_on_all(rank, SEQUENCE, SIZE)
+    whole = torch.arange(48.0).view(2, 12, 2)
+    part = own_part(whole, 1, size, SEQUENCE)
+    assert torch.equal(part, whole.chunk(size, 1)[rank])
+    assert torch.equal(all_parts(part, 1, size, SEQUENCE), whole)
+    assert rank_in(SEQUENCE, size) == rank
+    assert same_on_all("same", SEQUENCE, size) and not same_on_all(rank, SEQUENCE, size)
 
 
-def made_by(rank: int, port: int, pipeline: Path) -> dict[str, Tensor]:
-    """All that a rank makes, by ``case.what``; its videos are of a pipeline."""
-    with grouped(rank, SIZE, port):
-        exchanged(rank)
+def made_by(rank: int, size: int, port: int, pipeline: Path | None) -> dict[str, Tensor]:
+    """All that a rank makes, by ``case.what``; with a pipeline also sessions, and its videos."""
+    with grouped(rank, size, port):
+        exchanged(rank, size)
         made: dict[str, Any] = {}
         for case in CASES:
-            shared = program(case, SIZE)
+            shared = program(case, size)
             made |= {f"{case}.{name}": t for name, t in rolled(shared).items()}
-        made["session"] = streamed(program("nvfp4 pages", SIZE))
+        if pipeline is None:
+            return made
+        made["session"] = streamed(program("nvfp4 pages", size))
         made |= {f"film.{device}": filmed(pipeline, device) for device in ("cpu", "ranks")}
-        said = stopped(program("nvfp4 pages", SIZE), rank)
+        said = stopped(program("nvfp4 pages", size), rank)
         made["stopped"] = torch.tensor(list(said.encode()), dtype=torch.uint8)
     return made
 
 
-def save_made(rank: int, port: int, pipeline: Path, path: Path) -> None:
+def save_made(rank: int, size: int, port: int, pipeline: Path | None, path: Path) -> None:
     """Write `made_by` to a file; for a process of its own."""
-    save_file(made_by(rank, port, pipeline), path)
+    save_file(made_by(rank, size, port, pipeline), path)
 
 
 def run_command(

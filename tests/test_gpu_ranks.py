@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import ended, started
 from safetensors.torch import load_file
-from sequence_parallel import CASES, WAYS, program, rolled
+from sequence_parallel import CASES, EXACT, WAYS, program, rolled
 from streams import SIZES, save_pipeline
 
 from lltk.graph.recipe import open_recipe
@@ -29,13 +29,16 @@ def test_ranks_stream_what_a_cpu_does(tmp_path: Path) -> None:
     results = ended(started(2, Path(__file__).with_name("sequence_parallel.py"), tmp_path))
     assert [code for code, _, _ in results] == [0, 0], "".join(err for _, _, err in results)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    for case, (_, exchange) in CASES.items():
+    for case in CASES:
         wanted = rolled(program(case, 1))["samples"]
         for how in WAYS:
             name = f"{case}.{how}.samples"
             assert torch.equal(first[name], second[name])
             error = float((first[name] - wanted).std() / wanted.std())
-            assert error < (0.01 if exchange == "compute" else 0.05), (name, error)
+            assert error < (0.01 if case in EXACT else 0.2 if "in nvfp4" in case else 0.05), (
+                name,
+                error,
+            )
             assert float((first[name].roll(1, 0) - wanted).std() / wanted.std()) > 0.3
 
 

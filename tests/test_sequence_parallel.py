@@ -1,4 +1,4 @@
-"""Two ranks stream what one does; where one fails, both stop."""
+"""Ranks stream what one does; where one fails, all stop."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ranks import LIMIT, alike, ended, free_port, started
 from safetensors.torch import load_file
 from sequence_parallel import (
     CASES,
+    EXACT,
     SIZE,
     made_by,
     program,
@@ -36,7 +38,12 @@ from torch.library import opcheck
 
 from lltk.graph.recipe import open_recipe
 from lltk.ops.nvfp4_paged_attention.reference import Pages
-from lltk.parallel.exchange import all_parts, heads_to_tokens, own_part, tokens_to_heads
+from lltk.parallel.exchange import (
+    all_parts,
+    heads_to_tokens,
+    own_part,
+    tokens_to_heads,
+)
 from lltk.parallel.groups import SEQUENCE, find_group, rank_in, same_on_all
 from lltk.parallel.ranks import Ranks, _check_alike, _own_device
 from lltk.stream.state import read_state
@@ -48,62 +55,101 @@ pytestmark = pytest.mark.cpu
 
 BOUND = 2e-6
 """Between ranks' sums and one's, relative to the largest value: float32's rounding."""
-ROUNDED = 0.06
-"""With keys and values in FP8."""
-PAGES_ROUNDED = {"plain in fp8": 0.025, "all": 0.09}
-"""By how much pages then differ, as a part of their norm: FP8's rounding, and NVFP4's after it."""
+ROUNDED = {
+    "plain in fp8": 0.01,
+    "plain in nvfp4": 0.03,
+    "queries in fp8": 0.015,
+    "nvfp4 pages in nvfp4": 0.04,
+    "all": 0.045,
+}
+"""With values that are rounded before they are sent, by case. They make a third of it."""
+PAGES_ROUNDED = {
+    "plain in fp8": 0.03,
+    "plain in nvfp4": 0.12,
+    "queries in fp8": 0.015,
+    "nvfp4 pages in nvfp4": 0.17,
+    "all": 0.09,
+}
+"""By how much pages then differ at most, as a part of their norm; one is a third of it."""
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """What each of two ranks makes. This process is the first of them."""
-    port, folder = free_port(), tmp_path_factory.mktemp("ranks")
-    path, pipeline = folder / "second.safetensors", save_pipeline(folder / "pipeline")
-    programs()  # before the fork, so that they are made once
-    second = multiprocessing.get_context("fork").Process(
-        target=save_made, args=(1, port, pipeline, path)
-    )
-    second.start()
+    """What each of two ranks makes."""
+    folder = tmp_path_factory.mktemp("pair")
+    return made(SIZE, folder, save_pipeline(folder / "pipeline"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """What each of four ranks makes, without sessions."""
+    return made(4, tmp_path_factory.mktemp("four"))
+
+
+def made(size: int, folder: Path, pipeline: Path | None = None) -> list[dict[str, Tensor]]:
+    """What each of so many ranks makes. This process is the first of them."""
+    port, paths = free_port(), [folder / f"{rank}.safetensors" for rank in range(size)]
+    programs(size)  # before the fork, so that they are made once
+    others = [
+        multiprocessing.get_context("fork").Process(
+            target=save_made, args=(rank, size, port, pipeline, paths[rank])
+        )
+        for rank in range(1, size)
+    ]
+    for process in others:
+        process.start()
     try:
-        first = made_by(0, port, pipeline)
+        first = made_by(0, size, port, pipeline)
     finally:
-        second.join(LIMIT)
-        second.kill()
-    return [first, load_file(path)]
+        for process in others:
+            process.join(LIMIT)
+            process.kill()
+    return [first, *map(load_file, paths[1:])]
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
 
 
+@pytest.mark.parametrize("ranks", ["pair", "four"])
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_stream_what_one_does(pair: list[dict[str, Tensor]], case: str) -> None:
+def test_ranks_stream_what_one_does(request: pytest.FixtureRequest, ranks: str, case: str) -> None:
     """They make its samples, and hold parts of its pages: each rank has its own heads."""
-    alone = rolled(program(case, 1))
-    bound = BOUND if CASES[case][1] == "compute" else ROUNDED
-    first, second = (each[f"{case}.samples"] for each in pair)
-    assert torch.equal(first, second)
+    each, alone = request.getfixturevalue(ranks), alone_rolled(case)
+    first, *others = (one[f"{case}.samples"] for one in each)
+    assert all(torch.equal(first, other) for other in others)
     found = apart(first, alone["samples"])
-    assert found < bound and (found > 1e-4) == (bound == ROUNDED)
+    if case in EXACT:
+        assert found < BOUND
+    else:
+        assert ROUNDED[case] / 3 < found < ROUNDED[case]
     assert apart(first.roll(1, 0), alone["samples"]) > 0.3
     pages: dict[str, Tensor] = {}
     for name in alone.keys() - {"samples"}:
         dim = 3 if alone[name].dim() == 5 else 2
-        halves = [each[f"{case}.{name}"] for each in pair]
-        assert halves[0].shape[dim] * SIZE == alone[name].shape[dim]
-        pages[name] = torch.cat(halves, dim)
-        whole, swapped = (torch.cat([h.float() for h in o], dim) for o in (halves, halves[::-1]))
+        parts = [one[f"{case}.{name}"] for one in each]
+        assert parts[0].shape[dim] * len(each) == alone[name].shape[dim]
+        pages[name] = torch.cat(parts, dim)
+        whole, swapped = (torch.cat([p.float() for p in o], dim) for o in (parts, parts[::-1]))
         wanted = alone[name].float()
         if case == "nvfp4 pages" and name.split("_")[2] in ("codes", "scales"):
             assert torch.equal(whole, wanted), name
-        elif bound == BOUND:
+        elif case in EXACT:
             assert apart(whole, wanted) < (1e-2 if "means" in name else 5 * BOUND), name
         assert apart(swapped, wanted) > 0.1, name
-    if bound == ROUNDED:
+    if case not in EXACT:
         wanted_values = values(alone)
-        for name, value in values(pages).items():
-            error = float((value - wanted_values[name]).norm() / wanted_values[name].norm())
-            assert 0.5 * PAGES_ROUNDED[case] < error < PAGES_ROUNDED[case], name
+        most = max(
+            float((value - wanted_values[name]).norm() / wanted_values[name].norm())
+            for name, value in values(pages).items()
+        )
+        assert PAGES_ROUNDED[case] / 3 < most < PAGES_ROUNDED[case]
+
+
+@cache
+def alone_rolled(case: str) -> dict[str, Tensor]:
+    """What one rank makes of a case."""
+    return rolled(program(case, 1))
 
 
 def values(pages: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,7 +195,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     x = torch.randn(2, 4, 6, 3).to(dtype)
     with alike():
         opcheck(tokens_to_heads, ([x, x[..., :1]], 2, SEQUENCE))
-        opcheck(heads_to_tokens, (x.transpose(1, 2), 2, SEQUENCE))
+        opcheck(heads_to_tokens, ([x.transpose(1, 2)], 2, SEQUENCE))
         opcheck(own_part, (x, 1, 2, SEQUENCE))
         opcheck(all_parts, (x, 2, 2, SEQUENCE))
 
@@ -169,17 +215,17 @@ def test_another_number_of_ranks_is_refused() -> None:
 
 FAILING = """
 import sys, time, torch
-from lltk.parallel.exchange import _swapped
+from lltk.parallel.exchange import all_parts
 from lltk.parallel.groups import SEQUENCE
 from lltk.parallel.ranks import joined
 
 def run():
     with joined("cpu") as ranks:
-        _swapped(torch.ones(3, 4), 3, SEQUENCE)
+        all_parts(torch.ones(3, 4), 0, 3, SEQUENCE)
         if ranks.rank == 0:
             raise ValueError("layer 3 is broken")
         while ranks.rank == 1:
-            _swapped(torch.ones(3, 4), 3, SEQUENCE)
+            all_parts(torch.ones(3, 4), 0, 3, SEQUENCE)
         time.sleep(100)
 
 try:

@@ -20,17 +20,19 @@ from lltk.parallel.groups import find_group, lost
 
 _ALIGNED = 16
 """Bytes; where a value begins in a message is a multiple, so that kernels read whole vectors."""
+_TO_HEADS, _TO_TOKENS = (2, 1), (1, 2)
+"""The axis that an exchange divides among ranks, and the one that it joins."""
 
 
 @torch.library.custom_op("lltk::tokens_to_heads", mutates_args=())
 def tokens_to_heads(values: Sequence[Tensor], size: int, group: str) -> list[Tensor]:
     """See `reference.tokens_to_heads`, for several tensors at once: [B, l, H, …] each."""
-    return _heads(_begin(_packed(values, size), size, group), values, size)
+    return _exchanged(values, _TO_HEADS, size, group)
 
 
 @tokens_to_heads.register_fake
 def _(values: Sequence[Tensor], size: int, group: str) -> list[Tensor]:
-    return [x.new_empty(_resized(x, size, grows=1, shrinks=2)) for x in values]
+    return _new_exchanged(values, _TO_HEADS, size)
 
 
 @torch.library.custom_op("lltk::send_tokens", mutates_args=())
@@ -41,7 +43,7 @@ def send_tokens(values: Sequence[Tensor], size: int, group: str) -> Tensor:
         uint8 [size, n]: where the other ranks' parts arrive. Its bytes are undefined before
         `receive_heads` has returned.
     """
-    return _begin(_packed(values, size), size, group)
+    return _begin(_packed(values, _TO_HEADS, size), size, group)
 
 
 @send_tokens.register_fake
@@ -52,24 +54,23 @@ def _(values: Sequence[Tensor], size: int, group: str) -> Tensor:
 @torch.library.custom_op("lltk::receive_heads", mutates_args=())
 def receive_heads(sent: Tensor, values: Sequence[Tensor], size: int, group: str) -> list[Tensor]:
     """Wait for what `send_tokens` of the same values began; gives what `tokens_to_heads` does."""
-    return _heads(sent, values, size)
+    return _joined(_end(sent), values, _TO_HEADS, size)
 
 
 @receive_heads.register_fake
 def _(sent: Tensor, values: Sequence[Tensor], size: int, group: str) -> list[Tensor]:
-    return [x.new_empty(_resized(x, size, grows=1, shrinks=2)) for x in values]
+    return _new_exchanged(values, _TO_HEADS, size)
 
 
 @torch.library.custom_op("lltk::heads_to_tokens", mutates_args=())
-def heads_to_tokens(x: Tensor, size: int, group: str) -> Tensor:
-    """See `reference.heads_to_tokens`: [B, L, h, …]."""
-    received = _swapped(x.unflatten(1, (size, -1)).movedim(1, 0), size, group)
-    return received.movedim(0, 2).flatten(2, 3).contiguous()
+def heads_to_tokens(values: Sequence[Tensor], size: int, group: str) -> list[Tensor]:
+    """See `reference.heads_to_tokens`, for several tensors at once: [B, L, h, …] each."""
+    return _exchanged(values, _TO_TOKENS, size, group)
 
 
 @heads_to_tokens.register_fake
-def _(x: Tensor, size: int, group: str) -> Tensor:
-    return x.new_empty(_resized(x, size, grows=2, shrinks=1))
+def _(values: Sequence[Tensor], size: int, group: str) -> list[Tensor]:
+    return _new_exchanged(values, _TO_TOKENS, size)
 
 
 @torch.library.custom_op("lltk::own_part", mutates_args=())
@@ -88,7 +89,9 @@ def _(x: Tensor, dim: int, size: int, group: str) -> Tensor:
 @torch.library.custom_op("lltk::all_parts", mutates_args=())
 def all_parts(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     """All ranks' parts along ``dim``, in the order of ranks; undoes `own_part`."""
-    parts = _swapped(x.expand(size, *x.shape), size, group)
+    # As bytes, since a backend may not know the dtype.
+    sent = x.expand(size, *x.shape).contiguous().view(torch.uint8)
+    parts = _end(_begin(sent, size, group)).view(x.dtype)
     return parts.movedim(0, dim).flatten(dim, dim + 1).contiguous()
 
 
@@ -110,9 +113,11 @@ def _begin(sent: Tensor, size: int, group: str) -> Tensor:
 
     torch knows an exchange by the memory of its result, which `_end` waits for.
     """
-    name, each = find_group(group, size).group_name, [1] * size
+    found, each = find_group(group, size), [1] * size
     try:
-        received: Tensor = torch.ops._c10d_functional.all_to_all_single(sent, each, each, name)
+        received: Tensor = torch.ops._c10d_functional.all_to_all_single(
+            sent, each, each, found.group_name
+        )
     except RuntimeError as error:
         raise lost(error) from error
     return received
@@ -127,39 +132,55 @@ def _end(received: Tensor) -> Tensor:
     return arrived
 
 
-def _swapped(blocks: Tensor, size: int, group: str) -> Tensor:
-    """Give block r of [size, …] to rank r; block r of the result is from rank r."""
-    # As bytes, since a backend may not know the dtype.
-    return _end(_begin(blocks.contiguous().view(torch.uint8), size, group)).view(blocks.dtype)
+def _exchanged(
+    values: Sequence[Tensor], axes: tuple[int, int], size: int, group: str
+) -> list[Tensor]:
+    """Divide one axis of each value among the ranks, and join what they send along another."""
+    return _joined(_end(_begin(_packed(values, axes, size), size, group)), values, axes, size)
 
 
-def _packed(values: Sequence[Tensor], size: int) -> Tensor:
-    """[B, l, H, …] each → uint8 [size, n]: row r holds the bytes of rank r's heads."""
+def _new_exchanged(values: Sequence[Tensor], axes: tuple[int, int], size: int) -> list[Tensor]:
+    divided, joined = axes
+    return [x.new_empty(_resized(x, size, grows=joined, shrinks=divided)) for x in values]
+
+
+def _packed(values: Sequence[Tensor], axes: tuple[int, int], size: int) -> Tensor:
+    """All values' bytes, uint8 [size, n]: row r holds the parts that are rank r's."""
+    divided, _ = axes
+    parts = [x.unflatten(divided, (size, -1)).movedim(divided, 0) for x in values]
+    if len(parts) == 1:  # it may lie in rows already
+        return parts[0].contiguous().view(size, -1).view(torch.uint8)
     packed = values[0].new_empty(size, _row_bytes(values, size), dtype=torch.uint8)
-    for x, block in zip(values, _blocks(packed, values, size), strict=True):
-        block.copy_(x.unflatten(2, (size, -1)).movedim(2, 0))
+    for part, block in zip(parts, _blocks(packed, values, axes, size), strict=True):
+        block.copy_(part)
     return packed
 
 
-def _heads(sent: Tensor, values: Sequence[Tensor], size: int) -> list[Tensor]:
-    """What the ranks packed, of this rank's heads: [B, L, h, …] each, none sharing memory."""
-    blocks = _blocks(_end(sent), values, size)
-    return [torch.cat(block.unbind(0), dim=1) for block in blocks]
+def _joined(
+    received: Tensor, values: Sequence[Tensor], axes: tuple[int, int], size: int
+) -> list[Tensor]:
+    """What the ranks packed, side by side; none shares memory with another."""
+    _, joined = axes
+    blocks = _blocks(received, values, axes, size)
+    return [torch.cat(block.unbind(0), dim=joined) for block in blocks]
 
 
 def _row_bytes(values: Sequence[Tensor], size: int) -> int:
-    """Bytes of a rank's heads of every value, each rounded up to `_ALIGNED`."""
-    return sum(_aligned(x.nbytes // size) for x in values)
+    """Bytes of a rank's parts. Those of several values are each rounded up to `_ALIGNED`."""
+    counts = [x.nbytes // size for x in values]
+    return counts[0] if len(counts) == 1 else sum(map(_aligned, counts))
 
 
-def _blocks(packed: Tensor, values: Sequence[Tensor], size: int) -> Iterator[Tensor]:
-    """Views into uint8 [size, n] of where each value lies: [size, B, l, h, …]."""
+def _blocks(
+    packed: Tensor, values: Sequence[Tensor], axes: tuple[int, int], size: int
+) -> Iterator[Tensor]:
+    """Views into uint8 [size, n] of where each value's parts lie: [size, …] each."""
+    divided, _ = axes
     begin = 0
     for x in values:
         count = x.nbytes // size
-        batch, tokens, heads, *rest = x.shape
-        block = packed[:, begin : begin + count].view(x.dtype)
-        yield block.view(size, batch, tokens, heads // size, *rest)
+        part = packed[:, begin : begin + count].view(x.dtype)
+        yield part.view(size, *_resized(x, size, shrinks=divided))
         begin += _aligned(count)
 
 

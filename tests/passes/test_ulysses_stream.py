@@ -10,7 +10,7 @@ from ranks import alike
 from lltk.compiler import transform
 from lltk.graph.contract import Role
 from lltk.graph.diagnose import first_bad_node
-from lltk.graph.edit import building, calls, input_of, shape
+from lltk.graph.edit import building, calls, input_of, op_of, shape
 from lltk.graph.facts import Ranks
 from lltk.graph.infer import infer
 from lltk.graph.memory import estimate
@@ -19,7 +19,8 @@ from lltk.graph.program import Program
 from lltk.graph.recipe import open_recipe
 from lltk.graph.stages import Stage
 from lltk.models.configs import named_config
-from lltk.parallel.exchange import RECEIVE_HEADS
+from lltk.parallel.exchange import HEADS_TO_TOKENS, RECEIVE_HEADS, SEND_TOKENS, TOKENS_TO_HEADS
+from lltk.passes.ulysses_stream import FP8_DEQUANTISE
 
 pytestmark = pytest.mark.cpu
 aten = torch.ops.aten
@@ -78,9 +79,10 @@ lltk.receive_heads.default(send_tokens, [k, v], 2, 'sequence')
     getitem_2: bf16[1, 8, 1, 12] = getitem(receive_heads, 1)
     attend: bf16[1, 8, 1, 12] = lltk.paged_attention.default(getitem, getitem_1, getitem_2, \
 k_pages_0, v_pages_0, table)
-    heads_to_tokens: bf16[1, 4, 2, 12] = lltk.heads_to_tokens.default(attend, 2, 'sequence')
+    heads_to_tokens: (bf16[1, 4, 2, 12],) = lltk.heads_to_tokens.default([attend], 2, 'sequence')
+    getitem_3: bf16[1, 4, 2, 12] = getitem(heads_to_tokens, 0)
     # root
-    join: bf16[1, 4, 24] = aten.flatten.using_ints(heads_to_tokens, 2, 3)
+    join: bf16[1, 4, 24] = aten.flatten.using_ints(getitem_3, 2, 3)
     all_parts: bf16[1, 8, 24] = lltk.all_parts.default(join, 1, 2, 'sequence')
     split: bf16[1, 2, 4, 24] = aten.unflatten.int(all_parts, 1, [2, 4])
     return {{'sample': split}}
@@ -112,6 +114,26 @@ lltk.tokens_to_heads.default([getitem, getitem_1], 2, 'sequence')
     fp8_dequantise: bf16[1, 8, 1, 12] = \
 lltk.fp8_dequantise.default(getitem_2, getitem_3, torch.bfloat16)
     write: None = lltk.write_page.default(k_pages_0, fp8_dequantise, slot)
+"""
+IN_NVFP4 = """
+    nvfp4_quantise: (u8[1, 4, 2, 8], f8e4m3[1, 4, 2, 1], f32[()],) = \
+lltk.nvfp4_quantise.default(k)
+    getitem: u8[1, 4, 2, 8] = getitem(nvfp4_quantise, 0)
+    getitem_1: f8e4m3[1, 4, 2, 1] = getitem(nvfp4_quantise, 1)
+    getitem_2: f32[()] = getitem(nvfp4_quantise, 2)
+    expand: f32[1, 1, 2] = aten.expand.default(getitem_2, [1, 1, 2])
+    tokens_to_heads: (u8[1, 8, 1, 8], f8e4m3[1, 8, 1, 1], f32[1, 2, 1],) = \
+lltk.tokens_to_heads.default([getitem, getitem_1, expand], 2, 'sequence')
+    getitem_3: u8[1, 8, 1, 8] = getitem(tokens_to_heads, 0)
+    getitem_4: f8e4m3[1, 8, 1, 1] = getitem(tokens_to_heads, 1)
+    getitem_5: f32[1, 2, 1] = getitem(tokens_to_heads, 2)
+    unflatten: u8[1, 2, 4, 1, 8] = aten.unflatten.int(getitem_3, 1, [2, -1])
+    unflatten_1: f8e4m3[1, 2, 4, 1, 1] = aten.unflatten.int(getitem_4, 1, [2, -1])
+    select: f32[1, 2] = aten.select.int(getitem_5, 2, 0)
+    nvfp4_dequantise: bf16[1, 2, 4, 1, 16] = \
+lltk.nvfp4_dequantise.default(unflatten, unflatten_1, select, torch.bfloat16)
+    flatten: bf16[1, 8, 1, 16] = aten.flatten.using_ints(nvfp4_dequantise, 1, 2)
+    write: None = lltk.write_page.default(k_pages_0, flatten, slot)
 """
 
 
@@ -154,6 +176,35 @@ def test_keys_and_values_travel_in_fp8() -> None:
     assert f"lltk.send_tokens.default({parts}" in text(program, "step")
     assert f"lltk.receive_heads.default(send_tokens, {parts}" in text(program, "step")
     assert "lltk.tokens_to_heads.default([q], 2, 'sequence')" in text(program, "step")
+
+
+def test_keys_and_values_travel_in_nvfp4() -> None:
+    """A message has codes, block scales and the decode scale of its rank's tokens."""
+    texts = {name: graph.replace("12", "16").replace("24", "32") for name, graph in BEFORE.items()}
+    before = hand_made("stream", Stage.CAUSAL, texts, head_dim=16)
+    program = after(before, {"ulysses_stream": {"exchange": "nvfp4"}})
+    assert IN_NVFP4.strip() in text(program, "commit")
+    (sent,) = calls(program.graphs["step"], SEND_TOKENS)
+    filled = 16  # bytes, to which block scales and decode scale are filled up
+    assert sent.meta["val"].shape == (2, 2 * (4 * 8 + 2 * filled))
+
+
+def test_queries_and_results_travel_in_fp8() -> None:
+    program = after(made(), {"ulysses_stream": {"exchange_queries": "fp8"}})
+    graph = program.graphs["step"]
+    for op in (TOKENS_TO_HEADS, HEADS_TO_TOKENS):
+        (sent,) = calls(graph, op)
+        assert [x.meta["val"].dtype for x in sent.args[0]] == [torch.float8_e4m3fn, torch.float32]
+    (attend,) = calls(graph, torch.ops.lltk.paged_attention.default)
+    (join,) = calls(graph, aten.flatten.using_ints)
+    assert op_of(attend.args[0]) is op_of(join.args[0]) is FP8_DEQUANTISE
+
+
+def test_heads_that_are_not_whole_blocks_are_refused_in_nvfp4() -> None:
+    assert refused(after, made(), {"ulysses_stream": {"exchange": "nvfp4"}}) == (
+        "ulysses_stream: exchange: nvfp4 is for heads of whole blocks of 16, and the model's are "
+        "12 wide; set fp8 or compute"
+    )
 
 
 @pytest.mark.parametrize("cache", [None, "nvfp4_cache"])
