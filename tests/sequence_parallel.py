@@ -242,10 +242,39 @@ def exchanged(rank: int, size: int) -> None:
     assert same_on_all("same", SEQUENCE, size) and not same_on_all(rank, SEQUENCE, size)
 
 
+def differentiated(size: int) -> None:
+    """See that gradients through every exchange are those of one process."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 2, 3 * size, 8, 5)
+    *values, weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("blhd,bmhd->bhlm", q, k)
+        return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v)
+
+    def shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (own_part(x, 1, size, SEQUENCE) for x in (q, k, v))
+        sent = send_tokens([k, v], size, SEQUENCE)
+        (heads,) = tokens_to_heads([q], size, SEQUENCE)
+        made = attend(heads, *receive_heads(sent, [k, v], size, SEQUENCE))
+        (tokens,) = heads_to_tokens([made], size, SEQUENCE)
+        return all_parts(tokens, 1, size, SEQUENCE)
+
+    found, wanted = (
+        torch.autograd.grad((call(*inputs).pow(3) * weight).sum(), inputs)
+        for call in (shared, attend)
+        for inputs in [[x.clone().requires_grad_() for x in values]]
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        assert not torch.allclose(ours.roll(1, 1), theirs)
+
+
 def made_by(rank: int, size: int, port: int, pipeline: Path | None) -> dict[str, Tensor]:
     """All that a rank makes, by ``case.what``; with a pipeline also sessions, and its videos."""
     with grouped(rank, size, port):
         exchanged(rank, size)
+        differentiated(size)
         made: dict[str, Any] = {}
         for case in CASES:
             shared = program(case, size)

@@ -42,6 +42,8 @@ from lltk.parallel.exchange import (
     all_parts,
     heads_to_tokens,
     own_part,
+    receive_heads,
+    send_tokens,
     tokens_to_heads,
 )
 from lltk.parallel.groups import SEQUENCE, find_group, rank_in, same_on_all
@@ -192,10 +194,11 @@ def test_every_rank_hears_of_a_page_that_is_not_finite(pair: list[dict[str, Tens
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:
-    x = torch.randn(2, 4, 6, 3).to(dtype)
+    x = torch.randn(2, 4, 6, 3).to(dtype).requires_grad_()
     with alike():
         opcheck(tokens_to_heads, ([x, x[..., :1]], 2, SEQUENCE))
         opcheck(heads_to_tokens, ([x.transpose(1, 2)], 2, SEQUENCE))
+        opcheck(receive_heads, (send_tokens([x], 2, SEQUENCE), [x], 2, SEQUENCE))
         opcheck(own_part, (x, 1, 2, SEQUENCE))
         opcheck(all_parts, (x, 2, 2, SEQUENCE))
 

@@ -1,4 +1,4 @@
-"""``lltk::`` ops that move a chunk between ranks; no gradient flows through them.
+"""``lltk::`` ops that move a chunk between ranks. Each names its inverse, which moves gradients.
 
 ``group`` is the name of a process group, which is looked up when an op runs
 (`lltk.parallel.groups`). ``size`` is the number of its ranks, so that shapes follow without it.
@@ -6,15 +6,20 @@
 What a rank has sent is known by the tensor that it will arrive in, not by the group. So exchanges
 of several sessions may be under way at once and do not meet. All ranks must begin them in the same
 order.
+
+What an op moves to other ranks, its backward moves back. What all ranks hold, such as the input of
+`own_part`, has a gradient that all hold too: every rank computes the same loss of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed._functional_collectives  # defines torch.ops._c10d_functional
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from lltk.parallel.groups import find_group, lost
 
@@ -99,6 +104,31 @@ def all_parts(x: Tensor, dim: int, size: int, group: str) -> Tensor:
 def _(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     return x.new_empty(_resized(x, size, grows=dim))
 
+
+def _invert(op: CustomOpDef, inverse: Callable[..., Any], gradient: int = 0) -> None:
+    """Let an op's gradient be what another op makes of the results' gradient.
+
+    Args:
+        op: the op, with the same arguments behind its values as the other op.
+        inverse: the other op.
+        gradient: the argument of the op that is its values.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.rest = inputs[gradient + 1 :]
+
+    def backward(ctx: Any, grads: Any) -> tuple[Any, ...]:
+        nothing = [None] * len(ctx.rest)
+        return (*[None] * gradient, inverse(grads, *ctx.rest), *nothing)
+
+    op.register_autograd(backward, setup_context=keep)
+
+
+_invert(tokens_to_heads, heads_to_tokens)
+_invert(heads_to_tokens, tokens_to_heads)
+_invert(receive_heads, heads_to_tokens, gradient=1)
+_invert(own_part, all_parts)
+_invert(all_parts, own_part)
 
 TOKENS_TO_HEADS = torch.ops.lltk.tokens_to_heads.default
 SEND_TOKENS = torch.ops.lltk.send_tokens.default
