@@ -3,7 +3,10 @@
     python benchmarks/dit.py
     python benchmarks/dit.py wan22_5b_stream benchmarks/dit/fused.yaml --runs 10
     torchrun --nproc-per-node 2 benchmarks/dit.py wan22_5b_stream_sp2
+    python benchmarks/dit.py wan22_5b_stream_sp2 --rank-of 2
 
+With --rank-of one process makes the passes of one rank of so many: the time that a rank needs if it
+never waits for another. Its exchanges are copies of as many bytes, so its errors say nothing.
 Recipes are files or names of shipped recipes, all of one model. By default they are the steps from
 bfloat16 to FP8 throughout. Weights are random and have the true shapes. They are the same for every
 recipe, so that errors can be compared too.
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from lltk.bench.ceiling import ceiling
 from lltk.bench.layer_errors import OUTPUT, Errors, watched
-from lltk.bench.profiling import longest_kernels, profiled, timed, wait
+from lltk.bench.profiling import launched, longest_kernels, profiled, timed, wait
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import Record, markdown, write_record
 from lltk.bench.script import script_options, script_parser, script_record
@@ -32,22 +36,27 @@ from lltk.graph.module import ProgramModule, instantiate
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, load_recipe
 from lltk.graph.recipe_files import find_recipe
+from lltk.parallel.alike import alike
 from lltk.parallel.ranks import joined
 from lltk.stream.recipe import stream_section
 from lltk.stream.rollout import Rollout
 
 HERE = Path(__file__).parent
 _METHOD = """\
-Milliseconds of {runs} passes after three that warm up, with a full cache, timed by {how}. DiT FPS
-is a chunk's video frames over the seconds of its denoising passes and its commit. First s is the
-time of the first denoising pass and the first commit; it includes what has to be compiled and no
-recipe above has compiled yet. Error is that of a denoising pass's output and of each block's,
-relative to the first recipe's eager pass; each recipe reads a cache that it wrote itself. The
-next column is the largest ratio, at any block or the output, of these errors to those of
-fp8_linears. Owners are shares of a denoising pass's time, told apart by the names of its kernels.
-Products alone are the pass's linears and its attention, each timed by itself in the same run and
-counted as often as the pass makes it; the column after them is their share of the step. Weights
-are random and have the true shapes."""
+Milliseconds of {runs} passes after three that warm up, with a full cache, timed by {how}. Host ms
+is how long a denoising pass keeps the host, the GPU being idle when it begins. DiT FPS is a chunk's
+video frames over the seconds of its denoising passes and its commit. First s is the time of the
+first denoising pass and the first commit; it includes what has to be compiled and no recipe above
+has compiled yet. Error is that of a denoising pass's output and of each block's, relative to the
+first recipe's eager pass; each recipe reads a cache that it wrote itself. The next column is the
+largest ratio, at any block or the output, of these errors to those of fp8_linears. Owners are
+shares of a denoising pass's time, told apart by the names of its kernels. Products alone are the
+pass's linears and its attention, each timed by itself in the same run and counted as often as the
+pass makes it; the column after them is their share of the step. Weights are random and have the
+true shapes."""
+_OF_A_RANK = """\
+One process makes the passes of one rank of {ranks}: its exchanges are copies of as many bytes, so
+no rank is waited for, and errors say nothing."""
 _LINEARS = "fp8_linears"
 _OWNERS = {
     "element-wise, compiled": ("triton_per_", "triton_poi_", "triton_red_"),
@@ -67,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     default = ["wan22_5b_stream", *between, "wan22_5b_stream_fp8"]
     made = script_parser(__file__, __doc__, runs=20)
     made.add_argument("recipes", nargs="*", default=default, metavar="RECIPE")
+    made.add_argument("--rank-of", type=int, metavar="N", help="measure one rank of N by itself")
     return made
 
 
@@ -82,8 +92,13 @@ def main() -> None:
     recipes = {Path(name).stem: load_recipe(find_recipe(name)) for name in options.recipes}
     how = "the wall clock" if options.device == "cpu" else "CUDA events"
     method = _METHOD.format(runs=options.runs, how=how)
+    if options.rank_of:
+        method = f"{method} {_OF_A_RANK.format(ranks=options.rank_of)}"
     results: list[dict[str, Any]] = []
-    with joined(options.device) as ranks:
+    with ExitStack() as stack:
+        ranks = stack.enter_context(joined(options.device))
+        if options.rank_of:
+            stack.enter_context(alike(options.rank_of))
         for result in _results(recipes, ranks.device, options.runs):
             results.append(result)
             if ranks.rank == 0:
@@ -124,6 +139,7 @@ def text(record: Record) -> str:
         "p90": lambda row: f"{row['step']['p90_ms']:.1f}",
         "products alone ms": lambda row: _alone(row, ".1f"),
         "of the step": lambda row: _alone(row, ".0%", row["step"]["median_ms"]),
+        "host ms": lambda row: f"{row['host']['median_ms']:.1f}" if "host" in row else "–",
         "commit ms": lambda row: f"{row['commit']['median_ms']:.1f}",
         "DiT FPS, 4 steps": lambda row: f"{row['dit_fps']['4']:.1f}",
         "2 steps": lambda row: f"{row['dit_fps']['2']:.1f}",
@@ -216,6 +232,7 @@ def _measured(
     first = time.perf_counter() - begun
     passes.fill()
     row: dict[str, Any] = {"step": timed(passes.step, device, runs)}
+    row["host"] = launched(passes.step, device, runs)
     row["owners"], found = profiled(passes.step, device, _OWNERS)
     row["kernels"] = [] if found is None else longest_kernels(found)
     row["commit"] = timed(passes.commit, device, runs)

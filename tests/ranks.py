@@ -15,10 +15,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch.distributed as dist
-from torch import Tensor
 
-from lltk.parallel import exchange
-from lltk.parallel.groups import FRAMES, SEQUENCE, find_group, registered
+from lltk.parallel.alike import alike as alone
+from lltk.parallel.groups import FRAMES, SEQUENCE, registered
 
 LIMIT = 120
 """Seconds until hung ranks are ended."""
@@ -86,37 +85,12 @@ def grouped(rank: int, size: int, port: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class _Alike:
-    """A group whose every rank holds what this one does."""
-
-    group_name = "alike"
-
-    def __init__(self, size: int, rank: int) -> None:
-        self._size = size
-        self._rank = rank
-
-    def size(self) -> int:
-        return self._size
-
-    def rank(self) -> int:
-        return self._rank
-
-
 @contextmanager
 def alike(size: int = 2, rank: int = 0) -> Iterator[None]:
-    """Let exchanges act as if all other ranks held what this one does."""
-
-    def begin(sent: Tensor, _size: int, group: str) -> Tensor:
-        assert find_group(group, size).size() == len(sent)
-        return sent[rank : rank + 1].repeat(size, *[1] * (sent.dim() - 1))
+    """Let exchanges act as if all other ranks held what this one does, and agreed with it."""
 
     def gather(values: list[object], own: object, group: Any) -> None:
         values[:] = [own] * size
 
-    group: Any = _Alike(size, rank)
-    with (
-        patch.multiple(exchange, _begin=begin, _end=Tensor.clone),
-        patch.object(dist, "all_gather_object", gather),
-        registered(SEQUENCE, group),
-    ):
+    with patch.object(dist, "all_gather_object", gather), alone(size, rank):
         yield

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from torch import fx
 
 from lltk.bench import record as records
 from lltk.bench.ceiling import Product, ceiling, products
+from lltk.bench.profiling import launched
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import (
     Record,
@@ -269,6 +273,30 @@ def test_help_has_an_example(run: Run) -> None:
     for arguments in (["--help"], ["stream", "--help"]):
         code, out, _ = run(*arguments)
         assert code == 0 and "lltk bench stream tiny_stream" in out.split("Example:")[1]
+
+
+def test_one_rank_of_two_is_measured_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other process is there. The record says so, and how long a pass keeps the host."""
+    recipe = make_recipe("stream", [*PASSES["stream"][:6], "ulysses_stream", "lower"], layers=1)
+    path, record = tmp_path / "recipe.yaml", tmp_path / "record"
+    stream = {"pipeline": "tiny", "fps": 8}
+    path.write_text(json.dumps({**recipe.resolved(), "stream": stream}))
+    script = Path(__file__).parents[1] / "benchmarks" / "dit.py"
+    options = ["--rank-of", "2", "--device", "cpu", "--runs", "1", "-o", record]
+    monkeypatch.setattr(sys, "argv", [*map(str, (script, path, *options))])
+    runpy.run_path(str(script), run_name="__main__")
+    made = json.loads(record.with_suffix(".json").read_text())
+    assert "One process makes the passes of one rank of 2" in made["method"]
+    for row in made["results"]:
+        assert min(row[what]["median_ms"] for what in ("step", "host", "commit")) > 0
+    assert "| host ms |" in record.with_suffix(".md").read_text()
+
+
+def test_a_call_keeps_the_host_until_it_returns() -> None:
+    found = launched(lambda: time.sleep(0.02), torch.device("cpu"), 2)
+    assert 20 <= found["median_ms"] < 200
 
 
 def test_a_passes_products_are_counted_and_timed() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,25 @@ def timed(
             begun = time.perf_counter()
             call()
             times.append((time.perf_counter() - begun) * 1e3)
+    return _summary(times)
+
+
+def launched(call: Callable[[], object], device: torch.device, runs: int) -> dict[str, float]:
+    """How long a call keeps the host until it returns, as `timed` gives it.
+
+    The device has nothing to do when a call begins. What a GPU does meanwhile is not waited for.
+    """
+    times = []
+    for _ in range(runs):
+        wait(device)
+        begun = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begun) * 1e3)
+    wait(device)
+    return _summary(times)
+
+
+def _summary(times: Sequence[float]) -> dict[str, float]:
     return {"median_ms": statistics.median(times), "p90_ms": percentile(times, 0.9)}
 
 
