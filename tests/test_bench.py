@@ -279,7 +279,7 @@ def test_one_rank_of_two_is_measured_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No other process is there. The record says so, and how long a pass keeps the host."""
-    recipe = make_recipe("stream", [*PASSES["stream"][:6], "ulysses_stream", "lower"], layers=1)
+    recipe = make_recipe("stream", [*PASSES["stream"][:6], "ulysses_stream", *PASSES["stream"][6:]])
     path, record = tmp_path / "recipe.yaml", tmp_path / "record"
     stream = {"pipeline": "tiny", "fps": 8}
     path.write_text(json.dumps({**recipe.resolved(), "stream": stream}))

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import transformer_engine_api
+from compiling import compiling_for
 from torch import Tensor
 
 from lltk.bench.record import Record
@@ -378,40 +379,16 @@ def compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[int, Callable[[], object]], dict[str, str]]:
     """Gives the PTX of the kernels that a call launches. No GPU of its architecture is needed."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    run = JITFunction.run
 
     def compile_for(architecture: int, call: Callable[[], object]) -> dict[str, str]:
-        class Absent:
-            def get_current_target(self) -> GPUTarget:
-                return GPUTarget("cuda", architecture, 32)
-
-            def get_current_device(self) -> int:
-                return architecture
-
-            def get_current_stream(self, device: int) -> int:
-                return 0
-
-        found: dict[str, str] = {}
-
-        def compile_only(kernel: Any, *arguments: Any, **options: Any) -> Any:
-            result = run(kernel, *arguments, **{**options, "warmup": True})
-            found[kernel.fn.__name__] = result.asm["ptx"]
-            return result
-
-        with monkeypatch.context() as patch:
-            patch.setattr(driver, "_active", Absent())
-            patch.setattr(JITFunction, "run", compile_only)
+        with monkeypatch.context() as patch, compiling_for(architecture) as found:
             for op in (*QUANTISING, "nvfp4_matmul"):
                 patch.setattr(
                     f"lltk.ops.{op}.triton.has_e2m1",
                     lambda _, among=E2M1: divmod(architecture, 10) in among,
                 )
             call()
-        return found
+        return {name: made[-1].asm["ptx"] for name, made in found.items()}
 
     return compile_for
 

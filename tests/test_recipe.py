@@ -87,6 +87,7 @@ def test_every_size_ships_every_kind() -> None:
             for use in ("stream_fp8", "stream_nvfp4", "stream_nvfp4_cache", "train_nvfp4")
         ),
         "tiny_stream_w4a4",
+        "wan22_5b_stream_nvfp4_cache_sp2",
         "wan22_5b_stream_sp2",
         "wan22_5b_train_lora",
         "wan22_decode",

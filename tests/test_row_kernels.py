@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import compiling_for
 from torch import Tensor
 
 from lltk.bench.record import Record
@@ -516,38 +517,15 @@ def test_kernels_replay_in_cuda_graphs() -> None:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str, Arguments], str]:
     """PTX of the kernel that an op launches, for an architecture that need not be there."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    run = JITFunction.run
 
     def compile_for(architecture: int, op: str, arguments: Arguments) -> str:
-        class Absent:
-            def get_current_target(self) -> GPUTarget:
-                return GPUTarget("cuda", architecture, 32)
-
-            def get_current_device(self) -> int:
-                return architecture
-
-            def get_current_stream(self, device: int) -> int:
-                return 0
-
-        found: list[str] = []
-
-        def compile_only(kernel: Any, *given: Any, **options: Any) -> Any:
-            result = run(kernel, *given, **{**options, "warmup": True})
-            found.append(result.asm["ptx"])
-            return result
-
-        with monkeypatch.context() as patched:
-            patched.setattr(driver, "_active", Absent())
-            patched.setattr(JITFunction, "run", compile_only)
+        with monkeypatch.context() as patched, compiling_for(architecture) as found:
             if op in ("row_pipeline", CENTRED):
                 where = f"lltk.ops.{op}.triton.converts_e4m3"
                 patched.setattr(where, lambda device: True)
             ran(op, "triton", arguments)
-        (ptx,) = found
+        ((kernel,),) = found.values()
+        ptx: str = kernel.asm["ptx"]
         return ptx
 
     return compile_for

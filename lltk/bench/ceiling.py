@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,6 +15,7 @@ from lltk.bench.clock import Clock
 from lltk.graph.attention import paged_op
 from lltk.graph.edit import op_of, shape
 from lltk.graph.program import Program
+from lltk.graph.regions import nodes_of_pass
 from lltk.ops.fp8_rows import fp8_quantise
 from lltk.ops.implementations import Implementation, find_implementation, overload
 from lltk.ops.paged_attention.sdpa import attend
@@ -75,7 +76,7 @@ def products(program: Program, graph: str) -> Counter[Product]:
     Raises:
         ValueError: the graph has no products, or products in NVFP4, which cannot be timed here.
     """
-    nodes = list(_nodes(program, graph))
+    nodes = list(nodes_of_pass(program, graph))
     if unknown := {str(node.target) for node in nodes if _is_nvfp4(node)}:
         raise ValueError(f"{graph}: {', '.join(unknown)} cannot be timed alone; leave it out")
     found = Counter(filter(None, (_product(program, node) for node in nodes)))
@@ -91,7 +92,7 @@ def ceiling(program: Program, graph: str, device: torch.device, runs: int) -> di
         For ``linears`` and for ``attention``: ``ms``, ``tflop``, and ``rates``, which are TFLOP/s
         by implementation and sizes. None if linears are in NVFP4.
     """
-    if any(map(_is_nvfp4, _nodes(program, graph))):
+    if any(map(_is_nvfp4, nodes_of_pass(program, graph))):
         return None
     clock = Clock(device, runs)
     made: dict[str, Any] = {
@@ -111,15 +112,6 @@ def ceiling(program: Program, graph: str, device: torch.device, runs: int) -> di
 
 def _is_nvfp4(node: fx.Node) -> bool:
     return op_of(node) in (NVFP4_LINEAR, NVFP4_MATMUL)
-
-
-def _nodes(program: Program, graph: str) -> Iterator[fx.Node]:
-    """The calls of a pass; those of a block come once for every layer."""
-    for node in program.graphs[graph].nodes:
-        if node.op == "call_module":
-            yield from program.regions[str(node.args[0])].graph.nodes
-        else:
-            yield node
 
 
 def _product(program: Program, node: fx.Node) -> Product | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +43,15 @@ class Body:
     inputs: tuple[fx.Node, ...]
     parameters: tuple[str, ...]
     reads: tuple[int, ...]
+
+
+def nodes_of_pass(program: Program, graph: str) -> Iterator[fx.Node]:
+    """The nodes of a graph; those of a block come once for every layer, also from a region."""
+    for node in program.graphs[graph].nodes:
+        if node.op == "call_module":
+            yield from program.regions[str(node.args[0])].graph.nodes
+        else:
+            yield node
 
 
 def find_bodies(program: Program, name: str) -> list[Body]:

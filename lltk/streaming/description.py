@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from lltk.graph.memory import readable
 from lltk.graph.program import Program
 from lltk.stream.text import weight_bytes
 from lltk.streaming.plan import StreamPlan
+from lltk.streaming.traffic import pcie_seconds, sent_bytes
 
 
 def describe(plan: StreamPlan) -> dict[str, str]:
@@ -31,10 +33,18 @@ def describe(plan: StreamPlan) -> dict[str, str]:
         + ("" if text else "; its memory is not known without the pipeline's files"),
         "sampler": f"{section.steps} steps and a commit, shift {section.shift:g}{guided}",
         "video": f"{geometry.width}×{geometry.height} at {section.fps:g} fps",
-        **({"ranks": str(plan.ranks)} if plan.ranks > 1 else {}),
+        **({"ranks": _ranks(plan)} if plan.ranks > 1 else {}),
         "cache": f"{geometry.window} latent frames in pages of {geometry.chunk}, "
         f"sinks of {geometry.sink}{' (global and shot)' if geometry.shot_sink else ''}",
     }
+
+
+def _ranks(plan: StreamPlan) -> str:
+    sent = sent_bytes(plan.transformer)
+    return (
+        f"{plan.ranks}, each of which sends {readable(sent)} in a denoising pass; a model of "
+        f"PCIe Gen4 x16 has that take {pcie_seconds(sent) * 1e3:.1f} ms"
+    )
 
 
 def _where(device: torch.device, program: Program) -> str:
