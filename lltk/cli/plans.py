@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from lltk.cli.tables import log_tables, memory_table
+from lltk.cli.tables import log_tables, memory_table, row_table
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from lltk.streaming import StreamPlan
+    from lltk.streaming.placement import Placement
 
 
 def show_description(console: Console, plan: StreamPlan) -> None:
@@ -36,7 +40,9 @@ def show_dry_run(
         as_json: whether to print the same as JSON.
     """
     from lltk.streaming import describe, loading_memory, refusal, stream_memory
+    from lltk.streaming.placement import proposals
 
+    ways = proposals(plan)
     log, reason = plan.transformer.log, refusal(plan, image)
     loading, running = loading_memory(plan, image), stream_memory(plan)
     if as_json:
@@ -46,6 +52,7 @@ def show_dry_run(
             "log": [entry.plain() for entry in log],
             "memory": running,
             "loading": loading,
+            "placements": [asdict(way) for each in ways for way in each],
             "refusal": reason,
         }
         click.echo(json.dumps(found, indent=2))
@@ -53,6 +60,24 @@ def show_dry_run(
     for when, devices in (("before it runs", loading), ("while it runs", running)):
         for where, owners in devices.items():
             console.print(f"On {where}, {when}:", memory_table(owners), sep="\n")
+    if ways:
+        console.print(_placement_table(ways))
     if reason:
         console.print(f"It cannot run here: {reason}", markup=False, highlight=False)
     return reason
+
+
+def _placement_table(ways: Sequence[Sequence[Placement]]) -> Table:
+    """Ways to use some numbers of GPUs; the fastest of each is proposed."""
+    rows = [
+        {
+            "GPUs": str(way.gpus),
+            "ranks": str(way.ranks),
+            "stream.decoder.device": way.device,
+            "ms a chunk": f"{way.chunk_ms:.0f}",
+            "proposed": "yes" if way is each[0] else "",
+        }
+        for each in ways
+        for way in each
+    ]
+    return row_table("Where to decode, by a model of H200s", rows)

@@ -1,0 +1,73 @@
+"""Where the decoder had best run: a model of the 5B in FP8 on H200s, and what it proposes.
+
+A chunk takes one pass a step and a commit, which is a pass too, and the decoding of its latents. On
+the same GPUs one comes after the other; on others they overlap, and the longer one counts. Several
+GPUs decode a part of the columns each, at best in that part of the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lltk.stream.recipe import EVERY_RANK
+from lltk.streaming.plan import StreamPlan
+
+PASS_MS = {1: 147.5, 2: 91.5}
+"""Milliseconds of a pass, by ranks, as benchmarks/records has them: inference_h200, dit_2_ranks."""
+DECODE_MS = 60.9
+"""Milliseconds of a latent on one GPU, by benchmarks/records/inference_h200."""
+_GPUS = (1, 2, 4)
+_SHAPE = (704, 1280, 8, 32)
+"""Height and width of the video, chunk and window that were measured."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A way to use GPUs.
+
+    Attributes:
+        gpus: how many.
+        ranks: how many of them share the transformer.
+        device: what ``stream.decoder.device`` says.
+        chunk_ms: milliseconds of a chunk, by the model.
+    """
+
+    gpus: int
+    ranks: int
+    device: str
+    chunk_ms: float
+
+
+def placements(gpus: int, steps: int, chunk: int = 8) -> list[Placement]:
+    """The ways to use so many GPUs, the fastest first.
+
+    Args:
+        gpus: of one machine.
+        steps: denoising passes of a chunk.
+        chunk: latents of a chunk.
+    """
+    found = [
+        Placement(gpus, ranks, *_decoded(gpus, ranks, (steps + 1) * ms, chunk * DECODE_MS))
+        for ranks, ms in PASS_MS.items()
+        if ranks <= gpus
+    ]
+    return sorted(found, key=lambda each: each.chunk_ms)
+
+
+def _decoded(gpus: int, ranks: int, passes: float, decoding: float) -> tuple[str, float]:
+    """Where the decoder runs, and milliseconds of a chunk."""
+    own = [f"cuda:{index}" for index in range(ranks, gpus)]
+    if own:
+        names = own[0] if len(own) == 1 else f"[{', '.join(own)}]"
+        return names, max(passes, decoding / len(own))
+    return EVERY_RANK if ranks > 1 else "null", passes + decoding / ranks
+
+
+def proposals(plan: StreamPlan) -> list[list[Placement]]:
+    """`placements` for some numbers of GPUs; none for a plan that the model does not cover."""
+    program, geometry = plan.transformer, plan.transformer.geometry
+    shape = (*plan.size, geometry.chunk, geometry.window)
+    fp8 = program.implementations.get("fp8_matmul") == "scaled_mm"
+    if shape != _SHAPE or program.spec.layers != 30 or not fp8:
+        return []
+    return [placements(gpus, plan.section.steps) for gpus in _GPUS]

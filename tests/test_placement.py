@@ -1,0 +1,70 @@
+"""Where a dry run proposes to decode, and that the records have what its model says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Run
+
+from lltk.graph.recipe import open_recipe
+from lltk.streaming import plan_stream
+from lltk.streaming.placement import PASS_MS, placements, proposals
+
+pytestmark = pytest.mark.cpu
+
+RECORDS = Path(__file__).parents[1] / "benchmarks" / "records"
+
+
+def results(name: str) -> dict[str, Any]:
+    """A record's rows by name; of several of a name, the last."""
+    record = json.loads((RECORDS / f"{name}.json").read_text())
+    return {row["name"]: row for row in record["results"]}
+
+
+@pytest.mark.parametrize("row", ["+ async decoding", "3 steps", "2 steps"])
+def test_the_model_makes_the_chunks_that_were_recorded(row: str) -> None:
+    """On one GPU, whatever the steps. At half the decoder's time it would not."""
+    recorded = results("inference_h200")[row]
+    (modelled,) = placements(1, recorded["steps"])
+    assert (modelled.ranks, modelled.device) == (1, "null")
+    assert modelled.chunk_ms / 1e3 == pytest.approx(recorded["chunk_seconds"]["p50"], rel=0.01)
+    assert modelled.chunk_ms / 1e3 == pytest.approx(32 / recorded["e2e_fps"], rel=0.01)
+
+
+def test_a_pass_of_two_ranks_is_as_recorded() -> None:
+    row = results("dit_2_ranks")["wan22_5b_stream_sp2"]
+    assert row["graphs"] and PASS_MS[2] == pytest.approx(row["step"]["median_ms"], abs=0.05)
+
+
+def test_the_fastest_is_proposed() -> None:
+    """The fewer the passes, the more the decoder counts."""
+    assert [way.device for way in placements(2, 4)] == ["ranks", "cuda:1"]
+    assert [way.device for way in placements(2, 2)] == ["cuda:1", "ranks"]
+    best, other = placements(4, 4)
+    assert (best.ranks, best.device, best.gpus) == (2, "[cuda:2, cuda:3]", 4)
+    assert (other.ranks, other.device) == (1, "[cuda:1, cuda:2, cuda:3]")
+    assert (best.chunk_ms, other.chunk_ms) == (5 * PASS_MS[2], 5 * PASS_MS[1])
+
+
+def test_a_dry_run_shows_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    recipe = "wan22_5b_stream_fp8"
+    plan = plan_stream(open_recipe(recipe, ("stream.steps=2",)), weights=False)
+    assert [way[0].device for way in proposals(plan)] == ["null", "cuda:1", "[cuda:2, cuda:3]"]
+    other = plan.transformer.geometry.model_copy(update={"chunk": 4})
+    assert not proposals(replace(plan, transformer=replace(plan.transformer, geometry=other)))
+    monkeypatch.setattr("lltk.streaming.plan_stream", lambda *given, **options: plan)
+    what = "stream", recipe, "--prompt", "x", "--steps", 2, "--dry-run"
+    _, out, _ = run(*what)
+    table = out[out.index("Where to decode") :]
+    assert [line.split()[:3] for line in table.splitlines() if "yes" in line] == [
+        ["1", "1", "null"],
+        ["2", "1", "cuda:1"],
+        ["4", "2", "[cuda:2,"],
+    ]
+    _, out, _ = run(*what, "--json")
+    assert json.loads(out)["placements"][1]["device"] == "cuda:1"
