@@ -67,10 +67,10 @@ def ended(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
 
 
 @contextmanager
-def grouped(rank: int, size: int, port: int) -> Iterator[None]:
+def grouped(rank: int, size: int, port: int, backend: str = "gloo") -> Iterator[None]:
     """This process as a rank."""
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=size,
@@ -79,7 +79,7 @@ def grouped(rank: int, size: int, port: int) -> Iterator[None]:
     try:
         group = dist.group.WORLD
         assert group is not None
-        with registered(SEQUENCE, group), registered(FRAMES, dist.new_group()):
+        with registered(SEQUENCE, group), registered(FRAMES, dist.new_group(backend="gloo")):
             yield
     finally:
         dist.destroy_process_group()

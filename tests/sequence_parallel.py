@@ -21,6 +21,7 @@ from torch import Tensor
 from lltk import streaming
 from lltk.cli.main import main as cli
 from lltk.graph.module import instantiate
+from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import open_recipe
 from lltk.parallel import reference
@@ -34,6 +35,7 @@ from lltk.parallel.exchange import (
 )
 from lltk.parallel.groups import SEQUENCE, rank_in, same_on_all
 from lltk.parallel.ranks import joined
+from lltk.passes.ulysses_stream import UlyssesStream
 from lltk.stream.chunks import Chunk, Chunking
 from lltk.stream.decoder import DecodedElsewhere
 from lltk.stream.report import ChunkReport
@@ -107,6 +109,15 @@ def program(case: str, size: int, how: str = "eager") -> Program:
     shared = [{"ulysses_stream": {"size": size, **options}}] if size > 1 else []
     lower = {"lower": RECORDABLE[case] if how == "graphs" else {}}
     return after(_streaming(), *steps, *shared, "regionalise", lower)
+
+
+@cache
+def program_of_one(case: str, how: str = "eager") -> Program:
+    """A case's Program whose exchanges are within a group of one rank, which no recipe asks for."""
+    steps, options = CASES[case]
+    config = UlyssesStream.Config(**options).model_copy(update={"size": 1})
+    shared = run_passes(after(_streaming(), *steps), [UlyssesStream(config)])
+    return after(shared, "regionalise", {"lower": RECORDABLE[case] if how == "graphs" else {}})
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import Run, refused
-from ranks import LIMIT, alike, ended, free_port, started
+from ranks import LIMIT, alike, ended, free_port, grouped, started
 from safetensors.torch import load_file
 from sequence_parallel import (
     CASES,
@@ -25,6 +25,7 @@ from sequence_parallel import (
     SIZE,
     made_by,
     program,
+    program_of_one,
     programs,
     rolled,
     run_command,
@@ -146,6 +147,16 @@ def test_ranks_stream_what_one_does(request: pytest.FixtureRequest, ranks: str, 
             for name, value in values(pages).items()
         )
         assert PAGES_ROUNDED[case] / 3 < most < PAGES_ROUNDED[case]
+
+
+@pytest.mark.parametrize("case", ["nvfp4 pages", "nvfp4 pages in nvfp4"])
+def test_a_group_of_one_exchanges_with_itself(case: str) -> None:
+    with grouped(0, 1, free_port()):
+        found = rolled(program_of_one(case))
+    alone = alone_rolled(case)
+    assert all(found[name].shape == value.shape for name, value in alone.items())
+    most = apart(found["samples"], alone["samples"])
+    assert most < BOUND if case in EXACT else ROUNDED[case] / 3 < most < ROUNDED[case]
 
 
 @cache
