@@ -214,12 +214,15 @@ def test_cuda_graphs_change_nothing(tmp_path: Path) -> None:
     folder = streams.save_pipeline(tmp_path / "pipeline")
     settings = (*streams.SIZES, f"stream.pipeline={folder}")
 
-    def streamed(on: str) -> tuple[Tensor, Tensor]:
-        recipe = streams.open_recipe("tiny_stream", (*settings, f"stream.cuda_graphs={on}"))
+    def streamed(*on: str) -> tuple[Tensor, Tensor]:
+        keys = [f"{key}=true" for key in on]
+        recipe = streams.open_recipe("tiny_stream", (*settings, *keys))
         return streams.streamed(plan_stream(recipe, "cuda"))
 
-    plain, replayed = (streamed(on) for on in ("false", "true"))
-    assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))
+    transformer, decoder = "stream.cuda_graphs", "stream.decoder.cuda_graphs"
+    plain = streamed()
+    for keys in ((transformer,), (decoder,), (transformer, decoder)):
+        assert all(torch.equal(a, b) for a, b in zip(plain, streamed(*keys), strict=True)), keys
 
 
 def test_a_second_session_records_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

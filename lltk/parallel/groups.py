@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lltk.parallel.transfer import download
+
 SEQUENCE = "sequence"
 """The group whose ranks share a chunk's frames, and a cache's heads."""
 
@@ -75,13 +77,13 @@ def gathered(own: Tensor, shapes: Sequence[Sequence[int]], name: str) -> list[Te
     group = find_group(name, len(shapes))
     try:
         if group.rank() > 0:
-            dist.send(own.contiguous().cpu(), group=group, group_dst=0)
+            dist.send(download(own), group=group, group_dst=0)
             return []
         parts = [own]
         for rank, shape in enumerate(shapes[1:], 1):
-            part = torch.empty(tuple(shape), dtype=own.dtype)
+            part = torch.empty(tuple(shape), dtype=own.dtype, pin_memory=own.is_cuda)
             dist.recv(part, group=group, group_src=rank)
-            parts.append(part.to(own.device))
+            parts.append(part.to(own.device, non_blocking=True))
     except RuntimeError as error:
         raise lost(error) from error
     return parts

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lltk.parallel.transfer import upload
 from lltk.stream.chunks import Chunk
 from lltk.stream.denoise import not_finite
 from lltk.stream.pages import PageTable
 from lltk.stream.positions import frame_positions
 from lltk.stream.runtimes import Runtime
-from lltk.stream.runtimes.torch import upload
 from lltk.stream.timing import Stopwatch
 
 

@@ -70,8 +70,7 @@ class DecoderSection(BaseModel):
     )
     cuda_graphs: bool = Field(
         False,
-        description="whether steady decoding is recorded and replayed; for a GPU of its own, at "
-        "the cost of memory",
+        description="whether steady decoding is recorded and replayed, at the cost of memory",
     )
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from lltk.parallel.transfer import upload
 from lltk.stream.cache import Cache
 from lltk.stream.chunks import Chunk
 from lltk.stream.decoder import LatentDecoder
@@ -18,7 +19,6 @@ from lltk.stream.denoise import Denoiser, chunk_noise
 from lltk.stream.pages import PageTable
 from lltk.stream.report import ChunkReport
 from lltk.stream.runtimes import Runtime
-from lltk.stream.runtimes.torch import upload
 from lltk.stream.sampler import Schedule
 from lltk.stream.state import SessionState
 from lltk.stream.timeline import Timeline

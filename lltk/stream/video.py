@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lltk.files.outputs import marked
 from lltk.files.writing import beside, sync, sync_folder, whole_file
+from lltk.parallel.transfer import download
 from lltk.stream.forms import FORMS, form_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def pixels(video: Tensor) -> Tensor:
         uint8 [F, H, W, 3] on the CPU.
     """
     (clip,) = video
-    return levels(clip).permute(1, 2, 3, 0).contiguous().cpu()
+    return download(levels(clip).permute(1, 2, 3, 0))
 
 
 def levels(video: Tensor) -> Tensor:

@@ -183,8 +183,12 @@ class Models:
         count = 2 if self.plan.guided else 1
         runtimes = [TorchRuntime(program, module, graphs, lane) for _ in range(count)]
         decoders = self._decoders
-        elsewhere = DecodedElsewhere(lane.device)
-        return Slot(runtimes, elsewhere if decoders is None else decoders.new())
+        decoder = DecodedElsewhere(lane.device) if decoders is None else decoders.new()
+        if self.plan.section.decoder.cuda_graphs and decoder.lane.device == lane.device:
+            # A recording begins by emptying the device's caches, so the transformer has to rest.
+            with lane.turn(), decoder.lane.turn():
+                decoder.warm_up()
+        return Slot(runtimes, decoder)
 
 
 def load_models(

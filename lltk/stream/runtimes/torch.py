@@ -19,15 +19,9 @@ from lltk.graph.spec import ModelSpec
 from lltk.graph.verify import STEP_HIGH
 from lltk.parallel.exchange import all_parts
 from lltk.parallel.groups import SEQUENCE
+from lltk.parallel.transfer import upload
 from lltk.stream.lanes import Lane
 from lltk.stream.runtimes.cuda_graph import CudaGraphs
-
-
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from the host's memory to a device, without waiting for the device."""
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _largest(values: Tensor) -> Tensor:
