@@ -11,7 +11,7 @@ import pytest
 from helpers import Run
 
 from lltk.graph.recipe import open_recipe
-from lltk.streaming import plan_stream
+from lltk.streaming import StreamPlan
 from lltk.streaming.placement import PASS_MS, placements, proposals
 
 pytestmark = pytest.mark.cpu
@@ -50,15 +50,44 @@ def test_the_fastest_is_proposed() -> None:
     assert (best.chunk_ms, other.chunk_ms) == (5 * PASS_MS[2], 5 * PASS_MS[1])
 
 
-def test_a_dry_run_shows_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def measured(plan: StreamPlan) -> StreamPlan:
+    """A plan that the model covers, for 2 steps; its graphs are another's."""
+    geometry, program = open_recipe("wan22_5b_stream_fp8", ()).geometry, plan.transformer
+    return replace(
+        plan,
+        recipe=plan.recipe.model_copy(update={"geometry": geometry}),
+        section=plan.section.model_copy(update={"steps": 2}),
+        transformer=replace(
+            program,
+            geometry=geometry,
+            model=replace(program.spec, layers=30),
+            implementations={"fp8_matmul": "scaled_mm"},
+        ),
+    )
+
+
+def test_only_what_was_measured_is_modelled(plan: StreamPlan, measured: StreamPlan) -> None:
+    assert [way[0].device for way in proposals(measured)] == ["null", "cuda:1", "[cuda:2, cuda:3]"]
+    program = measured.transformer
+    for change in (
+        {"geometry": program.geometry.model_copy(update={"chunk": 4})},
+        {"implementations": {"paged_attention": "arena"}},
+        {"model": plan.transformer.spec},
+    ):
+        assert not proposals(replace(measured, transformer=replace(program, **change)))
+
+
+def test_a_dry_run_shows_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, plan: StreamPlan, measured: StreamPlan
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    recipe = "wan22_5b_stream_fp8"
-    plan = plan_stream(open_recipe(recipe, ("stream.steps=2",)), weights=False)
-    assert [way[0].device for way in proposals(plan)] == ["null", "cuda:1", "[cuda:2, cuda:3]"]
-    other = plan.transformer.geometry.model_copy(update={"chunk": 4})
-    assert not proposals(replace(plan, transformer=replace(plan.transformer, geometry=other)))
     monkeypatch.setattr("lltk.streaming.plan_stream", lambda *given, **options: plan)
-    what = "stream", recipe, "--prompt", "x", "--steps", 2, "--dry-run"
+    what = "stream", "tiny_stream", "--prompt", "x", "--dry-run"
+    _, out, _ = run(*what)
+    assert "Where to decode" not in out
+    ways = proposals(measured)
+    monkeypatch.setattr("lltk.streaming.placement.proposals", lambda plan: ways)
     _, out, _ = run(*what)
     table = out[out.index("Where to decode") :]
     assert [line.split()[:3] for line in table.splitlines() if "yes" in line] == [
