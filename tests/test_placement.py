@@ -25,14 +25,25 @@ def results(name: str) -> dict[str, Any]:
     return {row["name"]: row for row in record["results"]}
 
 
-@pytest.mark.parametrize("row", ["+ async decoding", "3 steps", "2 steps"])
-def test_the_model_makes_the_chunks_that_were_recorded(row: str) -> None:
-    """On one GPU, whatever the steps. At half the decoder's time it would not."""
-    recorded = results("inference_h200")[row]
-    (modelled,) = placements(1, recorded["steps"])
-    assert (modelled.ranks, modelled.device) == (1, "null")
+@pytest.mark.parametrize(
+    ("record", "row"),
+    [
+        *(("inference_h200", row) for row in ("+ async decoding", "3 steps", "2 steps")),
+        *(
+            ("inference_2_ranks", row)
+            for row in ("2 ranks", "2 ranks, 3 steps", "2 ranks, 2 steps")
+        ),
+    ],
+)
+def test_the_model_makes_the_chunks_that_were_recorded(record: str, row: str) -> None:
+    """Where a GPU decodes beside the transformer. At half the decoder's time it would not."""
+    recorded = results(record)[row]
+    gpus = recorded.get("gpus", 1)
+    device = "null" if gpus == 1 else "ranks"
+    (modelled,) = [way for way in placements(gpus, recorded["steps"]) if way.device == device]
+    assert modelled.ranks == gpus
     assert modelled.chunk_ms / 1e3 == pytest.approx(recorded["chunk_seconds"]["p50"], rel=0.01)
-    assert modelled.chunk_ms / 1e3 == pytest.approx(32 / recorded["e2e_fps"], rel=0.01)
+    assert modelled.chunk_ms / 1e3 == pytest.approx(32 / recorded["e2e_fps"], rel=0.02)
 
 
 def test_a_pass_of_two_ranks_is_as_recorded() -> None:
@@ -41,9 +52,9 @@ def test_a_pass_of_two_ranks_is_as_recorded() -> None:
 
 
 def test_the_fastest_is_proposed() -> None:
-    """The fewer the passes, the more the decoder counts."""
-    assert [way.device for way in placements(2, 4)] == ["ranks", "cuda:1"]
-    assert [way.device for way in placements(2, 2)] == ["cuda:1", "ranks"]
+    """The more the passes, the better it is to share them."""
+    assert [way.device for way in placements(2, 4)] == ["cuda:1", "ranks"]
+    assert [way.device for way in placements(2, 8)] == ["ranks", "cuda:1"]
     best, other = placements(4, 4)
     assert (best.ranks, best.device, best.gpus) == (2, "[cuda:2, cuda:3]", 4)
     assert (other.ranks, other.device) == (1, "[cuda:1, cuda:2, cuda:3]")

@@ -2,7 +2,7 @@
 
 A chunk takes one pass a step and a commit, which is a pass too, and the decoding of its latents. On
 the same GPUs one comes after the other; on others they overlap, and the longer one counts. Several
-GPUs decode a part of the columns each, at best in that part of the time.
+GPUs decode a part of the columns each; more than two count as two.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from lltk.streaming.plan import StreamPlan
 
 PASS_MS = {1: 147.5, 2: 91.5}
 """Milliseconds of a pass, by ranks, as benchmarks/records has them: inference_h200, dit_2_ranks."""
-DECODE_MS = 60.9
-"""Milliseconds of a latent on one GPU, by benchmarks/records/inference_h200."""
+DECODE_MS = {1: 60.9, 2: 42.0}
+"""Milliseconds of a latent beside the transformer, by GPUs that decode a part of its columns each,
+as benchmarks/records has them: inference_h200, inference_2_ranks."""
 _GPUS = (1, 2, 4)
 _SHAPE = (704, 1280, 8, 32)
 """Height and width of the video, chunk and window that were measured."""
@@ -47,20 +48,21 @@ def placements(gpus: int, steps: int, chunk: int = 8) -> list[Placement]:
         chunk: latents of a chunk.
     """
     found = [
-        Placement(gpus, ranks, *_decoded(gpus, ranks, (steps + 1) * ms, chunk * DECODE_MS))
+        Placement(gpus, ranks, *_decoded(gpus, ranks, (steps + 1) * ms, chunk))
         for ranks, ms in PASS_MS.items()
         if ranks <= gpus
     ]
     return sorted(found, key=lambda each: each.chunk_ms)
 
 
-def _decoded(gpus: int, ranks: int, passes: float, decoding: float) -> tuple[str, float]:
-    """Where the decoder runs, and milliseconds of a chunk."""
+def _decoded(gpus: int, ranks: int, passes: float, chunk: int) -> tuple[str, float]:
+    """Where the decoder runs, and milliseconds of a chunk whose passes take ``passes``."""
     own = [f"cuda:{index}" for index in range(ranks, gpus)]
+    decoding = chunk * DECODE_MS[min(len(own) or ranks, 2)]
     if own:
         names = own[0] if len(own) == 1 else f"[{', '.join(own)}]"
-        return names, max(passes, decoding / len(own))
-    return EVERY_RANK if ranks > 1 else "null", passes + decoding / ranks
+        return names, max(passes, decoding)
+    return EVERY_RANK if ranks > 1 else "null", passes + decoding
 
 
 def proposals(plan: StreamPlan) -> list[list[Placement]]:
