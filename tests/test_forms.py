@@ -12,9 +12,10 @@ from PIL import Image
 from test_video import SIDE, difference, disk_of, noise, numbered
 from torch import Tensor
 
+from lltk.files.outputs import Output, check_outputs
 from lltk.stream.forms import FORMS, form_of
 from lltk.stream.frame_folder import FrameFolder, open_writer
-from lltk.stream.video import VideoWriter, read_video
+from lltk.stream.video import VIDEO, VideoWriter, read_video
 
 pytestmark = pytest.mark.cpu
 
@@ -74,6 +75,16 @@ def test_an_animation_has_every_frame_and_loops(tmp_path: Path, suffix: str) -> 
     assert sum(durations) == pytest.approx(30 / FPS * 1000, abs=15)
     with Image.open(path) as file:
         assert file.format == suffix[1:].upper() and file.info["loop"] == 0
+
+
+@pytest.mark.parametrize("suffix", list(FORMS))
+def test_a_video_of_lltk_is_recognised(tmp_path: Path, suffix: str) -> None:
+    path = written(tmp_path / f"v{suffix}", numbered(0, 15))
+    check_outputs([Output(path, VIDEO)], [])
+    frames = read_video(path) if suffix != ".webp" else animation(path)[0]
+    assert len(frames) == 15
+    path.write_bytes(path.read_bytes().replace(b"made by lltk stream", b"made by others, and"))
+    assert "did not write it as a video" in refused(check_outputs, [Output(path, VIDEO)], [])
 
 
 def test_a_name_without_a_suffix_is_a_folder_of_frames(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from lltk.files.reading import opened
 from lltk.files.writing import beside, standing
 
-_HEAD = 1 << 16
+_HEAD, _TAIL = 1 << 16, 1 << 8
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class Kind:
 
 
 def marked(name: str, mark: str) -> Kind:
-    """A kind of file that has a mark among its first bytes."""
+    """A kind of file that has a mark among its first bytes, or at its end."""
 
     def recognises(path: Path) -> bool:
         with opened(path) as file:
-            return mark.encode() in file.read(_HEAD)
+            head = file.read(_HEAD)
+            file.seek(-min(_TAIL, path.stat().st_size), os.SEEK_END)
+            return mark.encode() in head + b"\0" + file.read()
 
     return Kind(name, recognises)
 

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from io import SEEK_END, RawIOBase
 from pathlib import Path
+
+
+def _comment_gif(file: RawIOBase, comment: bytes) -> None:
+    """Put a comment before the byte that ends a GIF."""
+    file.seek(-1, SEEK_END)
+    file.write(b"\x21\xfe" + bytes([len(comment)]) + comment + b"\0\x3b")
+
+
+def _comment_webp(file: RawIOBase, comment: bytes) -> None:
+    """Append a chunk that readers of WebP skip, as they do not know it."""
+    file.seek(0, SEEK_END)
+    file.write(b"NOTE" + len(comment).to_bytes(4, "little") + comment + b"\0" * (len(comment) % 2))
+    size = file.tell()
+    file.seek(4)
+    file.write((size - 8).to_bytes(4, "little"))
 
 
 @dataclass(frozen=True)
@@ -18,6 +34,7 @@ class Form:
         container_options: of the container.
         fastest: the most frames a second that it can show.
         any_cut: whether it can be cut off before any frame, not just before keyframes.
+        comment: writes a comment into a whole file; None where the container's metadata hold it.
     """
 
     container: str
@@ -27,6 +44,7 @@ class Form:
     container_options: Mapping[str, str] = field(default_factory=dict)
     fastest: int = 1000
     any_cut: bool = False
+    comment: Callable[[RawIOBase, bytes], None] | None = None
 
 
 _H264 = {"crf": "18", "preset": "veryfast", "tune": "zerolatency", "sc_threshold": "0"}
@@ -39,9 +57,21 @@ FORMS: Mapping[str, Form] = {
     ".mp4": Form("mp4", "libx264", options=_H264, container_options=_FRAGMENTS),
     ".mkv": Form("matroska", "libx264", options=_H264, container_options=_CLUSTERS),
     ".webm": Form("webm", "libvpx-vp9", options=_VP9, container_options=_CLUSTERS),
-    ".gif": Form("gif", "gif", "pal8", container_options={"loop": "0"}, fastest=50, any_cut=True),
+    ".gif": Form(
+        "gif",
+        "gif",
+        "pal8",
+        container_options={"loop": "0"},
+        fastest=50,
+        any_cut=True,
+        comment=_comment_gif,
+    ),
     ".webp": Form(
-        "webp", "libwebp_anim", options={"quality": "90"}, container_options={"loop": "0"}
+        "webp",
+        "libwebp_anim",
+        options={"quality": "90"},
+        container_options={"loop": "0"},
+        comment=_comment_webp,
     ),
 }
 """By suffix, in lower case."""

@@ -172,6 +172,9 @@ class VideoWriter:
             return
         with self._writing() as stack:
             self._encode(None)
+            self._file.close()
+            if self._form.comment is not None and self._frames:
+                self._form.comment(self._disk, _VIDEO_MARK.encode())
             stack.close()
             self._show()
             sync(self._place)
