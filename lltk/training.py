@@ -28,7 +28,7 @@ from lltk.models.checkpoint import MODEL_FOLDER, WEIGHTS_FILE
 from lltk.tasks.autoencoder import plan_autoencoder
 from lltk.tasks.transformer import plan_transformer
 from lltk.train.data import Dataset
-from lltk.train.loop import Trainer, run_outputs
+from lltk.train.loop import Trainer, newest_state, run_outputs
 from lltk.train.metrics import Metrics
 from lltk.train.objective import Objective
 from lltk.train.progress import Note, silent
@@ -207,14 +207,17 @@ def open_training(
         folder: the run's. It gets training states, metrics, samples and exported weights.
         resume: go on from the newest training state in the folder, if there is one.
         dataset: the clips; None for those that ``train.data`` names.
-        note: told how far the work is that is no step: encoding clips, validating, sampling.
+        note: told how far the work is that is no step: looking at clips, encoding them, validating,
+            sampling.
         overwrite: whether the run may replace what lltk did not write.
 
     Raises:
-        ValueError: the folder is in use, or has what lltk did not write under a name that the run
-            needs. Or as `TrainingPlan.dataset` and `Trainer` raise it.
+        ValueError: the folder is in use, holds a run that is not to be resumed, or has what lltk
+            did not write under a name that the run needs. Or as `TrainingPlan.dataset` and
+            `Trainer` raise it.
     """
     check_outputs(training_outputs(folder), [], overwrite)
+    newest_state(folder, resume)  # refuses a run that is not resumed before clips are prepared
     with ExitStack() as opened:
         there = folder.exists()
         if there:

@@ -257,6 +257,8 @@ def test_captions(name: str, text: str, encoding: str, tmp_path: Path) -> None:
         ("1.json", b'""', "its caption is empty"),
         ("1.txt", b" \n", "its caption is empty"),
         ("1.txt", b"\xe4", "its caption cannot be read (1.txt: "),
+        ("1.txt", b"\0a", "its caption 1.txt is no plain text; save it in UTF-8"),
+        ("1.json", b"{", "its caption cannot be read (1.json: damaged JSON"),
         ("1.srt", b"a", "has no caption, only 1.srt: write "),
     ],
 )

@@ -8,11 +8,14 @@ import pytest
 from helpers import make_recipe, runnable
 from rich.console import Console
 from rich.progress import Progress
+from test_folder import FPS, GEOMETRY, WHOLE, write_clip
+from test_video import numbered
 from torch import randn
 from toy import Regression, Samples, settings
 
 from lltk.cli.train import _Bars
 from lltk.train.data import Kept
+from lltk.train.folder import FolderClips
 from lltk.train.loop import Trainer
 from lltk.train.sampling import sample
 
@@ -31,6 +34,14 @@ def test_encoding_clips() -> None:
     kept = Kept(Samples(), 3, 5, block=2, note=notes)
     assert notes == [("encoding clips", done, 5) for done in (0, 2, 4, 5)]
     assert (kept.batch(3, range(4))["x"] == Kept(Samples(), 3, 5).batch(3, range(4))["x"]).all()
+
+
+def test_looking_at_clips(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_clip(tmp_path, name, 1, numbered(0, WHOLE), "a red square")
+    notes = Notes()
+    FolderClips(tmp_path, GEOMETRY, FPS, 1, note=notes)
+    assert notes == [("looking at clips", done, 2) for done in range(3)]
 
 
 def test_validating(tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ def same(ours: list[Metrics], theirs: list[Metrics]) -> bool:
     return [(m.step, m.loss) for m in ours] == [(m.step, m.loss) for m in theirs]
 
 
-def test_a_run_may_be_left_and_opened_again(tmp_path: Path) -> None:
+def test_a_run_may_be_left_and_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     often = plan("train.checkpoint_every=1", "train.sample_every=null")
     with open_training(often, tmp_path / "whole") as run:
         whole = list(run)
@@ -58,6 +60,7 @@ def test_a_run_may_be_left_and_opened_again(tmp_path: Path) -> None:
     exported, averages = load_vae(run.export()).weights, run.trainer.ema
     assert all(torch.equal(exported[name], own) for name, own in averages.items())
     assert any(not torch.equal(weights[name], own) for name, own in averages.items())
+    monkeypatch.setattr(type(often), "dataset", None)  # it is refused before clips are prepared
     message = refused(open_training(often, tmp_path / "parts").__enter__)
     assert message.endswith("holds a run; resume it, or name another folder")
 

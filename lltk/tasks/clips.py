@@ -139,7 +139,8 @@ def encoded_clips(
         geometry: of the Program that trains. ``train.data.frames`` replaces its frames.
         encoder: makes latents and text.
         device: where clips of the tiny world are rendered.
-        note: told how many of the clips that are kept are encoded.
+        note: told how many of a folder's samples are looked at, and of the clips that are kept,
+            encoded.
 
     Raises:
         ValueError: as `TinyLatents` and `FolderClips` raise it.
@@ -151,7 +152,8 @@ def encoded_clips(
     if data.folder is None:
         clips = TinyLatents(geometry, data.shots, encoder, device)
     else:
-        found = FolderClips(Path(data.folder), geometry, data.fps, data.shots, encoder.stride)
+        folder, stride = Path(data.folder), encoder.stride
+        found = FolderClips(folder, geometry, data.fps, data.shots, stride, note)
         clips = FolderLatents(found, encoder)
     if data.clips is None:
         return clips

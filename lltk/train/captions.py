@@ -35,8 +35,11 @@ def read_caption(path: Path) -> str:
         text = data.decode(_MARKS.get(data[:2], "utf-8-sig"))
         found = text if path.suffix.lower() == ".txt" else parse_json(text, path.name)
     except (OSError, ValueError) as error:
-        raise Unusable(f"its caption cannot be read ({path.name}: {error})") from error
+        reason = str(error).removeprefix(f"{path.name}: ")
+        raise Unusable(f"its caption cannot be read ({path.name}: {reason})") from error
     caption = _of_data(found, path.name)
+    if "\0" in caption:
+        raise Unusable(f"its caption {path.name} is no plain text; save it in UTF-8")
     if not caption.strip():
         raise Unusable("its caption is empty")
     return caption.strip()

@@ -28,6 +28,7 @@ from lltk.stream.script import SCENE_CUT
 from lltk.train.captions import SUFFIXES, read_caption
 from lltk.train.data import generator_at
 from lltk.train.frames import Footage, Unusable, read_footage, shown_frames
+from lltk.train.progress import Note, noted, silent
 from lltk.train.shortfall import chunk_frames, few_lines, shortfall
 
 _TRIES = 100
@@ -105,13 +106,20 @@ class FolderClips:
         fps: video frames a second at which the clips are read.
         shots: most clips in a sample.
         stride: video frames in a latent frame.
+        note: told how many samples' files have been looked at.
 
     Raises:
         ValueError: there is no such folder, or no sample can be filled; says what was skipped.
     """
 
     def __init__(
-        self, folder: Path, geometry: Geometry, fps: float, shots: int, stride: int = 4
+        self,
+        folder: Path,
+        geometry: Geometry,
+        fps: float,
+        shots: int,
+        stride: int = 4,
+        note: Note = silent,
     ) -> None:
         if not (folder / "video").is_dir():
             raise ValueError(
@@ -128,7 +136,8 @@ class FolderClips:
         counts = []
         self._captions = self._written()
         files = self._files()
-        samples = {name: self._clips(files[name]) for name in files}
+        looked_at = noted(files, "looking at clips", len(files), note)
+        samples = {name: self._clips(files[name]) for name in looked_at}
         self._list_captions(files)
         for found in samples.values():
             clips = [clip for clip in found if clip.length >= self._frames(0)]

@@ -84,7 +84,7 @@ def read_footage(path: Path) -> Footage:
     try:
         check_regular(path)
     except ValueError as error:
-        raise Unusable(str(error)) from error
+        raise Unusable(str(error).removeprefix(f"{path}: ")) from error
     try:
         with av.open(path) as file:
             stream = _video(file)
