@@ -77,6 +77,28 @@ def transform(
     return made if packed is None else with_weights(made, packed)
 
 
+def fitting(recipe: Recipe) -> Observer:
+    """Refuses adapters that do not fit the model that was captured.
+
+    It is for transforming without weights, which does not need the adapters.
+
+    Args:
+        recipe: names them.
+
+    Raises:
+        ValueError: an adapter cannot be read.
+    """
+    adapters = _adapters(recipe, weights=True)
+
+    def check(program: Program) -> None:
+        if not program.log:
+            shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}
+            for adapter, _ in adapters:
+                adapter.check(shapes)
+
+    return check
+
+
 def capture(recipe: Recipe, *, weights: bool = True, section: str = "model") -> Program:
     """Capture the recipe's model and run no pass; arguments and errors as for `transform`."""
     return _capture(recipe, _adapters(recipe, weights), weights, section)[0]

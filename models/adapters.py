@@ -29,6 +29,7 @@ from torch import Tensor
 from lltk.graph.low_rank import LowRank, add_changes
 from lltk.graph.weights import few
 from lltk.models.checkpoint import named_tensors, unwrapped
+from lltk.models.hub import local
 from lltk.models.layouts import WEIGHT_LAYOUTS
 from lltk.models.nvfp4_conventions import parse_object
 from lltk.models.weight_files import read_header, read_weights
@@ -149,7 +150,7 @@ def load_adapter(path: str | Path) -> Adapter:
         ValueError: there is no such file, it is damaged, or it holds something that is no LoRA.
             Names the file and the key.
     """
-    file = _file(Path(path))
+    file = _file(local(path))
     content = read_weights(file)
     state = named_tensors(unwrapped(content.get("generator_lora", content), file), str(file))
     scaling = _scaling(file, state)
@@ -175,7 +176,8 @@ def _pair(
     if up is None:
         raise ValueError(f"{where}: {down.key} has no lora_B beside it; download it again")
     a, b, alpha = down.tensor, up.tensor, parts.get((parameter, "alpha"))
-    if a.dim() < 2 or b.dim() < 2 or b.flatten(1).shape[1] != a.shape[0]:
+    fits = a.dim() > 1 and b.dim() > 1 and b.flatten(1).shape[1] == a.shape[0] > 0
+    if not fits:
         raise ValueError(
             f"{where}: {down.key} is {tuple(a.shape)} and {up.key} is {tuple(b.shape)}; "
             "A is [rank, in] and B is [out, rank]; download it again"
@@ -221,10 +223,8 @@ def _parts(state: Mapping[str, Tensor], where: str) -> dict[tuple[str, str], _Pa
                 f"{where}: {key} is for {module}, which Wan2.2-TI2V's transformer does not have; "
                 "use an adapter that was trained for this model"
             )
-        if kind != "alpha" and not (
-            tensor.is_floating_point() and bool(tensor.float().isfinite().all())
-        ):
-            raise ValueError(f"{where}: {key} is not finite, or no floats; use another save of it")
+        if kind != "alpha":
+            _check_values(tensor, f"{where}: {key}")
         entry = (parameter, "difference" if kind == part else kind)
         if entry in parts:
             raise ValueError(
@@ -232,6 +232,13 @@ def _parts(state: Mapping[str, Tensor], where: str) -> dict[tuple[str, str], _Pa
             )
         parts[entry] = _Part(key, module.removeprefix("base_model.model."), tensor)
     return parts
+
+
+def _check_values(tensor: Tensor, subject: str) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{subject} is {tensor.dtype}, not floating point; {_BY_HAND}")
+    if not bool(tensor.float().isfinite().all()):
+        raise ValueError(f"{subject} holds NaN or infinity; use an earlier save of it")
 
 
 def _parameter(module: str, part: str) -> str | None:
@@ -307,10 +314,10 @@ def _matching(
 
 def _scaling(file: Path, state: Iterable[str]) -> _Scaling:
     """What the configuration beside a file, or its header, states."""
-    beside = file.with_name(_PEFT)
-    if any(key.startswith("base_model.") for key in state) and beside.is_file():
+    beside, named = file.with_name(_PEFT), file.stem == "adapter_model"
+    if beside.is_file() and (named or any(key.startswith("base_model.") for key in state)):
         return _of_peft(parse_object(beside.read_bytes(), beside), str(beside))
-    if file.stem == "adapter_model":
+    if named:
         raise ValueError(f"{file}: its scale is in {_PEFT}, which is missing; put it beside it")
     header = read_header(file)
     if _DIFFUSERS in header:
@@ -374,7 +381,7 @@ def _number(value: Any, where: str) -> float:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
-        found = f"{tuple(value.shape)} numbers" if isinstance(value, Tensor) else repr(value)[:40]
+        found = repr(value.tolist() if isinstance(value, Tensor) else value)[:40]
         raise ValueError(f"{where} is {found}, not a number; repair it")
     return number
 

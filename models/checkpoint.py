@@ -19,6 +19,7 @@ from lltk.graph.packed import is_packed, plain_name
 from lltk.graph.weights import few
 from lltk.models.configs import config_from_wan, validate_config, without_notes
 from lltk.models.float8 import widened
+from lltk.models.hub import local
 from lltk.models.layouts import LORA_LAYOUTS, WEIGHT_LAYOUTS, Layout, weight_layout
 from lltk.models.nvfp4_conventions import CONVENTIONS, Description
 from lltk.models.nvfp4_layouts import read_packed, write_packed
@@ -73,7 +74,7 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
             is a pickle of anything but tensors and plain values, which is not read. Or as
             `widened` and `read_packed`.
     """
-    path, config, quantisation = standing(Path(path)), None, None
+    path, config, quantisation = standing(local(path)), None, None
     checked = path.is_dir()
     if checked:
         path = _checked_folder(path, "transformer")

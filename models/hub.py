@@ -34,16 +34,19 @@ def on_disk(recipe: Mapping[str, Any], download: bool, needed: bool = True) -> d
         section: Any = made
         for key in keys[:-1]:
             section = section.get(key) if isinstance(section, Mapping) else None
-        name = section.get(keys[-1]) if isinstance(section, Mapping) else None
-        if not isinstance(name, str) or Path(name).exists() or _ID.fullmatch(name) is None:
-            continue
+        named = section.get(keys[-1]) if isinstance(section, Mapping) else None
         where = ".".join(keys)
-        found = _download(name, where) if download else cached(name)
-        if found is not None:
-            _set(made, keys, str(found))
-        elif needed:
-            raise ValueError(f"{where}: {name} is not here; {remedy(name)}")
+        if isinstance(named, str):
+            _set(made, keys, _here(named, where, download, needed))
+        elif isinstance(named, list):
+            _set(made, keys, [_here(name, where, download, needed) for name in named])
     return made
+
+
+def local(name: str | Path) -> Path:
+    """The path that a name stands for: its own, or that of what the hub's cache holds of it."""
+    path = Path(name)
+    return path if path.exists() else cached(str(name)) or path
 
 
 def cached(name: str) -> Path | None:
@@ -61,7 +64,20 @@ def remedy(name: str) -> str:
     if (found := _ID.fullmatch(name)) is None:
         return ""
     what = " ".join(part for part in found.groups() if part)
-    return f"if it is on the Hugging Face hub, run `hf download {what}`, or add --download"
+    return (
+        f"check the path or, if it is on the Hugging Face hub, run `hf download {what}`, or add "
+        "--download"
+    )
+
+
+def _here(name: Any, where: str, download: bool, needed: bool) -> Any:
+    """The path of what a name stands for; the name itself if it is none of the hub's."""
+    if not isinstance(name, str) or Path(name).exists() or _ID.fullmatch(name) is None:
+        return name
+    found = _download(name, where) if download else cached(name)
+    if found is None and needed:
+        raise ValueError(f"{where}: {name} is not here; {remedy(name)}")
+    return name if found is None else str(found)
 
 
 def _download(name: str, where: str) -> Path | None:
@@ -93,7 +109,7 @@ def _fetched(name: str, local_files_only: bool) -> Path | None:
     )
 
 
-def _set(data: dict[str, Any], keys: tuple[str, ...], value: str) -> None:
+def _set(data: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
     """Set a nested key, in copies of the mappings on the way."""
     for key in keys[:-1]:
         data[key] = data = dict(data[key])

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from lltk.files.reading import check_regular, read_text
 from lltk.files.tensors import SEAL, check_seal
 from lltk.graph.weights import check_names, few
+from lltk.models.hub import remedy
 from lltk.models.nvfp4_conventions import HEADER_ENTRIES, parse_object
 
 STEM = "diffusion_pytorch_model"
@@ -55,7 +56,7 @@ def read_weights(path: Path, checked: bool = False) -> dict[str, Any]:
         ValueError: it does not exist, is damaged, or is of another kind.
     """
     if not path.exists():
-        raise ValueError(f"{path}: does not exist; check the path")
+        raise ValueError(f"{path}: does not exist; {remedy(str(path)) or 'check the path'}")
     check_regular(path)
     if path.suffix.lower() == ".json":
         return _read_shards(path, checked)

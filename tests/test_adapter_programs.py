@@ -26,6 +26,8 @@ from helpers import (
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from streams import SIZES as TINY_SIZES
+from streams import TRANSFORMER, save_pipeline
 from torch import Tensor
 
 from lltk.compiler import transform, with_weights
@@ -34,10 +36,11 @@ from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, open_recipe, parse_recipe
 from lltk.graph.recipe_files import shipped
 from lltk.models.adapters import load_adapter, merge_adapters
-from lltk.models.checkpoint import save_checkpoint, save_lora
+from lltk.models.checkpoint import load_checkpoint, save_checkpoint, save_lora
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.ops.nvfp4_quantise.reference import BLOCK, nvfp4_quantise
 from lltk.passes.lora import Adapters, is_adapter
+from lltk.stream.video import read_video
 from lltk.tasks.transformer import TransformerPlan, plan_transformer
 
 pytestmark = pytest.mark.cpu
@@ -320,6 +323,7 @@ def test_training_from_scratch_takes_no_adapter(file: Path) -> None:
     [
         (["a.safetensors"], [("a.safetensors", 1.0)]),
         (["a.safetensors:0.8", "b:-1", "c:0"], [("a.safetensors", 0.8), ("b", -1.0), ("c", 0.0)]),
+        (["a:b.pt:0.5", "C:\\a.pt:2"], [("a:b.pt", 0.5), ("C:\\a.pt", 2.0)]),
         (["C:folder", "ключ é.pt:2"], [("C:folder", 1.0), ("ключ é.pt", 2.0)]),
         (["there:2"], [("there:2", 1.0)]),
         ([], [("recipe's", 0.5)]),
@@ -349,7 +353,12 @@ def test_stream_takes_adapters(
 
 
 @pytest.mark.parametrize(
-    ("adapter", "found"), [("none.safetensors", "does not exist"), ("a:nan", "nan is no strength")]
+    ("adapter", "found"),
+    [
+        ("none.safetensors", "does not exist"),
+        ("a:nan", "nan is no strength"),
+        ("a:1e400", "1e400 is no strength"),
+    ],
 )
 def test_stream_refuses_what_is_no_adapter(
     adapter: str, found: str, run: Run, tmp_path: Path
@@ -360,10 +369,58 @@ def test_stream_refuses_what_is_no_adapter(
 
 
 def test_a_dry_run_reads_and_shows_the_adapters(file: Path, run: Run, tmp_path: Path) -> None:
-    what = ["stream", "tiny_stream", "--prompt", "x", "--dry-run", "--device", "cpu"]
-    code, out, err = run(*what, "--lora", f"{file}:-0.5", *SMALL)
+    what = ["stream", "tiny_stream", "--prompt", "x", "--dry-run", "--device", "cpu", *SMALL]
+    code, out, err = run(
+        *what, "--set", f"model.config={json.dumps(CONFIG)}", "--lora", f"{file}:-0.5"
+    )
     assert code == 0 and "× -0.5" in " ".join(out.split()), err
+    misfit = f"{file}: changes {Q}.weight of (32, 32), and the model has it as (64, 64)"
+    wide = ["--set", f"model.config={json.dumps(CONFIG | {'attention_head_dim': 32})}"]
+    transform = ["transform", "tiny_stream", "--dry-run", "--set", f"model.lora={file}", *SMALL]
+    for command in ([*what, *wide, "--lora", file], [*transform, *wide]):
+        code, _, err = run(*command)
+        assert code == 2 and misfit in " ".join(err.split())
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(file.read_bytes()[:-8])
     code, _, err = run(*what, "--lora", broken)
     assert code == 2 and f"{broken}: differs from its checksum" in " ".join(err.split())
+
+
+def test_frames_with_an_adapter_are_those_of_merged_weights(run: Run, tmp_path: Path) -> None:
+    """In NVFP4, so that they are merged before they are quantised."""
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    own = load_checkpoint(pipeline).weights
+    state = {}
+    for module in (f"blocks.{block}.attn1.to_{to}" for block in (0, 1) for to in "qv"):
+        out, into = own[f"{module}.weight"].shape
+        state[f"{module}.lora_A.weight"] = torch.ones(4, into)
+        state[f"{module}.lora_B.weight"] = torch.ones(out, 4)
+    adapter, whole = tmp_path / "a.safetensors", tmp_path / "merged"
+    save_file(randomise(state), adapter)
+    save_checkpoint(
+        whole, merge_adapters(own, [(load_adapter(adapter), 0.8)]), "diffusers", TRANSFORMER
+    )
+
+    def frames(*more: object) -> Tensor:
+        sets = [part for key in TINY_SIZES for part in ("--set", key)]
+        sets += ["--set", f"stream.pipeline={pipeline}", "--device", "cpu", "--overwrite"]
+        video = tmp_path / "v.mkv"
+        code, _, err = run(
+            "stream",
+            "tiny_stream_w4a4",
+            "--prompt",
+            "a red circle",
+            "--seconds",
+            1,
+            "-o",
+            video,
+            *sets,
+            *more,
+        )
+        assert code == 0, err
+        return read_video(video)
+
+    plain, added = frames(), frames("--lora", f"{adapter}:0.8")
+    assert not torch.equal(plain, added)
+    assert torch.equal(added, frames("--set", f"model.checkpoint={whole}"))
+    assert torch.equal(plain, frames("--lora", f"{adapter}:0"))

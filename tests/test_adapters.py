@@ -323,6 +323,9 @@ def test_folders(tmp_path: Path) -> None:
     torch.save(load_file(pickled / "adapter_model.safetensors"), pickled / "adapter_model.bin")
     (pickled / "adapter_model.safetensors").unlink()
     assert difference(merged(folder), merged(pickled)) == 0
+    bare = peft_folder(tmp_path / "bare", {Q: 4}, lora_alpha=8)
+    save_file(pairs({Q: 4}), bare / "adapter_model.safetensors")
+    assert difference(merged(folder), merged(bare)) == 0, "the names need no prefix"
     save_file(pairs({Q: 4}), tmp_path / "mine" / "other.safetensors")
     message = refused(load_adapter, tmp_path / "mine")
     assert (
@@ -350,11 +353,17 @@ GOOD = {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}
         ({f"{K}.lora_A.weight": A}, {}, f"{K}.lora_A.weight has no lora_B beside it"),
         ({f"{K}.lora_B.weight": A}, {}, f"{K}.lora_B.weight has no lora_A beside it"),
         ({f"{K}.alpha": A[0, 0]}, {}, f"{K}.alpha has no lora_A beside it"),
-        ({f"{Q}.alpha": A}, {}, f"{Q}.alpha is (4, 24) numbers, not a number"),
+        ({f"{Q}.alpha": A}, {}, f"{Q}.alpha is [["),
+        ({f"{Q}.alpha": A[0, 0] / 0}, {}, f"{Q}.alpha is "),
         ({f"{Q}.lora_down.weight": A}, {}, f"{Q}.lora_A.weight and {Q}.lora_down.weight mean"),
         ({f"{Q}.lora_B.weight": B[:, :3]}, {}, f"{Q}.lora_A.weight is (4, 24) and {Q}.lora_B"),
-        ({f"{Q}.lora_B.weight": B / 0}, {}, f"{Q}.lora_B.weight is not finite"),
-        ({f"{Q}.lora_B.weight": B.int()}, {}, f"{Q}.lora_B.weight is not finite, or no floats"),
+        (
+            {f"{Q}.lora_A.weight": A[:0], f"{Q}.lora_B.weight": B[:, :0], f"{Q}.alpha": A[0, 0]},
+            {},
+            f"{Q}.lora_A.weight is (0, 24)",
+        ),
+        ({f"{Q}.lora_B.weight": B / 0}, {}, f"{Q}.lora_B.weight holds NaN or infinity"),
+        ({f"{Q}.lora_B.weight": B.int()}, {}, f"{Q}.lora_B.weight is torch.int32, not floating"),
         ({"lora_te_text_model_q.alpha": A[0, 0]}, {}, "is for lora_te_text_model_q, which Wan2.2"),
         ({"blocks.0.cross_attn.k_img.diff_b": A}, {}, "is for blocks.0.cross_attn.k_img, which"),
         ({"transformer_2.blocks.0.attn1.to_q.alpha": A[0, 0]}, {}, "transformer_2.blocks.0"),

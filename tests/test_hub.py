@@ -12,6 +12,7 @@ from streams import SIZES, save_pipeline
 
 from lltk.graph.recipe import read_recipe
 from lltk.graph.recipe_files import shipped
+from lltk.models.checkpoint import load_checkpoint
 from lltk.models.hub import on_disk
 from lltk.models.pipelines import find_pipeline
 from lltk.stream.video import read_video
@@ -55,7 +56,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return made
 
 
-def named(**names: str) -> dict[str, Any]:
+def named(**names: Any) -> dict[str, Any]:
     return {"model": {"checkpoint": None, "lora": None, **names}, "stream": {"pipeline": OURS}}
 
 
@@ -66,6 +67,8 @@ def test_a_recipe_gets_paths(hub: Hub) -> None:
     assert made["stream"]["pipeline"] == str(folder)
     assert made["model"] == {"checkpoint": None, "lora": str(folder / "lora.safetensors")}
     assert hub.downloads == [LORA, OURS]
+    listed = on_disk(named(lora=["mine", LORA]), download=False)  # as --lora names them
+    assert listed["model"]["lora"] == ["mine", made["model"]["lora"]]
     assert recipe == named(lora=LORA), "the recipe is left as it is"
     assert on_disk(recipe, download=False) == made, "the cache is looked into"
     assert on_disk({"vae": {}, "train": {"data": None}}, download=True).keys() == {"vae", "train"}
@@ -75,8 +78,8 @@ def test_a_recipe_gets_paths(hub: Hub) -> None:
 def test_what_is_not_here_says_what_to_run(hub: Hub, tmp_path: Path) -> None:
     said = refused(on_disk, named(checkpoint=LORA), download=False)
     assert said == (
-        f"model.checkpoint: {LORA} is not here; if it is on the Hugging Face hub, run "
-        "`hf download someone/adapters lora.safetensors`, or add --download"
+        f"model.checkpoint: {LORA} is not here; check the path or, if it is on the Hugging Face "
+        "hub, run `hf download someone/adapters lora.safetensors`, or add --download"
     )
     assert f"run `hf download {OURS}`" in refused(find_pipeline, OURS)
     assert on_disk(named(), download=False, needed=False) == named()
@@ -101,6 +104,26 @@ def test_a_stream_of_a_repository(hub: Hub, run: Run, tmp_path: Path) -> None:
     code, _, err = run(*line, "--download")
     assert code == 0, err
     assert len(read_video(tmp_path / "v.mp4")) == 5 and hub.downloads == [OURS]
+
+
+@pytest.mark.parametrize("command", ["bench stream tiny_stream", "compare tiny_stream tiny_stream"])
+def test_measuring_a_repository(hub: Hub, run: Run, command: str) -> None:
+    changes = [part for key in (*SIZES, f"stream.pipeline={OURS}") for part in ("--set", key)]
+    line = [*command.split(), *changes, "--device", "cpu", "-o", "record"]
+    code, _, err = run(*line)
+    assert code == 2 and f"hf download {OURS}" in " ".join(err.split())
+    assert hub.downloads == []
+    run(*line, "--download", "--dry-run")
+    assert hub.downloads == [OURS]
+
+
+def test_what_python_names_is_looked_for_in_the_cache(hub: Hub) -> None:
+    said = refused(load_checkpoint, OURS)
+    assert "does not exist; check the path or, if it is on the" in said
+    assert f"run `hf download {OURS}`" in said
+    on_disk(named(), download=True)
+    assert load_checkpoint(OURS).weights.keys() == load_checkpoint(hub.held[OURS]).weights.keys()
+    assert load_checkpoint(Path(OURS)).weights
 
 
 def test_the_5b_recipes_name_their_repository() -> None:

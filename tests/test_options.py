@@ -94,14 +94,14 @@ LINES = {
         {"--output": ["other"], "--seconds": ["3"], "--warmup": ["2"], "--runs": ["2"],
          "--set": ["stream.steps=2"], "--device": ["cuda:99"], "--random-weights": [],
          "--dry-run": [], "--json": []},
-        OVERWRITE,
+        {**OVERWRITE, **DOWNLOAD},
     ),
     "compare": Line(
         [["--dry-run"], ["--dry-run", "--json"], ["--dry-run", "--shots", "0"]],
         {"--output": ["other"], "--shots": ["9"], "--minutes": ["3"], "--at-once": ["2"],
          "--workers": ["3"], "--set": ["geometry.window=6"], "--device": ["cuda:99"],
          "--dry-run": [], "--json": []},
-        OVERWRITE,
+        {**OVERWRITE, **DOWNLOAD},
     ),
     "demo": Line(
         [[], ["--dry-run"], ["--dry-run", "--json"]],

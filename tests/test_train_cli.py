@@ -154,7 +154,7 @@ def test_what_passes_convert_and_keep_is_printed(run: Run) -> None:
         ),
         (
             ["tiny_train", *sets(["model.checkpoint=some/one"])],
-            "model.checkpoint: some/one is not here; if it is on the Hugging Face hub, run",
+            "model.checkpoint: some/one is not here; check the path or, if it is on the",
         ),
         (
             ["tiny_train", *sets([*SMALL, "train.data.pipeline=null"])],

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from lltk.cli.logs import hide_loading
-from lltk.cli.options import overwrite_option
+from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.tables import memory_table
 from lltk.graph.recipe_files import find_recipe
 
@@ -53,6 +53,7 @@ def command() -> None:
     "--random-weights", is_flag=True,
     help="Use random weights and prompts of the true shapes; needs no files.",
 )  # fmt: skip
+@download_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; measure nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
@@ -65,6 +66,7 @@ def stream(
     overrides: tuple[str, ...],
     device: str | None,
     random_weights: bool,
+    download: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -86,10 +88,9 @@ def stream(
     from lltk.bench.random_weights import random_prompts, with_random_models
     from lltk.bench.record import make_record, record_files, record_outputs, write_record
     from lltk.bench.stream import METHOD, measure, text
-    from lltk.cli.inputs import inputs_of
+    from lltk.cli.inputs import inputs_of, located
     from lltk.cli.outputs import share_cores
     from lltk.files.outputs import check_outputs
-    from lltk.graph.recipe import load_recipe
     from lltk.parallel.ranks import joined
     from lltk.streaming import describe, plan_stream, refusal, stream_memory
 
@@ -98,7 +99,7 @@ def stream(
         path = find_recipe(recipe)
         if output is None and not dry_run:
             raise ValueError("-o: name the record's files, without a suffix")
-        resolved = load_recipe(path, overrides)
+        resolved = located(path, overrides, download, not (dry_run or random_weights))
         if output is not None:
             inputs = inputs_of(path, resolved.resolved())
             check_outputs(record_outputs(output), inputs, overwrite)

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from lltk.cli.logs import hide_loading
-from lltk.cli.options import overwrite_option
+from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.tables import row_table
 from lltk.graph.recipe_files import find_recipe
 from lltk.parallel.devices import find_device
@@ -38,6 +38,7 @@ from lltk.parallel.devices import find_device
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Change a key of every recipe; may be repeated.")  # fmt: skip
 @click.option("--device", help="Where it runs (default: a GPU if there is one).")
+@download_option
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; compare nothing.")
@@ -50,6 +51,7 @@ def command(
     workers: int | None,
     overrides: tuple[str, ...],
     device: str | None,
+    download: bool,
     overwrite: bool,
     as_json: bool,
     dry_run: bool,
@@ -91,10 +93,9 @@ def command(
         text,
     )
     from lltk.bench.record import make_record, record_files, record_outputs, write_record
-    from lltk.cli.inputs import inputs_of
+    from lltk.cli.inputs import inputs_of, located
     from lltk.cli.outputs import share_cores
     from lltk.files.outputs import check_outputs
-    from lltk.graph.recipe import load_recipe
     from lltk.ops.implementations import check_device
     from lltk.streaming import describe, plan_stream
 
@@ -103,7 +104,7 @@ def command(
     films = -(-shots // SHOTS)
     batch = min(max(films, minutes, 1), at_once)
     sizes = (*overrides, f"geometry.batch={batch}")
-    loaded = [(path.stem, load_recipe(path, sizes)) for path in paths]
+    loaded = [(path.stem, located(path, sizes, download, not dry_run)) for path in paths]
     if output is not None:
         named = zip(paths, loaded, strict=True)
         read = [file for path, (_, made) in named for file in inputs_of(path, made.resolved())]

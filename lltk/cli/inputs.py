@@ -9,6 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lltk.graph.recipe import Recipe, parse_recipe, read_recipe
+from lltk.models.hub import on_disk
+
 _NAMED = (
     ("model", "checkpoint"),
     ("model", "lora"),
@@ -17,6 +20,19 @@ _NAMED = (
     ("train", "data", "folder"),
 )
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+
+
+def located(path: Path, overrides: Sequence[str], download: bool, needed: bool) -> Recipe:
+    """A recipe, in which paths stand for what it names on the Hugging Face hub.
+
+    Args:
+        path, overrides: as for `load_recipe`.
+        download, needed: as for `on_disk`.
+
+    Raises:
+        ValueError: as by `load_recipe` and `on_disk`.
+    """
+    return parse_recipe(on_disk(read_recipe(path, overrides), download, needed), str(path))
 
 
 def inputs_of(recipe: Path, data: Mapping[str, Any]) -> list[Path]:

@@ -105,13 +105,11 @@ def command(
       lltk stream tiny_stream --resume video.state.safetensors -o rest.mp4
       torchrun --nproc-per-node 2 -m lltk stream wan22_5b_stream_sp2 --script s.yaml -o video.mp4
     """
-    from lltk.cli.inputs import adapter_keys, inputs_of
+    from lltk.cli.inputs import adapter_keys, inputs_of, located
     from lltk.cli.outputs import share_cores, summary
     from lltk.cli.stream_prompts import jobs, read_prompts, stream_prompts
     from lltk.cli.stream_to_files import Files, stream_to_files, unused
     from lltk.files.outputs import check_outputs
-    from lltk.graph.recipe import parse_recipe, read_recipe
-    from lltk.models.hub import on_disk
     from lltk.parallel.ranks import joined
     from lltk.stream.frame_folder import check_form
     from lltk.stream.state import read_state
@@ -136,8 +134,7 @@ def command(
             wanted = jobs(read_prompts(prompts), seeds or 1, output)
         elif seeds is not None:
             raise ValueError("--seeds: is for --prompts; drop it, or use --seed for one video")
-        data = on_disk(read_recipe(path, (*overrides, *changes)), download, not dry_run)
-        resolved = parse_recipe(data, str(path))
+        resolved = located(path, (*overrides, *changes), download, not dry_run)
         output = unused(Path(f"{path.stem}.mp4")) if output is None else output
         if resume is not None and output.exists() and not overwrite:
             raise ValueError(

@@ -9,13 +9,12 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from lltk.cli.inputs import inputs_of, located
 from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.tables import log_tables, memory_table
 from lltk.files.manifest import Manifest
 from lltk.files.outputs import Kind, Output, check_outputs
-from lltk.graph.recipe import parse_recipe, read_recipe
 from lltk.graph.recipe_files import find_recipe
-from lltk.models.hub import on_disk
 
 _DUMPED = Manifest("dump.json", "a Program's graphs", format=1, remedy="dump them again")
 _DUMP = Kind("a dump", lambda folder: all(map(_DUMPED.recognises, folder.iterdir())), folder=True)
@@ -67,11 +66,9 @@ def command(
     console = Console(quiet=as_json)
     path = find_recipe(recipe)
     needed = not (dry_run or no_weights)
-    data = on_disk(read_recipe(path, overrides), download, needed)
-    resolved = parse_recipe(data, str(path))
+    resolved = located(path, overrides, download, needed)
     from lltk.artefact import PROGRAM, save_program
-    from lltk.cli.inputs import inputs_of
-    from lltk.compiler import transform
+    from lltk.compiler import fitting, transform
     from lltk.files.writing import remove_whole, whole_folder
     from lltk.graph.memory import estimate
     from lltk.graph.program import Program
@@ -81,7 +78,13 @@ def command(
     written = [Output(place, kind) for place, kind in kinds if place is not None]
     check_outputs(written, inputs_of(path, resolved.resolved()), overwrite)
     if dry_run:
-        planned = transform(resolved, weights=False, stop_after=stop_after, disable=disable)
+        planned = transform(
+            resolved,
+            weights=False,
+            stop_after=stop_after,
+            disable=disable,
+            observe=None if no_weights else fitting(resolved),
+        )
         source = "none" if no_weights else str(resolved.model.checkpoint)
         places = [str(each.path) for each in written]
         owners, names = estimate(planned), [entry.name for entry in planned.log]

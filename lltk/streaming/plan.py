@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from lltk.compiler import transform
+from lltk.compiler import fitting, transform
 from lltk.graph.facts import HighSteps, Ranks
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, parse_recipe
-from lltk.models.adapters import load_adapter
 from lltk.models.pipelines import find_pipeline
 from lltk.parallel.groups import SEQUENCE, rank_in
 from lltk.stream.chunks import Chunking
@@ -135,10 +134,7 @@ def plan_stream(
     if model.checkpoint is None and weights:
         model = model.model_copy(update={"checkpoint": str(folder)})
     own = recipe.model_copy(update={"model": model})
-    if not weights:
-        for file, _ in model.adapters():
-            load_adapter(file)  # refuses what cannot be read, as a plan with weights does
-    transformer = transform(own, weights=weights)
+    transformer = transform(own, weights=weights, observe=None if weights else fitting(own))
     if late := [index for index in transformer.fact(HighSteps).indices if index >= section.steps]:
         raise ValueError(
             f"keep_steps: {late} are no passes of a chunk, which has {section.steps} "
