@@ -96,6 +96,7 @@ def command(
     from lltk.cli.inputs import inputs_of, located
     from lltk.cli.outputs import share_cores
     from lltk.files.outputs import check_outputs
+    from lltk.graph.recipe import load_recipe
     from lltk.ops.implementations import check_device
     from lltk.streaming import describe, plan_stream
 
@@ -104,14 +105,15 @@ def command(
     films = -(-shots // SHOTS)
     batch = min(max(films, minutes, 1), at_once)
     sizes = (*overrides, f"geometry.batch={batch}")
+    named = [(path.stem, load_recipe(path, sizes).geometry) for path in paths]
+    check_same("geometry", [(name, geometry.model_dump()) for name, geometry in named])
+    if films or minutes:
+        check_size(named[0][1])
     loaded = [(path.stem, located(path, sizes, download, not dry_run)) for path in paths]
     if output is not None:
-        named = zip(paths, loaded, strict=True)
-        read = [file for path, (_, made) in named for file in inputs_of(path, made.resolved())]
+        found = zip(paths, loaded, strict=True)
+        read = [file for path, (_, made) in found for file in inputs_of(path, made.resolved())]
         check_outputs(record_outputs(output), read, overwrite)
-    check_same("geometry", [(name, recipe.geometry.model_dump()) for name, recipe in loaded])
-    if films or minutes:
-        check_size(loaded[0][1].geometry)
     plans = []
     for name, recipe in loaded:
         with console.status(f"compiling {name}"):
