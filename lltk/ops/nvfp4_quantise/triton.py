@@ -150,7 +150,9 @@ def _quantise(
         other=0.0,
     )
     block = row * blocks + column[None, :]
-    scale, packed = quantise_blocks(values.to(tl.float32), block, tensor, seed, stream, TOP, RULE, NATIVE)
+    scale, packed = quantise_blocks(
+        values.to(tl.float32), block, tensor, seed, stream, TOP, RULE, NATIVE
+    )
     tl.store(scales + block, tl.broadcast_to(scale[None, :], (TILE, AMOUNT)), mask=inside)
     byte = tl.arange(0, 8)[None, None, :]
     tl.store(codes + (block[:, :, None] * 8 + byte), packed, mask=inside[:, :, None])
