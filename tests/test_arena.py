@@ -84,7 +84,7 @@ def test_a_stream_through_arenas_is_the_plain_one() -> None:
 
 @cpu
 def test_a_state_goes_on_bit_for_bit() -> None:
-    """It does, whatever a step left in the free page."""
+    """What a step left in the free page does not matter."""
     program = streaming("arena")
     runs = [Rollout(program, instantiate(program)) for _ in range(2)]
     geometry, spec = program.geometry, program.spec

@@ -83,7 +83,7 @@ def made(models: Models, wanted: Wanted, state: Path) -> tuple[Tensor, Tensor, b
 
 @contextmanager
 def one_at_a_time(kind: type, method: str) -> Iterator[None]:
-    """Calls of a method must not overlap."""
+    """Fail where two calls of a method overlap within the block."""
     call, busy = getattr(kind, method), threading.Lock()
 
     def checked(*given: Any) -> Any:
