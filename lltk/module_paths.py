@@ -45,6 +45,6 @@ def import_by_path(path: str) -> ModuleType:
     spec = find_by_path(path)
     try:
         return import_module(path)
-    except Exception as error:  # whatever the file's own code raises
+    except (Exception, SystemExit) as error:  # whatever the file's own code raises
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{spec.origin}: cannot be imported ({reason})") from error

@@ -64,7 +64,7 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     Args:
         path: a diffusers folder, a pipeline's folder with ``transformer/``, an original Wan folder,
             a safetensors file, an index of shards, or a file of torch.save with a state dict, alone
-            or in a training script's checkpoint, or a LongLive checkpoint. Names may all have a
+            or in what a training script saved, or a LongLive checkpoint. Names may all have a
             prefix, such as ``model.diffusion_model.``. NVFP4 weights have diffusers' names and one
             of `CONVENTIONS`, and are in a folder, or in a file whose header says what it holds.
         ema: take a LongLive checkpoint's ``generator_ema`` instead of its ``generator``.

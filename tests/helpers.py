@@ -51,7 +51,7 @@ GEOMETRY = {
     "frames": 6,
     "text_tokens": 5,
 }
-"""2×2 tokens a latent frame."""
+"""A latent frame has 2×2 tokens."""
 
 
 def tiny_config(layers: int = 2, **sizes: Any) -> dict[str, Any]:

@@ -391,7 +391,7 @@ def test_files_that_mean_something_else_are_refused(
 
 
 def assert_short(message: str, path: Path) -> None:
-    """In two lines of a hundred characters, the path aside."""
+    """Without the path, the message fits into two lines of a hundred characters."""
     assert "\n" not in message and len(message.replace(str(path), "")) < 200
 
 

@@ -43,6 +43,17 @@ def test_committed_pages_keep_their_bytes(table: list[int]) -> None:
 
 
 @cpu
+def test_pages_of_another_dtype_are_copied() -> None:
+    """So the chunk's own keys and values are not rounded to the dtype of the pages."""
+    own, arenas = page_operands(torch.float32)
+    held, table = [pages.bfloat16() for pages in arenas], [3, 0, 1]
+    ours = arena(*own[:3], *held, torch.tensor(table))
+    theirs = dense_paged(*own[:3], *(pages.float() for pages in held), table)
+    assert worst([ours], [theirs]) <= BOUND[torch.float32]
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(held, arenas, strict=True))
+
+
+@cpu
 def test_an_arena_takes_no_gradients() -> None:
     own, arenas = page_operands(torch.float32)
     inputs = [t.requires_grad_() for t in own[:3]]
@@ -84,7 +95,7 @@ def test_a_stream_through_arenas_is_the_plain_one() -> None:
 
 @cpu
 def test_a_state_goes_on_bit_for_bit() -> None:
-    """It does, whatever a step left in the free page."""
+    """What a step left in the free page does not matter."""
     program = streaming("arena")
     runs = [Rollout(program, instantiate(program)) for _ in range(2)]
     geometry, spec = program.geometry, program.spec

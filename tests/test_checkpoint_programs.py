@@ -47,7 +47,7 @@ def named(layout: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def wrapped(key: str) -> str:
-    """The weights by the names that FSDP, checkpointing and compilation leave in a state."""
+    """The names that FSDP, activation checkpointing and compilation leave in a state."""
     outer, inner, compiled = WRAPPERS
     key = key.replace("model.", f"model.{outer}{compiled}", 1)
     return key.replace(".blocks.0.", f".blocks.0.{inner}{outer}")

@@ -211,7 +211,7 @@ def test_help_has_an_example(run: Run, command: str) -> None:
 
 
 def test_demo(run: Run, tmp_path: Path) -> None:
-    """The shipped model shows what the shipped script says."""
+    """The video of the shipped model shows what the shipped script says."""
     code, out, _ = run("demo", "-o", tmp_path / "demo.mp4")
     assert code == 0
     assert "285 (17.81 s)" in out

@@ -141,7 +141,7 @@ def test_the_command_compares(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_command_tells_errors_alone(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its frames are none that the scorer reads, and nothing is decoded."""
+    """The scorer cannot read frames of this size, and nothing is decoded."""
 
     def opened(plan: object) -> None:
         raise AssertionError("errors need no frames")

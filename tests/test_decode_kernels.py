@@ -226,7 +226,7 @@ def results(
 
 
 def differences(device: str, dtype: torch.dtype) -> Iterator[float]:
-    """The largest differences of the kernels that round nothing to FP8."""
+    """Of each case of a kernel that rounds nothing to FP8, the largest difference."""
     cases = {"cached_norm_silu": norm_cases, "upsample_residual": upsample_cases}
     for op, cases_of in cases.items():
         for one, other in results(op, device, cases_of(dtype)):

@@ -1,4 +1,4 @@
-"""FSDP2 over two ranks, with per-block checkpointing, gives one process's gradients."""
+"""FSDP2 over two ranks, with activation checkpointing per block, gives one process's gradients."""
 
 from __future__ import annotations
 

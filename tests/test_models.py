@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from lltk.graph.capture import capture
 from lltk.graph.contract import TensorSpec
 from lltk.graph.memory import total
+from lltk.graph.module import instantiate
+from lltk.models import wan_vae
 from lltk.stream.decode_pipeline import DecodePipeline
 from lltk.stream.decoder import DecodedElsewhere
 from lltk.stream.lanes import Lane
@@ -83,7 +85,7 @@ def made(models: Models, wanted: Wanted, state: Path) -> tuple[Tensor, Tensor, b
 
 @contextmanager
 def one_at_a_time(kind: type, method: str) -> Iterator[None]:
-    """Calls of a method must not overlap."""
+    """Fail where two calls of a method overlap within the block."""
     call, busy = getattr(kind, method), threading.Lock()
 
     def checked(*given: Any) -> Any:
@@ -299,6 +301,31 @@ def test_prompts_are_forgotten_and_failures_are_not_kept() -> None:
 
 
 # Loading
+
+
+def test_encoders_have_ended_before_weights_are_loaded(
+    plan: StreamPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So encoders need no room beside the models."""
+    order: list[str] = []
+    encoder = TextEncoder(plan.folder, plan.transformer.geometry.text_tokens)
+
+    def embed(prompt: str) -> Tensor:
+        time.sleep(0.05)
+        made = encoder.encode([prompt])
+        order.append("prompt")
+        return made
+
+    def noted(what: str, call: Any) -> Any:
+        return lambda *given: (call(*given), order.append(what))[0]
+
+    monkeypatch.setattr("lltk.streaming.models.instantiate", noted("weights", instantiate))
+    monkeypatch.setattr(wan_vae, "encode_image", noted("image", wan_vae.encode_image))
+    geometry = plan.transformer.geometry
+    image = torch.zeros(geometry.batch, 3, geometry.height, geometry.width)
+    script = [shot("a red circle", 1), shot("a green star", 1)]
+    Models(plan, embed).open(lambda video: None, script, image=image)
+    assert order == ["prompt", "prompt", "prompt", "image", "weights"]  # one is the negative prompt
 
 
 def test_threads_capture_at_once() -> None:

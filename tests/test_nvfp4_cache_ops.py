@@ -113,6 +113,17 @@ def test_a_page_is_the_same_wherever_and_whenever_it_is_written() -> None:
 
 
 @cpu
+def test_a_mean_does_not_depend_on_the_order_of_its_sum() -> None:
+    """In float32 the ones would be lost beside the large values that cancel out."""
+    value = torch.ones(1, 64, 1, 16)
+    value[:, 0], value[:, -1] = 2.0**26, -(2.0**26)
+    for tokens in (value, value.roll(1, 1)):
+        pages = empty_pages((1, 2, 64, 1, 16), True)
+        nvfp4_write_page(*pages, tokens, torch.tensor([1]))
+        assert pages.means is not None and bool((pages.means[:, 1] == 62 / 64).all())
+
+
+@cpu
 def test_heads_do_not_share_a_scale() -> None:
     """An outlier costs its own page and head only."""
     _, (values, _) = operands(torch.float32)

@@ -151,7 +151,7 @@ def test_a_recache_that_is_not_finite_stops_it(plan: StreamPlan, tmp_path: Path)
 
 
 def test_a_page_tells_what_no_node_does(plan: StreamPlan) -> None:
-    """This happens where kernels round otherwise than the graph does node by node."""
+    """A page may overflow in a kernel only: it rounds otherwise than the graph, node by node."""
     stream, _ = opened(plan)
     with stream:
         runtime: Any = stream.session._runtime

@@ -169,7 +169,7 @@ def test_a_given_first_frame_is_clean_and_uncounted() -> None:
 
 
 def test_context_noise_is_in_the_clean_chunks_alone() -> None:
-    """Its level is one a chunk and at most the largest; (1 − level) is what is left of clips."""
+    """Each chunk has one level, at most the largest. A clip is multiplied by (1 − level)."""
     plain, batch, loss = recorded("train")
     module, _, noised_loss = recorded("train", context_noise=0.3)
     assert torch.equal(plain.given["clean"], batch.tensors["latents"])
@@ -199,8 +199,8 @@ LONG = 5
 def numbered(seed: int, **options: float) -> tuple[list[int], Recorder]:
     """Which chunks of long clips a sample shows, and the inputs; options are `FlowMatching`'s.
 
-    A chunk's latents and its text are its number. Latents must be of the same chunks as text, but
-    for errors.
+    A chunk's latents and its text are its number. Latents and text must be of the same chunks;
+    only errors may change the latents.
     """
     program, _ = program_of("train")
     short = clips(program)

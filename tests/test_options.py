@@ -202,7 +202,7 @@ FIRST = {
 
 @pytest.mark.parametrize("command", LINES)
 def test_no_option_is_ignored(run: Run, place: Path, command: str) -> None:
-    """Alone and with every other option, in every context."""
+    """Each option is tried alone and with every other one, in every context."""
     line = LINES[command]
     before = {path.name for path in place.iterdir()}
 

@@ -26,6 +26,7 @@ from yaml import safe_dump
 from lltk.artefact import load_program
 from lltk.compiler import transform, with_weights
 from lltk.graph.recipe import load_recipe
+from lltk.ops.implementations import find_implementation
 from lltk.passes import make_pass
 
 pytestmark = pytest.mark.cpu
@@ -133,6 +134,7 @@ def test_a_pass_named_as_one_of_lltk_is_another_pass(folder: Path) -> None:
         ("syntax", "def", "cannot be imported (SyntaxError: "),
         ("stops", "1 / 0", "cannot be imported (ZeroDivisionError: division by zero)"),
         ("lacks", "import absent", "cannot be imported (ModuleNotFoundError: No module named 'abs"),
+        ("exits", "import sys; sys.exit(3)", "cannot be imported (SystemExit: 3)"),
         ("empty", "", "must define one subclass of Pass, it defines none"),
         ("alias", "from lltk.passes.lora import Lora", "must define one subclass of Pass, it def"),
         ("two", DIM + "class More(Dim): pass", "must define one subclass of Pass, it defines Dim,"),
@@ -146,6 +148,38 @@ def test_a_broken_pass_is_named_with_its_file(
     file = folder / "own_files" / f"{stem}.py"
     file.write_text(code)
     assert refused(make_pass, f"own_files.{stem}", {}).startswith(f"{file}: {message}")
+
+
+def test_an_error_in_a_pass_has_a_note_that_names_its_file(folder: Path) -> None:
+    """The traceback stays: it is the pass that must be repaired."""
+    (folder / "own_files" / "dim.py").write_text(DIM + "        {}['absent']\n")
+    with pytest.raises(KeyError, match="absent") as caught:
+        transform(load_recipe(folder / "own.yaml"), weights=False)
+    file = folder / "own_files" / "dim.py"
+    assert caught.value.__notes__ == [f"The pass own_files.dim failed; it lies in {file}."]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("", "declares no implementation of block_causal_attention; assign DECLARATION"),
+        ("DECLARATION = Declaration(1 / 0, '')", "its declaration cannot be read: division by"),
+        (ATTEND + "raise SystemExit(3)", "cannot be imported (SystemExit: 3)"),
+        (ATTEND.replace("def block", "def other"), "define a function block_causal_attention(q, "),
+        (ATTEND.replace("(q, k", "(k, q"), "define a function block_causal_attention(q, k, v, "),
+        (ATTEND + "block_causal_attention = 3", "define a function block_causal_attention(q, k,"),
+    ],
+)
+def test_a_broken_implementation_is_named_with_its_file(
+    folder: Path, code: str, message: str
+) -> None:
+    file = folder / "own_files" / "broken.py"
+    file.write_text(code)
+
+    def load() -> object:
+        return find_implementation("block_causal_attention", "own_files.broken").load()
+
+    assert refused(load).startswith(f"{file}: {message}")
 
 
 def test_a_broken_package_is_named_with_its_file(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Quality: videos are a session's and a perfect model's; truth scores full, else little does."""
+"""Quality: whose videos are scored, and that only the true ones get the full score."""
 
 from __future__ import annotations
 

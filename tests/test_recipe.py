@@ -173,7 +173,7 @@ def test_extends_must_be_a_path(tmp_path: Path, base: Path, parent: object) -> N
 def test_unreadable_files_are_named(
     tmp_path: Path, content: str | Path | None, message: str
 ) -> None:
-    """A recipe that names another is too, if that is no file: here nothing, or a folder."""
+    """Where the parent is absent, or a folder, the error names the recipe that extends it too."""
     path = tmp_path / "parent.yaml"
     if isinstance(content, Path):
         path.mkdir()

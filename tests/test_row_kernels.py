@@ -1,4 +1,4 @@
-"""Ops of a row a program: what they compute, and their kernels against their references."""
+"""Ops on rows: what they compute, and their kernels against their references."""
 
 from __future__ import annotations
 
@@ -154,9 +154,9 @@ def loaded(op: str, name: str) -> Callable[..., Any]:
 def disagreement(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
     """How far results are apart whose sums are rounded otherwise.
 
-    For NVFP4 it is the largest share of codes or of scales that differ. For others it is the
-    largest relative distance of decoded rows, all rows together: a code beside the right one in
-    every thousand of E4M3's is 1e-3, a value that rounds to a neighbour in bfloat16 less.
+    For NVFP4 it is the largest share of codes or of scales that differ. For other forms it is the
+    largest relative distance of decoded results. It is about 1e-3 where one E4M3 code in a thousand
+    is a neighbour of the right one, and less for bfloat16, whose neighbours are nearer.
     """
     for a, b in zip(ours, wanted, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)

@@ -73,7 +73,7 @@ def test_buffers_stay_where_they_are() -> None:
 
 @torch.no_grad()
 def test_pages_that_are_not_there_are_refused() -> None:
-    """So is one that is listed twice, or listed and written, before a kernel goes by them."""
+    """Neither may a page be listed twice, nor be both listed and written. No kernel runs then."""
     runtime = TorchRuntime(*runnable(make_recipe("stream")))
     assert runtime.geometry.pages == 4
     runtime.set_prompt(text(0))

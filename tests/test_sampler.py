@@ -19,7 +19,7 @@ Model = Callable[[Tensor, float], Tensor]
 DIGITS = 1.5e-6
 """Recorded numbers have six decimals."""
 CLOSE, FAR = 2e-6, 1e-4
-"""Relative: what rounding in float32 may do, and what every negative control must exceed."""
+"""Relative differences: the most that float32 may round, and the least of negative controls."""
 
 RECORDED_SIGMAS = {
     2: (0.999800, 0.833055, 0),

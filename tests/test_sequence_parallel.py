@@ -178,7 +178,7 @@ def values(pages: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_a_session_is_the_same_on_every_rank(pair: list[dict[str, Tensor]]) -> None:
-    """It has guidance, is saved and restored, and is one rank's but for the rounding of sums."""
+    """With guidance, saved and restored. It is one rank's session but for the rounding of sums."""
     first, second = (each["session"] for each in pair)
     assert torch.equal(first, second)
     wanted = streamed(program("nvfp4 pages", 1))
@@ -188,7 +188,7 @@ def test_a_session_is_the_same_on_every_rank(pair: list[dict[str, Tensor]]) -> N
 
 
 def test_every_rank_decodes_a_part_of_the_columns(pair: list[dict[str, Tensor]]) -> None:
-    """Also after it is resumed. The first has the video."""
+    """They go on so after the stream is resumed. Only the first rank has the video."""
     parts, whole = pair[0]["film.ranks"], pair[0]["film.cpu"]
     assert parts.shape == whole.shape and float((parts - whole).abs().max()) < 1e-4
     assert float((parts.roll(1, -1) - whole).abs().max()) > 1e-2

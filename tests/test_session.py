@@ -343,7 +343,7 @@ def test_a_prompt_that_failed_half_way_is_taken_back(
 
 
 def test_a_cut_renews_no_page(pipeline: Path) -> None:
-    """Neither a cut in the script does, whose second prompt lacks the prefix, nor a live cut."""
+    """A cut in the script does not, though the prompt changes after its first chunk."""
     stream, _ = opened(planned(pipeline, "stream.recache=true"))
     assert all("recache" not in report.graphs for report in run(stream))
     stream, _ = opened(planned(pipeline, "stream.recache=true"))

@@ -127,6 +127,28 @@ def test_a_freed_encoder_loads_again(folder: Path) -> None:
     assert torch.equal(encoder.encode([RED]), first)
 
 
+@pytest.mark.parametrize("bars", [True, False])
+def test_loading_draws_nothing(
+    bars: bool, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The settings of transformers are afterwards as they were, after an error too."""
+    from transformers.utils import logging as reports
+
+    before = reports.is_progress_bar_enabled()
+    (reports.enable_progress_bar if bars else reports.disable_progress_bar)()
+    settings = reports.get_verbosity(), bars
+    try:
+        TextEncoder(folder, TOKENS).encode([RED])
+        assert capfd.readouterr() == ("", "")
+        assert (reports.get_verbosity(), reports.is_progress_bar_enabled()) == settings
+        shutil.copytree(folder, tmp_path / "damaged")
+        (tmp_path / "damaged" / "text_encoder" / "model.safetensors").write_bytes(b"")
+        assert "cannot be read" in refused(TextEncoder(tmp_path / "damaged", TOKENS).encode, [RED])
+        assert (reports.get_verbosity(), reports.is_progress_bar_enabled()) == settings
+    finally:
+        (reports.enable_progress_bar if before else reports.disable_progress_bar)()
+
+
 def test_threads_load_at_once(folder: Path, encoder: TextEncoder) -> None:
     """transformers changes the process while it loads: unserialised, no later load would work."""
     wanted, start = encoder.encode([RED]), Barrier(4)

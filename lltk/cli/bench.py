@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from lltk.cli.logs import hide_loading
 from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.tables import memory_table
 from lltk.graph.recipe_files import find_recipe
@@ -103,7 +103,8 @@ def stream(
         if output is not None:
             inputs = inputs_of(path, resolved.resolved())
             check_outputs(record_outputs(output), inputs, overwrite)
-        hide_loading(ranks.rank == 0)
+        if ranks.rank > 0:
+            logging.disable(logging.WARNING)  # rank 0 shows them
         with console.status("compiling"):
             wanted = not (dry_run or random_weights)
             plan = plan_stream(resolved, ranks.device, weights=wanted)

@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from lltk.cli.logs import hide_loading
 from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.tables import row_table
 from lltk.graph.recipe_files import find_recipe
@@ -101,7 +100,6 @@ def command(
     from lltk.streaming import describe, plan_stream
 
     chosen = find_device(device)
-    hide_loading()
     films = -(-shots // SHOTS)
     batch = min(max(films, minutes, 1), at_once)
     sizes = (*overrides, f"geometry.batch={batch}")

@@ -12,25 +12,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lltk.files.outputs import marked
-from lltk.graph.loading import LOADING
 
 _NEVER = logging.CRITICAL + 1
 _MARK = "log of lltk train"
 LOG = marked("a run's log", _MARK)
-
-
-def hide_loading(speaks: bool = True) -> None:
-    """Keep transformers from drawing a progress bar of its own when it loads a model.
-
-    Args:
-        speaks: whether warnings are shown. Of several ranks only one should show them.
-    """
-    with LOADING:
-        from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    if not speaks:
-        logging.disable(logging.WARNING)
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
-from lltk.cli.logs import hide_loading
 from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.plans import show_description, show_dry_run
 from lltk.cli.tables import row_table
@@ -148,7 +148,8 @@ def command(
         check_form(output, folder=bool(wanted))
         if not dry_run:
             share_cores(ranks.device)
-        hide_loading(speaks)
+        if not speaks:
+            logging.disable(logging.WARNING)  # rank 0 shows them
         with console.status("compiling"):
             plan = plan_stream(resolved, ranks.device, weights=not dry_run)
         if shots:

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lltk.cli.logs import LOG, hide_loading, logged
+from lltk.cli.logs import LOG, logged
 from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.stopping import stopping
 from lltk.cli.tables import log_tables, memory_table
@@ -99,7 +99,6 @@ def command(
         written = [*training_outputs(output), Output(output / _LOG, LOG)]
         check_outputs(written, inputs_of(path, data), overwrite)
         state = newest_state(output, resume)
-    hide_loading()
     with console.status("reading the recipe"):
         plan = plan_training(data, chosen, str(path))
     section = plan.section

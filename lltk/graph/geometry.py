@@ -19,21 +19,26 @@ class Geometry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    batch: int = Field(1, ge=1, le=_LARGEST, description="clips a call")
+    batch: int = Field(1, ge=1, le=_LARGEST, description="clips that one call takes")
     height: int = Field(ge=1, le=_LARGEST, description="video height in pixels")
     width: int = Field(ge=1, le=_LARGEST, description="video width in pixels")
-    chunk: int = Field(8, ge=1, le=_LARGEST, description="latent frames a chunk (and a cache page)")
+    chunk: int = Field(
+        8, ge=1, le=_LARGEST, description="latent frames of a chunk, and of a page of the cache"
+    )
     window: int = Field(
-        32, ge=1, le=_LARGEST, description="latent frames attended, the chunk in flight included"
+        32, ge=1, le=_LARGEST, description="latent frames that a chunk attends to, its own included"
     )
     sink: int = Field(
-        8, ge=0, le=_LARGEST, description="latent frames never evicted; 0 for no sinks"
+        8,
+        ge=0,
+        le=_LARGEST,
+        description="latent frames of a sink, which are never evicted; 0 for no sinks",
     )
     shot_sink: bool = Field(True, description="whether the latest shot keeps a sink of its own")
     frames: int = Field(
         ge=1,
         le=_LARGEST,
-        description="latent frames of a clip (all but stream); by default 4 chunks",
+        description="latent frames of a clip, by default 4 chunks; streams do not read it",
     )
     text_tokens: int = Field(512, ge=1, le=_LARGEST, description="tokens a prompt is padded to")
 

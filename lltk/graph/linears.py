@@ -37,7 +37,7 @@ Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 class LinearChoice(PassConfig):
-    """Which linears a pass converts that quantises."""
+    """Which linears a quantising pass converts."""
 
     include: Pattern | None = Field(
         None, description=f"modules to convert (whole-path regex); null for {EVERY_LINEAR}"

@@ -24,12 +24,12 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Of A and B."""
+        """The rank of A and B."""
         return self.a.shape[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the change."""
+        """The shape of the change."""
         return (self.b.shape[0], *self.a.shape[1:])
 
     def dense(self) -> Tensor:

@@ -30,7 +30,7 @@ def estimate(program: Program) -> dict[str, int]:
 
     - Streaming: the pages of the cache, counted in the compute dtype until the graphs have them,
       and the cross-attention K/V of one prompt.
-    - Training and scoring: the blocks' inputs, which checkpointing keeps for each block. Training
+    - Training and scoring: the blocks' inputs, all that activation checkpointing keeps. Training
       also: float32 gradients and AdamW's two moments of the parameters that train, and the 4-bit
       values of the weights that train in NVFP4. Activations inside a block come on top.
     - Decoding: the feature caches before a latent. The caches after it count as activations.

@@ -22,7 +22,7 @@ from lltk.ops.implementations import check_device
 class Block(nn.Module):
     """Owns one layer's parameters and runs the shared regions with them.
 
-    FSDP shards it and gradient checkpointing wraps it; the regions hold no parameters.
+    FSDP shards it and activation checkpointing wraps it; the regions hold no parameters.
     """
 
     def __init__(self, regions: dict[str, Callable[..., Any]]) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from enum import Enum
+from inspect import getfile
 from typing import ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -152,13 +153,17 @@ def run_pass(program: Program, step: Pass[PassConfig]) -> None:
     """Apply one pass in place: requires, apply, infer, verify, ensures, then record.
 
     Raises:
-        ValueError: the pass does not fit; names the pass.
+        ValueError: the pass does not fit; names the pass. Any other exception is a defect of the
+            pass, and has a note that names the pass and its file.
     """
     start, before = time.perf_counter(), program.count_ops()
     try:
         report = _apply(program, step)
     except ValueError as error:
         raise ValueError(f"{step.name}: {error}") from error
+    except Exception as error:
+        error.add_note(f"The pass {step.name} failed; it lies in {getfile(type(step))}.")
+        raise
     program.log.append(
         LogEntry(
             name=step.name,

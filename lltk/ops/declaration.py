@@ -70,7 +70,7 @@ def read_declaration(path: Path) -> Declaration | None:
     """The declaration in a Python file, which is not imported; None if it has none.
 
     Raises:
-        ValueError: the file cannot be read, or the declaration uses names that it must not.
+        ValueError: the file cannot be read, or its declaration cannot be made; names the file.
     """
     try:
         source = path.read_text(encoding="utf-8")
@@ -86,6 +86,6 @@ def read_declaration(path: Path) -> Declaration | None:
                     if not isinstance(made, Declaration):
                         raise TypeError(f"{made!r} is no Declaration")
                     return made
-    except (OSError, SyntaxError, NameError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever the assigned expression raises
         raise ValueError(f"{path}: its declaration cannot be read: {error}") from error
     return None

@@ -186,9 +186,9 @@ def function_of(op: str, name: str) -> Callable[..., Any]:
     """
     implementation = find_implementation(op, name)
     module = import_by_path(implementation.module)
-    function: Callable[..., Any] | None = getattr(module, op, None)
+    function: object = getattr(module, op, None)
     wanted = [argument.name for argument in overload(op)._schema.arguments]
-    if function is None or _parameters(function) != wanted:
+    if not callable(function) or _parameters(function) != wanted:
         raise ValueError(f"{module.__file__}: define a function {op}({', '.join(wanted)})")
     return function
 

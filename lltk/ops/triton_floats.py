@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def round_e4m3(values):
-    """Bytes of the nearest E4M3 values, ties to even, of float32 from 0 to 448; int32."""
+    """Round float32 from 0 to 448 to the nearest E4M3, ties to even; its bytes, as int32."""
     bits = values.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
     # Adding 2**14 rounds to multiples of 2**-9, E4M3's step below 2**-6.
@@ -134,7 +134,7 @@ def round_e2m1_pairs(even, odd):
 
 @triton.jit
 def magnitude_bits(values):
-    """The bits of float32 magnitudes, as int32: in their order NaN is above all numbers."""
+    """The bits of float32 magnitudes, as int32: in the magnitudes' order, with NaN above all."""
     return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 

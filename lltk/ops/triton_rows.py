@@ -1,4 +1,4 @@
-"""What kernels share in which each program works on one row."""
+"""Helpers of kernels in which each program works on one row."""
 
 from __future__ import annotations
 

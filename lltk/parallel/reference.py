@@ -1,4 +1,4 @@
-"""What each rank gets of an exchange, from all ranks' inputs."""
+"""The result of each exchange on one rank, from all ranks' inputs."""
 
 from __future__ import annotations
 

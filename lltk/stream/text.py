@@ -7,7 +7,8 @@ import html
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
@@ -187,23 +188,17 @@ class TextEncoder:
 
 def _read_encoder(folder: Path, dtype: torch.dtype) -> Any:
     """The encoder in a folder; raises ValueError unless its weights are exactly the model's."""
-    with LOADING:
+    with LOADING, _silent():
         from transformers import UMT5EncoderModel
-        from transformers.utils import logging as reports
 
-        before = reports.get_verbosity()
-        reports.set_verbosity_error()  # It would report what is checked below.
-        try:
-            model, found = UMT5EncoderModel.from_pretrained(
-                folder,
-                dtype=dtype,
-                variant=_variant(folder),
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-        finally:
-            reports.set_verbosity(before)
+        model, found = UMT5EncoderModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            variant=_variant(folder),
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     weights = dict(model.named_parameters())
     misshapen = [
         f"{name} {tuple(stored)} instead of {tuple(shape)}"
@@ -213,6 +208,26 @@ def _read_encoder(folder: Path, dtype: torch.dtype) -> Any:
     check_names(sorted(present), sorted(weights), misshapen, str(folder))
     check_finite(weights, str(folder))
     return model
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar, and from reporting what we check ourselves.
+
+    Its settings are the process's, so this is for the holder of `LOADING`. They are put back.
+    """
+    from transformers.utils import logging as reports
+
+    verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity_error()
+    if bars:
+        reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(verbosity)
+        if bars:
+            reports.enable_progress_bar()
 
 
 def _variant(folder: Path) -> str | None:

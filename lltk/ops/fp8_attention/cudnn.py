@@ -17,7 +17,7 @@ from lltk.ops.floats import E4M3_MAX
 
 DECLARATION = Declaration(
     Exactness.ROUNDING,
-    "probabilities in E4M3, from 1/448 on",
+    "probabilities times 448 are rounded to E4M3",
     devices=("cuda",),
     modules=("cudnn",),
     architectures=((9, 0), *E2M1),
@@ -45,7 +45,7 @@ class _Graph:
 
 
 def fp8_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
-    """See `reference.fp8_attention`, of which it differs by E4M3 probabilities of 1/448 and up."""
+    """`reference.fp8_attention`, but the softmax times 448 is rounded to E4M3 before it meets v."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     built = _build(tuple(q.shape), k.shape[1], q.device)
     out = torch.empty_like(q)

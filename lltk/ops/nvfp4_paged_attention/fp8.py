@@ -18,29 +18,34 @@ import torch
 from torch import Tensor
 
 from lltk.ops.floats import E4M3_MAX, round_e4m3
-from lltk.ops.nvfp4_paged_attention.reference import Pages
 
 Kernel = Callable[..., Any]
 
 
 def compose(
+    op: str,
     module: str,
+    finish: Kernel,
     gather_fp8: Kernel,
     fp8_attention: Kernel,
     row_pipeline: Kernel,
-    fp8_dequantise: Kernel,
-) -> Callable[..., Tensor]:
-    """An implementation of `lltk::nvfp4_paged_attention` whose operands are rounded to E4M3.
+) -> Kernel:
+    """An implementation of an op that attends as `lltk::nvfp4_paged_attention`, in E4M3.
 
-    The result is rounded too, as `centred` says.
+    Attention's result is rounded to E4M3 before the centre of the values is added to it. It is
+    multiplied by a scale first, which makes the largest element of the centred values E4M3's
+    maximum.
 
     Args:
-        module: the Python module that the implementation belongs to.
-        gather_fp8, fp8_attention, row_pipeline, fp8_dequantise: implementations of
-            `nvfp4_gather_fp8` and of the ops of the other names.
+        op, module: the implementation's name and the Python module that it belongs to.
+        finish: makes the op's result of four arguments: out, float8_e4m3fn [B, L, H, D]; its scale,
+            float32 []; the values' centre, float32 [B, 1, H, D]; the dtype of the queries.
+            Attention's result is out / scale + centre.
+        gather_fp8, fp8_attention, row_pipeline: implementations of `nvfp4_gather_fp8` and of the
+            ops of the other names.
     """
 
-    def nvfp4_paged_attention(
+    def attend(
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -53,55 +58,29 @@ def compose(
         v_decode_scales: Tensor,
         v_means: Tensor | None,
         table: Tensor,
-    ) -> Tensor:
-        out, scale, v_centre = centred(
-            gather_fp8,
-            fp8_attention,
-            row_pipeline,
-            q,
-            k,
-            v,
-            Pages(k_codes, k_scales, k_decode_scales, k_means),
-            Pages(v_codes, v_scales, v_decode_scales, v_means),
-            table,
-        )
-        return fp8_dequantise(out, scale.reciprocal(), q.dtype, v_centre)
+    ) -> Any:
+        k_centre, v_centre = centre(k, k_means, table), centre(v, v_means, table)
+        k_pages = (k_codes, k_scales, k_decode_scales, k_means)
+        v_pages = (v_codes, v_scales, v_decode_scales, v_means)
+        keys, _ = gather_fp8(k, k_centre, *k_pages, table)
+        values, largest = gather_fp8(v, v_centre, *v_pages, table)
+        most = round_e4m3(largest).float()
+        scale = E4M3_MAX / most.masked_fill(most == 0, 1.0)
+        (queries,) = row_pipeline(q.flatten(2), to="e4m3")
+        out = fp8_attention(queries.view(q.shape), keys, values, scale)
+        return finish(out, scale, v_centre, q.dtype)
 
-    nvfp4_paged_attention.__module__ = module
-    return nvfp4_paged_attention
+    attend.__name__, attend.__module__ = op, module
+    return attend
 
 
-def centred(
-    gather_fp8: Kernel,
-    fp8_attention: Kernel,
-    row_pipeline: Kernel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pages: Pages,
-    v_pages: Pages,
-    table: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention in FP8 before the centre of the values is added to it.
+def add_centre(fp8_dequantise: Kernel) -> Kernel:
+    """What `compose` finishes `lltk::nvfp4_paged_attention` with.
 
     Args:
-        gather_fp8, fp8_attention, row_pipeline: as of `compose`.
-        q, k, v, k_pages, v_pages, table: as of `reference.nvfp4_paged_attention`.
-
-    Returns:
-        out, float8_e4m3fn [B, L, H, D]; its scale, float32 [], which makes the largest element of
-        the centred values E4M3's maximum; the values' centre, float32 [B, 1, H, D]. Attention's
-        result is out / scale + centre.
+        fp8_dequantise: an implementation of the op of this name.
     """
-    k_centre, v_centre = (
-        centre(own, pages.means, table) for own, pages in ((k, k_pages), (v, v_pages))
-    )
-    keys, _ = gather_fp8(k, k_centre, *k_pages, table)
-    values, largest = gather_fp8(v, v_centre, *v_pages, table)
-    most = round_e4m3(largest).float()
-    scale = E4M3_MAX / most.masked_fill(most == 0, 1.0)
-    (queries,) = row_pipeline(q.flatten(2), to="e4m3")
-    return fp8_attention(queries.view(q.shape), keys, values, scale), scale, v_centre
+    return lambda out, scale, centre, dtype: fp8_dequantise(out, scale.reciprocal(), dtype, centre)
 
 
 def centre(own: Tensor, means: Tensor | None, table: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.implementations import load_parts
-from lltk.ops.nvfp4_paged_attention.fp8 import compose
+from lltk.ops.nvfp4_paged_attention.fp8 import add_centre, compose
 
 DECLARATION = Declaration(
     Exactness.NARROWER,
@@ -15,4 +15,5 @@ DECLARATION = Declaration(
     },
 )
 
-nvfp4_paged_attention = compose(__name__, *load_parts(DECLARATION))
+*parts, dequantise = load_parts(DECLARATION)
+nvfp4_paged_attention = compose("nvfp4_paged_attention", __name__, add_centre(dequantise), *parts)

@@ -52,7 +52,7 @@ def block_values(codes, scales, rows, held, WIDTH: tl.constexpr, ROWS: tl.conste
 
 @triton.jit
 def _attend(scores, values, seen, total, best, acc, factor, PRECISION: tl.constexpr):
-    """One tile of the online softmax; ``scores`` are in powers of two, ``values`` [N, D]."""
+    """One tile of the online softmax; ``scores`` are exponents of 2, ``values`` are [N, D]."""
     scores = tl.where(seen[None, :], scores, float("-inf"))
     highest = tl.maximum(best, tl.max(scores, 1))
     p = tl.exp2(scores - highest[:, None])

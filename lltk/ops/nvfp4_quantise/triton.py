@@ -135,7 +135,7 @@ def _quantise(
 ):
     # Backwards: the elements that the first kernel read last are still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    finite, tensor = tensor_scales(own, decode_scale, program == 0, TOP)
+    tensor = tensor_scales(own, decode_scale, program == 0, TOP)
     index = program * AMOUNT + tl.arange(0, AMOUNT)
     band, column = index // blocks, index % blocks
     if TILE > 1:
@@ -149,11 +149,10 @@ def _quantise(
         mask=inside[:, :, None] & (column[None, :, None] * 16 + element < width),
         other=0.0,
     )
-    values = values.to(tl.float32)
-    if not finite:
-        values = tl.where(is_finite(values), values, 0.0)
     block = row * blocks + column[None, :]
-    scale, packed = quantise_blocks(values, block, tensor, seed, stream, TOP, RULE, NATIVE)
+    scale, packed = quantise_blocks(
+        values.to(tl.float32), block, tensor, seed, stream, TOP, RULE, NATIVE
+    )
     tl.store(scales + block, tl.broadcast_to(scale[None, :], (TILE, AMOUNT)), mask=inside)
     byte = tl.arange(0, 8)[None, None, :]
     tl.store(codes + (block[:, :, None] * 8 + byte), packed, mask=inside[:, :, None])
@@ -172,7 +171,7 @@ def tensor_scales(own, decode_scale, stores, TOP: tl.constexpr):
     decode = tl.div_rn(1.0, encode)
     if stores:
         tl.store(decode_scale, tl.where(finite, decode, float("nan")))
-    return finite, (largest, encode, decode)
+    return finite, largest, encode, decode
 
 
 @triton.jit
@@ -189,9 +188,9 @@ def quantise_blocks(
     """Scales and codes of blocks.
 
     Args:
-        values: finite float32 [T, N, 16], T blocks sharing a scale.
+        values: float32 [T, N, 16], T blocks sharing a scale; infinities and NaN count as 0.
         block: int64 [T, N], the place of each among all blocks.
-        tensor: the tensor's largest magnitude, encode and decode scale, as of `tensor_scales`.
+        tensor: what `tensor_scales` returned.
         seed: pointer to an int64 [2], or None to round to nearest.
         stream, TOP, RULE: as of `nvfp4_quantise`.
         NATIVE: whether there is an instruction for E2M1.
@@ -199,7 +198,9 @@ def quantise_blocks(
     Returns:
         uint8 [N] and [T, N, 8].
     """
-    largest, encode, decode = tensor
+    finite, largest, encode, decode = tensor
+    if not finite:
+        values = tl.where(is_finite(values), values, 0.0)
     peak = tl.max(tl.max(tl.abs(values), 2), 0)
     fine = peak * (encode * (1 / 6)) if RULE == "none" else tl.div_rn(peak, 6.0) * encode
     scale = round_e4m3(tl.minimum(fine, 448.0))
@@ -268,24 +269,18 @@ def _error(values, code, decode, unit, reach, TOP: tl.constexpr, RULE: tl.conste
 @triton.jit
 def _row_sum(x):
     """Sum of 16 elements in order, [T, N, 16] to [T, N]."""
-    a, b = pairs(x)
-    aa, ab = pairs(a)
-    ba, bb = pairs(b)
-    aaa, aab = pairs(aa)
-    aba, abb = pairs(ab)
-    baa, bab = pairs(ba)
-    bba, bbb = pairs(bb)
-    # The letters of an element are its index's bits, lowest first.
-    s0, s8 = tl.split(aaa)
-    s4, s12 = tl.split(aab)
-    s2, s10 = tl.split(aba)
-    s6, s14 = tl.split(abb)
-    s1, s9 = tl.split(baa)
-    s5, s13 = tl.split(bab)
-    s3, s11 = tl.split(bba)
-    s7, s15 = tl.split(bbb)
-    low = s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7
-    return low + s8 + s9 + s10 + s11 + s12 + s13 + s14 + s15
+    parts = (tl.reshape(x, (x.shape[0], x.shape[1], 2, 2, 2, 2)),)
+    for stage in tl.static_range(4):
+        # Splits by an index's lowest bit that is left, so that parts come in order.
+        evens, odds = (), ()
+        for index in tl.static_range(1 << stage):
+            even, odd = tl.split(parts[index])
+            evens, odds = evens + (even,), odds + (odd,)
+        parts = evens + odds
+    total = parts[0]
+    for index in tl.static_range(1, 16):
+        total += parts[index]
+    return total
 
 
 @triton.jit

@@ -133,12 +133,10 @@ def _quantise(
     first = tl.num_programs(0) - 1 - tl.program_id(0)
     column = (tl.num_programs(1) - 1 - tl.program_id(1)) * COLUMNS + tl.arange(0, COLUMNS)
     stores = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
-    finite, tensor = tensor_scales(own, decode_scale, stores, SCALE_TOP)
+    tensor = tensor_scales(own, decode_scale, stores, SCALE_TOP)
     turned = _turned(x, signs, first * ROWS, column, rows, columns, TOP, WIDTH, ROWS)
     for index in tl.static_range(ROWS // 16):
         values = tl.reshape(_joined(turned, 16 * index), (1, COLUMNS, 16))
-        if not finite:
-            values = tl.where(is_finite(values), values, 0.0)
         block = column.to(tl.int64) * blocks + first * (ROWS // 16) + index
         scale, packed = quantise_blocks(
             values, block[None, :], tensor, seed, stream, SCALE_TOP, RULE, NATIVE

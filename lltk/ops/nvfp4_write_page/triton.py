@@ -17,7 +17,7 @@ from lltk.ops.nvfp4_quantise.triton import (
     store_blocks,
     tensor_scales,
 )
-from lltk.ops.triton_floats import is_finite, magnitude_bits
+from lltk.ops.triton_floats import magnitude_bits
 
 DECLARATION = Declaration(
     Exactness.BITWISE,
@@ -154,10 +154,8 @@ def _write(
     page = batch.to(tl.int64) * pages + tl.load(slot)
     own = largest + batch * heads + head
     stores = tl.program_id(0) == 0
-    finite, tensor = tensor_scales(own, decode_scales + page * heads + head, stores, TOP)
+    tensor = tensor_scales(own, decode_scales + page * heads + head, stores, TOP)
     values, place, inside = _load(value, mean, tokens, blocks, AMOUNT)
-    if not finite:
-        values = tl.where(is_finite(values), values, 0.0)
     scale, packed = quantise_blocks(values[None, :, :], place, tensor, None, 0, TOP, RULE, NATIVE)
     block = page * tokens * heads * blocks + place
     store_blocks(codes, scales, block, scale, packed, inside)

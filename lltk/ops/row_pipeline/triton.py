@@ -25,7 +25,7 @@ from lltk.ops.nvfp4_quantise.triton import (
     tensor_scales,
 )
 from lltk.ops.row_pipeline.op import new_results
-from lltk.ops.triton_floats import is_finite, magnitude_bits
+from lltk.ops.triton_floats import magnitude_bits
 from lltk.ops.triton_rows import (
     converts_e4m3,
     e4m3_codes,
@@ -193,11 +193,9 @@ def _write_nvfp4(
     blocks: tl.constexpr = ROW // 16
     # Backwards: the rows that the first kernel read last are still in the cache.
     row = tl.num_programs(0) - 1 - tl.program_id(0)
-    finite, tensor = tensor_scales(largest, decode_scale, tl.program_id(0) == 0, TOP)
+    tensor = tensor_scales(largest, decode_scale, tl.program_id(0) == 0, TOP)
     values = _steps(operands, row, width, eps, None, GELU, True, ROW)
     values = tl.reshape(values, (1, blocks, 16))
-    if not finite:
-        values = tl.where(is_finite(values), values, 0.0)
     local = tl.arange(0, blocks)
     block = row.to(tl.int64) * (width // 16) + local
     scale, packed = quantise_blocks(values, block[None, :], tensor, None, 0, TOP, RULE, NATIVE)
