@@ -55,7 +55,7 @@ def run(run: Run, monkeypatch: pytest.MonkeyPatch, pipeline: Path, tmp_path: Pat
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
 
-    def plan(recipe: Recipe, device: torch.device, *, weights: bool = True) -> StreamPlan:
+    def plan(recipe: Recipe, device: torch.device, **options: object) -> StreamPlan:
         assert recipe.stream is not None
         given = [
             f"stream.{key}={json.dumps(value)}"
