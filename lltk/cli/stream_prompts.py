@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lltk.cli.stopping import stopping
+from lltk.files.locks import held, lock_output
 from lltk.files.outputs import Output, marked
 from lltk.files.reading import read_json, read_text
 from lltk.files.writing import sync_folder, write_text
@@ -90,7 +92,7 @@ def check_videos(folder: Path) -> list[Output]:
     known = note.is_file() and _NOTE.recognises(note)
     if folder.is_dir() and any(folder.iterdir()) and not known:
         raise ValueError(f"{folder}: is not empty, and no videos of lltk; name another folder")
-    return [Output(note, _NOTE)]
+    return [Output(note, _NOTE), lock_output(folder, _lock(folder))]
 
 
 def stream_prompts(
@@ -115,8 +117,22 @@ def stream_prompts(
 
     Raises:
         click.ClickException: it was stopped.
-        ValueError: the folder's videos were made otherwise, or as `load_models` and `Models.open`.
+        ValueError: the folder is in use, its videos were made otherwise, or as `load_models` and
+            `Models.open`.
     """
+    with nullcontext() if ranks.rank else held(folder, _lock(folder)):
+        return _stream_missing(console, ranks, plan, wanted, seconds, folder)
+
+
+def _stream_missing(
+    console: Console,
+    ranks: Ranks,
+    plan: StreamPlan,
+    wanted: Sequence[Job],
+    seconds: float,
+    folder: Path,
+) -> dict[str, Any]:
+    """What `stream_prompts` does while no other process does it there."""
     missing = [job for job in wanted if not job.path.exists()]
     _note_origin(plan, seconds, folder, ranks.rank == 0)
     done = {"folder": str(folder), "videos": len(wanted), "made": len(missing)}
@@ -186,3 +202,8 @@ def _note_origin(plan: StreamPlan, seconds: float, folder: Path, writes: bool) -
 def _note(folder: Path) -> Path:
     """Where it is kept what a folder's videos are made by."""
     return folder.with_name(f"{folder.name}.json")
+
+
+def _lock(folder: Path) -> Path:
+    """What is locked while videos are made. It is beside them: a scorer takes all in a folder."""
+    return folder.with_name(f"{folder.name}.lock")
