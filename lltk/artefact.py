@@ -105,7 +105,11 @@ def load_program(directory: Path) -> Program:
     directory = standing(directory)
     where = str(directory / MANIFEST.name)
     facts = validated(_Facts, MANIFEST.read(directory), where)
-    program = transform(parse_recipe(facts.recipe, where), weights=False)
+    recipe = parse_recipe(facts.recipe, where)
+    try:
+        program = transform(recipe, weights=False)
+    except ValueError as error:
+        raise ValueError(f"{where}: its recipe: {error}") from error
     for name, graph in program.every_graph():
         printed = print_graph(graph, name).encode()
         if facts.files.get(f"graphs/{name}.txt") != hashlib.sha256(printed).hexdigest():
@@ -121,7 +125,7 @@ def load_program(directory: Path) -> Program:
         weights = load_file(directory / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{directory / WEIGHTS}: damaged ({error}); transform again") from error
-    return with_weights(program, weights)
+    return with_weights(program, weights, str(directory / WEIGHTS))
 
 
 def _log_entry(entry: _Entry, where: str) -> LogEntry:

@@ -189,24 +189,27 @@ def configured_passes(
     return [make_pass(name, options) for name, options in steps if name not in disable]
 
 
-def with_weights(program: Program, weights: Mapping[str, Tensor]) -> Program:
+def with_weights(
+    program: Program, weights: Mapping[str, Tensor], where: str = "weights"
+) -> Program:
     """The Program with other weights.
 
     Args:
         program: left as it is.
         weights: a state dict of the captured model, or of the Program itself.
+        where: what errors call them.
 
     Raises:
         ValueError: a tensor is missing, unexpected, of another shape or not finite, or the entries
             of a quantised weight do not fit together.
     """
     own = dict(weights)
-    check_fp8_weights(own, "weights")
+    check_fp8_weights(own, where)
     if own.keys() != program.weights.keys():
         own = program.map_state(own)
     shapes = {name: tuple(tensor.shape) for name, tensor in program.weights.items()}
-    packed_weights(own, "weights")
-    check_weights(own, shapes, "weights")
+    packed_weights(own, where)
+    check_weights(own, shapes, where)
     return replace(program, weights=own)
 
 

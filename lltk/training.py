@@ -25,6 +25,7 @@ from lltk.files.locks import held, lock_output
 from lltk.files.outputs import Output, check_outputs
 from lltk.graph.program import LogEntry
 from lltk.models.checkpoint import MODEL_FOLDER, WEIGHTS_FILE
+from lltk.models.pipelines import PIPELINE
 from lltk.tasks.autoencoder import plan_autoencoder
 from lltk.tasks.transformer import plan_transformer
 from lltk.train.data import Dataset
@@ -183,6 +184,7 @@ def training_outputs(folder: Path) -> list[Output]:
         lock_output(folder),
         Output(folder / "transformer", MODEL_FOLDER),
         Output(folder / "vae", MODEL_FOLDER),
+        Output(folder / "pipeline", PIPELINE),
         Output(folder / "lora.safetensors", WEIGHTS_FILE),
     ]
 

@@ -188,6 +188,11 @@ def _typed(key: str, value: Any, default: Any, where: str) -> Any:
         value = float(value)
     if default is not None and type(value) is not type(default):
         raise ValueError(f"{where}: {key} is {value!r}; write a {type(default).__name__}")
+    kinds = {type(part) for part in default} if isinstance(default, list | tuple) else set()
+    kinds |= {int} if float in kinds else set()
+    if kinds and any(type(part) not in kinds for part in value):
+        names = " or ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"{where}: {key} is {value!r}; each of its values is {names}")
     parts = value if isinstance(value, list | tuple) else [value]
     most = _MOST_BLOCKS if key in _BLOCKS else _LARGEST
     if len(parts) > _LARGEST or any(type(part) is int and not 0 < part <= most for part in parts):

@@ -6,6 +6,7 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+from lltk.files.outputs import Kind
 from lltk.files.reading import read_text
 from lltk.files.writing import whole_folder, write_text
 from lltk.graph.loading import LOADING
@@ -14,6 +15,9 @@ from lltk.models.hub import cached, remedy
 _SHIPPED = {"tiny": "tiny/pipeline"}
 _INDEX, _SCHEDULER = "model_index.json", "scheduler"
 _PARTS = ("vae", "text_encoder", "tokenizer", _SCHEDULER, _INDEX)
+PIPELINE = Kind(
+    "a pipeline of links", lambda folder: (folder / "transformer").is_symlink(), folder=True
+)
 
 
 def find_pipeline(name: str, needed: bool = True) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ from helpers import refused
 from lltk.files.manifest import Manifest
 from lltk.files.tensors import checksum, read_tensors, save_tensors, write_tensors
 from lltk.files.writing import (
+    append_line,
+    claimed,
     remove_unfinished,
     remove_whole,
     standing,
@@ -155,9 +158,7 @@ def test_old_or_new_is_whole_whatever_call_fails(
         assert path.is_symlink() == linked
         write(path, "3")
         assert read(path) == "3" and (path.exists() and standing(path) == path)
-        if target.parent.exists():
-            remove_unfinished(target.parent)
-            assert [each.name for each in target.parent.iterdir()] == ["target"]
+        assert [each.name for each in target.parent.iterdir()] == ["target"]
         if not faults.done:
             break
     assert at > 5, "calls were counted"
@@ -260,6 +261,56 @@ def test_what_is_removed_is_free_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@cpu
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_living_writer_writes_is_left(tmp_path: Path, way: str) -> None:
+    """It is locked from its first byte to its last; what a killed writer left is removed."""
+    whole = whole_file if way == "file" else whole_folder
+    with whole(tmp_path / "a*"):
+        (mine,) = tmp_path.iterdir()
+        same, other = (tmp_path / f".{name}.{'0' * 32}.lltk-new" for name in ("a*", "ab"))
+        for left in (same, other):
+            left.mkdir()
+            (left / "part").touch()
+        WAYS[way][0](tmp_path / "a*", "1")
+        assert mine.exists() and other.exists() and not same.exists()
+        remove_unfinished(tmp_path)
+        assert mine.exists() and not other.exists()
+    assert [each.name for each in tmp_path.iterdir()] == ["a*"]
+
+
+@cpu
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_new_may_be_taken_for_left_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool
+) -> None:
+    """Then the writer begins anew."""
+    real, taken = fcntl.flock, []
+
+    def lock(descriptor: int, way: int) -> None:
+        if not taken:
+            taken.extend(tmp_path.iterdir())
+            taken[0].rmdir() if folder else taken[0].unlink()
+        real(descriptor, way)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    path, descriptor = claimed(tmp_path / "a", folder)
+    os.close(descriptor)
+    assert path.exists() and path != taken[0]
+
+
+@cpu
+def test_a_line_is_added_after_one_that_was_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    append_line(path, "é")
+    append_line(path, "two")
+    path.write_bytes(path.read_bytes()[:-2])
+    append_line(path, "three")
+    assert path.read_text() == "é\ntw\nthree\n"
+    with pytest.raises(OSError, match=f"^{tmp_path}: cannot be written"):
+        append_line(tmp_path, "four")
+
+
 # Checksums
 
 
@@ -272,12 +323,12 @@ def test_every_bit_of_a_sealed_file_counts(tmp_path: Path) -> None:
     back, metadata = read_tensors(path)
     assert metadata == {"said": 'it is "so"'} and back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
-    for bit in range(8 * len(whole)):
+    for bit in range(0, 8 * len(whole), 5):
         changed = bytearray(whole)
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
         assert str(path) in refused(read_tensors, path)
-    for size in range(len(whole)):
+    for size in range(0, len(whole), 3):
         path.write_bytes(whole[:size])
         assert str(path) in refused(read_tensors, path)
     path.write_bytes(whole + b"0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -95,6 +96,29 @@ def test_a_name_without_a_suffix_is_a_folder_of_frames(tmp_path: Path) -> None:
     for file, frame in zip(files, frames, strict=True):
         assert Image.open(file).tobytes() == frame.numpy().tobytes()
     assert "is not empty; name a new folder" in refused(FrameFolder, folder)
+
+
+def test_frames_are_on_the_disk_before_they_have_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait for each, and one for their names; what cannot be written leaves nothing."""
+    calls: list[str] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda given: (calls.append("sync"), sync(given)))
+    monkeypatch.setattr(os, "replace", lambda *given: (calls.append("name"), replace(*given)))
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    with FrameFolder(folder) as writer:
+        writer.write(numbered(0, 2))
+    assert calls == ["sync", "name", "sync", "name", "sync"]
+    monkeypatch.undo()
+    more = FrameFolder(tmp_path / "more")
+    more.write(numbered(0, 2))
+    with disk_of(64), pytest.raises(OSError, match=r"\(File too large\); the first 2 frames are"):
+        more.write(numbered(2, 1))
+    assert sorted(file.name for file in (tmp_path / "more").iterdir()) == [
+        "frame_00000.png", "frame_00001.png"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", [".avi", ".txt", ".mov", ".png"])

@@ -18,14 +18,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import Run, refused, tiny_config
+from helpers import Run, randomise, refused, tiny_config
 from mutations import changed, damaged
 from streams import opened
 from toy import finish, trainer
 
 from lltk.artefact import load_program, save_program
-from lltk.compiler import transform
-from lltk.files.tensors import read_tensors, save_tensors
+from lltk.compiler import transform, with_weights
+from lltk.files.manifest import _digest
+from lltk.files.tensors import checksum, read_tensors, save_tensors
 from lltk.graph.recipe import Recipe, load_recipe, open_recipe
 from lltk.models.checkpoint import load_checkpoint
 from lltk.models.configs import validate_config
@@ -303,6 +304,106 @@ def test_many_forged_states(folder: Path, plan: StreamPlan) -> None:
     forge_state(folder, plan, 5000)
 
 
+def forged(folder: Path, manifest: str, random: Random) -> bool:
+    """Change a folder's manifest or tensors, with checksums that fit; whether a tensor changed."""
+    path = folder / manifest
+    content = json.loads(path.read_text())
+    del content["digest"]
+    tensors = sorted(name for name in content["files"] if name.endswith(".safetensors"))
+    retyping = bool(tensors) and random.random() < 0.5
+    if retyping:
+        file = folder / random.choice(tensors)
+        save_tensors(file, retyped(read_tensors(file)[0], random), {"format": "pt"})
+        content["files"][file.name] = checksum(file)
+    else:
+        content = changed(content, random)
+        if isinstance(content, dict):
+            content["digest"] = _digest(content)
+    path.write_bytes(json.dumps(content, ensure_ascii=True).encode())
+    return retyping
+
+
+def forge_folder(
+    folder: Path, manifest: str, read: Callable[[Path], Any], place: Path, rounds: int
+) -> None:
+    """No changed tensor is accepted, and each error names the folder."""
+    random, accepted = Random(rounds), 0
+    for _ in range(rounds):
+        copy = place / folder.name
+        shutil.copytree(folder, copy)
+        retyping = forged(copy, manifest, random)
+        start = time.monotonic()
+        try:
+            read(copy)
+        except (ValueError, OSError) as error:
+            assert str(copy) in str(error), error
+        else:
+            assert not retyping
+            accepted += 1
+        assert time.monotonic() - start < SECONDS
+        shutil.rmtree(copy)
+    assert accepted < rounds / 2
+
+
+def forge_training_state(run: Path, place: Path, rounds: int) -> None:
+    newest = newest_state(run, resume=True)
+    assert newest is not None
+
+    def resume(state: Path) -> None:
+        trainer(place, steps=12, resume=True)
+
+    (place / "checkpoints").mkdir()
+    forge_folder(newest, "checkpoint.json", resume, place / "checkpoints", rounds)
+
+
+def forge_program(folder: Path, place: Path, rounds: int) -> None:
+    program = load_program(folder / "program")
+    whole = with_weights(program, randomise(program.weights))
+    save_program(whole, place / "whole")
+    (place / "copies").mkdir()
+    forge_folder(place / "whole", "program.json", load_program, place / "copies", rounds)
+
+
+@cpu
+def test_forged_training_states(folder: Path, tmp_path: Path) -> None:
+    forge_training_state(folder / "run", tmp_path, 60)
+
+
+@cpu
+def test_forged_programs(folder: Path, tmp_path: Path) -> None:
+    forge_program(folder, tmp_path, 6)
+
+
+@manual
+def test_many_forged_training_states(folder: Path, tmp_path: Path) -> None:
+    forge_training_state(folder / "run", tmp_path, 2000)
+
+
+@manual
+def test_many_forged_programs(folder: Path, tmp_path: Path) -> None:
+    forge_program(folder, tmp_path, 300)
+
+
+@cpu
+def test_what_only_a_forger_changes_in_a_training_state(folder: Path) -> None:
+    newest = newest_state(folder / "run", resume=True)
+    assert newest is not None
+    state = load_training_state(newest)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
+    for name, tensor, problem in (
+        ("step.2.bias", torch.tensor(13.0), "has values that no run gives"),
+        ("step.2.bias", torch.tensor(0.0), "has values that no run gives"),
+        ("exp_avg_sq.2.bias", -torch.ones(shapes["2.bias"]), "has values that no run gives"),
+        ("rng.cpu", torch.zeros_like(torch.get_rng_state()), "is no generator"),
+        ("rng.cpu", torch.zeros(7, dtype=torch.uint8), "is no generator"),
+        ("rng.cuda.x", torch.zeros(7, dtype=torch.uint8), "is no generator"),
+        ("rng.cuda.999", torch.zeros(7), "is no generator"),
+    ):
+        other = replace(state, optimiser={**state.optimiser, name: tensor})
+        message = refused(check_training_state, other, newest, shapes)
+        assert message.startswith(f"{newest}: optimiser: {name} {problem}; ")
+
+
 # The command line
 
 SETS = (
@@ -365,7 +466,8 @@ def test_arguments_times_values(
 @pytest.mark.parametrize(
     "change",
     [{"num_layers": 10**9}, {"attention_head_dim": 7}, {"ffn_dim": -1}, {"text_dim": 0},
-     {"patch_size": [2, 2, 2]}, {"patch_size": [1]}, {"num_layers": True}],
+     {"patch_size": [2, 2, 2]}, {"patch_size": [1]}, {"patch_size": [1, 2, [2]]},
+     {"num_layers": True}],
 )  # fmt: skip
 def test_sizes_that_no_model_has(change: dict[str, Any]) -> None:
     message = refused(validate_config, {**tiny_config(), **change}, "here")

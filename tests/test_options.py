@@ -19,6 +19,7 @@ from toy import finish, trainer
 
 from lltk.artefact import save_program
 from lltk.compiler import transform
+from lltk.graph.program import Program
 from lltk.graph.recipe import open_recipe
 
 pytestmark = pytest.mark.cpu
@@ -113,31 +114,45 @@ LINES = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def place(tmp_path: Path, pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that the options name. What the commands do is not done, but told."""
+@pytest.fixture(scope="module")
+def made() -> Program:
+    """A small Program."""
+    return transform(open_recipe("tiny_stream", SMALL[1::2]), weights=False)
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, made: Program) -> Path:
+    """A folder with the files that the options name."""
     from PIL import Image
 
-    monkeypatch.chdir(tmp_path)
-    Path("s.yaml").write_text("- caption: a red circle\n  seconds: 2\n")
-    Path("t.yaml").write_text("- caption: a blue square\n  seconds: 2\n")
-    Image.new("RGB", (8, 8)).save("red.png")
-    plan = planned(pipeline)
-    stream, _ = opened(plan)
+    folder = tmp_path_factory.mktemp("named")
+    (folder / "s.yaml").write_text("- caption: a red circle\n  seconds: 2\n")
+    (folder / "t.yaml").write_text("- caption: a blue square\n  seconds: 2\n")
+    Image.new("RGB", (8, 8)).save(folder / "red.png")
+    stream, _ = opened(planned(pipeline))
     with stream:
         next(stream.session)
-        stream.save(Path("state"))
+        stream.save(folder / "state")
         next(stream.session)
-        stream.save(Path("other"))
-    finish(trainer(tmp_path / "run", steps=1))
-    made = transform(open_recipe("tiny_stream", SMALL[1::2]), weights=False)
-    save_program(made, tmp_path / "in")
+        stream.save(folder / "other")
+    finish(trainer(folder / "run", steps=1))
+    save_program(made, folder / "in")
+    return folder
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path, named: Path, pipeline: Path, made: Program, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A copy of `named` to be in. What the commands do is not done, but told."""
+    shutil.copytree(named, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
 
     def tell(*given: Any) -> dict[str, Any]:
         click.echo(repr(given))
         return {"output": "v.mp4", "state": None}
 
-    def make_plan(recipe: Any, device: torch.device, *, weights: bool = True) -> Any:
+    def make_plan(recipe: Any, device: torch.device, **options: Any) -> Any:
         stated = recipe.stream or {}
         keys = ("steps", "guidance", "seed", "shift")
         changes = [f"stream.{key}={stated[key]}" for key in keys if key in stated]

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers import Run, refused
+from torch.fx import Graph
 from toy import finish, trainer
 
 from lltk.files import outputs
 from lltk.files.locks import held
 from lltk.files.outputs import Kind, Output, check_outputs, marked
+from lltk.graph.program import Program
+from lltk.graph.recipe import Recipe
 
 pytestmark = pytest.mark.cpu
 
@@ -132,7 +137,10 @@ def test_a_folder_that_cannot_be_written(mine: Path, monkeypatch: pytest.MonkeyP
 
 # The commands
 
-RUN = ("loss.svg", "metrics.jsonl", "train.log", "run.lock", "transformer", "vae")
+RUN = (
+    "loss.svg", "metrics.jsonl", "train.log", "run.lock", "transformer", "vae", "pipeline",
+    "checkpoints",
+)  # fmt: skip
 """What a run writes to its folder, beside training states."""
 
 
@@ -157,6 +165,13 @@ def commands(folder: Path) -> dict[str, Callable[[Path], list[object]]]:
             for name in RUN
         },
     }
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "deep/.."])
+@pytest.mark.parametrize("option", ["stream -o", "demo -o", "bench stream -o", "compare -o"])
+def test_a_path_without_a_name(run: Run, tmp_path: Path, option: str, name: str) -> None:
+    code, _, err = run(*commands(tmp_path)[option](Path(name)))
+    assert code == 2 and "does not end in a name; write one" in err
 
 
 SUFFIXES = {"bench stream -o": ".json", "compare -o": ".md"}
@@ -212,6 +227,43 @@ def test_a_stream_writes_over_none_of_its_files(
         code, _, err = run("stream", "tiny_stream", *inputs, *outputs, *more)
         assert code == 2 and "name another" in err.replace("\n", " "), err
     assert listing(tmp_path) == before
+
+
+def test_a_folder_of_videos_replaces_no_note_of_another(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("x\n")
+    (tmp_path / "videos.json").write_text("[]")
+    before = listing(tmp_path)
+    for folder, problem in (
+        ("videos", "lltk did not write it as a note on videos"),
+        ("prompts.txt/videos", "prompts.txt is a file"),
+    ):
+        given = ["--prompts", tmp_path / "prompts.txt", "-o", tmp_path / folder]
+        code, _, err = run("stream", "tiny_stream", *given)
+        assert code == 2 and problem in err.replace("\n", " "), err
+        assert listing(tmp_path) == before
+
+
+def test_a_dump_takes_the_place_of_a_dump_behind_a_link(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one is there until the model is captured."""
+    passes = [SimpleNamespace(name="one"), SimpleNamespace(name="two")]
+    reached = [3, 0, 2]
+
+    def transformed(recipe: Recipe, **options: Any) -> Program:
+        for count in range(reached.pop(0)):
+            program = SimpleNamespace(log=passes[:count], every_graph=lambda: [("a", Graph())])
+            options["observe"](program)
+        raise ValueError("no more")
+
+    monkeypatch.setattr("lltk.compiler.transform", transformed)
+    (tmp_path / "link").symlink_to(tmp_path / "dump")
+    given = ["transform", "tiny_stream", "--no-weights", "--dump", tmp_path / "link"]
+    for kept in (3, 3, 2):
+        code, _, err = run(*given)
+        assert code == 2 and "no more" in err and (tmp_path / "link").is_symlink()
+        names = sorted(path.name for path in (tmp_path / "dump").iterdir())
+        assert names == ["00_captured", "01_one", "02_two"][:kept]
 
 
 # Two of anything

@@ -316,15 +316,16 @@ def test_a_rank_goes_on_from_its_own_state(
         monkeypatch.setattr(
             "lltk.streaming.models.same_on_all", lambda value, *given: compared.append(value)
         )
-        for seed in (1, 1, 2):
-            with Models(plan).open(None, SHOTS[:1], seed=seed) as stream:
+        red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, *plan.size)
+        for seed, image in ((1, None), (1, None), (2, None), (1, red)):
+            with Models(plan).open(None, SHOTS[:1], seed=seed, image=image) as stream:
                 next(stream.session)
                 stream.save(path)
             message = refused(open_stream, plan, None, resume=path)
             assert message == (
                 f"{path}: its ranks' files are of different videos or chunks; resume another"
             )
-    assert compared[0] == compared[1] != compared[2]
+    assert compared[0] == compared[1] and compared[0] not in compared[2:]
 
 
 @pytest.mark.parametrize(("number", "hit"), [(signal.SIGTERM, (0, 1)), (signal.SIGHUP, (1,))])

@@ -18,6 +18,7 @@ from streams import SIZES, opened, planned
 from torch import Tensor
 
 from lltk.cli.stream_prompts import jobs
+from lltk.files.locks import held
 from lltk.graph.memory import activations, readable, total
 from lltk.graph.recipe import Recipe, open_recipe
 from lltk.stream.video import VideoWriter, pixels, read_video
@@ -55,7 +56,7 @@ def run(run: Run, monkeypatch: pytest.MonkeyPatch, pipeline: Path, tmp_path: Pat
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
 
-    def plan(recipe: Recipe, device: torch.device, *, weights: bool = True) -> StreamPlan:
+    def plan(recipe: Recipe, device: torch.device, **options: object) -> StreamPlan:
         assert recipe.stream is not None
         given = [
             f"stream.{key}={json.dumps(value)}"
@@ -146,6 +147,9 @@ def test_many_prompts(run: Run, pipeline: Path, tmp_path: Path) -> None:
         (folder / name).stat().st_mtime_ns == made[name] for name in VIDEOS if name != VIDEOS[1]
     )
     assert sorted(path.name for path in folder.iterdir()) == VIDEOS
+    with held(folder, tmp_path / "videos.lock"):
+        code, _, err = run("stream", "tiny_stream", *options, *sets(pipeline))
+    assert code == 2 and "videos: is in use by process" in err
     code, _, err = run("stream", "tiny_stream", *options[:-4], "-o", folder, *sets(pipeline))
     assert code == 2 and "its videos were made otherwise: recipe.stream.seed differ" in err
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from lltk.cli.options import download_option, overwrite_option
+from lltk.cli.options import NamedPath, download_option, overwrite_option
 from lltk.cli.tables import memory_table
 from lltk.graph.recipe_files import find_recipe
 
@@ -29,9 +29,7 @@ def command() -> None:
 
 @command.command("stream")
 @click.argument("recipe")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="The record's path, without a suffix."
-)
+@click.option("-o", "--output", type=NamedPath(), help="The record's path, without a suffix.")
 @click.option(
     "--seconds", type=click.FloatRange(0, 3600, min_open=True), default=10.0, show_default=True,
     help="Seconds of video to measure in each run.",
@@ -107,7 +105,7 @@ def stream(
             logging.disable(logging.WARNING)  # rank 0 shows them
         with console.status("compiling"):
             wanted = not (dry_run or random_weights)
-            plan = plan_stream(resolved, ranks.device, weights=wanted)
+            plan = plan_stream(resolved, ranks.device, weights=wanted, where=str(path))
             if random_weights and not dry_run:
                 plan = with_random_models(plan)
         for part, what in describe(plan).items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from lltk.cli.options import download_option, overwrite_option
+from lltk.cli.options import NamedPath, download_option, overwrite_option
 from lltk.cli.tables import row_table
 from lltk.graph.recipe_files import find_recipe
 from lltk.parallel.devices import find_device
@@ -17,9 +17,7 @@ from lltk.parallel.devices import find_device
 
 @click.command("compare")
 @click.argument("recipes", nargs=-1, required=True)
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="The record's path, without a suffix."
-)
+@click.option("-o", "--output", type=NamedPath(), help="The record's path, without a suffix.")
 @click.option(
     "--shots", type=click.IntRange(0, 1_000_000), default=30, show_default=True,
     help="Shots of the tiny world to score for each recipe.",
@@ -115,7 +113,7 @@ def command(
     plans = []
     for name, recipe in loaded:
         with console.status(f"compiling {name}"):
-            plan = plan_stream(recipe, chosen, weights=not dry_run)
+            plan = plan_stream(recipe, chosen, weights=not dry_run, where=name)
         console.print(f"{name}: {describe(plan)['transformer']}", highlight=False)
         plans.append((name, plan))
         configs = [(name, plan.transformer.recipe["model"]["config"]) for name, plan in plans]

@@ -8,14 +8,14 @@ from pathlib import Path
 import click
 
 from lltk.cli import stream
-from lltk.cli.options import overwrite_option
+from lltk.cli.options import NamedPath, overwrite_option
 
 
 @click.command("demo")
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=NamedPath(),
     default=Path("demo.mp4"),
     show_default=True,
     help="The video; its contact sheet is written beside it.",

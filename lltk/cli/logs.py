@@ -12,10 +12,22 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lltk.files.outputs import marked
+from lltk.files.writing import append_line
 
 _NEVER = logging.CRITICAL + 1
 _MARK = "log of lltk train"
 LOG = marked("a run's log", _MARK)
+
+
+class _File(logging.Handler):
+    """Adds messages to a file; raises OSError where it cannot be written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        append_line(self._path, self.format(record))
 
 
 @contextmanager
@@ -34,10 +46,9 @@ def logged(console: Console) -> Iterator[Callable[[Path], None]]:
     handlers: list[logging.Handler] = [shown, kept]
 
     def keep(path: Path) -> None:
-        with path.open("a", encoding="utf-8") as begun:
-            if not begun.tell():
-                begun.write(f"# {_MARK}\n")
-        file = logging.FileHandler(path, encoding="utf-8")
+        if not path.exists() or not path.stat().st_size:
+            append_line(path, f"# {_MARK}")
+        file = _File(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for record in kept.buffer:
             file.handle(record)

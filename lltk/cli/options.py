@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import click
+
+
+class NamedPath(click.ParamType[Path]):
+    """A path that ends in a name, from which the names of more files are made."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(value)
+        if path.name in ("", ".."):
+            self.fail(f"{str(value)!r} does not end in a name; write one", param, ctx)
+        return path
+
 
 overwrite_option = click.option(
     "--overwrite",

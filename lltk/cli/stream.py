@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from lltk.cli.options import download_option, overwrite_option
+from lltk.cli.options import NamedPath, download_option, overwrite_option
 from lltk.cli.plans import show_description, show_dry_run
 from lltk.cli.tables import row_table
 from lltk.graph.recipe_files import find_recipe
@@ -35,7 +35,7 @@ _File = click.Path(path_type=Path)
 )
 @click.option("--seconds", type=float, help="Length of each prompt's shot (default: 5).")
 @click.option(
-    "-o", "--output", type=_File,
+    "-o", "--output", type=NamedPath(),
     help="The video. Its suffix decides: .mp4, .mkv, .webm, .gif, .webp; none for a folder of PNG "
     "frames (default: the recipe's name, MP4). With --prompts, the folder of the videos.",
 )  # fmt: skip
@@ -107,7 +107,7 @@ def command(
     """
     from lltk.cli.inputs import adapter_keys, inputs_of, located
     from lltk.cli.outputs import share_cores, summary
-    from lltk.cli.stream_prompts import jobs, read_prompts, stream_prompts
+    from lltk.cli.stream_prompts import check_videos, jobs, read_prompts, stream_prompts
     from lltk.cli.stream_to_files import Files, stream_to_files, unused
     from lltk.files.outputs import check_outputs
     from lltk.parallel.ranks import joined
@@ -142,16 +142,16 @@ def command(
                 "alone; name a new file, or replace it with --overwrite"
             )
         files = Files(script, output, contact_sheet, image, save, resume)
-        if not wanted:
-            read = [*inputs_of(path, resolved.resolved()), *files.inputs(ranks.size)]
-            check_outputs(files.outputs(ranks.size), read, overwrite)
+        written = check_videos(output) if wanted else files.outputs(ranks.size)
+        read = [*inputs_of(path, resolved.resolved()), *files.inputs(ranks.size)]
+        check_outputs(written, read if prompts is None else [*read, prompts], overwrite)
         check_form(output, folder=bool(wanted))
         if not dry_run:
             share_cores(ranks.device)
         if not speaks:
             logging.disable(logging.WARNING)  # rank 0 shows them
         with console.status("compiling"):
-            plan = plan_stream(resolved, ranks.device, weights=not dry_run)
+            plan = plan_stream(resolved, ranks.device, weights=not dry_run, where=str(path))
         if shots:
             console.print(plan.chunking.statement(shots), highlight=False)
         show_description(console, plan)
@@ -161,18 +161,15 @@ def command(
             kept = None if resume is None else read_state(resume).timeline
             if kept is not None:
                 console.print(f"It would go on at chunk {kept.index}; {len(kept.chunks)} are left")
-            written = [str(job.path) for job in wanted] or [
-                str(each.path) for each in files.outputs(ranks.size)
-            ]
+            paths = [str(each.path) for each in wanted or written]
             for number, shot in enumerate(shots, 1):
                 console.print(f"shot {number} shows: {shot.caption}", markup=False)
-            if written:
-                console.print(f"It would write {', '.join(written)}", highlight=False)
+            console.print(f"It would write {', '.join(paths)}", highlight=False)
             facts = {
                 "script": [shot.model_dump() for shot in shots],
                 "resume": None if kept is None else kept.index,
                 "seed": plan.section.seed,
-                "outputs": written,
+                "outputs": paths,
             }
             console.print(f"seed: {plan.section.seed}", highlight=False)
             if show_dry_run(console, plan, image is not None, facts, as_json and speaks):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,8 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lltk.cli.stopping import stopping
+from lltk.files.locks import held, lock_output
+from lltk.files.outputs import Output, marked
 from lltk.files.reading import read_json, read_text
-from lltk.files.writing import write_text
+from lltk.files.writing import sync_folder, write_text
 from lltk.parallel.ranks import Ranks
 from lltk.stream.prompts import Embed
 from lltk.stream.script import single_shot
@@ -28,6 +31,8 @@ from lltk.train.recipe import changed_keys
 LONGEST_NAME = 240
 """Bytes; file systems take 255."""
 _UNFINISHED = ".unfinished.mp4"
+_WHAT = "videos that lltk stream makes"
+_NOTE = marked("a note on videos", f'"what": "{_WHAT}"')
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,19 @@ def jobs(prompts: Iterable[str], seeds: int, folder: Path) -> list[Job]:
     return made
 
 
+def check_videos(folder: Path) -> list[Output]:
+    """What is written beside a folder of videos.
+
+    Raises:
+        ValueError: the folder holds anything, and lltk made no videos there.
+    """
+    note = _note(folder)
+    known = note.is_file() and _NOTE.recognises(note)
+    if folder.is_dir() and any(folder.iterdir()) and not known:
+        raise ValueError(f"{folder}: is not empty, and no videos of lltk; name another folder")
+    return [Output(note, _NOTE), lock_output(folder, _lock(folder))]
+
+
 def stream_prompts(
     console: Console,
     ranks: Ranks,
@@ -99,8 +117,22 @@ def stream_prompts(
 
     Raises:
         click.ClickException: it was stopped.
-        ValueError: the folder's videos were made otherwise, or as `load_models` and `Models.open`.
+        ValueError: the folder is in use, its videos were made otherwise, or as `load_models` and
+            `Models.open`.
     """
+    with nullcontext() if ranks.rank else held(folder, _lock(folder)):
+        return _stream_missing(console, ranks, plan, wanted, seconds, folder)
+
+
+def _stream_missing(
+    console: Console,
+    ranks: Ranks,
+    plan: StreamPlan,
+    wanted: Sequence[Job],
+    seconds: float,
+    folder: Path,
+) -> dict[str, Any]:
+    """What `stream_prompts` does while no other process does it there."""
     missing = [job for job in wanted if not job.path.exists()]
     _note_origin(plan, seconds, folder, ranks.rank == 0)
     done = {"folder": str(folder), "videos": len(wanted), "made": len(missing)}
@@ -127,6 +159,7 @@ def stream_prompts(
                     )
             if ranks.rank == 0:
                 os.replace(unfinished, job.path)
+                sync_folder(folder)
             progress.advance(bar)
     return done
 
@@ -151,17 +184,26 @@ def _note_origin(plan: StreamPlan, seconds: float, folder: Path, writes: bool) -
         ValueError: they were made by something else.
     """
     recipe = plan.recipe.resolved() | {"stream": plan.section.model_dump(mode="json")}
-    own: dict[str, Any] = {"recipe": recipe, "seconds": seconds}
-    note = folder.with_name(f"{folder.name}.json")
-    if note.exists():
-        changed = changed_keys(read_json(note), own)
+    own: dict[str, Any] = {"what": _WHAT, "recipe": recipe, "seconds": seconds}
+    note = _note(folder)
+    if note.exists() and _NOTE.recognises(note):
+        kept = read_json(note)
+        changed = changed_keys(kept, own) if isinstance(kept, dict) else ["all"]
         if changed:
             raise ValueError(
                 f"{folder}: its videos were made otherwise: {', '.join(changed)} differ (see "
                 f"{note}); name another folder"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: is not empty, and no videos of lltk; name another folder")
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(note, json.dumps(own, indent=2))
+
+
+def _note(folder: Path) -> Path:
+    """Where it is kept what a folder's videos are made by."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def _lock(folder: Path) -> Path:
+    """What is locked while videos are made. It is beside them: a scorer takes all in a folder."""
+    return folder.with_name(f"{folder.name}.lock")

@@ -105,13 +105,13 @@ def command(
         name = program.log[-1].name if program.log else "captured"
         status.update(f"{name} done ({time.perf_counter() - start:.0f} s)")
         if dump is not None:
+            if not program.log and dump.exists():  # of an earlier command, of other passes
+                remove_whole(dump.resolve())
             with whole_folder(dump / f"{number:02d}_{name}") as folder:
                 for graph_name, graph in program.every_graph():
                     folder.write_text(f"{graph_name}.txt", print_graph(graph, graph_name))
                 _DUMPED.write(folder, {})
 
-    if dump is not None and dump.exists():
-        remove_whole(dump)  # of an earlier command, which may have run other passes
     with console.status("capturing") as status:
         program = transform(
             resolved,

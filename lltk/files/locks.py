@@ -14,27 +14,28 @@ _NAME = "run.lock"
 _MARK = "held by an lltk process:"
 
 
-def lock_output(folder: Path) -> Output:
+def lock_output(folder: Path, file: Path | None = None) -> Output:
     """The file that `held` writes."""
-    return Output(folder / _NAME, marked("a lock", _MARK))
+    return Output(file or folder / _NAME, marked("a lock", _MARK))
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, file: Path | None = None) -> Iterator[None]:
     """Keep other processes from holding a folder too, as long as the block runs.
 
-    The folder gets a file ``run.lock``, which stays. The system lets go of it with the process,
-    however that ends.
+    The lock is on a file, which stays. The system lets go of it with the process, however that
+    ends.
 
     Args:
         folder: made if it is not there.
+        file: the file; None for ``run.lock`` in the folder.
 
     Raises:
         ValueError: another process holds the folder.
         OSError: the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(file or folder / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -135,7 +135,7 @@ def _check_place(path: Path) -> None:
         elif longest > os.pathconf(folder, "PC_NAME_MAX"):
             raise OSError(36, "a name in it is too long")
         probe.touch(exist_ok=False)
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror}); name another path") from error
 

@@ -3,11 +3,16 @@
 What is new is written beside its place, brought to the disk, and renamed. A file takes the place of
 another in one step. A folder cannot: the old one is renamed first, to a name that `standing` and
 every later writer know. A link is followed, and what it points to is written.
+
+What a killed writer leaves beside the place is removed by the next writer of the same name. A
+living writer holds a lock on what it writes, so that no other removes it.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import hashlib
 import io
 import os
@@ -25,24 +30,23 @@ if TYPE_CHECKING:
 
 _SMALL = 1 << 16
 """Bytes that are hashed sooner than another thread would begin."""
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 class NewFile(io.RawIOBase):
     """A file that is being written. Large writes are hashed while the disk takes them.
 
-    Args:
-        path: where; nothing may be there.
+    Its methods raise OSError where it cannot be written.
 
-    Raises:
-        OSError: it cannot be written. All methods raise it.
+    Args:
+        descriptor: of an empty file; closed with this.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._hash = hashlib.sha256()
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags, 0o666)
+        self._descriptor = descriptor
 
     def writable(self) -> bool:
         return True
@@ -102,7 +106,7 @@ class NewFolder:
         """A file in the folder, which may have slashes in its name."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NewFile(path) as file:
+        with NewFile(os.open(path, _NEW, 0o666)) as file:
             yield file
             self.checksums[name] = file.checksum
 
@@ -122,19 +126,29 @@ def whole_file(path: Path) -> Iterator[NewFile]:
         OSError: it cannot be written, or there is something other than a file. What was there is
             as it was.
     """
-    with _explained(path):
-        place = _place(path)
+    with explained(path):
+        place = prepared(path)
         if place.exists() and not place.is_file():
             raise OSError(errno.EEXIST, "it is no file")
-        temporary = beside(place)
-        try:
-            with NewFile(temporary) as file:
-                yield file
-                file.sync()
+        with new_file(place) as file:
+            yield file
+        sync_folder(place.parent)
+
+
+@contextmanager
+def new_file(place: Path) -> Iterator[NewFile]:
+    """Gives a file to write, which gets its name when the block ends without error.
+
+    It is on the disk by then. Its name is once `sync_folder` was called.
+    """
+    temporary, descriptor = claimed(place)
+    try:
+        with NewFile(descriptor) as file:
+            yield file
+            file.sync()
             os.replace(temporary, place)
-            sync_folder(place.parent)
-        finally:
-            _remove(temporary)
+    finally:
+        _remove(temporary)
 
 
 @contextmanager
@@ -147,18 +161,18 @@ def whole_folder(path: Path) -> Iterator[NewFolder]:
         OSError: it cannot be written, or there is something other than a folder. What was there is
             as it was.
     """
-    with _explained(path):
-        place = _place(path)
+    with explained(path):
+        place = prepared(path)
         if place.exists() and not place.is_dir():
             raise OSError(errno.EEXIST, "it is no folder")
-        temporary = beside(place)
+        temporary, descriptor = claimed(place, folder=True)
         try:
-            os.mkdir(temporary)
             yield NewFolder(temporary)
             _sync_tree(temporary)
             _settle(place)
             _exchange(temporary, place)
         finally:
+            os.close(descriptor)
             _remove(temporary)
 
 
@@ -166,6 +180,21 @@ def write_text(path: Path, text: str) -> None:
     """Write a file of text, in UTF-8; errors as `whole_file`'s."""
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file of text, in UTF-8.
+
+    A kill or a full disk may cut it short. What was cut short before stays a line of its own.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with explained(path), path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
 
 
 def standing(path: Path) -> Path:
@@ -176,15 +205,44 @@ def standing(path: Path) -> Path:
 
 def remove_whole(path: Path) -> None:
     """Remove a file or a folder. Even if the process is killed meanwhile, its name is free."""
-    going = beside(path)
-    os.rename(path, going)
-    _remove(going)
+    _discard(path, path)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what killed writers left in a folder. Nothing may be writing to it."""
-    for left in folder.glob(f".*.{'[0-9a-f]' * 32}.lltk-new"):
-        _remove(left)
+def remove_unfinished(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers left in a folder, and nothing that a living one is writing.
+
+    Args:
+        folder: to look in.
+        name: of what they were writing; None for any.
+    """
+    wanted = "*" if name is None else glob.escape(name)
+    for left in folder.glob(f".{wanted}.{'[0-9a-f]' * 32}.lltk-new"):
+        with suppress(OSError):  # another writer is faster, or is writing it
+            descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(left)
+            finally:
+                os.close(descriptor)
+
+
+def claimed(place: Path, folder: bool = False) -> tuple[Path, int]:
+    """Make an empty file or folder beside a place, and remove what killed writers left there.
+
+    Returns:
+        Its path, and a descriptor: until that is closed, `remove_unfinished` leaves it alone.
+    """
+    remove_unfinished(place.parent, place.name)
+    while True:
+        path = beside(place)
+        if folder:
+            os.mkdir(path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC if folder else _NEW, 0o666)
+        with suppress(OSError):  # where there are no locks, nothing is removed either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if path.exists():
+            return path, descriptor
+        os.close(descriptor)  # another writer took it for a left one before it was locked
 
 
 def sync(path: Path) -> None:
@@ -211,7 +269,7 @@ def _settle(place: Path) -> None:
     aside = _aside(place)
     if aside.exists():
         if place.exists():
-            remove_whole(aside)
+            _discard(aside, place)
         else:
             os.rename(aside, place)
 
@@ -230,7 +288,14 @@ def _exchange(new: Path, place: Path) -> None:
         raise
     sync_folder(place.parent)
     if old:
-        remove_whole(aside)
+        _discard(aside, place)
+
+
+def _discard(path: Path, place: Path) -> None:
+    """Remove a file or a folder, under a name as if it were being written to a place."""
+    going = beside(place)
+    os.rename(path, going)
+    _remove(going)
 
 
 def _place_of(path: Path) -> Path:
@@ -238,7 +303,7 @@ def _place_of(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _place(path: Path) -> Path:
+def prepared(path: Path) -> Path:
     """What a path names, behind all links; makes its missing folders."""
     place = _place_of(path)
     if place.is_symlink():
@@ -270,13 +335,14 @@ def _remove(path: Path) -> None:
     """Remove what is there, as far as that is possible: it is no harm where it is."""
     with suppress(OSError):
         if stat.S_ISDIR(os.lstat(path).st_mode):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
             os.unlink(path)
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Let an OSError say which file it is about, and what to do."""
     try:
         yield
     except OSError as error:

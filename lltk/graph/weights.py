@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lltk.graph.packed import plain_name
+
 
 def few(names: Iterable[str]) -> str:
     """The first three names, and an ellipsis if there are more."""
@@ -17,7 +19,7 @@ def few(names: Iterable[str]) -> str:
 def check_weights(
     weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
-    """Check that weights are exactly those that are expected, and finite.
+    """Check that weights are exactly those that are expected, floating-point and finite.
 
     Args:
         weights: by name.
@@ -25,7 +27,8 @@ def check_weights(
         where: the file or model that the error names.
 
     Raises:
-        ValueError: a weight is missing, unexpected, of another shape, or not finite.
+        ValueError: a weight is missing, unexpected, of another shape or kind of dtype, or not
+            finite.
     """
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     misshapen = [
@@ -34,6 +37,12 @@ def check_weights(
         if found.get(name, shape) != shape
     ]
     check_names(found, expected, misshapen, where)
+    for name, weight in weights.items():
+        if name == plain_name(name) and not weight.is_floating_point():
+            raise ValueError(
+                f"{where}: {name} is {weight.dtype}, and weights are floating-point numbers; use "
+                "the file as it was saved"
+            )
     check_finite(weights, where)
 
 

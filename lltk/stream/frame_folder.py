@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import IO, Protocol, cast
 
 from torch import Tensor
 
 from lltk.files.outputs import Kind
-from lltk.files.writing import beside
+from lltk.files.writing import new_file, prepared, sync_folder
 from lltk.stream.forms import form_of
 from lltk.stream.video import VideoWriter
 
@@ -39,36 +41,40 @@ class Writer(Protocol):
 class FrameFolder:
     """Writes frames as ``frame_00000.png``, ``frame_00001.png``, … to a folder.
 
+    Each frame is whole, or is not there. All are on the disk once the writer is closed.
+
     Args:
         path: the folder. It is made if it is missing; it must be empty.
 
     Raises:
         ValueError: something is in the folder.
+        OSError: it cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
         check_form(path)
-        path.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._frames = 0
+        with self._writing():
+            self._folder = prepared(path / _name(0)).parent
 
     def write(self, frames: Tensor) -> None:
         """Append frames, uint8 [F, H, W, 3] on the CPU.
 
         Raises:
-            OSError: a file cannot be written.
+            OSError: a file cannot be written; the message says how many are there.
         """
         from PIL import Image
 
         for pixels in frames.numpy():
-            file = self._path / f"frame_{self._frames:05d}.png"
-            temporary = beside(file)
-            Image.fromarray(pixels).save(temporary, format="PNG")
-            temporary.rename(file)
+            with self._writing(), new_file(self._folder / _name(self._frames)) as file:
+                Image.fromarray(pixels).save(cast(IO[bytes], file), format="PNG")
             self._frames += 1
 
     def close(self) -> None:
-        """Nothing is left to do: each frame is whole when it is written."""
+        """Wait until the disk has the frames' names; errors as `write`'s."""
+        with self._writing():
+            sync_folder(self._folder)
 
     def __enter__(self) -> FrameFolder:
         return self
@@ -80,6 +86,20 @@ class FrameFolder:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"video: {self._path}: cannot be written ({error.strerror}); the first "
+                f"{self._frames} frames are there; name a path with room to write"
+            ) from error
+
+
+def _name(frame: int) -> str:
+    return f"frame_{frame:05d}.png"
 
 
 def check_form(path: Path, folder: bool = False) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lltk.files.outputs import marked
-from lltk.files.writing import beside, sync, sync_folder, whole_file
+from lltk.files.writing import claimed, explained, prepared, sync, sync_folder, whole_file
 from lltk.parallel.transfer import download
 from lltk.stream.forms import FORMS, form_of
 
@@ -104,9 +104,12 @@ class VideoWriter:
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._palette = _palette_graph(height, width) if form.pixels == "pal8" else None
         self._path = path
-        self._place = Path(os.path.realpath(path))
-        self._now = beside(self._place)
-        """Where the file is now."""
+        with explained(path):
+            self._place = prepared(path)
+            if self._place.exists() and not self._place.is_file():
+                raise OSError(21, "it is no file")
+            self._now, descriptor = claimed(self._place)
+            """Where the file is now."""
         self._shape = (height, width, 3)
         self._rate = Fraction(fps).limit_denominator(1001)
         self._frames = 0
@@ -116,10 +119,7 @@ class VideoWriter:
         self._open: ExitStack | None = ExitStack()
         options = {"flush_packets": "1", **form.container_options}
         with self._writing() as stack:
-            self._place.parent.mkdir(parents=True, exist_ok=True)
-            if self._place.exists() and not self._place.is_file():
-                raise OSError(21, "it is no file")
-            self._disk = stack.enter_context(_Disk(self._now, "xb"))
+            self._disk = stack.enter_context(_Disk(descriptor, "wb"))
             self._file = stack.enter_context(
                 av.open(self._disk, "w", format=form.container, options=options)
             )
@@ -223,6 +223,7 @@ class VideoWriter:
             OSError: another process has replaced it since.
         """
         if self._now != self._place:
+            sync(self._now)
             os.replace(self._now, self._place)
             self._now, self._own = self._place, os.stat(self._place)
         elif not self._is_own():

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lltk.graph.fingerprint import tensors_digest
 from lltk.graph.memory import readable, total
 from lltk.graph.module import ProgramModule, instantiate
 from lltk.models import wan_vae
@@ -159,7 +160,11 @@ class Models:
         own = own_file(path, self._rank)
         state = load_state(own, self.identity)
         check_state(own, state, self.plan)
-        video = state.seed, state.prompt, state.timeline, state.cache.table
+        latents = {str(held.chunk.index): held.clean for held in state.cache.held}
+        if state.image is not None:
+            latents["image"] = state.image
+        made = tensors_digest(latents)  # every rank has made the same
+        video = state.seed, state.prompt, state.timeline, state.cache.table, made
         if not same_on_all(video, SEQUENCE, self.plan.ranks):
             raise ValueError(
                 f"{path}: its ranks' files are of different videos or chunks; resume another"

@@ -114,7 +114,11 @@ class StreamPlan:
 
 
 def plan_stream(
-    recipe: Recipe, device: torch.device | str = "cpu", *, weights: bool = True
+    recipe: Recipe,
+    device: torch.device | str = "cpu",
+    *,
+    weights: bool = True,
+    where: str = "recipe",
 ) -> StreamPlan:
     """Make the Programs of a stream recipe.
 
@@ -122,13 +126,14 @@ def plan_stream(
         recipe: with a ``stream`` section; ``model.checkpoint`` is by default the pipeline's.
         device: where the stream will run.
         weights: whether to map the weights. A plan without weights can only be looked at.
+        where: what errors call the recipe.
 
     Raises:
         ValueError: the recipe, its checkpoint or its pipeline does not fit.
     """
     if recipe.program != "stream":
         raise ValueError(f"program: {recipe.program} cannot be streamed; name a stream recipe")
-    section = stream_section(recipe.stream, "recipe")
+    section = stream_section(recipe.stream, where)
     folder = find_pipeline(section.pipeline, needed=weights)
     model = recipe.model
     if model.checkpoint is None and weights:

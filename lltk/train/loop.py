@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lltk.files.outputs import Output
+from lltk.files.outputs import Kind, Output
 from lltk.files.writing import remove_unfinished, sync, write_text
 from lltk.stream.video import VIDEO
 from lltk.train.data import Batch, Batches, Dataset
@@ -47,7 +47,10 @@ from lltk.train.state import (
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.svg"
-_STATES = "checkpoints"
+_STATES, _SAMPLES = "checkpoints", "samples"
+_ARE_SAMPLES = Kind(
+    "samples", lambda folder: all(map(VIDEO.recognises, folder.glob("step_*/*"))), folder=True
+)
 _VALIDATION_CLIPS = 16
 _log = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ def run_outputs(folder: Path) -> list[Output]:
         Output(folder / METRICS, METRICS_FILE),
         Output(folder / PLOT, SVG),
         Output(folder / _STATES, STATES),
-        *(Output(path, VIDEO) for path in sorted(folder.glob("samples/step_*/*"))),
+        Output(folder / _SAMPLES, _ARE_SAMPLES),
     ]
 
 
@@ -250,7 +253,7 @@ class Trainer:
             with self._averaged():
                 findings = {"loss": self._held_out_loss()}
         if self._sample is not None and _due(section.sample_every, self.step):
-            folder = self._folder / "samples" / f"step_{self.step:08d}"
+            folder = self._folder / _SAMPLES / f"step_{self.step:08d}"
             folder.mkdir(parents=True, exist_ok=True)
             with self._averaged():
                 self._sample(folder)

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lltk.files.outputs import marked
 from lltk.files.reading import read_text
-from lltk.files.writing import write_text
+from lltk.files.writing import append_line, write_text
 from lltk.train.plot import Curve, line_plot, running_mean
 
 
@@ -45,13 +45,12 @@ _MOST = 1 << 32
 
 
 def append_metrics(path: Path, metrics: Metrics) -> None:
-    """Add a step's line to a file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(_line(metrics))
+    """Add a step's line to a file; errors as `append_line`'s."""
+    append_line(path, _line(metrics))
 
 
 def _line(metrics: Metrics) -> str:
-    return json.dumps(asdict(metrics)) + "\n"
+    return json.dumps(asdict(metrics))
 
 
 def read_metrics(path: Path) -> list[Metrics]:
@@ -89,7 +88,7 @@ def forget_after(path: Path, step: int) -> None:
             kept.append(metrics)
         if metrics.step >= step:
             break
-    write_text(path, "".join(map(_line, kept)))
+    write_text(path, "".join(f"{_line(metrics)}\n" for metrics in kept))
 
 
 def plot_loss(metrics: Sequence[Metrics]) -> str:

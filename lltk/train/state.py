@@ -125,10 +125,12 @@ def load_training_state(path: Path) -> TrainingState:
     facts = validated(_Facts, _MANIFEST.read(path), str(path / _MANIFEST.name))
     if path.name != f"step_{facts.step:08d}":
         raise ValueError(f"{path}: holds step {facts.step}; give it its name back")
-    tensors = {
-        name: read_tensors(file)[0] if (file := path / f"{name}.safetensors").exists() else {}
-        for name in _PARTS
-    }
+    tensors = {}
+    for name in _PARTS:
+        file = path / f"{name}.safetensors"
+        if file.exists() and file.name not in facts.files:
+            raise ValueError(f"{path}: {_MANIFEST.name} lists no {file.name}; {_MANIFEST.remedy}")
+        tensors[name] = read_tensors(file)[0] if file.exists() else {}
     about = {"recipe": facts.recipe, "log": facts.log, "versions": facts.versions}
     return TrainingState(facts.step, facts.position, about, **tensors)
 
@@ -164,16 +166,32 @@ def check_training_state(state: TrainingState, path: Path, shapes: Mapping[str, 
                     f"{list(wanted[name])}; {_MANIFEST.remedy}"
                 )
             if not tensor.isfinite().all() or (
-                name.startswith(("exp_avg_sq.", "step.")) and bool((tensor < 0).any())
+                (name.startswith("exp_avg_sq.") and bool((tensor < 0).any()))
+                or (name.startswith("step.") and not 1 <= float(tensor) <= state.step)
             ):
                 raise ValueError(
                     f"{path}: {part}: {name} has values that no run gives; {_MANIFEST.remedy}"
                 )
-    for name, tensor in state.optimiser.items():
-        if name.startswith("rng.") and (tensor.dtype != torch.uint8 or tensor.dim() != 1):
+    generators = {n: t for n, t in state.optimiser.items() if n.startswith("rng.")}
+    for name in sorted({"rng.cpu", *generators}):
+        if not _is_generator(name, generators.get(name)):
             raise ValueError(f"{path}: optimiser: {name} is no generator; {_MANIFEST.remedy}")
-    if len(state.optimiser.get("rng.cpu", ())) != len(torch.get_rng_state()):
-        raise ValueError(f"{path}: optimiser: rng.cpu is no generator; {_MANIFEST.remedy}")
+
+
+def _is_generator(name: str, state: Tensor | None) -> bool:
+    """Whether a tensor is the state of a generator. One of a GPU that is not here may be any."""
+    if state is None or state.dtype != torch.uint8 or state.dim() != 1:
+        return False
+    found = re.fullmatch(r"rng\.(cpu|cuda\.(\d+))", name)
+    if found is None:
+        return False
+    if found[2] and int(found[2]) >= torch.cuda.device_count():
+        return True
+    try:
+        torch.Generator(found[1].replace(".", ":")).set_state(state)
+    except RuntimeError:
+        return False
+    return True
 
 
 def random_state() -> dict[str, Tensor]:
