@@ -216,7 +216,8 @@ def _silent() -> Iterator[None]:
 
     Its settings are the process's, so this is for the holder of `LOADING`. They are put back.
     """
-    from transformers.utils import logging as reports
+    with LOADING:
+        from transformers.utils import logging as reports
 
     verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
     reports.set_verbosity_error()
