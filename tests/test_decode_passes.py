@@ -106,6 +106,11 @@ def test_latents_are_taken_together_as_far_as_they_reach() -> None:
     with DecodePipeline(again, rest.append) as pipeline:
         pipeline.submit(*latents[:, :, 2:].split([1, 3, 3], dim=2))
     assert torch.equal(torch.cat(rest, 2), torch.cat(got[2:], 2))
+    late, more = decoder(several()), []
+    decoded(late, [3])
+    with DecodePipeline(late, more.append) as pipeline:
+        pipeline.submit(latents[:, :, 3:6])
+    assert len(more) == 1 and torch.equal(more[0], got[3])
 
 
 @cpu

@@ -27,10 +27,11 @@ from lltk.stream.report import ChunkReport
 from lltk.stream.rollout import Rollout
 from lltk.stream.sampler import Sampler, Schedule, guided
 from lltk.stream.script import Shot
-from lltk.stream.state import load_state
+from lltk.stream.state import SessionState, load_state
 from lltk.stream.text import TextEncoder
 from lltk.streaming import Stream, StreamPlan, describe, open_stream
 from lltk.streaming.identity import identity
+from lltk.streaming.restoring import check_state
 
 pytestmark = pytest.mark.cpu
 
@@ -318,6 +319,25 @@ def test_a_switch_outlives_a_failure(
         reports = list(stream)
     assert len(reports[0].chunk.receipts) == 1 and reports[0].chunk.prompt == prompt
     assert torch.equal(torch.cat([*first, *(report.latents for report in reports)], 2), wanted)
+
+
+def test_a_prompt_that_was_half_taken_is_not_taken_for_the_one_before(
+    plan: StreamPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime holds the new one's keys and values when a switch back brings the old one."""
+    wanted, _ = streamed(plan, SHOTS[:1])
+    stream, _ = opened(plan, SHOTS[:1])
+    with stream:
+        reports = [next(stream.session) for _ in range(2)]
+        take = stream.session._runtime.set_prompt
+        stream.switch("a green star falling")
+        with monkeypatch.context() as patch:
+            patch.setattr(stream.session._runtime, "set_prompt", lambda text: (take(text), 1 / 0))
+            with pytest.raises(ZeroDivisionError):
+                next(stream.session)
+        stream.switch(reports[0].chunk.prompt)
+        reports += stream
+    assert torch.equal(torch.cat([report.latents for report in reports], dim=2), wanted)
 
 
 def test_a_prompt_that_failed_half_way_is_taken_back(
@@ -617,6 +637,54 @@ def test_other_states_are_refused(pipeline: Path, plan: StreamPlan, tmp_path: Pa
         save_tensors(tmp_path / "older", {"t": torch.ones(1)}, {"lltk.stream": stated})
         message = refused(load_state, tmp_path / "older", other_version)
         assert "not a stream's state of format 4" in message
+
+
+def test_a_state_that_contradicts_its_plan_is_refused(plan: StreamPlan) -> None:
+    stream, _ = opened(plan)
+    with stream:
+        for _ in range(5):
+            next(stream.session)
+        state = stream.session.state()
+    timeline, cache, delivery = state.timeline, state.cache, state.delivery
+    (chunk, *_), (first, *others), (pages,) = timeline.chunks, cache.held, state.pages
+    slots, clean = cache.table["slots"], first.clean
+    assert len(slots) == 3 and delivery.latents == 10
+    video = torch.zeros(1, 3, 4, *plan.size)
+
+    def listing(slots: list[tuple[int, int]]) -> SessionState:
+        return replace(state, cache=replace(cache, table={**cache.table, "slots": slots}))
+
+    def delivering(**changes: object) -> SessionState:
+        return replace(state, delivery=replace(delivery, **changes))  # type: ignore[arg-type]
+
+    short = replace(timeline, chunks=(replace(chunk, frames=range(3)),))
+    cut = replace(cache, held=(replace(first, clean=clean[:, :, 1:]), *others))
+    wrong = {
+        "chunk 5 has frames 0 to 3;": replace(state, timeline=short),
+        "is in page 4, and there are 4;": listing([*slots[:-1], (4, 4)]),
+        "2 chunks are held before chunk 5;": listing(slots[:-1]),
+        "12 latent frames were made before chunk 5;": delivering(latents=12),
+        "it has 2 caches;": replace(state, pages=[pages, pages]),
+        "cache: k_pages_0 is missing, or is one too many;": replace(
+            state, pages=[{n: page for n, page in pages.items() if n != "k_pages_0"}]
+        ),
+        "its latents are torch.float32 [1, 4, 1, 2, 4];": replace(state, cache=cut),
+        "latents to decode are torch.float64 [": delivering(undecoded=[clean.double()]),
+        "more latents are to be decoded than were made;": delivering(undecoded=[clean] * 6),
+        "its image is torch.float32 [1, 4, 2, 2, 4];": replace(state, image=clean),
+        "video to deliver is torch.float32 [1, 3, 4, 16, 64];": delivering(
+            undelivered=[video[:, :, :, :16]]
+        ),
+        "more video is to be delivered than was decoded;": delivering(undelivered=[video] * 11),
+        "decoder: cache_0 is torch.float32 [1];": delivering(
+            caches={**delivery.caches, "cache_0": torch.zeros(1)}
+        ),
+    }
+    path = Path("state")
+    check_state(path, state, plan)
+    for said, other in wrong.items():
+        message = refused(check_state, path, other, plan)
+        assert message.startswith("state: ") and said in message, message
 
 
 def test_the_sink_cannot_wait_for_itself(plan: StreamPlan, tmp_path: Path) -> None:

@@ -433,10 +433,13 @@ def test_too_little_memory(
     owners = stream_memory(plan)["cpu"]
     need = total(owners)
     assert owners["activations"] == activations(plan.transformer) > 0
+    smaller = stream_memory(planned(pipeline, "geometry.window=6"))["cpu"]
+    pages = 2 * (owners["cache pages"] - smaller["cache pages"])  # of both caches
     options = ["--prompt", "x", "-o", tmp_path / "v.mp4", "--guidance", 2]
     options += sets(pipeline, "stream.text.after=keep")
     for free, fits in (
         (need - 1, "what would fit: geometry.window=6 ("),
+        (need - pages, "what would fit: geometry.window=6 ("),
         (need - owners["text encoder"], "stream.text.after=free ("),
         (need - owners["text encoder"] - 1000, "geometry.window=6 with stream.text.after=free"),
         (owners["weights"], "its weights alone do not fit"),
