@@ -28,6 +28,7 @@ from lltk.compiler import transform, with_weights
 from lltk.files.manifest import _digest
 from lltk.files.tensors import checksum, read_tensors, save_tensors
 from lltk.graph.recipe import Recipe, load_recipe, open_recipe
+from lltk.graph.weights import check_weights
 from lltk.models.checkpoint import load_checkpoint
 from lltk.models.configs import validate_config
 from lltk.stream import state as states
@@ -382,6 +383,14 @@ def test_many_forged_training_states(folder: Path, tmp_path: Path) -> None:
 @manual
 def test_many_forged_programs(folder: Path, tmp_path: Path) -> None:
     forge_program(folder, tmp_path, 300)
+
+
+@cpu
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_weights_are_floating_point(dtype: torch.dtype) -> None:
+    weights = {"a.weight": torch.ones(2, 3), "a.bias": torch.ones(3, dtype=dtype)}
+    message = refused(check_weights, weights, {"a.weight": (2, 3), "a.bias": (3,)}, "here")
+    assert message.startswith(f"here: a.bias is {dtype}, and weights are floating-point")
 
 
 @cpu
