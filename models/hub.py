@@ -88,8 +88,8 @@ def _download(name: str, where: str) -> Path | None:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{where}: {name} cannot be downloaded ({reason}); name a folder, or OWNER/NAME of the "
-            "Hugging Face hub"
+            f"{where}: {name} cannot be downloaded ({reason}); check the network and the name, "
+            "which is OWNER/NAME on the Hugging Face hub"
         ) from error
 
 

@@ -144,6 +144,7 @@ def test_what_passes_convert_and_keep_is_printed(run: Run) -> None:
             "train: unknown key 'stps'; did you mean",
         ),
         (["tiny_stream"], "has no train section"),
+        (["wan22_5b_train"], "has no train section"),
         (
             ["tiny_train", *sets([*SMALL, "train.from_scratch=false"])],
             "model.checkpoint: names no weights to begin with; set model.checkpoint=PATH, or begin",

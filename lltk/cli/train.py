@@ -86,12 +86,14 @@ def command(
     from lltk.graph.recipe import read_recipe
     from lltk.models.hub import on_disk
     from lltk.train.loop import newest_state
+    from lltk.train.recipe import train_section
     from lltk.training import plan_training, training_outputs
 
     chosen, state = find_device(device), None
     data = read_recipe(path, (*overrides, *(["train.from_scratch=true"] if from_scratch else [])))
     if from_scratch and (data.get("model") or {}).get("checkpoint") is not None:
         raise ValueError("--from-scratch: the recipe names model.checkpoint; drop one of them")
+    train_section(data.get("train"), str(path))  # before anything is looked for
     data = on_disk(data, download)
     if output is None and (resume or not dry_run):
         raise ValueError("-o: name a folder for the run")
