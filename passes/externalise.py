@@ -19,6 +19,7 @@ from lltk.graph.edit import (
     output,
     prune,
     replace,
+    results_of,
 )
 from lltk.graph.facts import Ranks
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
@@ -105,15 +106,15 @@ def _list(graph: fx.Graph, pages: int, report: Report) -> None:
 
 def _writes(graph: fx.Graph, report: Report) -> None:
     """Give pages as outputs instead of writing them."""
-    end = output(graph)
-    given = dict(end.args[0])
+    given = results_of(graph)
     for node in [node for node in graph.nodes if is_mutation(node)]:
         _only(WRITE_PAGE, node, "writes a page")
         arena, value, _ = node.args
+        assert isinstance(arena, fx.Node) and isinstance(value, fx.Node)
         given[page_output(str(arena.target))] = value
         graph.erase_node(node)
         report.match("page")
-    end.args = (given,)
+    output(graph).args = (given,)
 
 
 def _only(target: object, node: fx.Node, does: str) -> None:

@@ -98,7 +98,7 @@ def test_unlisted_pages_are_not_read(graph: str) -> None:
 def test_contracts() -> None:
     """Inputs that a graph does not read are gone: of the commit its last layer's pages."""
     step, commit = external().contract("step"), external().contract("commit")
-    assert list(step.having(Role.LISTED).values())[0].shape == (4,)
+    assert step.input(Role.LISTED).shape == (4,)
     assert step.pages == original().pages == external().pages
     assert set(step.pages) - set(commit.pages) == {"k_pages_2", "v_pages_2"}
     assert list(commit.outputs) == [page_output(name) for name in original().pages]

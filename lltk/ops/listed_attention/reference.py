@@ -26,9 +26,10 @@ def listed_attention(
     pages, tokens = k_pages.shape[1:3]
     seen = torch.cat([listed.repeat_interleave(tokens), listed.new_ones(k.shape[1])])
     keys, values = (_joined(own, arena, listed) for own, arena in ((k, k_pages), (v, v_pages)))
-    operands = (t.transpose(1, 2) for t in (q, keys, values))
+    queries, keys, values = (t.transpose(1, 2) for t in (q, keys, values))
     mask = seen.expand(q.shape[1], pages * tokens + k.shape[1])
-    return F.scaled_dot_product_attention(*operands, attn_mask=mask).transpose(1, 2).contiguous()
+    result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    return result.transpose(1, 2).contiguous()
 
 
 def _joined(own: Tensor, arena: Tensor, listed: Tensor) -> Tensor:
