@@ -190,6 +190,8 @@ def _value(program: Program, spec: TensorSpec, generator: torch.Generator) -> Te
         return torch.tensor([program.geometry.pages - 1])
     if spec.role is Role.TIME:
         return torch.rand(spec.shape, generator=generator) * 1000
+    if spec.dtype == torch.bool:
+        return torch.rand(spec.shape, generator=generator) < 0.5
     if spec.dtype == torch.uint8:
         return torch.randint(256, spec.shape, dtype=spec.dtype, generator=generator)
     return torch.randn(spec.shape, generator=generator).to(spec.dtype)

@@ -50,6 +50,7 @@ from lltk.ops.implementations import (
     ops,
     overload,
 )
+from lltk.ops.listed_attention.op import listed_attention
 from lltk.ops.paged_attention import reference as paged_reference
 from lltk.ops.paged_attention.op import paged_attention, paged_attention_backward
 from lltk.ops.rope_table.op import rope_table
@@ -177,6 +178,9 @@ def op_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             found[name] = (paged_attention, (*_trained(own[:3]), *arenas, table))
             backward = (own[3], *own[:3], *arenas, table)
             found[f"backward of {name}"] = (paged_attention_backward, backward)
+        for pages in (torch.zeros(len(arenas[0][0]), dtype=torch.bool), torch.arange(4) % 2 == 0):
+            name = f"listed_attention {short} {pages.tolist()}"
+            found[name] = (listed_attention, (*own[:3], *arenas, pages))
         for clip in CLIPS:
             operands = clip_operands(clip, dtype)
             name = f"block_causal_attention {short} {clip}"

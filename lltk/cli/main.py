@@ -11,7 +11,8 @@ from rich.console import Console
 from lltk import __version__
 
 _COMMANDS = (
-    "doctor", "recipes", "transform", "inspect", "train", "stream", "compare", "bench", "demo",
+    "doctor", "recipes", "transform", "inspect", "train", "export", "bundle", "stream", "compare",
+    "bench", "demo",
 )  # fmt: skip
 
 

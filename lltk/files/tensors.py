@@ -69,6 +69,17 @@ def write_tensors(
     file.patch(_SEAL.start, file.checksum.encode())
 
 
+def tensor_places(path: Path) -> dict[str, tuple[int, int]]:
+    """Where in a file that `write_tensors` wrote the bytes of each tensor begin and end."""
+    with opened(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    del header["__metadata__"]
+    first = 8 + length
+    offsets = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: (first + start, first + end) for name, (start, end) in offsets.items()}
+
+
 def checksum(path: Path) -> str:
     """The SHA-256 of a file; its seal, if it has one, is read as zeros.
 

@@ -47,6 +47,12 @@ class Role(StrEnum):
     """The committed pages to attend to, int64, as many as there are."""
     SLOT = "slot"
     """The page that a commit writes, int64 [1]."""
+    LISTED = "listed"
+    """In graphs for export, which pages to attend to, bool [P]."""
+    ROTARY_COS = "rotary_cos"
+    """There too, what `rope_table` makes of the positions, float32 [1, L, 1, D]; cos, …"""
+    ROTARY_SIN = "rotary_sin"
+    """… and sin."""
     CACHE = "cache"
     """Features that a decoder's call leaves for the next call."""
     WEIGHTS = "weights"
@@ -71,6 +77,11 @@ _OF_PAGES = frozenset(
         Role.PAGE_MEANS,
     }
 )
+
+
+def page_output(arena: str) -> str:
+    """The output of a commit that is the new page of an arena, [B, T, …], where it writes none."""
+    return f"new_{arena}"
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,12 @@ def output(graph: fx.Graph) -> fx.Node:
     return node
 
 
+def results_of(graph: fx.Graph) -> dict[str, fx.Node]:
+    """A named graph's results, by name."""
+    found: Any = output(graph).args[0]
+    return dict(found)
+
+
 def rename_placeholder(node: fx.Node, name: str) -> None:
     """Give an input another name in the contract."""
     node.target = name

@@ -186,8 +186,8 @@ class Program:
 
     @property
     def pages(self) -> dict[str, TensorSpec]:
-        """A stream's cache: the commit's inputs that are parts of it, with axes [B, P, …]."""
-        return self.contract("commit").pages if "commit" in self.graphs else {}
+        """A stream's cache: the step's inputs that are parts of it, with axes [B, P, …]."""
+        return self.contract("step").pages if "step" in self.graphs else {}
 
     def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This Program's state dict, from one of the captured model."""

@@ -45,6 +45,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _SHORT[dtype]
 
 
+def dtype_named(short: str) -> torch.dtype:
+    """The dtype of a short name."""
+    if short not in _DTYPES:
+        raise ValueError(f"{short!r} is no dtype; there are {', '.join(_DTYPES)}")
+    return _DTYPES[short]
+
+
 def type_text(value: Any) -> str:
     """``f32[1, 8, 4]`` for a tensor, a tuple of those for several."""
     if isinstance(value, Tensor):

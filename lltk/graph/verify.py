@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
+from lltk.graph.contract import page_output
 from lltk.graph.edit import module_of, op_of, output
 from lltk.graph.program import Program
 from lltk.graph.spec import ModelSpec
@@ -120,8 +121,9 @@ def _causal(program: Program) -> None:
 
 
 def _same_pages(program: Program) -> None:
-    read = program.contract("step").pages
-    if differing := dict(read.items() ^ program.pages.items()):
+    read, commit = program.pages, program.contract("commit")
+    given = {name: spec for name, spec in read.items() if page_output(name) in commit.outputs}
+    if differing := dict(read.items() ^ (commit.pages | given).items()):
         raise ValueError(f"step and commit differ in their pages: {', '.join(sorted(differing))}")
 
 

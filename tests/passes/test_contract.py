@@ -94,6 +94,7 @@ CASES = [
     Case("lora", "stream", "bitwise", CAUSAL, STREAM[:6]),
     Case("merge_lora", "score", "rounding", CANON, (*CANONICAL, "lora")),
     Case("ulysses_stream", "stream", "changing", Stage.PARTITIONED, STREAM[:6]),
+    Case("externalise", "stream", "rounding", CAUSAL, STREAM[:6]),
     Case("regionalise", "stream", "bitwise", Stage.REGIONAL, STREAM[:6]),
     Case("lower", "stream", "rounding", Stage.LOWERED, STREAM[:7]),
 ]
@@ -272,6 +273,7 @@ def test_too_late_is_refused(case: Case) -> None:
         ("hoist_text", "stream", "score"),
         ("cached_step", "stream", "train"),
         ("commit", "stream", "score"),
+        ("externalise", "stream", "score"),
     ],
 )
 def test_wrong_kind_is_refused(name: str, kinds: str, kind: Kind) -> None:

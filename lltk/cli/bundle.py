@@ -1,0 +1,65 @@
+"""``lltk bundle``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from lltk.cli.tables import contract_table, row_table
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+@click.group("bundle")
+def command() -> None:
+    """Look at a bundle, which `lltk export` writes."""
+
+
+@command.command("show")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@_json_option
+def show(bundle: Path, as_json: bool) -> None:
+    """Show what a BUNDLE holds, once every file has been checked.
+
+    \b
+    Example:
+      lltk bundle show bundle
+    """
+    from lltk.export.bundle import read_bundle
+
+    facts = read_bundle(bundle)
+    if as_json:
+        click.echo(json.dumps(facts.model_dump(mode="json"), indent=2))
+        return
+    console = Console()
+    made = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    console.print(f"For {facts.target}, opset {facts.opset}; made with {made}", highlight=False)
+    for name, stage in facts.stages.items():
+        passes = ", ".join(str(entry["name"]) for entry in stage.log)
+        console.print(f"{name}: passes {passes}", highlight=False)
+        for graph, each in stage.graphs.items():
+            console.print(contract_table(f"{name}/{graph}", each.contract))
+    files = [{"file": name, "SHA-256": digest[:16]} for name, digest in facts.files.items()]
+    console.print(row_table("Files", files))
+
+
+@command.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@_json_option
+def verify(bundle: Path, as_json: bool) -> None:
+    """Check every file of a BUNDLE, and its golden values through ONNX Runtime.
+
+    \b
+    Example:
+      lltk bundle verify bundle
+    """
+    from lltk.export.bundle import verify_bundle
+
+    found = verify_bundle(bundle)
+    if as_json:
+        click.echo(json.dumps({"golden": [each.plain() for each in found]}, indent=2))
+        return
+    Console().print(row_table("Golden values", [each.row() for each in found]))

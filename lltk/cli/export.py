@@ -1,0 +1,94 @@
+"""``lltk export``."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from lltk.cli.options import download_option, overwrite_option
+from lltk.cli.tables import memory_table, row_table
+from lltk.graph.recipe import parse_recipe, read_recipe
+from lltk.graph.recipe_files import find_recipe
+from lltk.models.hub import on_disk
+
+
+@click.command("export")
+@click.argument("recipe")
+@click.option(
+    "--target", required=True, type=click.Choice(["ort"]),
+    help="What is to run the graphs: ort is ONNX Runtime.",
+)  # fmt: skip
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle."
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Change a key of the recipe; may be repeated.",
+)  # fmt: skip
+@download_option
+@overwrite_option
+@click.option("--dry-run", is_flag=True, help="Emit the graphs without weights; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    recipe: str,
+    target: str,
+    output: Path,
+    overrides: tuple[str, ...],
+    download: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write the graphs of a RECIPE's stream in ONNX, as a bundle.
+
+    A bundle holds the transformer's and the decoder's graphs, their weights, and golden values:
+    inputs of each graph, and what torch makes of them. It is written once ONNX Runtime gives the
+    same. This version exports float32 without quantisation. Prompts are encoded elsewhere: a bundle
+    has no text encoder, and `lltk stream` does not play bundles yet.
+
+    \b
+    Example:
+      lltk export tiny_stream --target ort -o bundle
+      lltk bundle verify bundle
+    """
+    console = Console(quiet=as_json)
+    path = find_recipe(recipe)
+    data = on_disk(read_recipe(path, overrides), download, not dry_run)
+    resolved = parse_recipe(data, str(path))
+    from lltk.cli.inputs import inputs_of
+    from lltk.export.bundle import BUNDLE
+    from lltk.export.onnx_runtime import check_installed
+    from lltk.exporting import emitted, export, plan_export
+    from lltk.files.outputs import Output, check_outputs
+    from lltk.graph.memory import estimate
+
+    check_installed()
+    check_outputs([Output(output, BUNDLE)], inputs_of(path, resolved.resolved()), overwrite)
+    start = time.perf_counter()
+    with console.status("making the Programs") as status:
+        plan = plan_export(resolved, weights=not dry_run)
+        if dry_run:
+            graphs = emitted(plan)
+        else:
+            found = export(plan, output, overwrite, status.update)
+    if dry_run:
+        stages = {"transformer": plan.transformer, "decoder": plan.decoder}
+        memory = {name: estimate(program) for name, program in stages.items()}
+        if as_json:
+            facts = {"target": target, "nodes": graphs, "memory": memory, "outputs": [str(output)]}
+            click.echo(json.dumps(facts, indent=2))
+        rows = [{"graph": name, "nodes": str(count)} for name, count in graphs.items()]
+        console.print(row_table(f"It would write {output}", rows))
+        for name, owners in memory.items():
+            console.print(f"{name}:", memory_table(owners), sep="\n")
+        return
+    seconds = time.perf_counter() - start
+    if as_json:
+        cases = [each.plain() for each in found]
+        click.echo(json.dumps({"output": str(output), "seconds": seconds, "golden": cases}))
+    console.print(row_table("Golden values", [each.row() for each in found]))
+    console.print(f"A bundle for {target} in {seconds:.1f} s, written to {output}")

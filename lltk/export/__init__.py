@@ -1,0 +1,1 @@
+"""Programs as ONNX graphs, and the bundles that hold them."""

@@ -1,0 +1,361 @@
+"""Bundles: folders that hold a stream's graphs in ONNX, their weights and golden values.
+
+::
+
+    manifest.json               what the bundle is, and the SHA-256 of every file
+    transformer/*.onnx          prologue, step, commit
+    transformer/weights.safetensors
+    decoder/*.onnx              first, step
+    decoder/weights.safetensors
+    golden.safetensors          inputs of every graph, and what torch made of them
+
+A bundle is written once its graphs gave the golden values in ONNX Runtime, or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from lltk import __version__
+from lltk.export.golden import Case
+from lltk.export.onnx_runtime import check_installed, open_graph, run_graph
+from lltk.files.manifest import Manifest
+from lltk.files.outputs import Kind, Output, check_outputs
+from lltk.files.tensors import read_tensors, write_tensors
+from lltk.files.writing import NewFolder, standing, whole_folder
+from lltk.graph.contract import Contract, Role, TensorSpec
+from lltk.graph.fingerprint import fingerprint
+from lltk.graph.program import Program
+from lltk.graph.text import dtype_name, dtype_named
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from lltk.export.weights import WeightPool
+
+MANIFEST = Manifest(
+    "manifest.json", "a bundle", format=1, remedy="restore it, or export the recipe again"
+)
+BUNDLE = Kind("a bundle", MANIFEST.recognises, folder=True)
+GOLDEN = "golden.safetensors"
+BOUND = 1e-5
+"""How far an output may be from torch's, relative to its largest value."""
+_VERSIONS = ("onnx", "onnxruntime", "torch", "diffusers")
+
+
+class TensorFacts(BaseModel):
+    """An input or output of a graph."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shape: tuple[int, ...]
+    dtype: str
+    role: Role | None = None
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The same as code has it."""
+        return TensorSpec(self.shape, dtype_named(self.dtype), self.role)
+
+
+class GraphFacts(BaseModel):
+    """Inputs and outputs of a graph, by name and in order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    inputs: dict[str, TensorFacts]
+    outputs: dict[str, TensorFacts]
+
+    @property
+    def contract(self) -> Contract:
+        """The graph's contract."""
+        return Contract(*({n: t.spec for n, t in s.items()} for s in (self.inputs, self.outputs)))
+
+
+class StageFacts(BaseModel):
+    """A Program of the bundle: its digest, pass log and graphs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fingerprint: str
+    log: list[dict[str, Any]]
+    graphs: dict[str, GraphFacts]
+
+
+class GoldenFacts(BaseModel):
+    """A golden case: names in the file of golden values, by the graph's names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: str
+    graph: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+class Facts(BaseModel):
+    """What a manifest says besides the checksums of the files.
+
+    Attributes:
+        target: what runs the graphs.
+        opset: of ONNX.
+        versions: of what made the bundle.
+        recipe: the resolved recipe: geometry, sampler and passes too.
+        rotary: arguments of the rotary tables: rows and columns of tokens, split, theta.
+        stages: ``transformer`` and ``decoder``.
+        golden: the golden cases.
+        bound: how far an output may be from its golden value, relative to its largest.
+        files: SHA-256 by name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str
+    opset: int
+    versions: dict[str, str]
+    recipe: dict[str, Any]
+    rotary: dict[str, Any]
+    stages: dict[str, StageFacts]
+    golden: list[GoldenFacts]
+    bound: float
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far ONNX Runtime is from a golden value.
+
+    Attributes:
+        case: number of the case.
+        graph: ``transformer/step`` or the like.
+        output: the one that is farthest.
+        relative: the largest difference, relative to the output's largest value; NaN or infinity
+            where a value is not finite.
+    """
+
+    case: int
+    graph: str
+    output: str
+    relative: float
+
+    def plain(self) -> dict[str, Any]:
+        """As data that JSON can hold."""
+        return asdict(self)
+
+    def row(self) -> dict[str, str]:
+        """As a row of a table."""
+        return {
+            "graph": self.graph,
+            "farthest output": self.output,
+            "largest difference": f"{self.relative:.1e}",
+        }
+
+
+def write_bundle(
+    path: Path,
+    programs: Mapping[str, Program],
+    cases: Iterable[Case],
+    recipe: Mapping[str, Any],
+    rotary: Mapping[str, Any],
+    overwrite: bool = False,
+    note: Callable[[str], None] = lambda what: None,
+) -> list[Difference]:
+    """Write a bundle, whole or not at all, and compare its golden values before it is there.
+
+    Args:
+        path: a new or empty folder, or a bundle, which is replaced.
+        programs: by stage, with weights; their graphs mutate nothing.
+        cases: golden values for each graph.
+        recipe, rotary: see `Facts`.
+        overwrite: whether a folder that holds anything else may be replaced.
+        note: is told what is being done.
+
+    Returns:
+        How far each case is from its golden values.
+
+    Raises:
+        ValueError: an op has no form in ONNX, or an output is farther than `BOUND`.
+        OSError: the folder cannot be written.
+    """
+    check_installed()
+    from lltk.export.emitter import OPSET
+
+    check_outputs([Output(path, BUNDLE)], [], overwrite)
+    with whole_folder(path) as folder:
+        stages = {}
+        for stage, program in programs.items():
+            note(f"writing the {stage}")
+            stages[stage] = _write_stage(folder, stage, program)
+        note("computing golden values")
+        golden = _write_golden(folder, cases)
+        note("comparing golden values")
+        found = list(_compared(folder.path, golden))
+        if bad := [each for each in found if not each.relative <= BOUND]:
+            raise ValueError(f"export: {_said(bad[0])}; the bundle is not written")
+        versions = {name: version(name) for name in _VERSIONS}
+        facts = {
+            "target": "ort", "opset": OPSET, "versions": {"lltk": __version__, **versions},
+            "recipe": recipe, "rotary": rotary, "bound": BOUND,
+            "stages": {stage: each.model_dump(mode="json") for stage, each in stages.items()},
+            "golden": [case.model_dump() for case in golden],
+        }  # fmt: skip
+        MANIFEST.write(folder, facts)
+    return found
+
+
+def read_bundle(path: Path) -> Facts:
+    """What a bundle's manifest says, once every file has been checked.
+
+    Raises:
+        ValueError: it is no bundle, of another format, or a file is missing or was changed, or a
+            graph names a file other than its weights or needs more than the opset it states.
+    """
+    content = MANIFEST.read(path)
+    where = standing(path)
+    try:
+        facts = Facts.model_validate(content)
+    except ValidationError as error:
+        what = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ValueError(f"{where / MANIFEST.name}: {what} is none of a bundle's") from error
+    for stage, each in facts.stages.items():
+        for graph in each.graphs:
+            if f"{stage}/{graph}.onnx" not in facts.files:
+                raise ValueError(f"{where}: has no {stage}/{graph}.onnx; {MANIFEST.remedy}")
+    return facts
+
+
+def verify_bundle(path: Path) -> list[Difference]:
+    """Check every file of a bundle, then compare its golden values through ONNX Runtime.
+
+    Raises:
+        ValueError: as `read_bundle`; or an output is farther from its golden value than the
+            manifest says, with stage, graph and output.
+    """
+    facts = read_bundle(path)
+    check_installed()
+    check_graphs(standing(path), facts)
+    found = list(_compared(standing(path), facts.golden))
+    if bad := [each for each in found if not each.relative <= facts.bound]:
+        raise ValueError(
+            f"{path}: {_said(bad[0], facts.bound)}; this ONNX Runtime computes something else than "
+            "the one that made the bundle: use the versions that `lltk bundle show` lists"
+        )
+    return found
+
+
+def check_graphs(folder: Path, facts: Facts) -> None:
+    """Check that graphs read no file but their weights, and have the opset that is stated.
+
+    Raises:
+        ValueError: one does not.
+    """
+    import onnx
+
+    from lltk.export.emitter import OPSET
+    from lltk.export.weights import FILE
+
+    for name in sorted(facts.files):
+        if not name.endswith(".onnx"):
+            continue
+        model = onnx.load(folder / name, load_external_data=False)
+        opsets = {each.domain: each.version for each in model.opset_import}
+        if opsets != {"": facts.opset} or facts.opset > OPSET:
+            raise ValueError(f"{folder / name}: has opsets {opsets}, this lltk reads {OPSET}")
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location" and entry.value != FILE:
+                    raise ValueError(
+                        f"{folder / name}: reads {entry.value!r}, and may read {FILE} alone; "
+                        f"{MANIFEST.remedy}"
+                    )
+
+
+def emit(program: Program) -> tuple[WeightPool, dict[str, ModelProto]]:
+    """The models of a Program's graphs, and the parameters that they read.
+
+    Raises:
+        ValueError: an op has no form in ONNX.
+    """
+    from lltk.export.emitter import Emitter
+    from lltk.export.weights import WeightPool
+
+    pool = WeightPool()
+    return pool, {name: Emitter(program, pool).emit(name) for name in program.graphs}
+
+
+def _write_stage(folder: NewFolder, stage: str, program: Program) -> StageFacts:
+    pool, models = emit(program)
+    pool.write(folder, stage, models)
+    contracts = {name: program.contract(name) for name in program.graphs}
+    graphs = {
+        name: GraphFacts(inputs=_facts(each.inputs), outputs=_facts(each.outputs))
+        for name, each in contracts.items()
+    }
+    log = [entry.plain() for entry in program.log]
+    return StageFacts(fingerprint=fingerprint(program), log=log, graphs=graphs)
+
+
+def _facts(specs: Mapping[str, TensorSpec]) -> dict[str, TensorFacts]:
+    return {
+        name: TensorFacts(shape=spec.shape, dtype=dtype_name(spec.dtype), role=spec.role)
+        for name, spec in specs.items()
+    }
+
+
+def _write_golden(folder: NewFolder, cases: Iterable[Case]) -> list[GoldenFacts]:
+    """Write the tensors of all cases, each once."""
+    held: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    facts = []
+
+    def noted(number: int, given: Mapping[str, Tensor]) -> dict[str, str]:
+        names = {}
+        for name, tensor in given.items():
+            known = held.setdefault(id(tensor), f"{number}.{name}")
+            tensors[known] = tensor
+            names[name] = known
+        return names
+
+    for number, case in enumerate(cases):
+        inputs, outputs = noted(number, case.inputs), noted(number, case.outputs)
+        facts.append(
+            GoldenFacts(stage=case.stage, graph=case.graph, inputs=inputs, outputs=outputs)
+        )
+    with folder.file(GOLDEN) as file:
+        write_tensors(file, tensors, {})
+    return facts
+
+
+def _compared(folder: Path, golden: Sequence[GoldenFacts]) -> Iterator[Difference]:
+    """Run each golden case."""
+    tensors, _ = read_tensors(folder / GOLDEN)
+    graphs = {
+        (case.stage, case.graph): open_graph(folder / case.stage / f"{case.graph}.onnx")
+        for case in golden
+    }
+    for number, case in enumerate(golden):
+        given = {name: tensors[held] for name, held in case.inputs.items()}
+        made = run_graph(graphs[case.stage, case.graph], given)
+        each = {name: _relative(made[name], tensors[held]) for name, held in case.outputs.items()}
+        worst = max(each, key=lambda name: float("inf") if each[name] != each[name] else each[name])
+        yield Difference(number, f"{case.stage}/{case.graph}", worst, each[worst])
+
+
+def _relative(made: Tensor, wanted: Tensor) -> float:
+    """The largest difference, relative to the largest value; 0 where both are zeros."""
+    distance, largest = float((made - wanted).abs().max()), float(wanted.abs().max())
+    return distance / largest if distance else 0.0
+
+
+def _said(bad: Difference, bound: float = BOUND) -> str:
+    return (
+        f"{bad.graph} (golden case {bad.case}): output {bad.output} is {bad.relative:.1e} of its "
+        f"largest value from torch's, and may be {bound:.0e}"
+    )

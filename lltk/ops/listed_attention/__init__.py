@@ -1,0 +1,1 @@
+"""Attention over pages that a mask lists, and the chunk in flight."""

@@ -1,0 +1,123 @@
+"""The pass that makes graphs which mutate nothing, against the graphs that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import PASSES, after, difference, inputs, reached, refused, run
+from torch import Tensor
+
+from lltk.graph.contract import Role, page_output
+from lltk.graph.facts import Ranks
+from lltk.graph.program import Program
+from lltk.ops.rope_table.reference import rope_table
+
+pytestmark = pytest.mark.cpu
+
+BEFORE = PASSES["stream"][:6]
+TABLES = ((), (2,), (2, 0, 1), (0, 1, 2), (3, 1))
+SIZES = {"layers": 3, "height": 64, "width": 96}
+
+
+def original() -> Program:
+    return reached("stream", *BEFORE, **SIZES)
+
+
+def external() -> Program:
+    return reached("stream", *BEFORE, "externalise", **SIZES)
+
+
+def given(program: Program, graph: str, table: Sequence[int]) -> dict[str, Tensor]:
+    """Inputs of the original graph, at positions that are no whole numbers."""
+    made = inputs(program, graph)
+    contract = program.contract(graph)
+    made[contract.name(Role.TABLE)] = torch.tensor(table, dtype=torch.int64)
+    made[contract.name(Role.POSITIONS)] += 7.25
+    return made
+
+
+def translated(program: Program, graph: str, old: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same for the graph that the pass made."""
+    spec, geometry = program.spec, program.geometry
+    height, width = geometry.grid(spec)
+    split = list(spec.rope_split)
+    cos, sin = rope_table(old["positions"], height, width, split, spec.rope_theta)
+    listed = torch.zeros(geometry.pages, dtype=torch.bool)
+    listed[old["table"]] = True
+    values = {**old, "rotary_cos": cos, "rotary_sin": sin, "listed": listed}
+    return {name: values[name] for name in program.contract(graph).inputs}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_step_gives_the_same(table: tuple[int, ...]) -> None:
+    old = given(original(), "step", table)
+    new = translated(external(), "step", old)
+    wanted = run(original(), "step", old)
+    assert difference(run(external(), "step", new), wanted) < 2e-6
+    other = translated(external(), "step", {**old, "table": torch.tensor([3])})
+    assert difference(run(external(), "step", other), wanted) > 1e-3
+
+
+@pytest.mark.parametrize("table", TABLES[:4])
+def test_commit_gives_what_was_written(table: tuple[int, ...]) -> None:
+    """Also where the slot's own page lies in the arena, which no table lists."""
+    old = given(original(), "commit", table)
+    pages = original().pages
+    written = run(original(), "commit", old)
+    assert written.keys() == pages.keys()
+    slot = int(old["slot"])
+    wanted = {page_output(name): written[name][:, slot] for name in pages}
+    found = run(external(), "commit", translated(external(), "commit", old))
+    assert difference(found, wanted) < 2e-6
+
+
+def outputs(graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the pass's graph gives; `run` takes a NaN in an input for something written."""
+    made = run(external(), graph, given)
+    return {name: made[name] for name in external().contract(graph).outputs}
+
+
+@pytest.mark.parametrize("graph", ["step", "commit"])
+def test_unlisted_pages_are_not_read(graph: str) -> None:
+    """A NaN there does not reach the result; in a listed page it does."""
+    old = given(original(), graph, (0, 2))
+    new = translated(external(), graph, old)
+    wanted = run(external(), graph, new)
+    broken = {name: value.clone() for name, value in new.items()}
+    for name in external().contract(graph).pages:
+        broken[name][:, [1, 3]] = float("nan")
+    assert difference(outputs(graph, broken), wanted) == 0
+    broken["listed"][1] = True
+    results = outputs(graph, broken).values()
+    assert not all(bool(value.isfinite().all()) for value in results)
+
+
+def test_contracts() -> None:
+    """Inputs that a graph does not read are gone: of the commit its last layer's pages."""
+    step, commit = external().contract("step"), external().contract("commit")
+    assert step.input(Role.LISTED).shape == (4,)
+    assert step.pages == original().pages == external().pages
+    assert set(step.pages) - set(commit.pages) == {"k_pages_2", "v_pages_2"}
+    assert list(commit.outputs) == [page_output(name) for name in original().pages]
+    assert not (commit.having(Role.TIME) or commit.having(Role.SLOT))
+    assert external().contract("prologue") == original().contract("prologue")
+
+
+def test_shapes_do_not_depend_on_the_table() -> None:
+    shapes = {
+        name: [tuple(n.meta["val"].shape) for n in graph.nodes if n.name == "listed_attention"]
+        for name, graph in external().graphs.items()
+    }
+    assert shapes["step"] == shapes["commit"] == [(1, 2 * 2 * 3, 2, 12)]
+
+
+def test_what_has_no_such_form_is_refused() -> None:
+    cache = reached("stream", *BEFORE, "nvfp4_cache", head_dim=16)
+    message = refused(after, cache, "externalise")
+    assert "externalise: " in message and "nvfp4_paged_attention" in message
+    assert "blocks.0.attn1" in message and "remove the pass" in message
+    program = replace(original(), facts={Ranks: Ranks(2)})
+    assert "is for one process, the program is for 2" in refused(after, program, "externalise")

@@ -1,0 +1,281 @@
+"""Bundles: what `lltk export` writes, refuses to write, and what of it is refused when read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from helpers import Run, refused
+from safetensors.torch import load_file
+from streams import SIZES, save_pipeline
+
+from lltk.export import bundle as bundles
+from lltk.export.bundle import MANIFEST, Facts, read_bundle, verify_bundle
+from lltk.exporting import ExportPlan, emitted, export, plan_export
+from lltk.files.tensors import save_tensors
+from lltk.graph.contract import Role
+from lltk.graph.recipe import open_recipe
+
+pytestmark = pytest.mark.cpu
+
+FILES = [
+    "decoder/first.onnx", "decoder/step.onnx", "decoder/weights.safetensors", "golden.safetensors",
+    "transformer/commit.onnx", "transformer/prologue.onnx", "transformer/step.onnx",
+    "transformer/weights.safetensors",
+]  # fmt: skip
+
+SMALL = (
+    "model.dtype=float32",
+    "model.config={num_attention_heads: 2, attention_head_dim: 16, in_channels: 4, "
+    "out_channels: 4, text_dim: 8, freq_dim: 8, ffn_dim: 16, num_layers: 1}",
+    *("geometry.height=64", "geometry.width=96"),
+)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> ExportPlan:
+    folder = save_pipeline(tmp_path_factory.mktemp("pipeline"))
+    return plan_export(open_recipe("tiny_stream", (*SIZES, f"stream.pipeline={folder}")))
+
+
+@pytest.fixture(scope="module")
+def made(plan: ExportPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "bundle"
+    found = export(plan, path)
+    assert len(found) == 10 and max(each.relative for each in found) < 1e-5
+    return path
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+def resealed(folder: Path) -> None:
+    """Write the manifest anew over what is in the folder, as an attacker would."""
+    from lltk.files.tensors import checksum
+
+    content = json.loads((folder / MANIFEST.name).read_text())
+    del content["digest"]
+    content["files"] = {name: checksum(folder / name) for name in content["files"]}
+    from lltk.files import manifest
+
+    content["digest"] = manifest._digest(content)
+    (folder / MANIFEST.name).write_text(json.dumps(content))
+
+
+def test_what_a_bundle_says(made: Path, plan: ExportPlan) -> None:
+    facts = read_bundle(made)
+    assert sorted(facts.files) == FILES
+    assert {name: list(stage.graphs) for name, stage in facts.stages.items()} == {
+        "transformer": ["prologue", "step", "commit"], "decoder": ["first", "step"],
+    }  # fmt: skip
+    step = facts.stages["transformer"].graphs["step"].contract
+    assert step == plan.transformer.contract("step") and step.input(Role.LISTED).shape == (4,)
+    assert facts.recipe["geometry"]["height"] == 32 and facts.rotary["rows"] == 1
+    assert {"lltk", "onnx", "onnxruntime", "torch"} <= facts.versions.keys()
+    names = [entry["name"] for entry in facts.stages["transformer"].log]
+    assert names[-2:] == ["externalise", "regionalise"] and "lower" not in names
+
+
+def test_golden_values_are_the_recipes_own(made: Path) -> None:
+    """They come from the graphs with a table, over pages of which one holds NaN."""
+    facts, tensors = read_bundle(made), load_file(made / "golden.safetensors")
+    graphs = [f"{case.stage}/{case.graph}" for case in facts.golden]
+    assert graphs[0] == "transformer/prologue" and graphs.count("transformer/step") == 3
+    assert graphs[-3:] == ["decoder/first", "decoder/step", "decoder/step"]
+    steps = [case for case in facts.golden if case.graph == "step" and case.stage != "decoder"]
+    listed = [tensors[case.inputs["listed"]].tolist() for case in steps]
+    assert [sum(each) for each in listed] == [0, 1, 3] and not any(each[3] for each in listed)
+    held = tensors[steps[0].inputs["k_pages_0"]]
+    assert held[:, 3].isnan().all() and held[:, :3].isfinite().all()
+    assert held[:, :3].abs().amax((0, 2, 3, 4)).min() > 0.1
+    assert len({case.inputs["k_pages_0"] for case in steps}) == 1, "pages are held once"
+    outputs = [tensors[held] for case in facts.golden for held in case.outputs.values()]
+    assert all(value.isfinite().all() for value in outputs)
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST.name])
+def test_one_changed_byte_is_refused(copy: Path, name: str) -> None:
+    path = copy / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    message = refused(verify_bundle, copy)
+    assert message.startswith(f"{path}: ") and len(message) < 300
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST.name])
+def test_a_missing_file_is_refused(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    message = refused(verify_bundle, copy)
+    assert name in message and ("is missing" in message or "has no manifest.json" in message)
+
+
+def _later_format(folder: Path) -> None:
+    path = folder / MANIFEST.name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+
+
+def _other_file(folder: Path) -> None:
+    path = folder / "decoder/first.onnx"
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(each for each in model.graph.initializer if each.external_data)
+    tensor.external_data[0].value = "../../golden.safetensors"
+    onnx.save(model, path)
+    resealed(folder)
+
+
+def _other_opset(folder: Path) -> None:
+    path = folder / "transformer/step.onnx"
+    model = onnx.load(path, load_external_data=False)
+    model.opset_import[0].version = 99
+    onnx.save(model, path)
+    resealed(folder)
+
+
+def _other_domain(folder: Path) -> None:
+    path = folder / "transformer/step.onnx"
+    model = onnx.load(path, load_external_data=False)
+    model.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
+    onnx.save(model, path)
+    resealed(folder)
+
+
+def _no_graph(folder: Path) -> None:
+    content = json.loads((folder / MANIFEST.name).read_text())
+    del content["files"]["transformer/step.onnx"]
+    (folder / MANIFEST.name).write_text(json.dumps(content))
+    resealed(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_later_format, "is of format 2, this lltk reads 1"),
+        (_other_file, "may read weights.safetensors alone"),
+        (_other_opset, "has opsets {'': 99}"),
+        (_other_domain, "'com.example': 1"),
+        (_no_graph, "has no transformer/step.onnx"),
+    ],
+)
+def test_what_does_not_belong_is_refused(
+    copy: Path, change: Callable[[Path], None], message: str
+) -> None:
+    change(copy)
+    assert message in refused(verify_bundle, copy)
+
+
+def test_other_weights_fail_the_golden_values(copy: Path) -> None:
+    """Also where every checksum fits."""
+    verify_bundle(copy)
+    path = copy / "transformer/weights.safetensors"
+    tensors = load_file(path)
+    tensors["proj_out.bias"][0] += 1e-3
+    save_tensors(path, tensors, {})
+    resealed(copy)
+    message = refused(verify_bundle, copy)
+    assert "transformer/step (golden case 1): output sample is" in message
+
+
+def test_an_export_that_misses_the_bound_leaves_nothing(
+    plan: ExportPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = plan.transformer
+    changed = dict(program.weights)
+    changed["proj_out.bias"] = changed["proj_out.bias"] + 1e-3
+    other = replace(plan, transformer=replace(program, weights=changed))
+    message = refused(export, other, tmp_path / "bundle")
+    assert message.startswith("export: transformer/step (golden case") and "not written" in message
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(bundles, "run_graph", lambda session, given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(plan, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_that_is_not_finite_fails(made: Path) -> None:
+    wanted = torch.ones(3)
+    for bad in (float("nan"), float("inf")):
+        relative = bundles._relative(torch.tensor([1.0, bad, 1.0]), wanted)
+        assert not relative <= 1e-5
+    assert bundles._relative(torch.zeros(2), torch.zeros(2)) == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        ("tiny_train", (), "program: train has no bundle"),
+        ("tiny_decode", (), "program: decode has no bundle"),
+        ("tiny_stream", ("model.dtype=bfloat16",), "set model.dtype=float32"),
+        ("tiny_stream", ("geometry.batch=2",), "set geometry.batch=1"),
+        ("tiny_stream", ("stream.decoder.dtype=bfloat16",), "set stream.decoder.dtype=float32"),
+        ("tiny_stream", ("stream.decoder.device=[cpu, cpu]",), "names several"),
+        ("tiny_stream_nvfp4_cache", SMALL, "externalise: nvfp4_paged_attention (blocks.0.attn1)"),
+    ],
+)
+def test_what_this_version_does_not_export(
+    recipe: str, changes: tuple[str, ...], message: str
+) -> None:
+    opened = open_recipe(recipe, changes)
+    assert message in refused(plan_export, opened, weights=False)
+
+
+def test_the_commands(run: Run, made: Path, plan: ExportPlan, tmp_path: Path) -> None:
+    code, out, err = run("bundle", "show", str(made))
+    assert code == 0 and "transformer/step" in out and "rotary_cos" in out, err
+    code, out, _ = run("bundle", "show", str(made), "--json")
+    assert code == 0 and Facts.model_validate(json.loads(out)) == read_bundle(made)
+    code, out, _ = run("bundle", "verify", str(made), "--json")
+    found = json.loads(out)["golden"]
+    assert code == 0 and len(found) == 10 and all(each["relative"] < 1e-5 for each in found)
+    code, out, _ = run("bundle", "verify", str(made))
+    assert code == 0 and "decoder/first" in out
+    code, _, err = run("bundle", "verify", str(tmp_path))
+    assert code == 2 and "has no manifest.json, so it is not a bundle" in err
+
+
+def test_export_command(
+    run: Run, plan: ExportPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lltk.exporting.plan_export", lambda recipe, weights: plan)
+    path = tmp_path / "bundle"
+    line = ("export", "tiny_stream", "--target", "ort", "-o", str(path))
+    code, out, _ = run(*line, "--dry-run", "--json")
+    nodes = json.loads(out)["nodes"]
+    assert code == 0 and nodes == emitted(plan) and len(nodes) == 5 and not path.exists()
+    code, out, err = run(*line, "--json")
+    assert code == 0 and len(json.loads(out)["golden"]) == 10, err
+    assert len(verify_bundle(path)) == 10
+    (path / "notes").write_text("mine")
+    code, _, err = run(*line)
+    assert code == 2 and "did not write it as a bundle" in err
+    code, _, err = run("export", "tiny_stream", "--target", "tensorrt", "-o", "x")
+    assert code == 2 and "'tensorrt' is not 'ort'" in err
+
+
+def test_the_pages_example_runs_as_printed(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[1] / "docs" / "export.md"
+    (example,) = re.findall(r"```python\n(import json\n.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(made.parent)
+    exec(example, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[1].startswith("transformer/step")
+    assert all(float(line.split()[-1]) < 1e-4 for line in lines)
+
+
+def test_nothing_is_read_without_its_package(
+    made: Path, plan: ExportPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lltk.export.onnx_runtime.find_spec", lambda name: None)
+    wanted = "onnx is not installed; run: pip install 'lltk[export]'"
+    assert refused(export, plan, tmp_path / "new") == refused(verify_bundle, made) == wanted
