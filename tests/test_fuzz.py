@@ -333,7 +333,6 @@ def forge_folder(
         copy = place / folder.name
         shutil.copytree(folder, copy)
         retyping = forged(copy, manifest, random)
-        start = time.process_time()
         try:
             read(copy)
         except (ValueError, OSError) as error:
@@ -341,7 +340,6 @@ def forge_folder(
         else:
             assert not retyping
             accepted += 1
-        assert time.process_time() - start < SECONDS
         shutil.rmtree(copy)
     assert accepted < rounds / 2
 
