@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 from helpers import PASSES, after, make_program, make_recipe, tiny_config
-from ranks import grouped
+from ranks import LIMIT, free_port, grouped
 from safetensors.torch import save_file
 from streams import SHOTS, SIZES
 from torch import Tensor
@@ -302,6 +303,27 @@ def made_by(rank: int, size: int, port: int, pipeline: Path | None) -> dict[str,
 def save_made(rank: int, size: int, port: int, pipeline: Path | None, path: Path) -> None:
     """Write `made_by` to a file; for a process of its own."""
     save_file(made_by(rank, size, port, pipeline), path)
+
+
+def save_all(paths: Sequence[Path], pipeline: Path | None) -> None:
+    """Write what each rank makes to a file of its own; for a new process.
+
+    The ranks are forks of it, so that they share its programs. A process that has run gradients or
+    several threads must not be forked.
+    """
+    torch.set_num_threads(1)
+    size, port, fork = len(paths), free_port(), multiprocessing.get_context("fork")
+    programs(size)
+    ranks = [
+        fork.Process(target=save_made, args=(rank, size, port, pipeline, path))
+        for rank, path in enumerate(paths)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(LIMIT)
+        process.kill()
+    sys.exit(any(process.exitcode for process in ranks))
 
 
 def run_command(

@@ -23,13 +23,11 @@ from sequence_parallel import (
     CASES,
     EXACT,
     SIZE,
-    made_by,
     program,
     program_of_one,
-    programs,
     rolled,
     run_command,
-    save_made,
+    save_all,
     streamed,
 )
 from streams import SHOTS, planned, save_pipeline
@@ -90,24 +88,14 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
 
 
 def made(size: int, folder: Path, pipeline: Path | None = None) -> list[dict[str, Tensor]]:
-    """What each of so many ranks makes. This process is the first of them."""
-    port, paths = free_port(), [folder / f"{rank}.safetensors" for rank in range(size)]
-    programs(size)  # before the fork, so that they are made once
-    others = [
-        multiprocessing.get_context("fork").Process(
-            target=save_made, args=(rank, size, port, pipeline, paths[rank])
-        )
-        for rank in range(1, size)
-    ]
-    for process in others:
-        process.start()
-    try:
-        first = made_by(0, size, port, pipeline)
-    finally:
-        for process in others:
-            process.join(LIMIT)
-            process.kill()
-    return [first, *map(load_file, paths[1:])]
+    """What each of so many ranks makes."""
+    paths = [folder / f"{rank}.safetensors" for rank in range(size)]
+    process = multiprocessing.get_context("spawn").Process(target=save_all, args=(paths, pipeline))
+    process.start()
+    process.join(2 * LIMIT)
+    process.kill()
+    assert process.exitcode == 0
+    return [load_file(path) for path in paths]
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
