@@ -39,6 +39,11 @@ class ExportPlan:
     transformer: Program
     decoder: Program
 
+    @property
+    def stages(self) -> dict[str, Program]:
+        """The Programs whose graphs the bundle holds, by name."""
+        return {"transformer": self.transformer, "decoder": self.decoder}
+
 
 def plan_export(recipe: Recipe, *, weights: bool = True) -> ExportPlan:
     """Make the Programs of a bundle.
@@ -76,7 +81,7 @@ def export(
     cases = chain(transformer_cases(plan.reference, program), decoder_cases(plan.decoder))
     return write_bundle(
         path,
-        {"transformer": program, "decoder": plan.decoder},
+        plan.stages,
         cases,
         plan.recipe.resolved(),
         {
@@ -96,10 +101,9 @@ def emitted(plan: ExportPlan) -> dict[str, int]:
     Raises:
         ValueError: an op has no form in ONNX.
     """
-    stages = {"transformer": plan.transformer, "decoder": plan.decoder}
     return {
         f"{stage}/{name}": len(model.graph.node)
-        for stage, program in stages.items()
+        for stage, program in plan.stages.items()
         for name, model in emit(program)[1].items()
     }
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import permutations
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -21,6 +20,7 @@ from toy import finish, trainer
 from lltk.artefact import save_program
 from lltk.compiler import transform
 from lltk.export.bundle import Difference, Facts
+from lltk.exporting import ExportPlan
 from lltk.graph.program import Program
 from lltk.graph.recipe import open_recipe
 
@@ -186,7 +186,7 @@ def place(
     monkeypatch.setattr("lltk.export.bundle.verify_bundle", lambda path: near)
     monkeypatch.setattr(
         "lltk.exporting.plan_export",
-        lambda recipe, weights: SimpleNamespace(recipe=recipe, transformer=made, decoder=made),
+        lambda recipe, weights: ExportPlan(recipe, made, made, made),
     )
     monkeypatch.setattr("lltk.exporting.emitted", lambda plan: {str(plan.recipe.geometry): 1})
     monkeypatch.setattr("lltk.exporting.export", lambda plan, *given: tell(plan.recipe) and near)

@@ -11,9 +11,7 @@ from rich.console import Console
 
 from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.tables import memory_table, row_table
-from lltk.graph.recipe import parse_recipe, read_recipe
 from lltk.graph.recipe_files import find_recipe
-from lltk.models.hub import on_disk
 
 
 @click.command("export")
@@ -57,15 +55,14 @@ def command(
     """
     console = Console(quiet=as_json)
     path = find_recipe(recipe)
-    data = on_disk(read_recipe(path, overrides), download, not dry_run)
-    resolved = parse_recipe(data, str(path))
-    from lltk.cli.inputs import inputs_of
+    from lltk.cli.inputs import inputs_of, located
     from lltk.export.bundle import BUNDLE
     from lltk.export.onnx_runtime import check_installed
     from lltk.exporting import emitted, export, plan_export
     from lltk.files.outputs import Output, check_outputs
     from lltk.graph.memory import estimate
 
+    resolved = located(path, overrides, download, not dry_run)
     check_installed()
     check_outputs([Output(output, BUNDLE)], inputs_of(path, resolved.resolved()), overwrite)
     start = time.perf_counter()
@@ -76,8 +73,7 @@ def command(
         else:
             found = export(plan, output, overwrite, status.update)
     if dry_run:
-        stages = {"transformer": plan.transformer, "decoder": plan.decoder}
-        memory = {name: estimate(program) for name, program in stages.items()}
+        memory = {name: estimate(program) for name, program in plan.stages.items()}
         if as_json:
             facts = {"target": target, "nodes": graphs, "memory": memory, "outputs": [str(output)]}
             click.echo(json.dumps(facts, indent=2))

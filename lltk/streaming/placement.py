@@ -18,7 +18,9 @@ DECODE_MS = {1: 60.9, 2: 42.0}
 """Milliseconds of a latent beside the transformer, by GPUs that decode a part of its columns each,
 as benchmarks/records has them: inference_h200, inference_2_ranks."""
 _GPUS = (1, 2, 4)
-_SHAPE = (704, 1280, 8, 32)
+_LATENTS = 8
+"""Latents of a chunk."""
+_SHAPE = (704, 1280, _LATENTS, 32)
 """Height and width of the video, chunk and window that were measured."""
 
 
@@ -39,26 +41,25 @@ class Placement:
     chunk_ms: float
 
 
-def placements(gpus: int, steps: int, chunk: int = 8) -> list[Placement]:
+def placements(gpus: int, steps: int) -> list[Placement]:
     """The ways to use so many GPUs, the fastest first.
 
     Args:
         gpus: of one machine.
         steps: denoising passes of a chunk.
-        chunk: latents of a chunk.
     """
     found = [
-        Placement(gpus, ranks, *_decoded(gpus, ranks, (steps + 1) * ms, chunk))
+        Placement(gpus, ranks, *_decoded(gpus, ranks, (steps + 1) * ms))
         for ranks, ms in PASS_MS.items()
         if ranks <= gpus
     ]
     return sorted(found, key=lambda each: each.chunk_ms)
 
 
-def _decoded(gpus: int, ranks: int, passes: float, chunk: int) -> tuple[str, float]:
+def _decoded(gpus: int, ranks: int, passes: float) -> tuple[str, float]:
     """Where the decoder runs, and milliseconds of a chunk whose passes take ``passes``."""
     own = [f"cuda:{index}" for index in range(ranks, gpus)]
-    decoding = chunk * DECODE_MS[min(len(own) or ranks, 2)]
+    decoding = _LATENTS * DECODE_MS[min(len(own) or ranks, 2)]
     if own:
         names = own[0] if len(own) == 1 else f"[{', '.join(own)}]"
         return names, max(passes, decoding)
