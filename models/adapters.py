@@ -211,6 +211,11 @@ def _parts(state: Mapping[str, Tensor], where: str) -> dict[tuple[str, str], _Pa
         plain = _ADAPTER_NAME.sub(r"\1\2", key)
         role = next((ending for ending in _ROLES if plain.endswith(ending)), None)
         if role is None:
+            if _is_parameter(plain) and not any(other.endswith(tuple(_ROLES)) for other in state):
+                raise ValueError(
+                    f"{where}: {key} is a weight of the whole model; the file holds no adapter: "
+                    f"stream it with --set model.checkpoint={where}"
+                )
             raise ValueError(
                 f"{where}: {key} is no part of a LoRA (lora_A, lora_B, alpha, diff, …), and its "
                 f"meaning would be lost; {_BY_HAND}"
@@ -232,6 +237,12 @@ def _parts(state: Mapping[str, Tensor], where: str) -> dict[tuple[str, str], _Pa
             )
         parts[entry] = _Part(key, module.removeprefix("base_model.model."), tensor)
     return parts
+
+
+def _is_parameter(key: str) -> bool:
+    """Whether a key names a parameter of the model itself."""
+    module, _, part = key.rpartition(".")
+    return _parameter(module, part) is not None
 
 
 def _check_values(tensor: Tensor, subject: str) -> None:

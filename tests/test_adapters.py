@@ -341,6 +341,12 @@ A, B = pair(Q, 4)
 GOOD = {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}
 
 
+def test_whole_model_as_adapter(tmp_path: Path) -> None:
+    save_file({f"{Q}.bias": A[0].clone(), f"{Q}.weight": A.clone()}, tmp_path / "whole.safetensors")
+    found = refused(load_adapter, tmp_path / "whole.safetensors")
+    assert "the file holds no adapter" in found and "--set model.checkpoint=" in found
+
+
 @pytest.mark.parametrize(
     ("state", "header", "found"),
     [

@@ -108,7 +108,9 @@ class TrainSection(BaseModel):
     checkpoint_every: int = Field(100, ge=1, description="steps between training states")
     keep: int = Field(2, ge=1, description="how many of the newest training states are kept")
     validate_every: int | None = Field(
-        None, ge=1, description="steps between validations; null: none"
+        None,
+        ge=1,
+        description="steps between validations, each over 16 samples of another seed; null: none",
     )
     sample_every: int | None = Field(None, ge=1, description="steps between samples; null: none")
     compile: bool = Field(False, description="compile the transformer's blocks")
