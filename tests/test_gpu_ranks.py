@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import ended, free_port, grouped, started
+from ranks import LIMIT, ended, free_port, grouped, started
 from safetensors.torch import load_file
 from sequence_parallel import CASES, EXACT, WAYS, program, program_of_one, rolled
 from streams import SIZES, save_pipeline
@@ -56,22 +57,46 @@ def test_ranks_stream_what_a_cpu_does(tmp_path: Path) -> None:
             assert float((first[name].roll(1, 0) - wanted).std() / wanted.std()) > 0.3
 
 
+def command(folder: Path, device: str, seconds: int) -> list[object]:
+    """Arguments of Python that stream a tiny video over ranks."""
+    passes = [*open_recipe("tiny_stream", ()).passes]
+    passes.insert(6, {"ulysses_stream": {"exchange": "fp8"}})
+    pipeline = save_pipeline(folder / "pipeline")
+    changes = [*SIZES, f"stream.pipeline={pipeline}", f"passes={json.dumps(passes)}"]
+    sets = [part for change in changes for part in ("--set", change)]
+    files = ["-o", folder / "video.mp4", "--save", folder / "state.safetensors"]
+    said = ["--prompt", "a red circle", "--seconds", seconds]
+    return ["-m", "lltk", "stream", "tiny_stream", *files, *said, *sets, "--device", device]
+
+
 @pytest.mark.usefixtures("_two_gpus")
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_the_command_streams_over_ranks(tmp_path: Path, device: str) -> None:
-    passes = [*open_recipe("tiny_stream", ()).passes]
-    passes.insert(6, {"ulysses_stream": {"exchange": "fp8"}})
-    pipeline = save_pipeline(tmp_path / "pipeline")
-    changes = [*SIZES, f"stream.pipeline={pipeline}", f"passes={json.dumps(passes)}"]
-    sets = [part for change in changes for part in ("--set", change)]
-    video, state = tmp_path / "video.mp4", tmp_path / "state.safetensors"
-    files = ["-o", video, "--save", state, "--prompt", "a red circle", "--seconds", "2"]
-    command = ["-m", "lltk", "stream", "tiny_stream", *files, *sets, "--device", device]
-    (code, out, err), (other, nothing, silent) = ended(started(2, *command))
+    results = ended(started(2, *command(tmp_path, device, 2)))
+    (code, out, err), (other, nothing, silent) = results
     assert code == other == 0, err + silent
     assert "E2E FPS" in out and "ranks: 2" in out and not nothing
-    assert len(read_video(video)) == 13
-    parts = [load_file(path) for path in (state, tmp_path / "state.rank1.safetensors")]
+    assert len(read_video(tmp_path / "video.mp4")) == 13
+    states = ("state.safetensors", "state.rank1.safetensors")
+    parts = [load_file(tmp_path / name) for name in states]
     assert torch.equal(*(part["latents.1"] for part in parts))
     assert parts[0].keys() - parts[1].keys() == {n for n in parts[0] if n.startswith("decoder.")}
     assert not torch.equal(*(part["cache.k_pages_0"] for part in parts))
+
+
+@pytest.mark.usefixtures("_two_gpus")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_where_a_rank_is_killed_the_other_stops(tmp_path: Path, killed: int) -> None:
+    processes = started(2, *command(tmp_path, "cuda", 600))
+    try:
+        end = time.monotonic() + LIMIT
+        while not (tmp_path / "video.mp4").exists():
+            assert time.monotonic() < end and all(each.poll() is None for each in processes)
+            time.sleep(0.1)
+        processes[killed].kill()
+        _, err = processes[1 - killed].communicate(timeout=10)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1 - killed].returncode > 0
+    assert err.count("error:") == killed and "Traceback" not in err, err  # the first rank speaks
