@@ -46,7 +46,7 @@ from lltk.stream.script import Shot
 from lltk.stream.session import Sampling, Session
 from lltk.stream.timeline import Timeline
 from lltk.stream.video import VideoWriter
-from lltk.streaming import StreamPlan, open_stream, plan_stream
+from lltk.streaming import StreamPlan, load_models, plan_stream
 
 SIZE = 2
 _EXACT = {"exchange": "compute"}
@@ -200,25 +200,30 @@ def stopped(made: Program, rank: int) -> str:
     return "nothing"
 
 
-def filmed(pipeline: Path, device: str) -> Tensor:
-    """A video whose frames are wide enough that no decoder of two makes all columns.
+def wide(pipeline: Path, *changes: str) -> StreamPlan:
+    """A stream of frames so wide that no decoder of two makes all columns."""
+    given = f"stream.pipeline={pipeline}", "geometry.width=128", *changes
+    return plan_stream(open_recipe("tiny_stream", (*SIZES, *given)))
+
+
+def filmed(pipeline: Path) -> dict[str, Tensor]:
+    """A video of which each rank decodes a part of the columns, and its latents.
 
     It is saved and resumed after a chunk. Every rank but the first gets no frames of it.
     """
     passes = [*open_recipe("tiny_stream", ()).passes]
     passes.insert(6, {"ulysses_stream": {"exchange": "compute"}})
-    changes = f"stream.pipeline={pipeline}", f"passes={json.dumps(passes)}", "geometry.width=128"
-    plan = plan_stream(
-        open_recipe("tiny_stream", (*SIZES, *changes, f"stream.decoder.device={device}"))
-    )
+    plan = wide(pipeline, f"passes={json.dumps(passes)}", "stream.decoder.device=ranks")
     video: list[Tensor] = []
-    sink, state = video.append if plan.rank == 0 else None, pipeline.with_name(f"{device}.state")
-    with open_stream(plan, sink, SHOTS[:1]) as stream:
-        next(stream)
+    sink, state = video.append if plan.rank == 0 else None, pipeline.with_name("film.state")
+    models = load_models(plan)
+    with models.open(sink, SHOTS[:1]) as stream:
+        latents = [next(stream).latents]
         stream.save(state)
-    with open_stream(plan, sink, resume=state) as stream:
-        list(stream)
-    return torch.cat(video, dim=2) if video else torch.empty(0)
+    with models.open(sink, resume=state) as stream:
+        latents += [report.latents for report in stream]
+    film = torch.cat(video, dim=2) if video else torch.empty(0)
+    return {"film": film, "film latents": torch.cat(latents, dim=2)}
 
 
 def exchanged(rank: int, size: int) -> None:
@@ -283,7 +288,7 @@ def differentiated(size: int) -> None:
 
 
 def made_by(rank: int, size: int, port: int, pipeline: Path | None) -> dict[str, Tensor]:
-    """All that a rank makes, by ``case.what``; with a pipeline also sessions, and its videos."""
+    """All that a rank makes, by ``case.what``; with a pipeline also sessions and a video."""
     with grouped(rank, size, port):
         exchanged(rank, size)
         differentiated(size)
@@ -294,7 +299,7 @@ def made_by(rank: int, size: int, port: int, pipeline: Path | None) -> dict[str,
         if pipeline is None:
             return made
         made["session"] = streamed(program("nvfp4 pages", size))
-        made |= {f"film.{device}": filmed(pipeline, device) for device in ("cpu", "ranks")}
+        made |= filmed(pipeline)
         said = stopped(program("nvfp4 pages", size), rank)
         made["stopped"] = torch.tensor(list(said.encode()), dtype=torch.uint8)
     return made
@@ -305,25 +310,31 @@ def save_made(rank: int, size: int, port: int, pipeline: Path | None, path: Path
     save_file(made_by(rank, size, port, pipeline), path)
 
 
-def save_all(paths: Sequence[Path], pipeline: Path | None) -> None:
-    """Write what each rank makes to a file of its own; for a new process.
+def save_all(groups: Sequence[tuple[Sequence[Path], Path | None]]) -> None:
+    """Write what each rank of some groups makes to a file of its own; for a new process.
 
     The ranks are forks of it, so that they share its programs. A process that has run gradients or
     several threads must not be forked.
+
+    Args:
+        groups: of each the ranks' files, and the pipeline that `made_by` takes.
     """
     torch.set_num_threads(1)
-    size, port, fork = len(paths), free_port(), multiprocessing.get_context("fork")
-    programs(size)
-    ranks = [
-        fork.Process(target=save_made, args=(rank, size, port, pipeline, path))
-        for rank, path in enumerate(paths)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(LIMIT)
-        process.kill()
-    sys.exit(any(process.exitcode for process in ranks))
+    fork = multiprocessing.get_context("fork")
+    for paths, pipeline in groups:
+        size, port = len(paths), free_port()
+        programs(size)
+        ranks = [
+            fork.Process(target=save_made, args=(rank, size, port, pipeline, path))
+            for rank, path in enumerate(paths)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(LIMIT)
+            process.kill()
+        if any(process.exitcode for process in ranks):
+            sys.exit(1)
 
 
 def run_command(

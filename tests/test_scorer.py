@@ -19,7 +19,7 @@ from lltk.models.tiny.world import Shot, Story
 
 pytestmark = pytest.mark.cpu
 
-COUNT = 300
+COUNT = 200
 PAIRS = 60
 FRAMES = 9
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -285,8 +287,10 @@ def test_passes_that_a_chunk_lacks_cannot_be_kept() -> None:
     )
 
 
-def spoiled(name: str, value: Tensor) -> dict[str, Tensor]:
-    return quantised().weights | {f"blocks.0.attn1.to_q.weight_{name}": value}
+@cache
+def packed() -> tuple[Program, Mapping[str, Tensor]]:
+    """A program that takes packed weights, and good ones."""
+    return streaming("nvfp4_infer", seed=None), quantised().weights
 
 
 @pytest.mark.parametrize(
@@ -301,14 +305,15 @@ def spoiled(name: str, value: Tensor) -> dict[str, Tensor]:
     ],
 )
 def test_bad_packed_weights_are_refused(name: str, value: Tensor, message: str) -> None:
-    program = streaming("nvfp4_infer", seed=None)
-    assert re.search(message, refused(with_weights, program, spoiled(name, value)))
+    program, weights = packed()
+    spoiled = {**weights, f"blocks.0.attn1.to_q.weight_{name}": value}
+    assert re.search(message, refused(with_weights, program, spoiled))
 
 
 def test_a_missing_part_is_refused() -> None:
-    weights = dict(quantised().weights)
-    del weights["blocks.0.attn1.to_q.weight_scales"]
-    assert "weight_scales" in refused(with_weights, streaming("nvfp4_infer", seed=None), weights)
+    program, weights = packed()
+    left = {name: w for name, w in weights.items() if name != "blocks.0.attn1.to_q.weight_scales"}
+    assert "weight_scales" in refused(with_weights, program, left)
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
