@@ -19,7 +19,10 @@ from lltk.export.bundle import Difference, emit, write_bundle
 from lltk.export.golden import decoder_cases, transformer_cases
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
+from lltk.models.pipelines import find_pipeline
 from lltk.stream.recipe import stream_section
+from lltk.stream.sampler import Schedule
+from lltk.stream.text import encoder_digest
 from lltk.streaming import plan_stream
 
 
@@ -77,19 +80,24 @@ def export(
 ) -> list[Difference]:
     """Write a bundle; arguments, result and errors as `write_bundle`'s."""
     program = plan.transformer
+    recipe = plan.recipe.resolved()
+    recipe["model"]["config"] = program.recipe["model"]["config"]  # whole, not by a name
+    section = stream_section(plan.recipe.stream, "recipe")
     rows, columns = program.geometry.grid(program.spec)
     cases = chain(transformer_cases(plan.reference, program), decoder_cases(plan.decoder))
     return write_bundle(
         path,
         plan.stages,
         cases,
-        plan.recipe.resolved(),
+        recipe,
         {
             "rows": rows,
             "columns": columns,
             "split": list(program.spec.rope_split),
             "theta": program.spec.rope_theta,
         },
+        Schedule.make(section.steps, section.shift).table.tolist(),
+        encoder_digest(find_pipeline(section.pipeline)),
         overwrite,
         note,
     )

@@ -6,22 +6,26 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
-from helpers import Run, refused
+from bundles import Exported
+from helpers import Run, hand_made, refused
 from safetensors.torch import load_file
-from streams import SIZES, save_pipeline
+from torch import Tensor
 
 from lltk.export import bundle as bundles
-from lltk.export.bundle import MANIFEST, Facts, read_bundle, verify_bundle
-from lltk.exporting import ExportPlan, emitted, export, plan_export
+from lltk.export.bundle import MANIFEST, Facts, read_bundle, verify_bundle, write_bundle
+from lltk.export.golden import Case
+from lltk.exporting import plan_export
 from lltk.files.tensors import save_tensors
-from lltk.graph.contract import Role
+from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.recipe import open_recipe
+from lltk.graph.stages import Stage
+from lltk.stream.runtimes.onnx_graph import OnnxGraph
+from lltk.streaming import plan_bundle
 
 pytestmark = pytest.mark.cpu
 
@@ -39,18 +43,9 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> ExportPlan:
-    folder = save_pipeline(tmp_path_factory.mktemp("pipeline"))
-    return plan_export(open_recipe("tiny_stream", (*SIZES, f"stream.pipeline={folder}")))
-
-
-@pytest.fixture(scope="module")
-def made(plan: ExportPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("made") / "bundle"
-    found = export(plan, path)
-    assert len(found) == 10 and max(each.relative for each in found) < 1e-5
-    return path
+@pytest.fixture
+def made(exported: Exported) -> Path:
+    return exported.bundle
 
 
 @pytest.fixture
@@ -71,14 +66,16 @@ def resealed(folder: Path) -> None:
     (folder / MANIFEST.name).write_text(json.dumps(content))
 
 
-def test_what_a_bundle_says(made: Path, plan: ExportPlan) -> None:
+def test_what_a_bundle_says(made: Path) -> None:
     facts = read_bundle(made)
     assert sorted(facts.files) == FILES
     assert {name: list(stage.graphs) for name, stage in facts.stages.items()} == {
         "transformer": ["prologue", "step", "commit"], "decoder": ["first", "step"],
     }  # fmt: skip
     step = facts.stages["transformer"].graphs["step"].contract
-    assert step == plan.transformer.contract("step") and step.input(Role.LISTED).shape == (4,)
+    assert step.input(Role.LISTED) == TensorSpec((4,), torch.bool)
+    assert step.input(Role.LATENTS) == step.outputs["sample"]
+    assert list(step.having(Role.PROMPT)) == [f"cross_{part}_{i}" for i in (0, 1) for part in "kv"]
     assert facts.recipe["geometry"]["height"] == 32 and facts.rotary["rows"] == 1
     assert {"lltk", "onnx", "onnxruntime", "torch"} <= facts.versions.keys()
     names = [entry["name"] for entry in facts.stages["transformer"].log]
@@ -110,12 +107,14 @@ def test_one_changed_byte_is_refused(copy: Path, name: str) -> None:
     path.write_bytes(data)
     message = refused(verify_bundle, copy)
     assert message.startswith(f"{path}: ") and len(message) < 300
+    assert refused(plan_bundle, copy) == message
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST.name])
 def test_a_missing_file_is_refused(copy: Path, name: str) -> None:
     (copy / name).unlink()
     message = refused(verify_bundle, copy)
+    assert refused(plan_bundle, copy) == message
     assert name in message and ("is missing" in message or "has no manifest.json" in message)
 
 
@@ -149,6 +148,13 @@ def _other_domain(folder: Path) -> None:
     resealed(folder)
 
 
+def _no_stage(folder: Path) -> None:
+    content = json.loads((folder / MANIFEST.name).read_text())
+    del content["stages"]["transformer"]["graphs"]["commit"]
+    (folder / MANIFEST.name).write_text(json.dumps(content))
+    resealed(folder)
+
+
 def _no_graph(folder: Path) -> None:
     content = json.loads((folder / MANIFEST.name).read_text())
     del content["files"]["transformer/step.onnx"]
@@ -170,7 +176,13 @@ def test_what_does_not_belong_is_refused(
     copy: Path, change: Callable[[Path], None], message: str
 ) -> None:
     change(copy)
-    assert message in refused(verify_bundle, copy)
+    for read in (verify_bundle, plan_bundle):
+        assert message in refused(read, copy)
+
+
+def test_what_plays_no_stream_is_refused(copy: Path) -> None:
+    _no_stage(copy)
+    assert "has no graph transformer/commit, so it plays no stream" in refused(plan_bundle, copy)
 
 
 def test_other_weights_fail_the_golden_values(copy: Path) -> None:
@@ -185,20 +197,37 @@ def test_other_weights_fail_the_golden_values(copy: Path) -> None:
     assert "transformer/step (golden case 1): output sample is" in message
 
 
+SUM = """
+    def step(hidden_states: latents(f32[3]), timestep: time(f32[3])):
+        # root
+        add: f32[3] = aten.add.Tensor(hidden_states, timestep)
+        return {'sample': add}
+"""
+
+
 def test_an_export_that_misses_the_bound_leaves_nothing(
-    plan: ExportPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = plan.transformer
-    changed = dict(program.weights)
-    changed["proj_out.bias"] = changed["proj_out.bias"] + 1e-3
-    other = replace(plan, transformer=replace(program, weights=changed))
-    message = refused(export, other, tmp_path / "bundle")
-    assert message.startswith("export: transformer/step (golden case") and "not written" in message
+    program = hand_made("stream", Stage.CAUSAL, {"step": SUM})
+    given = {"hidden_states": torch.tensor([1.0, 2, 3]), "timestep": torch.tensor([0.5, 0, 1])}
+
+    def write(sample: Tensor) -> None:
+        case = Case("transformer", "step", given, {"sample": sample})
+        write_bundle(tmp_path / "bundle", {"transformer": program}, [case], {}, {}, [], "")
+
+    wanted = sum(given.values())
+    assert isinstance(wanted, Tensor)
+    for bad in (wanted + 1e-3, wanted * torch.nan):
+        message = refused(write, bad)
+        assert message.startswith("export: transformer/step (golden case 0): output sample is")
+        assert "not written" in message and not list(tmp_path.iterdir())
+    with monkeypatch.context() as broken:
+        broken.setattr(OnnxGraph, "__call__", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write(wanted)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(bundles, "run_graph", lambda session, given: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        export(plan, tmp_path / "bundle")
-    assert not list(tmp_path.iterdir())
+    write(wanted)
+    assert (tmp_path / "bundle" / MANIFEST.name).exists()
 
 
 def test_a_value_that_is_not_finite_fails(made: Path) -> None:
@@ -228,7 +257,7 @@ def test_what_this_version_does_not_export(
     assert message in refused(plan_export, opened, weights=False)
 
 
-def test_the_commands(run: Run, made: Path, plan: ExportPlan, tmp_path: Path) -> None:
+def test_the_commands(run: Run, made: Path, tmp_path: Path) -> None:
     code, out, err = run("bundle", "show", str(made))
     assert code == 0 and "transformer/step" in out and "rotary_cos" in out, err
     code, out, _ = run("bundle", "show", str(made), "--json")
@@ -242,30 +271,29 @@ def test_the_commands(run: Run, made: Path, plan: ExportPlan, tmp_path: Path) ->
     assert code == 2 and "has no manifest.json, so it is not a bundle" in err
 
 
-def test_export_command(
-    run: Run, plan: ExportPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lltk.exporting.plan_export", lambda recipe, weights: plan)
-    path = tmp_path / "bundle"
-    line = ("export", "tiny_stream", "--target", "ort", "-o", str(path))
-    code, out, _ = run(*line, "--dry-run", "--json")
-    nodes = json.loads(out)["nodes"]
-    assert code == 0 and nodes == emitted(plan) and len(nodes) == 5 and not path.exists()
-    code, out, err = run(*line, "--json")
-    assert code == 0 and len(json.loads(out)["golden"]) == 10, err
-    assert len(verify_bundle(path)) == 10
-    (path / "notes").write_text("mine")
+def test_export_command(run: Run, exported: Exported, copy: Path) -> None:
+    nodes, done = exported.said("dry")["nodes"], exported.said("export")
+    assert set(nodes) == {f"{stage}/{name}" for stage, name in graphs_of(read_bundle(copy))}
+    assert min(nodes.values()) > 10
+    assert done["output"] == str(exported.bundle) and len(done["golden"]) == 10
+    assert max(each["relative"] for each in done["golden"]) < 1e-5
+    line = ("export", str(exported.recipe), "--target", "ort", "-o", str(copy))
+    (copy / "notes").write_text("mine")
     code, _, err = run(*line)
     assert code == 2 and "did not write it as a bundle" in err
     code, _, err = run("export", "tiny_stream", "--target", "tensorrt", "-o", "x")
     assert code == 2 and "'tensorrt' is not 'ort'" in err
 
 
+def graphs_of(facts: Facts) -> list[tuple[str, str]]:
+    return [(stage, name) for stage, each in facts.stages.items() for name in each.graphs]
+
+
 def test_the_pages_example_runs_as_printed(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = Path(__file__).parents[1] / "docs" / "export.md"
-    (example,) = re.findall(r"```python\n(import json\n.*?)```", page.read_text(), re.DOTALL)
+    example = re.findall(r"```python\n(import json\n.*?)```", page.read_text(), re.DOTALL)[0]
     monkeypatch.chdir(made.parent)
     exec(example, {})
     lines = capsys.readouterr().out.splitlines()
@@ -274,8 +302,9 @@ def test_the_pages_example_runs_as_printed(
 
 
 def test_nothing_is_read_without_its_package(
-    made: Path, plan: ExportPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lltk.export.onnx_runtime.find_spec", lambda name: None)
+    monkeypatch.setattr("lltk.stream.runtimes.onnx_graph.find_spec", lambda name: None)
     wanted = "onnx is not installed; run: pip install 'lltk[export]'"
-    assert refused(export, plan, tmp_path / "new") == refused(verify_bundle, made) == wanted
+    assert refused(verify_bundle, made) == refused(plan_bundle, made) == wanted
+    assert refused(write_bundle, tmp_path / "new", {}, [], {}, {}, [], "") == wanted

@@ -45,22 +45,23 @@ def command(
 
     A bundle holds the transformer's and the decoder's graphs, their weights, and golden values:
     inputs of each graph, and what torch makes of them. It is written once ONNX Runtime gives the
-    same. This version exports float32 without quantisation. Prompts are encoded elsewhere: a bundle
-    has no text encoder, and `lltk stream` does not play bundles yet.
+    same; `lltk stream` then plays it. This version exports float32 without quantisation. Prompts
+    are encoded by the text encoder of the recipe's pipeline, which the bundle does not hold.
 
     \b
     Example:
       lltk export tiny_stream --target ort -o bundle
       lltk bundle verify bundle
+      lltk stream bundle --prompt "a red circle moving right" -o red.mp4
     """
     console = Console(quiet=as_json)
     path = find_recipe(recipe)
     from lltk.cli.inputs import inputs_of, located
     from lltk.export.bundle import BUNDLE
-    from lltk.export.onnx_runtime import check_installed
     from lltk.exporting import emitted, export, plan_export
     from lltk.files.outputs import Output, check_outputs
     from lltk.graph.memory import estimate
+    from lltk.stream.runtimes.onnx_graph import check_installed
 
     resolved = located(path, overrides, download, not dry_run)
     check_installed()

@@ -20,25 +20,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from lltk import __version__
-from lltk.export.golden import Case
-from lltk.export.onnx_runtime import check_installed, open_graph, run_graph
 from lltk.files.manifest import Manifest
 from lltk.files.outputs import Kind, Output, check_outputs
 from lltk.files.tensors import read_tensors, write_tensors
 from lltk.files.writing import NewFolder, standing, whole_folder
 from lltk.graph.contract import Contract, Role, TensorSpec
+from lltk.graph.facts import HighSteps
 from lltk.graph.fingerprint import fingerprint
-from lltk.graph.program import Program
+from lltk.graph.memory import activations
 from lltk.graph.text import dtype_name, dtype_named
+from lltk.stream.runtimes.onnx_graph import OnnxGraph, check_installed
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from lltk.export.golden import Case
     from lltk.export.weights import WeightPool
+    from lltk.graph.program import Program
 
 MANIFEST = Manifest(
     "manifest.json", "a bundle", format=1, remedy="restore it, or export the recipe again"
@@ -80,11 +82,23 @@ class GraphFacts(BaseModel):
 
 
 class StageFacts(BaseModel):
-    """A Program of the bundle: its digest, pass log and graphs."""
+    """A Program of the bundle.
+
+    Attributes:
+        fingerprint: its digest.
+        model: its spec, `ModelSpec` or `DecoderSpec`.
+        high_steps: passes of a chunk that the graph ``step_high`` makes.
+        activations: the most bytes of intermediate results that live at once in torch.
+        log: what its passes did.
+        graphs: by name.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     fingerprint: str
+    model: dict[str, Any]
+    high_steps: tuple[int, ...] = ()
+    activations: int
     log: list[dict[str, Any]]
     graphs: dict[str, GraphFacts]
 
@@ -100,6 +114,14 @@ class GoldenFacts(BaseModel):
     outputs: dict[str, str]
 
 
+class TextFacts(BaseModel):
+    """The text encoder, which the bundle does not hold: the `encoder_digest` of its files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    digest: str
+
+
 class Facts(BaseModel):
     """What a manifest says besides the checksums of the files.
 
@@ -109,6 +131,9 @@ class Facts(BaseModel):
         versions: of what made the bundle.
         recipe: the resolved recipe: geometry, sampler and passes too.
         rotary: arguments of the rotary tables: rows and columns of tokens, split, theta.
+        sampler: a row for each of the recipe's passes: timestep, sigma, c0 to c3, p0 to p2, as
+            `lltk.stream.sampler.Sampler` has them.
+        text: what encodes prompts: that of the recipe's pipeline.
         stages: ``transformer`` and ``decoder``.
         golden: the golden cases.
         bound: how far an output may be from its golden value, relative to its largest.
@@ -122,6 +147,8 @@ class Facts(BaseModel):
     versions: dict[str, str]
     recipe: dict[str, Any]
     rotary: dict[str, Any]
+    sampler: list[list[float]]
+    text: TextFacts
     stages: dict[str, StageFacts]
     golden: list[GoldenFacts]
     bound: float
@@ -164,6 +191,8 @@ def write_bundle(
     cases: Iterable[Case],
     recipe: Mapping[str, Any],
     rotary: Mapping[str, Any],
+    sampler: Sequence[Sequence[float]],
+    text: str,
     overwrite: bool = False,
     note: Callable[[str], None] = lambda what: None,
 ) -> list[Difference]:
@@ -173,7 +202,8 @@ def write_bundle(
         path: a new or empty folder, or a bundle, which is replaced.
         programs: by stage, with weights; their graphs mutate nothing.
         cases: golden values for each graph.
-        recipe, rotary: see `Facts`.
+        recipe, rotary, sampler: see `Facts`.
+        text: digest of the text encoder's files.
         overwrite: whether a folder that holds anything else may be replaced.
         note: is told what is being done.
 
@@ -196,13 +226,14 @@ def write_bundle(
         note("computing golden values")
         golden = _write_golden(folder, cases)
         note("comparing golden values")
-        found = list(_compared(folder.path, golden))
+        found = list(_compared(folder.path, stages, golden))
         if bad := [each for each in found if not each.relative <= BOUND]:
             raise ValueError(f"export: {_said(bad[0])}; the bundle is not written")
         versions = {name: version(name) for name in _VERSIONS}
         facts = {
             "target": "ort", "opset": OPSET, "versions": {"lltk": __version__, **versions},
-            "recipe": recipe, "rotary": rotary, "bound": BOUND,
+            "recipe": recipe, "rotary": rotary, "sampler": sampler, "bound": BOUND,
+            "text": {"digest": text},
             "stages": {stage: each.model_dump(mode="json") for stage, each in stages.items()},
             "golden": [case.model_dump() for case in golden],
         }  # fmt: skip
@@ -217,13 +248,20 @@ def read_bundle(path: Path) -> Facts:
         ValueError: it is no bundle, of another format, or a file is missing or was changed, or a
             graph names a file other than its weights or needs more than the opset it states.
     """
-    content = MANIFEST.read(path)
     where = standing(path)
+    if not (where / MANIFEST.name).is_file():
+        raise ValueError(
+            f"{where}: has no {MANIFEST.name}, so it is not a bundle of lltk's, or not whole; "
+            f"make one with: lltk export RECIPE --target ort -o {path}"
+        )
+    content = MANIFEST.read(path)
     try:
         facts = Facts.model_validate(content)
     except ValidationError as error:
         what = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ValueError(f"{where / MANIFEST.name}: {what} is none of a bundle's") from error
+        raise ValueError(
+            f"{where / MANIFEST.name}: {what} is none of a bundle's; {MANIFEST.remedy}"
+        ) from error
     for stage, each in facts.stages.items():
         for graph in each.graphs:
             if f"{stage}/{graph}.onnx" not in facts.files:
@@ -241,7 +279,7 @@ def verify_bundle(path: Path) -> list[Difference]:
     facts = read_bundle(path)
     check_installed()
     check_graphs(standing(path), facts)
-    found = list(_compared(standing(path), facts.golden))
+    found = list(_compared(standing(path), facts.stages, facts.golden))
     if bad := [each for each in found if not each.relative <= facts.bound]:
         raise ValueError(
             f"{path}: {_said(bad[0], facts.bound)}; this ONNX Runtime computes something else than "
@@ -267,7 +305,9 @@ def check_graphs(folder: Path, facts: Facts) -> None:
         model = onnx.load(folder / name, load_external_data=False)
         opsets = {each.domain: each.version for each in model.opset_import}
         if opsets != {"": facts.opset} or facts.opset > OPSET:
-            raise ValueError(f"{folder / name}: has opsets {opsets}, this lltk reads {OPSET}")
+            raise ValueError(
+                f"{folder / name}: has opsets {opsets}, this lltk reads {OPSET}; {MANIFEST.remedy}"
+            )
         for tensor in model.graph.initializer:
             for entry in tensor.external_data:
                 if entry.key == "location" and entry.value != FILE:
@@ -299,7 +339,14 @@ def _write_stage(folder: NewFolder, stage: str, program: Program) -> StageFacts:
         for name, each in contracts.items()
     }
     log = [entry.plain() for entry in program.log]
-    return StageFacts(fingerprint=fingerprint(program), log=log, graphs=graphs)
+    return StageFacts(
+        fingerprint=fingerprint(program),
+        model=TypeAdapter(type(program.model)).dump_python(program.model, mode="json"),
+        high_steps=tuple(sorted(program.fact(HighSteps).indices)),
+        activations=activations(program),
+        log=log,
+        graphs=graphs,
+    )
 
 
 def _facts(specs: Mapping[str, TensorSpec]) -> dict[str, TensorFacts]:
@@ -333,16 +380,19 @@ def _write_golden(folder: NewFolder, cases: Iterable[Case]) -> list[GoldenFacts]
     return facts
 
 
-def _compared(folder: Path, golden: Sequence[GoldenFacts]) -> Iterator[Difference]:
+def _compared(
+    folder: Path, stages: Mapping[str, StageFacts], golden: Sequence[GoldenFacts]
+) -> Iterator[Difference]:
     """Run each golden case."""
     tensors, _ = read_tensors(folder / GOLDEN)
     graphs = {
-        (case.stage, case.graph): open_graph(folder / case.stage / f"{case.graph}.onnx")
-        for case in golden
+        (stage, name): OnnxGraph(folder / stage / f"{name}.onnx", graph.contract)
+        for stage, facts in stages.items()
+        for name, graph in facts.graphs.items()
     }
     for number, case in enumerate(golden):
         given = {name: tensors[held] for name, held in case.inputs.items()}
-        made = run_graph(graphs[case.stage, case.graph], given)
+        made = graphs[case.stage, case.graph](given)
         each = {name: _relative(made[name], tensors[held]) for name, held in case.outputs.items()}
         worst = max(each, key=lambda name: float("inf") if each[name] != each[name] else each[name])
         yield Difference(number, f"{case.stage}/{case.graph}", worst, each[worst])

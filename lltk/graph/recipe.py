@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -135,10 +136,15 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     Raises:
         ValueError: the file cannot be read, or an override does not fit.
     """
-    data = _read(path, ())
+    return overridden(_read(path, ()), overrides)
+
+
+def overridden(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The plain data of a recipe with overrides; arguments and errors as for `read_recipe`."""
+    made = deepcopy(dict(data))
     for override in overrides:
-        _override(data, override)
-    return data
+        _override(made, override)
+    return made
 
 
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:

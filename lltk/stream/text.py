@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 import ftfy
 import torch
@@ -47,6 +47,30 @@ def clean(text: str) -> str:
     return re.sub(r"\s+", " ", mended).strip()
 
 
+class Encoder(Protocol):
+    """Makes embeddings of texts. One thread at a time uses it.
+
+    A text's embedding is zero after its last token, so that no mask is needed to attend to it.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts, at least one: [n, text_tokens, text_dim].
+
+        Raises:
+            ValueError: the encoder's files, or a cached embedding, cannot be read.
+        """
+
+    def to(self, device: torch.device | str) -> None:
+        """Run on another device from now on."""
+
+    def free(self) -> None:
+        """Drop it from memory; it is loaded again when a text needs it."""
+
+
 class TextEncoder:
     """A UMT5 and its tokenizer, loaded when a text first needs them. One thread at a time uses it.
 
@@ -61,6 +85,7 @@ class TextEncoder:
         device: where the encoder runs, and where the embeddings are.
         cache: a folder that keeps embeddings, under a digest of the encoder's files and the text.
             None keeps none.
+        wanted: the `encoder_digest` that the files must have; None takes any.
 
     Raises:
         ValueError: the folder lacks one of its parts.
@@ -73,6 +98,7 @@ class TextEncoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         cache: Path | None = None,
+        wanted: str | None = None,
     ) -> None:
         for part in _PARTS:
             if not (folder / part).is_dir():
@@ -84,6 +110,7 @@ class TextEncoder:
         self._dtype = dtype
         self._device = torch.device(device)
         self._cache = cache
+        self._wanted = wanted
         self._digest: str | None = None
         self._loaded: tuple[Any, Any] | None = None
 
@@ -148,6 +175,8 @@ class TextEncoder:
     def _load(self) -> tuple[Any, Any]:
         """The tokenizer and the model."""
         if self._loaded is None:
+            if self._wanted is not None:
+                self._own_digest()
             encoder, words = (self._folder / part for part in _PARTS)
             try:
                 with LOADING:
@@ -161,6 +190,19 @@ class TextEncoder:
                 ) from error
             self._loaded = tokenizer, model.eval().requires_grad_(False).to(self._device)
         return self._loaded
+
+    def _own_digest(self) -> str:
+        """The digest of the files, which is the wanted one."""
+        if self._digest is None:
+            found = encoder_digest(self._folder, self._cache)
+            if self._wanted not in (None, found):
+                raise ValueError(
+                    f"{self._folder}: holds another text encoder than the one that is wanted "
+                    f"(digest {found[:16]}, not {str(self._wanted)[:16]}); name its pipeline, as "
+                    "with --set stream.pipeline=FOLDER"
+                )
+            self._digest = found
+        return self._digest
 
     def _recall(self, text: str) -> Tensor | None:
         if self._cache is None:
@@ -178,11 +220,7 @@ class TextEncoder:
             save_tensors(self._place(self._cache, text), {"embedding": embedding}, {})
 
     def _place(self, cache: Path, text: str) -> Path:
-        if self._digest is None:
-            files = [file for part in _PARTS for file in sorted((self._folder / part).iterdir())]
-            digests = [(file.name, _digest(file, cache)) for file in files if file.is_file()]
-            self._digest = _hash(digests)
-        key = _hash([self._digest, str(self._dtype), self._text_tokens, text])
+        key = _hash([self._own_digest(), str(self._dtype), self._text_tokens, text])
         return cache / f"{key}.safetensors"
 
 
@@ -263,8 +301,21 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     return count * dtype.itemsize + sum(whole)
 
 
-def _digest(file: Path, cache: Path) -> str:
+def encoder_digest(folder: Path, cache: Path | None = None) -> str:
+    """A digest of a text encoder's files and its tokenizer's.
+
+    Args:
+        folder: a pipeline's folder.
+        cache: a folder that keeps digests of files; None reads each.
+    """
+    files = [file for part in _PARTS for file in sorted((folder / part).iterdir())]
+    return _hash([(file.name, _digest(file, cache)) for file in files if file.is_file()])
+
+
+def _digest(file: Path, cache: Path | None) -> str:
     """The file's SHA-256, read from the cache while its size and time stay: weights are large."""
+    if cache is None:
+        return checksum(file)
     state = file.stat()
     note = cache / f"{_hash([str(file.resolve()), state.st_size, state.st_mtime_ns])}.sha256"
     if not note.exists():
