@@ -69,7 +69,7 @@ class Externalise(Pass[Config]):
     """
 
     Config = Config
-    reads = (Stage.CAUSAL, Stage.QUANTISED)
+    reads = (Stage.CAUSAL, Stage.QUANTISED, Stage.PARTITIONED)
     kinds = ("stream",)
     numerics = Numerics.ROUNDING
 
@@ -121,11 +121,11 @@ def _list(graph: fx.Graph, pages: int, report: Report) -> None:
 
 def _attention(build: Builder, node: fx.Node, listed: fx.Node) -> fx.Node:
     """What attends as a node does, to the pages of a mask."""
-    q, k, v, *arenas, _ = node.args
     if node.target is PAGED_ATTENTION:
-        return build(LISTED_ATTENTION, q, k, v, *arenas, listed)
+        return build(LISTED_ATTENTION, *node.args[:-1], listed)
     if node.target not in (NVFP4_PAGED_ATTENTION, FP8_QUANTISE_ATTENTION):
         raise ValueError(_refusal(node, "reads the table of pages"))
+    q, k, v, *arenas, _ = node.args
     keys, values = build(DECODE_PAGES, *arenas[:4]), build(DECODE_PAGES, *arenas[4:])
     made = build(LISTED_ATTENTION, q, k, v, keys, values, listed)
     if node.target is NVFP4_PAGED_ATTENTION:

@@ -30,6 +30,7 @@ TYPES = {
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
     torch.uint8: TensorProto.UINT8,
+    torch.int8: TensorProto.INT8,
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
 }

@@ -54,8 +54,23 @@ def _matmul(
     scale: str,
     dtype: torch.dtype,
 ) -> str:
-    weight = to.op("Transpose", _values(to, codes, scales, source(node, 3).shape), perm=[1, 0])
-    return to.op("Mul", to.op("MatMul", a, weight), to.op("Mul", a_scale, scale))
+    made = to.op("MatMul", a, _weight(to, codes, scales, source(node, "b_codes").shape))
+    return to.op("Mul", made, to.op("Mul", a_scale, scale))
+
+
+def _weight(to: Emitter, codes: str, scales: str, shape: Sequence[int]) -> str:
+    """code · scale of a weight, transposed: [K, N] of codes [N, K/2].
+
+    ONNX Runtime folds what reads parameters alone when it loads a graph. It keeps integers of 8
+    bits, twice the values of the codes, and decodes them in every call: not folding
+    DequantizeLinear is a rule of its. It would also fuse one along the first axis with the product,
+    and round activations to 8 bits then; so the transpose comes after it.
+    """
+    rows, half = shape
+    doubled = to.op("Reshape", _looked_up(to, codes, 2, torch.int8), to.ints(rows, 2 * half))
+    halves = to.op("Mul", to.op("Cast", scales, to=TensorProto.FLOAT), to.constant(0.5, _FLOAT))
+    values = to.op("DequantizeLinear", doubled, halves, axis=1, block_size=BLOCK)
+    return to.op("Transpose", values, perm=[1, 0])
 
 
 @emits(overload("nvfp4_quantise_page"))
@@ -98,18 +113,21 @@ def _decode_pages(
 def _values(to: Emitter, codes: str, scales: str, shape: Sequence[int]) -> str:
     """code · scale, [..., K], of codes [..., K/2]."""
     *rows, half = shape
-    every = decode_e2m1(unpack(torch.arange(256, dtype=torch.uint8)[:, None]))
-    index = to.op("Cast", codes, to=TensorProto.INT32)
-    pairs = to.op("Gather", to.constant(every, _FLOAT), index, axis=0)
+    pairs = _looked_up(to, codes, 1, _FLOAT)
     blocks = to.op("Reshape", pairs, to.ints(*rows, 2 * half // BLOCK, BLOCK))
     wide = to.op("Cast", scales, to=TensorProto.FLOAT)
     wide = to.op("Reshape", wide, to.ints(*rows, 2 * half // BLOCK, 1))
     return to.op("Reshape", to.op("Mul", blocks, wide), to.ints(*rows, 2 * half))
 
 
-def _quantised(
-    to: Emitter, blocks: str, axes: Sequence[int], rule: str
-) -> tuple[str, str, str]:
+def _looked_up(to: Emitter, codes: str, times: int, dtype: torch.dtype) -> str:
+    """A multiple of the values of codes, [..., K/2, 2]."""
+    every = decode_e2m1(unpack(torch.arange(256, dtype=torch.uint8)[:, None]))
+    index = to.op("Cast", codes, to=TensorProto.INT32)
+    return to.op("Gather", to.constant(times * every, dtype), index, axis=0)
+
+
+def _quantised(to: Emitter, blocks: str, axes: Sequence[int], rule: str) -> tuple[str, str, str]:
     """Blocks rounded to NVFP4, step by step as `nvfp4_quantise`.
 
     Args:
