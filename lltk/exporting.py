@@ -12,15 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from lltk.compiler import transform
-from lltk.export.bundle import Difference, emit, write_bundle
-from lltk.export.golden import decoder_cases, transformer_cases
+from lltk.export.bundle import Difference, TextFacts, emit, write_bundle
+from lltk.export.golden import plain_cases, transformer_cases
+from lltk.graph.geometry import Geometry
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
+from lltk.models import umt5
+from lltk.stream.bundle_text import TOKENIZER
 from lltk.stream.recipe import stream_section
+from lltk.stream.text import encoder_digest, read_encoder
 from lltk.streaming import plan_stream
+
+Text = Literal["bundle", "reference"]
+"""Whether a bundle holds the text encoder, or says which one it needs."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +41,25 @@ class ExportPlan:
         reference: the transformer's Program, whose results the bundle must give.
         transformer: the same, with graphs that mutate nothing.
         decoder: the decoder's Program.
+        text: the text encoder's, or None if the bundle does not hold it.
+        folder: the pipeline's.
     """
 
     recipe: Recipe
     reference: Program
     transformer: Program
     decoder: Program
+    text: Program | None
+    folder: Path
 
     @property
     def stages(self) -> dict[str, Program]:
         """The Programs whose graphs the bundle holds, by name."""
-        return {"transformer": self.transformer, "decoder": self.decoder}
+        text = {} if self.text is None else {"text": self.text}
+        return {"transformer": self.transformer, "decoder": self.decoder, **text}
 
 
-def plan_export(recipe: Recipe, *, weights: bool = True) -> ExportPlan:
+def plan_export(recipe: Recipe, *, weights: bool = True, text: Text = "bundle") -> ExportPlan:
     """Make the Programs of a bundle.
 
     The recipe's pass lower is left out, and so are the decoder's passes: the kernels that they
@@ -53,7 +67,9 @@ def plan_export(recipe: Recipe, *, weights: bool = True) -> ExportPlan:
 
     Args:
         recipe: of a stream.
-        weights: whether to map the weights. A plan without weights can only be looked at.
+        weights: whether to map the weights. A plan without weights can only be looked at, and has
+            no text encoder if its pipeline is not here.
+        text: whether the bundle is to hold the text encoder.
 
     Raises:
         ValueError: the recipe, its checkpoint or its pipeline does not fit, or is of a kind that
@@ -66,7 +82,26 @@ def plan_export(recipe: Recipe, *, weights: bool = True) -> ExportPlan:
     external = recipe.model_copy(update={"passes": _externalised(plain), "stream": stream})
     plan = plan_stream(external, weights=weights)
     reference = transform(plan.recipe.model_copy(update={"passes": plain}), weights=weights)
-    return ExportPlan(recipe, reference, plan.transformer, plan.decoders[0].program)
+    encoder = None
+    if text == "bundle" and (weights or plan.folder.is_dir()):
+        encoder = _text(plan.folder, plan.transformer.geometry, weights)
+    return ExportPlan(
+        recipe, reference, plan.transformer, plan.decoders[0].program, encoder, plan.folder
+    )
+
+
+def _text(folder: Path, geometry: Geometry, weights: bool) -> Program:
+    """A pipeline's text encoder."""
+    for part in ("text_encoder/config.json", f"tokenizer/{TOKENIZER}"):
+        if not (folder / part).is_file():
+            raise ValueError(
+                f"{folder}: has no {part}, so its text encoder cannot be exported; keep it outside "
+                "with --text reference"
+            )
+    program = umt5.captured(folder / "text_encoder", geometry)
+    if not weights:
+        return program
+    return umt5.loaded(program, read_encoder(folder / "text_encoder", torch.float32))
 
 
 def export(
@@ -78,7 +113,15 @@ def export(
     """Write a bundle; arguments, result and errors as `write_bundle`'s."""
     program = plan.transformer
     rows, columns = program.geometry.grid(program.spec)
-    cases = chain(transformer_cases(plan.reference, program), decoder_cases(plan.decoder))
+    cases = chain(
+        transformer_cases(plan.reference, program),
+        *(plain_cases(stage, each) for stage, each in plan.stages.items() if each is not program),
+    )
+    if plan.text is None:
+        pipeline = stream_section(plan.recipe.stream, "recipe").pipeline
+        text: str | TextFacts = TextFacts(folder=pipeline, digest=encoder_digest(plan.folder))
+    else:
+        text = (plan.folder / "tokenizer" / TOKENIZER).read_text(encoding="utf-8")
     return write_bundle(
         path,
         plan.stages,
@@ -90,6 +133,7 @@ def export(
             "split": list(program.spec.rope_split),
             "theta": program.spec.rope_theta,
         },
+        text,
         overwrite,
         note,
     )

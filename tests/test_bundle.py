@@ -24,11 +24,14 @@ from lltk.files.tensors import save_tensors
 from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.recipe import open_recipe
 from lltk.ops.rope_table.reference import rope_table
+from lltk.stream.bundle_text import BundleTextEncoder
+from lltk.stream.text import TextEncoder, encoder_digest
 
 pytestmark = pytest.mark.cpu
 
 FILES = [
     "decoder/first.onnx", "decoder/step.onnx", "decoder/weights.safetensors", "golden.safetensors",
+    "text/encode.onnx", "text/tokenizer.json", "text/weights.safetensors",
     "transformer/commit.onnx", "transformer/prologue.onnx", "transformer/step.onnx",
     "transformer/weights.safetensors",
 ]  # fmt: skip
@@ -51,7 +54,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> ExportPlan:
 def made(plan: ExportPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("made") / "bundle"
     found = export(plan, path)
-    assert len(found) == 11 and max(each.relative for each in found) < 1e-5
+    assert len(found) == 12 and max(each.relative for each in found) < 1e-5
     return path
 
 
@@ -78,6 +81,7 @@ def test_what_a_bundle_says(made: Path, plan: ExportPlan) -> None:
     assert sorted(facts.files) == FILES
     assert {name: list(stage.graphs) for name, stage in facts.stages.items()} == {
         "transformer": ["prologue", "step", "commit"], "decoder": ["first", "step"],
+        "text": ["encode"],
     }  # fmt: skip
     step = facts.stages["transformer"].graphs["step"].contract
     assert step == plan.transformer.contract("step") and step.input(Role.LISTED).shape == (4,)
@@ -93,7 +97,7 @@ def test_golden_values(made: Path, plan: ExportPlan) -> None:
     graphs = [f"{case.stage}/{case.graph}" for case in facts.golden]
     assert graphs == [
         "transformer/prologue", *["transformer/step"] * 4, *["transformer/commit"] * 4,
-        "decoder/first", "decoder/step",
+        "decoder/first", "decoder/step", "text/encode",
     ]  # fmt: skip
     steps = [case for case in facts.golden if case.graph == "step" and case.stage != "decoder"]
     listed = [tensors[case.inputs["listed"]].tolist() for case in steps]
@@ -264,25 +268,55 @@ def test_the_commands(run: Run, made: Path, plan: ExportPlan, tmp_path: Path) ->
     assert code == 0 and Facts.model_validate(json.loads(out)) == read_bundle(made)
     code, out, _ = run("bundle", "verify", str(made), "--json")
     found = json.loads(out)["golden"]
-    assert code == 0 and len(found) == 11 and all(each["relative"] < 1e-5 for each in found)
+    assert code == 0 and len(found) == 12 and all(each["relative"] < 1e-5 for each in found)
     code, out, _ = run("bundle", "verify", str(made))
     assert code == 0 and "decoder/first" in out
     code, _, err = run("bundle", "verify", str(tmp_path))
     assert code == 2 and "has no manifest.json, so it is not a bundle" in err
 
 
+def test_the_bundles_text_encoder_gives_the_pipelines_embeddings(
+    made: Path, plan: ExportPlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cleaned, cut and padded as there; by tokenizers and ONNX Runtime alone."""
+    texts = [
+        "a red circle moving left", "A  “red”\n circle &amp; a ﬁsh", "", "xyzzy, 12!",
+        "a red circle moving left a blue square moving up then down",
+    ]  # fmt: skip
+    ours, theirs = BundleTextEncoder(made / "text"), TextEncoder(plan.folder, 12)
+    wanted = theirs.encode(texts)
+    found = ours.encode(texts)
+    assert found.shape == wanted.shape == (5, 12, 64)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert not found[2, 1:].any() and found[4, 11].any()
+    assert (found[0] - found[1]).abs().max() > 0.1
+    cut = [each.getMessage() for each in caplog.records if "cut to" in each.getMessage()]
+    assert len(cut) == 2 and cut[0] == cut[1], cut
+    ours.free()
+    assert torch.equal(ours.encode(texts[:1]), found[:1])
+
+
+def test_a_text_encoder_outside(plan: ExportPlan, tmp_path: Path) -> None:
+    """The bundle names it by folder and digest."""
+    export(replace(plan, text=None), tmp_path / "bundle")
+    facts = read_bundle(tmp_path / "bundle")
+    assert "text" not in facts.stages and not any(n.startswith("text") for n in facts.files)
+    assert facts.text is not None and facts.text.digest == encoder_digest(plan.folder)
+    assert facts.text.folder == str(plan.folder)
+
+
 def test_export_command(
     run: Run, plan: ExportPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lltk.exporting.plan_export", lambda recipe, weights: plan)
+    monkeypatch.setattr("lltk.exporting.plan_export", lambda recipe, **options: plan)
     path = tmp_path / "bundle"
     line = ("export", "tiny_stream", "--target", "ort", "-o", str(path))
     code, out, _ = run(*line, "--dry-run", "--json")
     nodes = json.loads(out)["nodes"]
-    assert code == 0 and nodes == emitted(plan) and len(nodes) == 5 and not path.exists()
+    assert code == 0 and nodes == emitted(plan) and len(nodes) == 6 and not path.exists()
     code, out, err = run(*line, "--json")
-    assert code == 0 and len(json.loads(out)["golden"]) == 11, err
-    assert len(verify_bundle(path)) == 11
+    assert code == 0 and len(json.loads(out)["golden"]) == 12, err
+    assert len(verify_bundle(path)) == 12
     (path / "notes").write_text("mine")
     code, _, err = run(*line)
     assert code == 2 and "did not write it as a bundle" in err
@@ -298,7 +332,7 @@ def test_the_pages_example_runs_as_printed(
     monkeypatch.chdir(made.parent)
     exec(example, {})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 11 and lines[1].startswith("transformer/step")
+    assert len(lines) == 12 and lines[1].startswith("transformer/step")
     assert all(float(line.split()[-1]) < 1e-4 for line in lines)
 
 

@@ -7,6 +7,9 @@
     transformer/weights.safetensors
     decoder/*.onnx              first, step
     decoder/weights.safetensors
+    text/encode.onnx            the text encoder, unless it is kept outside
+    text/weights.safetensors
+    text/tokenizer.json
     golden.safetensors          inputs of every graph, and what torch made of them
 
 A bundle is written once its graphs gave the golden values in ONNX Runtime, or not at all.
@@ -37,6 +40,7 @@ from lltk.graph.contract import Contract, Role, TensorSpec
 from lltk.graph.fingerprint import fingerprint
 from lltk.graph.program import Program
 from lltk.graph.text import dtype_name, dtype_named
+from lltk.stream.bundle_text import TOKENIZER
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -115,6 +119,20 @@ class GoldenFacts(BaseModel):
     bounds: dict[str, float]
 
 
+class TextFacts(BaseModel):
+    """The text encoder that a bundle needs and does not hold.
+
+    Attributes:
+        folder: the pipeline that has it, as the recipe named it.
+        digest: SHA-256 over its files.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: str
+    digest: str
+
+
 class Facts(BaseModel):
     """What a manifest says besides the checksums of the files.
 
@@ -124,7 +142,8 @@ class Facts(BaseModel):
         versions: of what made the bundle.
         recipe: the resolved recipe: geometry, sampler and passes too.
         rotary: arguments of the rotary tables: rows and columns of tokens, split, theta.
-        stages: ``transformer`` and ``decoder``.
+        stages: ``transformer``, ``decoder`` and, if the bundle holds it, ``text``.
+        text: the text encoder, if the bundle does not hold it.
         golden: the golden cases.
         files: SHA-256 by name.
     """
@@ -137,6 +156,7 @@ class Facts(BaseModel):
     recipe: dict[str, Any]
     rotary: dict[str, Any]
     stages: dict[str, StageFacts]
+    text: TextFacts | None
     golden: list[GoldenFacts]
     files: dict[str, str]
 
@@ -184,6 +204,7 @@ def write_bundle(
     cases: Iterable[Case],
     recipe: Mapping[str, Any],
     rotary: Mapping[str, Any],
+    text: str | TextFacts,
     overwrite: bool = False,
     note: Callable[[str], None] = lambda what: None,
 ) -> list[Difference]:
@@ -194,6 +215,7 @@ def write_bundle(
         programs: by stage, with weights; their graphs mutate nothing.
         cases: golden values for each graph.
         recipe, rotary: see `Facts`.
+        text: the tokenizer of the stage ``text``, as JSON; or the encoder that stays outside.
         overwrite: whether a folder that holds anything else may be replaced.
         note: is told what is being done.
 
@@ -213,6 +235,8 @@ def write_bundle(
         for stage, program in programs.items():
             note(f"writing the {stage}")
             stages[stage] = _write_stage(folder, stage, program)
+        if isinstance(text, str):
+            folder.write_text(f"text/{TOKENIZER}", text)
         note("computing golden values")
         golden = _write_golden(folder, cases)
         note("comparing golden values")
@@ -224,6 +248,7 @@ def write_bundle(
             "target": "ort", "opset": OPSET, "versions": {"lltk": __version__, **versions},
             "recipe": recipe, "rotary": rotary,
             "stages": {stage: each.model_dump(mode="json") for stage, each in stages.items()},
+            "text": text.model_dump() if isinstance(text, TextFacts) else None,
             "golden": [case.model_dump() for case in golden],
         }  # fmt: skip
         MANIFEST.write(folder, facts)

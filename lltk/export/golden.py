@@ -18,6 +18,7 @@ from lltk.graph.contract import Contract, Role, TensorSpec, page_output
 from lltk.graph.edit import op_of
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
+from lltk.graph.spec import Spec, TextSpec
 from lltk.ops.implementations import overload
 from lltk.ops.rope_table.reference import rope_table
 
@@ -36,7 +37,7 @@ class Case:
     """Inputs and outputs of one graph, by name.
 
     Attributes:
-        stage: ``transformer`` or ``decoder``.
+        stage: ``transformer``, ``decoder`` or ``text``.
         graph: which.
         inputs: what fills its inputs; see `whole`. Cases share those that they have in common.
         outputs: samples of its outputs; see `sample`.
@@ -111,7 +112,7 @@ def transformer_cases(program: Program, external: Program) -> Iterator[Case]:
         program: a stream Program, with weights.
         external: the same after the pass externalise.
     """
-    module, draw = instantiate(program), _Draw()
+    module, draw = instantiate(program), _Draw(program.model)
     last = program.geometry.pages - 1
     moments = (((), 0), ((0,), 1), (tuple(reversed(range(1, last))), 2), (tuple(range(last)), LATE))
     for graph in program.graphs:
@@ -132,21 +133,22 @@ def transformer_cases(program: Program, external: Program) -> Iterator[Case]:
 
 
 @torch.no_grad()
-def decoder_cases(program: Program) -> Iterator[Case]:
-    """A case of each graph of a decoder."""
-    module, draw = instantiate(program), _Draw()
+def plain_cases(stage: str, program: Program) -> Iterator[Case]:
+    """A case of each graph of a decoder or a text encoder, which is the stage."""
+    module, draw = instantiate(program), _Draw(program.model)
     for graph in program.graphs:
         contract = program.contract(graph)
         held = draw.inputs(contract, {})
         made = module(graph, given(held, contract))
         outputs = {name: sample(value) for name, value in made.items()}
-        yield Case("decoder", graph, held, outputs)
+        yield Case(stage, graph, held, outputs)
 
 
 class _Draw:
-    """Draws inputs; pages, prompts and caches are the same in every case."""
+    """Draws a model's inputs; pages, prompts and caches are the same in every case."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Spec) -> None:
+        self._model = model
         self._generator = torch.Generator().manual_seed(0)
         self._known: dict[str, Tensor] = {}
 
@@ -172,6 +174,11 @@ class _Draw:
         uniform = torch.rand(shape, generator=self._generator)
         if spec.role is Role.TIME:
             return 1000 * uniform
+        if spec.role is Role.TOKENS:
+            assert isinstance(self._model, TextSpec)
+            return (self._model.vocabulary * uniform).to(torch.int64)
+        if spec.role is Role.TOKEN_MASK:
+            return torch.arange(count).view(shape) <= count // 2
         if spec.role is Role.PAGE_CODES:
             return (256 * uniform).to(torch.uint8)
         if spec.role is Role.PAGE_SCALES:

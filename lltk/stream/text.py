@@ -154,7 +154,7 @@ class TextEncoder:
                     from transformers import AutoTokenizer
 
                     tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
-                    model = _read_encoder(encoder, self._dtype)
+                    model = read_encoder(encoder, self._dtype)
             except (OSError, SafetensorError, UnpicklingError) as error:
                 raise ValueError(
                     f"{self._folder}: its text encoder cannot be read ({error}); download it again"
@@ -179,14 +179,12 @@ class TextEncoder:
 
     def _place(self, cache: Path, text: str) -> Path:
         if self._digest is None:
-            files = [file for part in _PARTS for file in sorted((self._folder / part).iterdir())]
-            digests = [(file.name, _digest(file, cache)) for file in files if file.is_file()]
-            self._digest = _hash(digests)
+            self._digest = encoder_digest(self._folder, cache)
         key = _hash([self._digest, str(self._dtype), self._text_tokens, text])
         return cache / f"{key}.safetensors"
 
 
-def _read_encoder(folder: Path, dtype: torch.dtype) -> Any:
+def read_encoder(folder: Path, dtype: torch.dtype) -> Any:
     """The encoder in a folder; raises ValueError unless its weights are exactly the model's."""
     with LOADING, _silent():
         from transformers import UMT5EncoderModel
@@ -263,8 +261,21 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     return count * dtype.itemsize + sum(whole)
 
 
-def _digest(file: Path, cache: Path) -> str:
+def encoder_digest(folder: Path, cache: Path | None = None) -> str:
+    """A digest of a text encoder's files and its tokenizer's.
+
+    Args:
+        folder: a pipeline's folder.
+        cache: a folder that keeps digests of files; None reads each.
+    """
+    files = [file for part in _PARTS for file in sorted((folder / part).iterdir())]
+    return _hash([(file.name, _digest(file, cache)) for file in files if file.is_file()])
+
+
+def _digest(file: Path, cache: Path | None) -> str:
     """The file's SHA-256, read from the cache while its size and time stay: weights are large."""
+    if cache is None:
+        return checksum(file)
     state = file.stat()
     note = cache / f"{_hash([str(file.resolve()), state.st_size, state.st_mtime_ns])}.sha256"
     if not note.exists():

@@ -1,0 +1,74 @@
+"""Text into embeddings, by a bundle's encoder in ONNX; neither transformers nor torch's models run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lltk.stream.text import clean
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+    from tokenizers import Tokenizer
+
+GRAPH, TOKENIZER = "encode.onnx", "tokenizer.json"
+"""The files of a bundle's folder ``text``, beside the weights."""
+_log = logging.getLogger(__name__)
+
+
+class BundleTextEncoder:
+    """A text encoder and its tokenizer, as a bundle holds them; loaded when a text first needs them.
+
+    It gives what `lltk.stream.text.TextEncoder` does: texts are cleaned, longer ones are cut with a
+    warning, and an embedding is zero after its text's last token. One thread at a time uses it.
+
+    Args:
+        folder: a bundle's ``text``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._loaded: tuple[Tokenizer, InferenceSession] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are."""
+        return torch.device("cpu")
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts, at least one: float32 [n, text_tokens, text_dim]."""
+        return torch.from_numpy(np.concatenate([self._encode(clean(text)) for text in texts]))
+
+    def free(self) -> None:
+        """Drop the encoder from memory; it is loaded again when a text needs it."""
+        self._loaded = None
+
+    def _encode(self, text: str) -> np.ndarray:
+        tokenizer, session = self._load()
+        _, most = session.get_inputs()[0].shape
+        tokenizer.enable_truncation(most)
+        encoded = tokenizer.encode(text)
+        if encoded.overflowing:
+            count = len(encoded.ids) + sum(len(part.ids) - 1 for part in encoded.overflowing)
+            _log.warning("text of %d tokens cut to %d: %r", count, most, text)
+        tokens, mask = np.zeros((1, most), np.int64), np.zeros((1, most), bool)
+        tokens[0, : len(encoded.ids)], mask[0, : len(encoded.ids)] = encoded.ids, True
+        made: np.ndarray = session.run(None, {"tokens": tokens, "token_mask": mask})[0]
+        return made
+
+    def _load(self) -> tuple[Tokenizer, InferenceSession]:
+        if self._loaded is None:
+            from onnxruntime import InferenceSession
+            from tokenizers import Tokenizer
+
+            self._loaded = (
+                Tokenizer.from_file(str(self._folder / TOKENIZER)),
+                InferenceSession(self._folder / GRAPH, providers=["CPUExecutionProvider"]),
+            )
+        return self._loaded
