@@ -17,13 +17,14 @@ from typing import Any, Literal
 import torch
 
 from lltk.compiler import transform
-from lltk.export.bundle import Difference, TextFacts, emit, write_bundle
+from lltk.export.bundle import TOKENIZER, Difference, TextFacts, emit, write_bundle
 from lltk.export.golden import plain_cases, transformer_cases
 from lltk.graph.geometry import Geometry
+from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
 from lltk.models import umt5
-from lltk.stream.bundle_text import TOKENIZER
+from lltk.passes import make_pass
 from lltk.stream.recipe import stream_section
 from lltk.stream.text import encoder_digest, read_encoder
 from lltk.streaming import plan_stream
@@ -98,7 +99,8 @@ def _text(folder: Path, geometry: Geometry, weights: bool) -> Program:
                 f"{folder}: has no {part}, so its text encoder cannot be exported; keep it outside "
                 "with --text reference"
             )
-    program = umt5.captured(folder / "text_encoder", geometry)
+    captured = umt5.captured(folder / "text_encoder", geometry)
+    program = run_passes(captured, [make_pass("canonicalise", {})])
     if not weights:
         return program
     return umt5.loaded(program, read_encoder(folder / "text_encoder", torch.float32))

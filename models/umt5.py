@@ -13,11 +13,9 @@ from lltk.graph.capture import capture
 from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.geometry import Geometry
 from lltk.graph.loading import LOADING
-from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
 from lltk.graph.spec import TextSpec
 from lltk.graph.verify import verify
-from lltk.passes import make_pass
 
 
 def captured(folder: Path, geometry: Geometry) -> Program:
@@ -32,7 +30,7 @@ def captured(folder: Path, geometry: Geometry) -> Program:
         geometry: gives S.
 
     Returns:
-        A canonical Program of kind ``text`` in float32; its weights are meta tensors under
+        A captured Program of kind ``text`` in float32; its weights are meta tensors under
         transformers' names.
     """
     with LOADING:
@@ -50,7 +48,7 @@ def captured(folder: Path, geometry: Geometry) -> Program:
         lambda: _Encoder(config), inputs, (spec.output,), lambda _name, _parameter: torch.float32
     )
     verify(program)
-    return run_passes(program, [make_pass("canonicalise", {})])
+    return program
 
 
 def loaded(program: Program, encoder: nn.Module) -> Program:

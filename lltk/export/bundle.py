@@ -40,7 +40,6 @@ from lltk.graph.contract import Contract, Role, TensorSpec
 from lltk.graph.fingerprint import fingerprint
 from lltk.graph.program import Program
 from lltk.graph.text import dtype_name, dtype_named
-from lltk.stream.bundle_text import TOKENIZER
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -52,6 +51,7 @@ MANIFEST = Manifest(
 )
 BUNDLE = Kind("a bundle", MANIFEST.recognises, folder=True)
 GOLDEN = "golden.safetensors"
+TOKENIZER = "tokenizer.json"
 BOUND = 1e-5
 """How far an output may be from torch's, relative to its largest value."""
 FLIPPED = 0.01

@@ -1,4 +1,4 @@
-"""Text into embeddings, by a bundle's encoder in ONNX; neither transformers nor torch's models run."""
+"""Text into embeddings, by the encoder in ONNX that a bundle holds; without transformers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
     from tokenizers import Tokenizer
 
-GRAPH, TOKENIZER = "encode.onnx", "tokenizer.json"
-"""The files of a bundle's folder ``text``, beside the weights."""
 _log = logging.getLogger(__name__)
 
 
 class BundleTextEncoder:
-    """A text encoder and its tokenizer, as a bundle holds them; loaded when a text first needs them.
+    """A bundle's text encoder and tokenizer, loaded when a text first needs them.
 
     It gives what `lltk.stream.text.TextEncoder` does: texts are cleaned, longer ones are cut with a
     warning, and an embedding is zero after its text's last token. One thread at a time uses it.
@@ -68,7 +66,7 @@ class BundleTextEncoder:
             from tokenizers import Tokenizer
 
             self._loaded = (
-                Tokenizer.from_file(str(self._folder / TOKENIZER)),
-                InferenceSession(self._folder / GRAPH, providers=["CPUExecutionProvider"]),
+                Tokenizer.from_file(str(self._folder / "tokenizer.json")),
+                InferenceSession(self._folder / "encode.onnx", providers=["CPUExecutionProvider"]),
             )
         return self._loaded
