@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from lltk.compiler import transform
+from lltk.compiler import configured_passes
 from lltk.export.bundle import TOKENIZER, Difference, TextFacts, emit, write_bundle
 from lltk.export.golden import plain_cases, transformer_cases
 from lltk.graph.geometry import Geometry
@@ -78,17 +78,22 @@ def plan_export(recipe: Recipe, *, weights: bool = True, text: Text = "bundle") 
     """
     _check(recipe)
     plain = [entry for entry in recipe.passes if _name(entry) != "lower"]
-    decoder = (recipe.stream or {}).get("decoder") or {}
-    stream = {**(recipe.stream or {}), "decoder": {**decoder, "passes": ["canonicalise"]}}
-    external = recipe.model_copy(update={"passes": _externalised(plain), "stream": stream})
-    plan = plan_stream(external, weights=weights)
-    reference = transform(plan.recipe.model_copy(update={"passes": plain}), weights=weights)
+    own = (recipe.stream or {}).get("decoder") or {}
+    stream = {**(recipe.stream or {}), "decoder": {**own, "passes": ["canonicalise"]}}
+    names = list(map(_name, plain))
+    place = names.index("regionalise") if "regionalise" in names else len(names)
+    before = recipe.model_copy(update={"passes": plain[:place], "stream": stream})
+    plan = plan_stream(before, weights=weights)
+    after = plain[place:], ["externalise", *plain[place:]]
+    reference, transformer = (
+        run_passes(plan.transformer, configured_passes(recipe.model_copy(update={"passes": each})))
+        for each in after
+    )
     encoder = None
     if text == "bundle" and (weights or plan.folder.is_dir()):
-        encoder = _text(plan.folder, plan.transformer.geometry, weights)
-    return ExportPlan(
-        recipe, reference, plan.transformer, plan.decoders[0].program, encoder, plan.folder
-    )
+        encoder = _text(plan.folder, transformer.geometry, weights)
+    decoder = plan.decoders[0].program
+    return ExportPlan(recipe, reference, transformer, decoder, encoder, plan.folder)
 
 
 def _text(folder: Path, geometry: Geometry, weights: bool) -> Program:
@@ -178,13 +183,6 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(
             "stream.decoder.device: names several, and a bundle holds one decoder; name one"
         )
-
-
-def _externalised(passes: Sequence[Any]) -> list[Any]:
-    """The passes with externalise before regionalise."""
-    names = list(map(_name, passes))
-    place = names.index("regionalise") if "regionalise" in names else len(names)
-    return [*passes[:place], "externalise", *passes[place:]]
 
 
 def _name(entry: str | dict[str, Any]) -> str:
