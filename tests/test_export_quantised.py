@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,28 @@ from helpers import (
     HAND_SPEC,
     PASSES,
     after,
+    inputs,
     reached,
 )
 from nvfp4_pages import written as written_pages
 from torch import Tensor, fx
 
 from lltk.export.emitter import Emitter
-from lltk.export.golden import Case, distance, given, transformer_cases
+from lltk.export.golden import (
+    Case,
+    distance,
+    given,
+    places,
+    run_external,
+    transformer_cases,
+)
 from lltk.export.onnx_runtime import open_graph, run_graph
 from lltk.export.weights import WeightPool
 from lltk.files.tensors import read_tensors
 from lltk.files.writing import whole_folder
+from lltk.graph.edit import copy_graph, output
 from lltk.graph.geometry import Geometry
+from lltk.graph.module import instantiate
 from lltk.graph.packed import is_packed
 from lltk.graph.program import Program
 from lltk.ops.fp8_rows import fp8_quantise
@@ -393,3 +405,87 @@ def test_fused_recipes_in_fp8(tmp_path: Path) -> None:
     _, _, found = compared(tmp_path, FUSED)
     for case, each in found["step"]:
         assert each["sample"] <= max(1e-5, 2 * case.spread["sample"]) < 0.5
+
+
+# On torch's own inputs
+
+
+def streamed(program: Program) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Pages that torch commits, of a stream's chunks 97 to 99, and its prompt's keys and values."""
+    module = instantiate(program)
+    contract = program.contract("prologue")
+    prompt = dict(module("prologue", inputs(program, "prologue")))
+    pages = {
+        name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in program.pages.items()
+    }
+    contract = program.contract("commit")
+    for slot in range(3):
+        here = contract.named(places(program, range(slot), slot, 97 + slot))
+        every = {**inputs(program, "commit", slot), **prompt, **pages, **here}
+        module("commit", {name: every[name] for name in contract.inputs})
+    assert all(page[:, :3].float().abs().amax() > 0 for page in pages.values())
+    return pages, prompt
+
+
+@pytest.mark.parametrize("steps", [(), ("nvfp4_cache",)])
+@torch.no_grad()
+def test_the_hundredth_chunk(tmp_path: Path, steps: Steps) -> None:
+    original, external = made(steps, external=False), made(steps)
+    pages, prompt = streamed(original)
+    module, models = instantiate(original), written(external, tmp_path)
+    here = places(original, (2, 0, 1), 3, 100)
+    for graph in ("step", "commit"):
+        contract = external.contract(graph)
+        every = {**inputs(external, graph, 9), **pages, **prompt, **contract.named(here)}
+        x = {name: every[name] for name in contract.inputs}
+        wanted = run_external(partial(module, graph), original.contract(graph), x, here)
+        found = run_graph(open_graph(models / f"{graph}.onnx"), x)
+        for name in contract.outputs:
+            bound = 1e-5 if wanted[name].dtype == torch.float32 else 0.01
+            assert distance(found[name], wanted[name]) <= bound, (graph, name)
+    elsewhere = {**x, **contract.named(places(original, (2, 0, 1), 3, 99))}
+    assert near(run_graph(open_graph(models / "commit.onnx"), elsewhere), found) > 1e-3
+
+
+@torch.no_grad()
+def test_blocks_in_w4a4(tmp_path: Path) -> None:
+    """Where no rounding flips, a block is as near as float32 is; that is so of most.
+
+    A flip changes one of the L · K numbers that a product reads by a third of the largest at most,
+    as from 4 to 6: for numbers of which the largest is p times their root mean square, that is
+    p / (3 √(L · K)) of their norm. A product by random weights passes the share on, and a block
+    adds its branches to what it was given. We allow three flips a block, with p = 5.
+    """
+    original = made(QUANTISED, external=False)
+    pages, prompt = streamed(original)
+    external = made(QUANTISED)
+    region = external.regions["step_block"]
+    graph = copy_graph(region.graph)
+    output(graph).args = ({f"y{i}": node for i, node in enumerate(output(graph).args[0])},)
+    alone = replace(external, graphs={"block": graph}, regions={}, weights={})
+    session = open_graph(written(alone, tmp_path) / "block.onnx")
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+    module, seen = instantiate(external), []
+    for owner, block in module.blocks_by_path.items():
+        block.register_forward_hook(
+            lambda _, given, results, owner=owner: seen.append((owner, given, results))
+        )
+    contract = external.contract("step")
+    here = places(original, (2, 0, 1), 3, 100)
+    for draw in range(8):
+        every = {**inputs(external, "step", draw), **pages, **prompt, **contract.named(here)}
+        module("step", {name: every[name] for name in contract.inputs})
+
+    def farthest(values: list[Tensor], results: Sequence[Tensor]) -> float:
+        found = run_graph(session, dict(zip(names, values, strict=True)))
+        pairs = [(found[f"y{i}"], theirs) for i, theirs in enumerate(results)]
+        return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
+
+    far, length, width = [], 12, 32
+    for owner, (name, *given), results in seen:
+        assert name == "step_block"
+        own = [external.weights[f"{owner}.{parameter}"] for parameter in region.parameters]
+        far.append(farthest([*given, *own], results))
+    assert len(far) == 16 and sum(each < 1e-5 for each in far) >= 12
+    assert max(far) < 3 * 5 / (3 * (length * width) ** 0.5)
+    assert farthest([1.01 * given[0], *given[1:], *own], results) > 1e-3, "it reads its inputs"

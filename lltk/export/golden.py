@@ -117,15 +117,15 @@ def transformer_cases(program: Program, external: Program) -> Iterator[Case]:
     moments = (((), 0), ((0,), 1), (tuple(reversed(range(1, last))), 2), (tuple(range(last)), LATE))
     for graph in program.graphs:
         own, contract = program.contract(graph), external.contract(graph)
-        run = partial(_run, partial(module, graph), own, contract)
+        run = partial(run_external, partial(module, graph), own)
         cases = []
         spread: Mapping[str, float] = {}
         for table, chunk in moments if own.having(Role.TABLE) else moments[:1]:
-            places = _places(program, table, last, chunk)
-            held = draw.inputs(contract, places)
-            made = run(held, places)
+            here = places(program, table, last, chunk)
+            held = draw.inputs(contract, here)
+            made = run(given(held, contract), here)
             if _rounds(program):
-                found = _spread(partial(run, places=places), held, made, contract, draw)
+                found = _spread(partial(run, here=here), held, made, contract, draw)
                 spread = {name: max(far, spread.get(name, 0)) for name, far in found.items()}
             outputs = {name: sample(made[name]) for name in contract.outputs}
             cases.append(Case("transformer", graph, held, outputs))
@@ -188,8 +188,15 @@ class _Draw:
         return torch.randn(shape, generator=self._generator).to(spec.dtype)
 
 
-def _places(program: Program, table: Sequence[int], slot: int, chunk: int) -> Mapping[Role, Tensor]:
-    """What says where a chunk is, in the forms of a program and of its external graphs."""
+def places(program: Program, table: Sequence[int], slot: int, chunk: int) -> Mapping[Role, Tensor]:
+    """What says where a chunk is, in the forms of a program and of its external graphs.
+
+    Args:
+        program: gives the sizes.
+        table: the pages to attend to.
+        slot: the page that a commit writes.
+        chunk: its number in the video.
+    """
     geometry, spec = program.geometry, program.spec
     positions = torch.arange(geometry.chunk, dtype=torch.float64) + chunk * geometry.chunk
     split = list(spec.rope_split)
@@ -206,20 +213,27 @@ def _places(program: Program, table: Sequence[int], slot: int, chunk: int) -> Ma
     }
 
 
-def _run(
+def run_external(
     graph: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     own: Contract,
-    contract: Contract,
-    held: Mapping[str, Tensor],
-    places: Mapping[Role, Tensor],
+    inputs: Mapping[str, Tensor],
+    here: Mapping[Role, Tensor],
 ) -> dict[str, Tensor]:
-    """What a program's graph makes of its external graph's inputs, and the pages that it writes."""
+    """What a program's graph makes of the inputs of its external one; pages that it writes too.
+
+    Args:
+        graph: runs the program's graph.
+        own: its contract.
+        inputs: of the external graph; they are left as they are.
+        here: the same place as `places` gives it.
+    """
     pages = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in own.pages.items()}
-    every = {**pages, **given(held, contract), **own.named(places)}
+    pages |= {name: inputs[name].clone() for name in pages.keys() & inputs.keys()}
+    every = {**inputs, **pages, **own.named(here)}
     made = graph({name: every[name] for name in own.inputs})
     if own.having(Role.SLOT):
-        slot = int(places[Role.SLOT])
-        made |= {page_output(name): every[name][:, slot] for name in own.pages}
+        slot = int(here[Role.SLOT])
+        made |= {page_output(name): page[:, slot] for name, page in pages.items()}
     return made
 
 
@@ -245,7 +259,8 @@ def _spread(
     changed = {**contract.having(Role.LATENTS), **contract.having(Role.TEXT)}
     spread = dict.fromkeys(contract.outputs, 0.0)
     for _ in range(_DRAWS):
-        other = run({**held, **{name: draw.noisy(held[name]) for name in changed}})
+        noisy = {**held, **{name: draw.noisy(held[name]) for name in changed}}
+        other = run(given(noisy, contract))
         for name, largest in spread.items():
             spread[name] = max(largest, distance(other[name], sample(made[name])))
     return spread
