@@ -24,6 +24,7 @@ from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
 from lltk.models import umt5
+from lltk.models.pipelines import find_pipeline
 from lltk.passes import make_pass
 from lltk.stream.recipe import stream_section
 from lltk.stream.text import encoder_digest, read_encoder
@@ -77,6 +78,11 @@ def plan_export(recipe: Recipe, *, weights: bool = True, text: Text = "bundle") 
             this version does not export.
     """
     _check(recipe)
+    section = stream_section(recipe.stream, "recipe")
+    folder = find_pipeline(section.pipeline, needed=weights)
+    held = text == "bundle" and (weights or folder.is_dir())
+    if held:
+        _check_text(folder)
     plain = [entry for entry in recipe.passes if _name(entry) != "lower"]
     own = (recipe.stream or {}).get("decoder") or {}
     stream = {**(recipe.stream or {}), "decoder": {**own, "passes": ["canonicalise"]}}
@@ -89,21 +95,23 @@ def plan_export(recipe: Recipe, *, weights: bool = True, text: Text = "bundle") 
         run_passes(plan.transformer, configured_passes(recipe.model_copy(update={"passes": each})))
         for each in after
     )
-    encoder = None
-    if text == "bundle" and (weights or plan.folder.is_dir()):
-        encoder = _text(plan.folder, transformer.geometry, weights)
+    encoder = _text(folder, transformer.geometry, weights) if held else None
     decoder = plan.decoders[0].program
-    return ExportPlan(recipe, reference, transformer, decoder, encoder, plan.folder)
+    return ExportPlan(recipe, reference, transformer, decoder, encoder, folder)
 
 
-def _text(folder: Path, geometry: Geometry, weights: bool) -> Program:
-    """A pipeline's text encoder."""
+def _check_text(folder: Path) -> None:
+    """Refuse a pipeline whose text encoder cannot be exported."""
     for part in ("text_encoder/config.json", f"tokenizer/{TOKENIZER}"):
         if not (folder / part).is_file():
             raise ValueError(
                 f"{folder}: has no {part}, so its text encoder cannot be exported; keep it outside "
                 "with --text reference"
             )
+
+
+def _text(folder: Path, geometry: Geometry, weights: bool) -> Program:
+    """A pipeline's text encoder."""
     captured = umt5.captured(folder / "text_encoder", geometry)
     program = run_passes(captured, [make_pass("canonicalise", {})])
     if not weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from helpers import Run, refused
 from safetensors.torch import load_file
 from streams import SIZES, save_pipeline
+from test_files import FAILURES, failing
 
 from lltk.export import bundle as bundles
 from lltk.export.bundle import MANIFEST, Facts, read_bundle, verify_bundle
@@ -215,6 +217,23 @@ def test_an_export_that_misses_the_bound_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_leaves_nothing(
+    plan: ExportPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever file it is that has no space."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    with failing(-1, FAILURES["full"]) as counted:
+        export(plan, tmp_path / "whole")
+    writes = [at for at, (name, _) in enumerate(counted.made) if name == "write"]
+    assert len(writes) > 2 * len(FILES)
+    for at in (*writes[:: len(writes) // 5], writes[-1]):
+        wanted = pytest.raises(OSError, match=r"bundle.*cannot be written.*No space left")
+        with failing(at, FAILURES["full"]) as faults, wanted:
+            export(plan, tmp_path / "bundle")
+        assert faults.done and [each.name for each in tmp_path.iterdir()] == ["whole"]
+    verify_bundle(tmp_path / "whole")
+
+
 def test_a_value_that_is_not_finite_fails(made: Path) -> None:
     wanted = torch.ones(3)
     for bad in (float("nan"), float("inf")):
@@ -294,6 +313,15 @@ def test_the_bundles_text_encoder_gives_the_pipelines_embeddings(
     assert len(cut) == 2 and cut[0] == cut[1], cut
     ours.free()
     assert torch.equal(ours.encode(texts[:1]), found[:1])
+
+
+def test_a_text_encoder_that_cannot_be_exported(plan: ExportPlan, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(plan.folder, tmp_path / "pipeline"))
+    (folder / "tokenizer/tokenizer.json").unlink()
+    recipe = open_recipe("tiny_stream", (*SIZES, f"stream.pipeline={folder}"))
+    message = refused(plan_export, recipe)
+    assert message.startswith(f"{folder}: has no tokenizer/tokenizer.json")
+    assert message.endswith("with --text reference")
 
 
 def test_a_text_encoder_outside(plan: ExportPlan, tmp_path: Path) -> None:

@@ -482,10 +482,10 @@ def test_blocks_in_w4a4(tmp_path: Path) -> None:
         return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
 
     far, length, width = [], 12, 32
-    for owner, (name, *given), results in seen:
+    for owner, (name, *held), results in seen:
         assert name == "step_block"
         own = [external.weights[f"{owner}.{parameter}"] for parameter in region.parameters]
-        far.append(farthest([*given, *own], results))
+        far.append(farthest([*held, *own], results))
     assert len(far) == 16 and sum(each < 1e-5 for each in far) >= 12
     assert max(far) < 3 * 5 / (3 * (length * width) ** 0.5)
-    assert farthest([1.01 * given[0], *given[1:], *own], results) > 1e-3, "it reads its inputs"
+    assert farthest([1.01 * held[0], *held[1:], *own], results) > 1e-3, "it reads its inputs"
