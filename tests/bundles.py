@@ -18,7 +18,7 @@ from streams import SHOTS, SIZES, save_pipeline, streamed
 from torch import Tensor
 
 from lltk.cli.main import cli
-from lltk.exporting import ExportPlan, plan_export
+from lltk.exporting import ExportPlan, export, plan_export
 from lltk.graph.recipe import open_recipe
 from lltk.stream.recipe import stream_section
 from lltk.streaming import BundlePlan, Placed, Plan, Stream, StreamPlan, plan_bundle
@@ -50,6 +50,11 @@ class Exported:
     def bundle(self) -> Path:
         """The bundle."""
         return self.folder / "bundle"
+
+    @property
+    def outside(self) -> Path:
+        """The same bundle without the text encoder."""
+        return self.folder / "outside"
 
     def said(self, command: str) -> Any:
         """What ``export``, its ``dry`` run, or ``compare`` printed as JSON."""
@@ -102,11 +107,12 @@ def _make(made: Exported) -> None:
     recipe = open_recipe("tiny_stream", (*SIZES, f"stream.pipeline={made.pipeline}"))
     made.recipe.write_text(yaml.safe_dump(recipe.resolved()))
     plan = plan_export(recipe)
-    with patch("lltk.exporting.plan_export", lambda recipe, weights: plan):
+    with patch("lltk.exporting.plan_export", lambda recipe, **options: plan):
         line = ["export", str(made.recipe), "--target", "ort", "-o", str(made.bundle), "--json"]
         _note(made, "dry", [*line, "--dry-run"])
         assert not made.bundle.exists()
         _note(made, "export", line)
+    export(replace(plan, text=None), made.outside)
     ours = _planned(plan, made)
     scenes = {name: scene(ours) for name, scene in SCENES.items()}
     parts = {

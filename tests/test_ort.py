@@ -173,6 +173,7 @@ def test_states_of_others_are_refused(exported: Exported, tmp_path: Path) -> Non
         ("stream.decoder.latents=2", "stream.decoder.latents: is built into "),
         ("model.lora=a.safetensors", "export the recipe again with --set model.lora=a.safetensors"),
         ("stream.stepz=2", "stream.stepz: is built into "),
+        ("stream.text.device=cuda", "has its text encoder, for the CPU; drop the key"),
         ("stream.steps=0", "steps: Input should be greater than or equal to 1"),
     ],
 )
@@ -181,19 +182,30 @@ def test_what_is_built_in_cannot_change(exported: Exported, change: str, message
 
 
 def test_another_text_encoder_is_refused(exported: Exported, tmp_path: Path) -> None:
-    plan = bundle_plan(exported, f"stream.pipeline={tmp_path / 'moved'}")
+    """Where the bundle has none."""
+    plan = plan_bundle(exported.outside, [f"stream.pipeline={tmp_path / 'moved'}"])
     message = refused(opened, plan)
     assert "has no text_encoder/; name a pipeline's folder" in message
     for part in ("text_encoder", "tokenizer"):
         (tmp_path / "other" / part).mkdir(parents=True)
         for file in (exported.pipeline / part).iterdir():
             (tmp_path / "other" / part / file.name).write_bytes(file.read_bytes())
-    same = f"stream.pipeline={tmp_path / 'other'}"
-    bundle_plan(exported, same).text_encoder(None).encode(["a red circle"])
+    same = [f"stream.pipeline={tmp_path / 'other'}"]
+    plan_bundle(exported.outside, same).text_encoder(None).encode(["a red circle"])
     config = tmp_path / "other" / "text_encoder" / "config.json"
     config.write_text(config.read_text() + " ")
-    encoder = bundle_plan(exported, same).text_encoder(None)
+    encoder = plan_bundle(exported.outside, same).text_encoder(None)
     assert "holds another text encoder than the one" in refused(encoder.encode, ["a red circle"])
+
+
+def test_embeddings_are_kept(exported: Exported, tmp_path: Path) -> None:
+    """And are read again, be the encoder in the bundle or outside."""
+    for path in (exported.bundle, exported.outside):
+        plan, cache, text = plan_bundle(path), tmp_path / path.name, ["a red circle"]
+        made = plan.text_encoder(cache).encode(text)
+        encoder = plan.text_encoder(cache)
+        encoder._run = None  # type: ignore[method-assign,assignment]
+        assert torch.equal(encoder.encode(text), made)
 
 
 def test_providers_are_refused_by_name(exported: Exported) -> None:
@@ -215,12 +227,8 @@ print(json.dumps(sorted(sys.modules)))
 def test_a_bundle_needs_no_diffusers_and_no_graph_of_torchs(
     exported: Exported, tmp_path: Path
 ) -> None:
-    """Where embeddings are kept, it needs no transformers either."""
-    cache, shot = tmp_path / "embeddings", "a red circle moving left"
-    plan = bundle_plan(exported)
-    plan.text_encoder(cache).encode([shot])
-    line = ["stream", str(exported.bundle), "--prompt", shot, "--seconds", "1"]
-    line += ["-o", str(tmp_path / "v.mp4"), "--set", f"stream.text.cache={cache}", "--json"]
+    line = ["stream", str(exported.bundle), "--prompt", "a red circle", "--seconds", "1"]
+    line += ["-o", str(tmp_path / "v.mp4"), "--json"]
     made = subprocess.run(
         [sys.executable, "-c", CODE, *line], capture_output=True, text=True, check=False
     )

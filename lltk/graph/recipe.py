@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lltk.files.reading import check_plain, check_regular, parse_yaml, read_plain
-from lltk.graph.geometry import Geometry, Kind
+from lltk.graph.geometry import Geometry
 from lltk.graph.recipe_files import find_recipe
 
 _LONGEST_CHAIN = 16
@@ -68,7 +68,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    program: Kind = Field(description="train, score, stream, reference or decode")
+    program: Literal["train", "score", "stream", "reference", "decode"] = Field(
+        description="train, score, stream, reference or decode"
+    )
     model: ModelSection
     geometry: Geometry
     passes: list[str | dict[str, dict[str, Any] | None]] = Field(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from lltk.graph.stages import Stage
 from lltk.graph.verify import STEP_HIGH
 from lltk.models.hub import on_disk
 from lltk.models.pipelines import find_pipeline
+from lltk.stream.bundle_text import BundleTextEncoder
 from lltk.stream.recipe import stream_section
 from lltk.stream.runtimes.onnx_graph import CPU, check_installed, provider_device
 from lltk.stream.text import Encoder, TextEncoder
@@ -28,7 +31,7 @@ from lltk.streaming.plan import Plan, check_high_steps
 
 T = TypeVar("T")
 
-TRANSFORMER, DECODER = "transformer", "decoder"
+TRANSFORMER, DECODER, TEXT = "transformer", "decoder", "text"
 _FREE = frozenset(
     {
         "pipeline", "fps", "steps", "shift", "guidance", "negative_prompt", "scene_cut",
@@ -113,9 +116,19 @@ class BundlePlan(Plan):
         stages = self.facts.stages
         return stages[TRANSFORMER].fingerprint, stages[DECODER].fingerprint
 
+    @property
+    def text_files(self) -> dict[str, str]:
+        """The text encoder's files in the bundle, with their SHA-256; none if it is outside."""
+        files = self.facts.files.items()
+        return {name: digest for name, digest in files if name.startswith(f"{TEXT}/")}
+
     def text_encoder(self, cache: Path | None) -> Encoder:
-        tokens, wanted = self.geometry.text_tokens, self.facts.text.digest
-        return TextEncoder(self.folder, tokens, self.dtype, self.text_device, cache, wanted)
+        outside = self.facts.text
+        if outside is None:
+            digest = hashlib.sha256(json.dumps(self.text_files).encode()).hexdigest()
+            return BundleTextEncoder(self.path / TEXT, self.contract(TEXT, "encode"), digest, cache)
+        tokens, device = self.geometry.text_tokens, self.text_device
+        return TextEncoder(self.folder, tokens, self.dtype, device, cache, outside.digest)
 
 
 def is_bundle(name: str) -> bool:
@@ -155,13 +168,18 @@ def plan_bundle(
                 f"{key}: is built into {path}, where only keys of stream can change: "
                 f"{', '.join(sorted(_FREE))}; export the recipe again with --set {override}"
             )
+        if own == "text.device" and facts.text is None:
+            raise ValueError(f"{key}: {path} has its text encoder, for the CPU; drop the key")
     data = overridden(facts.recipe, overrides)
     model = {**data["model"], "checkpoint": None, "lora": None, "lora_strength": 1.0}
     recipe = parse_recipe(on_disk({**data, "model": model}, download, needed=False), str(path))
     section = stream_section(recipe.stream, str(path))
     plain: dict[str, Any] = {"compile": False, "cuda_graphs": False}  # choices for torch's kernels
     decoder = section.decoder.model_copy(update={**plain, "device": None, "passes": None})
-    section = section.model_copy(update={**plain, "decoder": decoder})
+    text = section.text
+    if facts.text is None:
+        text = text.model_copy(update={"device": "cpu"})
+    section = section.model_copy(update={**plain, "decoder": decoder, "text": text})
     stage = facts.stages[TRANSFORMER]
     check_high_steps(stage.high_steps, section.steps)
     return BundlePlan(
@@ -182,6 +200,7 @@ def _check_whole(path: Path, facts: Facts) -> None:
     graphs = {f"{name}/{graph}" for name, stage in facts.stages.items() for graph in stage.graphs}
     wanted = [f"{TRANSFORMER}/{graph}" for graph in ("prologue", "step", "commit")]
     wanted += [f"{DECODER}/{graph}" for graph in ("first", "step")]
+    wanted += [f"{TEXT}/encode"] if facts.text is None else []
     wanted += [f"{name}/{STEP_HIGH}" for name, stage in facts.stages.items() if stage.high_steps]
     for graph in wanted:
         if graph not in graphs:

@@ -7,8 +7,8 @@ import torch
 from lltk.graph.memory import readable
 from lltk.graph.program import Program
 from lltk.graph.text import dtype_name
-from lltk.stream.text import weight_bytes
 from lltk.streaming.bundle import DECODER, TRANSFORMER, BundlePlan
+from lltk.streaming.memory import text_bytes
 from lltk.streaming.plan import Plan, StreamPlan
 from lltk.streaming.traffic import pcie_seconds, sent_bytes
 
@@ -17,7 +17,7 @@ def describe(plan: Plan) -> dict[str, str]:
     """What runs where, by part, for people to read."""
     section, geometry = plan.section, plan.geometry
     guided = f", guidance {section.guidance:g}" if plan.guided else ""
-    text = weight_bytes(plan.folder / "text_encoder", plan.dtype)
+    text = text_bytes(plan)
     assert isinstance(plan, BundlePlan | StreamPlan)
     models = _graphs(plan) if isinstance(plan, BundlePlan) else _programs(plan)
     return {

@@ -44,7 +44,7 @@ def stream_memory(plan: Plan, rank: int = 0) -> Sizes:
     stays = {"keep": plan.text_device, "offload": torch.device("cpu"), "free": None}
     text = stays[plan.section.text.after]
     if text is not None:
-        devices.setdefault(str(text), {})["text encoder"] = _text(plan)
+        devices.setdefault(str(text), {})["text encoder"] = text_bytes(plan)
     return devices
 
 
@@ -113,8 +113,10 @@ def _decoding(plan: StreamPlan, decoder: Placed, leaving: Collection[str] = ()) 
     return activations(decoder.program, leaving, held=section.cuda_graphs or section.compile)
 
 
-def _text(plan: Plan) -> int:
+def text_bytes(plan: Plan) -> int:
     """Bytes of the text encoder's weights; 0 if its files are not there."""
+    if isinstance(plan, BundlePlan) and plan.text_files:
+        return sum((plan.path / name).stat().st_size for name in plan.text_files)
     return weight_bytes(plan.folder / "text_encoder", plan.dtype)
 
 
@@ -124,7 +126,7 @@ def loading_memory(plan: Plan, image: bool) -> Sizes:
     Encoders whose files are not there have no bytes.
     """
     devices: Sizes = {}
-    if text := _text(plan):
+    if text := text_bytes(plan):
         devices.setdefault(str(plan.text_device), {})[_TEXT] = text
     if image:
         size = weight_bytes(plan.folder / "vae", plan.video_dtype)

@@ -5,27 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lltk.graph.contract import Contract, TensorSpec
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 _DEVICES = {CPU: "cpu", CUDA: "cuda"}
 """Where an execution provider's tensors are."""
-_TYPES: Mapping[torch.dtype, object] = {
-    torch.float32: np.float32,
-    torch.float16: np.float16,
-    torch.int64: np.int64,
-    torch.int32: np.int32,
-    torch.uint8: np.uint8,
-    torch.bool: np.bool_,
-    torch.bfloat16: 16,  # numbers of onnx.TensorProto, for what numpy has not
-    torch.float8_e4m3fn: 17,
+_TYPES = {
+    torch.float32: (1, "float"),
+    torch.uint8: (2, "uint8"),
+    torch.int32: (6, "int32"),
+    torch.int64: (7, "int64"),
+    torch.bool: (9, "bool"),
+    torch.float16: (10, "float16"),
+    torch.bfloat16: (16, "bfloat16"),
+    torch.float8_e4m3fn: (17, "float8e4m3fn"),
 }
+"""Numbers of ONNX's TensorProto, and names of ONNX Runtime's, by dtype."""
+_DTYPES = {f"tensor({name})": dtype for dtype, (_, name) in _TYPES.items()}
 
 
 def check_installed() -> None:
@@ -66,14 +71,15 @@ class OnnxGraph:
 
     Args:
         path: of the model; its weights lie in the same folder.
-        contract: its inputs and outputs.
+        contract: its inputs and outputs; None for what the model says of them, which is all but
+            their roles.
         provider: what executes it; see `provider_device`.
 
     Raises:
         ValueError: ONNX Runtime does not load it; says why.
     """
 
-    def __init__(self, path: Path, contract: Contract, provider: str = CPU) -> None:
+    def __init__(self, path: Path, contract: Contract | None = None, provider: str = CPU) -> None:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
@@ -92,7 +98,7 @@ class OnnxGraph:
                 "install a newer one"
             ) from error
         self._device = torch.device(_DEVICES[provider])
-        self.contract = contract
+        self.contract = contract or _contract(self._session)
 
     def __call__(
         self, given: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None
@@ -120,8 +126,17 @@ class OnnxGraph:
                 assert TensorSpec.of(tensor) == specs[name], f"{name} is {TensorSpec.of(tensor)}"
                 assert tensor.is_contiguous() and tensor.device.type == self._device.type, name
                 where = tensor.device.type, tensor.device.index or 0
-                bind(name, *where, _TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+                bind(name, *where, _TYPES[tensor.dtype][0], list(tensor.shape), tensor.data_ptr())
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         self._session.run_with_iobinding(binding)
         return put
+
+
+def _contract(session: InferenceSession) -> Contract:
+    return Contract(
+        *(
+            {each.name: TensorSpec(tuple(each.shape), _DTYPES[each.type]) for each in described}
+            for described in (session.get_inputs(), session.get_outputs())
+        )
+    )
