@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bundles import SCENES, Exported, bundle_plan, with_section
+from bundles import SCENES, Exported, bundle_plan, image, with_section
 from helpers import Run, refused
 from streams import SHOTS, opened, streamed
 from torch import Tensor
@@ -196,6 +196,15 @@ def test_another_text_encoder_is_refused(exported: Exported, tmp_path: Path) -> 
     config.write_text(config.read_text() + " ")
     encoder = plan_bundle(exported.outside, same).text_encoder(None)
     assert "holds another text encoder than the one" in refused(encoder.encode, ["a red circle"])
+
+
+def test_an_image_needs_the_pipelines_vae(exported: Exported, tmp_path: Path) -> None:
+    """All else plays without the pipeline."""
+    plan = bundle_plan(exported, f"stream.pipeline={tmp_path / 'moved'}")
+    message = refused(opened, plan, SHOTS[:1], image=image())
+    assert message.startswith(f"image: {tmp_path / 'moved'} has no vae/, ")
+    latents, _ = streamed(plan)
+    assert torch.equal(latents, streamed(bundle_plan(exported))[0])
 
 
 def test_embeddings_are_kept(exported: Exported, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from lltk.models.tiny.world import Story
 from lltk.stream.script import SCENE_CUT
 from lltk.stream.text import TextEncoder
 from lltk.stream.video import levels
-from lltk.streaming import Plan, open_decoder, open_runtime
+from lltk.streaming import Plan, StreamPlan, open_decoder, open_runtime
 
 T = TypeVar("T")
 Interval = tuple[float, float, float]
@@ -114,9 +114,11 @@ def interval(values: Interval | Sequence[float] | None) -> str:
 
 def encoded(plan: Plan, stories: Sequence[Story]) -> Tensor:
     """The prompts of equally long stories, [B, N, S, E], on the transformer's device."""
-    encoder = TextEncoder(plan.folder, plan.geometry.text_tokens, device=plan.device)
+    encoder = plan.text_encoder(None)
+    if isinstance(plan, StreamPlan):  # in float32, be the transformer's dtype narrower
+        encoder = TextEncoder(plan.folder, plan.geometry.text_tokens, device=plan.device)
     texts = [prompt for story in stories for prompt in story.prompts(SCENE_CUT)]
-    return encoder.encode(texts).unflatten(0, (len(stories), -1))
+    return encoder.encode(texts).unflatten(0, (len(stories), -1)).to(plan.device)
 
 
 def decoded(plan: Plan, latents: Iterator[Tensor]) -> list[Tensor]:

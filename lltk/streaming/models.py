@@ -166,6 +166,11 @@ class Models:
         from lltk.models import wan_vae  # diffusers' encoder, which other streams do without
 
         plan, engine = self.plan, self._engine
+        if not (plan.folder / "vae").is_dir():
+            raise ValueError(
+                f"image: {plan.folder} has no vae/, which encodes a video's first frame; name a "
+                "pipeline that has, as with --set stream.pipeline=FOLDER"
+            )
         loaded = wan_vae.load_vae(plan.folder)
         lane = None if engine is None else engine.decoder_lane
         with nullcontext() if lane is None else lane.turn():
