@@ -1,4 +1,4 @@
-"""The graphs of 5 billion parameters in ONNX, with random weights."""
+"""What takes long: graphs of 5 billion parameters in ONNX, and steps in W4A4 by distribution."""
 
 from __future__ import annotations
 
@@ -50,3 +50,14 @@ def test_one_block(tmp_path: Path, steps: tuple[Any, ...]) -> None:
             least = 1e-5 if held.element_size() == 4 else 0.01
             bound = max(least, 2 * case.spread.get(name, 0))
             assert distance(made[name], held) <= bound, (case.graph, name)
+
+
+@pytest.mark.parametrize("recipe", ["tiny_stream_w4a4", "tiny_stream_nvfp4"])
+def test_steps_in_w4a4_are_as_far_from_torch_as_torch_from_itself(recipe: str) -> None:
+    """Over a dozen latents: no two distributions, and none farther than one and a half times."""
+    script = runpy.run_path(str(SCRIPT.with_name("export_spread.py")))
+    row = script["measure"](recipe, 12)
+    assert script["alike"](row)
+    assert max(row["onnx_runtime"]) <= 1.5 * max(row["torch"])
+    far = {**row, "onnx_runtime": sorted(10 * each + 0.1 for each in row["torch"])}
+    assert not script["alike"](far)
