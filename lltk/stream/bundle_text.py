@@ -28,20 +28,27 @@ class BundleTextEncoder:
 
     Args:
         folder: a bundle's ``text``.
+        device: where the embeddings are. The encoder runs on the CPU.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         self._folder = folder
+        self._device = torch.device(device)
         self._loaded: tuple[Tokenizer, InferenceSession] | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the embeddings are."""
-        return torch.device("cpu")
+        return self._device
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts, at least one: float32 [n, text_tokens, text_dim]."""
-        return torch.from_numpy(np.concatenate([self._encode(clean(text)) for text in texts]))
+        made = np.concatenate([self._encode(clean(text)) for text in texts])
+        return torch.from_numpy(made).to(self._device)
+
+    def to(self, device: torch.device | str) -> None:
+        """Give embeddings on another device from now on."""
+        self._device = torch.device(device)
 
     def free(self) -> None:
         """Drop the encoder from memory; it is loaded again when a text needs it."""
