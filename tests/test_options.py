@@ -113,7 +113,7 @@ LINES = {
     ),
     "export": Line(
         [["-o", "new"], ["-o", "new", "--dry-run"], ["-o", "new", "--dry-run", "--json"]],
-        {"--set": ["geometry.window=9"], "--dry-run": [], "--json": []},
+        {"--set": ["geometry.window=9"], "--text": ["reference"], "--dry-run": [], "--json": []},
         {**OVERWRITE, **DOWNLOAD, "--output": "the contexts", "--target": "there is one"},
     ),
     "bundle show": Line([[]], {"--json": []}),
@@ -177,19 +177,23 @@ def place(
     monkeypatch.setattr("lltk.streaming.plan_stream", make_plan)
     monkeypatch.setattr("lltk.compiler.transform", transformed)
     monkeypatch.setattr("lltk.artefact.load_program", lambda directory: made)
-    near = [Difference(0, "transformer/step", "sample", 1e-6)]
+    near = [Difference(0, "transformer/step", "sample", 1e-6, 1e-5)]
     facts = Facts(
-        target="ort", opset=23, versions={}, recipe={}, rotary={}, stages={}, golden=[], bound=1,
+        target="ort", opset=23, versions={}, recipe={}, rotary={}, stages={}, text=None, golden=[],
         files={"a": "b"},
     )  # fmt: skip
     monkeypatch.setattr("lltk.export.bundle.read_bundle", lambda path: facts)
     monkeypatch.setattr("lltk.export.bundle.verify_bundle", lambda path: near)
     monkeypatch.setattr(
         "lltk.exporting.plan_export",
-        lambda recipe, weights: ExportPlan(recipe, made, made, made),
+        lambda recipe, weights, text: ExportPlan(
+            recipe, made, made, made, made if text == "bundle" else None, tmp_path
+        ),
     )
     monkeypatch.setattr("lltk.exporting.emitted", lambda plan: {str(plan.recipe.geometry): 1})
-    monkeypatch.setattr("lltk.exporting.export", lambda plan, *given: tell(plan.recipe) and near)
+    monkeypatch.setattr(
+        "lltk.exporting.export", lambda plan, *given: tell(plan.recipe, *plan.stages) and near
+    )
     monkeypatch.setattr("lltk.cli.outputs.summary", lambda result: {"done": str(result)})
     monkeypatch.setattr(
         "lltk.cli.stream_to_files.stream_to_files",
