@@ -133,6 +133,7 @@ HARD = {
     "least": torch.full((2, 32), 1e-45),
     "large": 1e30 * normal(4, 32, seed=3),
     "outlier": torch.cat([normal(2, 32, seed=4), 1e6 * torch.eye(2, 32)]),
+    "sums": (8 * normal(8000, 64)).round() / 8,  # rounded in another order, another error is less
     "zeros": torch.zeros(2, 32),
     "one row": normal(1, 16, seed=5) * torch.logspace(-9, 3, 16),
 }
