@@ -88,9 +88,7 @@ def main() -> None:
             found = process(options, sources[name], threads, short=False)
             first = process(options, sources[name], threads, short=True)
             found["start_to_first_frame"] = first["start_to_first_frame"]
-            results.append(
-                {"name": name, "threads": threads, **found, "start_to_first_frame": first}
-            )
+            results.append({"name": name, "threads": threads} | found)
     base = max((row for row in results if row["name"] == "torch"), key=lambda row: row["e2e_fps"])
     for row in results:
         row["gain"] = {key: row[key] / base[key] for key in ("dit_fps", "decode_fps", "e2e_fps")}
