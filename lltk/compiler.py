@@ -176,7 +176,7 @@ def _decoded(
 
 
 def configured_passes(
-    recipe: Recipe, stop_after: str | None, disable: Collection[str]
+    recipe: Recipe, stop_after: str | None = None, disable: Collection[str] = ()
 ) -> list[Pass[Any]]:
     """The recipe's passes, configured, without those that are left out; as for `transform`."""
     steps = recipe.steps()

@@ -8,19 +8,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lltk.compiler import transform
-from lltk.export.bundle import Difference, emit, write_bundle
-from lltk.export.golden import decoder_cases, transformer_cases
+import torch
+
+from lltk.compiler import configured_passes
+from lltk.export.bundle import TOKENIZER, Difference, TextFacts, emit, write_bundle
+from lltk.export.golden import plain_cases, transformer_cases
+from lltk.graph.geometry import Geometry
+from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
+from lltk.models import umt5
+from lltk.models.pipelines import find_pipeline
+from lltk.passes import make_pass
 from lltk.stream.recipe import stream_section
+from lltk.stream.sampler import Schedule
+from lltk.stream.text import encoder_digest, read_encoder
 from lltk.streaming import plan_stream
+
+Text = Literal["bundle", "reference"]
+"""Whether a bundle holds the text encoder, or says which one it needs."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +44,25 @@ class ExportPlan:
         reference: the transformer's Program, whose results the bundle must give.
         transformer: the same, with graphs that mutate nothing.
         decoder: the decoder's Program.
+        text: the text encoder's, or None if the bundle does not hold it.
+        folder: the pipeline's.
     """
 
     recipe: Recipe
     reference: Program
     transformer: Program
     decoder: Program
+    text: Program | None
+    folder: Path
 
     @property
     def stages(self) -> dict[str, Program]:
         """The Programs whose graphs the bundle holds, by name."""
-        return {"transformer": self.transformer, "decoder": self.decoder}
+        text = {} if self.text is None else {"text": self.text}
+        return {"transformer": self.transformer, "decoder": self.decoder, **text}
 
 
-def plan_export(recipe: Recipe, *, weights: bool = True) -> ExportPlan:
+def plan_export(recipe: Recipe, *, weights: bool = True, text: Text = "bundle") -> ExportPlan:
     """Make the Programs of a bundle.
 
     The recipe's pass lower is left out, and so are the decoder's passes: the kernels that they
@@ -53,20 +70,54 @@ def plan_export(recipe: Recipe, *, weights: bool = True) -> ExportPlan:
 
     Args:
         recipe: of a stream.
-        weights: whether to map the weights. A plan without weights can only be looked at.
+        weights: whether to map the weights. A plan without weights can only be looked at, and has
+            no text encoder if its pipeline is not here.
+        text: whether the bundle is to hold the text encoder.
 
     Raises:
         ValueError: the recipe, its checkpoint or its pipeline does not fit, or is of a kind that
             this version does not export.
     """
     _check(recipe)
+    section = stream_section(recipe.stream, "recipe")
+    folder = find_pipeline(section.pipeline, needed=weights)
+    held = text == "bundle" and (weights or folder.is_dir())
+    if held:
+        _check_text(folder)
     plain = [entry for entry in recipe.passes if _name(entry) != "lower"]
-    decoder = (recipe.stream or {}).get("decoder") or {}
-    stream = {**(recipe.stream or {}), "decoder": {**decoder, "passes": ["canonicalise"]}}
-    external = recipe.model_copy(update={"passes": _externalised(plain), "stream": stream})
-    plan = plan_stream(external, weights=weights)
-    reference = transform(plan.recipe.model_copy(update={"passes": plain}), weights=weights)
-    return ExportPlan(recipe, reference, plan.transformer, plan.decoders[0].program)
+    own = (recipe.stream or {}).get("decoder") or {}
+    stream = {**(recipe.stream or {}), "decoder": {**own, "passes": ["canonicalise"]}}
+    names = list(map(_name, plain))
+    place = names.index("regionalise") if "regionalise" in names else len(names)
+    before = recipe.model_copy(update={"passes": plain[:place], "stream": stream})
+    plan = plan_stream(before, weights=weights)
+    after = plain[place:], ["externalise", *plain[place:]]
+    reference, transformer = (
+        run_passes(plan.transformer, configured_passes(recipe.model_copy(update={"passes": each})))
+        for each in after
+    )
+    encoder = _text(folder, transformer.geometry, weights) if held else None
+    decoder = plan.decoders[0].program
+    return ExportPlan(recipe, reference, transformer, decoder, encoder, folder)
+
+
+def _check_text(folder: Path) -> None:
+    """Refuse a pipeline whose text encoder cannot be exported."""
+    for part in ("text_encoder/config.json", f"tokenizer/{TOKENIZER}"):
+        if not (folder / part).is_file():
+            raise ValueError(
+                f"{folder}: has no {part}, so its text encoder cannot be exported; keep it outside "
+                "with --text reference"
+            )
+
+
+def _text(folder: Path, geometry: Geometry, weights: bool) -> Program:
+    """A pipeline's text encoder."""
+    captured = umt5.captured(folder / "text_encoder", geometry)
+    program = run_passes(captured, [make_pass("canonicalise", {})])
+    if not weights:
+        return program
+    return umt5.loaded(program, read_encoder(folder / "text_encoder", torch.float32))
 
 
 def export(
@@ -77,19 +128,33 @@ def export(
 ) -> list[Difference]:
     """Write a bundle; arguments, result and errors as `write_bundle`'s."""
     program = plan.transformer
+    recipe = plan.recipe.resolved()
+    recipe["model"]["config"] = program.recipe["model"]["config"]  # whole, not by a name
+    section = stream_section(plan.recipe.stream, "recipe")
     rows, columns = program.geometry.grid(program.spec)
-    cases = chain(transformer_cases(plan.reference, program), decoder_cases(plan.decoder))
+    cases = chain(
+        transformer_cases(plan.reference, program),
+        *(plain_cases(stage, each) for stage, each in plan.stages.items() if each is not program),
+    )
+    if plan.text is None:
+        text: str | TextFacts = TextFacts(
+            folder=section.pipeline, digest=encoder_digest(plan.folder)
+        )
+    else:
+        text = (plan.folder / "tokenizer" / TOKENIZER).read_text(encoding="utf-8")
     return write_bundle(
         path,
         plan.stages,
         cases,
-        plan.recipe.resolved(),
+        recipe,
         {
             "rows": rows,
             "columns": columns,
             "split": list(program.spec.rope_split),
             "theta": program.spec.rope_theta,
         },
+        Schedule.make(section.steps, section.shift).table.tolist(),
+        text,
         overwrite,
         note,
     )
@@ -132,13 +197,6 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(
             "stream.decoder.device: names several, and a bundle holds one decoder; name one"
         )
-
-
-def _externalised(passes: Sequence[Any]) -> list[Any]:
-    """The passes with externalise before regionalise."""
-    names = list(map(_name, passes))
-    place = names.index("regionalise") if "regionalise" in names else len(names)
-    return [*passes[:place], "externalise", *passes[place:]]
 
 
 def _name(entry: str | dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from lltk.graph.edit import Builder, building, calls, module_of, prune, replace,
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.regions import find_bodies
-from lltk.graph.spec import DecoderSpec
+from lltk.graph.spec import ModelSpec
 from lltk.graph.stages import Stage
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ class Canonicalise(Pass[Config]):
     Config = Config
     reads = (Stage.CAPTURED,)
     leaves = Stage.CANONICAL
-    kinds = (*Pass.kinds, "decode")
+    kinds = (*Pass.kinds, "decode", "text")
     numerics = Numerics.BITWISE
 
     def apply(self, program: Program, report: Report) -> None:
@@ -59,7 +59,7 @@ class Canonicalise(Pass[Config]):
             _fold_constants(program, graph, report)
 
     def ensures(self, program: Program) -> None:
-        if isinstance(program.model, DecoderSpec):
+        if not isinstance(program.model, ModelSpec):
             return
         for name in program.graphs:
             bodies = find_bodies(program, name)

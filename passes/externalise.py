@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from lltk.graph.contract import Role, page_output
 from lltk.graph.edit import (
+    Builder,
     add_input,
     building,
     calls,
@@ -28,9 +29,16 @@ from lltk.graph.stages import Stage
 from lltk.graph.verify import is_mutation
 from lltk.ops.implementations import overload
 
+aten = torch.ops.aten
+DECODE_PAGES = overload("nvfp4_decode_pages")
+FP8_QUANTISE_ATTENTION = overload("fp8_quantise_attention")
 LISTED_ATTENTION = overload("listed_attention")
+NVFP4_PAGED_ATTENTION = overload("nvfp4_paged_attention")
+NVFP4_WRITE_PAGE = overload("nvfp4_write_page")
 PAGED_ATTENTION = overload("paged_attention")
+QUANTISE_PAGE = overload("nvfp4_quantise_page")
 ROPE_TABLE = overload("rope_table")
+ROW_PIPELINE = overload("row_pipeline")
 WRITE_PAGE = overload("write_page")
 
 
@@ -47,13 +55,21 @@ class Externalise(Pass[Config]):
         paged_attention(q, k, v, …, table)    →  listed_attention(q, k, v, …, listed)
         write_page(k_pages_i, k, slot)        →  output new_k_pages_i: the page, [B, T, H, D]
 
+    Pages in NVFP4 are decoded before attention, and a new one is an output a part::
+
+        nvfp4_paged_attention(q, k, v, …, table)
+            →  listed_attention(q, k, v, nvfp4_decode_pages(…), nvfp4_decode_pages(…), listed)
+        fp8_quantise_attention(…)  →  row_pipeline(flatten(the same, 2, 3), to='fp8')
+        nvfp4_write_page(k_pages_codes_i, …, k, slot, rule)
+            →  outputs new_k_pages_codes_i, …: the parts of nvfp4_quantise_page(k, …)
+
     ``listed`` is bool [P], so that no shape depends on how many pages are listed. Whoever runs the
     graphs computes the rotary tables, in float64, and puts a commit's outputs into their page.
     Arenas that a graph only wrote are no inputs of it any more.
     """
 
     Config = Config
-    reads = (Stage.CAUSAL, Stage.QUANTISED)
+    reads = (Stage.CAUSAL, Stage.QUANTISED, Stage.PARTITIONED)
     kinds = ("stream",)
     numerics = Numerics.ROUNDING
 
@@ -97,30 +113,55 @@ def _list(graph: fx.Graph, pages: int, report: Report) -> None:
         like: Tensor = torch.empty(pages, dtype=torch.bool, device="meta")
         listed = add_input(graph, "listed", like, Role.LISTED)
         for node in list(table.users):
-            _only(PAGED_ATTENTION, node, "reads the table of pages")
             with building(node) as build:
-                made = build(LISTED_ATTENTION, *node.args[:-1], listed)
+                made = _attention(build, node, listed)
             replace(node, made)
             report.match("attention")
+
+
+def _attention(build: Builder, node: fx.Node, listed: fx.Node) -> fx.Node:
+    """What attends as a node does, to the pages of a mask."""
+    if node.target is PAGED_ATTENTION:
+        return build(LISTED_ATTENTION, *node.args[:-1], listed)
+    if node.target not in (NVFP4_PAGED_ATTENTION, FP8_QUANTISE_ATTENTION):
+        raise ValueError(_refusal(node, "reads the table of pages"))
+    q, k, v, *arenas, _ = node.args
+    keys, values = build(DECODE_PAGES, *arenas[:4]), build(DECODE_PAGES, *arenas[4:])
+    made = build(LISTED_ATTENTION, q, k, v, keys, values, listed)
+    if node.target is NVFP4_PAGED_ATTENTION:
+        return made
+    return build(ROW_PIPELINE, build(aten.flatten.using_ints, made, 2, 3), to="fp8")
 
 
 def _writes(graph: fx.Graph, report: Report) -> None:
     """Give pages as outputs instead of writing them."""
     given = results_of(graph)
     for node in [node for node in graph.nodes if is_mutation(node)]:
-        _only(WRITE_PAGE, node, "writes a page")
-        arena, value, _ = node.args
-        assert isinstance(arena, fx.Node) and isinstance(value, fx.Node)
-        given[page_output(str(arena.target))] = value
+        given |= _page(node)
         graph.erase_node(node)
         report.match("page")
     output(graph).args = (given,)
 
 
-def _only(target: object, node: fx.Node, does: str) -> None:
-    """Refuse a call that is none of ``target``."""
-    if node.target is not target:
-        raise ValueError(
-            f"{node.name} ({module_of(node) or 'root'}): {op_of(node)} {does}, and has no form "
-            f"without one; only {target} has: remove the pass that made it from the recipe"
-        )
+def _page(node: fx.Node) -> dict[str, fx.Node]:
+    """The outputs in the place of a write."""
+    if node.target is WRITE_PAGE:
+        arena, value, _ = node.args
+        assert isinstance(arena, fx.Node) and isinstance(value, fx.Node)
+        return {page_output(str(arena.target)): value}
+    if node.target is not NVFP4_WRITE_PAGE:
+        raise ValueError(_refusal(node, "writes a page"))
+    *parts, value, _, rule = node.args
+    arenas = [part for part in parts if isinstance(part, fx.Node)]
+    with building(node) as build:
+        page = build(QUANTISE_PAGE, value, len(arenas) == len(parts), rule)
+        made = [build(operator.getitem, page, index) for index in range(len(arenas))]
+    names = (page_output(str(arena.target)) for arena in arenas)
+    return dict(zip(names, made, strict=True))
+
+
+def _refusal(node: fx.Node, does: str) -> str:
+    return (
+        f"{node.name} ({module_of(node) or 'root'}): {op_of(node)} {does}, and has no form without "
+        "one; remove the pass that made it from the recipe"
+    )

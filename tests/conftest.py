@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from bundles import Exported
     from helpers import Run
 
     from lltk.streaming import StreamPlan
@@ -70,3 +72,12 @@ def plan(pipeline: Path) -> StreamPlan:
     from streams import planned
 
     return planned(pipeline)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A bundle and what torch streams beside it; all workers of a run share it."""
+    from bundles import exported
+
+    base = tmp_path_factory.getbasetemp()
+    return exported(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)

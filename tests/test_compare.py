@@ -18,7 +18,7 @@ from helpers import Run, refused, tiny_config
 from streams import SIZES, planned, save_pipeline
 
 from lltk.bench.agreement import interval, lasting, mean, one_ahead, overlap, summarise
-from lltk.bench.layer_errors import OUTPUT, layer_errors
+from lltk.bench.layer_errors import OUTPUT, Model, layer_errors
 from lltk.bench.quality import ShotScore, draw_stories, streamed
 from lltk.compiler import with_weights
 from lltk.graph.module import instantiate
@@ -26,6 +26,7 @@ from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
 from lltk.graph.recipe_files import shipped
 from lltk.models.tiny.world import render
+from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.train.plot import Curve, line_plot
 
 pytestmark = pytest.mark.cpu
@@ -38,8 +39,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
 
 def errors(base: Program, other: Program) -> dict[str, float]:
     text = torch.randn(1, 3, base.geometry.text_tokens, base.spec.text_dim)
-    pairs = [(each, instantiate(each)) for each in (base, other)]
-    return layer_errors(pairs[0], pairs[1], text, 2, seed=1)
+    modules = {id(each): instantiate(each) for each in (base, other)}
+    ours, theirs = (Model(TorchRuntime(p, modules[id(p)]), modules[id(p)]) for p in (base, other))
+    return layer_errors(ours, theirs, text, 2, seed=1)
 
 
 def test_a_model_does_not_differ_from_itself(program: Program) -> None:
@@ -62,7 +64,8 @@ def test_what_is_not_finite_is_named(program: Program) -> None:
     message = refused(errors, program, broken)
     assert "chunk 0, pass 0: " in message and "is not finite" in message
     text = torch.randn(1, 3, program.geometry.text_tokens, program.spec.text_dim)
-    chunks = streamed(broken, instantiate(broken), text, (0,), 1, seed=1)
+    runtime = TorchRuntime(broken, instantiate(broken))
+    chunks = streamed(runtime, text, (0,), 1, seed=1)
     assert "chunk 0: its latents are not finite" in refused(list, chunks)
 
 
@@ -186,8 +189,7 @@ def test_two_models_are_not_compared(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def planned(recipe: Recipe, *_: object, **__: object) -> object:
-        transformer = SimpleNamespace(recipe=recipe.resolved())
-        return SimpleNamespace(transformer=transformer)
+        return SimpleNamespace(config=recipe.resolved()["model"]["config"])
 
     monkeypatch.setattr("lltk.streaming.plan_stream", planned)
     monkeypatch.setattr("lltk.streaming.describe", lambda plan: {"transformer": ""})
@@ -209,11 +211,7 @@ def test_what_the_device_lacks_is_refused_before_anything_streams(
 ) -> None:
     def planned(recipe: Recipe, *_: object, **__: object) -> object:
         chosen = dict(recipe.steps())["lower"].get("paged_attention", "sdpa")
-        transformer = SimpleNamespace(
-            recipe=recipe.resolved() | {"model": {"config": {}}},
-            implementations={"paged_attention": chosen},
-        )
-        return SimpleNamespace(transformer=transformer)
+        return SimpleNamespace(config={}, implementations={"paged_attention": chosen})
 
     def streamed(*_: object) -> None:
         raise AssertionError("refuse it first")

@@ -205,11 +205,10 @@ def test_the_shipped_recipe(tmp_path: Path) -> None:
 
 
 def test_what_has_no_form_is_refused_by_name() -> None:
-    steps = (*PASSES["stream"][:6], "externalise", "fp8_infer", "regionalise")
-    program = after(reached("stream", *PASSES["stream"][:6], head_dim=16), *steps[6:])
+    program = after(decoder(), "fuse_norm_silu")
     message = refused(Emitter(program, WeightPool()).emit, "step")
-    assert "has no form in ONNX in this version" in message and "step_block: " in message
-    assert "(blocks.0): lltk.row_pipeline" in message
+    assert "has no form in ONNX in this version" in message and "step: cached_norm" in message
+    assert "(decoder.mid_block.resnets.0" in message and "lltk.cached_norm_silu" in message
     narrow = reached("stream", *STEPS, dtype="bfloat16")
     message = refused(Emitter(narrow, WeightPool()).emit, "step")
     assert "torch.bfloat16" in message and "model.dtype=float32" in message

@@ -319,7 +319,7 @@ def test_encoders_have_ended_before_weights_are_loaded(
     def noted(what: str, call: Any) -> Any:
         return lambda *given: (call(*given), order.append(what))[0]
 
-    monkeypatch.setattr("lltk.streaming.models.instantiate", noted("weights", instantiate))
+    monkeypatch.setattr("lltk.streaming.torch_engine.instantiate", noted("weights", instantiate))
     monkeypatch.setattr(wan_vae, "encode_image", noted("image", wan_vae.encode_image))
     geometry = plan.transformer.geometry
     image = torch.zeros(geometry.batch, 3, geometry.height, geometry.width)

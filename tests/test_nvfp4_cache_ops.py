@@ -44,6 +44,7 @@ from lltk.ops.fp8_quantise_attention.fp8_decode_torch import (
 from lltk.ops.fp8_quantise_attention.op import fp8_quantise_attention
 from lltk.ops.fp8_rows import fp8_quantise
 from lltk.ops.implementations import find_implementation
+from lltk.ops.nvfp4_decode_pages.op import nvfp4_decode_pages
 from lltk.ops.nvfp4_gather_fp8.op import nvfp4_gather_fp8
 from lltk.ops.nvfp4_paged_attention.fp8 import centre
 from lltk.ops.nvfp4_paged_attention.fp8_decode_torch import nvfp4_paged_attention as fp8_decode
@@ -53,6 +54,7 @@ from lltk.ops.nvfp4_paged_attention.op import (
 )
 from lltk.ops.nvfp4_paged_attention.reference import Pages, decode, empty_pages, gather
 from lltk.ops.nvfp4_quantise.reference import RULES
+from lltk.ops.nvfp4_quantise_page.op import nvfp4_quantise_page
 from lltk.ops.nvfp4_write_page.op import nvfp4_write_page
 from lltk.ops.paged_attention.reference import attention
 
@@ -412,6 +414,8 @@ def op_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         trained = [t.clone().requires_grad_() for t in own[:3]]
         slot = torch.tensor([2])
         found[f"write {name}"] = (nvfp4_write_page, (*pages[:4], own[0], slot, "mse"))
+        found[f"make {name}"] = (nvfp4_quantise_page, (own[0], smooth, "mse"))
+        found[f"decode {name}"] = (nvfp4_decode_pages, tuple(pages[:4]))
         for listed in TABLES:
             table = torch.tensor(listed, dtype=torch.int64)
             found[f"{name} {listed}"] = (nvfp4_paged_attention, (*trained, *pages, table))

@@ -52,6 +52,7 @@ class Line:
 
 OVERWRITE = {"--overwrite": "test_outputs.py"}
 DOWNLOAD = {"--download": "test_hub.py"}
+PROVIDER = {"--provider": "test_ort.py"}
 LINES = {
     "stream": Line(
         [
@@ -68,8 +69,9 @@ LINES = {
             "--guidance": ["3"], "--save": ["kept"], "--set": ["stream.shift=3"],
             "--device": ["cuda:99"], "--dry-run": [], "--json": [],
         },
-        {**OVERWRITE, **DOWNLOAD, "--output": "the contexts", "--prompts": "test_stream_cli.py",
-         "--seeds": "test_stream_cli.py", "--lora": "test_adapter_programs.py"},
+        {**OVERWRITE, **DOWNLOAD, **PROVIDER, "--output": "the contexts",
+         "--prompts": "test_stream_cli.py", "--seeds": "test_stream_cli.py",
+         "--lora": "test_adapter_programs.py"},
     ),
     "transform": Line(
         [["--no-weights"], ["--dry-run"], ["--dry-run", "--json"]],
@@ -97,14 +99,14 @@ LINES = {
         {"--output": ["other"], "--seconds": ["3"], "--warmup": ["2"], "--runs": ["2"],
          "--set": ["stream.steps=2"], "--device": ["cuda:99"], "--random-weights": [],
          "--dry-run": [], "--json": []},
-        {**OVERWRITE, **DOWNLOAD},
+        {**OVERWRITE, **DOWNLOAD, **PROVIDER},
     ),
     "compare": Line(
         [["--dry-run"], ["--dry-run", "--json"], ["--dry-run", "--shots", "0"]],
         {"--output": ["other"], "--shots": ["9"], "--minutes": ["3"], "--at-once": ["2"],
          "--workers": ["3"], "--set": ["geometry.window=6"], "--device": ["cuda:99"],
          "--dry-run": [], "--json": []},
-        {**OVERWRITE, **DOWNLOAD},
+        {**OVERWRITE, **DOWNLOAD, **PROVIDER},
     ),
     "demo": Line(
         [[], ["--dry-run"], ["--dry-run", "--json"]],
@@ -113,7 +115,7 @@ LINES = {
     ),
     "export": Line(
         [["-o", "new"], ["-o", "new", "--dry-run"], ["-o", "new", "--dry-run", "--json"]],
-        {"--set": ["geometry.window=9"], "--dry-run": [], "--json": []},
+        {"--set": ["geometry.window=9"], "--text": ["reference"], "--dry-run": [], "--json": []},
         {**OVERWRITE, **DOWNLOAD, "--output": "the contexts", "--target": "there is one"},
     ),
     "bundle show": Line([[]], {"--json": []}),
@@ -174,20 +176,21 @@ def place(
             observe(made)
         return made
 
+    def plan_export(recipe: Any, **options: Any) -> ExportPlan:
+        click.echo(str(options))
+        return ExportPlan(recipe, made, made, made, None, Path())
+
     monkeypatch.setattr("lltk.streaming.plan_stream", make_plan)
     monkeypatch.setattr("lltk.compiler.transform", transformed)
     monkeypatch.setattr("lltk.artefact.load_program", lambda directory: made)
-    near = [Difference(0, "transformer/step", "sample", 1e-6)]
+    near = [Difference(0, "transformer/step", "sample", 1e-6, 1e-5)]
     facts = Facts(
-        target="ort", opset=23, versions={}, recipe={}, rotary={}, stages={}, golden=[], bound=1,
-        files={"a": "b"},
+        target="ort", opset=23, versions={}, recipe={}, rotary={}, sampler=[], stages={}, text=None,
+        golden=[], files={"a": "b"},
     )  # fmt: skip
     monkeypatch.setattr("lltk.export.bundle.read_bundle", lambda path: facts)
     monkeypatch.setattr("lltk.export.bundle.verify_bundle", lambda path: near)
-    monkeypatch.setattr(
-        "lltk.exporting.plan_export",
-        lambda recipe, weights: ExportPlan(recipe, made, made, made),
-    )
+    monkeypatch.setattr("lltk.exporting.plan_export", plan_export)
     monkeypatch.setattr("lltk.exporting.emitted", lambda plan: {str(plan.recipe.geometry): 1})
     monkeypatch.setattr("lltk.exporting.export", lambda plan, *given: tell(plan.recipe) and near)
     monkeypatch.setattr("lltk.cli.outputs.summary", lambda result: {"done": str(result)})

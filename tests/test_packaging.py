@@ -37,9 +37,9 @@ ARROWS: dict[str, set[str]] = {
 }
 ARROWS["compiler"] = {"files", "graph", "ops", "models", "passes"}
 ARROWS["artefact"] = ARROWS["compiler"] | {"compiler"}
-ARROWS["streaming"] = ARROWS["compiler"] | {"compiler", "parallel", "stream"}
-ARROWS["export"] = {"files", "graph", "ops"}
-ARROWS["exporting"] = ARROWS["export"] | {"compiler", "export", "stream", "streaming"}
+ARROWS["export"] = {"files", "graph", "ops", "stream"}
+ARROWS["streaming"] = ARROWS["compiler"] | {"compiler", "export", "parallel", "stream"}
+ARROWS["exporting"] = ARROWS["streaming"] | {"streaming"}
 ARROWS["tasks"] = ARROWS["compiler"] | {"compiler", "artefact", "stream", "train"}
 ARROWS["training"] = {"files", "graph", "models", "train", "tasks"}
 ARROWS["bench"] = set(ARROWS)

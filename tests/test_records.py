@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks" / "records").glob("*.json"))
 KEYS = {
+    "bundle": ("name", "threads"),
     "quality": ("model", "steps"),
     "nvfp4_training": ("variant", "seed"),
     "transform": ("recipe",),

@@ -20,12 +20,11 @@ from lltk.bench.quality import (
     score_video,
     streamed,
 )
-from lltk.graph.module import instantiate
 from lltk.models.tiny.world import Story
 from lltk.stream.script import SCENE_CUT
 from lltk.stream.text import TextEncoder
 from lltk.stream.video import levels
-from lltk.streaming import StreamPlan, open_decoder
+from lltk.streaming import Plan, StreamPlan, open_decoder, open_runtime
 
 T = TypeVar("T")
 Interval = tuple[float, float, float]
@@ -113,14 +112,16 @@ def interval(values: Interval | Sequence[float] | None) -> str:
     return "–" if values is None else "{:.1f} ({:.1f} to {:.1f})".format(*values)
 
 
-def encoded(plan: StreamPlan, stories: Sequence[Story]) -> Tensor:
+def encoded(plan: Plan, stories: Sequence[Story]) -> Tensor:
     """The prompts of equally long stories, [B, N, S, E], on the transformer's device."""
-    encoder = TextEncoder(plan.folder, plan.transformer.geometry.text_tokens, device=plan.device)
+    encoder = plan.text_encoder(None)
+    if isinstance(plan, StreamPlan):  # in float32, be the transformer's dtype narrower
+        encoder = TextEncoder(plan.folder, plan.geometry.text_tokens, device=plan.device)
     texts = [prompt for story in stories for prompt in story.prompts(SCENE_CUT)]
-    return encoder.encode(texts).unflatten(0, (len(stories), -1))
+    return encoder.encode(texts).unflatten(0, (len(stories), -1)).to(plan.device)
 
 
-def decoded(plan: StreamPlan, latents: Iterator[Tensor]) -> list[Tensor]:
+def decoded(plan: Plan, latents: Iterator[Tensor]) -> list[Tensor]:
     """Decode latents that come chunk by chunk; each video is uint8 [F, 3, H, W] on the CPU."""
     decoder = open_decoder(plan)
     parts = []
@@ -130,7 +131,7 @@ def decoded(plan: StreamPlan, latents: Iterator[Tensor]) -> list[Tensor]:
     return list(torch.cat(parts, dim=1))
 
 
-def videos(plan: StreamPlan, stories: Sequence[Story], steps: int, seed: int) -> list[Tensor]:
+def videos(plan: Plan, stories: Sequence[Story], steps: int, seed: int) -> list[Tensor]:
     """A video of each story, uint8 [F, 3, H, W].
 
     Args:
@@ -139,10 +140,9 @@ def videos(plan: StreamPlan, stories: Sequence[Story], steps: int, seed: int) ->
         steps: denoising passes of a chunk.
         seed: seed of the noise.
     """
-    program = plan.transformer
-    module = instantiate(program, plan.device)
     text = encoded(plan, stories)
-    return decoded(plan, streamed(program, module, text, stories[0].opens, steps, seed))
+    latents = streamed(open_runtime(plan), text, stories[0].opens, steps, seed)
+    return decoded(plan, latents)
 
 
 def scored(

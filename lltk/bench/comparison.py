@@ -22,13 +22,14 @@ from lltk.bench.agreement import (
     summarise,
     videos,
 )
-from lltk.bench.layer_errors import layer_errors
+from lltk.bench.layer_errors import OUTPUT, Model, layer_errors
 from lltk.bench.quality import draw_stories
 from lltk.bench.record import Record, markdown
 from lltk.graph.geometry import Geometry
 from lltk.graph.module import instantiate
 from lltk.models.tiny.world import RESOLUTION, Story
-from lltk.streaming import StreamPlan
+from lltk.stream.runtimes.torch import TorchRuntime
+from lltk.streaming import Plan, StreamPlan, open_runtime
 
 SHOTS = 3
 """Shots in a film."""
@@ -49,7 +50,7 @@ class Comparison:
         minutes: single shots of 60 s that each plan makes; their identity is followed.
     """
 
-    plans: Sequence[tuple[str, StreamPlan]]
+    plans: Sequence[tuple[str, Plan]]
     films: int
     minutes: int
 
@@ -86,14 +87,14 @@ class Comparison:
             for result in one_ahead(measured()):
                 yield result()
 
-    def _measure(self, name: str, plan: StreamPlan, pool: Executor) -> Callable[[], dict[str, Any]]:
+    def _measure(self, name: str, plan: Plan, pool: Executor) -> Callable[[], dict[str, Any]]:
         """Make a plan's videos; the result waits for their scores."""
-        geometry, base = plan.transformer.geometry, self.plans[0][1]
+        geometry, base = plan.geometry, self.plans[0][1]
         stories = draw_stories(_SEED, max(self.films, 1), SHOTS, CHUNKS, geometry.chunk)
-        pairs = [(p.transformer, instantiate(p.transformer, p.device)) for p in (base, plan)]
+        pair = _model(base), _model(plan)
         text = encoded(base, _filled(stories, geometry.batch))
-        errors = layer_errors(pairs[0], pairs[1], text, plan.section.steps, _SEED)
-        del pairs
+        errors = layer_errors(*pair, text, plan.section.steps, _SEED)
+        del pair
         scores = [scored(pool, made, some) for made, some in _films(plan, stories[: self.films])]
         long = draw_stories(_SEED + 1, self.minutes, 1, _LONG_CHUNKS, geometry.chunk)
         kept = lasting(pool, [film for made, _ in _films(plan, long) for film in made])
@@ -102,8 +103,8 @@ class Comparison:
             found = {
                 "name": name,
                 "errors": errors,
-                "ran": plan.transformer.implementations,
-                "recipe": plan.transformer.recipe["passes"],
+                "ran": dict(plan.implementations),
+                "recipe": [{entry.name: entry.config} for entry in plan.log],
             }
             if self.films:
                 found |= asdict(summarise([score for some in scores for score in some()]))
@@ -152,11 +153,17 @@ def check_size(geometry: Geometry) -> None:
         )
 
 
-def _films(
-    plan: StreamPlan, stories: Sequence[Story]
-) -> Iterator[tuple[list[Tensor], Sequence[Story]]]:
+def _model(plan: Plan) -> Model:
+    """A plan's transformer. The blocks of a bundle are not seen."""
+    if not isinstance(plan, StreamPlan):
+        return Model(open_runtime(plan))
+    module = instantiate(plan.transformer, plan.device)
+    return Model(TorchRuntime(plan.transformer, module), module)
+
+
+def _films(plan: Plan, stories: Sequence[Story]) -> Iterator[tuple[list[Tensor], Sequence[Story]]]:
     """The stories' videos, in batches of the plan's size, each with its stories."""
-    batch = plan.transformer.geometry.batch
+    batch = plan.geometry.batch
     for start in range(0, len(stories), batch):
         some = stories[start : start + batch]
         made = videos(plan, _filled(some, batch), plan.section.steps, _SEED + start)
@@ -168,18 +175,32 @@ def _filled(stories: Sequence[Story], batch: int) -> list[Story]:
     return list(islice(cycle(stories), batch))
 
 
-def error_row(result: Mapping[str, Any]) -> dict[str, str]:
-    """A recipe's errors by column: those of the first, the last and the worst block."""
-    blocks = {k: v for k, v in result["errors"].items() if k != "output"}
-    worst = max(blocks, key=blocks.__getitem__)
-    first, *_, last = blocks
-    return {
-        "recipe": result["name"],
-        f"{first}": f"{blocks[first]:.4f}",
-        f"{last}": f"{blocks[last]:.4f}",
-        "worst block": f"{blocks[worst]:.4f} ({worst})",
-        "output": f"{result['errors']['output']:.4f}",
-    }
+def error_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Errors by column: of the first, the last and the worst block, and of the output.
+
+    Blocks are those that are seen in all; the columns are the output's alone if there are none.
+    """
+    return [_error_row(result, _seen(results)) for result in results]
+
+
+def _error_row(result: Mapping[str, Any], seen: Sequence[str]) -> dict[str, str]:
+    errors, blocks = result["errors"], [name for name in seen if name != OUTPUT]
+    cells = {"recipe": result["name"]}
+    if blocks:
+        worst = max(blocks, key=errors.__getitem__)
+        cells |= {name: _error(errors[name]) for name in (blocks[0], blocks[-1])}
+        cells["worst block"] = f"{_error(errors[worst])} ({worst})"
+    return cells | {OUTPUT: _error(errors[OUTPUT])}
+
+
+def _seen(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The layers whose errors all results have, in order."""
+    first, *others = (result["errors"] for result in results)
+    return [name for name in first if all(name in other for other in others)]
+
+
+def _error(value: float) -> str:
+    return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.4f}"
 
 
 def quality_row(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
@@ -207,7 +228,7 @@ def text(record: Record) -> str:
     def cells(row: Mapping[str, Any]) -> dict[str, str]:
         quality = quality_row(row, base) if "shots" in row else {"recipe": row["name"]}
         minute = minute_row(row) if "minute" in row else {}
-        errors = {layer: f"{error:.4f}" for layer, error in row["errors"].items()}
+        errors = {layer: _error(row["errors"][layer]) for layer in _seen(record.results)}
         return {**quality, **minute, **errors}
 
     columns = {heading: lambda row, key=heading: cells(row)[key] for heading in cells(base)}

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lltk.graph.module import ProgramModule
-from lltk.graph.program import Program
 from lltk.stream.denoise import Velocity, denoise, not_finite
 from lltk.stream.positions import frame_positions
-from lltk.stream.rollout import Rollout
+from lltk.stream.rollout import RuntimeRollout
+from lltk.stream.runtimes import Runtime
 from lltk.stream.sampler import Schedule
 
 OUTPUT = "output"
@@ -39,10 +39,19 @@ class Errors:
         return {name: (self.lost[name] / self.size[name]) ** 0.5 for name in self.size}
 
 
+@dataclass(frozen=True)
+class Model:
+    """What is compared: a runtime, and the module that it runs; None if its blocks are not seen."""
+
+    runtime: Runtime
+    module: ProgramModule | None = None
+
+
 @contextmanager
-def watched(module: ProgramModule) -> Iterator[dict[str, Tensor]]:
+def watched(module: ProgramModule | None) -> Iterator[dict[str, Tensor]]:
     """Keep what each block returned last, by its path: all its results in one float32 vector."""
     seen: dict[str, Tensor] = {}
+    blocks = {} if module is None else module.blocks_by_path
 
     def keep(path: str) -> Any:
         def hook(block: Any, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
@@ -50,7 +59,7 @@ def watched(module: ProgramModule) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    handles = [b.register_forward_hook(keep(p)) for p, b in module.blocks_by_path.items()]
+    handles = [b.register_forward_hook(keep(p)) for p, b in blocks.items()]
     try:
         yield seen
     finally:
@@ -60,18 +69,19 @@ def watched(module: ProgramModule) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def layer_errors(
-    base: tuple[Program, ProgramModule],
-    other: tuple[Program, ProgramModule],
+    base: Model,
+    other: Model,
     text: Tensor,
     steps: int,
     seed: int,
 ) -> dict[str, float]:
     """Relative error of every block and of the output, over the denoising passes of a video.
 
-    Both models see the latents that ``base`` makes, each over its own cache.
+    Both models see the latents that ``base`` makes, each over its own cache. Blocks are those that
+    are seen in both.
 
     Args:
-        base, other: stream Programs of one model and geometry, and their modules.
+        base, other: of one model and geometry.
         text: the prompt of each of N chunks, [B, N, S, E].
         steps: denoising passes of a chunk.
         seed: seed of the noise.
@@ -79,14 +89,14 @@ def layer_errors(
     Raises:
         ValueError: a block or the output of the other model is not finite.
     """
-    rollouts = [Rollout(program, module) for program, module in (base, other)]
-    programs = [base[0], other[0]]
-    geometry, spec, device = base[0].geometry, base[0].spec, text.device
+    runtimes = [base.runtime, other.runtime]
+    rollouts = list(map(RuntimeRollout, runtimes))
+    geometry, spec, device = base.runtime.geometry, base.runtime.spec, text.device
     schedule = Schedule.make(steps, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     shape = (text.shape[0], spec.channels, geometry.chunk, *geometry.latent(spec))
     errors = Errors()
-    with watched(base[1]) as wanted, watched(other[1]) as found:
+    with watched(base.module) as wanted, watched(other.module) as found:
 
         def compared(chunk: int, positions: Tensor) -> Velocity:
             """The base model's velocity; on the way it is compared with the other's."""
@@ -98,17 +108,18 @@ def layer_errors(
                 for path, value in made.items():
                     if not bool(value.isfinite().all()):
                         raise not_finite(chunk, f"pass {index}", path)
-                errors.add(made, {**wanted, OUTPUT: ours})
+                both_seen = {path: value for path, value in wanted.items() if path in found}
+                errors.add(made, {**both_seen, OUTPUT: ours})
                 return ours
 
             return velocity
 
         for chunk in range(text.shape[1]):
             positions = frame_positions([0], geometry.chunk, first=chunk).to(device)
-            for rollout, program in zip(rollouts, programs, strict=True):
-                rollout.set_text(text[:, chunk].contiguous().to(program.dtype))
+            for rollout, runtime in zip(rollouts, runtimes, strict=True):
+                rollout.set_text(text[:, chunk].contiguous().to(runtime.dtype))
             noise = torch.randn(shape, generator=generator, device=device)
             clean = denoise(schedule, noise, compared(chunk, positions))
-            for rollout, program in zip(rollouts, programs, strict=True):
-                rollout.commit(clean.to(program.dtype), positions)
+            for rollout, runtime in zip(rollouts, runtimes, strict=True):
+                rollout.commit(clean.to(runtime.dtype), positions)
     return errors.relative()

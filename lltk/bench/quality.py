@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from lltk.bench.scorer import Reading, agreement, identity, read
-from lltk.graph.module import ProgramModule
-from lltk.graph.program import Program
 from lltk.models.tiny.world import FPS, STRIDE, Story, draw_shot
 from lltk.stream.denoise import denoise
 from lltk.stream.positions import frame_positions
-from lltk.stream.rollout import Rollout
+from lltk.stream.rollout import RuntimeRollout
+from lltk.stream.runtimes import Runtime
 from lltk.stream.sampler import Schedule
 
 PARTS = ("shape", "colour", "motion", "background")
@@ -44,8 +43,7 @@ def draw_stories(seed: int, count: int, shots: int, chunks: int, chunk: int) -> 
 
 @torch.no_grad()
 def streamed(
-    program: Program,
-    module: ProgramModule,
+    runtime: Runtime,
     text: Tensor,
     opens: Sequence[int],
     steps: int,
@@ -54,8 +52,7 @@ def streamed(
     """Stream B videos at once; yield each chunk's latents, float32 [B, C, F, h, w].
 
     Args:
-        program: a lowered stream Program of batch B.
-        module: the same Program, runnable.
+        runtime: of a stream of batch B.
         text: the prompt of each of N chunks, [B, N, S, E].
         opens: the chunks that open a shot, in all videos.
         steps: denoising passes of a chunk.
@@ -64,13 +61,13 @@ def streamed(
     Raises:
         ValueError: a chunk's latents are not finite.
     """
-    rollout = Rollout(program, module)
-    geometry, device = program.geometry, text.device
+    rollout = RuntimeRollout(runtime)
+    geometry, spec, device = runtime.geometry, runtime.spec, text.device
     schedule = Schedule.make(steps, device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    shape = (geometry.batch, program.spec.channels, geometry.chunk, *geometry.latent(program.spec))
+    shape = (geometry.batch, spec.channels, geometry.chunk, *geometry.latent(spec))
     for chunk in range(text.shape[1]):
-        rollout.set_text(text[:, chunk].contiguous().to(program.dtype))
+        rollout.set_text(text[:, chunk].contiguous().to(runtime.dtype))
         positions = frame_positions([0], geometry.chunk, first=chunk).to(device)
         noise = torch.randn(shape, generator=generator, device=device)
         clean = denoise(schedule, noise, rollout.velocity(positions))
@@ -78,7 +75,7 @@ def streamed(
             raise ValueError(
                 f"chunk {chunk}: its latents are not finite; lltk stream tells the layer and pass"
             )
-        rollout.commit(clean.to(program.dtype), positions, chunk in opens)
+        rollout.commit(clean.to(runtime.dtype), positions, chunk in opens)
         yield clean
 
 

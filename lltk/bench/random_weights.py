@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lltk.compiler import with_weights
 from lltk.graph.program import Program
-from lltk.streaming import Placed, StreamPlan
+from lltk.streaming import Placed, Plan, StreamPlan
 
 
 def with_random_weights(program: Program, device: torch.device | str = "cpu") -> Program:
@@ -53,16 +53,15 @@ def with_random_models(plan: StreamPlan) -> StreamPlan:
     )
 
 
-def random_prompts(plan: StreamPlan) -> Callable[[str], Tensor]:
+def random_prompts(plan: Plan) -> Callable[[str], Tensor]:
     """A text encoder's stand-in: random embeddings that follow from the text.
 
     They are [1, S, E], on the transformer's device.
     """
-    program = plan.transformer
-    shape = (1, program.geometry.text_tokens, program.spec.text_dim)
+    shape = (1, plan.geometry.text_tokens, plan.spec.text_dim)
 
     def embed(prompt: str) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-        return torch.randn(shape, generator=generator).to(plan.device, program.dtype)
+        return torch.randn(shape, generator=generator).to(plan.device, plan.dtype)
 
     return embed

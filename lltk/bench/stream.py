@@ -20,7 +20,7 @@ from lltk.graph.memory import readable
 from lltk.stream.report import ChunkReport
 from lltk.stream.script import Shot
 from lltk.stream.video import VideoWriter, pixels
-from lltk.streaming import StreamPlan, describe, open_stream, stream_memory
+from lltk.streaming import Plan, describe, open_stream, stream_memory
 
 METHOD = (
     "Streamed to an MP4 file; before that, models are loaded and prompts encoded. Each run is a "
@@ -72,7 +72,7 @@ class Timings:
 
 
 def measure(
-    plan: StreamPlan,
+    plan: Plan,
     seconds: float,
     warm_up: int,
     runs: int,
@@ -106,7 +106,7 @@ def measure(
     return {
         "recipe": digest(plan.recipe.resolved()),
         "ran": describe(plan),
-        "implementations": dict(plan.transformer.implementations),
+        "implementations": dict(plan.implementations),
         "text": {"device": "random" if prompts else str(plan.text_device), "counted": False},
         "steps": section.steps,
         "in_turn": in_turn,
@@ -214,9 +214,9 @@ def _details(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _script(plan: StreamPlan, seconds: float, warm_up: int) -> list[Shot]:
+def _script(plan: Plan, seconds: float, warm_up: int) -> list[Shot]:
     """Shots of whole chunks; the last one may be shorter."""
-    geometry, stride = plan.transformer.geometry, plan.transformer.spec.stride[0]
+    geometry, stride = plan.geometry, plan.spec.stride[0]
     chunk = stride * geometry.chunk / plan.section.fps
     left, most = warm_up + max(1, round(seconds / chunk)), max(1, int(_SHOT / chunk))
     shots: list[Shot] = []
@@ -229,7 +229,7 @@ def _script(plan: StreamPlan, seconds: float, warm_up: int) -> list[Shot]:
 
 
 def _timed(
-    plan: StreamPlan,
+    plan: Plan,
     script: Sequence[Shot],
     path: Path,
     warm_up: int,

@@ -10,9 +10,14 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from lltk.cli.options import NamedPath, download_option, overwrite_option
+from lltk.cli.options import (
+    NamedPath,
+    device_option,
+    download_option,
+    overwrite_option,
+    provider_option,
+)
 from lltk.cli.tables import memory_table
-from lltk.graph.recipe_files import find_recipe
 
 
 @click.group("bench")
@@ -46,7 +51,8 @@ def command() -> None:
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
     help="Change a key of the recipe; may be repeated.",
 )  # fmt: skip
-@click.option("--device", help="Where it runs (default: a GPU if there is one).")
+@device_option
+@provider_option
 @click.option(
     "--random-weights", is_flag=True,
     help="Use random weights and prompts of the true shapes; needs no files.",
@@ -63,6 +69,7 @@ def stream(
     runs: int,
     overrides: tuple[str, ...],
     device: str | None,
+    provider: str | None,
     random_weights: bool,
     download: bool,
     overwrite: bool,
@@ -71,10 +78,11 @@ def stream(
 ) -> None:
     """Stream by a RECIPE to a video file, and time it.
 
-    RECIPE is a YAML file, or the name of a recipe that comes with lltk. The record holds the frames
-    a second of the transformer (DiT), of the decoder and end to end (E2E); the latency of the first
-    frame; the median (p50) and the 90th percentile (p90) of a chunk's time; the share of time spent
-    outside the models; memory by owner; and which implementations ran on which device.
+    RECIPE is a YAML file, the name of a recipe that comes with lltk, or a bundle. The record holds
+    the frames a second of the transformer (DiT), of the decoder and end to end (E2E); the latency
+    of the first frame; the median (p50) and the 90th percentile (p90) of a chunk's time; the share
+    of time spent outside the models; memory by owner; and which implementations ran on which
+    device.
 
     \b
     Example:
@@ -86,33 +94,34 @@ def stream(
     from lltk.bench.random_weights import random_prompts, with_random_models
     from lltk.bench.record import make_record, record_files, record_outputs, write_record
     from lltk.bench.stream import METHOD, measure, text
-    from lltk.cli.inputs import inputs_of, located
+    from lltk.cli.inputs import find_source
     from lltk.cli.outputs import share_cores
     from lltk.files.outputs import check_outputs
     from lltk.parallel.ranks import joined
-    from lltk.streaming import describe, plan_stream, refusal, stream_memory
+    from lltk.streaming import StreamPlan, describe, refusal, stream_memory
 
     with joined(device) as ranks:
         console = Console(quiet=as_json or ranks.rank > 0)
-        path = find_recipe(recipe)
         if output is None and not dry_run:
             raise ValueError("-o: name the record's files, without a suffix")
-        resolved = located(path, overrides, download, not (dry_run or random_weights))
+        wanted = not (dry_run or random_weights)
+        source = find_source(recipe, overrides, download, wanted, provider, device)
+        if source.bundle is not None and random_weights:
+            raise ValueError(f"--random-weights: {recipe} is a bundle, which has its own; drop it")
         if output is not None:
-            inputs = inputs_of(path, resolved.resolved())
-            check_outputs(record_outputs(output), inputs, overwrite)
+            check_outputs(record_outputs(output), source.inputs, overwrite)
         if ranks.rank > 0:
             logging.disable(logging.WARNING)  # rank 0 shows them
         with console.status("compiling"):
-            wanted = not (dry_run or random_weights)
-            plan = plan_stream(resolved, ranks.device, weights=wanted, where=str(path))
+            plan = source.plan(ranks.device, weights=wanted)
             if random_weights and not dry_run:
+                assert isinstance(plan, StreamPlan)
                 plan = with_random_models(plan)
         for part, what in describe(plan).items():
             console.print(f"{part}: {what}", highlight=False)
         for owners in stream_memory(plan).values():
             console.print(memory_table(owners))
-        chunks = plan.transformer.geometry.pages if warmup is None else warmup
+        chunks = plan.geometry.pages if warmup is None else warmup
         if output is None or dry_run:
             why = refusal(plan)
             told = f"{runs} runs of {seconds:g} s after {chunks} chunks"
@@ -134,15 +143,18 @@ def stream(
                 console.print(f"It cannot run here: {why}", markup=False, highlight=False)
                 raise SystemExit(1)
             return
-        share_cores(ranks.device)
+        share_cores(plan.device)
         with console.status("streaming"):
             prompts = random_prompts(plan) if random_weights else None
-            result = {"name": path.stem} | measure(plan, seconds, chunks, runs, prompts)
+            result = {"name": source.path.stem} | measure(plan, seconds, chunks, runs, prompts)
         if ranks.rank != 0:
             return
+        where = ["--device", str(ranks.device)]
+        if source.bundle is not None:
+            where = [] if provider is None else ["--provider", provider]
         flags = ["--random-weights"] if random_weights else []
         flags += [part for change in overrides for part in ("--set", change)]
-        flags += ["--seconds", f"{seconds:g}", "--runs", str(runs), "--device", str(ranks.device)]
+        flags += ["--seconds", f"{seconds:g}", "--runs", str(runs), *where]
         flags += [] if warmup is None else ["--warmup", str(warmup)]
         line = shlex.join(["lltk", "bench", "stream", recipe, *flags])
         record = make_record("stream", line, METHOD, [result])

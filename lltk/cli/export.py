@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -12,6 +13,9 @@ from rich.console import Console
 from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.tables import memory_table, row_table
 from lltk.graph.recipe_files import find_recipe
+
+if TYPE_CHECKING:
+    from lltk.exporting import Text
 
 
 @click.command("export")
@@ -27,6 +31,10 @@ from lltk.graph.recipe_files import find_recipe
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
     help="Change a key of the recipe; may be repeated.",
 )  # fmt: skip
+@click.option(
+    "--text", type=click.Choice(["bundle", "reference"]), default="bundle", show_default=True,
+    help="Where the text encoder is: in the bundle, or outside, known by its digest.",
+)  # fmt: skip
 @download_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Emit the graphs without weights; write nothing.")
@@ -36,6 +44,7 @@ def command(
     target: str,
     output: Path,
     overrides: tuple[str, ...],
+    text: Text,
     download: bool,
     overwrite: bool,
     dry_run: bool,
@@ -45,29 +54,29 @@ def command(
 
     A bundle holds the transformer's and the decoder's graphs, their weights, and golden values:
     inputs of each graph, and what torch makes of them. It is written once ONNX Runtime gives the
-    same. This version exports float32 without quantisation. Prompts are encoded elsewhere: a bundle
-    has no text encoder, and `lltk stream` does not play bundles yet.
+    same; `lltk stream` then plays it. This version exports float32.
 
     \b
     Example:
       lltk export tiny_stream --target ort -o bundle
       lltk bundle verify bundle
+      lltk stream bundle --prompt "a red circle moving right" -o red.mp4
     """
     console = Console(quiet=as_json)
     path = find_recipe(recipe)
     from lltk.cli.inputs import inputs_of, located
     from lltk.export.bundle import BUNDLE
-    from lltk.export.onnx_runtime import check_installed
     from lltk.exporting import emitted, export, plan_export
     from lltk.files.outputs import Output, check_outputs
     from lltk.graph.memory import estimate
+    from lltk.stream.runtimes.onnx_graph import check_installed
 
     resolved = located(path, overrides, download, not dry_run)
     check_installed()
     check_outputs([Output(output, BUNDLE)], inputs_of(path, resolved.resolved()), overwrite)
     start = time.perf_counter()
     with console.status("making the Programs") as status:
-        plan = plan_export(resolved, weights=not dry_run)
+        plan = plan_export(resolved, weights=not dry_run, text=text)
         if dry_run:
             graphs = emitted(plan)
         else:

@@ -6,11 +6,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lltk.graph.recipe import Recipe, parse_recipe, read_recipe
+from lltk.graph.recipe_files import find_recipe
 from lltk.models.hub import on_disk
+
+if TYPE_CHECKING:
+    import torch
+
+    from lltk.streaming import BundlePlan, Plan
 
 _NAMED = (
     ("model", "checkpoint"),
@@ -20,6 +27,72 @@ _NAMED = (
     ("train", "data", "folder"),
 )
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a command streams: a recipe, or a bundle.
+
+    Attributes:
+        path: the recipe's file, or the bundle's folder.
+        recipe: of either.
+        bundle: the bundle's plan; None where it is a recipe.
+    """
+
+    path: Path
+    recipe: Recipe
+    bundle: BundlePlan | None
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read."""
+        return inputs_of(self.path, self.recipe.resolved())
+
+    def plan(self, device: torch.device, weights: bool) -> Plan:
+        """The plan of its stream; a recipe's is for a device, with or without weights.
+
+        Raises:
+            ValueError: as by `plan_stream`.
+        """
+        from lltk.streaming import plan_stream
+
+        if self.bundle is not None:
+            return self.bundle
+        return plan_stream(self.recipe, device, weights=weights, where=str(self.path))
+
+
+def find_source(
+    name: str,
+    overrides: Sequence[str],
+    download: bool,
+    needed: bool,
+    provider: str | None = None,
+    device: str | None = None,
+) -> Source:
+    """The recipe or the bundle of a name.
+
+    Args:
+        name: of a recipe, or the path of a bundle.
+        overrides: keys to change.
+        download, needed: as for `on_disk`.
+        provider: for a bundle, ONNX Runtime's execution provider; None for the CPU's.
+        device: for a recipe, where it runs.
+
+    Raises:
+        ValueError: as by `load_recipe`, `on_disk` and `plan_bundle`; or an option is for the other.
+    """
+    from lltk.stream.runtimes.onnx_graph import CPU, CUDA
+    from lltk.streaming import is_bundle, plan_bundle
+
+    if not is_bundle(name):
+        if provider is not None:
+            raise ValueError(f"--provider: is for a bundle, and {name} is none; use --device")
+        path = find_recipe(name)
+        return Source(path, located(path, overrides, download, needed), None)
+    if device is not None:
+        raise ValueError(f"--device: {name} is a bundle; use --provider, such as {CUDA}")
+    plan = plan_bundle(Path(name), overrides, provider or CPU, download=download)
+    return Source(plan.path, plan.recipe, plan)
 
 
 def located(path: Path, overrides: Sequence[str], download: bool, needed: bool) -> Recipe:

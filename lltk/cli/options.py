@@ -30,3 +30,9 @@ download_option = click.option(
     is_flag=True,
     help="Download what the recipe names on the Hugging Face hub, as OWNER/NAME.",
 )
+device_option = click.option("--device", help="Where it runs (default: a GPU if there is one).")
+provider_option = click.option(
+    "--provider",
+    metavar="NAME",
+    help="For a bundle: ONNX Runtime's execution provider (default: CPUExecutionProvider).",
+)

@@ -15,11 +15,11 @@ from lltk.cli.tables import log_tables, memory_table, row_table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lltk.streaming import StreamPlan
+    from lltk.streaming import Plan
     from lltk.streaming.placement import Placement
 
 
-def show_description(console: Console, plan: StreamPlan) -> None:
+def show_description(console: Console, plan: Plan) -> None:
     """Print what runs where."""
     from lltk.streaming import describe
 
@@ -28,7 +28,7 @@ def show_description(console: Console, plan: StreamPlan) -> None:
 
 
 def show_dry_run(
-    console: Console, plan: StreamPlan, image: bool, facts: Mapping[str, Any], as_json: bool
+    console: Console, plan: Plan, image: bool, facts: Mapping[str, Any], as_json: bool
 ) -> str:
     """Print passes and memory; gives why the plan cannot run here, or nothing.
 
@@ -43,7 +43,7 @@ def show_dry_run(
     from lltk.streaming.placement import proposals
 
     ways = proposals(plan)
-    log, reason = plan.transformer.log, refusal(plan, image)
+    log, reason = plan.log, refusal(plan, image)
     loading, running = loading_memory(plan, image), stream_memory(plan)
     if as_json:
         found = {

@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from lltk.cli.options import NamedPath, download_option, overwrite_option
+from lltk.cli.options import (
+    NamedPath,
+    device_option,
+    download_option,
+    overwrite_option,
+    provider_option,
+)
 from lltk.cli.plans import show_description, show_dry_run
 from lltk.cli.tables import row_table
-from lltk.graph.recipe_files import find_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +65,8 @@ _File = click.Path(path_type=Path)
 @click.option("--resume", type=_File, help="State to go on from; it knows script and seed.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 @download_option
-@click.option("--device", help="Where it runs (default: a GPU if there is one).")
+@device_option
+@provider_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; make nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -83,6 +89,7 @@ def command(
     overrides: tuple[str, ...],
     download: bool,
     device: str | None,
+    provider: str | None,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -105,7 +112,7 @@ def command(
       lltk stream tiny_stream --resume video.state.safetensors -o rest.mp4
       torchrun --nproc-per-node 2 -m lltk stream wan22_5b_stream_sp2 --script s.yaml -o video.mp4
     """
-    from lltk.cli.inputs import adapter_keys, inputs_of, located
+    from lltk.cli.inputs import adapter_keys, find_source
     from lltk.cli.outputs import share_cores, summary
     from lltk.cli.stream_prompts import check_videos, jobs, read_prompts, stream_prompts
     from lltk.cli.stream_to_files import Files, stream_to_files, unused
@@ -113,12 +120,10 @@ def command(
     from lltk.parallel.ranks import joined
     from lltk.stream.frame_folder import check_form
     from lltk.stream.state import read_state
-    from lltk.streaming import plan_stream
 
     with joined(device) as ranks:
         speaks = ranks.rank == 0
         console = Console(quiet=as_json or not speaks)
-        path = find_recipe(recipe)
         given = {"seed": seed, "steps": steps, "guidance": guidance}
         changes = [f"stream.{key}={value}" for key, value in given.items() if value is not None]
         changes += adapter_keys(adapters)
@@ -134,8 +139,9 @@ def command(
             wanted = jobs(read_prompts(prompts), seeds or 1, output)
         elif seeds is not None:
             raise ValueError("--seeds: is for --prompts; drop it, or use --seed for one video")
-        resolved = located(path, (*overrides, *changes), download, not dry_run)
-        output = unused(Path(f"{path.stem}.mp4")) if output is None else output
+        changed = (*overrides, *changes)
+        source = find_source(recipe, changed, download, not dry_run, provider, device)
+        output = unused(Path(f"{source.path.stem}.mp4")) if output is None else output
         if resume is not None and output.exists() and not overwrite:
             raise ValueError(
                 f"-o: {output} exists, and a resumed stream's file holds the continuation "
@@ -143,15 +149,15 @@ def command(
             )
         files = Files(script, output, contact_sheet, image, save, resume)
         written = check_videos(output) if wanted else files.outputs(ranks.size)
-        read = [*inputs_of(path, resolved.resolved()), *files.inputs(ranks.size)]
+        read = [*source.inputs, *files.inputs(ranks.size)]
         check_outputs(written, read if prompts is None else [*read, prompts], overwrite)
         check_form(output, folder=bool(wanted))
-        if not dry_run:
-            share_cores(ranks.device)
         if not speaks:
             logging.disable(logging.WARNING)  # rank 0 shows them
         with console.status("compiling"):
-            plan = plan_stream(resolved, ranks.device, weights=not dry_run, where=str(path))
+            plan = source.plan(ranks.device, weights=not dry_run)
+        if not dry_run:
+            share_cores(plan.device)
         if shots:
             console.print(plan.chunking.statement(shots), highlight=False)
         show_description(console, plan)
@@ -185,7 +191,8 @@ def command(
         again = ["lltk", "stream", recipe]
         if ranks.size > 1:
             again[:1] = ["torchrun", "--nproc-per-node", str(ranks.size), "-m", "lltk"]
-        for change in (*overrides, *changes):
+        again += [] if provider is None else ["--provider", provider]
+        for change in changed:
             if not change.startswith("stream.seed="):  # the state knows it
                 again += ["--set", change]
         result = stream_to_files(console, ranks, plan, shots, files, again)

@@ -23,8 +23,7 @@ from lltk.files.writing import sync_folder, write_text
 from lltk.parallel.ranks import Ranks
 from lltk.stream.prompts import Embed
 from lltk.stream.script import single_shot
-from lltk.stream.text import TextEncoder
-from lltk.streaming import StreamPlan, check_plan, load_models
+from lltk.streaming import Plan, check_plan, load_models
 from lltk.streaming.to_video import stream_to
 from lltk.train.recipe import changed_keys
 
@@ -98,7 +97,7 @@ def check_videos(folder: Path) -> list[Output]:
 def stream_prompts(
     console: Console,
     ranks: Ranks,
-    plan: StreamPlan,
+    plan: Plan,
     wanted: Sequence[Job],
     seconds: float,
     folder: Path,
@@ -127,7 +126,7 @@ def stream_prompts(
 def _stream_missing(
     console: Console,
     ranks: Ranks,
-    plan: StreamPlan,
+    plan: Plan,
     wanted: Sequence[Job],
     seconds: float,
     folder: Path,
@@ -164,11 +163,9 @@ def _stream_missing(
     return done
 
 
-def _encoded(plan: StreamPlan, prompts: list[str], cache: Path, progress: Progress) -> Embed:
+def _encoded(plan: Plan, prompts: list[str], cache: Path, progress: Progress) -> Embed:
     """The prompts' embeddings, made before the models are loaded and kept in a folder."""
-    program = plan.transformer
-    tokens = program.geometry.text_tokens
-    encoder = TextEncoder(plan.folder, tokens, program.dtype, plan.text_device, cache)
+    encoder = plan.text_encoder(cache)
     if plan.guided:
         prompts = [*prompts, plan.section.negative_prompt]
     for prompt in progress.track(prompts, description="encoding prompts"):
@@ -177,7 +174,7 @@ def _encoded(plan: StreamPlan, prompts: list[str], cache: Path, progress: Progre
     return lambda prompt: encoder.encode([prompt]).to(plan.device)
 
 
-def _note_origin(plan: StreamPlan, seconds: float, folder: Path, writes: bool) -> None:
+def _note_origin(plan: Plan, seconds: float, folder: Path, writes: bool) -> None:
     """Keep beside the folder what its videos are made by, or compare with what is kept.
 
     Raises:

@@ -26,7 +26,7 @@ from lltk.stream.image import read_image
 from lltk.stream.script import Shot
 from lltk.stream.state import STATE
 from lltk.stream.video import CONTACT_SHEET, VIDEO
-from lltk.streaming import StreamPlan, open_stream, stream_memory
+from lltk.streaming import Plan, open_stream, stream_memory
 from lltk.streaming.stream import own_file
 
 
@@ -85,7 +85,7 @@ def unused(path: Path) -> Path:
 def stream_to_files(
     console: Console,
     ranks: Ranks,
-    plan: StreamPlan,
+    plan: Plan,
     shots: Sequence[Shot],
     files: Files,
     again: Sequence[str],
@@ -143,7 +143,7 @@ def stream_to_files(
             for report in stream:
                 tally.add(report)
                 used = readable(memory_used(plan.device))
-                held = f"{report.pages + 1} of {plan.transformer.geometry.pages} pages"
+                held = f"{report.pages + 1} of {plan.geometry.pages} pages"
                 text = f"{tally.rate(frames.count):.1f} fps, {held}, {used}"
                 progress.update(bar, advance=1, description=text)
                 if ranks.any(stop.asked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,14 +26,34 @@ for _kind in _BINARY:
     _binary(_kind)
 
 
-@emits(aten.sin.default)
-def _sin(to: Emitter, node: fx.Node, x: str) -> str:
-    return to.op("Sin", x)
+def _unary(kind: str) -> None:
+    @emits(getattr(aten, kind.lower()).default)
+    def rule(to: Emitter, node: fx.Node, x: str) -> str:
+        return to.op(kind, x)
 
 
-@emits(aten.cos.default)
-def _cos(to: Emitter, node: fx.Node, x: str) -> str:
-    return to.op("Cos", x)
+for _kind in ("Sin", "Cos", "Tanh"):
+    _unary(_kind)
+
+
+@emits(aten.rsqrt.default)
+def _rsqrt(to: Emitter, node: fx.Node, x: str) -> str:
+    return to.op("Div", to.constant(1, like(node).dtype), to.op("Sqrt", x))
+
+
+@emits(aten.pow.Tensor_Scalar)
+def _pow(to: Emitter, node: fx.Node, x: str, exponent: float) -> str:
+    return to.op("Pow", x, to.constant(exponent, like(node).dtype))
+
+
+@emits(aten.mean.dim)
+def _mean(to: Emitter, node: fx.Node, x: str, axes: Sequence[int], keep: bool = False) -> str:
+    return to.op("ReduceMean", x, to.ints(*axes), keepdims=int(keep))
+
+
+@emits(aten.where.ScalarOther)
+def _where(to: Emitter, node: fx.Node, condition: str, x: str, other: float) -> str:
+    return to.op("Where", condition, x, to.constant(other, like(node).dtype))
 
 
 @emits(aten.silu.default)

@@ -13,8 +13,20 @@ _HEADS_FIRST = [0, 2, 1, 3]
 
 
 @emits(aten.scaled_dot_product_attention.default)
-def _attention(to: Emitter, node: fx.Node, q: str, k: str, v: str) -> str:
-    return to.op("Attention", q, k, v)
+def _attention(
+    to: Emitter,
+    node: fx.Node,
+    q: str,
+    k: str,
+    v: str,
+    mask: str = "",
+    dropout: float = 0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> str:
+    assert not dropout and not causal, f"{node.name} drops weights, or is causal"
+    return to.op("Attention", q, k, v, mask, **({} if scale is None else {"scale": scale}))
 
 
 @emits(overload("listed_attention"))

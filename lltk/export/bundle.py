@@ -7,6 +7,9 @@
     transformer/weights.safetensors
     decoder/*.onnx              first, step
     decoder/weights.safetensors
+    text/encode.onnx            the text encoder, unless it is kept outside
+    text/weights.safetensors
+    text/tokenizer.json
     golden.safetensors          inputs of every graph, and what torch made of them
 
 A bundle is written once its graphs gave the golden values in ONNX Runtime, or not at all.
@@ -14,39 +17,49 @@ A bundle is written once its graphs gave the golden values in ONNX Runtime, or n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from lltk import __version__
-from lltk.export.golden import Case
-from lltk.export.onnx_runtime import check_installed, open_graph, run_graph
 from lltk.files.manifest import Manifest
 from lltk.files.outputs import Kind, Output, check_outputs
 from lltk.files.tensors import read_tensors, write_tensors
 from lltk.files.writing import NewFolder, standing, whole_folder
 from lltk.graph.contract import Contract, Role, TensorSpec
+from lltk.graph.facts import HighSteps
 from lltk.graph.fingerprint import fingerprint
-from lltk.graph.program import Program
+from lltk.graph.memory import activations
 from lltk.graph.text import dtype_name, dtype_named
+from lltk.stream.runtimes.onnx_graph import OnnxGraph, check_installed
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from lltk.export.golden import Case
     from lltk.export.weights import WeightPool
+    from lltk.graph.program import Program
 
 MANIFEST = Manifest(
     "manifest.json", "a bundle", format=1, remedy="restore it, or export the recipe again"
 )
 BUNDLE = Kind("a bundle", MANIFEST.recognises, folder=True)
 GOLDEN = "golden.safetensors"
+TOKENIZER = "tokenizer.json"
 BOUND = 1e-5
 """How far an output may be from torch's, relative to its largest value."""
+FLIPPED = 0.01
+"""The share of elements that may differ from torch's where they are rounded to 16 bits or fewer."""
+_SPREADS = 2
+"""How many times torch's own spread an output may be from torch's, where there is one."""
 _VERSIONS = ("onnx", "onnxruntime", "torch", "diffusers")
 
 
@@ -80,17 +93,36 @@ class GraphFacts(BaseModel):
 
 
 class StageFacts(BaseModel):
-    """A Program of the bundle: its digest, pass log and graphs."""
+    """A Program of the bundle.
+
+    Attributes:
+        fingerprint: its digest.
+        model: its spec, `ModelSpec` or `DecoderSpec`.
+        high_steps: passes of a chunk that the graph ``step_high`` makes.
+        activations: the most bytes of intermediate results that live at once in torch.
+        log: what its passes did.
+        graphs: by name.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     fingerprint: str
+    model: dict[str, Any]
+    high_steps: tuple[int, ...] = ()
+    activations: int
     log: list[dict[str, Any]]
     graphs: dict[str, GraphFacts]
 
 
 class GoldenFacts(BaseModel):
-    """A golden case: names in the file of golden values, by the graph's names."""
+    """A golden case: names in the file of golden values, by the graph's names.
+
+    Attributes:
+        stage, graph: which graph it is of.
+        inputs: of each input the first elements, which are repeated to fill it.
+        outputs: of each output every n-th element.
+        bounds: how far each output may be from its golden value; see `distance`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -98,6 +130,21 @@ class GoldenFacts(BaseModel):
     graph: str
     inputs: dict[str, str]
     outputs: dict[str, str]
+    bounds: dict[str, float]
+
+
+class TextFacts(BaseModel):
+    """The text encoder that a bundle needs and does not hold.
+
+    Attributes:
+        folder: the pipeline that has it, as the recipe named it.
+        digest: SHA-256 over its files.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: str
+    digest: str
 
 
 class Facts(BaseModel):
@@ -109,9 +156,11 @@ class Facts(BaseModel):
         versions: of what made the bundle.
         recipe: the resolved recipe: geometry, sampler and passes too.
         rotary: arguments of the rotary tables: rows and columns of tokens, split, theta.
-        stages: ``transformer`` and ``decoder``.
+        sampler: a row for each of the recipe's passes: timestep, sigma, c0 to c3, p0 to p2, as
+            `lltk.stream.sampler.Sampler` has them.
+        stages: ``transformer``, ``decoder`` and, if the bundle holds it, ``text``.
+        text: the text encoder, if the bundle does not hold it.
         golden: the golden cases.
-        bound: how far an output may be from its golden value, relative to its largest.
         files: SHA-256 by name.
     """
 
@@ -122,9 +171,10 @@ class Facts(BaseModel):
     versions: dict[str, str]
     recipe: dict[str, Any]
     rotary: dict[str, Any]
+    sampler: list[list[float]]
     stages: dict[str, StageFacts]
+    text: TextFacts | None
     golden: list[GoldenFacts]
-    bound: float
     files: dict[str, str]
 
 
@@ -135,15 +185,21 @@ class Difference:
     Attributes:
         case: number of the case.
         graph: ``transformer/step`` or the like.
-        output: the one that is farthest.
-        relative: the largest difference, relative to the output's largest value; NaN or infinity
-            where a value is not finite.
+        output: the one that is farthest beside its bound.
+        relative: how far, as `distance` has it.
+        bound: how far it may be.
     """
 
     case: int
     graph: str
     output: str
     relative: float
+    bound: float
+
+    @property
+    def is_within(self) -> bool:
+        """Whether it is no farther than it may be."""
+        return self.relative <= self.bound
 
     def plain(self) -> dict[str, Any]:
         """As data that JSON can hold."""
@@ -155,6 +211,7 @@ class Difference:
             "graph": self.graph,
             "farthest output": self.output,
             "largest difference": f"{self.relative:.1e}",
+            "allowed": f"{self.bound:.1e}",
         }
 
 
@@ -164,6 +221,8 @@ def write_bundle(
     cases: Iterable[Case],
     recipe: Mapping[str, Any],
     rotary: Mapping[str, Any],
+    sampler: Sequence[Sequence[float]],
+    text: str | TextFacts,
     overwrite: bool = False,
     note: Callable[[str], None] = lambda what: None,
 ) -> list[Difference]:
@@ -173,7 +232,8 @@ def write_bundle(
         path: a new or empty folder, or a bundle, which is replaced.
         programs: by stage, with weights; their graphs mutate nothing.
         cases: golden values for each graph.
-        recipe, rotary: see `Facts`.
+        recipe, rotary, sampler: see `Facts`.
+        text: the tokenizer of the stage ``text``, as JSON; or the encoder that stays outside.
         overwrite: whether a folder that holds anything else may be replaced.
         note: is told what is being done.
 
@@ -181,7 +241,7 @@ def write_bundle(
         How far each case is from its golden values.
 
     Raises:
-        ValueError: an op has no form in ONNX, or an output is farther than `BOUND`.
+        ValueError: an op has no form in ONNX, or an output is farther than it may be.
         OSError: the folder cannot be written.
     """
     check_installed()
@@ -193,17 +253,20 @@ def write_bundle(
         for stage, program in programs.items():
             note(f"writing the {stage}")
             stages[stage] = _write_stage(folder, stage, program)
+        if isinstance(text, str):
+            folder.write_text(f"text/{TOKENIZER}", text)
         note("computing golden values")
         golden = _write_golden(folder, cases)
         note("comparing golden values")
-        found = list(_compared(folder.path, golden))
-        if bad := [each for each in found if not each.relative <= BOUND]:
+        found = list(_compared(folder.path, stages, golden))
+        if bad := [each for each in found if not each.is_within]:
             raise ValueError(f"export: {_said(bad[0])}; the bundle is not written")
         versions = {name: version(name) for name in _VERSIONS}
         facts = {
             "target": "ort", "opset": OPSET, "versions": {"lltk": __version__, **versions},
-            "recipe": recipe, "rotary": rotary, "bound": BOUND,
+            "recipe": recipe, "rotary": rotary, "sampler": sampler,
             "stages": {stage: each.model_dump(mode="json") for stage, each in stages.items()},
+            "text": text.model_dump() if isinstance(text, TextFacts) else None,
             "golden": [case.model_dump() for case in golden],
         }  # fmt: skip
         MANIFEST.write(folder, facts)
@@ -217,13 +280,20 @@ def read_bundle(path: Path) -> Facts:
         ValueError: it is no bundle, of another format, or a file is missing or was changed, or a
             graph names a file other than its weights or needs more than the opset it states.
     """
-    content = MANIFEST.read(path)
     where = standing(path)
+    if not (where / MANIFEST.name).is_file():
+        raise ValueError(
+            f"{where}: has no {MANIFEST.name}, so it is not a bundle of lltk's, or not whole; "
+            f"make one with: lltk export RECIPE --target ort -o {path}"
+        )
+    content = MANIFEST.read(path)
     try:
         facts = Facts.model_validate(content)
     except ValidationError as error:
         what = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ValueError(f"{where / MANIFEST.name}: {what} is none of a bundle's") from error
+        raise ValueError(
+            f"{where / MANIFEST.name}: {what} is none of a bundle's; {MANIFEST.remedy}"
+        ) from error
     for stage, each in facts.stages.items():
         for graph in each.graphs:
             if f"{stage}/{graph}.onnx" not in facts.files:
@@ -241,10 +311,10 @@ def verify_bundle(path: Path) -> list[Difference]:
     facts = read_bundle(path)
     check_installed()
     check_graphs(standing(path), facts)
-    found = list(_compared(standing(path), facts.golden))
-    if bad := [each for each in found if not each.relative <= facts.bound]:
+    found = list(_compared(standing(path), facts.stages, facts.golden))
+    if bad := [each for each in found if not each.is_within]:
         raise ValueError(
-            f"{path}: {_said(bad[0], facts.bound)}; this ONNX Runtime computes something else than "
+            f"{path}: {_said(bad[0])}; this ONNX Runtime computes something else than "
             "the one that made the bundle: use the versions that `lltk bundle show` lists"
         )
     return found
@@ -267,7 +337,9 @@ def check_graphs(folder: Path, facts: Facts) -> None:
         model = onnx.load(folder / name, load_external_data=False)
         opsets = {each.domain: each.version for each in model.opset_import}
         if opsets != {"": facts.opset} or facts.opset > OPSET:
-            raise ValueError(f"{folder / name}: has opsets {opsets}, this lltk reads {OPSET}")
+            raise ValueError(
+                f"{folder / name}: has opsets {opsets}, this lltk reads {OPSET}; {MANIFEST.remedy}"
+            )
         for tensor in model.graph.initializer:
             for entry in tensor.external_data:
                 if entry.key == "location" and entry.value != FILE:
@@ -299,7 +371,14 @@ def _write_stage(folder: NewFolder, stage: str, program: Program) -> StageFacts:
         for name, each in contracts.items()
     }
     log = [entry.plain() for entry in program.log]
-    return StageFacts(fingerprint=fingerprint(program), log=log, graphs=graphs)
+    return StageFacts(
+        fingerprint=fingerprint(program),
+        model=TypeAdapter(type(program.model)).dump_python(program.model, mode="json"),
+        high_steps=tuple(sorted(program.fact(HighSteps).indices)),
+        activations=activations(program),
+        log=log,
+        graphs=graphs,
+    )
 
 
 def _facts(specs: Mapping[str, TensorSpec]) -> dict[str, TensorFacts]:
@@ -325,37 +404,57 @@ def _write_golden(folder: NewFolder, cases: Iterable[Case]) -> list[GoldenFacts]
 
     for number, case in enumerate(cases):
         inputs, outputs = noted(number, case.inputs), noted(number, case.outputs)
+        bounds = {
+            name: _bound(value, case.spread.get(name, 0)) for name, value in case.outputs.items()
+        }
         facts.append(
-            GoldenFacts(stage=case.stage, graph=case.graph, inputs=inputs, outputs=outputs)
+            GoldenFacts(
+                stage=case.stage, graph=case.graph, inputs=inputs, outputs=outputs, bounds=bounds
+            )
         )
     with folder.file(GOLDEN) as file:
         write_tensors(file, tensors, {})
     return facts
 
 
-def _compared(folder: Path, golden: Sequence[GoldenFacts]) -> Iterator[Difference]:
+def _bound(output: Tensor, spread: float) -> float:
+    """How far an output may be from its golden value."""
+    least = BOUND if output.dtype is torch.float32 else FLIPPED
+    return max(least, _SPREADS * spread)
+
+
+def _compared(
+    folder: Path, stages: Mapping[str, StageFacts], golden: Sequence[GoldenFacts]
+) -> Iterator[Difference]:
     """Run each golden case."""
     tensors, _ = read_tensors(folder / GOLDEN)
-    graphs = {
-        (case.stage, case.graph): open_graph(folder / case.stage / f"{case.graph}.onnx")
-        for case in golden
-    }
-    for number, case in enumerate(golden):
-        given = {name: tensors[held] for name, held in case.inputs.items()}
-        made = run_graph(graphs[case.stage, case.graph], given)
-        each = {name: _relative(made[name], tensors[held]) for name, held in case.outputs.items()}
-        worst = max(each, key=lambda name: float("inf") if each[name] != each[name] else each[name])
-        yield Difference(number, f"{case.stage}/{case.graph}", worst, each[worst])
+    from lltk.export.golden import given
+
+    for (stage, graph), cases in groupby(
+        enumerate(golden), key=lambda case: (case[1].stage, case[1].graph)
+    ):
+        contract = stages[stage].graphs[graph].contract
+        run = OnnxGraph(folder / stage / f"{graph}.onnx", contract)
+        for number, case in cases:
+            held = {name: tensors[of] for name, of in case.inputs.items()}
+            yield _farthest(number, case, run(given(held, contract)), tensors)
 
 
-def _relative(made: Tensor, wanted: Tensor) -> float:
-    """The largest difference, relative to the largest value; 0 where both are zeros."""
-    distance, largest = float((made - wanted).abs().max()), float(wanted.abs().max())
-    return distance / largest if distance else 0.0
+def _farthest(
+    number: int, case: GoldenFacts, made: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> Difference:
+    """The output that is farthest from its golden value, beside its bound."""
+    from lltk.export.golden import distance
+
+    each = {name: distance(made[name], tensors[of]) for name, of in case.outputs.items()}
+    share = {name: far / case.bounds[name] for name, far in each.items()}
+    worst = max(share, key=lambda name: math.inf if math.isnan(share[name]) else share[name])
+    graph = f"{case.stage}/{case.graph}"
+    return Difference(number, graph, worst, each[worst], case.bounds[worst])
 
 
-def _said(bad: Difference, bound: float = BOUND) -> str:
+def _said(bad: Difference) -> str:
     return (
-        f"{bad.graph} (golden case {bad.case}): output {bad.output} is {bad.relative:.1e} of its "
-        f"largest value from torch's, and may be {bound:.0e}"
+        f"{bad.graph} (golden case {bad.case}): output {bad.output} is {bad.relative:.1e} from "
+        f"torch's, and may be {bad.bound:.0e}"
     )

@@ -24,9 +24,13 @@ from lltk.graph.program import Program
 OPSET = 23
 _IR_VERSION = 11
 """The oldest that has this opset; newer ones are refused by older runtimes."""
-_FAMILIES = ("arithmetic", "attention", "images", "linears", "shapes")
+_FAMILIES = ("arithmetic", "attention", "images", "linears", "nvfp4", "rows", "shapes")
 TYPES = {
     torch.float32: TensorProto.FLOAT,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
+    torch.uint8: TensorProto.UINT8,
+    torch.int8: TensorProto.INT8,
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
 }
@@ -74,6 +78,11 @@ class Emitter:
             ValueError: an op has no form in ONNX here; names it with its node and module.
         """
         graph, contract = self._program.graphs[name], self._program.contract(name)
+        if (dtype := self._program.dtype) != torch.float32:
+            raise ValueError(
+                f"{name}: computes in {dtype}, for which ONNX Runtime has no kernels on a CPU; set "
+                "model.dtype=float32"
+            )
         self._taken.update([*contract.inputs, *contract.outputs])
         inputs = graph.find_nodes(op="placeholder")
         made: dict[fx.Node, Value] = {node: str(node.target) for node in inputs}
@@ -196,9 +205,13 @@ def like(node: fx.Node) -> Tensor:
     return value
 
 
-def source(node: fx.Node, index: int = 0) -> Tensor:
-    """Shape and dtype of a node's argument."""
-    given = node.args[index]
+def source(node: fx.Node, argument: int | str = 0) -> Tensor:
+    """Shape and dtype of a node's argument, by its place or by its parameter's name."""
+    if isinstance(argument, str):
+        names = [each.name for each in op_of(node)._schema.arguments]
+        given = node.kwargs.get(argument) or node.args[names.index(argument)]
+    else:
+        given = node.args[argument]
     assert isinstance(given, fx.Node)
     return like(given)
 
@@ -220,8 +233,5 @@ def _described(name: str, shape: Iterable[int], dtype: torch.dtype) -> ValueInfo
 
 def _type(name: str, dtype: torch.dtype) -> int:
     if dtype not in TYPES:
-        raise ValueError(
-            f"{name}: is {dtype}, and this version exports float32 alone; set model.dtype=float32 "
-            "and remove the passes that quantise"
-        )
+        raise ValueError(f"{name}: is {dtype}, which this version does not export")
     return TYPES[dtype]

@@ -28,10 +28,41 @@ def _conv(
     strides, pads, dilations = (
         list(each) * (axes // len(each)) for each in (stride, padding, dilation)
     )
+    alike = strides[0] == dilations[0] == groups == 1 and pads[0] == 0
+    kernel = source(node, 1).shape[2:]
+    if axes == 3 and alike and len(source(node)) == 1 and kernel[1:] != (1, 1):
+        return _conv_by_frames(to, node, x, weight, bias, strides, pads, dilations)
     return to.op(
         "Conv", x, weight, bias or "",
         strides=strides, pads=pads * 2, dilations=dilations, group=groups,
     )  # fmt: skip
+
+
+def _conv_by_frames(
+    to: Emitter,
+    node: fx.Node,
+    x: str,
+    weight: str,
+    bias: str | None,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+) -> str:
+    """A convolution of a video as a sum of convolutions of its frames, one a frame of the kernel.
+
+    On a CPU ONNX Runtime has fast kernels for images alone.
+    """
+    frames = to.op("Transpose", to.op("Squeeze", x, to.ints(0)), perm=[1, 0, 2, 3])
+    made, count = "", like(node).shape[2]
+    for index in range(source(node, 1).shape[2]):
+        own = to.op("Slice", frames, to.ints(index), to.ints(index + count), to.ints(0))
+        kernel = to.op("Gather", weight, to.constant(index, torch.int64), axis=2)
+        each = to.op(
+            "Conv", own, kernel, "" if made else bias or "",
+            strides=strides[1:], pads=[*pads[1:]] * 2, dilations=dilations[1:],
+        )  # fmt: skip
+        made = to.op("Add", made, each) if made else each
+    return to.op("Unsqueeze", to.op("Transpose", made, perm=[1, 0, 2, 3]), to.ints(0))
 
 
 @emits(aten.pad.default)

@@ -1,4 +1,4 @@
-"""Linears, norms."""
+"""Linears, embeddings, norms."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ aten = torch.ops.aten
 def _linear(to: Emitter, node: fx.Node, x: str, weight: str, bias: str | None = None) -> str:
     made = to.op("MatMul", x, to.parameter(weight, transposed=True))
     return made if bias is None else to.op("Add", made, bias)
+
+
+@emits(aten.embedding.default)
+def _embedding(to: Emitter, node: fx.Node, weight: str, index: str) -> str:
+    return to.op("Gather", weight, index, axis=0)
 
 
 @emits(aten.layer_norm.default)

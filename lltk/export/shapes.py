@@ -26,8 +26,8 @@ def _same(to: Emitter, node: fx.Node, x: str, **_: object) -> str:
     return x
 
 
-@emits(aten.expand_as.default)
-def _expand_as(to: Emitter, node: fx.Node, x: str, other: str) -> str:
+@emits(aten.expand.default, aten.expand_as.default)
+def _expand(to: Emitter, node: fx.Node, x: str, *_: object) -> str:
     return to.op("Expand", x, to.ints(*like(node).shape))
 
 

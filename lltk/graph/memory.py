@@ -16,7 +16,7 @@ from lltk.graph.contract import Role
 from lltk.graph.edit import op_of, role_of
 from lltk.graph.facts import Trainable
 from lltk.graph.program import Program
-from lltk.graph.spec import DecoderSpec
+from lltk.graph.spec import DecoderSpec, TextSpec
 from lltk.graph.verify import WEIGHTS
 from lltk.ops.implementations import find_implementation
 
@@ -39,6 +39,8 @@ def estimate(program: Program) -> dict[str, int]:
     owners = {"weights": sum(weights.values())}
     if isinstance(program.model, DecoderSpec):
         owners["feature caches"] = _cached(program)
+        return owners
+    if isinstance(program.model, TextSpec):
         return owners
     spec, geometry = program.spec, program.geometry
     width, size = spec.heads * spec.head_dim, program.dtype.itemsize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lltk.files.reading import check_plain, check_regular, parse_yaml, read_plain
-from lltk.graph.geometry import Geometry, Kind
+from lltk.graph.geometry import Geometry
 from lltk.graph.recipe_files import find_recipe
 
 _LONGEST_CHAIN = 16
@@ -67,7 +68,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    program: Kind = Field(description="train, score, stream, reference or decode")
+    program: Literal["train", "score", "stream", "reference", "decode"] = Field(
+        description="train, score, stream, reference or decode"
+    )
     model: ModelSection
     geometry: Geometry
     passes: list[str | dict[str, dict[str, Any] | None]] = Field(
@@ -135,10 +138,15 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     Raises:
         ValueError: the file cannot be read, or an override does not fit.
     """
-    data = _read(path, ())
+    return overridden(_read(path, ()), overrides)
+
+
+def overridden(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The plain data of a recipe with overrides; arguments and errors as for `read_recipe`."""
+    made = deepcopy(dict(data))
     for override in overrides:
-        _override(data, override)
-    return data
+        _override(made, override)
+    return made
 
 
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:

@@ -105,6 +105,21 @@ class ModelSpec(Spec):
 
 
 @dataclass(frozen=True)
+class TextSpec(Spec):
+    """Names and sizes of a captured text encoder. It has ``channels`` a token, and no patches.
+
+    Attributes:
+        vocabulary: how many tokens it knows.
+    """
+
+    vocabulary: int
+
+    def captured_roles(self, graph: str) -> tuple[Role, ...]:
+        """The same for every graph."""
+        return Role.TOKENS, Role.TOKEN_MASK
+
+
+@dataclass(frozen=True)
 class DecoderSpec(Spec):
     """Names and sizes of a captured streaming video decoder.
 

@@ -1,20 +1,23 @@
-"""Latents to video, call by call: a decode Program over its feature caches."""
+"""Latents to video, call by call: a decoder's graphs over its feature caches."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from lltk.graph.contract import Role, TensorSpec
-from lltk.graph.module import ProgramModule
-from lltk.graph.program import Program
+from lltk.graph.contract import Contract, Role, TensorSpec
 from lltk.graph.spec import DecoderSpec
 from lltk.stream.lanes import Lane
 from lltk.stream.runtimes.cuda_graph import CudaGraphs
+
+if TYPE_CHECKING:
+    from lltk.graph.module import ProgramModule
+    from lltk.graph.program import Program
 
 
 @dataclass(frozen=True)
@@ -88,45 +91,30 @@ class DecodedElsewhere:
         """Nothing to do."""
 
 
-class Decoder:
-    """Runs a decode Program; see `LatentDecoder`.
+class GraphDecoder(ABC):
+    """Runs a decoder's graphs over their feature caches; see `LatentDecoder`.
 
     Args:
-        program: a decode Program.
-        module: the same Program, runnable; decoders may share it.
-        cuda_graphs: whether the graphs that follow a video's first latent are recorded once, and
-            then replayed.
-        lane: where the calls take turns; by default a lane for this decoder alone.
-
-    Raises:
-        ValueError: the Program is for something else, or CUDA graphs where there is no GPU.
+        spec: of the decoder.
+        contracts: of its graphs, by name.
+        lane: where the calls take turns.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        module: ProgramModule,
-        cuda_graphs: bool = False,
-        lane: Lane | None = None,
-    ) -> None:
-        if not isinstance(program.model, DecoderSpec):
-            raise ValueError(
-                f"the program is for {program.kind}, not for decode; make one from a recipe with "
-                "program: decode"
-            )
-        self._spec = program.model
-        self._module = module
-        self._contracts = {name: program.contract(name) for name in program.graphs}
-        self._latents = self._contracts["first"].input(Role.LATENTS)
-        inputs = self._contracts["step"].inputs
-        self._caches = {name: inputs[name] for name in self._spec.cache_inputs}
-        steady = self._contracts.get("steps", self._contracts["step"])
+    def __init__(self, spec: DecoderSpec, contracts: Mapping[str, Contract], lane: Lane) -> None:
+        self._spec = spec
+        self._contracts = contracts
+        self._latents = contracts["first"].input(Role.LATENTS)
+        inputs = contracts["step"].inputs
+        self._caches = {name: inputs[name] for name in spec.cache_inputs}
+        steady = contracts.get("steps", contracts["step"])
         self._several = steady.input(Role.LATENTS).shape[2]
         self._held: dict[str, Tensor] | None = {}  # caches; None where decoding failed
-        option = "stream.decoder.cuda_graphs"
-        self.lane = lane or decoder_lane(module)
-        self._graphs = CudaGraphs(self.lane, option) if cuda_graphs else None
+        self.lane = lane
         self._warm = False
+
+    @abstractmethod
+    def _run(self, graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of a graph. It may empty the inputs, to free each once it is read."""
 
     @property
     def device(self) -> torch.device:
@@ -238,12 +226,47 @@ class Decoder:
             _record(caches, torch.cuda.current_stream(latents.device))
         # Compilers tell strides apart.
         caches |= self._contracts[graph].named({Role.LATENTS: latents.contiguous()})
-        if begun and self._graphs is not None:
-            result = self._graphs(graph, lambda inputs: self._module(graph, dict(inputs)), caches)
-        else:
-            result = self._module(graph, caches)
+        result = self._run(graph, caches)
         names = zip(spec.cache_inputs, spec.cache_outputs, strict=True)
         return result[spec.output], {read: result[given] for read, given in names}
+
+
+class Decoder(GraphDecoder):
+    """Runs a decode Program; see `LatentDecoder`.
+
+    Args:
+        program: a decode Program.
+        module: the same Program, runnable; decoders may share it.
+        cuda_graphs: whether the graphs that follow a video's first latent are recorded once, and
+            then replayed.
+        lane: where the calls take turns; by default a lane for this decoder alone.
+
+    Raises:
+        ValueError: the Program is for something else, or CUDA graphs where there is no GPU.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        module: ProgramModule,
+        cuda_graphs: bool = False,
+        lane: Lane | None = None,
+    ) -> None:
+        if not isinstance(program.model, DecoderSpec):
+            raise ValueError(
+                f"the program is for {program.kind}, not for decode; make one from a recipe with "
+                "program: decode"
+            )
+        contracts = {name: program.contract(name) for name in program.graphs}
+        super().__init__(program.model, contracts, lane or decoder_lane(module))
+        self._module = module
+        option = "stream.decoder.cuda_graphs"
+        self._graphs = CudaGraphs(self.lane, option) if cuda_graphs else None
+
+    def _run(self, graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        if graph == "first" or self._graphs is None:
+            return self._module(graph, given)
+        return self._graphs(graph, lambda inputs: self._module(graph, dict(inputs)), given)
 
 
 def decoder_lane(module: ProgramModule) -> Lane:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lltk.stream.text import TextEncoder
+from lltk.stream.text import Encoder
 
 Embed = Callable[[str], Tensor]
 """From a prompt to its embedding, [1, S, E] where the transformer runs; the same every time."""
@@ -54,9 +54,9 @@ class PromptWorker:
 
 
 def pipeline_worker(
-    encoder: TextEncoder, after: Literal["keep", "offload", "free"], device: torch.device
+    encoder: Encoder, after: Literal["keep", "offload", "free"], device: torch.device
 ) -> PromptWorker:
-    """A worker with a pipeline's text encoder.
+    """A worker with a text encoder.
 
     Args:
         encoder: for the worker alone.

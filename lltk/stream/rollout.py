@@ -1,4 +1,4 @@
-"""Chunk-by-chunk runs of a stream Program over its cache."""
+"""Chunk-by-chunk runs of a stream's graphs over their cache."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.stream.denoise import Velocity
 from lltk.stream.pages import PageTable
+from lltk.stream.runtimes import Runtime
 from lltk.stream.runtimes.torch import TorchRuntime
 
 
-class Rollout:
-    """A runtime and its page table: each pass by itself, for any sampler, with gradients.
+class RuntimeRollout:
+    """A runtime and its page table: each pass by itself, for any sampler."""
 
-    Args:
-        program: a causal stream Program (or later).
-        module: the same Program, runnable.
-        cuda_graphs: as `TorchRuntime`'s; then no gradients flow.
-    """
-
-    def __init__(self, program: Program, module: ProgramModule, cuda_graphs: bool = False) -> None:
-        self._runtime = TorchRuntime(program, module, cuda_graphs)
-        self._table = PageTable(program.geometry)
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._table = PageTable(runtime.geometry)
 
     @property
     def pages(self) -> dict[str, Tensor]:
@@ -67,3 +62,16 @@ class Rollout:
         pages = self._table.next_pages()
         self._runtime.commit(latents, positions, pages.table, pages.slot)
         self._table.commit(opens_shot)
+
+
+class Rollout(RuntimeRollout):
+    """The same over a Program, with gradients.
+
+    Args:
+        program: a causal stream Program (or later).
+        module: the same Program, runnable.
+        cuda_graphs: as `TorchRuntime`'s; then no gradients flow.
+    """
+
+    def __init__(self, program: Program, module: ProgramModule, cuda_graphs: bool = False) -> None:
+        super().__init__(TorchRuntime(program, module, cuda_graphs))

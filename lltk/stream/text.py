@@ -7,12 +7,13 @@ import html
 import json
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 import ftfy
 import torch
@@ -47,50 +48,63 @@ def clean(text: str) -> str:
     return re.sub(r"\s+", " ", mended).strip()
 
 
-class TextEncoder:
-    """A UMT5 and its tokenizer, loaded when a text first needs them. One thread at a time uses it.
+class Encoder(Protocol):
+    """Makes embeddings of texts. One thread at a time uses it.
 
-    A text's embedding is zero after its last token, so that no mask is needed to attend to it. The
-    other texts of one `encode` change only its last bits, and so does another device.
+    A text's embedding is zero after its last token, so that no mask is needed to attend to it.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts, at least one: [n, text_tokens, text_dim].
+
+        Raises:
+            ValueError: the encoder's files, or a cached embedding, cannot be read.
+        """
+
+    def to(self, device: torch.device | str) -> None:
+        """Run on another device from now on."""
+
+    def free(self) -> None:
+        """Drop it from memory; it is loaded again when a text needs it."""
+
+
+class KeepingEncoder(ABC):
+    """An encoder that cleans texts, and may keep their embeddings; see `Encoder`.
 
     Args:
-        folder: a pipeline's folder, with ``text_encoder/`` and ``tokenizer/``.
         text_tokens: how many tokens an embedding has. Shorter texts are padded, longer ones are cut
             with a warning.
-        dtype: the dtype in which the encoder runs, and of the embeddings.
+        dtype: of the embeddings.
         device: where the encoder runs, and where the embeddings are.
         cache: a folder that keeps embeddings, under a digest of the encoder's files and the text.
             None keeps none.
-
-    Raises:
-        ValueError: the folder lacks one of its parts.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        text_tokens: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        cache: Path | None = None,
+        self, text_tokens: int, dtype: torch.dtype, device: torch.device, cache: Path | None
     ) -> None:
-        for part in _PARTS:
-            if not (folder / part).is_dir():
-                raise ValueError(
-                    f"{folder}: has no {part}/; name a pipeline's folder, as diffusers saves it"
-                )
-        self._folder = folder
         self._text_tokens = text_tokens
         self._dtype = dtype
-        self._device = torch.device(device)
+        self._device = device
         self._cache = cache
-        self._digest: str | None = None
-        self._loaded: tuple[Any, Any] | None = None
 
     @property
     def device(self) -> torch.device:
         """Where it runs."""
         return self._device
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Of the encoder's files and its tokenizer's."""
+
+    @abstractmethod
+    def _run(self, texts: list[str]) -> list[Tensor]:
+        """Encode texts; their embeddings without padding, [tokens, text_dim] each."""
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts, at least one: [n, text_tokens, text_dim].
@@ -111,56 +125,14 @@ class TextEncoder:
         rows = {text: row for row, text in enumerate(known)}
         return torch.stack(padded)[[rows[text] for text in cleaned]]
 
-    def to(self, device: torch.device | str) -> None:
-        """Run on another device from now on; a loaded encoder moves there."""
-        self._device = torch.device(device)
-        if self._loaded is not None:
-            self._loaded[1].to(self._device)
-
-    def free(self) -> None:
-        """Drop the encoder from memory; it is loaded again when a text needs it."""
-        self._loaded = None
-        if self._device.type == "cuda":
-            empty_cache()
-
-    @torch.no_grad()
-    def _run(self, texts: list[str]) -> list[Tensor]:
-        """Encode texts; their embeddings without padding, [tokens, text_dim] each."""
-        tokenizer, model = self._load()
-        for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
-            if len(ids) > self._text_tokens:
-                _log.warning("text of %d tokens cut to %d: %r", len(ids), self._text_tokens, text)
-        tokens = tokenizer(
-            texts,
-            padding="max_length",
-            max_length=self._text_tokens,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self._device)
-        hidden = model(tokens.input_ids, tokens.attention_mask).last_hidden_state.to(self._dtype)
-        lengths = tokens.attention_mask.sum(1).tolist()
-        return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
+    def _warn(self, text: str, tokens: int) -> None:
+        """Say that a text is cut, if it has more tokens than an embedding."""
+        if tokens > self._text_tokens:
+            _log.warning("text of %d tokens cut to %d: %r", tokens, self._text_tokens, text)
 
     def _padded(self, embedding: Tensor) -> Tensor:
         after = self._text_tokens - len(embedding)
         return torch.nn.functional.pad(embedding.to(self._device), (0, 0, 0, after))
-
-    def _load(self) -> tuple[Any, Any]:
-        """The tokenizer and the model."""
-        if self._loaded is None:
-            encoder, words = (self._folder / part for part in _PARTS)
-            try:
-                with LOADING:
-                    from transformers import AutoTokenizer
-
-                    tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
-                    model = _read_encoder(encoder, self._dtype)
-            except (OSError, SafetensorError, UnpicklingError) as error:
-                raise ValueError(
-                    f"{self._folder}: its text encoder cannot be read ({error}); download it again"
-                ) from error
-            self._loaded = tokenizer, model.eval().requires_grad_(False).to(self._device)
-        return self._loaded
 
     def _recall(self, text: str) -> Tensor | None:
         if self._cache is None:
@@ -178,15 +150,112 @@ class TextEncoder:
             save_tensors(self._place(self._cache, text), {"embedding": embedding}, {})
 
     def _place(self, cache: Path, text: str) -> Path:
-        if self._digest is None:
-            files = [file for part in _PARTS for file in sorted((self._folder / part).iterdir())]
-            digests = [(file.name, _digest(file, cache)) for file in files if file.is_file()]
-            self._digest = _hash(digests)
-        key = _hash([self._digest, str(self._dtype), self._text_tokens, text])
+        key = _hash([self.digest, str(self._dtype), self._text_tokens, text])
         return cache / f"{key}.safetensors"
 
 
-def _read_encoder(folder: Path, dtype: torch.dtype) -> Any:
+class TextEncoder(KeepingEncoder):
+    """A UMT5 and its tokenizer, loaded when a text first needs them. One thread at a time uses it.
+
+    A text's embedding is zero after its last token, so that no mask is needed to attend to it. The
+    other texts of one `encode` change only its last bits, and so does another device.
+
+    Args:
+        folder: a pipeline's folder, with ``text_encoder/`` and ``tokenizer/``.
+        text_tokens, dtype, device, cache: see `KeepingEncoder`; the encoder runs in the dtype.
+        wanted: the `encoder_digest` that the files must have; None takes any.
+
+    Raises:
+        ValueError: the folder lacks one of its parts.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        text_tokens: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        cache: Path | None = None,
+        wanted: str | None = None,
+    ) -> None:
+        for part in _PARTS:
+            if not (folder / part).is_dir():
+                raise ValueError(
+                    f"{folder}: has no {part}/; name a pipeline's folder, as diffusers saves it"
+                )
+        super().__init__(text_tokens, dtype, torch.device(device), cache)
+        self._folder = folder
+        self._wanted = wanted
+        self._digest: str | None = None
+        self._loaded: tuple[Any, Any] | None = None
+
+    @property
+    def digest(self) -> str:
+        """See `encoder_digest`.
+
+        Raises:
+            ValueError: it is not the wanted one.
+        """
+        if self._digest is None:
+            found = encoder_digest(self._folder, self._cache)
+            if self._wanted not in (None, found):
+                raise ValueError(
+                    f"{self._folder}: holds another text encoder than the one that is wanted "
+                    f"(digest {found[:16]}, not {str(self._wanted)[:16]}); name its pipeline, as "
+                    "with --set stream.pipeline=FOLDER"
+                )
+            self._digest = found
+        return self._digest
+
+    def to(self, device: torch.device | str) -> None:
+        """Run on another device from now on; a loaded encoder moves there."""
+        self._device = torch.device(device)
+        if self._loaded is not None:
+            self._loaded[1].to(self._device)
+
+    def free(self) -> None:
+        """Drop the encoder from memory; it is loaded again when a text needs it."""
+        self._loaded = None
+        if self._device.type == "cuda":
+            empty_cache()
+
+    @torch.no_grad()
+    def _run(self, texts: list[str]) -> list[Tensor]:
+        tokenizer, model = self._load()
+        for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
+            self._warn(text, len(ids))
+        tokens = tokenizer(
+            texts,
+            padding="max_length",
+            max_length=self._text_tokens,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self._device)
+        hidden = model(tokens.input_ids, tokens.attention_mask).last_hidden_state.to(self._dtype)
+        lengths = tokens.attention_mask.sum(1).tolist()
+        return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
+
+    def _load(self) -> tuple[Any, Any]:
+        """The tokenizer and the model."""
+        if self._loaded is None:
+            if self._wanted is not None:
+                assert self.digest == self._wanted
+            encoder, words = (self._folder / part for part in _PARTS)
+            try:
+                with LOADING:
+                    from transformers import AutoTokenizer
+
+                    tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
+                    model = read_encoder(encoder, self._dtype)
+            except (OSError, SafetensorError, UnpicklingError) as error:
+                raise ValueError(
+                    f"{self._folder}: its text encoder cannot be read ({error}); download it again"
+                ) from error
+            self._loaded = tokenizer, model.eval().requires_grad_(False).to(self._device)
+        return self._loaded
+
+
+def read_encoder(folder: Path, dtype: torch.dtype) -> Any:
     """The encoder in a folder; raises ValueError unless its weights are exactly the model's."""
     with LOADING, _silent():
         from transformers import UMT5EncoderModel
@@ -263,8 +332,21 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     return count * dtype.itemsize + sum(whole)
 
 
-def _digest(file: Path, cache: Path) -> str:
+def encoder_digest(folder: Path, cache: Path | None = None) -> str:
+    """A digest of a text encoder's files and its tokenizer's.
+
+    Args:
+        folder: a pipeline's folder.
+        cache: a folder that keeps digests of files; None reads each.
+    """
+    files = [file for part in _PARTS for file in sorted((folder / part).iterdir())]
+    return _hash([(file.name, _digest(file, cache)) for file in files if file.is_file()])
+
+
+def _digest(file: Path, cache: Path | None) -> str:
     """The file's SHA-256, read from the cache while its size and time stay: weights are large."""
+    if cache is None:
+        return checksum(file)
     state = file.stat()
     note = cache / f"{_hash([str(file.resolve()), state.st_size, state.st_mtime_ns])}.sha256"
     if not note.exists():

@@ -23,25 +23,31 @@ from torch import Tensor
 
 from lltk.stream.prompts import Embed
 from lltk.stream.script import Shot
+from lltk.streaming.bundle import BundlePlan, is_bundle, plan_bundle
 from lltk.streaming.checks import check_plan, refusal
-from lltk.streaming.decoders import open_decoder
 from lltk.streaming.description import describe
+from lltk.streaming.engines import open_decoder, open_runtime
 from lltk.streaming.memory import loading_memory, session_memory, stream_memory
 from lltk.streaming.models import Models, load_models
-from lltk.streaming.plan import Placed, StreamPlan, plan_stream
+from lltk.streaming.plan import Placed, Plan, StreamPlan, plan_stream
 from lltk.streaming.stream import Stream
 
 __all__ = [
+    "BundlePlan",
     "Models",
     "Placed",
+    "Plan",
     "Stream",
     "StreamPlan",
     "check_plan",
     "describe",
+    "is_bundle",
     "load_models",
     "loading_memory",
     "open_decoder",
+    "open_runtime",
     "open_stream",
+    "plan_bundle",
     "plan_stream",
     "refusal",
     "session_memory",
@@ -50,7 +56,7 @@ __all__ = [
 
 
 def open_stream(
-    plan: StreamPlan,
+    plan: Plan,
     sink: Callable[[Tensor], None] | None,
     script: Sequence[Shot] = (),
     *,

@@ -70,8 +70,3 @@ def _columns(program: Program) -> int:
     """How many columns of the video a decode Program makes."""
     assert isinstance(program.model, DecoderSpec)
     return program.contract("first").outputs[program.model.output].shape[-1]
-
-
-def open_decoder(plan: StreamPlan) -> LatentDecoder:
-    """Load what turns a plan's latents into frames."""
-    return Decoders(plan).new()

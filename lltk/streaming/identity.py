@@ -6,19 +6,19 @@ from dataclasses import asdict
 from typing import Any
 
 from lltk import __version__
-from lltk.graph.fingerprint import fingerprint
-from lltk.streaming.plan import StreamPlan
+from lltk.streaming.plan import Plan
 
 
-def identity(plan: StreamPlan) -> dict[str, Any]:
+def identity(plan: Plan) -> dict[str, Any]:
     """What a plan's saved streams have in common, as plain data.
 
-    It holds digests of the Programs, for which every weight is read.
+    It holds digests of the models, for which every weight may be read.
     """
+    transformer, decoder = plan.fingerprints()
     return {
         "lltk": __version__,
-        "transformer": fingerprint(plan.transformer),
-        "decoder": "+".join(fingerprint(decoder.program) for decoder in plan.decoders),
+        "transformer": transformer,
+        "decoder": decoder,
         **asdict(plan.chunking),
         **asdict(plan.sampling),
         **({"rank": plan.rank} if plan.ranks > 1 else {}),

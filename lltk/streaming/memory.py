@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
 from lltk.graph.memory import activations, available, estimate, readable, total
 from lltk.stream.text import weight_bytes
-from lltk.streaming.plan import Placed, StreamPlan
+from lltk.streaming.bundle import DECODER, TRANSFORMER, BundlePlan
+from lltk.streaming.plan import Placed, Plan, StreamPlan
 
 Sizes = dict[str, dict[str, int]]
 """Bytes by device and owner."""
@@ -20,7 +21,7 @@ _CACHE = ("cache pages", "cross-attention K/V")
 _OF_A_SESSION = (*_CACHE, _GUIDANCE, "decoder: feature caches")
 
 
-def stream_memory(plan: StreamPlan, rank: int = 0) -> Sizes:
+def stream_memory(plan: Plan, rank: int = 0) -> Sizes:
     """What the models need, and one session while it runs.
 
     The text encoder counts where it stays. Where it is dropped, a prompt that the script did not
@@ -32,26 +33,59 @@ def stream_memory(plan: StreamPlan, rank: int = 0) -> Sizes:
     """
     devices: Sizes = {}
     own = devices.setdefault(str(plan.device), {})
-    own |= estimate(plan.transformer)
+    own |= _transformer(plan)
     if plan.guided:
         own[_GUIDANCE] = sum(own[name] for name in _CACHE)
-    own["activations"] = activations(plan.transformer)
-    for decoder in plan.decoders_of(rank):
-        place = devices.setdefault(str(decoder.device), {})
-        sizes = {**estimate(decoder.program), "activations": _decoding(plan, decoder)}
-        if plan.section.decoder.cuda_graphs:
-            sizes["CUDA graphs"] = _held_by_graphs(decoder) + sizes["activations"]
+    for device, sizes in _decoders(plan, rank):
+        place = devices.setdefault(str(device), {})
         for name, size in sizes.items():
             owner = f"decoder: {name}"
             place[owner] = place.get(owner, 0) + size
     stays = {"keep": plan.text_device, "offload": torch.device("cpu"), "free": None}
     text = stays[plan.section.text.after]
     if text is not None:
-        devices.setdefault(str(text), {})["text encoder"] = _text(plan)
+        devices.setdefault(str(text), {})["text encoder"] = text_bytes(plan)
     return devices
 
 
-def session_memory(plan: StreamPlan, rank: int = 0) -> Sizes:
+def _transformer(plan: Plan) -> dict[str, int]:
+    """Bytes by owner, for one prompt's cache."""
+    if isinstance(plan, BundlePlan):
+        prompt = plan.contract(TRANSFORMER, "prologue").outputs
+        return _of_bundle(plan, TRANSFORMER) | {
+            "cache pages": sum(page.nbytes for page in plan.pages.values()),
+            "cross-attention K/V": sum(each.nbytes for each in prompt.values()),
+        }
+    assert isinstance(plan, StreamPlan)
+    return estimate(plan.transformer) | {"activations": activations(plan.transformer)}
+
+
+def _decoders(plan: Plan, rank: int) -> Iterator[tuple[torch.device, dict[str, int]]]:
+    """Bytes by owner of each decoder of a rank, and its device."""
+    if isinstance(plan, BundlePlan):
+        caches = plan.decoder_caches(rank).values()
+        sizes = _of_bundle(plan, DECODER) | {"feature caches": sum(c.nbytes for c in caches)}
+        yield plan.decoder_device, sizes
+    elif isinstance(plan, StreamPlan):
+        for decoder in plan.decoders_of(rank):
+            sizes = {**estimate(decoder.program), "activations": _decoding(plan, decoder)}
+            if plan.section.decoder.cuda_graphs:
+                sizes["CUDA graphs"] = _held_by_graphs(decoder) + sizes["activations"]
+            yield decoder.device, sizes
+
+
+def _of_bundle(plan: BundlePlan, stage: str) -> dict[str, int]:
+    """Bytes of a stage: ONNX Runtime packs the weights for each graph, but for the small prologue.
+
+    The file itself is mapped, and the system may drop it.
+    """
+    facts = plan.facts.stages[stage]
+    size = sum(file.stat().st_size for file in (plan.path / stage).glob("*.safetensors"))
+    graphs = len(facts.graphs.keys() - {"prologue"})
+    return {"weights": graphs * size, "activations": facts.activations}
+
+
+def session_memory(plan: Plan, rank: int = 0) -> Sizes:
     """What each session needs of `stream_memory`; all else is shared.
 
     A session's latents and embeddings come on top, as long as it is under way: they are small.
@@ -61,7 +95,7 @@ def session_memory(plan: StreamPlan, rank: int = 0) -> Sizes:
         name: {owner: size for owner, size in owners.items() if owner in _OF_A_SESSION}
         for name, owners in stream_memory(plan, rank).items()
     }
-    if plan.section.decoder.cuda_graphs:
+    if isinstance(plan, StreamPlan) and plan.section.decoder.cuda_graphs:
         for decoder in plan.decoders_of(rank):
             place = devices[str(decoder.device)]
             place[_GRAPHS] = place.get(_GRAPHS, 0) + _held_by_graphs(decoder)
@@ -79,26 +113,28 @@ def _decoding(plan: StreamPlan, decoder: Placed, leaving: Collection[str] = ()) 
     return activations(decoder.program, leaving, held=section.cuda_graphs or section.compile)
 
 
-def _text(plan: StreamPlan) -> int:
+def text_bytes(plan: Plan) -> int:
     """Bytes of the text encoder's weights; 0 if its files are not there."""
-    return weight_bytes(plan.folder / "text_encoder", plan.transformer.dtype)
+    if isinstance(plan, BundlePlan) and plan.text_files:
+        return sum((plan.path / name).stat().st_size for name in plan.text_files)
+    return weight_bytes(plan.folder / "text_encoder", plan.dtype)
 
 
-def loading_memory(plan: StreamPlan, image: bool) -> Sizes:
+def loading_memory(plan: Plan, image: bool) -> Sizes:
     """What is needed before a stream runs, while prompts and an image are encoded.
 
     Encoders whose files are not there have no bytes.
     """
     devices: Sizes = {}
-    if text := _text(plan):
+    if text := text_bytes(plan):
         devices.setdefault(str(plan.text_device), {})[_TEXT] = text
     if image:
-        size = weight_bytes(plan.folder / "vae", plan.decoders[0].program.dtype)
+        size = weight_bytes(plan.folder / "vae", plan.video_dtype)
         devices.setdefault(str(plan.decoder_device), {})[_IMAGE] = size
     return devices
 
 
-def check_memory(plan: StreamPlan, image: bool, rank: int = 0) -> None:
+def check_memory(plan: Plan, image: bool, rank: int = 0) -> None:
     """Refuse a stream that does not fit into the memory that is free.
 
     Args:
@@ -119,7 +155,7 @@ def check_memory(plan: StreamPlan, image: bool, rank: int = 0) -> None:
                 )
 
 
-def check_session_memory(plan: StreamPlan, rank: int = 0) -> None:
+def check_session_memory(plan: Plan, rank: int = 0) -> None:
     """Refuse one more session where it does not fit; arguments as `stream_memory`'s.
 
     Raises:
@@ -139,7 +175,7 @@ def _sum(device: str, owners: Mapping[str, int]) -> str:
     return f"{readable(total(owners))} on {device} ({listed})"
 
 
-def _remedies(plan: StreamPlan, owners: Mapping[str, int], free: int) -> str:
+def _remedies(plan: Plan, owners: Mapping[str, int], free: int) -> str:
     """What would fit: one change, else all that are possible, else a smaller video."""
     saved = _savings(plan, owners)
     need = total(owners)
@@ -165,11 +201,12 @@ def _remedies(plan: StreamPlan, owners: Mapping[str, int], free: int) -> str:
     return "its weights alone do not fit; use another device or a smaller model"
 
 
-def _savings(plan: StreamPlan, owners: Mapping[str, int]) -> dict[str, int]:
+def _savings(plan: Plan, owners: Mapping[str, int]) -> dict[str, int]:
     """Bytes that a change of the recipe saves."""
-    geometry, saved = plan.transformer.geometry, {}
+    geometry, saved = plan.geometry, {}
+    programs = isinstance(plan, StreamPlan)  # a bundle's sizes are fixed
     least = geometry.chunk + geometry.sink * (2 if geometry.shot_sink else 1)
-    if least < geometry.window and "cache pages" in owners:
+    if programs and least < geometry.window and "cache pages" in owners:
         share = 1 - least / geometry.window
         caches = 1 + (_GUIDANCE in owners)
         saved[f"geometry.window={least}"] = int(share * caches * owners["cache pages"])
@@ -179,7 +216,7 @@ def _savings(plan: StreamPlan, owners: Mapping[str, int]) -> dict[str, int]:
         saved["stream.guidance=1"] = owners[_GUIDANCE]
     if _GRAPHS in owners:
         saved["stream.decoder.cuda_graphs=false"] = owners[_GRAPHS]
-    if _DECODING in owners and plan.section.decoder.latents > 1:
+    if isinstance(plan, StreamPlan) and _DECODING in owners and plan.section.decoder.latents > 1:
         saved["stream.decoder.latents=1"] = sum(
             _decoding(plan, placed) - _decoding(plan, placed, leaving=("steps",))
             for placed in plan.decoders

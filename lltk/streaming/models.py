@@ -13,25 +13,19 @@ from torch import Tensor
 
 from lltk.graph.fingerprint import tensors_digest
 from lltk.graph.memory import readable, total
-from lltk.graph.module import ProgramModule, instantiate
-from lltk.models import wan_vae
 from lltk.parallel.groups import SEQUENCE, same_on_all
-from lltk.stream.decoder import DecodedElsewhere
-from lltk.stream.lanes import Lane
 from lltk.stream.prompts import Embed, Prompts, PromptWorker, pipeline_worker
-from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.script import Shot
 from lltk.stream.session import Session
 from lltk.stream.state import SessionState, load_state
-from lltk.stream.text import TextEncoder
 from lltk.stream.timeline import Timeline
 from lltk.streaming.checks import check_plan
-from lltk.streaming.decoders import Decoders
+from lltk.streaming.engines import Engine, load_engine
 from lltk.streaming.identity import identity
 from lltk.streaming.memory import check_session_memory, session_memory
-from lltk.streaming.plan import StreamPlan
+from lltk.streaming.plan import Plan
 from lltk.streaming.restoring import check_state
-from lltk.streaming.slots import Slot, Slots
+from lltk.streaming.slots import Slots
 from lltk.streaming.stream import Stream, own_file
 
 
@@ -59,18 +53,17 @@ class Models:
     """
 
     def __init__(
-        self, plan: StreamPlan, prompts: Embed | None = None, sessions: int | None = None
+        self, plan: Plan, prompts: Embed | None = None, sessions: int | None = None
     ) -> None:
         self.plan = plan
         self._rank = plan.rank
-        self._worker = _pipeline_worker(plan) if prompts is None else PromptWorker(prompts)
+        self._worker = _worker(plan) if prompts is None else PromptWorker(prompts)
         self._negative = [plan.section.negative_prompt] if plan.guided else []
         need = session_memory(plan, self._rank).items()
         cost = " and ".join(f"{readable(total(own))} on {device}" for device, own in need)
         check = partial(check_session_memory, plan, self._rank)
-        self._slots = Slots(self._new_slot, check, sessions, cost)
-        self._transformer: tuple[ProgramModule, Lane] | None = None
-        self._decoders: Decoders | None = None
+        self._slots = Slots(lambda: self._loaded().slot(), check, sessions, cost)
+        self._engine: Engine | None = None
         self._loading = Lock()
 
     @cached_property
@@ -84,16 +77,13 @@ class Models:
         Raises:
             ValueError: the plan has no weights.
         """
-        plan = self.plan
         with self._loading:
-            if self._transformer is not None:
-                return
-            if plan.decoders_of(self._rank):
-                self._decoders = Decoders(plan, self._rank)
-            module = instantiate(plan.transformer, plan.device)
-            if plan.section.compile:
-                module.compile_blocks()
-            self._transformer = module, Lane(next(module.parameters()).device)
+            if self._engine is None:
+                self._engine = load_engine(self.plan, self._rank)
+
+    def _loaded(self) -> Engine:
+        assert self._engine is not None
+        return self._engine
 
     def open(
         self,
@@ -132,7 +122,7 @@ class Models:
             timeline.restore(state.timeline)
         prompts = Prompts(self._worker, self._negative)
         prompts.expect(timeline.prompts)
-        if self._transformer is None:
+        if self._engine is None:
             prompts.wait()
         latent = None if image is None else self._encoded(image)
         self.load()
@@ -173,32 +163,25 @@ class Models:
 
     def _encoded(self, image: Tensor) -> Tensor:
         """The image's latent, on the transformer's device."""
-        device, dtype = self.plan.decoder_device, self.plan.decoders[0].program.dtype
-        loaded = wan_vae.load_vae(self.plan.folder)
-        with nullcontext() if self._decoders is None else self._decoders.lane.turn():
+        from lltk.models import wan_vae  # diffusers' encoder, which other streams do without
+
+        plan, engine = self.plan, self._engine
+        if not (plan.folder / "vae").is_dir():
+            raise ValueError(
+                f"image: {plan.folder} has no vae/, which encodes a video's first frame; name a "
+                "pipeline that has, as with --set stream.pipeline=FOLDER"
+            )
+        loaded = wan_vae.load_vae(plan.folder)
+        lane = None if engine is None else engine.decoder_lane
+        with nullcontext() if lane is None else lane.turn():
+            device, dtype = plan.decoder_device, plan.video_dtype
             weights = {name: weight.to(device, dtype) for name, weight in loaded.weights.items()}
             vae = wan_vae.make_vae(loaded.config or {}, weights)
             latent = wan_vae.encode_image(vae, image.to(device)).cpu()
-        return latent.to(self.plan.device)
-
-    def _new_slot(self) -> Slot:
-        assert self._transformer is not None
-        program, graphs = self.plan.transformer, self.plan.section.cuda_graphs
-        module, lane = self._transformer
-        count = 2 if self.plan.guided else 1
-        runtimes = [TorchRuntime(program, module, graphs, lane) for _ in range(count)]
-        decoders = self._decoders
-        decoder = DecodedElsewhere(lane.device) if decoders is None else decoders.new()
-        if self.plan.section.decoder.cuda_graphs and decoder.lane.device == lane.device:
-            # A recording begins by emptying the device's caches, so the transformer has to rest.
-            with lane.turn(), decoder.lane.turn():
-                decoder.warm_up()
-        return Slot(runtimes, decoder)
+        return latent.to(plan.device)
 
 
-def load_models(
-    plan: StreamPlan, *, prompts: Embed | None = None, sessions: int | None = None
-) -> Models:
+def load_models(plan: Plan, *, prompts: Embed | None = None, sessions: int | None = None) -> Models:
     """Load a plan's models, for any number of sessions.
 
     Args:
@@ -217,10 +200,8 @@ def load_models(
     return models
 
 
-def _pipeline_worker(plan: StreamPlan) -> PromptWorker:
-    """Encodes prompts with the pipeline's text encoder, where the recipe says."""
-    text, program = plan.section.text, plan.transformer
-    cache = None if text.cache is None else Path(text.cache)
-    tokens = program.geometry.text_tokens
-    encoder = TextEncoder(plan.folder, tokens, program.dtype, plan.text_device, cache)
+def _worker(plan: Plan) -> PromptWorker:
+    """Encodes prompts with the plan's text encoder, where the recipe says."""
+    text = plan.section.text
+    encoder = plan.text_encoder(None if text.cache is None else Path(text.cache))
     return pipeline_worker(encoder, text.after, plan.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lltk.stream.recipe import EVERY_RANK
-from lltk.streaming.plan import StreamPlan
+from lltk.streaming.plan import Plan
 
 PASS_MS = {1: 147.5, 2: 91.5}
 """Milliseconds of a pass, by ranks, as benchmarks/records has them: inference_h200, dit_2_ranks."""
@@ -66,11 +66,11 @@ def _decoded(gpus: int, ranks: int, passes: float) -> tuple[str, float]:
     return EVERY_RANK if ranks > 1 else "null", passes + decoding
 
 
-def proposals(plan: StreamPlan) -> list[list[Placement]]:
+def proposals(plan: Plan) -> list[list[Placement]]:
     """`placements` for some numbers of GPUs; none for a plan that the model does not cover."""
-    program, geometry = plan.transformer, plan.transformer.geometry
+    geometry = plan.geometry
     shape = (*plan.size, geometry.chunk, geometry.window)
-    fp8 = program.implementations.get("fp8_matmul") == "scaled_mm"
-    if shape != _SHAPE or program.spec.layers != 30 or not fp8:
+    fp8 = plan.implementations.get("fp8_matmul") == "scaled_mm"
+    if shape != _SHAPE or plan.spec.layers != 30 or not fp8:
         return []
     return [placements(gpus, plan.section.steps) for gpus in _GPUS]

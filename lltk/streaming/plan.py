@@ -1,59 +1,118 @@
-"""What a stream recipe becomes before anything is allocated."""
+"""What a stream is made of before anything is allocated; what a stream recipe becomes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lltk.compiler import fitting, transform
+from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.facts import HighSteps, Ranks
-from lltk.graph.program import Program
+from lltk.graph.fingerprint import fingerprint
+from lltk.graph.geometry import Geometry
+from lltk.graph.program import LogEntry, Program
 from lltk.graph.recipe import Recipe, parse_recipe
+from lltk.graph.spec import ModelSpec
 from lltk.models.pipelines import find_pipeline
 from lltk.parallel.groups import SEQUENCE, rank_in
 from lltk.stream.chunks import Chunking
+from lltk.stream.columns import column_cache
 from lltk.stream.recipe import EVERY_RANK, DecoderSection, StreamSection, stream_section
 from lltk.stream.session import Sampling
+from lltk.stream.text import Encoder, TextEncoder
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A Program and the device that it runs on."""
-
-    program: Program
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """A recipe's stream before anything is allocated; weights are mapped from their files.
+class Plan(ABC):
+    """A stream before anything is allocated, whatever runs its models.
 
     Attributes:
-        recipe: what the plan was made from.
-        section: the recipe's ``stream`` section.
+        recipe: what the models were made from.
+        section: how it is streamed.
         folder: the pipeline's folder.
-        transformer: the transformer's Program.
-        decoders: the decoders' Programs and devices. Several make a part of the columns each, on
-            this process's devices or, where each rank has one, on the ranks'.
         device: where the transformer runs, and what the recipe puts nowhere else.
     """
 
     recipe: Recipe
     section: StreamSection
     folder: Path
-    transformer: Program
-    decoders: tuple[Placed, ...]
     device: torch.device
+
+    @property
+    @abstractmethod
+    def config(self) -> Mapping[str, Any]:
+        """The transformer's configuration: the arguments of its class."""
+
+    @property
+    @abstractmethod
+    def geometry(self) -> Geometry:
+        """The transformer's sizes."""
+
+    @property
+    @abstractmethod
+    def spec(self) -> ModelSpec:
+        """The transformer's names and sizes."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The transformer's dtype, and that of embeddings."""
+
+    @property
+    @abstractmethod
+    def pages(self) -> Mapping[str, TensorSpec]:
+        """The transformer's cache, [B, P, …] each."""
+
+    @property
+    @abstractmethod
+    def log(self) -> Sequence[LogEntry]:
+        """What the transformer's passes did."""
+
+    @property
+    @abstractmethod
+    def implementations(self) -> Mapping[str, str]:
+        """What runs the transformer's ops; empty where that is not chosen by lltk."""
+
+    @property
+    @abstractmethod
+    def ranks(self) -> int:
+        """How many processes run the transformer together."""
+
+    @property
+    @abstractmethod
+    def decoder_device(self) -> torch.device:
+        """Where the frames are made; with several decoders, the first one's device."""
+
+    @property
+    @abstractmethod
+    def video_dtype(self) -> torch.dtype:
+        """The dtype of what the decoders make."""
+
+    @abstractmethod
+    def decoder_caches(self, rank: int) -> Mapping[str, TensorSpec]:
+        """The feature caches of a rank's decoders, by the names in its decoder's state."""
+
+    @abstractmethod
+    def fingerprints(self) -> tuple[str, str]:
+        """Digests of the transformer and the decoders; may read every weight."""
+
+    @abstractmethod
+    def text_encoder(self, cache: Path | None) -> Encoder:
+        """What encodes prompts, not loaded yet; ``cache`` is a folder that keeps embeddings.
+
+        Raises:
+            ValueError: its files are not there.
+        """
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the video in pixels."""
-        return self.recipe.geometry.height, self.recipe.geometry.width
+        return self.geometry.height, self.geometry.width
 
     @property
     def sampling(self) -> Sampling:
@@ -68,14 +127,8 @@ class StreamPlan:
     @property
     def chunking(self) -> Chunking:
         """How a script becomes chunks."""
-        section, program = self.section, self.transformer
-        size, stride = program.geometry.chunk, program.spec.stride[0]
+        section, size, stride = self.section, self.geometry.chunk, self.spec.stride[0]
         return Chunking(size, section.fps, stride, section.scene_cut, section.recache)
-
-    @property
-    def decoder_device(self) -> torch.device:
-        """Where the frames are made; with several decoders, the first one's device."""
-        return self.decoders[0].device
 
     @property
     def text_device(self) -> torch.device:
@@ -92,25 +145,99 @@ class StreamPlan:
             return 1
         return max(1, min(12, (os.cpu_count() or 1) // 2))
 
-    def decoders_of(self, rank: int) -> tuple[Placed, ...]:
-        """The decoders that a rank runs: rank 0 runs all of them, unless each rank has its own."""
-        if self.section.decoder.device == EVERY_RANK:
-            return self.decoders[rank : rank + 1]
-        return self.decoders if rank == 0 else ()
-
-    @property
-    def ranks(self) -> int:
-        """How many processes run the transformer together."""
-        return self.transformer.fact(Ranks).count
-
     @property
     def rank(self) -> int:
-        """Which of these processes this one is.
+        """Which of the processes this one is.
 
         Raises:
             ValueError: there are not as many as the recipe is for.
         """
         return rank_in(SEQUENCE, self.ranks)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A Program and the device that it runs on."""
+
+    program: Program
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class StreamPlan(Plan):
+    """A stream that torch runs; weights are mapped from their files.
+
+    Attributes:
+        transformer: the transformer's Program.
+        decoders: the decoders' Programs and devices. Several make a part of the columns each, on
+            this process's devices or, where each rank has one, on the ranks'.
+    """
+
+    transformer: Program
+    decoders: tuple[Placed, ...]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        config: Mapping[str, Any] = self.transformer.recipe["model"]["config"]
+        return config
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.transformer.geometry
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.transformer.spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    @property
+    def pages(self) -> Mapping[str, TensorSpec]:
+        return self.transformer.pages
+
+    @property
+    def log(self) -> Sequence[LogEntry]:
+        return self.transformer.log
+
+    @property
+    def implementations(self) -> Mapping[str, str]:
+        return self.transformer.implementations
+
+    @property
+    def ranks(self) -> int:
+        return self.transformer.fact(Ranks).count
+
+    @property
+    def decoder_device(self) -> torch.device:
+        return self.decoders[0].device
+
+    @property
+    def video_dtype(self) -> torch.dtype:
+        program = self.decoders[0].program
+        return program.contract("first").outputs[program.model.output].dtype
+
+    def decoder_caches(self, rank: int) -> Mapping[str, TensorSpec]:
+        placed = self.decoders_of(rank)
+        caches = [each.program.contract("step").having(Role.CACHE) for each in placed]
+        if len(caches) == 1:
+            return caches[0]
+        return {column_cache(i, name): own[name] for i, own in enumerate(caches) for name in own}
+
+    def fingerprints(self) -> tuple[str, str]:
+        decoders = "+".join(fingerprint(decoder.program) for decoder in self.decoders)
+        return fingerprint(self.transformer), decoders
+
+    def text_encoder(self, cache: Path | None) -> Encoder:
+        tokens = self.geometry.text_tokens
+        return TextEncoder(self.folder, tokens, self.dtype, self.text_device, cache)
+
+    def decoders_of(self, rank: int) -> tuple[Placed, ...]:
+        """The decoders that a rank runs: rank 0 runs all of them, unless each rank has its own."""
+        if self.section.decoder.device == EVERY_RANK:
+            return self.decoders[rank : rank + 1]
+        return self.decoders if rank == 0 else ()
 
 
 def plan_stream(
@@ -131,6 +258,8 @@ def plan_stream(
     Raises:
         ValueError: the recipe, its checkpoint or its pipeline does not fit.
     """
+    from lltk.compiler import fitting, transform  # bundles do without
+
     if recipe.program != "stream":
         raise ValueError(f"program: {recipe.program} cannot be streamed; name a stream recipe")
     section = stream_section(recipe.stream, where)
@@ -140,11 +269,7 @@ def plan_stream(
         model = model.model_copy(update={"checkpoint": str(folder)})
     own = recipe.model_copy(update={"model": model})
     transformer = transform(own, weights=weights, observe=None if weights else fitting(own))
-    if late := [index for index in transformer.fact(HighSteps).indices if index >= section.steps]:
-        raise ValueError(
-            f"keep_steps: {late} are no passes of a chunk, which has {section.steps} "
-            f"(0 to {section.steps - 1}); set keep_steps or stream.steps"
-        )
+    check_high_steps(transformer.fact(HighSteps).indices, section.steps)
     _, width = transformer.geometry.latent(transformer.spec)
     place = torch.device(device)
     devices = _decoder_devices(section, place, transformer.fact(Ranks).count)
@@ -152,10 +277,23 @@ def plan_stream(
         own,
         section,
         folder,
+        place,
         transformer,
         tuple(_decoders(own, section, folder if weights else None, devices, width)),
-        place,
     )
+
+
+def check_high_steps(indices: Iterable[int], steps: int) -> None:
+    """Refuse passes in high precision that a chunk of so many steps does not have.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if late := [index for index in sorted(indices) if index >= steps]:
+        raise ValueError(
+            f"keep_steps: {late} are no passes of a chunk, which has {steps} "
+            f"(0 to {steps - 1}); set keep_steps or stream.steps"
+        )
 
 
 def _decoder_devices(
@@ -188,6 +326,8 @@ def _decoders(
 
     Their weights are those of the pipeline in ``folder``; without one they have none.
     """
+    from lltk.compiler import transform
+
     own = section.decoder
     if len(devices) > width:
         raise ValueError(

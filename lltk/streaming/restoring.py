@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lltk.graph.contract import Role, TensorSpec
-from lltk.stream.columns import column_cache
+from lltk.graph.contract import TensorSpec
 from lltk.stream.state import SessionState
-from lltk.streaming.plan import StreamPlan
+from lltk.streaming.plan import Plan
 
 
-def check_state(path: Path, state: SessionState, plan: StreamPlan) -> None:
+def check_state(path: Path, state: SessionState, plan: Plan) -> None:
     """Check a state against the plan of the stream that is to go on.
 
     Page indices are bounded here; runtimes only assert that they are, and kernels go by them.
@@ -32,10 +31,10 @@ def check_state(path: Path, state: SessionState, plan: StreamPlan) -> None:
         raise ValueError(f"{path}: {wrong}; it is damaged: use another state")
 
 
-def _wrong(state: SessionState, plan: StreamPlan) -> Iterator[str]:
+def _wrong(state: SessionState, plan: Plan) -> Iterator[str]:
     """What does not fit."""
-    program, timeline, delivery = plan.transformer, state.timeline, state.delivery
-    geometry, spec = program.geometry, program.spec
+    timeline, delivery = state.timeline, state.delivery
+    geometry, spec = plan.geometry, plan.spec
     own = [*timeline.chunks, *([timeline.last] if timeline.last else [])]
     for chunk in (*own, *(held.chunk for held in state.cache.held)):
         if chunk.frames != plan.chunking.frames(chunk.index):
@@ -51,7 +50,7 @@ def _wrong(state: SessionState, plan: StreamPlan) -> Iterator[str]:
     if len(state.pages) != (2 if plan.guided else 1):
         yield f"it has {len(state.pages)} caches"
     for pages in state.pages:
-        yield from _other(pages, program.pages, "cache")
+        yield from _other(pages, plan.pages, "cache")
     latent = geometry.latent(spec)
 
     def frames(count: int | None) -> tuple[int | None, ...]:
@@ -70,27 +69,12 @@ def _wrong(state: SessionState, plan: StreamPlan) -> Iterator[str]:
         yield f"its image is {bad}"
     sizes = (None, geometry.height, geometry.width) if plan.rank == 0 else (0, 0, 0)
     for part in delivery.undelivered:  # rank 0 has the video
-        dtype = _video_dtype(plan) if plan.rank == 0 else part.dtype
+        dtype = plan.video_dtype if plan.rank == 0 else part.dtype
         if bad := _misshapen(part, (geometry.batch, 3, *sizes), dtype):
             yield f"video to deliver is {bad}"
     if sum(part.shape[2] for part in delivery.undelivered) > decoded * spec.stride[0]:
         yield "more video is to be delivered than was decoded"
-    yield from _other(delivery.caches, _decoder_caches(plan) if decoded else {}, "decoder")
-
-
-def _video_dtype(plan: StreamPlan) -> torch.dtype:
-    """The dtype of what the decoders make."""
-    program = plan.decoders[0].program
-    return program.contract("first").outputs[program.model.output].dtype
-
-
-def _decoder_caches(plan: StreamPlan) -> dict[str, TensorSpec]:
-    """The feature caches of this rank's decoders, by the names in its decoder's state."""
-    placed = plan.decoders_of(plan.rank)
-    caches = [each.program.contract("step").having(Role.CACHE) for each in placed]
-    if len(caches) == 1:
-        return caches[0]
-    return {column_cache(i, name): own[name] for i, own in enumerate(caches) for name in own}
+    yield from _other(delivery.caches, plan.decoder_caches(plan.rank) if decoded else {}, "decoder")
 
 
 def _other(

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PASSES, after, difference, inputs, reached, refused, run
+from helpers import PASSES, after, difference, inputs, reached, refused, run, same
 from torch import Tensor
 
 from lltk.graph.contract import Role, page_output
+from lltk.graph.edit import building, inputs_of, op_of
 from lltk.graph.facts import Ranks
 from lltk.graph.program import Program
 from lltk.ops.rope_table.reference import rope_table
@@ -74,12 +75,6 @@ def test_commit_gives_what_was_written(table: tuple[int, ...]) -> None:
     assert difference(found, wanted) < 2e-6
 
 
-def outputs(graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the pass's graph gives; `run` takes a NaN in an input for something written."""
-    made = run(external(), graph, given)
-    return {name: made[name] for name in external().contract(graph).outputs}
-
-
 @pytest.mark.parametrize("graph", ["step", "commit"])
 def test_unlisted_pages_are_not_read(graph: str) -> None:
     """A NaN there does not reach the result; in a listed page it does."""
@@ -89,9 +84,9 @@ def test_unlisted_pages_are_not_read(graph: str) -> None:
     broken = {name: value.clone() for name, value in new.items()}
     for name in external().contract(graph).pages:
         broken[name][:, [1, 3]] = float("nan")
-    assert difference(outputs(graph, broken), wanted) == 0
+    assert difference(_results(external(), graph, broken), wanted) == 0
     broken["listed"][1] = True
-    results = outputs(graph, broken).values()
+    results = _results(external(), graph, broken).values()
     assert not all(bool(value.isfinite().all()) for value in results)
 
 
@@ -114,10 +109,57 @@ def test_shapes_do_not_depend_on_the_table() -> None:
     assert shapes["step"] == shapes["commit"] == [(1, 2 * 2 * 3, 2, 12)]
 
 
+@pytest.mark.parametrize("smoothing", [False, True])
+def test_pages_in_nvfp4(smoothing: bool) -> None:
+    """They are decoded before attention, and given part by part."""
+    cache = {"nvfp4_cache": {"smoothing": smoothing}}
+    old = after(reached("stream", *BEFORE, head_dim=16, **SIZES), cache)
+    new = after(old, "externalise")
+    step = given(old, "step", (2, 0))
+    outside = {**translated(new, "step", step)}
+    for name, spec in new.contract("step").pages.items():
+        outside[name] = outside[name].clone()
+        outside[name][:, [1, 3]] = 255 if spec.dtype == torch.uint8 else torch.nan
+    made = _results(new, "step", outside)
+    assert difference(made, run(old, "step", step)) < 2e-6
+    commit = given(old, "commit", (2, 0))
+    written, slot = run(old, "commit", commit), int(commit["slot"])
+    found = run(new, "commit", translated(new, "commit", commit))
+    assert found.keys() == {page_output(name) for name in old.pages}
+    assert len(found) == 3 * 2 * (4 if smoothing else 3)
+    for name in old.pages:
+        if name.endswith("_0"):  # the first layer's follow from no attention
+            part = written[name][:, slot]
+            assert same({name: part.contiguous()}, {name: found[page_output(name)]}), name
+
+
+def test_attention_to_fp8() -> None:
+    """What was fused with its quantiser is taken apart."""
+    steps = ("nvfp4_cache", "fp8_infer", "fuse_attention_quantise")
+    old = after(reached("stream", *BEFORE, head_dim=16, **SIZES), *steps)
+    new = after(old, "externalise")
+    step = given(old, "step", (1,))
+    assert (
+        difference(run(new, "step", translated(new, "step", step)), run(old, "step", step)) < 1e-2
+    )
+    names = [str(op_of(node)) for node in new.graphs["step"].nodes]
+    assert names.count("lltk.listed_attention.default") == 3
+
+
+def _results(program: Program, graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a graph gives; `run` takes a NaN in an input for something written."""
+    made = run(program, graph, given)
+    return {name: made[name] for name in program.contract(graph).outputs}
+
+
 def test_what_has_no_such_form_is_refused() -> None:
-    cache = reached("stream", *BEFORE, "nvfp4_cache", head_dim=16)
-    message = refused(after, cache, "externalise")
-    assert "externalise: " in message and "nvfp4_paged_attention" in message
-    assert "blocks.0.attn1" in message and "remove the pass" in message
+    other = after(original())
+    graph = other.graphs["step"]
+    (table,) = inputs_of(graph, Role.TABLE)
+    with building(next(iter(table.users))) as build:
+        build(torch.ops.aten.clone.default, table).meta["val"] = table.meta["val"]
+    message = refused(after, other, "externalise")
+    assert "externalise: clone (blocks.0.attn1): aten.clone.default reads the table" in message
+    assert "remove the pass" in message
     program = replace(original(), facts={Ranks: Ranks(2)})
     assert "is for one process, the program is for 2" in refused(after, program, "externalise")

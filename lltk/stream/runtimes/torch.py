@@ -8,12 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lltk.graph.contract import Role, TensorSpec
+from lltk.graph.contract import Role
 from lltk.graph.diagnose import first_bad_node
 from lltk.graph.facts import HighSteps, Ranks
 from lltk.graph.geometry import Geometry
 from lltk.graph.module import ProgramModule
-from lltk.graph.packed import broken_scales
 from lltk.graph.program import Program
 from lltk.graph.spec import ModelSpec
 from lltk.graph.verify import STEP_HIGH
@@ -22,36 +21,13 @@ from lltk.parallel.groups import SEQUENCE
 from lltk.parallel.transfer import upload
 from lltk.stream.lanes import Lane
 from lltk.stream.runtimes.cuda_graph import CudaGraphs
-
-
-def _largest(values: Tensor) -> Tensor:
-    """The largest magnitude, []; NaN if a value is NaN. Reads the values once and copies none."""
-    return torch.linalg.vector_norm(values, torch.inf)
-
-
-def _check_pages(pages: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
-    """Refuse pages with values that no commit writes; waits for the device.
-
-    Raises:
-        ValueError: a value is not finite, or a scale is NaN or negative.
-    """
-    for name, page in pages.items():
-        if wrong := _wrong(page, specs[name].role):
-            raise ValueError(
-                f"state: {name} has {wrong}; what wrote it is broken, or the file is damaged: "
-                "resume from another"
-            )
-
-
-def _wrong(page: Tensor, role: Role | None) -> str | None:
-    if page.dtype is torch.float8_e4m3fn:
-        return "block scales that are NaN or negative" if broken_scales(page) else None
-    if not page.is_floating_point():
-        return None
-    if not _largest(page).isfinite():
-        return "values that are not finite"
-    negative = role is Role.PAGE_DECODE_SCALES and bool((page < 0).any())
-    return "decode scales that are negative" if negative else None
+from lltk.stream.runtimes.values import (
+    check_indices,
+    check_pages,
+    largest,
+    restore_pages,
+    telling,
+)
 
 
 class TorchRuntime:
@@ -86,14 +62,7 @@ class TorchRuntime:
             name: torch.zeros(spec.shape, dtype=spec.dtype, device=self._device)
             for name, spec in self._page_specs.items()
         }
-        scales = {
-            name: page
-            for name, page in self._pages.items()
-            if self._page_specs[name].role is Role.PAGE_DECODE_SCALES
-        }
-        self._telling = scales or self._pages
-        """The parts that tell whether a page is finite. A decode scale is NaN where the keys or
-        values that it was computed from are not finite."""
+        self._telling = telling(self._pages, self._page_specs)
         self._slots = torch.arange(program.geometry.pages, device=self._device)
         self._listed: tuple[tuple[int, ...], Tensor] | None = None
         self._text: dict[str, Tensor] = {}
@@ -171,8 +140,8 @@ class TorchRuntime:
         self._run("commit", self._commit_inputs(latents, positions, table, slot), table)
 
     def magnitudes(self, slot: int) -> Tensor:
-        self._check_indices((slot,))
-        found = torch.stack([_largest(page[:, slot]) for page in self._telling.values()])
+        check_indices((slot,), self._geometry.pages)
+        found = torch.stack([largest(page[:, slot]) for page in self._telling.values()])
         return all_parts(found, 0, self._ranks, SEQUENCE) if self._ranks > 1 else found
 
     def first_bad_commit(
@@ -197,27 +166,16 @@ class TorchRuntime:
         self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int
     ) -> dict[Role, Tensor]:
         """What a commit reads besides prompt and cache."""
-        self._check_indices((*table, slot))
+        check_indices((*table, slot), self._geometry.pages)
         own = self._slots[slot : slot + 1]
         return {Role.LATENTS: latents, Role.POSITIONS: positions, Role.SLOT: own}
 
     def state(self) -> dict[str, Tensor]:
-        _check_pages(self._pages, self._page_specs)
+        check_pages(self._pages, self._page_specs)
         return dict(self._pages)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        wanted, found = (
-            {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-            for tensors in (self._pages, state)
-        )
-        if found != wanted:
-            raise ValueError(
-                f"state: its pages {found} are not this program's, {wanted}; restore a state of "
-                "the same model and geometry"
-            )
-        _check_pages(state, self._page_specs)
-        for name, arena in self._pages.items():
-            arena.copy_(state[name])
+        restore_pages(self._pages, state, self._page_specs)
 
     def _run(
         self, graph: str, inputs: dict[Role, Tensor], table: Sequence[int]
@@ -245,14 +203,7 @@ class TorchRuntime:
     def _indices(self, table: tuple[int, ...]) -> Tensor:
         """The table on the device; a chunk's passes share it."""
         if self._listed is None or self._listed[0] != table:
-            self._check_indices(table)
+            check_indices(table, self._geometry.pages)
             indices = torch.tensor(table, dtype=torch.int64)
             self._listed = table, upload(indices, self._device)
         return self._listed[1]
-
-    def _check_indices(self, pages: Sequence[int]) -> None:
-        """Check that pages are there, and none twice; kernels read and write where these say."""
-        count = self._geometry.pages
-        assert all(0 <= page < count for page in pages) and len(set(pages)) == len(pages), (
-            f"pages {list(pages)} are not different ones of {count}"
-        )

@@ -1,0 +1,1 @@
+"""Decoding all pages of an arena in NVFP4."""

@@ -1,0 +1,194 @@
+"""The runtime over graphs in ONNX, and the decoder over such graphs, by ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lltk.graph.contract import Role, page_output
+from lltk.graph.geometry import Geometry
+from lltk.graph.spec import DecoderSpec, ModelSpec
+from lltk.graph.verify import STEP_HIGH
+from lltk.ops.rope_table.reference import rope_table
+from lltk.stream.decoder import GraphDecoder
+from lltk.stream.lanes import Lane
+from lltk.stream.runtimes.onnx_graph import OnnxGraph
+from lltk.stream.runtimes.values import (
+    check_indices,
+    check_pages,
+    largest,
+    restore_pages,
+    telling,
+)
+
+
+class OrtRuntime:
+    """Runs a stream's graphs that mutate nothing; see `lltk.stream.runtimes.Runtime`.
+
+    A commit's outputs go straight into their page, which is contiguous as the batch is 1. On a GPU
+    every call waits for the device.
+
+    Args:
+        graphs: ``prologue``, ``step``, ``commit`` and maybe ``step_high``; runtimes may share them.
+        geometry: what they are made for.
+        spec: the transformer's.
+        lane: where the calls take turns.
+        high_steps: which of a chunk's passes ``step_high`` makes.
+    """
+
+    def __init__(
+        self,
+        graphs: Mapping[str, OnnxGraph],
+        geometry: Geometry,
+        spec: ModelSpec,
+        lane: Lane,
+        high_steps: Collection[int] = (),
+    ) -> None:
+        assert geometry.batch == 1, "a page of several videos is not contiguous"
+        self._graphs, self._geometry, self._spec = graphs, geometry, spec
+        self._lane, self._high_steps = lane, high_steps
+        step, prologue = graphs["step"].contract, graphs["prologue"].contract
+        self._dtype = step.input(Role.LATENTS).dtype
+        self._page_specs = step.pages
+        self._pages, self._text = (
+            {n: torch.zeros(s.shape, dtype=s.dtype, device=lane.device) for n, s in specs.items()}
+            for specs in (self._page_specs, prologue.outputs)
+        )
+        self._telling = telling(self._pages, self._page_specs)
+        self._rotary: tuple[tuple[float, ...], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._geometry
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._lane.device
+
+    @property
+    def lane(self) -> Lane:
+        return self._lane
+
+    @property
+    def pages(self) -> dict[str, Tensor]:
+        return self._pages
+
+    def clear(self) -> None:
+        for page in self._pages.values():
+            page.zero_()
+
+    def set_prompt(self, text: Tensor) -> None:
+        graph = self._graphs["prologue"]
+        graph(graph.contract.named({Role.TEXT: text}), self._text)
+
+    def step(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        positions: Tensor,
+        table: Sequence[int],
+        index: int = 0,
+    ) -> Tensor:
+        graph = self._graphs[STEP_HIGH if index in self._high_steps else "step"]
+        common = {Role.LATENTS: latents, Role.TIME: timestep}
+        return graph(self._given(graph, common, positions, table))[self._spec.output]
+
+    def first_bad(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        positions: Tensor,
+        table: Sequence[int],
+        index: int = 0,
+    ) -> str | None:
+        """As the protocol says. A graph's inside is not seen: it names outputs of graphs."""
+        for name, value in self._text.items():
+            if not _finite(value):
+                return f"output {name} of prologue"
+        made = self.step(latents, timestep, positions, table, index)
+        return None if _finite(made) else f"output {self._spec.output} of step"
+
+    def commit(self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
+        check_indices((*table, slot), self._geometry.pages)
+        graph = self._graphs["commit"]
+        given = self._given(graph, {Role.LATENTS: latents}, positions, table)
+        graph(given, {page_output(name): page[:, slot] for name, page in self._pages.items()})
+
+    def magnitudes(self, slot: int) -> Tensor:
+        check_indices((slot,), self._geometry.pages)
+        return torch.stack([largest(page[:, slot]) for page in self._telling.values()])
+
+    def first_bad_commit(
+        self,
+        latents: Tensor,
+        positions: Tensor,
+        table: Sequence[int],
+        slot: int,
+        magnitudes: Tensor,
+    ) -> str:
+        """As the protocol says; it names the output of ``commit``, and makes nothing again."""
+        first = int(magnitudes.isfinite().logical_not().nonzero()[0])
+        return f"output {page_output(list(self._telling)[first])} of commit"
+
+    def state(self) -> dict[str, Tensor]:
+        check_pages(self._pages, self._page_specs)
+        return dict(self._pages)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        restore_pages(self._pages, state, self._page_specs)
+
+    def _given(
+        self,
+        graph: OnnxGraph,
+        common: Mapping[Role, Tensor],
+        positions: Tensor,
+        table: Sequence[int],
+    ) -> dict[str, Tensor]:
+        """All inputs of a graph by name: prompt and cache too."""
+        check_indices(table, self._geometry.pages)
+        listed = torch.zeros(self._geometry.pages, dtype=torch.bool)
+        listed[list(table)] = True
+        cos, sin = self._tables(positions)
+        moving = {Role.LISTED: listed.to(self.device), Role.ROTARY_COS: cos, Role.ROTARY_SIN: sin}
+        return {**self._text, **self._pages, **graph.contract.named({**common, **moving})}
+
+    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotary tables of positions, made on the host; a chunk's passes share them."""
+        key = tuple(positions.tolist())
+        if self._rotary is None or self._rotary[0] != key:
+            spec = self._spec
+            sides, split = self._geometry.grid(spec), spec.rope_split
+            cos, sin = rope_table(positions.cpu(), *sides, split, spec.rope_theta)
+            self._rotary = key, (cos.to(self.device), sin.to(self.device))
+        return self._rotary[1]
+
+
+class OrtDecoder(GraphDecoder):
+    """Runs a decoder's graphs; see `lltk.stream.decoder.LatentDecoder`.
+
+    Args:
+        graphs: ``first``, ``step`` and maybe ``steps``; decoders may share them.
+        spec: the decoder's.
+        lane: where the calls take turns.
+    """
+
+    def __init__(self, graphs: Mapping[str, OnnxGraph], spec: DecoderSpec, lane: Lane) -> None:
+        super().__init__(spec, {name: each.contract for name, each in graphs.items()}, lane)
+        self._graphs = graphs
+
+    def _run(self, graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._graphs[graph](given)
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(largest(value).isfinite())

@@ -1,0 +1,214 @@
+"""What a bundle becomes before its graphs are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import TypeAdapter
+
+from lltk.export.bundle import Facts, check_graphs, read_bundle
+from lltk.files.writing import standing
+from lltk.graph.contract import Contract, Role, TensorSpec
+from lltk.graph.geometry import Geometry
+from lltk.graph.program import LogEntry
+from lltk.graph.recipe import overridden, parse_recipe
+from lltk.graph.spec import DecoderSpec, ModelSpec
+from lltk.graph.stages import Stage
+from lltk.graph.verify import STEP_HIGH
+from lltk.models.hub import on_disk
+from lltk.models.pipelines import find_pipeline
+from lltk.stream.bundle_text import BundleTextEncoder
+from lltk.stream.recipe import stream_section
+from lltk.stream.runtimes.onnx_graph import CPU, check_installed, provider_device
+from lltk.stream.text import Encoder, TextEncoder
+from lltk.streaming.plan import Plan, check_high_steps
+
+T = TypeVar("T")
+
+TRANSFORMER, DECODER, TEXT = "transformer", "decoder", "text"
+_FREE = frozenset(
+    {
+        "pipeline", "fps", "steps", "shift", "guidance", "negative_prompt", "scene_cut",
+        "shot_offset", "recache", "seed", "text",
+    }
+)  # fmt: skip
+"""Keys of a recipe's stream section that no graph depends on."""
+
+
+@dataclass(frozen=True)
+class BundlePlan(Plan):
+    """A stream that ONNX Runtime runs.
+
+    Attributes:
+        path: the bundle's folder.
+        facts: what its manifest says.
+        provider: ONNX Runtime's execution provider.
+        transformer_spec, decoder_spec: of the models.
+    """
+
+    path: Path
+    facts: Facts
+    provider: str
+    transformer_spec: ModelSpec
+    decoder_spec: DecoderSpec
+
+    def contract(self, stage: str, graph: str) -> Contract:
+        """Inputs and outputs of a graph."""
+        return self.facts.stages[stage].graphs[graph].contract
+
+    @property
+    def high_steps(self) -> Sequence[int]:
+        """Which of a chunk's passes ``step_high`` makes."""
+        return self.facts.stages[TRANSFORMER].high_steps
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        config: Mapping[str, Any] = self.facts.recipe["model"]["config"]
+        return config
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.recipe.geometry
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.transformer_spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.contract(TRANSFORMER, "step").input(Role.LATENTS).dtype
+
+    @property
+    def pages(self) -> Mapping[str, TensorSpec]:
+        return self.contract(TRANSFORMER, "step").pages
+
+    @property
+    def log(self) -> Sequence[LogEntry]:
+        entries = self.facts.stages[TRANSFORMER].log
+        return [LogEntry(**{**each, "stage": Stage[each["stage"].upper()]}) for each in entries]
+
+    @property
+    def implementations(self) -> Mapping[str, str]:
+        return {}  # ONNX Runtime chooses its own
+
+    @property
+    def ranks(self) -> int:
+        return 1
+
+    @property
+    def decoder_device(self) -> torch.device:
+        return self.device
+
+    @property
+    def video_dtype(self) -> torch.dtype:
+        return self.contract(DECODER, "first").outputs[self.decoder_spec.output].dtype
+
+    def decoder_caches(self, rank: int) -> Mapping[str, TensorSpec]:
+        return self.contract(DECODER, "step").having(Role.CACHE)
+
+    def fingerprints(self) -> tuple[str, str]:
+        stages = self.facts.stages
+        return stages[TRANSFORMER].fingerprint, stages[DECODER].fingerprint
+
+    @property
+    def text_files(self) -> dict[str, str]:
+        """The text encoder's files in the bundle, with their SHA-256; none if it is outside."""
+        files = self.facts.files.items()
+        return {name: digest for name, digest in files if name.startswith(f"{TEXT}/")}
+
+    def text_encoder(self, cache: Path | None) -> Encoder:
+        outside = self.facts.text
+        if outside is None:
+            digest = hashlib.sha256(json.dumps(self.text_files).encode()).hexdigest()
+            return BundleTextEncoder(self.path / TEXT, self.contract(TEXT, "encode"), digest, cache)
+        tokens, device = self.geometry.text_tokens, self.text_device
+        return TextEncoder(self.folder, tokens, self.dtype, device, cache, outside.digest)
+
+
+def is_bundle(name: str) -> bool:
+    """Whether a name is that of a folder, which as a stream can only be a bundle."""
+    return standing(Path(name)).is_dir()
+
+
+def plan_bundle(
+    path: Path,
+    overrides: Iterable[str] = (),
+    provider: str = CPU,
+    *,
+    download: bool = False,
+) -> BundlePlan:
+    """Check a bundle, and plan to stream it; no graph is loaded.
+
+    Args:
+        path: the bundle.
+        overrides: keys of its recipe to change, each ``stream.KEY=VALUE``.
+        provider: ONNX Runtime's execution provider.
+        download: whether a pipeline on the Hugging Face hub, which encodes prompts, is downloaded.
+
+    Raises:
+        ValueError: it is no bundle that this lltk reads, a file is missing or was changed, a key is
+            built into its graphs, or ONNX Runtime has no such provider.
+    """
+    check_installed()
+    facts = read_bundle(path)
+    _check_whole(path, facts)
+    check_graphs(standing(path), facts)
+    overrides = list(overrides)
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        part, _, own = key.partition(".")
+        if part != "stream" or own.partition(".")[0] not in _FREE:
+            raise ValueError(
+                f"{key}: is built into {path}, where only keys of stream can change: "
+                f"{', '.join(sorted(_FREE))}; export the recipe again with --set {override}"
+            )
+        if own == "text.device" and facts.text is None:
+            raise ValueError(f"{key}: {path} has its text encoder, for the CPU; drop the key")
+    data = overridden(facts.recipe, overrides)
+    model = {**data["model"], "checkpoint": None, "lora": None, "lora_strength": 1.0}
+    recipe = parse_recipe(on_disk({**data, "model": model}, download, needed=False), str(path))
+    section = stream_section(recipe.stream, str(path))
+    plain: dict[str, Any] = {"compile": False, "cuda_graphs": False}  # choices for torch's kernels
+    decoder = section.decoder.model_copy(update={**plain, "device": None, "passes": None})
+    text = section.text
+    if facts.text is None:
+        text = text.model_copy(update={"device": "cpu"})
+    section = section.model_copy(update={**plain, "decoder": decoder, "text": text})
+    stage = facts.stages[TRANSFORMER]
+    check_high_steps(stage.high_steps, section.steps)
+    return BundlePlan(
+        recipe,
+        section,
+        find_pipeline(section.pipeline, needed=False),
+        provider_device(provider),
+        standing(path),
+        facts,
+        provider,
+        _read(ModelSpec, stage.model),
+        _read(DecoderSpec, facts.stages[DECODER].model),
+    )
+
+
+def _check_whole(path: Path, facts: Facts) -> None:
+    """Refuse a bundle that has not all graphs of a stream."""
+    graphs = {f"{name}/{graph}" for name, stage in facts.stages.items() for graph in stage.graphs}
+    wanted = [f"{TRANSFORMER}/{graph}" for graph in ("prologue", "step", "commit")]
+    wanted += [f"{DECODER}/{graph}" for graph in ("first", "step")]
+    wanted += [f"{TEXT}/encode"] if facts.text is None else []
+    wanted += [f"{name}/{STEP_HIGH}" for name, stage in facts.stages.items() if stage.high_steps]
+    for graph in wanted:
+        if graph not in graphs:
+            raise ValueError(
+                f"{path}: has no graph {graph}, so it plays no stream; export a stream recipe again"
+            )
+
+
+def _read(kind: type[T], data: Any) -> T:
+    """A dataclass from what JSON holds of it."""
+    return TypeAdapter(kind).validate_python(data)
