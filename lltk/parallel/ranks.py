@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ GRACE = 2.0
 """Seconds that a rank has to end by itself, once any rank has failed."""
 _POLL = 0.2
 _FAILED = "lltk/failed"
+_FOREVER = timedelta(days=365)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """Run the block together with the other ranks that torchrun started, if it did.
 
     If a rank fails, all end within seconds. The first to fail raises its error; the others exit
-    with code 1 and print nothing. Each rank takes the GPU of its own number.
+    with code 1 and print nothing. So they do if a rank is killed, and the first to know logs it.
+    Each rank takes the GPU of its own number.
 
     Args:
         device: ``cpu`` or ``cuda``; by default GPUs if there are any.
@@ -89,9 +93,14 @@ def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
         assert group is not None
         ranks = Ranks(rank, size, own)
         frames = dist.new_group(timeout=timeout, backend="gloo")
+        living = dist.new_group(timeout=_FOREVER, backend="gloo")
+        listener = threading.Thread(target=_listen, args=(living, store.clone()), daemon=True)
+        listener.start()
         with registered(SEQUENCE, group), registered(FRAMES, frames):
             yield ranks
         ranks.any(False)  # all are done
+        dist.send(torch.zeros(1), group=living, group_dst=(rank + 1) % size)
+        listener.join()
     except BaseException:
         _end_soon()
         if not _first_to_fail(store):
@@ -120,6 +129,20 @@ def _watch(store: Store, done: threading.Event) -> None:
         if failed:
             _end_soon()
             return
+
+
+def _listen(group: dist.ProcessGroup, store: Store) -> None:
+    """Wait until the rank before this one is done. End this process if that one is killed.
+
+    Its connection is closed then. NCCL would wait for it for minutes.
+    """
+    before = (group.rank() - 1) % group.size()
+    try:
+        dist.recv(torch.zeros(1), group=group, group_src=before)
+    except RuntimeError:
+        if _first_to_fail(store):
+            _log.error("ranks: rank %d has stopped; start again", before)
+        _end_soon()
 
 
 def _end_soon() -> None:
