@@ -48,7 +48,7 @@ def test_one_block(tmp_path: Path, steps: tuple[Any, ...]) -> None:
         made = sessions[case.graph](given(case.inputs, external.contract(case.graph)))
         for name, held in case.outputs.items():
             least = 1e-5 if held.element_size() == 4 else 0.01
-            bound = max(least, 2 * case.spread.get(name, 0))
+            bound = max(least, 2 * case.spread.get(held.dtype, 0))
             assert distance(made[name], held) <= bound, (case.graph, name)
 
 

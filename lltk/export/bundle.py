@@ -405,7 +405,8 @@ def _write_golden(folder: NewFolder, cases: Iterable[Case]) -> list[GoldenFacts]
     for number, case in enumerate(cases):
         inputs, outputs = noted(number, case.inputs), noted(number, case.outputs)
         bounds = {
-            name: _bound(value, case.spread.get(name, 0)) for name, value in case.outputs.items()
+            name: _bound(value, case.spread.get(value.dtype, 0))
+            for name, value in case.outputs.items()
         }
         facts.append(
             GoldenFacts(

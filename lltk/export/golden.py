@@ -41,16 +41,16 @@ class Case:
         graph: which.
         inputs: what fills its inputs; see `whole`. Cases share those that they have in common.
         outputs: samples of its outputs; see `sample`.
-        spread: how far torch's own outputs differ where its latents are not quite the same, as
-            `distance` has it. It is there if the graph rounds activations to few bits, where what
-            one rounding does spreads.
+        spread: how far torch's own outputs of each dtype differ at most where its latents are not
+            quite the same, as `distance` has it. It is there if the graph rounds activations to few
+            bits, where what one rounding does spreads.
     """
 
     stage: str
     graph: str
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-    spread: Mapping[str, float] = field(default_factory=dict)
+    spread: Mapping[torch.dtype, float] = field(default_factory=dict)
 
 
 def whole(held: Tensor, spec: TensorSpec) -> Tensor:
@@ -119,14 +119,14 @@ def transformer_cases(program: Program, external: Program) -> Iterator[Case]:
         own, contract = program.contract(graph), external.contract(graph)
         run = partial(run_external, partial(module, graph), own)
         cases = []
-        spread: Mapping[str, float] = {}
+        spread: Mapping[torch.dtype, float] = {}
         for table, chunk in moments if own.having(Role.TABLE) else moments[:1]:
             here = places(program, table, last, chunk)
             held = draw.inputs(contract, here)
             made = run(given(held, contract), here)
             if _rounds(program):
                 found = _spread(partial(run, here=here), held, made, contract, draw)
-                spread = {name: max(far, spread.get(name, 0)) for name, far in found.items()}
+                spread = {dtype: max(far, spread.get(dtype, 0)) for dtype, far in found.items()}
             outputs = {name: sample(made[name]) for name in contract.outputs}
             cases.append(Case("transformer", graph, held, outputs))
         yield from (replace(case, spread=spread) for case in cases)
@@ -254,13 +254,14 @@ def _spread(
     made: Mapping[str, Tensor],
     contract: Contract,
     draw: _Draw,
-) -> dict[str, float]:
-    """How far outputs differ at most where the latents, or the text, have a little noise."""
+) -> dict[torch.dtype, float]:
+    """How far outputs of each dtype differ at most where latents, or text, have a little noise."""
     changed = {**contract.having(Role.LATENTS), **contract.having(Role.TEXT)}
-    spread = dict.fromkeys(contract.outputs, 0.0)
+    spread = dict.fromkeys((spec.dtype for spec in contract.outputs.values()), 0.0)
     for _ in range(_DRAWS):
         noisy = {**held, **{name: draw.noisy(held[name]) for name in changed}}
         other = run(given(noisy, contract))
-        for name, largest in spread.items():
-            spread[name] = max(largest, distance(other[name], sample(made[name])))
+        for name, spec in contract.outputs.items():
+            far = distance(other[name], sample(made[name]))
+            spread[spec.dtype] = max(far, spread[spec.dtype])
     return spread
