@@ -96,7 +96,7 @@ def distances(
 def within(row: Mapping[str, Any]) -> bool:
     """Whether ONNX Runtime's distances are no larger than torch's, as distributions.
 
-    By Kolmogorov's and Smirnov's one-sided test, at one in a hundred. Where nothing flips, the noise
+    By Kolmogorov's and Smirnov's one-sided test, at one in a hundred. Where nothing flips, noise
     on the latents lets torch be farther from itself than ONNX Runtime is: smaller distances count
     as within.
     """
