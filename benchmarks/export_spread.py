@@ -93,17 +93,19 @@ def distances(
         yield onnx, torchs
 
 
-def alike(row: Mapping[str, Any]) -> bool:
-    """Whether two sorted lists of distances are of one distribution.
+def within(row: Mapping[str, Any]) -> bool:
+    """Whether ONNX Runtime's distances are no larger than torch's, as distributions.
 
-    By Kolmogorov's and Smirnov's test, at one in a hundred.
+    By Kolmogorov's and Smirnov's one-sided test, at one in a hundred. Where nothing flips, noise
+    on the latents lets torch be farther from itself than ONNX Runtime is: smaller distances count
+    as within.
     """
     ours, theirs = row["onnx_runtime"], row["torch"]
     apart = max(
-        abs(sum(v <= at for v in ours) / len(ours) - sum(v <= at for v in theirs) / len(theirs))
+        sum(v <= at for v in theirs) / len(theirs) - sum(v <= at for v in ours) / len(ours)
         for at in (*ours, *theirs)
     )
-    return bool(apart <= 1.63 * (1 / len(ours) + 1 / len(theirs)) ** 0.5)
+    return bool(apart <= 1.52 * (1 / len(ours) + 1 / len(theirs)) ** 0.5)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,8 +125,9 @@ def main() -> None:
         Steps of {options.runs} random latents with the shipped weights, over pages that torch
         committed. Distances are norms of differences, relative to the norm of torch's result: of
         ONNX Runtime's step, and of torch's with noise of {NOISE:g} on the latents. Above
-        {FLIPPED:g} a rounding flipped. The two are alike if Kolmogorov's and Smirnov's test does
-        not tell them apart at one in a hundred.
+        {FLIPPED:g} a rounding flipped. ONNX Runtime is within torch's spread if
+        Kolmogorov's and Smirnov's one-sided test does not find its distances larger, at one in a
+        hundred.
         """
     results = [measure(recipe, options.runs) for recipe in rows(options)]
     record = script_record("export_spread", method, results)
@@ -144,7 +147,7 @@ def text(record: Record) -> str:
         "recipe": lambda row: row["recipe"],
         "ONNX Runtime: 10 % / median / 90 % / largest": lambda row: shown(row["onnx_runtime"]),
         "torch under noise": lambda row: shown(row["torch"]),
-        "alike": lambda row: "yes" if alike(row) else "no",
+        "within": lambda row: "yes" if within(row) else "no",
     }
     return markdown(record, "Steps in W4A4 in ONNX Runtime", columns)
 
