@@ -24,7 +24,7 @@ test: $(INSTALLED) ## Install into .venv, then lint, type-check and test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	cd .venv && bin/mypy --config-file ../pyproject.toml --package lltk
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 clean: ## Remove .venv and everything that was built
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

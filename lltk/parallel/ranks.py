@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import select
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +26,6 @@ GRACE = 2.0
 """Seconds that a rank has to end by itself, once any rank has failed."""
 _POLL = 0.2
 _FAILED = "lltk/failed"
-_FOREVER = timedelta(days=365)
 _log = logging.getLogger(__name__)
 
 
@@ -61,7 +62,8 @@ def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """Run the block together with the other ranks that torchrun started, if it did.
 
     If a rank fails, all end within seconds. The first to fail raises its error; the others exit
-    with code 1 and print nothing. So they do if a rank is killed, and the first to know logs it.
+    with code 1 and print nothing. So do those on its machine if one is killed, and the first to
+    know logs it; torchrun ends the rest.
     Each rank takes the GPU of its own number.
 
     Args:
@@ -77,7 +79,8 @@ def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
         return
     store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
     done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(store.clone(), done), daemon=True)
+    others: dict[int, int] = {}
+    watcher = threading.Thread(target=_watch, args=(store.clone(), others, done), daemon=True)
     watcher.start()
     try:
         own = _own_device(find_device(device))
@@ -89,18 +92,14 @@ def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
             timeout=timeout,
         )
         _check_alike(own)
+        others |= _processes(rank)
         group = dist.group.WORLD
         assert group is not None
         ranks = Ranks(rank, size, own)
         frames = dist.new_group(timeout=timeout, backend="gloo")
-        living = dist.new_group(timeout=_FOREVER, backend="gloo")
-        listener = threading.Thread(target=_listen, args=(living, store.clone()), daemon=True)
-        listener.start()
         with registered(SEQUENCE, group), registered(FRAMES, frames):
             yield ranks
         ranks.any(False)  # all are done
-        dist.send(torch.zeros(1), group=living, group_dst=(rank + 1) % size)
-        listener.join()
     except BaseException:
         _end_soon()
         if not _first_to_fail(store):
@@ -109,6 +108,8 @@ def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     finally:
         done.set()
         watcher.join(GRACE)  # the interpreter's end aborts a thread within the store
+        for process in others.values():
+            os.close(process)
     dist.destroy_process_group()
 
 
@@ -119,30 +120,39 @@ def _first_to_fail(store: Store) -> bool:
         return False
 
 
-def _watch(store: Store, done: threading.Event) -> None:
-    """End this process soon after any rank has failed, whatever it waits for."""
+def _processes(rank: int) -> dict[int, int]:
+    """Descriptors of the other ranks' processes on this machine, which tell of their ends."""
+    if not hasattr(os, "pidfd_open"):  # it is Linux's
+        return {}
+    own = socket.gethostname(), os.getpid()
+    every: list[tuple[str, int] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    found = {}
+    for other, place in enumerate(every):
+        if other != rank and place is not None and place[0] == own[0]:
+            found[other] = os.pidfd_open(place[1])
+    return found
+
+
+def _watch(store: Store, others: Mapping[int, int], done: threading.Event) -> None:
+    """End this process soon after any rank has failed or was killed, whatever it waits for.
+
+    NCCL would wait for a killed one for minutes.
+    """
     while not done.wait(_POLL):
         try:
             failed = store.check([_FAILED])
         except RuntimeError:  # who kept it is gone
             failed = not done.is_set()
+        ended, _, _ = select.select([*others.values()], [], [], 0)
+        if not failed and ended and not done.wait(_POLL):
+            failed = True
+            if _first_to_fail(store):
+                lost = next(rank for rank, process in others.items() if process in ended)
+                _log.error("ranks: rank %d has stopped; start again", lost)
         if failed:
             _end_soon()
             return
-
-
-def _listen(group: dist.ProcessGroup, store: Store) -> None:
-    """Wait until the rank before this one is done. End this process if that one is killed.
-
-    Its connection is closed then. NCCL would wait for it for minutes.
-    """
-    before = (group.rank() - 1) % group.size()
-    try:
-        dist.recv(torch.zeros(1), group=group, group_src=before)
-    except RuntimeError:
-        if _first_to_fail(store):
-            _log.error("ranks: rank %d has stopped; start again", before)
-        _end_soon()
 
 
 def _end_soon() -> None:
