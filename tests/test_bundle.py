@@ -290,7 +290,11 @@ def shared() -> str:
         ("tiny_stream", ("geometry.batch=2",), "set geometry.batch=1"),
         ("tiny_stream", ("stream.decoder.dtype=bfloat16",), "set stream.decoder.dtype=float32"),
         ("tiny_stream", ("stream.decoder.device=[cpu, cpu]",), "names several"),
-        ("tiny_stream", (*SIZES, shared()), "is for one process, the program is for 2"),
+        (
+            "tiny_stream",
+            ("geometry.chunk=2", "geometry.window=8", "geometry.sink=2", shared()),
+            "is for one process, the program is for 2",
+        ),
     ],
 )
 def test_what_this_version_does_not_export(
