@@ -12,8 +12,8 @@ from helpers import HAND_SPEC, PASSES, after, hand_made, reached
 from lltk.graph.contract import Role
 from lltk.graph.edit import calls, sort_topologically
 from lltk.graph.facts import Ranks, Trainable
-from lltk.graph.geometry import Kind
 from lltk.graph.module import instantiate
+from lltk.graph.recipe import Recipe
 from lltk.graph.spec import LinearRole
 from lltk.graph.stages import Stage
 from lltk.models.families import FAMILIES, family_of
@@ -69,7 +69,7 @@ def test_a_linear_has_the_role_that_its_path_says() -> None:
 
 
 def test_every_kind_of_program_is_of_one_family() -> None:
-    for kind in get_args(Kind):
+    for kind in get_args(Recipe.model_fields["program"].annotation):
         assert family_of(kind) in FAMILIES
     assert family_of("stream") is family_of("train") is not family_of("decode")
 

@@ -19,11 +19,11 @@ from lltk.bench.quality import (
     score_video,
     streamed,
 )
-from lltk.graph.module import instantiate
 from lltk.models.tiny.world import FPS, Story, render
 from lltk.stream import session
 from lltk.stream.script import SCENE_CUT, Shot
 from lltk.stream.text import TextEncoder
+from lltk.streaming import open_runtime
 
 pytestmark = pytest.mark.cpu
 
@@ -53,11 +53,9 @@ def test_streamed_chunks_are_a_sessions(tmp_path: Path, monkeypatch: pytest.Monk
     chunks = plan.chunking.chunks(script)
     opens = [chunk.index for chunk in chunks if chunk.opens_shot]
     assert opens == [0, 3] and len(chunks) == 8
-    program = plan.transformer
-    encoder = TextEncoder(plan.folder, program.geometry.text_tokens)
+    encoder = TextEncoder(plan.folder, plan.geometry.text_tokens)
     text = torch.cat([encoder.encode([chunk.prompt]) for chunk in chunks])[None]
-    module = instantiate(program)
-    ours = list(streamed(program, module, text, opens, steps=4, seed=5))
+    ours = list(streamed(open_runtime(plan), text, opens, steps=4, seed=5))
 
     noise = noises(seed=5)
     monkeypatch.setattr(session, "chunk_noise", lambda *given: next(noise))
@@ -66,7 +64,7 @@ def test_streamed_chunks_are_a_sessions(tmp_path: Path, monkeypatch: pytest.Monk
         theirs = [report.latents for report in stream]
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
-    uncut = list(streamed(program, module, text, [0], steps=4, seed=5))
+    uncut = list(streamed(open_runtime(plan), text, [0], steps=4, seed=5))
     same = [torch.equal(a, b) for a, b in zip(ours, uncut, strict=True)]
     assert same[:6] == [True] * 6 and not any(same[6:]), "no shot sink"
 
