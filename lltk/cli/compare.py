@@ -111,7 +111,6 @@ def command(
 
     chosen = find_device(device)
     films = -(-shots // SHOTS)
-    batch = min(max(films, minutes, 1), at_once)
     bundles = {
         name: find_source(name, overrides, download, not dry_run, provider)
         for name in recipes

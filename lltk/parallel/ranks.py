@@ -63,8 +63,7 @@ def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
 
     If a rank fails, all end within seconds. The first to fail raises its error; the others exit
     with code 1 and print nothing. So do those on its machine if one is killed, and the first to
-    know logs it; torchrun ends the rest.
-    Each rank takes the GPU of its own number.
+    know logs it; torchrun ends the rest. Each rank takes the GPU of its own number.
 
     Args:
         device: ``cpu`` or ``cuda``; by default GPUs if there are any.

@@ -15,16 +15,10 @@ from lltk.ops.rope_table.reference import rope_table
 from lltk.stream.decoder import GraphDecoder
 from lltk.stream.lanes import Lane
 from lltk.stream.runtimes.onnx_graph import OnnxGraph
-from lltk.stream.runtimes.values import (
-    check_indices,
-    check_pages,
-    largest,
-    restore_pages,
-    telling,
-)
+from lltk.stream.runtimes.paged import PagedRuntime, check_indices, largest, zeros
 
 
-class OrtRuntime:
+class OrtRuntime(PagedRuntime):
     """Runs a stream's graphs that mutate nothing; see `lltk.stream.runtimes.Runtime`.
 
     A commit's outputs go straight into their page, which is contiguous as the batch is 1. On a GPU
@@ -47,45 +41,11 @@ class OrtRuntime:
         high_steps: Collection[int] = (),
     ) -> None:
         assert geometry.batch == 1, "a page of several videos is not contiguous"
-        self._graphs, self._geometry, self._spec = graphs, geometry, spec
-        self._lane, self._high_steps = lane, high_steps
         step, prologue = graphs["step"].contract, graphs["prologue"].contract
-        self._dtype = step.input(Role.LATENTS).dtype
-        self._page_specs = step.pages
-        self._pages, self._text = (
-            {n: torch.zeros(s.shape, dtype=s.dtype, device=lane.device) for n, s in specs.items()}
-            for specs in (self._page_specs, prologue.outputs)
-        )
-        self._telling = telling(self._pages, self._page_specs)
+        super().__init__(geometry, spec, step.input(Role.LATENTS).dtype, lane, step.pages)
+        self._graphs, self._high_steps = graphs, high_steps
+        self._text = zeros(prologue.outputs, lane.device)
         self._rotary: tuple[tuple[float, ...], tuple[Tensor, Tensor]] | None = None
-
-    @property
-    def geometry(self) -> Geometry:
-        return self._geometry
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._lane.device
-
-    @property
-    def lane(self) -> Lane:
-        return self._lane
-
-    @property
-    def pages(self) -> dict[str, Tensor]:
-        return self._pages
-
-    def clear(self) -> None:
-        for page in self._pages.values():
-            page.zero_()
 
     def set_prompt(self, text: Tensor) -> None:
         graph = self._graphs["prologue"]
@@ -124,10 +84,6 @@ class OrtRuntime:
         given = self._given(graph, {Role.LATENTS: latents}, positions, table)
         graph(given, {page_output(name): page[:, slot] for name, page in self._pages.items()})
 
-    def magnitudes(self, slot: int) -> Tensor:
-        check_indices((slot,), self._geometry.pages)
-        return torch.stack([largest(page[:, slot]) for page in self._telling.values()])
-
     def first_bad_commit(
         self,
         latents: Tensor,
@@ -139,13 +95,6 @@ class OrtRuntime:
         """As the protocol says; it names the output of ``commit``, and makes nothing again."""
         first = int(magnitudes.isfinite().logical_not().nonzero()[0])
         return f"output {page_output(list(self._telling)[first])} of commit"
-
-    def state(self) -> dict[str, Tensor]:
-        check_pages(self._pages, self._page_specs)
-        return dict(self._pages)
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        restore_pages(self._pages, state, self._page_specs)
 
     def _given(
         self,

@@ -11,26 +11,18 @@ from torch import Tensor
 from lltk.graph.contract import Role
 from lltk.graph.diagnose import first_bad_node
 from lltk.graph.facts import HighSteps, Ranks
-from lltk.graph.geometry import Geometry
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
-from lltk.graph.spec import ModelSpec
 from lltk.graph.verify import STEP_HIGH
 from lltk.parallel.exchange import all_parts
 from lltk.parallel.groups import SEQUENCE
 from lltk.parallel.transfer import upload
 from lltk.stream.lanes import Lane
 from lltk.stream.runtimes.cuda_graph import CudaGraphs
-from lltk.stream.runtimes.values import (
-    check_indices,
-    check_pages,
-    largest,
-    restore_pages,
-    telling,
-)
+from lltk.stream.runtimes.paged import PagedRuntime, check_indices
 
 
-class TorchRuntime:
+class TorchRuntime(PagedRuntime):
     """Runs a stream Program; see `lltk.stream.runtimes.Runtime`.
 
     Args:
@@ -51,51 +43,16 @@ class TorchRuntime:
         cuda_graphs: bool = False,
         lane: Lane | None = None,
     ) -> None:
+        lane = lane or Lane(next(module.parameters()).device)
+        super().__init__(program.geometry, program.spec, program.dtype, lane, program.pages)
         self._program, self._module = program, module
-        self._geometry, self._spec, self._dtype = program.geometry, program.spec, program.dtype
-        self._device = next(module.parameters()).device
         self._high_steps = program.fact(HighSteps).indices
         self._ranks = program.fact(Ranks).count
         self._contracts = {name: program.contract(name) for name in program.graphs}
-        self._page_specs = program.pages
-        self._pages = {
-            name: torch.zeros(spec.shape, dtype=spec.dtype, device=self._device)
-            for name, spec in self._page_specs.items()
-        }
-        self._telling = telling(self._pages, self._page_specs)
-        self._slots = torch.arange(program.geometry.pages, device=self._device)
+        self._slots = torch.arange(program.geometry.pages, device=lane.device)
         self._listed: tuple[tuple[int, ...], Tensor] | None = None
         self._text: dict[str, Tensor] = {}
-        self._lane = lane or Lane(self._device)
-        self._graphs = CudaGraphs(self._lane) if cuda_graphs else None
-
-    @property
-    def geometry(self) -> Geometry:
-        return self._geometry
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
-    @property
-    def lane(self) -> Lane:
-        return self._lane
-
-    @property
-    def pages(self) -> dict[str, Tensor]:
-        return self._pages
-
-    def clear(self) -> None:
-        for page in self._pages.values():
-            page.zero_()
+        self._graphs = CudaGraphs(lane) if cuda_graphs else None
 
     def set_prompt(self, text: Tensor) -> None:
         made = self._module("prologue", self._contracts["prologue"].named({Role.TEXT: text}))
@@ -140,8 +97,7 @@ class TorchRuntime:
         self._run("commit", self._commit_inputs(latents, positions, table, slot), table)
 
     def magnitudes(self, slot: int) -> Tensor:
-        check_indices((slot,), self._geometry.pages)
-        found = torch.stack([largest(page[:, slot]) for page in self._telling.values()])
+        found = super().magnitudes(slot)
         return all_parts(found, 0, self._ranks, SEQUENCE) if self._ranks > 1 else found
 
     def first_bad_commit(
@@ -169,13 +125,6 @@ class TorchRuntime:
         check_indices((*table, slot), self._geometry.pages)
         own = self._slots[slot : slot + 1]
         return {Role.LATENTS: latents, Role.POSITIONS: positions, Role.SLOT: own}
-
-    def state(self) -> dict[str, Tensor]:
-        check_pages(self._pages, self._page_specs)
-        return dict(self._pages)
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        restore_pages(self._pages, state, self._page_specs)
 
     def _run(
         self, graph: str, inputs: dict[Role, Tensor], table: Sequence[int]
@@ -205,5 +154,5 @@ class TorchRuntime:
         if self._listed is None or self._listed[0] != table:
             check_indices(table, self._geometry.pages)
             indices = torch.tensor(table, dtype=torch.int64)
-            self._listed = table, upload(indices, self._device)
+            self._listed = table, upload(indices, self.device)
         return self._listed[1]
