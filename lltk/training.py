@@ -26,6 +26,8 @@ from lltk.files.outputs import Output, check_outputs
 from lltk.graph.program import LogEntry
 from lltk.models.checkpoint import MODEL_FOLDER, WEIGHTS_FILE
 from lltk.models.pipelines import PIPELINE
+from lltk.parallel.mesh import ALONE, Mesh, meshed
+from lltk.parallel.ranks import Ranks
 from lltk.tasks.autoencoder import plan_autoencoder
 from lltk.tasks.transformer import plan_transformer
 from lltk.train.data import Dataset
@@ -50,6 +52,10 @@ class TrainingPlan(Protocol):
     @property
     def device(self) -> torch.device:
         """Where it trains."""
+
+    @property
+    def sequence(self) -> int:
+        """How many ranks share the frames of a clip."""
 
     @property
     def log(self) -> Sequence[LogEntry]:
@@ -100,9 +106,12 @@ class TrainingPlan(Protocol):
         """
 
     def write_samples(
-        self, objective: Objective, dataset: Dataset, folder: Path, note: Note = silent
+        self, objective: Objective, dataset: Dataset, folder: Path | None, note: Note = silent
     ) -> None:
-        """Write what the module can do so far to a folder; ``note`` is told how far that is."""
+        """Write what the module can do so far to a folder; ``note`` is told how far that is.
+
+        Ranks but the first help to make it, and have no folder.
+        """
 
 
 def plan_training(
@@ -138,6 +147,7 @@ class Training:
         resume: go on from the newest training state in the folder, if there is one.
         note: told how far validations and samples are.
         overwrite: whether exported weights may replace what lltk did not write.
+        mesh: the ranks that train together.
     """
 
     def __init__(
@@ -148,30 +158,36 @@ class Training:
         resume: bool,
         note: Note = silent,
         overwrite: bool = False,
+        mesh: Mesh = ALONE,
     ) -> None:
         self._plan = plan
+        self._mesh = mesh
         self._overwrite = overwrite
         self._dataset = dataset
         self._folder = folder
         self.objective = plan.objective()
         sample = partial(plan.write_samples, self.objective, dataset, note=note)
         self.trainer = Trainer(
-            self.objective, dataset, plan.section, folder, plan.about, sample, resume, note
+            self.objective, dataset, plan.section, folder, plan.about, sample, resume, note, mesh
         )
 
     def __iter__(self) -> Iterator[Metrics]:
         return self.trainer
 
-    def export(self) -> Path:
+    def export(self) -> Path | None:
         """Write the averaged weights, or the weights as they are where nothing is averaged.
 
         A transformer is written to ``transformer/`` in the run's folder, an autoencoder to
         ``vae/``, both in diffusers' layout; adapters to ``lora.safetensors``.
 
+        All ranks must call it; the first writes.
+
         Returns:
-            What was written.
+            What was written; None on the other ranks.
         """
         trained = self.trainer.ema or self.trainer.weights
+        if self._mesh.rank > 0:
+            return None
         return self._plan.export(
             self.objective, self._dataset, trained, self._folder, self._overwrite
         )
@@ -198,6 +214,7 @@ def open_training(
     dataset: Dataset | None = None,
     note: Note = silent,
     overwrite: bool = False,
+    ranks: Ranks | None = None,
 ) -> Iterator[Training]:
     """Load the clips and the model, ready to train.
 
@@ -212,21 +229,27 @@ def open_training(
         note: told how far the work is that is no step: looking at clips, encoding them, validating,
             sampling.
         overwrite: whether the run may replace what lltk did not write.
+        ranks: those that train together, all of which call this; by default this process alone.
 
     Raises:
-        ValueError: the folder is in use, holds a run that is not to be resumed, or has what lltk
-            did not write under a name that the run needs. Or as `TrainingPlan.dataset` and
-            `Trainer` raise it.
+        ValueError: the ranks are not as many as the plan wants; or the folder is in use, holds a
+            run that is not to be resumed, or has what lltk did not write under a name that the run
+            needs. Or as `TrainingPlan.dataset` and `Trainer` raise it.
     """
-    check_outputs(training_outputs(folder), [], overwrite)
-    newest_state(folder, resume)  # refuses a run that is not resumed before clips are prepared
+    ranks = ranks or Ranks(0, 1, plan.device)
     with ExitStack() as opened:
+        mesh = opened.enter_context(meshed(ranks, plan.sequence, plan.section.shards))
+        first = mesh.rank == 0
+        if first:
+            check_outputs(training_outputs(folder), [], overwrite)
+            newest_state(folder, resume)  # refuses a run not to be resumed before clips are made
         there = folder.exists()
-        if there:
+        if first and there:
             opened.enter_context(held(folder))
         clips = plan.dataset(note) if dataset is None else dataset
-        if not there:  # it is made once all that the recipe names was found
+        if first and not there:  # it is made once all that the recipe names was found
             opened.enter_context(held(folder))
-        run = Training(plan, clips, folder, resume, note, overwrite)
+        ranks.any(False)  # the first has checked the folder
+        run = Training(plan, clips, folder, resume, note, overwrite, mesh)
         opened.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))
         yield run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -100,13 +101,13 @@ def _noisy_head(program: Program, graph: fx.Graph, frames: int, report: Report) 
             continue
         for source in node.all_input_nodes:
             if source not in head and source.op == "call_function":
-                size = shape(source)[1]
                 with building(node) as build:
-                    half = build(aten.slice.Tensor, source, 1, size // 2, size)
+                    halves = build(aten.chunk.default, source, 2, 1)
+                    half = build(operator.getitem, halves, 1)
                 node.replace_input_with(source, half)
                 report.match("head")
         if node.target is aten.reshape.default:
-            _, sizes = node.args
-            assert isinstance(sizes, list) and sizes[1] == 2 * frames
-            node.update_arg(1, [sizes[0], frames, *sizes[2:]])
+            batch, both, *rest = shape(node)
+            assert both == 2 * frames
+            node.update_arg(1, [batch, -1, *rest])
         head.add(node)

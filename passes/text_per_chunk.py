@@ -42,17 +42,18 @@ class TextPerChunk(Pass[Config]):
             text = input_of(graph, Role.TEXT)
             batch, tokens, width = shape(text)
             frames = shape(input_of(graph, Role.LATENTS))[2]
-            chunks = frames // program.geometry.chunk
+            chunk = program.geometry.chunk
+            chunk_tokens = chunk * program.geometry.frame_tokens(spec)
             for attention in find_attention(program, graph, spec.cross_attention, report):
                 with building(attention.node) as build:
-                    q = build(aten.unflatten.int, attention.q, 1, [chunks, -1])
+                    q = build(aten.unflatten.int, attention.q, 1, [-1, chunk_tokens])
                     q = build(aten.flatten.using_ints, q, 0, 1)
                     k, v = (
-                        _repeat(build, t, batch, chunks // prompts)
+                        _repeat(build, t, batch, frames // (prompts * chunk))
                         for t in (attention.k, attention.v)
                     )
                     out = attend(build, q, k, v)
-                    out = build(aten.unflatten.int, out, 0, [batch, chunks])
+                    out = build(aten.unflatten.int, out, 0, [batch, -1])
                     out = build(aten.flatten.using_ints, out, 1, 2)
                 replace(attention.result, out)
                 report.match("cross-attention")

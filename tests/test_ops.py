@@ -65,9 +65,16 @@ BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.
 FAR = 1e-2
 """What a negative control must exceed."""
 ANY_DTYPE = [torch.float32, torch.float64]
-Clip = tuple[int, int, bool]
-"""Chunks, tokens of a chunk, teacher forcing."""
-CLIPS: list[Clip] = [(1, 5, False), (4, 3, False), (2, 3, True), (6, 4, True)]
+Clip = tuple[int, int, bool, int]
+"""Chunks, tokens of a chunk, teacher forcing, ranks."""
+CLIPS: list[Clip] = [
+    (1, 5, False, 1),
+    (4, 3, False, 1),
+    (2, 3, True, 1),
+    (6, 4, True, 1),
+    (8, 3, True, 2),
+    (6, 2, True, 3),
+]
 TABLES = [[], [2], [3, 0, 1]]
 
 
@@ -83,12 +90,16 @@ def causal_mask(clip: Clip, late: int = 0) -> Tensor:
     """[L, L], pair by pair from the op's description; ``late`` takes that many chunks of history.
 
     Without teacher forcing a chunk sees chunks up to its own. With it, clean chunks do so among
-    the clean, and a noisy chunk sees earlier clean chunks and itself.
+    the clean, and a noisy chunk sees earlier clean chunks and itself; each rank has both.
     """
-    chunks, chunk_tokens, teacher_forcing = clip
+    chunks, chunk_tokens, teacher_forcing, ranks = clip
     token = torch.arange(chunks * chunk_tokens)
-    half = len(token) // 2 if teacher_forcing else len(token)
-    noisy, chunk = token >= half, token % half // chunk_tokens
+    if teacher_forcing:
+        half = len(token) // (2 * ranks)
+        rank, place = token // (2 * half), token % (2 * half)
+        noisy, chunk = place >= half, (rank * half + place % half) // chunk_tokens
+    else:
+        noisy, chunk = token < 0, token // chunk_tokens
     own = (noisy[:, None] == noisy) & (chunk[:, None] == chunk)
     return own | (~noisy & (chunk[:, None] > chunk + late))
 
@@ -251,6 +262,8 @@ def test_fakes_refuse_what_does_not_fit() -> None:
         block_causal_attention(*meta[:3], 3, False)
     with pytest.raises(RuntimeError):
         block_causal_attention(*meta[:3], 4, True)
+    with pytest.raises(RuntimeError):
+        block_causal_attention(*meta[:3], 2, True, 2)
 
 
 # Block-causal attention
@@ -270,7 +283,7 @@ def test_block_causal_attention(name: str, clip: Clip, dtype: torch.dtype) -> No
 
 @cpu
 @pytest.mark.parametrize("name", ["reference", "sdpa"])
-@pytest.mark.parametrize("clip", [(4, 3, False), (6, 4, True)])
+@pytest.mark.parametrize("clip", [(4, 3, False, 1), (6, 4, True, 1), (8, 3, True, 2)])
 def test_a_mask_one_chunk_off_is_seen(name: str, clip: Clip) -> None:
     run = find_implementation("block_causal_attention", name).load()
     operands = clip_operands(clip, torch.float64)
@@ -280,12 +293,12 @@ def test_a_mask_one_chunk_off_is_seen(name: str, clip: Clip) -> None:
 
 
 @cpu
-@given(st.integers(1, 5), st.integers(1, 6), st.booleans(), st.integers(0, 3))
+@given(st.integers(1, 4), st.integers(1, 6), st.booleans(), st.integers(1, 3), st.integers(0, 3))
 @settings(max_examples=25)
 def test_block_causal_backward_is_the_derivative(
-    chunks: int, chunk_tokens: int, teacher_forcing: bool, seed: int
+    chunks: int, chunk_tokens: int, teacher_forcing: bool, ranks: int, seed: int
 ) -> None:
-    clip = (chunks * (2 if teacher_forcing else 1), chunk_tokens, teacher_forcing)
+    clip = (chunks * (2 * ranks if teacher_forcing else 1), chunk_tokens, teacher_forcing, ranks)
     operands = [t + 0.3 * seed for t in clip_operands(clip, torch.float64, width=4)]
     *inputs, grad = operands
     ours = causal_reference.block_causal_attention_backward(grad, *inputs, *clip[1:])
@@ -343,9 +356,11 @@ def seen_through_blocks(blocks: Any, tokens: int, by_key: bool) -> Tensor:
 
 
 @cpu
-@given(st.integers(1, 6), st.integers(1, 300), st.booleans())
-def test_flex_blocks_cover_the_mask(chunks: int, chunk_tokens: int, teacher_forcing: bool) -> None:
-    clip = (chunks * (2 if teacher_forcing else 1), chunk_tokens, teacher_forcing)
+@given(st.integers(1, 4), st.integers(1, 300), st.booleans(), st.integers(1, 2))
+def test_flex_blocks_cover_the_mask(
+    chunks: int, chunk_tokens: int, teacher_forcing: bool, ranks: int
+) -> None:
+    clip = (chunks * (2 * ranks if teacher_forcing else 1), chunk_tokens, teacher_forcing, ranks)
     tokens, wanted = clip[0] * chunk_tokens, causal_mask(clip)
     blocks = flex_module.block_mask(tokens, *clip[1:], torch.device("cpu"))
     assert torch.equal(seen_through_blocks(blocks, tokens, by_key=False), wanted)
@@ -358,8 +373,8 @@ def test_flex_blocks_cover_the_mask(chunks: int, chunk_tokens: int, teacher_forc
 
 @cpu
 def test_flex_blocks_of_another_chunk_are_seen_to_differ() -> None:
-    blocks = flex_module.block_mask(600, 100, True, torch.device("cpu"))
-    assert not torch.equal(seen_through_blocks(blocks, 600, False), causal_mask((4, 150, True)))
+    blocks = flex_module.block_mask(600, 100, True, 1, torch.device("cpu"))
+    assert not torch.equal(seen_through_blocks(blocks, 600, False), causal_mask((4, 150, True, 1)))
 
 
 @cpu
@@ -367,7 +382,7 @@ def test_flex_blocks_of_another_chunk_are_seen_to_differ() -> None:
 @given(st.integers(1, 3), st.integers(1, 150), st.booleans())
 @settings(max_examples=15)
 def test_flex_formula(chunks: int, chunk_tokens: int, teacher_forcing: bool) -> None:
-    clip = (chunks * (2 if teacher_forcing else 1), chunk_tokens, teacher_forcing)
+    clip = (chunks * (2 if teacher_forcing else 1), chunk_tokens, teacher_forcing, 1)
     q, k, v, _ = clip_operands(clip, torch.float32, width=4)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(flex_module, "_flex_attention", flex_attention)

@@ -23,9 +23,9 @@ from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.stopping import stopping
 from lltk.cli.tables import log_tables, memory_table
 from lltk.graph.recipe_files import find_recipe
-from lltk.parallel.devices import find_device
 
 if TYPE_CHECKING:
+    from lltk.parallel.ranks import Ranks
     from lltk.training import TrainingPlan
 
 _LOG = "train.log"
@@ -77,40 +77,48 @@ def command(
       lltk train tiny_vae -o runs/vae
       lltk train tiny_train --set train.data.pipeline=tiny -o runs/tiny --resume
       lltk train my.yaml --set model.checkpoint=OWNER/NAME --download -o runs/mine
+      torchrun --nproc-per-node 4 -m lltk train my.yaml -o runs/four
     """
-    console = Console(quiet=as_json)
-    path = find_recipe(recipe)
-
     from lltk.cli.inputs import inputs_of
     from lltk.files.outputs import Output, check_outputs
     from lltk.graph.recipe import read_recipe
     from lltk.models.hub import on_disk
+    from lltk.parallel.ranks import joined
     from lltk.train.loop import newest_state
     from lltk.train.recipe import train_section
     from lltk.training import plan_training, training_outputs
 
-    chosen, state = find_device(device), None
-    data = read_recipe(path, (*overrides, *(["train.from_scratch=true"] if from_scratch else [])))
-    if from_scratch and (data.get("model") or {}).get("checkpoint") is not None:
-        raise ValueError("--from-scratch: the recipe names model.checkpoint; drop one of them")
-    train_section(data.get("train"), str(path))  # before anything is looked for
-    data = on_disk(data, download)
-    if output is None and (resume or not dry_run):
-        raise ValueError("-o: name a folder for the run")
-    if output is not None:
-        written = [*training_outputs(output), Output(output / _LOG, LOG)]
-        check_outputs(written, inputs_of(path, data), overwrite)
-        state = newest_state(output, resume)
-    with console.status("reading the recipe"):
-        plan = plan_training(data, chosen, str(path))
-    section = plan.section
-    if plan.log:
-        console.print(log_tables(plan.log))
-    console.print(f"Weights to begin with: {plan.origin}", highlight=False)
-    if dry_run:
-        if as_json:
+    with joined(device) as ranks:
+        console = Console(quiet=as_json or ranks.rank > 0)
+        path, state = find_recipe(recipe), None
+        scratch = ["train.from_scratch=true"] if from_scratch else []
+        data = read_recipe(path, (*overrides, *scratch))
+        if from_scratch and (data.get("model") or {}).get("checkpoint") is not None:
+            raise ValueError("--from-scratch: the recipe names model.checkpoint; drop one of them")
+        train_section(data.get("train"), str(path))  # before anything is looked for
+        data = on_disk(data, download)
+        if output is None and (resume or not dry_run):
+            raise ValueError("-o: name a folder for the run")
+        if output is not None and ranks.rank == 0:
+            written = [*training_outputs(output), Output(output / _LOG, LOG)]
+            check_outputs(written, inputs_of(path, data), overwrite)
+            state = newest_state(output, resume)
+        with console.status("reading the recipe"):
+            plan = plan_training(data, ranks.device, str(path))
+        section = plan.section
+        if plan.log:
+            console.print(log_tables(plan.log))
+        console.print(f"Weights to begin with: {plan.origin}", highlight=False)
+        if not dry_run:
+            assert output is not None
+            steps, weights = _train(plan, output, resume, overwrite, console, ranks)
+            if as_json and weights is not None:
+                click.echo(json.dumps({"steps": steps, "weights": str(weights)}, indent=2))
+            console.print(f"{steps} steps; the weights are in {weights}")
+            return
+        if as_json and ranks.rank == 0:
             facts = {
-                "device": str(chosen),
+                "device": str(ranks.device),
                 "weights": plan.origin,
                 "train": section.model_dump(mode="json"),
                 "log": [entry.plain() for entry in plan.log],
@@ -118,17 +126,11 @@ def command(
                 "resume": {"asked": resume, "state": None if state is None else str(state)},
             }
             click.echo(json.dumps(facts, indent=2))
-        console.print(f"Plan: {section.steps} steps of {section.batch} clips on {chosen}")
+        console.print(f"Plan: {section.steps} steps of {section.batch} clips on {ranks.device}")
         if output is not None:
             begins = "begin, as there is no training state" if resume else "begin"
             console.print(f"It would {begins if state is None else f'go on from {state}'}")
         console.print(memory_table(plan.memory))
-        return
-    assert output is not None
-    steps, weights = _train(plan, output, resume, overwrite, console)
-    if as_json:
-        click.echo(json.dumps({"steps": steps, "weights": str(weights)}, indent=2))
-    console.print(f"{steps} steps; the weights are in {weights}")
 
 
 class _Bars:
@@ -152,9 +154,14 @@ class _Bars:
 
 
 def _train(
-    plan: TrainingPlan, output: Path, resume: bool, overwrite: bool, console: Console
-) -> tuple[int, Path]:
-    """Train with a progress bar; the steps done and what was written in the end."""
+    plan: TrainingPlan,
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    console: Console,
+    ranks: Ranks,
+) -> tuple[int, Path | None]:
+    """Train with a progress bar; the steps done and what this rank wrote in the end."""
     from lltk.train.loop import Diverged
     from lltk.training import open_training
 
@@ -165,17 +172,18 @@ def _train(
         note = _Bars(bars)
         note("preparing", 0, 1)
         run = opened.enter_context(
-            open_training(plan, output, resume=resume, note=note, overwrite=overwrite)
+            open_training(plan, output, resume=resume, note=note, overwrite=overwrite, ranks=ranks)
         )
         note("preparing", 1, 1)
-        keep_log(output / _LOG)
+        if ranks.rank == 0:
+            keep_log(output / _LOG)
         bar = bars.add_task("", total=plan.section.steps, completed=run.trainer.step)
         stop = opened.enter_context(stopping())
         try:
             for metrics in run:
                 text = f"loss {metrics.loss:.4g}, {metrics.samples_per_second:.3g} clips/s"
                 bars.update(bar, completed=metrics.step, description=text)
-                if stop.asked and metrics.step < plan.section.steps:
+                if metrics.step < plan.section.steps and ranks.any(stop.asked):
                     with stop.keeping():
                         run.trainer.save()
                     raise click.ClickException(f"stopped; {run.trainer.left()}")

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from lltk.graph.attention import paged_op
 from lltk.graph.contract import Role
 from lltk.graph.edit import op_of, role_of
-from lltk.graph.facts import Trainable
+from lltk.graph.facts import Ranks, Trainable
 from lltk.graph.program import Program
 from lltk.graph.spec import DecoderSpec, TextSpec
 from lltk.graph.verify import WEIGHTS
@@ -51,7 +51,8 @@ def estimate(program: Program) -> dict[str, int]:
         prompt = geometry.batch * geometry.text_tokens * width * size
         owners["cross-attention K/V"] = 2 * spec.layers * prompt
         return owners
-    owners["block inputs"] = spec.layers * geometry.captured_frames(program.kind) * frame
+    frames = geometry.captured_frames(program.kind) // program.fact(Ranks).count
+    owners["block inputs"] = spec.layers * frames * frame
     if program.kind in ("train", "reference"):
         trains = program.fact(Trainable).names or program.weights.keys()
         count = sum(program.weights[name].numel() for name in trains)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lltk.parallel.transfer import download
 
 SEQUENCE = "sequence"
-"""The group whose ranks share a chunk's frames, and a cache's heads."""
+"""The group whose ranks share the frames of a chunk or a clip, and the heads of attention."""
 
 FRAMES = "frames"
 """The same ranks, for the parts of frames that they send while the next chunk is in flight. They
@@ -36,6 +36,22 @@ def registered(name: str, group: dist.ProcessGroup) -> Iterator[None]:
         del _groups[name]
 
 
+@contextmanager
+def regrouped(name: str, size: int) -> Iterator[None]:
+    """Let a name stand for groups of ``size`` consecutive ranks instead, within the block.
+
+    All ranks must call it. Their number is a multiple of the size.
+    """
+    before = _groups.pop(name, None)
+    own, _ = dist.new_subgroups(size)
+    try:
+        with registered(name, own):
+            yield
+    finally:
+        if before is not None:
+            _groups[name] = before
+
+
 def find_group(name: str, size: int) -> dist.ProcessGroup:
     """The group that is registered as ``name``, which must have ``size`` ranks.
 
@@ -46,14 +62,10 @@ def find_group(name: str, size: int) -> dist.ProcessGroup:
     found = 1 if group is None else group.size()
     if group is None or found != size:
         start = f"torchrun --nproc-per-node {size} -m lltk …" if size > 1 else "one process"
-        fit = (
-            f"passes.ulysses_stream.size={found}"
-            if found > 1
-            else "no ulysses_stream in its passes"
-        )
+        fit = f"whose size is {found}" if found > 1 else "without such a pass"
         raise ValueError(
-            f"ranks: the recipe is for {size}, and {found} ran it; start {start}, or take a recipe "
-            f"with {fit}"
+            f"ranks: the recipe is for {size}, as ulysses_stream or balanced_sp among its passes "
+            f"says, and {found} ran it; start {start}, or take a recipe {fit}"
         )
     return group
 

@@ -48,6 +48,10 @@ class AutoencoderPlan:
         return self.recipe.train
 
     @property
+    def sequence(self) -> int:
+        return 1
+
+    @property
     def log(self) -> Sequence[LogEntry]:
         return ()
 
@@ -100,9 +104,11 @@ class AutoencoderPlan:
         return folder / "vae"
 
     def write_samples(
-        self, objective: Objective, dataset: Dataset, folder: Path, note: Note = silent
+        self, objective: Objective, dataset: Dataset, folder: Path | None, note: Note = silent
     ) -> None:
         """Write ``reconstructions.mp4``: held-out clips, and their reconstructions below them."""
+        if folder is None:  # a rank by itself makes them
+            return
         model: Any = objective.module
         video = dataset.batch(~self.section.seed, range(_SAMPLE_CLIPS))["video"]
         seen = decode(model, model.encode(video.to(model.dtype)).latent_dist.mean).float()
@@ -121,6 +127,8 @@ def plan_autoencoder(data: Mapping[str, Any], device: torch.device, where: str) 
     config = named_config(named, wan_vae.CONFIGS) if isinstance(named, str) else named
     config = wan_vae.validate_config(config, f"{where}: vae.config")
     section.calls(recipe.vae.batch)
+    if section.shards > 1:
+        raise ValueError(f"{where}: train.shards: is for transformers; remove it")
     for option in ("compile", "recompute"):
         if getattr(section, option):
             raise ValueError(f"{where}: train.{option}: is for transformers; remove it")

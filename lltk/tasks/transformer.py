@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lltk.artefact import versions
 from lltk.compiler import transform, with_weights
-from lltk.graph.facts import Trainable
+from lltk.graph.facts import Ranks, Trainable
 from lltk.graph.memory import estimate
 from lltk.graph.module import instantiate
 from lltk.graph.program import LogEntry, Program
@@ -52,6 +52,10 @@ class TransformerPlan:
     section: TrainSection
     program: Program
     device: torch.device
+
+    @property
+    def sequence(self) -> int:
+        return self.program.fact(Ranks).count
 
     @property
     def log(self) -> Sequence[LogEntry]:
@@ -138,13 +142,15 @@ class TransformerPlan:
         return path
 
     def write_samples(
-        self, objective: Objective, dataset: Dataset, folder: Path, note: Note = silent
+        self, objective: Objective, dataset: Dataset, folder: Path | None, note: Note = silent
     ) -> None:
         """Write ``samples.mp4``: clips from noise, side by side, with held-out clips' captions."""
         module: Any = objective.module
         text = dataset.batch(~self.section.seed, range(objective.clips))["text"]
         text = text[:, : self.recipe.geometry.chunks]
         latents = sample(self.program, module, text, _SAMPLE_STEPS, self.section.seed, note)
+        if folder is None:
+            return
         video = self._encoder().video(latents[:_SAMPLE_CLIPS])
         data = self.section.data
         fps = FPS if data.folder is None else data.fps

@@ -127,19 +127,25 @@ class Batches:
         dataset: makes the samples.
         seed: the seed of the samples and of the random numbers that go with them.
         size: samples in a batch.
+        group, groups: of so many iterators, which take the batches in turn, the number of this one.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, size: int) -> None:
+    def __init__(
+        self, dataset: Dataset, seed: int, size: int, group: int = 0, groups: int = 1
+    ) -> None:
         self._dataset = dataset
         self._seed = seed
         self._size = size
+        self._group = group
+        self._groups = groups
         self.position = 0
-        """How many samples were given so far. Set it to go on from another place."""
+        """How many samples all of them gave so far. Set it to go on from another place."""
 
     def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> Batch:
-        indices = range(self.position, self.position + self._size)
-        self.position = indices.stop
+        start = self.position + self._group * self._size
+        indices = range(start, start + self._size)
+        self.position += self._groups * self._size
         return Batch(self._seed, indices, self._dataset.batch(self._seed, indices))

@@ -19,6 +19,7 @@ from lltk.train.data import Batch
 from lltk.train.excerpt import excerpt, leaps
 from lltk.train.graphs import Graphed
 from lltk.train.noise_levels import LEVELS, level_weights, noise_grid
+from lltk.train.share import Share
 
 _LARGEST_ERROR = 2.0
 """A context error is at most this many times the error of one prediction.
@@ -43,7 +44,8 @@ class FlowMatching:
       sink, by which the model can correct the others.
     - The noise has a random level up to ``context_noise``.
 
-    Clips that are longer than the program's are seen as an `excerpt`.
+    Clips that are longer than the program's are seen as an `excerpt`. Where several ranks share a
+    clip, each gets the whole clip, and its loss is that of its own frames.
 
     A batch holds
 
@@ -95,6 +97,12 @@ class FlowMatching:
         self._context_error = context_error
         self._context_noise = context_noise
         self._gap = gap
+        self._share = Share(program)
+        if graphs and self._share.ranks > 1:
+            raise ValueError(
+                f"train.graphs: the {self._share.ranks} ranks that share a clip exchange tensors, "
+                "which such graphs cannot hold; set it to false"
+            )
         flow = _Flow(module, program)
         self._flow = Graphed(flow) if graphs else flow
         self._grid = noise_grid()
@@ -154,8 +162,8 @@ class FlowMatching:
         return batch.uniform("image") < self._image
 
     def _prepared(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The graph's inputs; the target ε − x₀, float32 [B, C, F, h, w]; each frame's loss weight,
-        float32 [B, F], 0 where it does not count."""
+        """For this rank's frames: the graph's inputs; the target ε − x₀, float32 [B, C, F, h, w];
+        each frame's loss weight, float32 [B, F], 0 where it does not count."""
         program, device = self._program, self._device
         clean = batch.tensors["latents"].to(device, torch.float32)
         _, channels, frames, height, width = clean.shape
@@ -177,9 +185,13 @@ class FlowMatching:
             Role.RANDOM: torch.tensor([batch.seed, batch.indices.start]),
         }
         inputs = self._contract.named(values) | self._quantised
-        wanted = self._contract.inputs
-        cast = {name: inputs[name].to(device, own.dtype) for name, own in wanted.items()}
-        return cast, noise - clean, weight
+        share, contract = self._share, self._contract
+        own = {
+            name: share.own(inputs[name], spec.shape).to(device, spec.dtype)
+            for name, spec in contract.inputs.items()
+        }
+        target = share.own(noise - clean, contract.input(Role.LATENTS).shape)
+        return own, target, share.own(weight, contract.input(Role.TIME).shape)
 
     def _context(self, batch: Batch, clean: Tensor) -> Tensor:
         """The clean chunks with noise of random levels, uniform from 0 to the largest."""
@@ -205,7 +217,10 @@ class FlowMatching:
         share, size = batch.uniform("error", 2, geometry.chunks).unbind(1)
         chosen = (share < self._context_error) & follows & ~batch.tensors["opens"].cpu()
         clean = inputs[self._contract.name(Role.CLEAN)]
-        return (clean + self._spread(_LARGEST_ERROR * size * chosen) * error).to(clean.dtype)
+        batch_size, _, frames, _, _ = clean.shape
+        sizes = self._spread(_LARGEST_ERROR * size * chosen)
+        own = self._share.own(sizes, (batch_size, 1, frames, 1, 1))
+        return (clean + own * error).to(clean.dtype)
 
     def _spread(self, values: Tensor) -> Tensor:
         """Values for chunks, [B, N], as values for their frames, [B, 1, F, 1, 1] on the device."""

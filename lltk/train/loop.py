@@ -1,4 +1,4 @@
-"""The training loop, in one process."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lltk.files.outputs import Kind, Output
 from lltk.files.writing import remove_unfinished, sync, write_text
+from lltk.parallel.mesh import ALONE, Mesh, divided_like, whole
 from lltk.stream.video import VIDEO
 from lltk.train.data import Batch, Batches, Dataset
 from lltk.train.masters import Masters
@@ -97,9 +98,12 @@ class Trainer:
         folder: the run's folder. With ``resume`` it may hold a run to go on with.
         about: plain data for the training states: the resolved ``recipe``, the pass ``log`` and the
             ``versions``.
-        sample: writes samples of the module to the folder that it is given.
+        sample: writes samples of the module to the folder that it is given, on the first rank;
+            the others have none.
         resume: go on from the newest training state in the folder, if there is one.
         note: told how far a validation is.
+        mesh: the ranks that train together. The first writes the files, which are the same for any
+            mesh: a run may go on with another one.
 
     Raises:
         ValueError: the folder holds a run and ``resume`` is false; the run had another recipe; the
@@ -114,9 +118,10 @@ class Trainer:
         section: TrainSection,
         folder: Path,
         about: Mapping[str, Any],
-        sample: Callable[[Path], None] | None = None,
+        sample: Callable[[Path | None], None] | None = None,
         resume: bool = False,
         note: Note = silent,
+        mesh: Mesh = ALONE,
     ) -> None:
         if section.sample_every is not None and sample is None:
             raise ValueError("train.sample_every: nothing here can make samples; remove it")
@@ -127,26 +132,34 @@ class Trainer:
         self._about = json.loads(json.dumps(about))
         self._sample = sample
         self._note = note
-        self._calls = section.calls(objective.clips)
-        self._data = Batches(dataset, section.seed, objective.clips)
+        self._mesh = mesh
+        self._calls = section.calls(objective.clips * mesh.groups)
+        self._data = Batches(dataset, section.seed, objective.clips, mesh.group, mesh.groups)
+        if mesh.shards > 1:
+            mesh.shard(objective.module)
         self._masters = Masters(objective.module, objective.weights, objective.weights_changed)
         self._optimiser = Optimiser(self._masters.parameters, section)
         self.step = 0
         """How many steps are done."""
-        self.ema: dict[str, Tensor] = {}
-        """The averaged weights, float32 by name; empty before there are any."""
+        self._ema: dict[str, Tensor] = {}
         found = newest_state(folder, resume)
+        if not mesh.same(found):
+            raise ValueError(f"{folder}: ranks see other training states there; share the folder")
         torch.manual_seed(section.seed)
         if found is not None:
             self._resume(found)
-        for each in (folder, self._states):
-            remove_unfinished(each)  # its lock says that nothing is writing there
-        forget_after(folder / METRICS, self.step)
+        if mesh.rank == 0:
+            for each in (folder, self._states):
+                remove_unfinished(each)  # its lock says that nothing is writing there
+            forget_after(folder / METRICS, self.step)
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The weights that train as they are now, float32 by parameter name."""
-        return self._masters.copy()
+        """The weights that train as they are now, float32 by parameter name.
+
+        All ranks must read it.
+        """
+        return _whole(self._masters.copy())
 
     def __iter__(self) -> Iterator[Metrics]:
         return self
@@ -171,28 +184,38 @@ class Trainer:
         validation = self._look()
         speed = section.batch / seconds
         metrics = Metrics(self.step, loss, norm, rate, seconds, speed, validation)
-        append_metrics(self._folder / METRICS, metrics)
+        if self._mesh.rank == 0:
+            append_metrics(self._folder / METRICS, metrics)
         if _due(section.checkpoint_every, self.step) or self.step == section.steps:
             self.save()
         return metrics
 
-    def save(self) -> Path:
-        """Write a training state, and a plot of the loss so far; returns the state's folder."""
+    @property
+    def ema(self) -> dict[str, Tensor]:
+        """The averaged weights, float32 by name; empty before there are any.
+
+        All ranks must read it.
+        """
+        return _whole(self._ema)
+
+    def save(self) -> None:
+        """Write a training state, and a plot of the loss so far. All ranks must call it."""
         state = TrainingState(
             self.step,
             self._data.position,
             self._about,
-            self._masters.parameters,
-            self.ema,
-            self._optimiser.state() | random_state(),
+            _whole(self._masters.parameters),
+            _whole(self._ema),
+            _whole(self._optimiser.state()) | random_state(),
         )
+        if self._mesh.rank > 0:
+            return
         if (self._folder / METRICS).exists():
             sync(self._folder / METRICS)  # the state's history, whatever happens to the machine
         path = save_training_state(self._states, state, self._section.keep)
         if history := read_metrics(self._folder / METRICS):
             write_text(self._folder / PLOT, plot_loss(history))
         _log.info("step %d: wrote %s", self.step, path)
-        return path
 
     def left(self) -> str:
         """What there is to resume from, in words."""
@@ -207,29 +230,41 @@ class Trainer:
     def _update(self, rate: float) -> tuple[float, float]:
         """Update the weights once; give the loss, and the gradient's norm before clipping."""
         batches = [next(self._data) for _ in range(self._calls)]
-        count = max(1, sum(self._objective.count(batch) for batch in batches))
+        mesh = self._mesh
+        counts = torch.tensor(sum(self._objective.count(batch) for batch in batches))
+        count = max(1, int(mesh.total(counts)) // mesh.sequence)
         parts = []
         for batch in batches:
             part = self._objective.loss(batch) / count
             part.backward()
             self._masters.collect()
             parts.append(part.detach())
-        loss = float(torch.stack(parts).sum())
+        loss = float(mesh.total(torch.stack(parts).sum()))
         masters = list(self._masters.parameters.values())
-        norm = get_total_norm([m.grad for m in masters if m.grad is not None])
+        gradients = [master.grad for master in masters if master.grad is not None]
+        if mesh.shards == 1:
+            for gradient in gradients:
+                mesh.total(gradient)
+        total = get_total_norm(gradients)
+        norm = whole(total)
         if not math.isfinite(loss + float(norm)):
             raise Diverged(self._divergence(loss, float(norm), batches))
-        clip_grads_with_norm_(masters, self._section.clip, norm)
+        clip_grads_with_norm_(masters, self._section.clip, total)
         self._optimiser.step(rate)
         self._masters.publish()
         return loss, float(norm)
 
     def _divergence(self, loss: float, norm: float, batches: list[Batch]) -> str:
-        where = next((bad for b in batches if (bad := self._objective.first_bad(b))), None)
+        where = None
+        if self._mesh.size == 1:  # ranks that share a clip would have to look together
+            where = next((bad for b in batches if (bad := self._objective.first_bad(b))), None)
         if where is None and math.isfinite(loss):
-            gradients = {n: p.grad for n, p in self._masters.parameters.items()}
-            names = [n for n, g in gradients.items() if g is not None and not g.isfinite().all()]
-            where = f"the gradient of {names[-1] if names else 'all parameters together'}"
+            bad = [
+                name
+                for name, master in self._masters.parameters.items()
+                if master.grad is not None and not _finite(master.grad)
+            ]
+            where = f"the gradient of {bad[-1] if bad else 'all parameters together'}"
         return (
             f"step {self.step + 1}: the loss is {loss}, its gradient's norm {norm}; first not "
             f"finite: {where or 'the loss itself'}; {self.left()}; lower train.lr or train.clip"
@@ -240,11 +275,11 @@ class Trainer:
         decay = self._section.ema_decay
         if decay is None or self.step < self._section.ema_start:
             return
-        if not self.ema:
-            self.ema = self._masters.copy()
+        if not self._ema:
+            self._ema = self._masters.copy()
             return
         for name, master in self._masters.parameters.items():
-            self.ema[name].lerp_(master, 1 - decay)
+            self._ema[name].lerp_(master, 1 - decay)
 
     def _look(self) -> dict[str, float]:
         """Validate and write samples where they are due; give what validation found."""
@@ -253,8 +288,10 @@ class Trainer:
             with self._averaged():
                 findings = {"loss": self._held_out_loss()}
         if self._sample is not None and _due(section.sample_every, self.step):
-            folder = self._folder / _SAMPLES / f"step_{self.step:08d}"
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = None
+            if self._mesh.rank == 0:
+                folder = self._folder / _SAMPLES / f"step_{self.step:08d}"
+                folder.mkdir(parents=True, exist_ok=True)
             with self._averaged():
                 self._sample(folder)
         return findings
@@ -265,17 +302,18 @@ class Trainer:
         batches = Batches(self._dataset, ~self._section.seed, clips)
         count = -(-_VALIDATION_CLIPS // clips)
         some = noted(islice(batches, count), "validating", count, self._note)
-        return mean_loss(self._objective, some)
+        loss = torch.tensor(mean_loss(self._objective, some), dtype=torch.float64)
+        return float(self._mesh.total(loss)) / self._mesh.groups
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """Let the module have the averaged weights for a while; restore torch's generators."""
         devices = list(range(torch.cuda.device_count()))
         with torch.random.fork_rng(devices), torch.no_grad():
-            if not self.ema:
+            if not self._ema:
                 yield
             else:
-                with self._masters.replaced(self.ema):
+                with self._masters.replaced(self._ema):
                     yield
 
     def _resume(self, path: Path) -> None:
@@ -295,12 +333,20 @@ class Trainer:
             )
         self.step = state.step
         self._data.position = state.position
-        self._masters.load(state.weights)
-        devices = {name: master.device for name, master in self._masters.parameters.items()}
-        self.ema = {name: tensor.to(devices[name]) for name, tensor in state.ema.items()}
+        weights = {n: divided_like(state.weights[n], master) for n, master in masters.items()}
+        self._masters.load(weights)
+        self._ema = {n: divided_like(tensor, masters[n]) for n, tensor in state.ema.items()}
         self._optimiser.load(state.optimiser)
         restore_random_state(state.optimiser)
         _log.info("resumed from %s", path)
+
+
+def _whole(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole(value) for name, value in values.items()}
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(whole(value).isfinite().all())
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lltk.parallel.mesh import divided_like
+
 
 class Masters:
     """The weights that train, in float32, and their gradients, added up in float32.
@@ -41,7 +43,8 @@ class Masters:
         }
         """The masters, by parameter name."""
         for name, master in self.parameters.items():
-            master.data = weights[name].detach().to(master.device, torch.float32, copy=True)
+            start = weights[name].detach().to(master.device, torch.float32, copy=True)
+            master.data = divided_like(start, master)
 
     def collect(self) -> None:
         """Add the module's gradients to the masters', and clear the module's."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lltk.parallel.mesh import divided_like
 from lltk.train.recipe import TrainSection
 
 
@@ -45,10 +46,13 @@ class Optimiser:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave; names that begin with ``rng.`` are left alone."""
         indices = {name: index for index, name in enumerate(self._names)}
+        (group,) = self._adamw.param_groups
         states: dict[int, dict[str, Tensor]] = {}
         for full, value in tensors.items():
             key, _, name = full.partition(".")
             if key != "rng":
-                states.setdefault(indices[name], {})[key] = value
+                index = indices[name]
+                own = value if key == "step" else divided_like(value, group["params"][index])
+                states.setdefault(index, {})[key] = own
         groups = self._adamw.state_dict()["param_groups"]
         self._adamw.load_state_dict({"state": states, "param_groups": groups})

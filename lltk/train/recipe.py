@@ -119,6 +119,12 @@ class TrainSection(BaseModel):
         description="replay CUDA graphs, which helps small models; needs a GPU and steps of one "
         "call",
     )
+    shards: int = Field(
+        1,
+        ge=1,
+        description="ranks among which weights, gradients and the optimiser's state are divided; "
+        "it divides the number of ranks that torchrun starts",
+    )
     recompute: bool = Field(
         False, description="recompute each block in the backward pass, which saves memory"
     )
@@ -133,10 +139,10 @@ class TrainSection(BaseModel):
         return self.lr * (1 + math.cos(math.pi * done)) / 2
 
     def calls(self, clips: int) -> int:
-        """How many calls a step makes.
+        """How many calls a step makes, on each rank.
 
         Args:
-            clips: clips in a call.
+            clips: clips in a call, of all ranks together.
 
         Raises:
             ValueError: the batch is not a multiple of that (names the nearest batches), or a step

@@ -13,6 +13,7 @@ from lltk.graph.program import Program
 from lltk.stream.denoise import denoise
 from lltk.stream.sampler import Schedule
 from lltk.train.progress import Note, noted, silent
+from lltk.train.share import Share
 
 
 @torch.no_grad()
@@ -56,6 +57,7 @@ def sample(
         Role.RANDOM: torch.tensor([seed, 0]),
     }
     given = contract.named(values) | module.quantised_weights()
+    share = Share(program)
     inputs = {name: given[name].to(device, own.dtype) for name, own in contract.inputs.items()}
     noisy, time = contract.name(Role.LATENTS), contract.name(Role.TIME)
     span = geometry.chunk if program.kind == "train" else geometry.frames
@@ -66,7 +68,9 @@ def sample(
         now[:, :, frames] = latents
         inputs[noisy] = now.to(inputs[noisy].dtype)
         inputs[time][:, frames] = timestep
-        return module(program.kind, dict(inputs))[spec.output][:, :, frames]
+        specs = contract.inputs
+        own = {name: share.own(value, specs[name].shape) for name, value in inputs.items()}
+        return share.whole(module(program.kind, own)[spec.output], axis=2)[:, :, frames]
 
     starts = range(0, geometry.frames, span)
     for start in noted(starts, "sampling", len(starts), note):

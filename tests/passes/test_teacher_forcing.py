@@ -62,11 +62,13 @@ clean: clean(f32[1, 4, 6, 1, 1])):
     block_causal_attention: f64[1, 12, 1, 4] = \
 lltk.block_causal_attention.default(mul, mul, mul, 2, True)
     # root
-    slice_1: f64[1, 6, 1, 4] = aten.slice.Tensor(block_causal_attention, 1, 6, 12)
-    flatten: f64[1, 6, 4] = aten.flatten.using_ints(slice_1, 2, 3)
-    slice_2: f32[1, 6, 1] = aten.slice.Tensor(unsqueeze, 1, 6, 12)
-    add: f64[1, 6, 4] = aten.add.Tensor(flatten, slice_2)
-    reshape_1: f64[1, 6, 2, 2] = aten.reshape.default(add, [1, 6, 2, 2])
+    chunk: (f64[1, 6, 1, 4], f64[1, 6, 1, 4],) = aten.chunk.default(block_causal_attention, 2, 1)
+    getitem: f64[1, 6, 1, 4] = getitem(chunk, 1)
+    flatten: f64[1, 6, 4] = aten.flatten.using_ints(getitem, 2, 3)
+    chunk_1: (f32[1, 6, 1], f32[1, 6, 1],) = aten.chunk.default(unsqueeze, 2, 1)
+    getitem_1: f32[1, 6, 1] = getitem(chunk_1, 1)
+    add: f64[1, 6, 4] = aten.add.Tensor(flatten, getitem_1)
+    reshape_1: f64[1, 6, 2, 2] = aten.reshape.default(add, [1, -1, 2, 2])
     return {'sample': reshape_1}
 """
 STEPS = (*CANONICAL, "text_per_chunk")

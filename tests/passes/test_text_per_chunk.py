@@ -45,7 +45,7 @@ q: f32[1, 6, 1, 3]):
     flatten_2: f32[3, 5, 3] = aten.flatten.using_ints(encoder_hidden_states, 0, 1)
     # blocks.0.attn2
     k: f32[3, 5, 1, 3] = aten.unsqueeze.default(flatten_2, 2)
-    unflatten: f32[1, 3, 2, 1, 3] = aten.unflatten.int(q, 1, [3, -1])
+    unflatten: f32[1, 3, 2, 1, 3] = aten.unflatten.int(q, 1, [-1, 2])
     flatten: f32[3, 2, 1, 3] = aten.flatten.using_ints(unflatten, 0, 1)
     permute_4: f32[3, 1, 2, 3] = aten.permute.default(flatten, [0, 2, 1, 3])
     permute_5: f32[3, 1, 5, 3] = aten.permute.default(k, [0, 2, 1, 3])
@@ -53,7 +53,7 @@ q: f32[1, 6, 1, 3]):
     scaled_dot_product_attention: f32[3, 1, 2, 3] = \
 aten.scaled_dot_product_attention.default(permute_4, permute_5, permute_6)
     permute_7: f32[3, 2, 1, 3] = aten.permute.default(scaled_dot_product_attention, [0, 2, 1, 3])
-    unflatten_1: f32[1, 3, 2, 1, 3] = aten.unflatten.int(permute_7, 0, [1, 3])
+    unflatten_1: f32[1, 3, 2, 1, 3] = aten.unflatten.int(permute_7, 0, [1, -1])
     flatten_1: f32[1, 6, 1, 3] = aten.flatten.using_ints(unflatten_1, 1, 2)
     return {'sample': flatten_1}
 """

@@ -23,21 +23,22 @@ _flex_attention = torch.compile(flex_attention)
 
 
 def block_causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool
+    q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool, ranks: int = 1
 ) -> Tensor:
     """`reference.block_causal_attention` by FlexAttention's compiled kernel; differentiable."""
-    blocks = block_mask(q.shape[1], chunk_tokens, teacher_forcing, q.device)
+    blocks = block_mask(q.shape[1], chunk_tokens, teacher_forcing, ranks, q.device)
     queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))
     return _flex_attention(queries, keys, values, block_mask=blocks).transpose(1, 2)
 
 
 def block_mask(
-    tokens: int, chunk_tokens: int, teacher_forcing: bool, device: torch.device
+    tokens: int, chunk_tokens: int, teacher_forcing: bool, ranks: int, device: torch.device
 ) -> BlockMask:
     """The mask as FlexAttention blocks, from chunk borders alone: no L×L matrix is evaluated."""
     chunks = tokens // chunk_tokens
     rows = [
-        [column in seen for column in range(chunks)] for seen in attended(chunks, teacher_forcing)
+        [column in seen for column in range(chunks)]
+        for seen in attended(chunks, teacher_forcing, ranks)
     ]
     allowed = torch.tensor(rows, device=device)
     seen, full = _coverage(allowed, tokens, chunk_tokens)

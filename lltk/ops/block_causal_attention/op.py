@@ -19,8 +19,10 @@ block_causal_attention = torch.library.custom_op(
 
 
 @block_causal_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool) -> Tensor:
-    torch._check(q.shape[1] % (chunk_tokens * (2 if teacher_forcing else 1)) == 0)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool, ranks: int = 1
+) -> Tensor:
+    torch._check(q.shape[1] % (chunk_tokens * (2 * ranks if teacher_forcing else 1)) == 0)
     return q.new_empty(q.shape)
 
 

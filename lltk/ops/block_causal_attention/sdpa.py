@@ -13,7 +13,7 @@ DECLARATION = Declaration(Exactness.ROUNDING, "torch's attention, chunk by chunk
 
 
 def block_causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool
+    q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int, teacher_forcing: bool, ranks: int = 1
 ) -> Tensor:
     """`reference.block_causal_attention`; every chunk attends densely to the keys it may see."""
     queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))
@@ -23,6 +23,6 @@ def block_causal_attention(
             torch.cat([keys[:, :, run] for run in runs], dim=2),
             torch.cat([values[:, :, run] for run in runs], dim=2),
         )
-        for own, runs in chunks(q.shape[1], chunk_tokens, teacher_forcing)
+        for own, runs in chunks(q.shape[1], chunk_tokens, teacher_forcing, ranks)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2)

@@ -1,0 +1,132 @@
+"""How the ranks of a training run share its work: clips, a clip's frames, and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lltk.parallel.groups import SEQUENCE, regrouped
+from lltk.parallel.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where a rank stands among those that train together.
+
+    Consecutive ranks form a group that works on the same clips. Weights, gradients and the
+    optimiser's state are divided among as many consecutive ranks as there are shards, whether or
+    not they share clips. ::
+
+        8 ranks, sequence=2, shards=4
+        clips    0 0 1 1 2 2 3 3
+        shards   0 1 2 3 0 1 2 3
+
+    Attributes:
+        rank, size: the number of this process, and how many there are.
+        sequence: ranks that share the frames of a clip.
+        shards: ranks among which the weights are divided; 1 if each holds all of them.
+    """
+
+    rank: int = 0
+    size: int = 1
+    sequence: int = 1
+    shards: int = 1
+
+    @property
+    def groups(self) -> int:
+        """How many groups of ranks work on clips of their own."""
+        return self.size // self.sequence
+
+    @property
+    def group(self) -> int:
+        """The number of this rank's group."""
+        return self.rank // self.sequence
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of all ranks' values, in place. All ranks must call it."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def same(self, value: object) -> bool:
+        """Whether every rank has an equal value. All ranks must call it."""
+        if self.size == 1:
+            return True
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return all(other == value for other in values)
+
+    def shard(self, module: nn.Module) -> None:
+        """Divide a module's parameters among the shards, block by block, by FSDP2.
+
+        Gradients are summed in float32 over all ranks as a backward pass makes them.
+
+        Args:
+            module: a Program's, or any other; its blocks are known by ``blocks_by_path``.
+        """
+        device = next(module.parameters()).device.type
+        names = ("replicas", "shards")
+        mesh = init_device_mesh(
+            device, (self.size // self.shards, self.shards), mesh_dim_names=names
+        )
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        for part in (*getattr(module, "blocks_by_path", {}).values(), module):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+            assert isinstance(part, FSDPModule)
+            part.set_gradient_divide_factor(1.0)
+
+
+ALONE = Mesh()
+"""A process by itself."""
+
+
+@contextmanager
+def meshed(ranks: Ranks, sequence: int, shards: int) -> Iterator[Mesh]:
+    """Let the ranks train together; ops find the group of those that share a clip.
+
+    Args:
+        ranks: all of them.
+        sequence: how many share the frames of a clip.
+        shards: among how many the weights are divided.
+
+    Raises:
+        ValueError: their number is no multiple of one of these.
+    """
+    size = ranks.size
+    for count, what, key in (
+        (sequence, "share a clip", "passes.balanced_sp.size"),
+        (shards, "share the weights", "train.shards"),
+    ):
+        if size % count:
+            raise ValueError(
+                f"ranks: {count} {what} ({key}), which does not divide the {size} that run; start "
+                f"torchrun --nproc-per-node {count} -m lltk train …, or a multiple of that, or "
+                f"set {key}"
+            )
+    mesh = Mesh(ranks.rank, size, sequence, shards)
+    if sequence == 1:
+        yield mesh
+        return
+    with regrouped(SEQUENCE, sequence):
+        yield mesh
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor whose parts lie on several ranks, as a whole. All of these ranks must call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def divided_like(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every rank has, divided among ranks as another one is, on its device."""
+    value = value.to(like.device)
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

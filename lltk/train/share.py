@@ -1,0 +1,45 @@
+"""A rank's share of the clips of a call, whose frames several ranks have between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lltk.graph.facts import Ranks
+from lltk.graph.program import Program
+from lltk.parallel.exchange import all_parts
+from lltk.parallel.groups import SEQUENCE, rank_in
+
+
+class Share:
+    """What this rank has of the tensors of whole clips.
+
+    Args:
+        program: for one rank, or for those of the group ``sequence``.
+
+    Raises:
+        ValueError: the group has another number of ranks.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.ranks = program.fact(Ranks).count
+        """How many ranks have a share."""
+        self._rank = rank_in(SEQUENCE, self.ranks)
+
+    def own(self, whole: Tensor, shape: Sequence[int]) -> Tensor:
+        """This rank's part of a tensor.
+
+        Args:
+            whole: the same on every rank.
+            shape: of a rank's part. The ranks share the axis in which it is smaller.
+        """
+        for axis, (size, own) in enumerate(zip(whole.shape, shape, strict=True)):
+            if size != own:
+                assert size == own * self.ranks, f"{own} is no rank's part of {size}"
+                return whole.narrow(axis, self._rank * own, own)
+        return whole
+
+    def whole(self, own: Tensor, axis: int) -> Tensor:
+        """The parts of all ranks along an axis. All ranks must call it."""
+        return own if self.ranks == 1 else all_parts(own, axis, self.ranks, SEQUENCE)
