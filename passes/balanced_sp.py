@@ -27,7 +27,10 @@ class Config(PassConfig):
     """How many ranks."""
 
     size: int = Field(
-        2, ge=2, description="number of ranks, which divides the heads and a clip's chunks"
+        2,
+        ge=1,
+        description="number of ranks that share a clip, which divides the heads and the chunks; "
+        "with 1 the graph stays as it is",
     )
 
 
@@ -60,7 +63,7 @@ class BalancedSP(Pass[Config]):
             fit = [str(n) for n in range(2, heads + 1) if heads % n == 0]
             raise ValueError(
                 f"size: {size} ranks cannot share {heads} heads evenly; set a size that can "
-                f"({', '.join(fit)})"
+                f"({', '.join(['1', *fit])})"
             )
         if geometry.chunks % size:
             step = size * geometry.chunk
@@ -73,6 +76,9 @@ class BalancedSP(Pass[Config]):
 
     def apply(self, program: Program, report: Report) -> None:
         (graph,) = program.graphs.values()
+        if self.config.size == 1:
+            report.match("one rank")
+            return
         for node in graph.find_nodes(op="placeholder"):
             if (role := role_of(node)) in FRAMES:
                 _divide(node, FRAMES[role], self.config.size)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from replay_sp import replay_sp
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import pad
@@ -28,7 +29,7 @@ from lltk.models.wan22 import STRIDE
 from lltk.stream.rollout import Rollout
 
 BOUND = 2e-5
-PASSES = {
+PASSES: dict[str, list[str]] = {
     "stream": ["hoist_text", "cached_step", "commit"],
     "train": ["text_per_chunk", "teacher_forcing"],
 }
@@ -36,9 +37,9 @@ PASSES = {
 
 def recipe(meta: dict[str, Any], kind: str) -> Recipe:
     """The recipe of a recorded run."""
-    chunk, window, sink = (
-        meta[key] for key in ("frames_per_chunk", "window_frames", "sink_frames")
-    )
+    chunk, frames = meta["frames_per_chunk"], meta.get("frames")
+    window, sink = meta.get("window_frames", frames), meta.get("sink_frames", 0)
+    shared = [{"balanced_sp": {"size": meta["ranks"]}}] if "ranks" in meta else []
     height, width = meta["latent"]
     return parse_recipe(
         {
@@ -60,11 +61,12 @@ def recipe(meta: dict[str, Any], kind: str) -> Recipe:
             "geometry": {
                 "height": height * STRIDE[1],
                 "width": width * STRIDE[2],
+                "batch": meta.get("batch", 1),
                 "chunk": chunk,
                 "window": window,
                 "sink": sink,
                 "shot_sink": bool(meta.get("cuts")),
-                "frames": meta.get("frames", window),
+                "frames": frames or window,
                 "text_tokens": meta["text_len"],
             },
             "passes": [
@@ -72,6 +74,7 @@ def recipe(meta: dict[str, Any], kind: str) -> Recipe:
                 "per_frame_timesteps",
                 "frame_positions",
                 *PASSES[kind],
+                *shared,
                 "regionalise",
                 "lower",
             ],
@@ -126,6 +129,8 @@ def replay(path: Path, device: str = "cpu") -> float:
     with safe_open(path, "pt", device=device) as file:
         meta = json.loads(file.metadata()["meta"])
         data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if "ranks" in meta:
+        return replay_sp(recipe(meta, "train"), meta, path)
     weights = {
         key.removeprefix("weights."): data.pop(key)
         for key in list(data)

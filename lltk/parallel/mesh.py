@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from lltk.parallel.groups import SEQUENCE, regrouped
 from lltk.parallel.ranks import Ranks
@@ -67,21 +69,27 @@ class Mesh:
     def shard(self, module: nn.Module) -> None:
         """Divide a module's parameters among the shards, block by block, by FSDP2.
 
-        Gradients are summed in float32 over all ranks as a backward pass makes them.
+        Gradients are summed over all ranks, in float32 or wider, as a backward pass makes them.
 
         Args:
             module: a Program's, or any other; its blocks are known by ``blocks_by_path``.
         """
-        device = next(module.parameters()).device.type
+        like = next(module.parameters())
         names = ("replicas", "shards")
         mesh = init_device_mesh(
-            device, (self.size // self.shards, self.shards), mesh_dim_names=names
+            like.device.type, (self.size // self.shards, self.shards), mesh_dim_names=names
         )
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        policy = MixedPrecisionPolicy(reduce_dtype=wide)
+        module.register_forward_hook(_copied)  # FSDP warns of results that are views
         for part in (*getattr(module, "blocks_by_path", {}).values(), module):
             fully_shard(part, mesh=mesh, mp_policy=policy)
             assert isinstance(part, FSDPModule)
             part.set_gradient_divide_factor(1.0)
+
+
+def _copied(module: nn.Module, given: Any, result: Any) -> Any:
+    return tree_map_only(Tensor, torch.clone, result)
 
 
 ALONE = Mesh()

@@ -135,7 +135,8 @@ class FlowMatching:
             mistaken = self._mistaken(batch, inputs, target)
             inputs |= self._contract.named({Role.CLEAN: mistaken})
         flow = self._flow(*inputs.values())
-        error = (flow.float() - target).square().mean(dim=(1, 3, 4))
+        wide = torch.promote_types(flow.dtype, torch.float32)
+        error = (flow.to(wide) - target).square().mean(dim=(1, 3, 4))
         return (weight * error).sum()
 
     def weights_changed(self) -> None:

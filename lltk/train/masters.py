@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from lltk.parallel.mesh import divided_like
 
 
+def _wide(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
 class Masters:
     """The weights that train, in float32, and their gradients, added up in float32.
 
     The optimiser updates the masters. A parameter of lower precision has a master of its own, and
-    `publish` rounds it back into the module. A float32 parameter is its own master.
+    `publish` rounds it back into the module. A float32 parameter, or a wider one, is its own.
 
     Args:
         module: its parameters that require gradients train. From here on they share no memory with
@@ -37,13 +41,13 @@ class Masters:
             raise ValueError("nothing trains: no parameter requires a gradient")
         self.parameters = {
             name: parameter
-            if parameter.dtype == torch.float32
+            if parameter.dtype == _wide(parameter)
             else nn.Parameter(parameter.detach().float())
             for name, parameter in self._running.items()
         }
         """The masters, by parameter name."""
         for name, master in self.parameters.items():
-            start = weights[name].detach().to(master.device, torch.float32, copy=True)
+            start = weights[name].detach().to(master.device, master.dtype, copy=True)
             master.data = divided_like(start, master)
 
     def collect(self) -> None:

@@ -1,0 +1,110 @@
+"""balanced_sp gives each rank the clean and the noisy latents of the same frames."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import CANONICAL, after, hand_made, reached, refused, text
+
+from lltk.graph.facts import Ranks
+from lltk.graph.program import Program
+from lltk.graph.stages import Stage
+
+pytestmark = pytest.mark.cpu
+
+BEFORE = """
+    def train(noisy: latents(f32[1, 4, 4, 2, 2]), timestep: time(f32[1, 4]),
+              encoder_hidden_states: text(f32[1, 2, 5, 3]), positions: positions(f64[4]),
+              clean: clean(f32[1, 4, 4, 2, 2])):
+        # root
+        cat: f32[1, 4, 8, 2, 2] = aten.cat.default([clean, noisy], 2)
+        flatten: f32[1, 4, 32] = aten.flatten.using_ints(cat, 2)
+        transpose: f32[1, 32, 4] = aten.transpose.int(flatten, 1, 2)
+        # blocks.0.attn1
+        unflatten: f32[1, 32, 2, 2] = aten.unflatten.int(transpose, 2, [2, -1])
+        neg: f32[1, 32, 2, 2] = aten.neg.default(unflatten)
+        block_causal_attention: f32[1, 32, 2, 2] = \
+lltk.block_causal_attention.default(unflatten, neg, unflatten, 8, True)
+        # root
+        chunk: (f32[1, 16, 2, 2], f32[1, 16, 2, 2],) = \
+aten.chunk.default(block_causal_attention, 2, 1)
+        getitem: f32[1, 16, 2, 2] = getitem(chunk, 1)
+        return {'sample': getitem}
+"""
+AFTER = """
+def train(noisy: latents(f32[1, 4, 2, 2, 2]), timestep: time(f32[1, 2]), \
+encoder_hidden_states: text(f32[1, 1, 5, 3]), positions: positions(f64[2]), \
+clean: clean(f32[1, 4, 2, 2, 2])):
+    # root
+    cat: f32[1, 4, 4, 2, 2] = aten.cat.default([clean, noisy], 2)
+    flatten: f32[1, 4, 16] = aten.flatten.using_ints(cat, 2)
+    transpose: f32[1, 16, 4] = aten.transpose.int(flatten, 1, 2)
+    # blocks.0.attn1
+    unflatten: f32[1, 16, 2, 2] = aten.unflatten.int(transpose, 2, [2, -1])
+    neg: f32[1, 16, 2, 2] = aten.neg.default(unflatten)
+    tokens_to_heads: (f32[1, 32, 1, 2], f32[1, 32, 1, 2], f32[1, 32, 1, 2],) = \
+lltk.tokens_to_heads.default([unflatten, neg, unflatten], 2, 'sequence')
+    getitem_1: f32[1, 32, 1, 2] = getitem(tokens_to_heads, 0)
+    getitem_2: f32[1, 32, 1, 2] = getitem(tokens_to_heads, 1)
+    getitem_3: f32[1, 32, 1, 2] = getitem(tokens_to_heads, 2)
+    block_causal_attention_1: f32[1, 32, 1, 2] = \
+lltk.block_causal_attention.default(getitem_1, getitem_2, getitem_3, 8, True, 2)
+    heads_to_tokens: (f32[1, 16, 2, 2],) = \
+lltk.heads_to_tokens.default([block_causal_attention_1], 2, 'sequence')
+    getitem_4: f32[1, 16, 2, 2] = getitem(heads_to_tokens, 0)
+    # root
+    chunk: (f32[1, 8, 2, 2], f32[1, 8, 2, 2],) = aten.chunk.default(getitem_4, 2, 1)
+    getitem: f32[1, 8, 2, 2] = getitem(chunk, 1)
+    return {'sample': getitem}
+"""
+STEPS = (*CANONICAL, "text_per_chunk", "teacher_forcing")
+
+
+def made() -> Program:
+    return hand_made("train", Stage.CAUSAL, {"train": BEFORE}, height=64, width=64, frames=4)
+
+
+def test_rewrites_the_text() -> None:
+    program = after(made(), "balanced_sp")
+    assert text(program, "train") == AFTER.strip()
+    assert program.fact(Ranks).count == 2
+    assert program.log[-1].matches == {"inputs": 5, "self-attention": 1}
+
+
+def test_a_rank_has_whole_chunks_of_every_input() -> None:
+    program = after(reached("train", *STEPS, frames=12), {"balanced_sp": {"size": 2}})
+    contract = program.contract("train")
+    assert {name: spec.shape for name, spec in contract.inputs.items()} == {
+        "noisy": (1, 4, 6, 4, 4),
+        "timestep": (1, 6),
+        "encoder_hidden_states": (1, 3, 5, 16),
+        "positions": (6,),
+        "clean": (1, 4, 6, 4, 4),
+    }
+    assert contract.outputs["sample"].shape == (1, 4, 6, 4, 4)
+
+
+def test_one_rank_leaves_the_graph_as_it_is() -> None:
+    before = after(reached("train", *STEPS), {"balanced_sp": {"size": 1}})
+    assert text(before, "train") == text(reached("train", *STEPS), "train")
+    assert before.stage is Stage.PARTITIONED and before.fact(Ranks).count == 1
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "wanted"),
+    [
+        (6, 2, "2 ranks cannot share 6 latent frames in chunks of 2 evenly; set geometry.frames "
+               "to 4 or 8"),
+        (2, 2, "2 ranks cannot share 2 latent frames in chunks of 2 evenly; set geometry.frames "
+               "to 4"),
+        (6, 3, "3 ranks cannot share 2 heads evenly; set a size that can (1, 2)"),
+    ],
+)  # fmt: skip
+def test_ranks_that_cannot_share_are_refused(frames: int, size: int, wanted: str) -> None:
+    program = reached("train", *STEPS, frames=frames)
+    message = refused(after, program, {"balanced_sp": {"size": size}})
+    assert message == f"balanced_sp: size: {wanted}"
+
+
+def test_a_program_that_streams_is_refused() -> None:
+    message = refused(after, reached("stream", *CANONICAL), "balanced_sp")
+    assert message.startswith("balanced_sp: is for train programs, this one is for stream")

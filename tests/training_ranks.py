@@ -1,0 +1,253 @@
+"""What ranks that train together make, for the tests."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import cache
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import replay_longlive
+import replay_sp
+import torch
+import torch.distributed as dist
+from helpers import PASSES, make_program, make_recipe, tiny_config
+from ranks import LIMIT, free_port
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lltk.graph.contract import Contract, Role
+from lltk.graph.module import instantiate
+from lltk.graph.program import Program
+from lltk.graph.recipe import Recipe
+from lltk.ops.block_causal_attention import reference, sdpa
+from lltk.parallel.mesh import Mesh, meshed, whole
+from lltk.parallel.ranks import Ranks
+from lltk.train.data import Batch
+from lltk.train.flow_matching import FlowMatching
+from lltk.train.loop import Trainer
+from lltk.train.optimiser import Optimiser
+from lltk.train.recipe import TrainSection
+
+BATCH, STEPS = 4, 2
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training run in float64.
+
+    Attributes:
+        frames, chunk: of a clip, in latent frames.
+        options: of the objective.
+        padded: whether clips have padding, which no two of them have as much of.
+    """
+
+    frames: int = 8
+    chunk: int = 2
+    options: Mapping[str, float] = field(default_factory=dict)
+    padded: bool = False
+
+
+CASES = {
+    "text": Case(),
+    "images and padding": Case(options={"image": 0.6}, padded=True),
+    "errors and noise": Case(12, 3, {"context_error": 0.7, "context_noise": 0.4}),
+}
+
+
+class Clips:
+    """Random clips. Each has prompts of its own for its chunks."""
+
+    def __init__(self, program: Program, case: Case) -> None:
+        self._program = program
+        self._case = case
+
+    def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
+        geometry, spec = self._program.geometry, self._program.spec
+        size = (spec.channels, geometry.frames, *geometry.latent(spec))
+        made: dict[str, list[Tensor]] = {"latents": [], "text": [], "opens": [], "valid": []}
+        for index in indices:
+            generator = torch.Generator().manual_seed(1000 * seed + index)
+            made["latents"].append(torch.randn(size, generator=generator))
+            text = (geometry.chunks, geometry.text_tokens, spec.text_dim)
+            made["text"].append(torch.randn(text, generator=generator))
+            made["opens"].append(torch.arange(geometry.chunks) % 3 == 0)
+            left = geometry.frames - index % 4 * geometry.chunk if self._case.padded else None
+            made["valid"].append(torch.arange(geometry.frames) < (left or geometry.frames))
+        return {name: torch.stack(parts) for name, parts in made.items()}
+
+
+@cache
+def program(name: str, sequence: int) -> Program:
+    """A case's Program, for so many ranks a clip, with weights of its own seed."""
+    case = CASES[name]
+    steps: list[Any] = list(PASSES["train"])
+    if sequence > 1:
+        steps.insert(steps.index("teacher_forcing") + 1, {"balanced_sp": {"size": sequence}})
+    config = tiny_config(2, num_attention_heads=4, attention_head_dim=12)
+    sizes = {"frames": case.frames, "chunk": case.chunk, "window": 4 * case.chunk, "sink": 0}
+    sizes |= {"height": 64, "width": 96}
+    return make_program(make_recipe("train", steps, config=config, **sizes))
+
+
+def wide_contract(self: Program, graph: str) -> Contract:
+    """A graph's contract in float64."""
+    found = contract_of(self, graph)
+    return Contract(
+        {
+            name: replace(spec, dtype=torch.float64) if spec.dtype.is_floating_point else spec
+            for name, spec in found.inputs.items()
+        },
+        found.outputs,
+    )
+
+
+contract_of = Program.contract
+
+
+def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict[str, Tensor]:
+    """Losses, gradients and weights of a few steps, in float64."""
+    case, made = CASES[name], program(name, sequence)
+    found: dict[str, Tensor] = {}
+    step = Optimiser.step
+
+    def noting(self: Optimiser, rate: float) -> None:
+        number = sum(key.endswith("loss") for key in found)
+        masters = self._adamw.param_groups[0]["params"]
+        for parameter, master in zip(self._names, masters, strict=True):
+            found[f"{number}.gradient.{parameter}"] = whole(master.grad).clone()
+        step(self, rate)
+
+    section = TrainSection.model_validate(
+        {"steps": 99, "batch": BATCH, "lr": 1e-3, "clip": 0.5, "shards": shards, "seed": 3}
+    )
+    with (
+        meshed(ranks, sequence, shards) as mesh,
+        patch.object(Program, "contract", wide_contract),
+        patch.object(Optimiser, "step", noting),
+        TemporaryDirectory() as folder,
+    ):
+        module = instantiate(made, dtype=torch.float64)
+        module.recompute_blocks()
+        objective = FlowMatching(made, module, **case.options)
+        run = Trainer(objective, Clips(made, case), section, Path(folder), {}, mesh=mesh)
+        for number in range(STEPS):
+            metrics = next(run)
+            found[f"{number}.loss"] = torch.tensor(metrics.loss, dtype=torch.float64)
+            found[f"{number}.norm"] = torch.tensor(metrics.grad_norm, dtype=torch.float64)
+        return found | {f"weight.{n}": value for n, value in run.weights.items()}
+
+
+Run = tuple[int, tuple[int, int], str]
+"""Number of ranks; those that share a clip, and shards; case."""
+RUNS: list[Run] = [
+    *product([2], [(2, 1), (1, 2), (2, 2)], CASES),
+    *product([4], [(4, 1), (2, 4), (2, 2)], ["images and padding"]),
+    (4, (4, 1), "errors and noise"),
+]
+FAULTY: Run = (2, (2, 1), "images and padding")
+"""The run that has the faults."""
+RECORDED = Path(__file__).parent / "data" / "longlive" / "sp_2ranks.safetensors"
+
+
+@contextmanager
+def another_layout() -> Iterator[None]:
+    """Let the mask take what the ranks' exchange gives for [clean; noisy] of the whole clip."""
+
+    def wrong(tokens: int, chunk_tokens: int, teacher_forcing: bool, ranks: int) -> Any:
+        return reference.chunks(tokens, chunk_tokens, teacher_forcing, 1)
+
+    with patch.object(sdpa, "chunks", wrong):
+        yield
+
+
+@contextmanager
+def own_counts() -> Iterator[None]:
+    """Let each rank divide its loss by the number of its own frames that count."""
+    total = Mesh.total
+
+    def count(self: FlowMatching, batch: Batch) -> int:
+        frames = self._program.contract("train").input(Role.TIME).shape
+        return int(self._share.own(self._counted(batch), frames).sum())
+
+    def unsummed(self: Mesh, value: Tensor) -> Tensor:
+        return value * self.sequence if value.dtype == torch.int64 else total(self, value)
+
+    with patch.object(FlowMatching, "count", count), patch.object(Mesh, "total", unsummed):
+        yield
+
+
+FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "another layout": another_layout,
+    "own counts": own_counts,
+}
+
+
+def file_of(run: Run, rank: int) -> str:
+    size, (sequence, shards), case = run
+    return f"{case}, {size} ranks, {sequence} a clip, {shards} shards, {rank}"
+
+
+def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
+    """Write what this rank makes of its runs; for a process of its own."""
+    torch.set_num_threads(1)
+    ranks = Ranks(rank, size, CPU)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=LIMIT),
+    )
+    for run in RUNS:
+        if run[0] == size:
+            save_file(trained(run[2], ranks, *run[1]), folder / file_of(run, rank))
+    if size == FAULTY[0]:
+        for name, fault in FAULTS.items():
+            with fault():
+                save_file(trained(FAULTY[2], ranks, *FAULTY[1]), folder / f"{name}, {rank}")
+        with meshed(ranks, size, 1):
+            recipe, meta = recorded(RECORDED)
+            made = replay_sp.program_of(recipe, replay_sp.weights_beside(RECORDED))
+            own = replay_sp.call(made, meta, load_file(RECORDED), rank)
+            save_file(own, folder / f"recorded, {rank}")
+    dist.destroy_process_group()
+
+
+def recorded(file: Path) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe and the facts of a recorded call."""
+    with safe_open(file, "pt") as opened:
+        meta = json.loads(opened.metadata()["meta"])
+    return replay_longlive.recipe(meta, "train"), meta
+
+
+def save_all(folder: Path) -> None:
+    """Run every case on every mesh; for a new process, of which the ranks are forks."""
+    torch.set_num_threads(1)
+    for _, (sequence, _), case in RUNS:
+        program(case, sequence)
+    fork = multiprocessing.get_context("fork")
+    for size in sorted({run[0] for run in RUNS}):
+        port = free_port()
+        ranks = [
+            fork.Process(target=save_trained, args=(rank, size, port, folder))
+            for rank in range(size)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(LIMIT)
+            process.kill()
+        if any(process.exitcode for process in ranks):
+            sys.exit(1)
