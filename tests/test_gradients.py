@@ -21,6 +21,7 @@ from test_identities import (
     run_original,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lltk.graph.module import instantiate
 from lltk.stream.rollout import Rollout
@@ -157,27 +158,44 @@ def test_score(implementation: str, dtype: torch.dtype) -> None:
 
 
 def test_blocks_recompute_to_the_same_gradients() -> None:
+    """Attention runs again in every block but those that keep its results."""
     video = leaves(clip(torch.float32))
     counts, found = [], []
-    for checkpointed in (False, True):
+    for kept in (None, 0, 1, 2):
         module = instantiate(reached("train", *PASSES["train"], **WIDTH))
-        if checkpointed:
-            module.recompute_blocks()
         runs = _count_runs(module)
-        result = module(
-            "train",
-            {
-                "clean": video.clean,
-                "noisy": video.noisy,
-                "timestep": video.timestep,
-                "positions": video.positions,
-                "encoder_hidden_states": video.text[None],
-            },
-        )
-        found.append(gradients(loss(result["sample"]), module, video))
-        counts.append(len(runs))
-    assert counts == [2, 4]
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        if kept is not None:
+            module.recompute_blocks(kept)
+        with _Attentions() as attentions:
+            result = module(
+                "train",
+                {
+                    "clean": video.clean,
+                    "noisy": video.noisy,
+                    "timestep": video.timestep,
+                    "positions": video.positions,
+                    "encoder_hidden_states": video.text[None],
+                },
+            )
+            once = attentions.count
+            found.append(gradients(loss(result["sample"]), module, video))
+        counts.append((len(runs), attentions.count / once))
+    assert counts == [(2, 1.0), (4, 2.0), (4, 1.5), (4, 1.0)]
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in other)
+
+
+class _Attentions(TorchDispatchMode):
+    """Counts how often attention's forward pass runs."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: Any = (), kwargs: Any | None = None
+    ) -> Any:
+        name = str(op)
+        self.count += "scaled_dot_product" in name and "backward" not in name
+        return op(*args, **(kwargs or {}))
 
 
 def _count_runs(module: Any) -> list[str]:

@@ -27,6 +27,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from lltk.cli.doctor import command as doctor
 from lltk.models.wan22 import rope_split
 from lltk.ops.block_causal_attention import flex as flex_module
+from lltk.ops.block_causal_attention import merging
 from lltk.ops.block_causal_attention import reference as causal_reference
 from lltk.ops.block_causal_attention.op import (
     block_causal_attention,
@@ -316,6 +317,48 @@ def test_half_precision_sums_in_float32() -> None:
     own, arenas = page_operands(torch.bfloat16)
     ours = with_gradients(paged_attention, own, *arenas, torch.tensor([1, 3]))
     assert worst(ours, dense_paged_in(own, arenas, [1, 3])) <= 2**-8
+
+
+# Runs of keys merged: the algorithm with a CPU's kernel
+
+
+def _forward_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out, lse
+
+
+def _backward_on_cpu(*given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    made: tuple[Tensor, Tensor, Tensor] = backward(*given, 0.0, False)
+    return made
+
+
+ON_CPU = merging.Kernel(_forward_on_cpu, _backward_on_cpu)
+
+
+def merged_in(clip: Clip, operands: Sequence[Tensor]) -> list[Tensor]:
+    """Result and gradients by runs of keys."""
+    *inputs, grad = operands
+    out, lse = merging.attend(ON_CPU, *inputs, *clip[1:])
+    return [out, *merging.differentiate(ON_CPU, grad, *inputs, out, lse, *clip[1:])]
+
+
+@cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", CLIPS)
+def test_merged_runs_are_one_attention(clip: Clip, dtype: torch.dtype) -> None:
+    operands = clip_operands(clip, dtype)
+    ours = merged_in(clip, operands)
+    assert all(t.dtype == dtype for t in ours)
+    assert worst(ours, dense_causal_in(clip, operands)) <= BOUND[dtype]
+
+
+@cpu
+@pytest.mark.parametrize("clip", [(6, 4, True, 1), (8, 3, True, 2)])
+def test_runs_of_another_mask_are_seen(clip: Clip) -> None:
+    operands = clip_operands(clip, torch.float32)
+    theirs = dense_causal_in(clip, operands, late=1)
+    assert worst(merged_in(clip, operands), theirs) > FAR
 
 
 # FlexAttention: its blocks and its formula on a CPU, its kernel on a GPU

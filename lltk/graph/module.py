@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
-from torch.utils.checkpoint import checkpoint
 
 from lltk.graph.contract import Role
 from lltk.graph.edit import role_of
 from lltk.graph.facts import Trainable
 from lltk.graph.program import Program
+from lltk.graph.recompute import recomputed
 from lltk.graph.verify import WEIGHTS
 from lltk.ops.implementations import check_device
 
@@ -25,9 +25,11 @@ class Block(nn.Module):
     FSDP shards it and activation checkpointing wraps it; the regions hold no parameters.
     """
 
-    def __init__(self, regions: dict[str, Callable[..., Any]]) -> None:
+    def __init__(self, regions: dict[Hashable, Callable[..., Any]]) -> None:
         super().__init__()
-        self.recompute = False
+        self.recompute: bool | None = None
+        """Whether its backward pass recomputes it, and then whether all but attention's results;
+        None if it keeps everything."""
         self._regions = regions
         self._parameters_of: dict[str, tuple[Callable[[Any], Tensor], ...]] = {}
 
@@ -37,14 +39,10 @@ class Block(nn.Module):
 
     def forward(self, region: str, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run a region with this layer's parameters."""
-        if self.recompute and torch.is_grad_enabled():
-            result: tuple[Tensor, ...] = checkpoint(self._run, region, *inputs, use_reentrant=False)
-            return result
-        return self._run(region, *inputs)
-
-    def _run(self, region: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+        recomputes = self.recompute is not None and torch.is_grad_enabled()
+        run = self._regions[(region, self.recompute) if recomputes else region]
         parameters = (get(self) for get in self._parameters_of[region])
-        result: tuple[Tensor, ...] = self._regions[region](*inputs, *parameters)
+        result: tuple[Tensor, ...] = run(*inputs, *parameters)
         return result
 
 
@@ -56,7 +54,7 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program, device: torch.device, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self._regions: dict[str, Any] = {
+        self._regions: dict[Hashable, Any] = {
             name: fx.GraphModule(nn.Module(), region.graph, class_name=name)
             for name, region in program.regions.items()
         }
@@ -118,10 +116,20 @@ class ProgramModule(nn.Module):
         """
         return self(WEIGHTS, {}) if WEIGHTS in self._graphs else {}
 
-    def recompute_blocks(self) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        for block in self.blocks_by_path.values():
-            block.recompute = True
+    def recompute_blocks(self, keep_attention: int = 0) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations.
+
+        Call it before `compile_blocks`.
+
+        Args:
+            keep_attention: how many blocks, the last ones, keep what attention gives.
+        """
+        for name in self._table_readers:
+            for keep in (False, True):
+                self._regions[name, keep] = recomputed(self._regions[name], keep)
+        blocks = list(self.blocks_by_path.values())
+        for index, block in enumerate(blocks):
+            block.recompute = len(blocks) - index <= keep_attention
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the regions. Layers that share a region share its compiled code.
@@ -135,8 +143,10 @@ class ProgramModule(nn.Module):
         for name, readers in self._table_readers.items():
             if readers:
                 self._regions[name] = _compiled_around(self._regions[name], readers, options)
-            else:
-                self._regions[name] = torch.compile(self._regions[name], **options)
+                continue
+            for each in (name, (name, False), (name, True)):
+                if each in self._regions:
+                    self._regions[each] = torch.compile(self._regions[each], **options)
 
     def compile_graph(self, name: str, **options: Any) -> None:
         """Compile a named graph as a whole.

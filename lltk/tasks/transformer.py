@@ -98,7 +98,7 @@ class TransformerPlan:
             program = with_weights(program, model.state_dict())
         module = instantiate(program, self.device)
         if section.recompute:
-            module.recompute_blocks()
+            module.recompute_blocks(section.keep_attention)
         if section.compile:
             module.compile_blocks()
         return FlowMatching(

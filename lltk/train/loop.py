@@ -255,16 +255,16 @@ class Trainer:
         return loss, float(norm)
 
     def _divergence(self, loss: float, norm: float, batches: list[Batch]) -> str:
-        where = None
+        where: str | None = None
         if self._mesh.size == 1:  # ranks that share a clip would have to look together
             where = next((bad for b in batches if (bad := self._objective.first_bad(b))), None)
         if where is None and math.isfinite(loss):
-            bad = [
+            wrong = [
                 name
                 for name, master in self._masters.parameters.items()
                 if master.grad is not None and not _finite(master.grad)
             ]
-            where = f"the gradient of {bad[-1] if bad else 'all parameters together'}"
+            where = f"the gradient of {wrong[-1] if wrong else 'all parameters together'}"
         return (
             f"step {self.step + 1}: the loss is {loss}, its gradient's norm {norm}; first not "
             f"finite: {where or 'the loss itself'}; {self.left()}; lower train.lr or train.clip"

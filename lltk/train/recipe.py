@@ -128,6 +128,12 @@ class TrainSection(BaseModel):
     recompute: bool = Field(
         False, description="recompute each block in the backward pass, which saves memory"
     )
+    keep_attention: int = Field(
+        0,
+        ge=0,
+        description="how many of the blocks that are recomputed, the last ones, keep the results "
+        "of attention, which costs memory and saves time",
+    )
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
