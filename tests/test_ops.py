@@ -18,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from helpers import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -448,6 +449,26 @@ def test_flex_kernel(clip: Clip, dtype: torch.dtype) -> None:
     bound = {torch.float32: 1e-4, torch.bfloat16: BOUND[torch.bfloat16]}[dtype]
     assert worst(ours, theirs) <= bound
     assert worst(ours, dense_causal_in(clip, operands, late=1)) > 10 * bound
+
+
+@gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("clip", [(3, 96, False, 1), (6, 64, True, 1), (8, 96, True, 2)])
+def test_cudnn_attends_to_runs(clip: Clip, dtype: torch.dtype, compiled: bool) -> None:
+    torch._dynamo.reset()
+    run = find_implementation("block_causal_attention", "cudnn").load()
+    operands = [t.cuda() for t in clip_operands(clip, dtype, width=64)]
+    ours = with_gradients(torch.compile(run) if compiled else run, operands, *clip[1:])
+    assert worst(ours, dense_causal_in(clip, operands)) <= BOUND[dtype]
+    assert worst(ours, dense_causal_in(clip, operands, late=1)) > 5 * BOUND[dtype]
+
+
+@cpu
+def test_cudnn_refuses_float32_in_training() -> None:
+    run = find_implementation("block_causal_attention", "cudnn").load()
+    message = refused(run, *clip_operands(CLIPS[0], torch.float32)[:3], *CLIPS[0][1:])
+    assert message.startswith("block_causal_attention: cudnn attends in bfloat16 or float16, not ")
 
 
 @gpu
