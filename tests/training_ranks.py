@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """A training run in float64.
+    """A training run.
 
     Attributes:
         frames, chunk: of a clip, in latent frames.
@@ -101,23 +101,31 @@ def program(name: str, sequence: int) -> Program:
     return make_program(make_recipe("train", steps, config=config, **sizes))
 
 
-def wide_contract(self: Program, graph: str) -> Contract:
-    """A graph's contract in float64."""
-    found = contract_of(self, graph)
-    return Contract(
-        {
-            name: replace(spec, dtype=torch.float64) if spec.dtype.is_floating_point else spec
+@contextmanager
+def computing_in(dtype: torch.dtype) -> Iterator[None]:
+    """Let Programs take floating-point inputs of another dtype."""
+    contract_of = Program.contract
+
+    def contract(self: Program, graph: str) -> Contract:
+        found = contract_of(self, graph)
+        inputs = {
+            name: replace(spec, dtype=dtype) if spec.dtype.is_floating_point else spec
             for name, spec in found.inputs.items()
-        },
-        found.outputs,
-    )
+        }
+        return Contract(inputs, found.outputs)
+
+    with patch.object(Program, "contract", contract):
+        yield
 
 
-contract_of = Program.contract
-
-
-def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict[str, Tensor]:
-    """Losses, gradients and weights of a few steps, in float64."""
+def trained(
+    name: str,
+    ranks: Ranks,
+    sequence: int = 1,
+    shards: int = 1,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """Losses, gradients and weights of a few steps, on the CPU."""
     case, made = CASES[name], program(name, sequence)
     found: dict[str, Tensor] = {}
     step = Optimiser.step
@@ -126,7 +134,7 @@ def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict
         number = sum(key.endswith("loss") for key in found)
         masters = self._adamw.param_groups[0]["params"]
         for parameter, master in zip(self._names, masters, strict=True):
-            found[f"{number}.gradient.{parameter}"] = whole(master.grad).clone()
+            found[f"{number}.gradient.{parameter}"] = whole(master.grad).clone().cpu()
         step(self, rate)
 
     section = TrainSection.model_validate(
@@ -134,11 +142,11 @@ def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict
     )
     with (
         meshed(ranks, sequence, shards) as mesh,
-        patch.object(Program, "contract", wide_contract),
+        computing_in(dtype),
         patch.object(Optimiser, "step", noting),
         TemporaryDirectory() as folder,
     ):
-        module = instantiate(made, dtype=torch.float64)
+        module = instantiate(made, ranks.device, dtype)
         module.recompute_blocks()
         objective = FlowMatching(made, module, **case.options)
         run = Trainer(objective, Clips(made, case), section, Path(folder), {}, mesh=mesh)
@@ -146,7 +154,7 @@ def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict
             metrics = next(run)
             found[f"{number}.loss"] = torch.tensor(metrics.loss, dtype=torch.float64)
             found[f"{number}.norm"] = torch.tensor(metrics.grad_norm, dtype=torch.float64)
-        return found | {f"weight.{n}": value for n, value in run.weights.items()}
+        return found | {f"weight.{n}": value.cpu() for n, value in run.weights.items()}
 
 
 Run = tuple[int, tuple[int, int], str]
@@ -222,6 +230,24 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
             made = replay_sp.program_of(recipe, replay_sp.weights_beside(RECORDED))
             own = replay_sp.call(made, meta, load_file(RECORDED), rank)
             save_file(own, folder / f"recorded, {rank}")
+    dist.destroy_process_group()
+
+
+def save_on_gpu(rank: int, size: int, port: int, folder: Path) -> None:
+    """Write what this rank makes on a GPU of its own, over NCCL; for a process of its own."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=LIMIT),
+    )
+    for run in RUNS:
+        if run[0] == size:
+            found = trained(run[2], Ranks(rank, size, device), *run[1], torch.float32)
+            save_file(found, folder / file_of(run, rank))
     dist.destroy_process_group()
 
 
