@@ -435,7 +435,13 @@ def test_flex_formula(chunks: int, chunk_tokens: int, teacher_forcing: bool) -> 
     assert worst([ours], [dense(*wide, causal_mask(clip))]) <= BOUND[torch.float32]
 
 
-GPU_CLIPS = [(3, 96, False), (4, 128, True), (6, 100, True), (8, 256, True), (5, 33, False)]
+GPU_CLIPS: list[Clip] = [
+    (3, 96, False, 1),
+    (4, 128, True, 1),
+    (6, 100, True, 1),
+    (8, 256, True, 2),
+    (5, 33, False, 1),
+]
 
 
 @gpu

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +15,28 @@ from helpers import refused
 from ranks import LIMIT
 from safetensors.torch import load_file
 from torch import Tensor
-from training_ranks import CPU, FAULTS, FAULTY, RECORDED, RUNS, file_of, recorded, save_all, trained
+from training_ranks import (
+    CASES,
+    CPU,
+    FAULTS,
+    FAULTY,
+    RECORDED,
+    RUNS,
+    Clips,
+    file_of,
+    goes_on,
+    program,
+    recorded,
+    save_all,
+    trained,
+)
 
+from lltk.graph.module import instantiate
 from lltk.parallel.mesh import meshed
 from lltk.parallel.ranks import Ranks
+from lltk.train.flow_matching import FlowMatching
+from lltk.train.loop import Trainer
+from lltk.train.recipe import TrainSection
 
 pytestmark = pytest.mark.cpu
 
@@ -64,6 +84,39 @@ def test_faults_are_seen(folder: Path, fault: str) -> None:
     wanted = alone(FAULTY[2])
     for rank in range(FAULTY[0]):
         assert apart(load_file(folder / f"{fault}, {rank}"), wanted) > FAR
+
+
+def test_a_run_goes_on_with_other_ranks(folder: Path, tmp_path: Path) -> None:
+    """With as many as before it is the same run, bit for bit."""
+
+    def losses(name: str) -> list[float]:
+        found: list[float] = json.loads((folder / name).read_text())
+        return found
+
+    *_, last = losses("whole, 0")
+    assert losses("whole, 1")[-1] == last
+    assert [losses(f"resumed on 2, {rank}") for rank in range(2)] == [[last], [last]]
+    shutil.copytree(folder / "half", tmp_path / "half")
+    (alone,) = goes_on(Ranks(0, 1, CPU), tmp_path / "half", 3)
+    for loss in (alone, *losses("resumed on 4, 3")):
+        assert loss == pytest.approx(last, rel=1e-6)
+    assert abs(losses("whole, 0")[0] - last) > 1e-3 * last
+
+
+def test_a_run_of_another_recipe_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "half", tmp_path / "half")
+    settings = {"steps": 3, "batch": 2, "lr": 2e-3, "ema_start": 1}
+    made = program("text", 1)
+    message = refused(
+        Trainer,
+        FlowMatching(made, instantiate(made)),
+        Clips(made, CASES["text"]),
+        TrainSection.model_validate(settings),
+        tmp_path / "half",
+        {"recipe": made.recipe | {"geometry": {}}, "log": [], "versions": {}},
+        resume=True,
+    )
+    assert "was made by another recipe: geometry.batch, geometry.chunk" in message
 
 
 def test_recorded_ranks_replay(folder: Path) -> None:

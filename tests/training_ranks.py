@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -102,14 +103,14 @@ def program(name: str, sequence: int) -> Program:
 
 
 @contextmanager
-def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """Let Programs take floating-point inputs of another dtype."""
+def in_float64() -> Iterator[None]:
+    """Let Programs take their floating-point inputs in float64."""
     contract_of = Program.contract
 
     def contract(self: Program, graph: str) -> Contract:
         found = contract_of(self, graph)
         inputs = {
-            name: replace(spec, dtype=dtype) if spec.dtype.is_floating_point else spec
+            name: replace(spec, dtype=torch.float64) if spec.dtype.is_floating_point else spec
             for name, spec in found.inputs.items()
         }
         return Contract(inputs, found.outputs)
@@ -118,14 +119,8 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def trained(
-    name: str,
-    ranks: Ranks,
-    sequence: int = 1,
-    shards: int = 1,
-    dtype: torch.dtype = torch.float64,
-) -> dict[str, Tensor]:
-    """Losses, gradients and weights of a few steps, on the CPU."""
+def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict[str, Tensor]:
+    """Losses, gradients and weights of a few steps in float64, on the CPU."""
     case, made = CASES[name], program(name, sequence)
     found: dict[str, Tensor] = {}
     step = Optimiser.step
@@ -142,11 +137,11 @@ def trained(
     )
     with (
         meshed(ranks, sequence, shards) as mesh,
-        computing_in(dtype),
+        in_float64(),
         patch.object(Optimiser, "step", noting),
         TemporaryDirectory() as folder,
     ):
-        module = instantiate(made, ranks.device, dtype)
+        module = instantiate(made, ranks.device, torch.float64)
         module.recompute_blocks()
         objective = FlowMatching(made, module, **case.options)
         run = Trainer(objective, Clips(made, case), section, Path(folder), {}, mesh=mesh)
@@ -202,6 +197,19 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 }
 
 
+def goes_on(ranks: Ranks, folder: Path, steps: int) -> list[float]:
+    """The losses of a run in float32 up to a step; all ranks share its clips and its weights."""
+    settings = {"steps": steps, "batch": 2, "lr": 1e-3, "ema_start": 1, "shards": ranks.size}
+    section = TrainSection.model_validate(settings)
+    case, made = CASES["text"], program("text", ranks.size)
+    with meshed(ranks, ranks.size, ranks.size) as mesh:
+        objective = FlowMatching(made, instantiate(made))
+        about = {"recipe": made.recipe, "log": [], "versions": {}}
+        clips = Clips(made, case)
+        run = Trainer(objective, clips, section, folder, about, resume=True, mesh=mesh)
+        return [metrics.loss for metrics in run]
+
+
 def file_of(run: Run, rank: int) -> str:
     size, (sequence, shards), case = run
     return f"{case}, {size} ranks, {sequence} a clip, {shards} shards, {rank}"
@@ -221,6 +229,15 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
     for run in RUNS:
         if run[0] == size:
             save_file(trained(run[2], ranks, *run[1]), folder / file_of(run, rank))
+    if size == 2:
+        losses = goes_on(ranks, folder / "whole", 3)
+        (folder / f"whole, {rank}").write_text(json.dumps(losses))
+        goes_on(ranks, folder / "half", 2)
+    if rank == 0:
+        shutil.copytree(folder / "half", folder / f"half on {size}")
+    dist.barrier()
+    losses = goes_on(ranks, folder / f"half on {size}", 3)
+    (folder / f"resumed on {size}, {rank}").write_text(json.dumps(losses))
     if size == FAULTY[0]:
         for name, fault in FAULTS.items():
             with fault():
@@ -246,7 +263,7 @@ def save_on_gpu(rank: int, size: int, port: int, folder: Path) -> None:
     )
     for run in RUNS:
         if run[0] == size:
-            found = trained(run[2], Ranks(rank, size, device), *run[1], torch.float32)
+            found = trained(run[2], Ranks(rank, size, device), *run[1])
             save_file(found, folder / file_of(run, rank))
     dist.destroy_process_group()
 

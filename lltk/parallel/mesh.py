@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
@@ -69,7 +69,7 @@ class Mesh:
     def shard(self, module: nn.Module) -> None:
         """Divide a module's parameters among the shards, block by block, by FSDP2.
 
-        Gradients are summed over all ranks, in float32 or wider, as a backward pass makes them.
+        A backward pass then gives the mean of all ranks' gradients, made in float32 or wider.
 
         Args:
             module: a Program's, or any other; its blocks are known by ``blocks_by_path``.
@@ -84,8 +84,6 @@ class Mesh:
         module.register_forward_hook(_copied)  # FSDP warns of results that are views
         for part in (*getattr(module, "blocks_by_path", {}).values(), module):
             fully_shard(part, mesh=mesh, mp_policy=policy)
-            assert isinstance(part, FSDPModule)
-            part.set_gradient_divide_factor(1.0)
 
 
 def _copied(module: nn.Module, given: Any, result: Any) -> Any:

@@ -236,7 +236,8 @@ class Trainer:
         parts = []
         for batch in batches:
             part = self._objective.loss(batch) / count
-            part.backward()
+            # Shards give the mean of the ranks' gradients, which is to be their sum.
+            (part if mesh.shards == 1 else part * mesh.size).backward()
             self._masters.collect()
             parts.append(part.detach())
         loss = float(mesh.total(torch.stack(parts).sum()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -171,21 +171,38 @@ class TrainSection(BaseModel):
 
 MAY_CHANGE = (
     "from_scratch", "steps", "checkpoint_every", "keep", "validate_every", "sample_every",
+    "shards", "recompute", "keep_attention",
 )  # fmt: skip
 """Keys of the train section that a resumed run may change."""
+_OF_RANKS = "balanced_sp"
+"""The pass that a resumed run may have or not: it says how many ranks share a clip."""
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys in which two recipes differ, such as ``train.lr``, without those of `MAY_CHANGE`."""
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys in which two recipes differ, such as ``train.lr``, if a resumed run may not."""
     allowed = {f"train.{key}" for key in MAY_CHANGE}
-    changed = []
+    return [
+        path
+        for path in _differing(_for_any_ranks(old), _for_any_ranks(new), "")
+        if path not in allowed
+    ]
+
+
+def _for_any_ranks(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what says how many ranks share a clip."""
+    steps = recipe.get("passes", [])
+    names = [next(iter(step)) if isinstance(step, dict) else step for step in steps]
+    kept = [step for step, name in zip(steps, names, strict=True) if name != _OF_RANKS]
+    return {**recipe, "passes": kept}
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key in sorted(old.keys() | new.keys()):
         path, ours, theirs = f"{prefix}{key}", old.get(key), new.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):
-            changed += changed_keys(ours, theirs, f"{path}.")
-        elif ours != theirs and path not in allowed:
-            changed.append(path)
-    return changed
+            yield from _differing(ours, theirs, f"{path}.")
+        elif ours != theirs:
+            yield path
 
 
 class VaeSection(BaseModel):
