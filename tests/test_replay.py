@@ -1,4 +1,4 @@
-"""Recorded runs of LongLive-2.0's own model replay through the rewritten diffusers graph."""
+"""Recorded runs of LongLive-2.0's own code replay: its model, and its assembly of clips."""
 
 from __future__ import annotations
 
@@ -98,6 +98,45 @@ def test_a_perturbed_run_is_too_far(
     file = perturbed(FOLDER / f"{stem}.safetensors", change, tmp_path / "run.safetensors")
     assert replay_longlive.main([str(file)]) == 1
     assert "TOO FAR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stem", ["data_gaps", "data_shots"])
+def test_clips_are_put_together_as_recorded(stem: str) -> None:
+    assert replay_longlive.replay(FOLDER / f"{stem}.json") == 0
+
+
+def other_fps(record: dict[str, Any]) -> None:
+    record["folders"][1]["clips"][-1]["fps"] = "29"
+
+
+def no_captions(record: dict[str, Any]) -> None:
+    record["folders"][2]["clips"][0]["caption"] = ""
+
+
+def longer_shots(record: dict[str, Any]) -> None:
+    for settings in record["settings"]:
+        settings["max_chunks_per_shot"] += settings["max_chunks_per_shot"] > 0
+
+
+def other_reason(record: dict[str, Any]) -> None:
+    record["results"][0]["folders"]["f_nothing"]["reason"] = "single-video sample is too short"
+
+
+def one_tie(record: dict[str, Any]) -> None:
+    """Without its mark, a frame that the reference rounds otherwise is a difference."""
+    chunk = record["results"][0]["folders"]["c_missing_captions"]["chunks"][3]
+    assert chunk.pop("inexact_ties") == [12]
+
+
+@pytest.mark.parametrize("change", [other_fps, no_captions, longer_shots, other_reason, one_tie])
+def test_other_clips_or_rules_differ(
+    change: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    record = json.loads((FOLDER / "data_gaps.json").read_text(encoding="utf-8"))
+    change(record)
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(record))
+    assert replay_longlive.replay(path) > replay_longlive.BOUND
 
 
 def test_main_says_how_far(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,43 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lltk.graph.recipe import validated
+
+
+class LongLiveSection(BaseModel):
+    """How LongLive-2.0 puts a folder's clips together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_chunks_per_shot: int = Field(
+        0,
+        ge=0,
+        description="after so many chunks of one clip a second of it is left out, and what follows "
+        "is a new shot with the same caption; 0: never",
+    )
+    allow_padding: bool = Field(
+        False,
+        description="whether a sample that its clips do not fill ends with its last frame, which "
+        "does not count in the loss; if not, the sample is skipped",
+    )
+    min_latent_frames: int = Field(
+        0,
+        ge=0,
+        description="where padding is allowed, samples of fewer latent frames before it are "
+        "skipped",
+    )
+    single_clip: bool = Field(False, description="whether a sample has one clip only")
+
+    @model_validator(mode="after")
+    def _padding_is_allowed(self) -> LongLiveSection:
+        if self.min_latent_frames and not self.allow_padding:
+            raise ValueError(
+                "train.data.longlive.min_latent_frames: bounds padding, which is not allowed; "
+                "remove it, or set train.data.longlive.allow_padding=true"
+            )
+        return self
 
 
 class DataSection(BaseModel):
@@ -22,6 +56,11 @@ class DataSection(BaseModel):
     )
     fps: float = Field(
         24.0, gt=0, description="video frames a second at which the folder's clips are read"
+    )
+    longlive: LongLiveSection | None = Field(
+        None,
+        description="read the folder as LongLive-2.0 does, each folder in it as one sample; {} for "
+        "its defaults; null: samples begin at any place in any clip",
     )
     shots: int = Field(
         1,
@@ -46,6 +85,20 @@ class DataSection(BaseModel):
         None,
         description="folder with the vae, text_encoder and tokenizer that make latents and text",
     )
+
+    @model_validator(mode="after")
+    def _longlive_reads_a_folder(self) -> DataSection:
+        if self.longlive is not None and self.folder is None:
+            raise ValueError(
+                "train.data.longlive: says how a folder is read; name one in train.data.folder, or "
+                "remove it"
+            )
+        if self.longlive is not None and self.shots != 1:
+            raise ValueError(
+                f"train.data.shots: {self.shots}, but by train.data.longlive all clips of a folder "
+                "are shots of its sample; remove one of the two"
+            )
+        return self
 
 
 class TrainSection(BaseModel):
