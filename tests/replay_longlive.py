@@ -1,4 +1,5 @@
-"""Replay recorded runs of LongLive-2.0's own code: its model, and its assembly of clips.
+"""Replay recorded runs of LongLive-2.0's own code: its model, its assembly of clips
+and its error recycling.
 
     python tests/replay_longlive.py FILE…
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from replay_longlive_data import replay_data
+from replay_longlive_errors import replay_errors
 from replay_sp import replay_sp
 from safetensors import safe_open
 from torch import Tensor
@@ -134,6 +136,8 @@ def replay(path: Path, device: str = "cpu") -> float:
         data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if "ranks" in meta:
         return replay_sp(recipe(meta, "train"), meta, path)
+    if "error_recycling" in meta:
+        return replay_errors(meta, data)
     weights = {
         key.removeprefix("weights."): data.pop(key)
         for key in list(data)

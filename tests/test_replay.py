@@ -1,9 +1,10 @@
-"""Recorded runs of LongLive-2.0's own code replay: its model, and its assembly of clips."""
+"""Recorded runs of LongLive-2.0's own code replay: its model, its clips and its errors."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from torch import Tensor
 from lltk.compiler import transform
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
+from lltk.train.error_recycling import Draws, ErrorBuffer, ErrorRecycling, Errors, Recycled
+from lltk.train.recipe import ErrorRecyclingSection
 
 pytestmark = pytest.mark.cpu
 
 FOLDER = Path(__file__).parent / "data" / "longlive"
 FILES = sorted(FOLDER.glob("*.safetensors"))
+errors, inject = ErrorRecycling.errors, ErrorRecycling.inject
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
 
@@ -43,6 +47,7 @@ def one_transform_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_kind_of_run_is_recorded() -> None:
     assert [file.stem for file in FILES] == [
+        "error_recycling_basic",
         "rollout_i2v",
         "rollout_multi_shot",
         "rollout_single_shot",
@@ -103,6 +108,45 @@ def test_a_perturbed_run_is_too_far(
 @pytest.mark.parametrize("stem", ["data_gaps", "data_shots"])
 def test_clips_are_put_together_as_recorded(stem: str) -> None:
     assert replay_longlive.replay(FOLDER / f"{stem}.json") == 0
+
+
+def next_bucket(buffer: ErrorBuffer, level: int) -> int:
+    return (level * 50 // 1000 + 1) % 50
+
+
+def of_what_was_noised(
+    recycling: ErrorRecycling, given: Recycled, clean: Tensor, *others: Tensor
+) -> Errors:
+    """The errors of a target from the x₀ that carries errors."""
+    return errors(recycling, given, given.latents, *others)
+
+
+def unscaled(recycling: ErrorRecycling, draws: Draws, *others: Any) -> Recycled:
+    """Errors that are added as they were kept."""
+    section = recycling._section.model_copy(update={"scale": 0.0})
+    return inject(copy_with(recycling, section), draws, *others)
+
+
+def copy_with(recycling: ErrorRecycling, section: ErrorRecyclingSection) -> ErrorRecycling:
+    other = copy(recycling)
+    other._section = section
+    return other
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong"),
+    [
+        (ErrorBuffer, "_bucket", next_bucket),
+        (ErrorRecycling, "errors", of_what_was_noised),
+        (ErrorRecycling, "inject", unscaled),
+    ],
+)
+def test_other_error_recycling_is_too_far(
+    owner: type, name: str, wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, wrong)
+    path = FOLDER / "error_recycling_basic.safetensors"
+    assert replay_longlive.replay(path) > replay_longlive.BOUND
 
 
 def other_fps(record: dict[str, Any]) -> None:

@@ -101,6 +101,45 @@ class DataSection(BaseModel):
         return self
 
 
+class ErrorRecyclingSection(BaseModel):
+    """Which errors of its predictions a model trains on again. The defaults are LongLive-2.0's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    clean: float = Field(
+        0.2, ge=0, le=1, description="share of the clips that carry no error; the others may"
+    )
+    latent: float = Field(
+        0.9, ge=0, le=1, description="share of the others whose noised latents carry errors"
+    )
+    noise: float = Field(
+        0.01, ge=0, le=1, description="share of the others whose noise carries errors"
+    )
+    context: float = Field(
+        0.9, ge=0, le=1, description="share of the others whose clean chunks carry errors"
+    )
+    update: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of the clips without errors of whose predictions the errors are kept; "
+        "those of other clips always are",
+    )
+    scale: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="an error is multiplied by a random number, at most this far from 1",
+    )
+    buckets: int = Field(50, ge=1, le=1000, description="into which noise levels are divided")
+    entries: int = Field(500, ge=1, description="most errors that are kept in a bucket")
+    gigabytes: float = Field(
+        16.0,
+        gt=0,
+        description="most memory of the host for all errors; fewer are kept where that is less",
+    )
+
+
 class TrainSection(BaseModel):
     """The ``train`` section of a recipe. A step is one update of the weights.
 

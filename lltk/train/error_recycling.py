@@ -1,0 +1,318 @@
+"""Error recycling: a model trains on the errors that it made before.
+
+While it streams, a model goes on from what it made itself, errors included. In training it goes on
+from clean latents. So the errors of its predictions are kept, a chunk each, and some are later
+added to what it is given:
+
+- to the latents that are noised, and to the noise: an error of a noise level close by;
+- to the clean chunks: an error of any noise level.
+
+With x_s = (1 − s)·x₀ + s·ε and the prediction v, the latents' error is x_s − s·v − x₀, and the
+noise's (1 − s)·(v − (ε − x₀)). The model predicts ε − x₀ from the x₀ without error and the ε with
+it. From Stable Video Infinity, as LongLive-2.0 has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lltk.train.noise_levels import LEVELS
+from lltk.train.recipe import ErrorRecyclingSection
+
+GATES = ("clean", "noise", "latent", "context", "update")
+"""What is decided for a sample, in the order of its numbers of the purpose ``recycling``."""
+
+
+class Draws(Protocol):
+    """Random numbers for the samples of a batch. A `lltk.train.data.Batch` has them."""
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        """Numbers uniform in [0, 1), float [B, *shape], on the CPU."""
+
+
+class ErrorBuffer:
+    """Errors of whole chunks on the CPU, by noise level.
+
+    Levels that follow each other share a bucket. Once a bucket is full, a new error replaces any of
+    its errors.
+
+    Args:
+        buckets: into which the levels are divided.
+        capacity: most errors in a bucket.
+        shape: of an error.
+        dtype: in which errors are kept.
+    """
+
+    def __init__(
+        self, buckets: int, capacity: int, shape: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        self._buckets: list[list[Tensor]] = [[] for _ in range(buckets)]
+        self._capacity = capacity
+        self.shape = tuple(shape)
+        self._dtype = dtype
+
+    def __len__(self) -> int:
+        return sum(map(len, self._buckets))
+
+    def add(self, error: Tensor, level: int, draw: float) -> None:
+        """Keep an error.
+
+        Args:
+            error: of the buffer's shape.
+            level: the index of its noise level, from 0 (pure noise) to 999.
+            draw: uniform in [0, 1); it says which error is replaced in a full bucket.
+        """
+        assert error.shape == self.shape
+        bucket = self._buckets[self._bucket(level)]
+        entry = error.detach().to("cpu", self._dtype, copy=True)
+        if len(bucket) < self._capacity:
+            bucket.append(entry)
+        else:
+            bucket[int(draw * len(bucket))] = entry
+
+    def near(self, level: int, draw: float) -> Tensor | None:
+        """An error of a level's bucket; None if that is empty. The draw is uniform in [0, 1)."""
+        bucket = self._buckets[self._bucket(level)]
+        return bucket[int(draw * len(bucket))] if bucket else None
+
+    def any(self, draw: float) -> Tensor | None:
+        """Any of the errors, all equally likely; None if there is none."""
+        place = int(draw * len(self))
+        for bucket in self._buckets:
+            if place < len(bucket):
+                return bucket[place]
+            place -= len(bucket)
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """The errors of each bucket that has some, [n, *shape] by the bucket's number."""
+        return {str(n): torch.stack(b) for n, b in enumerate(self._buckets) if b}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`.
+
+        Raises:
+            ValueError: a bucket or an error is none that this buffer can have.
+        """
+        names = {str(number) for number in range(len(self._buckets))}
+        for name, errors in state.items():
+            if name not in names or not 0 < len(errors) <= self._capacity:
+                raise ValueError(
+                    f"bucket {name} with {len(errors)} errors: there are {len(names)} buckets of "
+                    f"{self._capacity}"
+                )
+            if errors.shape[1:] != self.shape or errors.dtype != self._dtype:
+                raise ValueError(
+                    f"bucket {name}: errors of {list(errors.shape[1:])} in {errors.dtype}, not "
+                    f"{list(self.shape)} in {self._dtype}"
+                )
+        self._buckets = [list(state.get(str(number), ())) for number in range(len(names))]
+
+    def _bucket(self, level: int) -> int:
+        return level * len(self._buckets) // LEVELS
+
+
+@dataclass(frozen=True)
+class Recycled:
+    """What a model is given, errors included.
+
+    Attributes:
+        latents: x₀ that is noised, [B, C, F, h, w].
+        noise: ε, likewise.
+        context: the clean chunks, likewise.
+        kept: whose errors are to be kept, bool [B].
+    """
+
+    latents: Tensor
+    noise: Tensor
+    context: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors of a model's predictions.
+
+    Attributes:
+        latent, noise: [B, N, C, f, h, w], a chunk of f frames each.
+        level: the indices of the chunks' noise levels, int64 [B, N].
+        kept: which are to be kept, bool [B, N].
+    """
+
+    latent: Tensor
+    noise: Tensor
+    level: Tensor
+    kept: Tensor
+
+
+class ErrorRecycling:
+    """Keeps errors and adds them to what a model is given.
+
+    A step's samples should all be given their errors before any of their own are kept. Then what
+    happens to a sample depends neither on how the step is split into calls nor on who computes it.
+
+    Args:
+        section: how often, and how much is kept.
+        shape: of a chunk's latents, [C, f, h, w].
+        dtype: in which errors are kept.
+
+    Raises:
+        ValueError: the memory that the section allows does not hold an error a bucket.
+    """
+
+    def __init__(
+        self, section: ErrorRecyclingSection, shape: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        fits = int(section.gigabytes * 1e9) // (2 * section.buckets * size)
+        if not fits:
+            least = 2 * section.buckets * size / 1e9
+            raise ValueError(
+                f"train.error_recycling.gigabytes: {section.gigabytes:g} GB do not hold an error "
+                f"of {size / 1e6:.3g} MB in each of 2·{section.buckets} buckets; set at least "
+                f"{least:.2g}, or fewer train.error_recycling.buckets"
+            )
+        self._section = section
+        self._length = shape[1]
+        capacity = min(section.entries, fits)
+        self._buffers = {
+            name: ErrorBuffer(section.buckets, capacity, shape, dtype)
+            for name in ("latent", "noise")
+        }
+
+    def inject(
+        self, draws: Draws, clean: Tensor, noise: Tensor, level: Tensor, counted: Tensor
+    ) -> Recycled:
+        """Add errors to what a model is given.
+
+        Args:
+            draws: random numbers for the samples.
+            clean: x₀, [B, C, F, h, w].
+            noise: ε, likewise.
+            level: the index of each chunk's noise level, int64 [B, N], on the CPU.
+            counted: the frames that count in the loss, bool [B, F]; others carry no errors.
+        """
+        section, gates = self._section, _gates(draws)
+        free = gates["clean"] < section.clean
+        shares = {"latent": section.latent, "noise": section.noise, "context": section.context}
+        chosen = {name: (gates[name] < share) & ~free for name, share in shares.items()}
+
+        def carrying(name: str, given: Tensor) -> Tensor:
+            errors = self._drawn(draws, name, chosen[name], level)
+            return given if errors is None else given + errors.to(given) * _spread(counted, given)
+
+        return Recycled(
+            carrying("latent", clean),
+            carrying("noise", noise),
+            carrying("context", clean),
+            ~free | (gates["update"] < section.update),
+        )
+
+    @torch.no_grad()
+    def errors(
+        self,
+        recycled: Recycled,
+        clean: Tensor,
+        flow: Tensor,
+        level: Tensor,
+        sigma: Tensor,
+        counted: Tensor,
+    ) -> Errors:
+        """The errors of a prediction.
+
+        Args:
+            recycled: what the model was given.
+            clean: x₀ without errors, [B, C, F, h, w].
+            flow: v, the prediction, likewise.
+            level: the index of each chunk's noise level, int64 [B, N], on the CPU.
+            sigma: each frame's s, [B, F].
+            counted: the frames that count in the loss, bool [B, F]; others have no errors, and
+                chunks without any are not kept.
+        """
+        sigma = _spread(sigma, clean)
+        noisy = (1 - sigma) * recycled.latents + sigma * recycled.noise
+        latent = noisy - sigma * flow - clean
+        noise = (1 - sigma) * (flow - (recycled.noise - clean))
+        some = counted.unflatten(1, (-1, self._length)).any(2)
+        latent, noise = (
+            (error * _spread(counted, clean)).unflatten(2, (-1, self._length)).movedim(2, 1)
+            for error in (latent, noise)
+        )
+        return Errors(latent, noise, level, recycled.kept[:, None] & some)
+
+    def store(self, draws: Draws, errors: Errors) -> None:
+        """Keep errors, sample for sample and chunk for chunk.
+
+        Args:
+            draws: random numbers for the samples.
+            errors: of the same samples.
+        """
+        for name, found in (("latent", errors.latent), ("noise", errors.noise)):
+            numbers = draws.uniform(f"replaced {name}", errors.level.shape[1])
+            for sample, chunk in errors.kept.nonzero().tolist():
+                level, draw = errors.level[sample, chunk], numbers[sample, chunk]
+                self._buffers[name].add(found[sample, chunk], int(level), float(draw))
+
+    def state(self) -> dict[str, Tensor]:
+        """All errors, as ``latent.<bucket>`` and ``noise.<bucket>``, [n, C, f, h, w]."""
+        return {
+            f"{name}.{bucket}": errors
+            for name, buffer in self._buffers.items()
+            for bucket, errors in buffer.state().items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`.
+
+        Raises:
+            ValueError: there is a tensor in it that these settings do not give.
+        """
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self._buffers}
+        for name, errors in state.items():
+            kind, _, bucket = name.partition(".")
+            if kind not in parts:
+                raise ValueError(f"errors {name}: are neither of latents nor of noise")
+            parts[kind][bucket] = errors
+        for kind, buffer in self._buffers.items():
+            try:
+                buffer.load(parts[kind])
+            except ValueError as error:
+                raise ValueError(f"errors of {kind}: {error}") from error
+
+    def _drawn(self, draws: Draws, name: str, chosen: Tensor, level: Tensor) -> Tensor | None:
+        """Errors for the chosen samples, float32 [B, C, F, h, w]; None if there are none at all.
+
+        Args:
+            draws: random numbers for the samples.
+            name: to what the errors are added.
+            chosen: the samples that get errors, bool [B].
+            level: the index of each chunk's noise level, int64 [B, N].
+        """
+        buffer = self._buffers["noise" if name == "noise" else "latent"]
+        if not len(buffer) or not chosen.any():
+            return None
+        choice, scale = draws.uniform(f"recycled {name}", 2, level.shape[1]).unbind(1)
+        scale = 1 + self._section.scale * (2 * scale - 1)
+        found = torch.zeros(*level.shape, *buffer.shape)
+        for sample in chosen.nonzero().flatten().tolist():
+            for chunk, draw in enumerate(choice[sample].tolist()):
+                near = int(level[sample, chunk])
+                error = buffer.any(draw) if name == "context" else buffer.near(near, draw)
+                if error is not None:
+                    found[sample, chunk] = scale[sample, chunk] * error
+        return found.movedim(1, 2).flatten(2, 3)
+
+
+def _gates(draws: Draws) -> dict[str, Tensor]:
+    """What is decided for each sample, by name, [B]; it happens below a share."""
+    return dict(zip(GATES, draws.uniform("recycling", len(GATES)).unbind(1), strict=True))
+
+
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    """Values for frames, [B, F], as values for latents, [B, 1, F, 1, 1]."""
+    return values.to(like)[:, None, :, None, None]
