@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lltk.train.error_recycling import GATES, ErrorRecycling
+from lltk.train.error_recycling import GATES, ErrorRecycling, without_errors
 from lltk.train.noise_levels import level_weights, noise_grid
 from lltk.train.recipe import ErrorRecyclingSection
 
@@ -87,14 +87,13 @@ def replay_errors(meta: Mapping[str, Any], data: Mapping[str, Tensor]) -> float:
         counted = torch.ones(clean.shape[0], clean.shape[2], dtype=torch.bool)
         sigma = step["sigma"].repeat_interleave(chunk, 1)
         draws = Recorded(info, len(clean), section)
-        given = recycling.inject(draws, clean, step["noise"], level, counted)
-        spread = sigma[:, None, :, None, None]
-        noisy = (1 - spread) * given.latents + spread * given.noise
-        error = (step["flow"] - (given.noise - clean)).square().mean((1, 3, 4))
+        plain = without_errors(clean, step["noise"], level, sigma, counted)
+        given = recycling.inject(draws, plain)
+        error = (step["flow"] - given.target).square().mean((1, 3, 4))
         weight = level_weights(grid)[level].repeat_interleave(chunk, 1)
-        found = {"x_t": noisy, "context": given.context, "loss": (weight * error).mean()}
+        found = {"x_t": given.noisy, "context": given.context, "loss": (weight * error).mean()}
         differences += [_difference(ours, step[name]) for name, ours in found.items()]
-        recycling.store(draws, recycling.errors(given, clean, step["flow"], level, sigma, counted))
+        recycling.store(draws, recycling.errors(given, step["flow"]))
     kept = {f"buffer.{name}": errors for name, errors in recycling.state().items()}
     wanted = {name: tensor for name, tensor in data.items() if name.startswith("buffer.")}
     if {n: t.shape for n, t in kept.items()} != {n: t.shape for n, t in wanted.items()}:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lltk.train.data import Batch
-from lltk.train.error_recycling import ErrorBuffer, ErrorRecycling, Errors, Recycled
+from lltk.train.error_recycling import ErrorBuffer, ErrorRecycling, Errors, Given, without_errors
 from lltk.train.noise_levels import noise_grid
 from lltk.train.recipe import ErrorRecyclingSection
 
@@ -27,34 +27,28 @@ def recycling(**settings: Any) -> ErrorRecycling:
     return ErrorRecycling(ErrorRecyclingSection(**settings), SHAPE, torch.float32)
 
 
-def batch_of(indices: range) -> Batch:
-    return Batch(3, indices, {})
-
-
 def values(batch: Batch, name: str) -> Tensor:
     channels, frames, *size = SHAPE
     return batch.normal(name, channels, CHUNKS * frames, *size)
 
 
-def levels(batch: Batch) -> Tensor:
-    return batch.integers("level", 1000, CHUNKS)
-
-
-def everything_counts(batch: Batch) -> Tensor:
-    return torch.ones(len(batch.indices), CHUNKS * SHAPE[1], dtype=torch.bool)
+def plain(batch: Batch, counted: Tensor | None = None) -> Given:
+    """What clips are given without errors."""
+    level = batch.integers("level", 1000, CHUNKS)
+    sigma = (noise_grid()[level] / 1000).repeat_interleave(SHAPE[1], 1)
+    clean, noise = values(batch, "clean"), values(batch, "noise")
+    if counted is None:
+        counted = torch.ones(sigma.shape, dtype=torch.bool)
+    return without_errors(clean, noise, level, sigma, counted)
 
 
 def turn(
     kept: ErrorRecycling, indices: range, counted: Tensor | None = None
-) -> tuple[Batch, Recycled, Errors]:
-    """What samples are given, and the errors of a prediction."""
-    batch = batch_of(indices)
-    clean, noise, level = values(batch, "clean"), values(batch, "noise"), levels(batch)
-    counted = everything_counts(batch) if counted is None else counted
-    sigma = (noise_grid()[level] / 1000).repeat_interleave(SHAPE[1], 1)
-    given = kept.inject(batch, clean, noise, level, counted)
-    flow = values(batch, "flow").requires_grad_()
-    return batch, given, kept.errors(given, clean, flow, level, sigma, counted)
+) -> tuple[Batch, Given, Errors]:
+    """What clips are given, and the errors of a prediction."""
+    batch = Batch(3, indices, {})
+    given = kept.inject(batch, plain(batch, counted))
+    return batch, given, kept.errors(given, values(batch, "flow").requires_grad_())
 
 
 def filled(count: int = 40, **settings: Any) -> ErrorRecycling:
@@ -117,13 +111,11 @@ def test_errors_are_those_of_the_prediction() -> None:
     kept = filled(clean=0.0, latent=1.0, noise=1.0, context=1.0)
     batch, given, errors = turn(kept, range(4))
     clean, flow = values(batch, "clean"), values(batch, "flow")
-    sigma = (noise_grid()[levels(batch)] / 1000).repeat_interleave(SHAPE[1], 1)
-    sigma = sigma[:, None, :, None, None]
-    noisy = (1 - sigma) * given.latents + sigma * given.noise
+    sigma = given.sigma[:, None, :, None, None]
+    assert torch.equal(given.noisy, (1 - sigma) * given.latents + sigma * given.noise)
     latent, noise = (error.movedim(1, 2).flatten(2, 3) for error in (errors.latent, errors.noise))
-    assert torch.allclose(clean + latent, noisy - sigma * flow, atol=1e-5)
-    target = given.noise - clean
-    assert torch.allclose(noise, (1 - sigma) * (flow - target), atol=1e-5)
+    assert torch.allclose(clean + latent, given.noisy - sigma * flow, atol=1e-5)
+    assert torch.allclose(noise, (1 - sigma) * (flow - (given.noise - clean)), atol=1e-5)
     assert not torch.allclose(noise, (1 - sigma) * (flow - (given.noise - given.latents)), atol=0.1)
 
 
@@ -137,14 +129,15 @@ def test_errors_come_from_near_levels(name: str, part: str) -> None:
     base = values(batch, "noise" if name == "noise" else "clean")
     added = (getattr(given, part) - base).unflatten(2, (CHUNKS, -1)).movedim(2, 1)
     empty = 0
-    for sample, row in enumerate(levels(batch).tolist()):
+    for sample, row in enumerate(given.level.tolist()):
         for chunk, level in enumerate(row):
             error, bucket = added[sample, chunk], state.get(f"{name}.{level // 20}")
             if bucket is None:
                 assert not error.any()
                 empty += 1
                 continue
-            assert len(found := multiples(error, bucket)) == 1 and 0.7 <= found[0] <= 1.3
+            (scale,) = multiples(error, bucket)
+            assert 0.7 <= scale <= 1.3
     assert 0 < empty < 24
     assert torch.equal(given.context, values(batch, "clean"))
 
@@ -155,10 +148,9 @@ def test_clean_chunks_carry_errors_of_any_level() -> None:
     batch, given, _ = turn(kept, range(100, 106))
     assert torch.equal(given.latents, values(batch, "clean"))
     added = (given.context - values(batch, "clean")).unflatten(2, (CHUNKS, -1)).movedim(2, 1)
-    scales = []
-    for error in added.flatten(0, 1):
-        assert len(found := multiples(error, every)) == 1
-        scales += found
+    found = [multiples(error, every) for error in added.flatten(0, 1)]
+    assert all(len(scales) == 1 for scales in found)
+    scales = [scale for each in found for scale in each]
     assert 0.7 <= min(scales) < 0.85 and 1.15 < max(scales) <= 1.3
 
 
@@ -167,14 +159,15 @@ def test_shares() -> None:
     kept = filled(8, entries=1)
     carried, updates = [], []
     for start in range(0, 2000, 100):
-        batch = batch_of(range(start, start + 100))
-        clean, noise = values(batch, "clean"), values(batch, "noise")
+        batch = Batch(3, range(start, start + 100), {})
         # An error of every level, so that what carries errors can be told.
         for number in range(50):
             for buffer in kept._buffers.values():
                 buffer.add(torch.ones(SHAPE), 20 * number, 0.0)
-        given = kept.inject(batch, clean, noise, levels(batch), everything_counts(batch))
-        pairs = ((given.latents, clean), (given.noise, noise), (given.context, clean))
+        free = plain(batch)
+        given = kept.inject(batch, free)
+        names = ("latents", "noise", "context")
+        pairs = [(getattr(given, name), getattr(free, name)) for name in names]
         carried.append(torch.stack([(a != b).flatten(1).any(1) for a, b in pairs], 1))
         updates.append(given.kept)
     some, whole = torch.cat(carried).double(), torch.cat(updates).double()
@@ -205,7 +198,7 @@ def test_samples_do_not_depend_on_their_calls() -> None:
 def test_what_does_not_count_carries_no_error() -> None:
     """A given first frame, and padding; a chunk of padding is not kept."""
     kept = filled(clean=0.0, latent=1.0, noise=1.0, context=1.0)
-    counted = everything_counts(batch_of(range(2)))
+    counted = torch.ones(2, 6, dtype=torch.bool)
     counted[0, 0] = False
     counted[1, 4:] = False
     batch, given, errors = turn(kept, range(100, 102), counted)

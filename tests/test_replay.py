@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from lltk.compiler import transform
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
-from lltk.train.error_recycling import Draws, ErrorBuffer, ErrorRecycling, Errors, Recycled
+from lltk.train.error_recycling import Draws, ErrorBuffer, ErrorRecycling, Errors, Given
 from lltk.train.recipe import ErrorRecyclingSection
 
 pytestmark = pytest.mark.cpu
@@ -114,17 +115,15 @@ def next_bucket(buffer: ErrorBuffer, level: int) -> int:
     return (level * 50 // 1000 + 1) % 50
 
 
-def of_what_was_noised(
-    recycling: ErrorRecycling, given: Recycled, clean: Tensor, *others: Tensor
-) -> Errors:
+def of_what_was_noised(recycling: ErrorRecycling, given: Given, flow: Tensor) -> Errors:
     """The errors of a target from the x₀ that carries errors."""
-    return errors(recycling, given, given.latents, *others)
+    return errors(recycling, replace(given, clean=given.latents), flow)
 
 
-def unscaled(recycling: ErrorRecycling, draws: Draws, *others: Any) -> Recycled:
+def unscaled(recycling: ErrorRecycling, draws: Draws, given: Given) -> Given:
     """Errors that are added as they were kept."""
     section = recycling._section.model_copy(update={"scale": 0.0})
-    return inject(copy_with(recycling, section), draws, *others)
+    return inject(copy_with(recycling, section), draws, given)
 
 
 def copy_with(recycling: ErrorRecycling, section: ErrorRecyclingSection) -> ErrorRecycling:

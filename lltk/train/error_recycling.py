@@ -15,7 +15,7 @@ it. From Stable Video Infinity, as LongLive-2.0 has it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -118,20 +118,47 @@ class ErrorBuffer:
 
 
 @dataclass(frozen=True)
-class Recycled:
-    """What a model is given, errors included.
+class Given:
+    """What a model is given, and what that is made of; B clips of N chunks, F frames in all.
 
     Attributes:
-        latents: x₀ that is noised, [B, C, F, h, w].
+        clean: x₀ without errors, [B, C, F, h, w].
+        latents: x₀ that is noised, likewise.
         noise: ε, likewise.
         context: the clean chunks, likewise.
-        kept: whose errors are to be kept, bool [B].
+        level: the index of each chunk's noise level, int64 [B, N], on the CPU.
+        sigma: each frame's s, [B, F].
+        counted: the frames that count in the loss, bool [B, F].
+        kept: the clips of which errors are to be kept, bool [B].
     """
 
+    clean: Tensor
     latents: Tensor
     noise: Tensor
     context: Tensor
+    level: Tensor
+    sigma: Tensor
+    counted: Tensor
     kept: Tensor
+
+    @property
+    def noisy(self) -> Tensor:
+        """x_s."""
+        sigma = _spread(self.sigma, self.latents)
+        return (1 - sigma) * self.latents + sigma * self.noise
+
+    @property
+    def target(self) -> Tensor:
+        """What the model should predict: ε with its errors, less x₀ without."""
+        return self.noise - self.clean
+
+
+def without_errors(
+    clean: Tensor, noise: Tensor, level: Tensor, sigma: Tensor, counted: Tensor
+) -> Given:
+    """What a model is given where no errors are added, nor kept; see `Given`."""
+    none = torch.zeros(len(clean), dtype=torch.bool)
+    return Given(clean, clean, noise, clean, level, sigma, counted, none)
 
 
 @dataclass(frozen=True)
@@ -153,8 +180,8 @@ class Errors:
 class ErrorRecycling:
     """Keeps errors and adds them to what a model is given.
 
-    A step's samples should all be given their errors before any of their own are kept. Then what
-    happens to a sample depends neither on how the step is split into calls nor on who computes it.
+    A step's clips should all be given errors before any of their own are kept. Then what
+    happens to a clip depends neither on how the step is split into calls nor on who computes it.
 
     Args:
         section: how often, and how much is kept.
@@ -185,65 +212,49 @@ class ErrorRecycling:
             for name in ("latent", "noise")
         }
 
-    def inject(
-        self, draws: Draws, clean: Tensor, noise: Tensor, level: Tensor, counted: Tensor
-    ) -> Recycled:
-        """Add errors to what a model is given.
+    def inject(self, draws: Draws, given: Given) -> Given:
+        """Add errors to what a model is given. Frames that do not count carry none.
 
         Args:
-            draws: random numbers for the samples.
-            clean: x₀, [B, C, F, h, w].
-            noise: ε, likewise.
-            level: the index of each chunk's noise level, int64 [B, N], on the CPU.
-            counted: the frames that count in the loss, bool [B, F]; others carry no errors.
+            draws: random numbers for the clips.
+            given: without errors.
         """
         section, gates = self._section, _gates(draws)
         free = gates["clean"] < section.clean
         shares = {"latent": section.latent, "noise": section.noise, "context": section.context}
         chosen = {name: (gates[name] < share) & ~free for name, share in shares.items()}
 
-        def carrying(name: str, given: Tensor) -> Tensor:
-            errors = self._drawn(draws, name, chosen[name], level)
-            return given if errors is None else given + errors.to(given) * _spread(counted, given)
+        def carrying(name: str, values: Tensor) -> Tensor:
+            errors = self._drawn(draws, name, chosen[name], given.level)
+            counted = _spread(given.counted, values)
+            return values if errors is None else values + errors.to(values) * counted
 
-        return Recycled(
-            carrying("latent", clean),
-            carrying("noise", noise),
-            carrying("context", clean),
-            ~free | (gates["update"] < section.update),
+        return replace(
+            given,
+            latents=carrying("latent", given.latents),
+            noise=carrying("noise", given.noise),
+            context=carrying("context", given.context),
+            kept=~free | (gates["update"] < section.update),
         )
 
     @torch.no_grad()
-    def errors(
-        self,
-        recycled: Recycled,
-        clean: Tensor,
-        flow: Tensor,
-        level: Tensor,
-        sigma: Tensor,
-        counted: Tensor,
-    ) -> Errors:
-        """The errors of a prediction.
+    def errors(self, given: Given, flow: Tensor) -> Errors:
+        """The errors of a prediction. Frames that do not count have none; nor are chunks of such
+        frames alone kept.
 
         Args:
-            recycled: what the model was given.
-            clean: x₀ without errors, [B, C, F, h, w].
-            flow: v, the prediction, likewise.
-            level: the index of each chunk's noise level, int64 [B, N], on the CPU.
-            sigma: each frame's s, [B, F].
-            counted: the frames that count in the loss, bool [B, F]; others have no errors, and
-                chunks without any are not kept.
+            given: what the model was given.
+            flow: v, what it predicted, [B, C, F, h, w].
         """
-        sigma = _spread(sigma, clean)
-        noisy = (1 - sigma) * recycled.latents + sigma * recycled.noise
-        latent = noisy - sigma * flow - clean
-        noise = (1 - sigma) * (flow - (recycled.noise - clean))
-        some = counted.unflatten(1, (-1, self._length)).any(2)
+        sigma, counted = (_spread(part, given.clean) for part in (given.sigma, given.counted))
+        latent = given.noisy - sigma * flow - given.clean
+        noise = (1 - sigma) * (flow - given.target)
         latent, noise = (
-            (error * _spread(counted, clean)).unflatten(2, (-1, self._length)).movedim(2, 1)
+            (error * counted).unflatten(2, (-1, self._length)).movedim(2, 1)
             for error in (latent, noise)
         )
-        return Errors(latent, noise, level, recycled.kept[:, None] & some)
+        some = given.counted.unflatten(1, (-1, self._length)).any(2)
+        return Errors(latent, noise, given.level, given.kept[:, None] & some)
 
     def store(self, draws: Draws, errors: Errors) -> None:
         """Keep errors, sample for sample and chunk for chunk.
