@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from replay_longlive_data import replay_data
-from replay_longlive_errors import replay_errors
+from replay_data import replay_data
+from replay_errors import replay_errors
 from replay_sp import replay_sp
 from safetensors import safe_open
 from torch import Tensor
