@@ -93,12 +93,21 @@ def replay_errors(meta: Mapping[str, Any], data: Mapping[str, Tensor]) -> float:
         weight = level_weights(grid)[level].repeat_interleave(chunk, 1)
         found = {"x_t": given.noisy, "context": given.context, "loss": (weight * error).mean()}
         differences += [_difference(ours, step[name]) for name, ours in found.items()]
-        recycling.store(draws, recycling.errors(given, step["flow"]))
-    kept = {f"buffer.{name}": errors for name, errors in recycling.state().items()}
+        recycling.note(draws, given, step["flow"])
+        recycling.end_step()
+    kept = buckets(recycling)
     wanted = {name: tensor for name, tensor in data.items() if name.startswith("buffer.")}
     if {n: t.shape for n, t in kept.items()} != {n: t.shape for n, t in wanted.items()}:
         return float("inf")
     return max(differences + [_difference(kept[name], wanted[name]) for name in wanted])
+
+
+def buckets(recycling: ErrorRecycling) -> dict[str, Tensor]:
+    """All that is kept, a tensor for each bucket that has some."""
+    rows: dict[str, list[Tensor]] = {}
+    for name, error in recycling.state().items():
+        rows.setdefault(f"buffer.{name.rpartition('.')[0]}", []).append(error)
+    return {name: torch.stack(row) for name, row in rows.items()}
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:

@@ -21,9 +21,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lltk.parallel.mesh import ALONE, Mesh
 from lltk.train.noise_levels import LEVELS
 from lltk.train.recipe import ErrorRecyclingSection
 
+_KINDS = ("latent", "noise")
 GATES = ("clean", "noise", "latent", "context", "update")
 """What is decided for a sample, in the order of its numbers of the purpose ``recycling``."""
 
@@ -90,28 +92,35 @@ class ErrorBuffer:
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """The errors of each bucket that has some, [n, *shape] by the bucket's number."""
-        return {str(n): torch.stack(b) for n, b in enumerate(self._buckets) if b}
+        """The errors by their buckets' numbers and their own, such as ``49.0``."""
+        return {
+            f"{number}.{place}": error
+            for number, bucket in enumerate(self._buckets)
+            for place, error in enumerate(bucket)
+        }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state`.
 
         Raises:
-            ValueError: a bucket or an error is none that this buffer can have.
+            ValueError: there is an error in it that this buffer cannot have.
         """
-        names = {str(number) for number in range(len(self._buckets))}
-        for name, errors in state.items():
-            if name not in names or not 0 < len(errors) <= self._capacity:
-                raise ValueError(
-                    f"bucket {name} with {len(errors)} errors: there are {len(names)} buckets of "
-                    f"{self._capacity}"
-                )
-            if errors.shape[1:] != self.shape or errors.dtype != self._dtype:
-                raise ValueError(
-                    f"bucket {name}: errors of {list(errors.shape[1:])} in {errors.dtype}, not "
-                    f"{list(self.shape)} in {self._dtype}"
-                )
-        self._buckets = [list(state.get(str(number), ())) for number in range(len(names))]
+        buckets: list[list[Tensor]] = [[] for _ in self._buckets]
+        left = dict(state)
+        for number, bucket in enumerate(buckets):
+            while len(bucket) < self._capacity and (name := f"{number}.{len(bucket)}") in left:
+                error = left.pop(name)
+                if error.shape != self.shape or error.dtype != self._dtype:
+                    raise ValueError(
+                        f"{name} is {error.dtype} {list(error.shape)}, not {self._dtype} "
+                        f"{list(self.shape)}"
+                    )
+                bucket.append(error.clone())
+        if left:
+            raise ValueError(
+                f"{min(left)} is none of {len(buckets)} buckets of {self._capacity} errors"
+            )
+        self._buckets = buckets
 
     def _bucket(self, level: int) -> int:
         return level * len(self._buckets) // LEVELS
@@ -161,27 +170,12 @@ def without_errors(
     return Given(clean, clean, noise, clean, level, sigma, counted, none)
 
 
-@dataclass(frozen=True)
-class Errors:
-    """Errors of a model's predictions.
-
-    Attributes:
-        latent, noise: [B, N, C, f, h, w], a chunk of f frames each.
-        level: the indices of the chunks' noise levels, int64 [B, N].
-        kept: which are to be kept, bool [B, N].
-    """
-
-    latent: Tensor
-    noise: Tensor
-    level: Tensor
-    kept: Tensor
-
-
 class ErrorRecycling:
     """Keeps errors and adds them to what a model is given.
 
-    A step's clips should all be given errors before any of their own are kept. Then what
-    happens to a clip depends neither on how the step is split into calls nor on who computes it.
+    The errors of a step are kept at its end, in the order of its clips. So what happens to a clip
+    depends neither on how the step is split into calls nor on which rank has which clip. Every rank
+    keeps the same errors.
 
     Args:
         section: how often, and how much is kept.
@@ -208,9 +202,10 @@ class ErrorRecycling:
         self._length = shape[1]
         capacity = min(section.entries, fits)
         self._buffers = {
-            name: ErrorBuffer(section.buckets, capacity, shape, dtype)
-            for name in ("latent", "noise")
+            name: ErrorBuffer(section.buckets, capacity, shape, dtype) for name in _KINDS
         }
+        self._dtype = dtype
+        self._found: list[tuple[Tensor, Tensor]] = []
 
     def inject(self, draws: Draws, given: Given) -> Given:
         """Add errors to what a model is given. Frames that do not count carry none.
@@ -238,62 +233,63 @@ class ErrorRecycling:
         )
 
     @torch.no_grad()
-    def errors(self, given: Given, flow: Tensor) -> Errors:
-        """The errors of a prediction. Frames that do not count have none; nor are chunks of such
-        frames alone kept.
+    def note(self, draws: Draws, given: Given, flow: Tensor) -> None:
+        """Take the errors of a prediction, to keep them at the step's end.
+
+        Errors of frames that do not count are 0, and chunks of such frames alone are not kept.
 
         Args:
+            draws: random numbers for the clips.
             given: what the model was given.
             flow: v, what it predicted, [B, C, F, h, w].
         """
         sigma, counted = (_spread(part, given.clean) for part in (given.sigma, given.counted))
         latent = given.noisy - sigma * flow - given.clean
         noise = (1 - sigma) * (flow - given.target)
-        latent, noise = (
-            (error * counted).unflatten(2, (-1, self._length)).movedim(2, 1)
-            for error in (latent, noise)
-        )
-        some = given.counted.unflatten(1, (-1, self._length)).any(2)
-        return Errors(latent, noise, given.level, given.kept[:, None] & some)
+        errors = torch.stack([latent * counted, noise * counted], 1).to(self._dtype)
+        chunks = errors.unflatten(3, (-1, self._length)).movedim(3, 1)
+        kept = given.kept[:, None] & given.counted.unflatten(1, (-1, self._length)).any(2)
+        replaced = [draws.uniform(f"replaced {kind}", given.level.shape[1]) for kind in _KINDS]
+        about = torch.stack([kept, given.level, *replaced], 2).double()
+        self._found.append((chunks.contiguous(), about.to(flow.device)))
 
-    def store(self, draws: Draws, errors: Errors) -> None:
-        """Keep errors, sample for sample and chunk for chunk.
-
-        Args:
-            draws: random numbers for the samples.
-            errors: of the same samples.
-        """
-        for name, found in (("latent", errors.latent), ("noise", errors.noise)):
-            numbers = draws.uniform(f"replaced {name}", errors.level.shape[1])
-            for sample, chunk in errors.kept.nonzero().tolist():
-                level, draw = errors.level[sample, chunk], numbers[sample, chunk]
-                self._buffers[name].add(found[sample, chunk], int(level), float(draw))
+    def end_step(self, mesh: Mesh = ALONE) -> None:
+        """Keep the errors that were taken, clip for clip and chunk for chunk."""
+        for own, about in self._found:
+            of_groups = zip(mesh.of_groups(own), mesh.of_groups(about), strict=True)
+            for chunks, numbers in of_groups:
+                rows = zip(chunks.flatten(0, 1), numbers.flatten(0, 1).tolist(), strict=True)
+                for errors, (kept, level, *draws) in rows:
+                    for kind, error, draw in zip(_KINDS, errors, draws, strict=True):
+                        if kept:
+                            self._buffers[kind].add(error, int(level), draw)
+        self._found.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """All errors, as ``latent.<bucket>`` and ``noise.<bucket>``, [n, C, f, h, w]."""
+        """All errors, [C, f, h, w] each, under names such as ``latent.49.0``."""
         return {
-            f"{name}.{bucket}": errors
-            for name, buffer in self._buffers.items()
-            for bucket, errors in buffer.state().items()
+            f"{kind}.{name}": error
+            for kind, buffer in self._buffers.items()
+            for name, error in buffer.state().items()
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state`.
 
         Raises:
-            ValueError: there is a tensor in it that these settings do not give.
+            ValueError: there is an error in it that these settings do not give.
         """
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self._buffers}
-        for name, errors in state.items():
-            kind, _, bucket = name.partition(".")
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
+        for name, error in state.items():
+            kind, _, own = name.partition(".")
             if kind not in parts:
-                raise ValueError(f"errors {name}: are neither of latents nor of noise")
-            parts[kind][bucket] = errors
+                raise ValueError(f"error {name}: is neither of latents nor of noise")
+            parts[kind][own] = error
         for kind, buffer in self._buffers.items():
             try:
                 buffer.load(parts[kind])
             except ValueError as error:
-                raise ValueError(f"errors of {kind}: {error}") from error
+                raise ValueError(f"errors of the {kind}: {error}") from error
 
     def _drawn(self, draws: Draws, name: str, chosen: Tensor, level: Tensor) -> Tensor | None:
         """Errors for the chosen samples, float32 [B, C, F, h, w]; None if there are none at all.

@@ -136,7 +136,8 @@ class ErrorRecyclingSection(BaseModel):
     gigabytes: float = Field(
         16.0,
         gt=0,
-        description="most memory of the host for all errors; fewer are kept where that is less",
+        description="most memory of the host for all errors, on each rank; fewer are kept where "
+        "that is less",
     )
 
 
@@ -188,6 +189,11 @@ class TrainSection(BaseModel):
     context_noise: float = Field(
         0.0, ge=0, lt=1, description="largest noise level of the clean chunks"
     )
+    error_recycling: ErrorRecyclingSection | None = Field(
+        None,
+        description="add errors of earlier predictions to the clean chunks and to what is noised, "
+        "as LongLive-2.0 does; {} for its shares; null: none; not together with context_error",
+    )
     gap: float = Field(
         1.0,
         ge=1,
@@ -226,6 +232,15 @@ class TrainSection(BaseModel):
         description="how many of the blocks that are recomputed, the last ones, keep the results "
         "of attention, which costs memory and saves time",
     )
+
+    @model_validator(mode="after")
+    def _errors_of_one_kind(self) -> TrainSection:
+        if self.error_recycling is not None and self.context_error:
+            raise ValueError(
+                "train.error_recycling and train.context_error: both add errors to the clean "
+                "chunks; set train.context_error=0, or train.error_recycling=null"
+            )
+        return self
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
