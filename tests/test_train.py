@@ -25,7 +25,7 @@ from lltk.train.loop import Diverged, Trainer
 from lltk.train.masters import Masters
 from lltk.train.metrics import Metrics, plot_loss, read_metrics
 from lltk.train.objective import mean_loss
-from lltk.train.recipe import TrainSection, train_section, vae_recipe
+from lltk.train.recipe import ErrorRecyclingSection, TrainSection, train_section, vae_recipe
 from lltk.train.state import load_training_state, save_training_state, training_states
 
 pytestmark = pytest.mark.cpu
@@ -354,6 +354,9 @@ def test_the_defaults_are_longlives() -> None:
     section = train_section({"steps": 600, "lr": 1e-5}, "x")
     assert (section.betas, section.weight_decay, section.clip) == ((0.0, 0.999), 0.0, 10.0)
     assert (section.ema_decay, section.ema_start, section.schedule) == (0.99, 100, "constant")
+    assert section.error_recycling is None
+    errors = ErrorRecyclingSection().model_dump(exclude={"gigabytes"})
+    assert list(errors.values()) == [0.2, 0.9, 0.01, 0.9, 0.1, 0.3, 50, 500]
 
 
 def test_plots_hold_every_loss() -> None:
