@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -10,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from footage import FPS, damage, numbered, numbers, write_clip
 from helpers import refused
-from torch import Tensor
 
 from lltk.graph.geometry import Geometry
 from lltk.models import wan_vae
 from lltk.models.tiny.text import save_text_encoder
 from lltk.models.wan_vae import encode, make_vae, save_vae
 from lltk.stream.script import SCENE_CUT
-from lltk.stream.video import VideoWriter
 from lltk.tasks.clips import encoded_clips
 from lltk.tasks.encoder import PipelineEncoder, encoder_for
 from lltk.train.data import Dataset
@@ -28,7 +26,6 @@ from lltk.train.recipe import TrainSection
 
 pytestmark = pytest.mark.cpu
 
-FPS = 16.0
 GEOMETRY = Geometry(height=32, width=32, chunk=2, frames=6)
 FIRST, LATER = 5, 8
 """Video frames of a chunk of two latents."""
@@ -50,30 +47,6 @@ VAE = wan_vae.validate_config(
         "latents_std": [0.5, 1.5, 0.8, 1.1],
     }
 )
-
-
-def numbered(first: int, count: int, height: int = 32, width: int = 32) -> Tensor:
-    """Grey frames that say their number: level 4 × number."""
-    levels = 4 * torch.arange(first, first + count)
-    return levels[:, None, None, None].expand(count, height, width, 3).to(torch.uint8)
-
-
-def numbers(video: Tensor) -> list[int]:
-    """What frames say."""
-    return [round(level / 4) for level in video.float().mean((1, 2, 3)).tolist()]
-
-
-def write_clip(
-    folder: Path, sample: str, number: int, frames: Tensor, caption: str | None, fps: float = FPS
-) -> Path:
-    path = folder / "video" / sample / f"{number}.mp4"
-    with VideoWriter(path, *frames.shape[1:3], fps) as writer:
-        writer.write(frames)
-    if caption is not None:
-        text = folder / "caption" / sample / f"{number}.json"
-        text.parent.mkdir(parents=True, exist_ok=True)
-        text.write_text(json.dumps({"caption": caption}))
-    return path
 
 
 def clips(folder: Path, shots: int = 3, fps: float = FPS) -> FolderClips:
@@ -174,12 +147,7 @@ def test_a_clip_that_turns_out_damaged_costs_another_place(tmp_path: Path) -> No
     """Its packets are there, but no picture is in them; what is drawn instead is always the same"""
     write_clip(tmp_path, "a", 0, numbered(0, WHOLE + 4), "good")
     path = write_clip(tmp_path, "b", 0, numbered(0, WHOLE + 4), "damaged")
-    content = bytearray(path.read_bytes())
-    at = 0
-    while (at := content.find(b"mdat", at + 4)) >= 0:
-        size = int.from_bytes(content[at - 4 : at], "big")
-        content[at + 4 : at - 4 + size] = bytes(size - 8)
-    path.write_bytes(content)
+    damage(path)
     found, again = clips(tmp_path), clips(tmp_path)
     assert not found.skipped
     samples = [found.sample(0, index) for index in range(6)]

@@ -17,10 +17,12 @@ from lltk.graph.diagnose import first_bad_module
 from lltk.graph.geometry import Kind
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
+from lltk.parallel.mesh import ALONE
 from lltk.train.data import Batch, Batches, Kept, generator_at
+from lltk.train.error_recycling import ErrorRecycling, without_errors
 from lltk.train.flow_matching import FlowMatching
 from lltk.train.noise_levels import level_weights, noise_grid
-from lltk.train.recipe import VaeSection
+from lltk.train.recipe import ErrorRecyclingSection, VaeSection
 from lltk.train.vae import Reconstruction, decode, latent_statistics, roughness
 
 pytestmark = pytest.mark.cpu
@@ -190,6 +192,70 @@ def test_context_noise_is_in_the_clean_chunks_alone() -> None:
     assert level.min() < 0.03 and 0.27 < level.max() < 0.301
     assert level.mean() == pytest.approx(0.15, abs=0.02)
     assert torch.allclose(torch.cat(spread), level, atol=0.1)
+
+
+def test_errors_of_earlier_steps_are_recycled() -> None:
+    """In the clean chunks and in what is noised; the target has the clips and the noise given."""
+    program, _ = program_of("train")
+    plain, batch, _ = recorded("train")
+    clean = batch.tensors["latents"]
+    module = Recorder(torch.full_like(clean, 0.5))
+    every = ErrorRecyclingSection(clean=0, latent=1, noise=1, context=1, buckets=1)
+    objective = FlowMatching(program, module, error_recycling=every)
+    memory = objective.memory
+    assert memory is not None
+    objective.loss(batch)
+    assert all(torch.equal(module.given[name], plain.given[name]) for name in plain.given)
+    assert not memory.state()
+    memory.end_step(ALONE)
+    sigma = (module.given["timestep"] / 1000)[:, None, :, None, None]
+    noise = batch.normal("noise", *clean.shape[1:])
+    kept = {kind: recycled_chunks(memory, kind) for kind in ("latent", "noise")}
+    wanted = {"latent": sigma * (noise - clean - 0.5), "noise": (1 - sigma) * (0.5 - noise + clean)}
+    for kind, errors in wanted.items():
+        assert torch.allclose(kept[kind], errors, atol=1e-5)
+    loss = objective.loss(batch).detach()
+    assert not torch.allclose(module.given["clean"], clean, atol=0.1)
+    given = memory.inject(
+        batch,
+        without_errors(
+            clean,
+            noise,
+            batch.integers("level", 1000, 3),
+            module.given["timestep"] / 1000,
+            torch.ones(2, 6, dtype=torch.bool),
+        ),
+    )
+    assert torch.equal(module.given["clean"], given.context)
+    assert torch.allclose(module.given["noisy"], given.noisy, atol=1e-6)
+    weight = level_weights(noise_grid())[batch.integers("level", 1000, 3)].repeat_interleave(2, 1)
+    error = (0.5 - (given.noise - clean)).square().mean((1, 3, 4))
+    assert float(loss) == pytest.approx(float((weight * error).sum()), rel=1e-5)
+    with torch.no_grad():
+        objective.loss(batch)
+    assert torch.equal(module.given["clean"], clean)
+
+
+def recycled_chunks(memory: ErrorRecycling, kind: str) -> Tensor:
+    """All errors of a kind that were kept, [2, C, 6, h, w], in the order of clips and chunks."""
+    errors = [error for name, error in memory.state().items() if name.startswith(kind)]
+    return torch.stack(errors).unflatten(0, (2, 3)).movedim(1, 2).flatten(2, 3)
+
+
+def test_a_given_frame_carries_no_recycled_error() -> None:
+    program, _ = program_of("train")
+    _, batch, _ = recorded("train")
+    clean = batch.tensors["latents"]
+    module = Recorder(torch.full_like(clean, 0.5))
+    every = ErrorRecyclingSection(clean=0, latent=1, noise=1, context=1, buckets=1)
+    objective = FlowMatching(program, module, image=1.0, error_recycling=every)
+    for _ in range(2):
+        objective.loss(batch)
+        assert objective.memory is not None
+        objective.memory.end_step(ALONE)
+    for name in ("clean", "noisy"):
+        assert torch.equal(module.given[name][:, :, 0], clean[:, :, 0])
+    assert not torch.allclose(module.given["clean"][:, :, 1], clean[:, :, 1], atol=0.1)
 
 
 LONG = 5

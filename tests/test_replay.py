@@ -1,9 +1,11 @@
-"""Recorded runs of LongLive-2.0's own model replay through the rewritten diffusers graph."""
+"""Recorded runs of LongLive-2.0's own code replay: its model, its clips and its errors."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,16 @@ from torch import Tensor
 from lltk.compiler import transform
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
+from lltk.train.error_recycling import Draws, ErrorBuffer, ErrorRecycling, Given
+from lltk.train.recipe import ErrorRecyclingSection
 
 pytestmark = pytest.mark.cpu
 
 FOLDER = Path(__file__).parent / "data" / "longlive"
-FILES = sorted(FOLDER.glob("*.safetensors"))
+WITH_RANKS = {"dmd_weights", "sp_2ranks"}
+"""Recorded with several ranks, whose test is beside the others of ranks, and its weights."""
+FILES = [file for file in sorted(FOLDER.glob("*.safetensors")) if file.stem not in WITH_RANKS]
+note, inject = ErrorRecycling.note, ErrorRecycling.inject
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
 
@@ -43,6 +50,7 @@ def one_transform_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_kind_of_run_is_recorded() -> None:
     assert [file.stem for file in FILES] == [
+        "error_recycling_basic",
         "rollout_i2v",
         "rollout_multi_shot",
         "rollout_single_shot",
@@ -98,6 +106,82 @@ def test_a_perturbed_run_is_too_far(
     file = perturbed(FOLDER / f"{stem}.safetensors", change, tmp_path / "run.safetensors")
     assert replay_longlive.main([str(file)]) == 1
     assert "TOO FAR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stem", ["data_gaps", "data_shots"])
+def test_clips_are_put_together_as_recorded(stem: str) -> None:
+    assert replay_longlive.replay(FOLDER / f"{stem}.json") == 0
+
+
+def next_bucket(buffer: ErrorBuffer, level: int) -> int:
+    return (level * 50 // 1000 + 1) % 50
+
+
+def of_what_was_noised(recycling: ErrorRecycling, draws: Draws, given: Given, flow: Tensor) -> None:
+    """The errors of a target from the x₀ that carries errors."""
+    note(recycling, draws, replace(given, clean=given.latents), flow)
+
+
+def unscaled(recycling: ErrorRecycling, draws: Draws, given: Given) -> Given:
+    """Errors that are added as they were kept."""
+    section = recycling._section.model_copy(update={"scale": 0.0})
+    return inject(copy_with(recycling, section), draws, given)
+
+
+def copy_with(recycling: ErrorRecycling, section: ErrorRecyclingSection) -> ErrorRecycling:
+    other = copy(recycling)
+    other._section = section
+    return other
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong"),
+    [
+        (ErrorBuffer, "_bucket", next_bucket),
+        (ErrorRecycling, "note", of_what_was_noised),
+        (ErrorRecycling, "inject", unscaled),
+    ],
+)
+def test_other_error_recycling_is_too_far(
+    owner: type, name: str, wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, wrong)
+    path = FOLDER / "error_recycling_basic.safetensors"
+    assert replay_longlive.replay(path) > replay_longlive.BOUND
+
+
+def other_fps(record: dict[str, Any]) -> None:
+    record["folders"][1]["clips"][-1]["fps"] = "29"
+
+
+def no_captions(record: dict[str, Any]) -> None:
+    record["folders"][2]["clips"][0]["caption"] = ""
+
+
+def longer_shots(record: dict[str, Any]) -> None:
+    for settings in record["settings"]:
+        settings["max_chunks_per_shot"] += settings["max_chunks_per_shot"] > 0
+
+
+def other_reason(record: dict[str, Any]) -> None:
+    record["results"][0]["folders"]["f_nothing"]["reason"] = "single-video sample is too short"
+
+
+def one_tie(record: dict[str, Any]) -> None:
+    """Without its mark, a frame that the reference rounds otherwise is a difference."""
+    chunk = record["results"][0]["folders"]["c_missing_captions"]["chunks"][3]
+    assert chunk.pop("inexact_ties") == [12]
+
+
+@pytest.mark.parametrize("change", [other_fps, no_captions, longer_shots, other_reason, one_tie])
+def test_other_clips_or_rules_differ(
+    change: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    record = json.loads((FOLDER / "data_gaps.json").read_text(encoding="utf-8"))
+    change(record)
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(record))
+    assert replay_longlive.replay(path) > replay_longlive.BOUND
 
 
 def test_main_says_how_far(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,8 +25,8 @@ from lltk.train.loop import Diverged, Trainer
 from lltk.train.masters import Masters
 from lltk.train.metrics import Metrics, plot_loss, read_metrics
 from lltk.train.objective import mean_loss
-from lltk.train.recipe import TrainSection, train_section, vae_recipe
-from lltk.train.state import load_training_state, training_states
+from lltk.train.recipe import ErrorRecyclingSection, TrainSection, train_section, vae_recipe
+from lltk.train.state import load_training_state, save_training_state, training_states
 
 pytestmark = pytest.mark.cpu
 
@@ -278,6 +278,55 @@ def test_recomputing_blocks_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.allclose(ends[0][n], ends[1][n], atol=1e-5) for n in ends[0])
 
 
+def recycling_run(folder: Path, clips: int, **changes: object) -> Trainer:
+    """A run whose model is given its own errors."""
+    program, _ = runnable(make_recipe("train", layers=1, batch=clips))
+    section = flow_settings(error_recycling={"entries": 3, "buckets": 5}, **changes)
+    objective = FlowMatching(program, instantiate(program), error_recycling=section.error_recycling)
+    return Trainer(objective, Clips(6), section, folder, {}, resume=True)
+
+
+def test_errors_are_recycled_alike_in_any_calls(tmp_path: Path) -> None:
+    """Calls of 1 and of 4 clips take the same steps, and keep the same errors."""
+    runs = [recycling_run(tmp_path / str(clips), clips, steps=4) for clips in (1, 4)]
+    for run in runs:
+        finish(run)
+    one, four = (run.weights for run in runs)
+    assert all(torch.allclose(one[n], four[n], atol=1e-5) for n in one)
+    kept = [load_training_state(training_states(tmp_path / n / "checkpoints")[-1]).memory
+            for n in ("1", "4")]  # fmt: skip
+    assert kept[0].keys() == kept[1].keys() and len(kept[0]) > 20
+    assert all(torch.allclose(kept[0][n], kept[1][n], atol=1e-3) for n in kept[0])
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_recycled_errors_are_part_of_a_state(tmp_path: Path, lost: bool) -> None:
+    """A resumed run goes on with them; negative control: without them it ends elsewhere."""
+    finish(whole := recycling_run(tmp_path / "whole", 4, steps=6))
+    finish(recycling_run(tmp_path / "stopped", 4, steps=3))
+    states = tmp_path / "stopped" / "checkpoints"
+    state = load_training_state(training_states(states)[-1])
+    if lost:
+        save_training_state(states, replace(state, memory={}), keep=1)
+    finish(resumed := recycling_run(tmp_path / "stopped", 4, steps=6))
+    ends = whole.weights, resumed.weights
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0]) != lost
+    wrong = {"noise.9.0": next(iter(state.memory.values()))}
+    save_training_state(states, replace(state, step=7, position=28, memory=wrong), keep=1)
+    message = refused(recycling_run, tmp_path / "stopped", 4, steps=8)
+    assert "errors of the noise: 9.0 is none of 5 buckets of 3 errors; remove it to" in message
+
+
+def test_errors_of_one_kind_only() -> None:
+    data = {"steps": 1, "lr": 1.0, "error_recycling": {}, "context_error": 0.5}
+    message = refused(train_section, data, "x")
+    assert "train.error_recycling and train.context_error: both add errors" in message
+    program, module = runnable(make_recipe("reference"))
+    section = train_section(data | {"context_error": 0}, "x").error_recycling
+    message = refused(FlowMatching, program, module, error_recycling=section)
+    assert "a reference program sees no clean chunks" in message
+
+
 def test_adapters_alone_train(tmp_path: Path) -> None:
     steps = ["canonicalise", "per_frame_timesteps", "frame_positions", "text_per_chunk",
              "teacher_forcing", {"lora": {"rank": 2, "alpha": 2.0}}, "regionalise"]  # fmt: skip
@@ -305,6 +354,9 @@ def test_the_defaults_are_longlives() -> None:
     section = train_section({"steps": 600, "lr": 1e-5}, "x")
     assert (section.betas, section.weight_decay, section.clip) == ((0.0, 0.999), 0.0, 10.0)
     assert (section.ema_decay, section.ema_start, section.schedule) == (0.99, 100, "constant")
+    assert section.error_recycling is None
+    errors = ErrorRecyclingSection().model_dump(exclude={"gigabytes"})
+    assert list(errors.values()) == [0.2, 0.9, 0.01, 0.9, 0.1, 0.3, 50, 500]
 
 
 def test_plots_hold_every_loss() -> None:

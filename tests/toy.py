@@ -45,6 +45,8 @@ class Regression:
         dtype: of the parameters, as they run.
     """
 
+    memory = None
+
     def __init__(
         self, clips: int = 4, dropout: float = 0.0, dtype: torch.dtype = torch.float32
     ) -> None:

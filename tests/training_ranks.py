@@ -38,7 +38,7 @@ from lltk.train.data import Batch
 from lltk.train.flow_matching import FlowMatching
 from lltk.train.loop import Trainer
 from lltk.train.optimiser import Optimiser
-from lltk.train.recipe import TrainSection
+from lltk.train.recipe import ErrorRecyclingSection, TrainSection
 
 BATCH, STEPS = 4, 2
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ class Case:
 
     frames: int = 8
     chunk: int = 2
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     padded: bool = False
 
 
@@ -64,6 +64,10 @@ CASES = {
     "text": Case(),
     "images and padding": Case(options={"image": 0.6}, padded=True),
     "errors and noise": Case(12, 3, {"context_error": 0.7, "context_noise": 0.4}),
+    "recycled errors": Case(
+        options={"error_recycling": ErrorRecyclingSection(clean=0.3, buckets=2, entries=3)},
+        padded=True,
+    ),
 }
 
 
@@ -157,6 +161,7 @@ Run = tuple[int, tuple[int, int], str]
 RUNS: list[Run] = [
     *product([2], [(2, 1), (1, 2), (2, 2)], CASES),
     *product([4], [(4, 1), (2, 4), (2, 2)], ["images and padding"]),
+    (4, (2, 1), "recycled errors"),
     (4, (4, 1), "errors and noise"),
 ]
 FAULTY: Run = (2, (2, 1), "images and padding")

@@ -58,6 +58,17 @@ class Mesh:
             dist.all_reduce(value)
         return value
 
+    def of_groups(self, value: Tensor) -> Iterator[Tensor]:
+        """The groups' values in their order, each of the same shape. All ranks must take all."""
+        if self.groups == 1:
+            yield value
+            return
+        for group in range(self.groups):
+            found = value.clone() if group == self.group else torch.empty_like(value)
+            # As bytes, since a backend may not know the dtype.
+            dist.broadcast(found.view(torch.uint8), src=group * self.sequence)
+            yield found
+
     def same(self, value: object) -> bool:
         """Whether every rank has an equal value. All ranks must call it."""
         if self.size == 1:

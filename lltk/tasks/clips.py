@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +14,10 @@ from lltk.graph.geometry import Geometry
 from lltk.models.tiny.world import RESOLUTION, STRIDE, Story, draw_story, render
 from lltk.stream.script import SCENE_CUT
 from lltk.tasks.encoder import PipelineEncoder
+from lltk.train.assembly import Rules
 from lltk.train.data import Dataset, Kept, generator_at
-from lltk.train.folder import FolderClips
+from lltk.train.folder import FolderClips, Sample
+from lltk.train.longlive import LongLiveClips
 from lltk.train.progress import Note, silent
 from lltk.train.recipe import TrainSection
 
@@ -98,31 +102,43 @@ class TinyLatents:
         return {"latents": latents, "text": text, "opens": opens}
 
 
+class Samples(Protocol):
+    """Numbered samples of a folder."""
+
+    def sample(self, seed: int, index: int) -> Sample:
+        """The sample of a number, which follows from the arguments and the files alone."""
+
+
 class FolderLatents:
     """A folder's clips, encoded. A batch holds the same as that of `TinyLatents`.
+
+    Where samples may end with padding, it also holds ``valid``, bool [B, F], false for padding.
 
     Args:
         clips: the folder's.
         encoder: makes latents and text.
     """
 
-    def __init__(self, clips: FolderClips, encoder: PipelineEncoder) -> None:
+    def __init__(self, clips: Samples, encoder: PipelineEncoder) -> None:
         self._clips = clips
         self._encoder = encoder
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
-        latents, text, opens = [], [], []
+        latents, text, opens, valid = [], [], [], []
         for index in indices:
             sample = self._clips.sample(seed, index)
             video = sample.video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
             latents.append(self._encoder.latents(video))
             text.append(self._encoder.text(sample.prompts))
             opens.append(torch.tensor(sample.opens))
-        return {
+            if sample.valid is not None:
+                valid.append(torch.arange(latents[-1].shape[2]) < sample.valid)
+        batch = {
             "latents": torch.cat(latents),
             "text": torch.stack(text),
             "opens": torch.stack(opens),
         }
+        return batch | {"valid": torch.stack(valid)} if valid else batch
 
 
 def encoded_clips(
@@ -143,7 +159,7 @@ def encoded_clips(
             encoded.
 
     Raises:
-        ValueError: as `TinyLatents` and `FolderClips` raise it.
+        ValueError: as `TinyLatents`, `FolderClips` and `LongLiveClips` raise it.
     """
     data = section.data
     if data.frames is not None:
@@ -152,10 +168,31 @@ def encoded_clips(
     if data.folder is None:
         clips = TinyLatents(geometry, data.shots, encoder, device)
     else:
-        folder, stride = Path(data.folder), encoder.stride
-        found = FolderClips(folder, geometry, data.fps, data.shots, stride, note)
-        clips = FolderLatents(found, encoder)
+        clips = FolderLatents(folder_samples(section, geometry, encoder.stride, note), encoder)
     if data.clips is None:
         return clips
     block = 64 if data.folder is None else 1  # a folder's are encoded one by one in any case
     return Kept(clips, section.seed, data.clips, block, note)
+
+
+def folder_samples(
+    section: TrainSection, geometry: Geometry, stride: int, note: Note = silent
+) -> Samples:
+    """The samples of the folder that ``train.data`` names, put together as it says.
+
+    Args:
+        section: names the folder, and the seed of the samples that train.
+        geometry: has the sizes of a sample.
+        stride: video frames in a latent frame.
+        note: told how many of the folder's samples are looked at.
+
+    Raises:
+        ValueError: as `FolderClips` and `LongLiveClips` raise it.
+    """
+    data = section.data
+    folder = Path(data.folder or "")
+    if data.longlive is None:
+        return FolderClips(folder, geometry, data.fps, data.shots, stride, note)
+    fps = Fraction(data.fps).limit_denominator(1001)
+    rules = Rules(geometry.chunk, geometry.chunks, fps, stride, **data.longlive.model_dump())
+    return LongLiveClips(folder, rules, geometry.height, geometry.width, section.seed, note)

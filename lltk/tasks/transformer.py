@@ -109,6 +109,7 @@ class TransformerPlan:
             section.context_noise,
             section.gap,
             section.graphs,
+            section.error_recycling,
         )
 
     def export(

@@ -16,9 +16,11 @@ from lltk.graph.diagnose import first_bad_node
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.train.data import Batch
+from lltk.train.error_recycling import ErrorRecycling, Given, without_errors
 from lltk.train.excerpt import excerpt, leaps
 from lltk.train.graphs import Graphed
 from lltk.train.noise_levels import LEVELS, level_weights, noise_grid
+from lltk.train.recipe import ErrorRecyclingSection
 from lltk.train.share import Share
 
 _LARGEST_ERROR = 2.0
@@ -44,6 +46,9 @@ class FlowMatching:
       sink, by which the model can correct the others.
     - The noise has a random level up to ``context_noise``.
 
+    With ``error_recycling`` the errors of earlier steps are added instead, also to what is noised;
+    see `ErrorRecycling`. That is done where gradients are computed, and not in validation.
+
     Clips that are longer than the program's are seen as an `excerpt`. Where several ranks share a
     clip, each gets the whole clip, and its loss is that of its own frames.
 
@@ -64,6 +69,7 @@ class FlowMatching:
         context_noise: largest noise level of the clean chunks.
         gap: see `excerpt`.
         graphs: whether to replay CUDA graphs.
+        error_recycling: which errors of earlier steps are added; None for none.
 
     Raises:
         ValueError: the program neither trains nor is a reference; or it is a reference, which sees
@@ -79,16 +85,17 @@ class FlowMatching:
         context_noise: float = 0.0,
         gap: float = 1.0,
         graphs: bool = False,
+        error_recycling: ErrorRecyclingSection | None = None,
     ) -> None:
         if program.kind not in ("train", "reference"):
             raise ValueError(
                 f"a {program.kind} program has no flow-matching objective; set the recipe's "
                 "program to train or reference"
             )
-        if program.kind == "reference" and (context_error or context_noise):
+        if program.kind == "reference" and (context_error or context_noise or error_recycling):
             raise ValueError(
-                "train.context_error and train.context_noise: a reference program sees no clean "
-                "chunks; remove them, or set the recipe's program to train"
+                "train.context_error, train.context_noise and train.error_recycling: a reference "
+                "program sees no clean chunks; remove them, or set the recipe's program to train"
             )
         self._program = program
         self._contract = program.contract(program.kind)
@@ -109,6 +116,11 @@ class FlowMatching:
         self._weights = level_weights(self._grid)
         self._device = next(module.parameters()).device
         self._quantised: dict[str, Tensor] = {}
+        self.memory: ErrorRecycling | None = None
+        if error_recycling is not None:
+            _, channels, _, *size = (latents := self._contract.input(Role.LATENTS)).shape
+            chunk = (channels, program.geometry.chunk, *size)
+            self.memory = ErrorRecycling(error_recycling, chunk, latents.dtype)
         self.weights_changed()
 
     @property
@@ -130,11 +142,13 @@ class FlowMatching:
 
     def loss(self, batch: Batch) -> Tensor:
         batch = self._excerpt(batch)
-        inputs, target, weight = self._prepared(batch)
+        inputs, target, weight, given = self._prepared(batch)
         if self._context_error:
             mistaken = self._mistaken(batch, inputs, target)
             inputs |= self._contract.named({Role.CLEAN: mistaken})
         flow = self._flow(*inputs.values())
+        if self.memory is not None and torch.is_grad_enabled():
+            self.memory.note(batch, given, self._share.whole(flow.detach(), axis=2))
         wide = torch.promote_types(flow.dtype, torch.float32)
         error = (flow.to(wide) - target).square().mean(dim=(1, 3, 4))
         return (weight * error).sum()
@@ -143,7 +157,7 @@ class FlowMatching:
         self._quantised = self._module.quantised_weights()
 
     def first_bad(self, batch: Batch) -> str | None:
-        inputs, _, _ = self._prepared(self._excerpt(batch))
+        inputs, *_ = self._prepared(self._excerpt(batch))
         return first_bad_node(self._program, self._module, self._program.kind, inputs)
 
     def _excerpt(self, batch: Batch) -> Batch:
@@ -162,24 +176,27 @@ class FlowMatching:
         """For which clips the first latent frame is given, bool [B]."""
         return batch.uniform("image") < self._image
 
-    def _prepared(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def _prepared(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor, Given]:
         """For this rank's frames: the graph's inputs; the target ε − x₀, float32 [B, C, F, h, w];
-        each frame's loss weight, float32 [B, F], 0 where it does not count."""
+        each frame's loss weight, float32 [B, F], 0 where it does not count. And for the whole
+        clips: what they are given."""
         program, device = self._program, self._device
         clean = batch.tensors["latents"].to(device, torch.float32)
         _, channels, frames, height, width = clean.shape
         span = program.geometry.chunk if program.kind == "train" else frames
-        level = batch.integers("level", LEVELS, frames // span).repeat_interleave(span, dim=1)
-        weight = (self._weights[level] * self._counted(batch)).to(device)
+        levels = batch.integers("level", LEVELS, frames // span)
+        level, counted = levels.repeat_interleave(span, dim=1), self._counted(batch)
+        weight = (self._weights[level] * counted).to(device)
         timestep = self._grid[level]
         timestep[self._given(batch), 0] = 0
         timestep = timestep.to(device)
-        sigma = (timestep / LEVELS)[:, None, :, None, None]
         noise = batch.normal("noise", channels, frames, height, width, device=device)
-        noisy = (1 - sigma) * clean + sigma * noise
+        given = without_errors(clean, noise, levels, timestep / LEVELS, counted)
+        if self.memory is not None and torch.is_grad_enabled():
+            given = self.memory.inject(batch, given)
         values = {
-            Role.LATENTS: noisy,
-            Role.CLEAN: self._context(batch, clean),
+            Role.LATENTS: given.noisy,
+            Role.CLEAN: self._context(batch, given.context),
             Role.TIME: timestep,
             Role.TEXT: batch.tensors["text"],
             Role.POSITIONS: batch.tensors["positions"],
@@ -191,8 +208,8 @@ class FlowMatching:
             name: share.own(inputs[name], spec.shape).to(device, spec.dtype)
             for name, spec in contract.inputs.items()
         }
-        target = share.own(noise - clean, contract.input(Role.LATENTS).shape)
-        return own, target, share.own(weight, contract.input(Role.TIME).shape)
+        target = share.own(given.target, contract.input(Role.LATENTS).shape)
+        return own, target, share.own(weight, contract.input(Role.TIME).shape), given
 
     def _context(self, batch: Batch, clean: Tensor) -> Tensor:
         """The clean chunks with noise of random levels, uniform from 0 to the largest."""

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from lltk.graph.geometry import Geometry
 from lltk.stream.script import SCENE_CUT
-from lltk.train.captions import SUFFIXES, read_caption
+from lltk.train.clip_files import ClipFiles, Take
 from lltk.train.data import generator_at
-from lltk.train.frames import Footage, Unusable, read_footage, shown_frames
-from lltk.train.progress import Note, noted, silent
-from lltk.train.shortfall import chunk_frames, few_lines, shortfall
+from lltk.train.frames import Footage, Unusable, shown_frames
+from lltk.train.progress import Note, silent
+from lltk.train.shortfall import chunk_frames, shortfall
 
 _TRIES = 100
 """How many places are tried for a sample before the folder is taken to be damaged."""
@@ -77,11 +77,13 @@ class Sample:
         prompts: one for each chunk. The scene-cut prefix precedes it in the first chunk of every
             shot but the first.
         opens: for each chunk, whether it opens a shot.
+        valid: how many of its latent frames are no padding; None where there may be none.
     """
 
     video: Tensor
     prompts: tuple[str, ...]
     opens: tuple[bool, ...]
+    valid: int | None = None
 
 
 class FolderClips:
@@ -121,24 +123,15 @@ class FolderClips:
         stride: int = 4,
         note: Note = silent,
     ) -> None:
-        if not (folder / "video").is_dir():
-            raise ValueError(
-                f"{folder}: has no video/; lay it out as video/<sample>/<number>.mp4 with "
-                "caption/<sample>/<number>.json"
-            )
+        self._files = ClipFiles(folder)
         self._folder = folder
         self._geometry = geometry
         self._fps = Fraction(fps).limit_denominator(1001)
         self._stride = stride
-        self.skipped: dict[Path, str] = {}
-        """The files that were left out, wholly or in part, and why."""
         self._places: list[tuple[Sequence[Clip], int]] = []
         counts = []
-        self._captions = self._written()
-        files = self._files()
-        looked_at = noted(files, "looking at clips", len(files), note)
-        samples = {name: self._clips(files[name]) for name in looked_at}
-        self._list_captions(files)
+        takes = self._files.read(self._numbered(), note)
+        samples = {name: [self._clip(take) for take in takes[name]] for name in takes}
         for found in samples.values():
             clips = [clip for clip in found if clip.length >= self._frames(0)]
             for first in range(len(clips)):
@@ -149,10 +142,14 @@ class FolderClips:
         if not self._places:
             lengths = {name: [clip.length for clip in samples[name]] for name in samples}
             why = shortfall(lengths, geometry, self._fps, shots, stride)
-            raise ValueError(f"{folder}: {why}{self._listed()}")
+            raise ValueError(f"{folder}: {why}{self._files.listed()}")
         self._ends = list(accumulate(counts))
-        if self.skipped:
-            _log.warning("%s: %d files skipped", folder, len(self.skipped))
+        self._files.count_skipped()
+
+    @property
+    def skipped(self) -> Mapping[Path, str]:
+        """The files that were left out, wholly or in part, and why."""
+        return self._files.skipped
 
     def sample(self, seed: int, index: int) -> Sample:
         """The sample of a number. It follows from the arguments and the files alone.
@@ -173,91 +170,30 @@ class FolderClips:
                 _log.info("sample %d: %s; another place is drawn", index, error)
         raise ValueError(
             f"{self._folder}: no sample can be read in {_TRIES} places; replace the damaged clips"
-            f"{self._listed()}"
+            f"{self._files.listed()}"
         )
 
-    def _files(self) -> dict[str, list[Path]]:
-        """The files of each sample, in the order of their numbers. Others are left out."""
-        found: dict[str, list[Path]] = {}
-        for path in sorted((self._folder / "video").iterdir()):
-            if not path.is_dir():
-                found[path.name] = [path]
-                continue
-            numbered = []
-            for inner in sorted(path.iterdir()):
-                if inner.is_dir():
-                    for file in sorted(file for file in inner.rglob("*") if file.is_file()):
-                        self._skip(file, "is too deep; put it into video/<sample>/")
-                elif inner.stem.isdecimal():
-                    numbered.append(inner)
-                else:
-                    self._skip(inner, "its name is not a number")
-            found[path.name] = sorted(numbered, key=lambda file: int(file.stem))
-        return found
+    def _numbered(self) -> dict[str, list[Path]]:
+        """The files of each sample; in a sample's folder, those whose names are numbers."""
+        files = self._files.files()
+        for paths in files.values():
+            for path in list(paths):
+                if path.parent != self._folder / "video" and not path.stem.isdecimal():
+                    self._files.skip(path, "its name is not a number")
+                    paths.remove(path)
+        return files
 
-    def _clips(self, files: Sequence[Path]) -> list[Clip]:
-        """The clips of a sample; those that are too short are among them."""
-        clips: dict[str, Clip] = {}
-        for path in files:
-            number = path.stem.lstrip("0")
-            try:
-                if number in clips:
-                    raise Unusable(f"has the number of {clips[number].footage.path.name}")
-                clips[number] = self._clip(path)
-            except Unusable as error:
-                self._skip(path, str(error))
-        return list(clips.values())
-
-    def _clip(self, path: Path) -> Clip:
-        footage = read_footage(path)
-        clip = Clip(footage, self._caption(path), footage.frames(self._fps))
+    def _clip(self, take: Take) -> Clip:
+        footage = take.footage
+        clip = Clip(footage, take.caption, footage.frames(self._fps))
         if clip.length < (first := self._frames(0)):
-            self._skip(
-                path,
+            self._files.skip(
+                footage.path,
                 f"too short: {clip.length} frames at {float(self._fps):g} fps "
                 f"({float(footage.seconds):.2f} s), but a first chunk takes {first} "
                 f"({float(first / self._fps):.2f} s)",
             )
         return clip
-
-    def _caption(self, path: Path) -> str:
-        place = self._caption_place(path)
-        found = self._captions.get(place, [])
-        if not found or found[0].suffix.lower() not in SUFFIXES:
-            only = ", ".join(file.name for file in found)
-            raise Unusable(f"has no caption{only and f', only {only}'}: write {place}.json")
-        return read_caption(found[0])
-
-    def _written(self) -> dict[Path, list[Path]]:
-        """The files of captions by their paths without suffix, those first that are read first."""
-        found: dict[Path, list[Path]] = {}
-        order = {suffix: number for number, suffix in enumerate(SUFFIXES)}
-        files = [path for path in (self._folder / "caption").rglob("*") if path.is_file()]
-        for file in sorted(files, key=lambda file: (order.get(file.suffix.lower(), 9), file)):
-            found.setdefault(file.with_suffix(""), []).append(file)
-        return found
-
-    def _caption_place(self, path: Path) -> Path:
-        """The path of a clip's caption, without its suffix."""
-        inner = path.relative_to(self._folder / "video")
-        return self._folder / "caption" / inner.with_suffix("")
-
-    def _list_captions(self, files: Mapping[str, Sequence[Path]]) -> None:
-        """List what is among the captions, but is none of a clip."""
-        places = {self._caption_place(path) for paths in files.values() for path in paths}
-        for place, (first, *others) in sorted(self._captions.items()):
-            if place not in places:
-                self._skip(first, "has no clip")
-            for file in others:
-                self._skip(file, f"is beside {first.name}, which goes before it")
-
-    def _skip(self, path: Path, reason: str) -> None:
-        if path not in self.skipped:
-            self.skipped[path] = reason
-            _log.warning("skipped %s: %s", path, reason)
-
-    def _listed(self) -> str:
-        return few_lines([f"\n  skipped {path}: {reason}" for path, reason in self.skipped.items()])
 
     def _frames(self, chunk: int) -> int:
         """The number of video frames in a sample's chunk of this index."""
@@ -294,7 +230,7 @@ class FolderClips:
                 span.clip.footage, times, self._geometry.height, self._geometry.width
             )
         except Unusable as error:
-            self._skip(span.clip.footage.path, str(error))
+            self._files.skip(span.clip.footage.path, str(error))
             raise
 
 

@@ -52,6 +52,7 @@ class Footage:
         slack: by how much a frame's time may be off, as files round times to units.
         timed: whether the file has times; else its frames are counted, a unit each.
         aspect: width of a pixel by its height, as it is stored.
+        rate: its frames a second, on average, as the file states them.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Footage:
     slack: Fraction
     timed: bool
     aspect: Fraction
+    rate: Fraction
 
     @property
     def seconds(self) -> Fraction:
@@ -105,7 +107,8 @@ def read_footage(path: Path) -> Footage:
         if not rate:
             raise Unusable("has neither times of frames nor a frame rate; remux it")
         count = Fraction(len(shown))
-        return Footage(path, 1 / rate, Fraction(0), count - 1, count, Fraction(1, 4), False, aspect)
+        last, slack = count - 1, Fraction(1, 4)
+        return Footage(path, 1 / rate, Fraction(0), last, count, slack, False, aspect, rate)
     earliest = packets[start].pts
     times = sorted(time for time in times if earliest is None or time >= earliest)
     final = next(packet for packet in shown if packet.pts == times[-1])
@@ -121,6 +124,7 @@ def read_footage(path: Path) -> Footage:
         min(Fraction(1), length / 4, _ROUNDED / unit),
         True,
         aspect,
+        rate or 1 / (length * unit),
     )
 
 

@@ -207,6 +207,7 @@ class Trainer:
             _whole(self._masters.parameters),
             _whole(self._ema),
             _whole(self._optimiser.state()) | random_state(),
+            {} if self._objective.memory is None else self._objective.memory.state(),
         )
         if self._mesh.rank > 0:
             return
@@ -253,6 +254,8 @@ class Trainer:
         clip_grads_with_norm_(masters, self._section.clip, total)
         self._optimiser.step(rate)
         self._masters.publish()
+        if self._objective.memory is not None:
+            self._objective.memory.end_step(mesh)
         return loss, float(norm)
 
     def _divergence(self, loss: float, norm: float, batches: list[Batch]) -> str:
@@ -332,6 +335,13 @@ class Trainer:
                 f"{path}: after {state.step} steps of {self._section.batch} clips a run has not "
                 f"seen {state.position}; remove it to resume from the one before"
             )
+        if self._objective.memory:
+            try:
+                self._objective.memory.load(state.memory)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}: {error}; remove it to resume from the one before"
+                ) from error
         self.step = state.step
         self._data.position = state.position
         weights = {n: divided_like(state.weights[n], master) for n, master in masters.items()}

@@ -8,7 +8,25 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lltk.parallel.mesh import Mesh
 from lltk.train.data import Batch
+
+
+class Memory(Protocol):
+    """What an objective keeps from step to step besides weights. It is the same on all ranks."""
+
+    def end_step(self, mesh: Mesh) -> None:
+        """Called after each step, on all ranks."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """All of it, by name."""
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`.
+
+        Raises:
+            ValueError: it is none that this objective can have.
+        """
 
 
 class Objective(Protocol):
@@ -25,6 +43,10 @@ class Objective(Protocol):
     @property
     def clips(self) -> int:
         """How many clips a call takes."""
+
+    @property
+    def memory(self) -> Memory | None:
+        """What is kept from step to step; None if nothing is."""
 
     def count(self, batch: Batch) -> int:
         """How much the batch counts in the step's mean: for example its frames, without padding."""

@@ -6,9 +6,43 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lltk.graph.recipe import validated
+
+
+class LongLiveSection(BaseModel):
+    """How LongLive-2.0 puts a folder's clips together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_chunks_per_shot: int = Field(
+        0,
+        ge=0,
+        description="after so many chunks of one clip a second of it is left out, and what follows "
+        "is a new shot with the same caption; 0: never",
+    )
+    allow_padding: bool = Field(
+        False,
+        description="whether a sample that its clips do not fill ends with its last frame, which "
+        "does not count in the loss; if not, the sample is skipped",
+    )
+    min_latent_frames: int = Field(
+        0,
+        ge=0,
+        description="where padding is allowed, samples of fewer latent frames before it are "
+        "skipped",
+    )
+    single_clip: bool = Field(False, description="whether a sample has one clip only")
+
+    @model_validator(mode="after")
+    def _padding_is_allowed(self) -> LongLiveSection:
+        if self.min_latent_frames and not self.allow_padding:
+            raise ValueError(
+                "train.data.longlive.min_latent_frames: bounds padding, which is not allowed; "
+                "remove it, or set train.data.longlive.allow_padding=true"
+            )
+        return self
 
 
 class DataSection(BaseModel):
@@ -22,6 +56,11 @@ class DataSection(BaseModel):
     )
     fps: float = Field(
         24.0, gt=0, description="video frames a second at which the folder's clips are read"
+    )
+    longlive: LongLiveSection | None = Field(
+        None,
+        description="read the folder as LongLive-2.0 does, each folder in it as one sample; {} for "
+        "its defaults; null: samples begin at any place in any clip",
     )
     shots: int = Field(
         1,
@@ -45,6 +84,60 @@ class DataSection(BaseModel):
     pipeline: str | None = Field(
         None,
         description="folder with the vae, text_encoder and tokenizer that make latents and text",
+    )
+
+    @model_validator(mode="after")
+    def _longlive_reads_a_folder(self) -> DataSection:
+        if self.longlive is not None and self.folder is None:
+            raise ValueError(
+                "train.data.longlive: says how a folder is read; name one in train.data.folder, or "
+                "remove it"
+            )
+        if self.longlive is not None and self.shots != 1:
+            raise ValueError(
+                f"train.data.shots: {self.shots}, but by train.data.longlive all clips of a folder "
+                "are shots of its sample; remove one of the two"
+            )
+        return self
+
+
+class ErrorRecyclingSection(BaseModel):
+    """Which errors of its predictions a model trains on again. The defaults are LongLive-2.0's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    clean: float = Field(
+        0.2, ge=0, le=1, description="share of the clips that carry no error; the others may"
+    )
+    latent: float = Field(
+        0.9, ge=0, le=1, description="share of the others whose noised latents carry errors"
+    )
+    noise: float = Field(
+        0.01, ge=0, le=1, description="share of the others whose noise carries errors"
+    )
+    context: float = Field(
+        0.9, ge=0, le=1, description="share of the others whose clean chunks carry errors"
+    )
+    update: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of the clips without errors of whose predictions the errors are kept; "
+        "those of other clips always are",
+    )
+    scale: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="an error is multiplied by a random number, at most this far from 1",
+    )
+    buckets: int = Field(50, ge=1, le=1000, description="into which noise levels are divided")
+    entries: int = Field(500, ge=1, description="most errors that are kept in a bucket")
+    gigabytes: float = Field(
+        16.0,
+        gt=0,
+        description="most memory of the host for all errors, on each rank; fewer are kept where "
+        "that is less",
     )
 
 
@@ -96,6 +189,11 @@ class TrainSection(BaseModel):
     context_noise: float = Field(
         0.0, ge=0, lt=1, description="largest noise level of the clean chunks"
     )
+    error_recycling: ErrorRecyclingSection | None = Field(
+        None,
+        description="add errors of earlier predictions to the clean chunks and to what is noised, "
+        "as LongLive-2.0 does; {} for its shares; null: none; not together with context_error",
+    )
     gap: float = Field(
         1.0,
         ge=1,
@@ -134,6 +232,15 @@ class TrainSection(BaseModel):
         description="how many of the blocks that are recomputed, the last ones, keep the results "
         "of attention, which costs memory and saves time",
     )
+
+    @model_validator(mode="after")
+    def _errors_of_one_kind(self) -> TrainSection:
+        if self.error_recycling is not None and self.context_error:
+            raise ValueError(
+                "train.error_recycling and train.context_error: both add errors to the clean "
+                "chunks; set train.context_error=0, or train.error_recycling=null"
+            )
+        return self
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

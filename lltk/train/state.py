@@ -6,6 +6,7 @@ A state is a folder ``step_00000100``. It is written whole or not at all::
     ema.safetensors        their moving average, once there is one
     optimiser.safetensors  the optimiser's moments as "exp_avg.<name>", …, and the state of torch's
                            random generators as "rng.cpu", "rng.cuda.0", …
+    memory.safetensors     what the objective keeps from step to step, such as errors, if it does
     checkpoint.json        the step, the number of samples seen, the recipe, passes and versions,
                            and the checksums of all files
 """
@@ -35,7 +36,7 @@ _MANIFEST = Manifest(
     remedy="remove it to resume from the one before",
 )
 _NAME = re.compile(r"step_\d{8,}")
-_PARTS = ("weights", "ema", "optimiser")
+_PARTS = ("weights", "ema", "optimiser", "memory")
 STATES = Kind(
     "training states",
     lambda folder: all(
@@ -73,6 +74,7 @@ class TrainingState:
         weights: the weights that train, float32, by parameter name.
         ema: their moving average; empty before there is one.
         optimiser: the state of the optimiser and of torch's random generators.
+        memory: what the objective keeps from step to step.
     """
 
     step: int
@@ -81,6 +83,7 @@ class TrainingState:
     weights: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimiser: Mapping[str, Tensor]
+    memory: Mapping[str, Tensor]
 
 
 def save_training_state(folder: Path, state: TrainingState, keep: int) -> Path:

@@ -40,6 +40,8 @@ class Reconstruction:
         graphs: whether to replay CUDA graphs.
     """
 
+    memory = None
+
     def __init__(
         self,
         vae: Any,
