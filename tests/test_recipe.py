@@ -89,7 +89,8 @@ def test_every_size_ships_every_kind() -> None:
         "tiny_stream_w4a4",
         "wan22_5b_stream_nvfp4_cache_sp2",
         "wan22_5b_stream_sp2",
-        "wan22_5b_train_lora",
+        "tiny_train_sp2",
+        *(f"wan22_5b_train_{length}" for length in ("16s", "32s", "64s", "lora")),
         "wan22_decode",
     }
 
