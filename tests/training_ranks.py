@@ -131,8 +131,7 @@ def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict
 
     def noting(self: Optimiser, rate: float) -> None:
         number = sum(key.endswith("loss") for key in found)
-        masters = self._adamw.param_groups[0]["params"]
-        for parameter, master in zip(self._names, masters, strict=True):
+        for parameter, master in self._parameters.items():
             found[f"{number}.gradient.{parameter}"] = whole(master.grad).clone().cpu()
         step(self, rate)
 

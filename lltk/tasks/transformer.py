@@ -81,7 +81,11 @@ class TransformerPlan:
     def memory(self) -> Mapping[str, int]:
         memory = estimate(self.program)
         float32 = memory.get("gradients", 0)
-        if self.program.dtype != torch.float32:
+        if self.section.optimiser == "adamw_8bit":
+            memory["AdamW moments"] //= 4
+        if self.section.weights == "compute":
+            memory["gradients"] = float32 * self.program.dtype.itemsize // 4
+        elif self.program.dtype != torch.float32:
             memory["float32 weights"] = float32
         if self.section.ema_decay is not None:
             memory["average"] = float32
