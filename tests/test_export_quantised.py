@@ -227,6 +227,7 @@ def page(smoothing: bool, rule: str) -> Build:
 def test_pages_are_quantised_to_the_bit(tmp_path: Path, smoothing: bool, rule: str) -> None:
     value = normal(1, 24, 3, 32) * torch.tensor([1e-20, 1.0, 300.0])[:, None] + normal(32, seed=1)
     value[0, 5:9, 1] = -0.0
+    value[0, :, 2, 7] = torch.tensor([2.0**30, 1, -(2.0**30)] + 21 * [0.0])  # float32 loses the 1
     graph = Graph(tmp_path, {"value": value}, page(smoothing, rule))
     made = graph.onnx(value=value)
     assert equal(made, graph.torch(value=value))
