@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -405,6 +406,19 @@ def test_fused_recipes_in_fp8(tmp_path: Path) -> None:
     _, _, found = compared(tmp_path, FUSED)
     for case, each in found["step"]:
         assert each["sample"] <= max(1e-5, 2 * case.spread[torch.float32]) < 0.5
+
+
+def test_what_is_within_torchs_spread() -> None:
+    """A graph that is a little wrong is not: its distances are usual, but all of them are large."""
+    script = Path(__file__).parents[1] / "benchmarks" / "export_spread.py"
+    within = runpy.run_path(str(script))["within"]
+    own = [7e-7, 7e-7, 7e-7, 0.03, 0.04, 0.04, 0.05, 0.06, 0.08, 0.08, 0.09, 0.09]
+    right = [4e-7, 4e-7, 4e-7, 4e-7, 5e-7, 0.03, 0.04, 0.07, 0.08, 0.08, 0.09, 0.1]
+    wrong = [0.06, 0.07, 0.07, 0.07, 0.07, 0.07, 0.08, 0.08, 0.08, 0.08, 0.09, 0.09]
+    assert within({"onnx_runtime": right, "torch": own})
+    assert not within({"onnx_runtime": wrong, "torch": own})
+    assert not within({"onnx_runtime": [*right[:2], *[0.2] * 10], "torch": own})
+    assert within({"onnx_runtime": own[3:], "torch": own[3:]})
 
 
 # On torch's own inputs
