@@ -14,9 +14,11 @@ import pytest
 from bundles import Exported, resealed
 from helpers import Run, refused
 from onnx import ModelProto, TensorProto, helper
+from safetensors.torch import load_file
 
 from lltk.export.bundle import read_bundle, verify_bundle
 from lltk.export.streams import contradictions
+from lltk.files.tensors import save_tensors
 from lltk.stream.runtimes.onnx_graph import OnnxGraph
 from lltk.streaming import plan_bundle
 
@@ -176,6 +178,21 @@ GOLDEN: list[tuple[Change, str]] = [
 def test_golden_values_that_say_nothing(copy: Path, change: Change, message: str) -> None:
     resealed(copy, change)
     check_said(refused(verify_bundle, copy), copy, message)
+
+
+def test_golden_values_are_every_nth_element(exported: Exported, tmp_path: Path) -> None:
+    """Of 64 there are 64, 32, 22, but not 40."""
+    folder = Path(shutil.copytree(exported.bundle, tmp_path / "copy"))
+    path, name = folder / "golden.safetensors", "1.sample"
+    tensors = load_file(path)
+    flat = tensors[name].flatten()
+    for held in (flat[::2], flat[::3]):
+        save_tensors(path, {**tensors, name: held}, {})
+        resealed(folder)
+        verify_bundle(folder)
+    save_tensors(path, {**tensors, name: flat[:40]}, {})
+    resealed(folder)
+    check_said(refused(verify_bundle, folder), folder, "sample has no value that fits")
 
 
 def first_parameter(model: ModelProto) -> TensorProto:
