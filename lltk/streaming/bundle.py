@@ -36,6 +36,13 @@ _FREE = frozenset(
     }
 )  # fmt: skip
 """Keys of a recipe's stream section that no graph depends on."""
+_TORCHS = frozenset(
+    {
+        "compile", "cuda_graphs", "decoder.compile", "decoder.cuda_graphs", "decoder.device",
+        "decoder.passes",
+    }
+)  # fmt: skip
+"""Keys that say how torch runs a stream."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,8 @@ def plan_bundle(
     for override in overrides:
         key = override.partition("=")[0].strip()
         part, _, own = key.partition(".")
+        if part == "stream" and own in _TORCHS:
+            raise ValueError(f"{key}: is for torch, and ONNX Runtime plays {path}; drop the key")
         if part != "stream" or own.partition(".")[0] not in _FREE:
             raise ValueError(
                 f"{key}: is built into {path}, where only keys of stream can change: "
