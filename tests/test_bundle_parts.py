@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from lltk.export.bundle import read_bundle, verify_bundle
 from lltk.export.streams import contradictions
 from lltk.files.tensors import save_tensors
-from lltk.stream.runtimes.onnx_graph import OnnxGraph
+from lltk.stream.runtimes.onnx_graph import CUDA, OnnxGraph
 from lltk.streaming import plan_bundle
 
 pytestmark = pytest.mark.cpu
@@ -324,6 +324,12 @@ def test_models_that_no_export_writes(
     check_refused(copy, message)
 
 
+def _no_text(folder: Path) -> None:
+    data, name = (folder / STEP).read_bytes(), b"patch_embedding/Gather"
+    assert name in data
+    (folder / STEP).write_bytes(data.replace(name, name[:-1] + b"\xff"))
+
+
 def _outside(folder: Path) -> None:
     shutil.move(folder / "decoder", folder.parent / "elsewhere")
     (folder / "decoder").symlink_to(folder.parent / "elsewhere")
@@ -339,6 +345,7 @@ def _pipe(folder: Path) -> None:
     [
         (lambda folder: (folder / STEP).write_bytes(b"\xff" * 99), "is no model in ONNX"),
         (lambda folder: (folder / STEP).write_bytes(b""), "has opsets {}"),
+        (_no_text, "has names that are no text"),
         (lambda folder: (folder / "decoder/weights.safetensors").write_bytes(b""), "is damaged ("),
         (lambda folder: (folder / "notes").write_text("mine"), "notes is no file of a bundle"),
         (_outside, "decoder/first.onnx: is a link that leaves the bundle; copy the bundle"),
@@ -382,6 +389,13 @@ def test_other_tokenizers(
     resealed(folder)
     check_said(refused(verify_bundle, folder), folder, message)
     check_said(refused(plan_bundle(folder).text_encoder(None).encode, ["a"]), folder, message)
+
+
+def test_a_provider_that_does_not_start_is_refused(exported: Exported) -> None:
+    """ONNX Runtime would take the CPU's in its place."""
+    with pytest.warns(UserWarning, match="not in available provider names"):
+        message = refused(OnnxGraph, exported.bundle / STEP, provider=CUDA)
+    assert message.startswith("--provider: CUDAExecutionProvider does not start here"), message
 
 
 def test_what_fails_in_onnx_runtime_is_said(exported: Exported, run: Run, tmp_path: Path) -> None:

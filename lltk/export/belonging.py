@@ -131,6 +131,8 @@ def _wrong(model: ModelProto, contract: Contract, places: Mapping[str, Place]) -
     """What is in a model that no export writes."""
     from lltk.export.emitter import IR_VERSION, OPSET
 
+    if not all(isinstance(name, str) for name in _names(model)):
+        yield "has names that are no text"
     opsets = {each.domain: each.version for each in model.opset_import}
     if opsets != {"": OPSET} or model.ir_version > IR_VERSION:
         yield f"has opsets {opsets} and version {model.ir_version} of ONNX's format"
@@ -150,6 +152,20 @@ def _wrong(model: ModelProto, contract: Contract, places: Mapping[str, Place]) -
         for name, spec in specs.items():
             if found[name] != (spec.dtype, spec.shape):
                 yield f"{name} is not {spec_text(spec)} as the manifest says"
+
+
+def _names(model: ModelProto) -> Iterator[str | bytes]:
+    """All names in a model; a reader gives bytes for what is not UTF-8."""
+    for opset in model.opset_import:
+        yield opset.domain
+    for node in model.graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+    for tensor in model.graph.initializer:
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
+    for value in (*model.graph.input, *model.graph.output):
+        yield value.name
 
 
 def _is_plain(node: NodeProto) -> bool:

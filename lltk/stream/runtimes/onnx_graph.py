@@ -83,7 +83,10 @@ class OnnxGraph:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-        refusals = (errors.Fail, errors.InvalidGraph, errors.NotImplemented, errors.InvalidArgument)
+        refusals = (
+            errors.Fail, errors.InvalidGraph, errors.NotImplemented, errors.InvalidArgument,
+            RuntimeError, ValueError,
+        )  # fmt: skip
         self._path = path
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -92,12 +95,19 @@ class OnnxGraph:
         options.log_severity_level = 4  # what is worse than an error; errors are raised
         providers = list(dict.fromkeys((provider, CPU)))
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+            self._session = onnxruntime.InferenceSession(
+                path, options, providers=providers, enable_fallback=0
+            )
         except refusals as error:
             raise ValueError(
                 f"{path}: ONNX Runtime {onnxruntime.__version__} does not load it ({error}); "
                 "install a newer one, or export the recipe again"
             ) from error
+        if (runs := self._session.get_providers()[0]) != provider:
+            raise ValueError(
+                f"--provider: {provider} does not start here, ONNX Runtime took {runs}; install "
+                f"what it needs, or use {CPU}"
+            )
         self._device = torch.device(_DEVICES[provider])
         self.contract = contract or _contract(self._session)
 
