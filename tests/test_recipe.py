@@ -165,7 +165,7 @@ def test_extends_must_be_a_path(tmp_path: Path, base: Path, parent: object) -> N
     ("content", "message"),
     [
         (None, "no such recipe file; shipped recipes: "),
-        (Path(), "cannot be read (Is a directory); name a file"),
+        (Path(), "is a folder; name the file of a recipe"),
         ("a: [", "is not YAML"),
         ("- a\n- b\n", "is not a mapping of recipe keys"),
         ("", "is not a mapping of recipe keys"),

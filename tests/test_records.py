@@ -27,6 +27,7 @@ NAMES = sorted(path.stem for path in (ROOT / "benchmarks" / "records").glob("*.j
 KEYS = {
     "bundle": ("name", "threads"),
     "export": ("recipe",),
+    "export_spread": ("recipe",),
     "quality": ("model", "steps"),
     "nvfp4_training": ("variant", "seed"),
     "transform": ("recipe",),

@@ -14,7 +14,8 @@ from lltk.parallel.mesh import whole
 
 def by_place(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Those that lie in parts, and those that every rank has, as torch takes no list of both."""
-    divided, complete = [], []
+    divided: list[nn.Parameter] = []
+    complete: list[nn.Parameter] = []
     for parameter in parameters:
         (divided if isinstance(parameter, DTensor) else complete).append(parameter)
     return [group for group in (divided, complete) if group]
