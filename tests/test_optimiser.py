@@ -35,6 +35,12 @@ def test_rounded_weights_need_stochastic_rounding() -> None:
 
 
 @cpu
+def test_moments_in_8_bits_are_not_divided() -> None:
+    message = refused(train_section, SMALL | {"shards": 2}, "my.yaml")
+    assert "set train.shards=1, or train.optimiser=adamw" in message
+
+
+@cpu
 @pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is installed")
 def test_an_optimiser_that_is_not_installed_is_refused(tmp_path: Path) -> None:
     message = refused(trainer, tmp_path, optimiser="adamw_8bit")

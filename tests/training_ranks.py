@@ -94,7 +94,7 @@ class Clips:
 
 
 @cache
-def program(name: str, sequence: int) -> Program:
+def program(name: str, sequence: int, dtype: str = "float32") -> Program:
     """A case's Program, for so many ranks a clip, with weights of its own seed."""
     case = CASES[name]
     steps: list[Any] = list(PASSES["train"])
@@ -103,7 +103,7 @@ def program(name: str, sequence: int) -> Program:
     config = tiny_config(2, num_attention_heads=4, attention_head_dim=12)
     sizes = {"frames": case.frames, "chunk": case.chunk, "window": 4 * case.chunk, "sink": 0}
     sizes |= {"height": 64, "width": 96}
-    return make_program(make_recipe("train", steps, config=config, **sizes))
+    return make_program(make_recipe("train", steps, config=config, dtype=dtype, **sizes))
 
 
 @contextmanager
@@ -201,17 +201,21 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 }
 
 
-def goes_on(ranks: Ranks, folder: Path, steps: int) -> list[float]:
-    """The losses of a run in float32 up to a step; all ranks share its clips and its weights."""
-    settings = {"steps": steps, "batch": 2, "lr": 1e-3, "ema_start": 1, "shards": ranks.size}
+def goes_on(ranks: Ranks, folder: Path, steps: int, dtype: str = "float32") -> list[float]:
+    """The losses of a run up to a step, each and then its gradient's norm.
+
+    All ranks share the clips and the weights.
+    """
+    rate = 1e-3 if dtype == "float32" else 1e-5  # AdamW's first steps are as large, whatever rounds
+    settings = {"steps": steps, "batch": 2, "lr": rate, "ema_start": 1, "shards": ranks.size}
     section = TrainSection.model_validate(settings)
-    case, made = CASES["text"], program("text", ranks.size)
+    case, made = CASES["text"], program("text", ranks.size, dtype)
     with meshed(ranks, ranks.size, ranks.size) as mesh:
         objective = FlowMatching(made, instantiate(made))
         about = {"recipe": made.recipe, "log": [], "versions": {}}
         clips = Clips(made, case)
         run = Trainer(objective, clips, section, folder, about, resume=True, mesh=mesh)
-        return [metrics.loss for metrics in run]
+        return [found for metrics in run for found in (metrics.loss, metrics.grad_norm)]
 
 
 def file_of(run: Run, rank: int) -> str:
@@ -237,6 +241,8 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
         losses = goes_on(ranks, folder / "whole", 3)
         (folder / f"whole, {rank}").write_text(json.dumps(losses))
         goes_on(ranks, folder / "half", 2)
+        rounded = goes_on(ranks, folder / "rounded", 2, "bfloat16")
+        (folder / f"rounded, {rank}").write_text(json.dumps(rounded))
     if rank == 0:
         shutil.copytree(folder / "half", folder / f"half on {size}")
     dist.barrier()
@@ -284,6 +290,7 @@ def save_all(folder: Path) -> None:
     torch.set_num_threads(1)
     for _, (sequence, _), case in RUNS:
         program(case, sequence)
+    program("text", 2, "bfloat16")
     fork = multiprocessing.get_context("fork")
     for size in sorted({run[0] for run in RUNS}):
         port = free_port()

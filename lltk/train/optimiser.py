@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lltk.parallel.mesh import divided_like
 from lltk.train.gradients import by_place
@@ -91,14 +90,5 @@ def _make(parameters: Mapping[str, nn.Parameter], section: TrainSection) -> torc
 
 def _in_float32(value: Tensor) -> Tensor:
     """A part of a state, decoded if it has 8 bits."""
-    if isinstance(value, DTensor):
-        return DTensor.from_local(
-            _in_float32(value.to_local()),
-            value.device_mesh,
-            value.placements,
-            run_check=False,
-            shape=value.shape,
-            stride=value.stride(),
-        )
-    decode = getattr(value, "dequantize", None) if hasattr(value, "codes") else None
-    return value.float() if decode is None else decode(torch.float32)
+    has_codes: Any = value
+    return has_codes.dequantize(torch.float32) if hasattr(value, "codes") else value

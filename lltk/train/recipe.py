@@ -243,11 +243,16 @@ class TrainSection(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _small_updates_are_kept(self) -> TrainSection:
+    def _optimiser_can_do_it(self) -> TrainSection:
         if self.weights == "compute" and self.optimiser == "adamw":
             raise ValueError(
                 "train.weights: compute needs updates that are rounded stochastically, which adamw "
                 "does not do; set train.optimiser=adamw_8bit, or train.weights=float32"
+            )
+        if self.optimiser == "adamw_8bit" and self.shards > 1:
+            raise ValueError(
+                f"train.shards: {self.shards}, but adamw_8bit does not divide its moments; set "
+                "train.shards=1, or train.optimiser=adamw"
             )
         return self
 
