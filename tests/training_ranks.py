@@ -22,7 +22,7 @@ import replay_sp
 import torch
 import torch.distributed as dist
 from helpers import PASSES, make_program, make_recipe, tiny_config
-from ranks import LIMIT, free_port
+from ranks import LIMIT, free_port, grouped
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -227,37 +227,30 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
     """Write what this rank makes of its runs; for a process of its own."""
     torch.set_num_threads(1)
     ranks = Ranks(rank, size, CPU)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=LIMIT),
-    )
-    for run in RUNS:
-        if run[0] == size:
-            save_file(trained(run[2], ranks, *run[1]), folder / file_of(run, rank))
-    if size == 2:
-        losses = goes_on(ranks, folder / "whole", 3)
-        (folder / f"whole, {rank}").write_text(json.dumps(losses))
-        goes_on(ranks, folder / "half", 2)
-        rounded = goes_on(ranks, folder / "rounded", 2, "bfloat16")
-        (folder / f"rounded, {rank}").write_text(json.dumps(rounded))
-    if rank == 0:
-        shutil.copytree(folder / "half", folder / f"half on {size}")
-    dist.barrier()
-    losses = goes_on(ranks, folder / f"half on {size}", 3)
-    (folder / f"resumed on {size}, {rank}").write_text(json.dumps(losses))
-    if size == FAULTY[0]:
-        for name, fault in FAULTS.items():
-            with fault():
-                save_file(trained(FAULTY[2], ranks, *FAULTY[1]), folder / f"{name}, {rank}")
-        with meshed(ranks, size, 1):
-            recipe, meta = recorded(RECORDED)
-            made = replay_sp.program_of(recipe, replay_sp.weights_beside(RECORDED))
-            own = replay_sp.call(made, meta, load_file(RECORDED), rank)
-            save_file(own, folder / f"recorded, {rank}")
-    dist.destroy_process_group()
+    with grouped(rank, size, port):
+        for run in RUNS:
+            if run[0] == size:
+                save_file(trained(run[2], ranks, *run[1]), folder / file_of(run, rank))
+        if size == 2:
+            losses = goes_on(ranks, folder / "whole", 3)
+            (folder / f"whole, {rank}").write_text(json.dumps(losses))
+            goes_on(ranks, folder / "half", 2)
+            rounded = goes_on(ranks, folder / "rounded", 2, "bfloat16")
+            (folder / f"rounded, {rank}").write_text(json.dumps(rounded))
+        if rank == 0:
+            shutil.copytree(folder / "half", folder / f"half on {size}")
+        dist.barrier()
+        losses = goes_on(ranks, folder / f"half on {size}", 3)
+        (folder / f"resumed on {size}, {rank}").write_text(json.dumps(losses))
+        if size == FAULTY[0]:
+            for name, fault in FAULTS.items():
+                with fault():
+                    save_file(trained(FAULTY[2], ranks, *FAULTY[1]), folder / f"{name}, {rank}")
+            with meshed(ranks, size, 1):
+                recipe, meta = recorded(RECORDED)
+                made = replay_sp.program_of(recipe, replay_sp.weights_beside(RECORDED))
+                own = replay_sp.call(made, meta, load_file(RECORDED), rank)
+                save_file(own, folder / f"recorded, {rank}")
 
 
 def save_on_gpu(rank: int, size: int, port: int, folder: Path) -> None:

@@ -151,10 +151,10 @@ def meshed(ranks: Ranks, sequence: int, shards: int) -> Iterator[Mesh]:
             raise ValueError(
                 f"ranks: {count} {what} ({key}), which does not divide the {size} that run; start "
                 f"torchrun --nproc-per-node {count} -m lltk train …, or a multiple of that, or "
-                f"set {key}"
+                f"set {key} to a number that does"
             )
     mesh = Mesh(ranks.rank, size, sequence, shards)
-    if sequence == 1:
+    if size == 1:
         yield mesh
         return
     with regrouped(SEQUENCE, sequence):
