@@ -244,7 +244,7 @@ def test_ten_kills_of_a_run_as_shipped(tmp_path: Path, ranks: int) -> None:
     Of several ranks one is killed, and the others end.
     """
     whole, killed_run = tmp_path / "whole", tmp_path / "killed"
-    assert [code for code, _, _ in finished(train_shipped(whole, ranks))] == [0] * ranks
+    assert [code for code, _, _ in finished(train_shipped(whole, ranks), 900)] == [0] * ranks
     random_ = random.Random(0)
     found = []
     for kill in range(10):
@@ -267,7 +267,7 @@ def test_ten_kills_of_a_run_as_shipped(tmp_path: Path, ranks: int) -> None:
         states = training_states(killed_run / "checkpoints")
         for path in states:
             load_training_state(path)
-    assert [code for code, _, _ in finished(train_shipped(killed_run, ranks))] == [0] * ranks
+    assert [code for code, _, _ in finished(train_shipped(killed_run, ranks), 900)] == [0] * ranks
     assert agree(killed_run, whole)
     assert any(found), "a kill came within a write or a removal"
 
