@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from lltk.compiler import configured_passes
+from lltk.compiler import configured_passes, transform, with_weights
 from lltk.export.bundle import Difference, emit, write_bundle
 from lltk.export.facts import TOKENIZER, TextFacts
 from lltk.export.golden import plain_cases, transformer_cases
@@ -63,7 +63,13 @@ class ExportPlan:
         return {"transformer": self.transformer, "decoder": self.decoder, **text}
 
 
-def plan_export(recipe: Recipe, *, weights: bool = True, text: Text = "bundle") -> ExportPlan:
+def plan_export(
+    recipe: Recipe,
+    *,
+    weights: bool = True,
+    text: Text = "bundle",
+    program: Program | None = None,
+) -> ExportPlan:
     """Make the Programs of a bundle.
 
     The recipe's pass lower is left out, and so are the decoder's passes: the kernels that they
@@ -74,6 +80,8 @@ def plan_export(recipe: Recipe, *, weights: bool = True, text: Text = "bundle") 
         weights: whether to map the weights. A plan without weights can only be looked at, and has
             no text encoder if its pipeline is not here.
         text: whether the bundle is to hold the text encoder.
+        program: what the recipe makes, with the weights that the bundle is to have; by default
+            those that the recipe names.
 
     Raises:
         ValueError: the recipe, its checkpoint or its pipeline does not fit, or is of a kind that
@@ -91,7 +99,10 @@ def plan_export(recipe: Recipe, *, weights: bool = True, text: Text = "bundle") 
     names = list(map(_name, plain))
     place = names.index("regionalise") if "regionalise" in names else len(names)
     before = recipe.model_copy(update={"passes": plain[:place], "stream": stream})
-    plan = plan_stream(before, weights=weights)
+    made = None
+    if program is not None and weights:
+        made = with_weights(transform(before, weights=False), program.weights)
+    plan = plan_stream(before, weights=weights, transformer=made)
     if plan.ranks != 1:
         raise ValueError(
             f"passes: cut the stream for {plan.ranks} processes, and a bundle runs in one; export "

@@ -11,18 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from bundles import Exported, bundle_plan, resealed
-from helpers import Run, hand_made, refused
+from helpers import Run, hand_made, randomise, refused, same
 from safetensors.torch import load_file
 from streams import SIZES
 from test_files import FAILURES, failing
 
+from lltk.artefact import load_program, save_program
+from lltk.compiler import transform, with_weights
 from lltk.export.bundle import bound_of, read_bundle, verify_bundle, write_bundle
 from lltk.export.facts import MANIFEST, Facts
 from lltk.export.golden import Case, distance, given, sample, whole
 from lltk.exporting import plan_export
 from lltk.files.tensors import save_tensors
 from lltk.graph.contract import Role, TensorSpec
-from lltk.graph.recipe import open_recipe
+from lltk.graph.recipe import open_recipe, parse_recipe
 from lltk.graph.stages import Stage
 from lltk.ops.rope_table.reference import rope_table
 from lltk.stream.bundle_text import BundleTextEncoder
@@ -305,6 +307,26 @@ def test_export_command(run: Run, exported: Exported, copy: Path) -> None:
 
 def graphs_of(facts: Facts) -> list[tuple[str, str]]:
     return [(stage, name) for stage, each in facts.stages.items() for name in each.graphs]
+
+
+def test_a_programs_own_weights_are_exported(run: Run, exported: Exported, tmp_path: Path) -> None:
+    """The decoder and the text encoder are still the pipeline's."""
+    weights = f"model.checkpoint={exported.pipeline / 'transformer'}"
+    made = transform(open_recipe(str(exported.recipe), (weights,)))
+    program = transform(parse_recipe(made.recipe, "own"), weights=False)
+    save_program(program, tmp_path / "bare")
+    code, _, errors = run("export", tmp_path / "bare", "--target", "ort", "-o", tmp_path / "x")
+    assert code == 2 and "bare: has no weights; transform its recipe without --no-weights" in errors
+    save_program(with_weights(program, randomise(program.weights, seed=5)), tmp_path / "own")
+    own = load_program(tmp_path / "own")
+    plan = plan_export(parse_recipe(own.recipe, "own"), program=own)
+    for made in (plan.transformer, plan.reference):
+        assert same(made.weights, own.weights)
+    assert not any(weight.is_meta for weight in plan.decoder.weights.values())
+    assert plan.text is not None
+    changed = ("--set", "stream.steps=2")
+    code, _, errors = run("export", tmp_path / "own", "--target", "ort", "-o", "x", *changed)
+    assert code == 2 and "is a Program, which has its recipe; drop it" in errors
 
 
 def test_the_pages_example_runs_as_printed(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("export")
-@click.argument("recipe")
+@click.argument("source", metavar="RECIPE|PROGRAM")
 @click.option(
     "--target", required=True, type=click.Choice(["ort"]),
     help="What is to run the graphs: ort is ONNX Runtime.",
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Emit the graphs without weights; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    recipe: str,
+    source: str,
     target: str,
     output: Path,
     overrides: tuple[str, ...],
@@ -52,6 +52,9 @@ def command(
 ) -> None:
     """Write the graphs of a RECIPE's stream in ONNX, as a bundle.
 
+    A PROGRAM is a folder that `lltk transform` wrote. Its recipe and weights are exported; the
+    decoder and the text encoder are those of the recipe's pipeline.
+
     A bundle holds the transformer's and the decoder's graphs, their weights, and golden values:
     inputs of each graph, and what torch makes of them. It is written once ONNX Runtime gives the
     same; `lltk stream` then plays it. This version exports float32.
@@ -59,24 +62,36 @@ def command(
     \b
     Example:
       lltk export tiny_stream --target ort -o bundle
+      lltk transform tiny_stream -o program; lltk export program --target ort -o bundle
       lltk bundle verify bundle
       lltk stream bundle --prompt "a red circle moving right" -o red.mp4
     """
     console = Console(quiet=as_json)
-    path = find_recipe(recipe)
+    from lltk.artefact import PROGRAM, load_program
     from lltk.cli.inputs import inputs_of, located
     from lltk.export.facts import BUNDLE
     from lltk.exporting import emitted, export, plan_export
     from lltk.files.outputs import Output, check_outputs
     from lltk.graph.memory import estimate
+    from lltk.graph.recipe import parse_recipe
     from lltk.stream.runtimes.onnx_graph import check_installed
 
-    resolved = located(path, overrides, download, not dry_run)
+    program = None
+    if PROGRAM.recognises(Path(source)):
+        if overrides:
+            raise ValueError(f"--set: {source} is a Program, which has its recipe; drop it")
+        path, program = Path(source), load_program(Path(source))
+        if not dry_run and any(weight.is_meta for weight in program.weights.values()):
+            raise ValueError(f"{source}: has no weights; transform its recipe without --no-weights")
+        resolved = parse_recipe(program.recipe, source)
+    else:
+        path = find_recipe(source)
+        resolved = located(path, overrides, download, not dry_run)
     check_installed()
     check_outputs([Output(output, BUNDLE)], inputs_of(path, resolved.resolved()), overwrite)
     start = time.perf_counter()
     with console.status("making the Programs") as status:
-        plan = plan_export(resolved, weights=not dry_run, text=text)
+        plan = plan_export(resolved, weights=not dry_run, text=text, program=program)
         if dry_run:
             graphs = emitted(plan)
         else:

@@ -246,6 +246,7 @@ def plan_stream(
     *,
     weights: bool = True,
     where: str = "recipe",
+    transformer: Program | None = None,
 ) -> StreamPlan:
     """Make the Programs of a stream recipe.
 
@@ -254,6 +255,7 @@ def plan_stream(
         device: where the stream will run.
         weights: whether to map the weights. A plan without weights can only be looked at.
         where: what errors call the recipe.
+        transformer: made by the recipe already; by default it is made here.
 
     Raises:
         ValueError: the recipe, its checkpoint or its pipeline does not fit.
@@ -268,7 +270,8 @@ def plan_stream(
     if model.checkpoint is None and weights:
         model = model.model_copy(update={"checkpoint": str(folder)})
     own = recipe.model_copy(update={"model": model})
-    transformer = transform(own, weights=weights, observe=None if weights else fitting(own))
+    if transformer is None:
+        transformer = transform(own, weights=weights, observe=None if weights else fitting(own))
     check_high_steps(transformer.fact(HighSteps).indices, section.steps)
     _, width = transformer.geometry.latent(transformer.spec)
     place = torch.device(device)
