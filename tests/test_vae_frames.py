@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from lltk.models import vae_frames, wan_vae
 from lltk.models.vae_frames import (
+    Way,
     encode_part,
     encoded_frames,
     lookback,
@@ -28,6 +31,7 @@ from lltk.models.wan_vae import encode
 pytestmark = pytest.mark.cpu
 
 LATENTS = 24
+WAYS: tuple[Way, ...] = get_args(Way)
 BOUND = 1e-12
 WAN22 = wan_vae.validate_config(
     {**wan_vae.CONFIGS["wan22_vae"], "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
@@ -35,7 +39,7 @@ WAN22 = wan_vae.validate_config(
     | {"z_dim": 4, "latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.5, 0.8, 1.1]}
 )
 """Wan2.2's, with fewer channels."""
-OTHERS: list[dict[str, Any]] = [
+CONFIGS: list[dict[str, Any]] = [
     AUTOENCODER,
     WAN22,
     AUTOENCODER | {"num_res_blocks": 3},
@@ -45,10 +49,10 @@ OTHERS: list[dict[str, Any]] = [
 
 
 @cache
-def vae() -> Any:
-    """In float64. What its convolutions see first counts as much as the rest."""
+def vae(number: int = 0) -> Any:
+    """One of them in float64. What its convolutions see first counts as much as the rest."""
     torch.manual_seed(0)
-    made = wan_vae.build(AUTOENCODER).double().eval().requires_grad_(False)
+    made = wan_vae.build(CONFIGS[number]).double().eval().requires_grad_(False)
     for name, weight in made.encoder.named_parameters():
         if weight.dim() == 5:
             weight[:, :, :-1] *= 3
@@ -73,7 +77,7 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max())
 
 
-@pytest.mark.parametrize("config", OTHERS, ids=range(len(OTHERS)))
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 def test_how_far_the_encoder_looks_back(config: dict[str, Any]) -> None:
     """What is not a number is seen in all that is made from it, and in nothing else."""
     torch.manual_seed(0)
@@ -130,6 +134,17 @@ def test_frames_outside_the_window_are_not_read() -> None:
     assert apart(encode_part(vae(), other, (21, 2)), whole(sides)[:, :, 21:23]) < BOUND
 
 
+@contextmanager
+def frames_seen(model: Any) -> Iterator[list[int]]:
+    """How many frames each call of the encoder is given."""
+    found: list[int] = []
+    hook = model.encoder.register_forward_pre_hook(lambda _, given: found.append(given[0].shape[2]))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
 @given(st.integers(1, 60), st.integers(1, 8))
 def test_shares_are_all_frames_once(latents: int, size: int) -> None:
     parts = shares(max(latents, size), size)
@@ -141,11 +156,19 @@ def test_shares_are_all_frames_once(latents: int, size: int) -> None:
 
 def test_frames_that_ranks_encode() -> None:
     """64 latents are 253 frames."""
-    counted = {way: encoded_frames(WAN22, 64, 8, way) for way in ("whole", "lookback", "shared")}
+    counted = {way: encoded_frames(WAN22, 64, 8, way) for way in WAYS}
     assert counted["whole"] == [253] * 8
     assert counted["lookback"] == [29, 61, 93, 125, 141, 141, 141, 141]
     assert counted["shared"] == [29] + [32] * 7
     assert encoded_frames(WAN22, 64, 1, "lookback") == encoded_frames(WAN22, 64, 1, "shared")
+    counted = {way: encoded_frames(AUTOENCODER, LATENTS, 3, way) for way in WAYS}
+    for rank, part in enumerate(shares(LATENTS, 3)):
+        with frames_seen(vae()) as seen:
+            encode_part(vae(), video((16, 32)), part)
+        assert sum(seen) == counted["lookback"][rank]
+    with frames_seen(vae()) as seen:
+        encode(vae(), video((16, 32)))
+    assert sum(seen) == counted["whole"][0]
 
 
 def test_a_video_that_is_no_whole_number_of_latents_is_refused() -> None:

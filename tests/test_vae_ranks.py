@@ -1,0 +1,61 @@
+"""Ranks that share a video's frames encode what one does, and no frame twice."""
+
+from __future__ import annotations
+
+import multiprocessing
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from encoding_ranks import FAULTS, RUNS, SIZES, save_all, video
+from helpers import refused
+from ranks import LIMIT
+from safetensors.torch import load_file
+from test_vae_frames import BOUND, CONFIGS, apart, vae
+
+from lltk.models.vae_frames import encoded_frames
+from lltk.models.vae_ranks import encode_shared
+from lltk.models.wan_vae import encode
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every rank makes, in files."""
+    made = tmp_path_factory.mktemp("ranks")
+    process = multiprocessing.get_context("spawn").Process(target=save_all, args=(made,))
+    process.start()
+    process.join(2 * LIMIT)
+    process.kill()
+    assert process.exitcode == 0
+    return made
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_encode_what_one_does(folder: Path, size: int) -> None:
+    """No frame is encoded twice. Afterwards each rank can encode by itself."""
+    for rank, (number, latents) in product(range(size), RUNS):
+        made = load_file(folder / f", {size} ranks, {rank}")
+        ours, frames = made[f"{number}, {latents}"], made[f"{number}, {latents} frames"]
+        assert ours.dtype == torch.float64
+        assert apart(ours, encode(vae(number), video(latents))) < BOUND, (rank, number, latents)
+        counted = encoded_frames(CONFIGS[number], latents, size, "shared")
+        assert int(frames.sum()) == counted[rank] and sum(counted) == 4 * latents - 3
+        assert len(frames) == (2 if rank == 0 and counted[0] > 1 else 1)
+        assert apart(made["after"], encode(vae(), video(4))) < BOUND
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_frames_that_are_not_handed_on_are_missed(folder: Path, fault: str) -> None:
+    """All latents but the first rank's differ."""
+    made = load_file(folder / f"{fault}, 4 ranks, 1")["0, 8"]
+    wanted = encode(vae(), video(8))
+    assert apart(made[:, :, :2], wanted[:, :, :2]) < BOUND
+    assert float((made - wanted).abs().amax((0, 1, 3, 4))[2:].min()) > 1e-6
+
+
+def test_ranks_that_are_not_there_are_refused() -> None:
+    message = refused(encode_shared, vae(), video(4), 2)
+    assert "the recipe is for 2" in message and "1 ran it" in message
