@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoding_ranks import FAULTS, RUNS, SIZES, save_all, video
+from encoding_ranks import FAULTS, FAULTY, RUNS, SIZES, Odd, batches, datasets, save_all, video
 from helpers import refused
 from ranks import LIMIT
 from safetensors.torch import load_file
@@ -17,6 +17,7 @@ from test_vae_frames import BOUND, CONFIGS, apart, vae
 from lltk.models.vae_frames import encoded_frames
 from lltk.models.vae_ranks import encode_shared
 from lltk.models.wan_vae import encode
+from lltk.train.data import first_samples
 
 pytestmark = pytest.mark.cpu
 
@@ -50,7 +51,7 @@ def test_ranks_encode_what_one_does(folder: Path, size: int) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_frames_that_are_not_handed_on_are_missed(folder: Path, fault: str) -> None:
     """All latents but the first rank's differ."""
-    made = load_file(folder / f"{fault}, 4 ranks, 1")["0, 8"]
+    made = load_file(folder / f"{fault}, {FAULTY[0]} ranks, 1")["0, 8"]
     wanted = encode(vae(), video(8))
     assert apart(made[:, :, :2], wanted[:, :, :2]) < BOUND
     assert float((made - wanted).abs().amax((0, 1, 3, 4))[2:].min()) > 1e-6
@@ -59,3 +60,29 @@ def test_frames_that_are_not_handed_on_are_missed(folder: Path, fault: str) -> N
 def test_ranks_that_are_not_there_are_refused() -> None:
     message = refused(encode_shared, vae(), video(4), 2)
     assert "the recipe is for 2" in message and "1 ran it" in message
+
+
+def test_clips_that_train_are_those_of_one_process(folder: Path) -> None:
+    """New clips are encoded by shares, which rounds differently. Kept ones are the same bits."""
+    for name, dataset in datasets(folder).items():
+        wanted = [batches(dataset, group) for group in range(2)]
+        for size, rank in ((size, rank) for size in SIZES for rank in range(size)):
+            made, own = load_file(folder / f"{name}, {size} ranks, {rank}"), wanted[rank // 2]
+            assert made.keys() == own.keys()
+            for key, value in own.items():
+                shared = "latents" in key and (name != "kept" or "other" in key)
+                assert apart(made[key].double(), value.double()) <= (1e-5 if shared else 0), key
+        assert apart(wanted[0]["latents"], wanted[1]["latents"]) > 0.1
+
+
+def test_blocks_are_made_once_and_spread(folder: Path) -> None:
+    """Nine samples in blocks of two: with four ranks the first makes two blocks."""
+    wanted = first_samples(Odd(), 7, 9, block=2)
+    blocks = [0, 2, 4, 6, 8]
+    for size in SIZES:
+        for rank in range(size):
+            made = load_file(folder / f"odd, {size} ranks, {rank}")
+            assert made.pop("asked").tolist() == blocks[rank::size]
+            assert made.keys() == wanted.keys()
+            assert all(torch.equal(made[name], value) for name, value in wanted.items())
+            assert all(made[name].dtype == value.dtype for name, value in wanted.items())
