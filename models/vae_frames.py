@@ -17,6 +17,9 @@ from lltk.models.wan_vae import check_video, encode
 
 Part = tuple[int, int]
 """The first latent, and how many."""
+_LONGEST = 2
+"""Latents of a part that a rank encodes in a turn. Where a part has fewer frames than a convolution
+looks back to, its rank has to wait for the rank before."""
 
 
 def lookback(config: Mapping[str, Any]) -> int:
@@ -76,12 +79,33 @@ def shares(latents: int, size: int) -> list[Part]:
     """Consecutive parts of a video for the ranks that share it, as even as can be.
 
     Args:
-        latents: of the video; at least one a rank.
+        latents: of the video.
         size: how many ranks.
+
+    Raises:
+        ValueError: they are more than the latents.
     """
-    assert latents >= size, f"{size} ranks cannot share {latents} latents"
+    if size > latents:
+        raise ValueError(
+            f"video: {size} ranks cannot share {latents} latents; take a longer one or fewer ranks"
+        )
     begins = [latents * rank // size for rank in range(size + 1)]
     return [(first, end - first) for first, end in pairwise(begins)]
+
+
+def turns(latents: int, size: int) -> list[Part]:
+    """Consecutive parts of a video that ranks take in turn, to encode as many at a time.
+
+    All ranks have as many parts. Each part is so short that a rank needs little memory for it.
+
+    Args:
+        latents: of the video.
+        size: how many ranks.
+
+    Raises:
+        ValueError: they are more than the latents.
+    """
+    return shares(latents, size * -(-latents // (size * _LONGEST)))
 
 
 def own_frames(config: Mapping[str, Any], part: Part) -> range:
@@ -101,11 +125,11 @@ def encoded_frames(config: Mapping[str, Any], latents: int, size: int, way: Way)
         latents: of the video.
         size: how many ranks share it.
         way: ``whole`` if each encodes all, ``lookback`` if each encodes its part by itself,
-            ``shared`` if they hand on what they look back to.
+            ``shared`` if they take `turns` and hand on what they look back to.
     """
-    parts = shares(latents, size)
     if way == "whole":
         return [len(window(config, (0, latents))[0])] * size
     if way == "lookback":
-        return [len(window(config, part)[0]) for part in parts]
-    return [len(own_frames(config, part)) for part in parts]
+        return [len(window(config, part)[0]) for part in shares(latents, size)]
+    frames = [len(own_frames(config, part)) for part in turns(latents, size)]
+    return [sum(frames[rank::size]) for rank in range(size)]

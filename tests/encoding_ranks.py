@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from footage import FPS, numbered, write_clip
 from ranks import LIMIT, free_port, grouped
 from safetensors.torch import save_file
@@ -28,13 +30,13 @@ from lltk.parallel.ranks import Ranks
 from lltk.train.data import Dataset, first_samples
 
 SIZES = (2, 4)
-LATENTS = (4, 5, 8, 11)
-"""Of the videos. With 4 ranks each has one latent of the first, and not as many of the others."""
+LATENTS = (4, 5, 8, 17)
+"""Of the videos. 4 ranks have one latent each of the first, and take three turns for the last."""
 
 
 RUNS = [*((0, latents) for latents in LATENTS), (1, 5), (3, 5)]
 """The number of the VAE, and the latents of the video."""
-FAULTY = (4, (0, 8))
+FAULTY = (4, (0, 17))
 """The number of ranks that have the faults, and their run."""
 
 
@@ -95,14 +97,15 @@ def save_clips(folder: Path) -> None:
 class Odd:
     """Samples of several dtypes, some of which do not lie in one piece."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self.asked: list[range] = []
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
         self.asked.append(indices)
         count = torch.tensor(indices)
         return {
-            "half": (seed + count[:, None] + torch.arange(3) / 8).to(torch.bfloat16),
+            "half": (seed + count[:, None] + torch.arange(3) / 8).to(self._device, torch.bfloat16),
             "turned": torch.arange(24.0).view(4, 3, 2)[: len(count)].transpose(1, 2) + count[0],
             "flags": count % 3 == 0,
         }
@@ -117,7 +120,8 @@ def save_encoded(rank: int, size: int, port: int, folder: Path) -> None:
                 made = {}
                 for number, latents in FAULTY[1:] if name else RUNS:
                     with frames_seen(vae(number)) as seen:
-                        made[f"{number}, {latents}"] = encode_shared(vae(number), video(latents), size)
+                        encoded = encode_shared(vae(number), video(latents), size)
+                    made[f"{number}, {latents}"] = encoded
                     made[f"{number}, {latents} frames"] = torch.tensor(seen)
             made["after"] = encode(vae(), video(4))
             save_file(made, folder / f"{name}, {size} ranks, {rank}")
@@ -128,6 +132,22 @@ def save_encoded(rank: int, size: int, port: int, folder: Path) -> None:
             made = first_samples(odd, 7, 9, block=2, mesh=mesh)
             made["asked"] = torch.tensor([asked.start for asked in odd.asked])
             save_file(made, folder / f"odd, {size} ranks, {rank}")
+        dist.barrier()  # the first to end takes its connections with it
+
+
+def save_on(kind: str, rank: int, size: int, port: int, folder: Path) -> None:
+    """Write what this rank makes on a device of its own; for a process of its own."""
+    device = torch.device(kind, rank)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    model = copy.deepcopy(vae())
+    torch.nn.Module.to(model, device)
+    with grouped(rank, size, port, "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"):
+        made = {str(n): encode_shared(model, video(n), size) for n in LATENTS}
+        with meshed(Ranks(rank, size, device), size, 1) as mesh:
+            made |= first_samples(Odd(kind), 7, 9, block=2, mesh=mesh)
+        dist.barrier()  # the first to end takes its connections with it
+    save_file(made, folder / f"{kind}, {size} ranks, {rank}")
 
 
 def save_all(folder: Path) -> None:

@@ -24,6 +24,7 @@ from lltk.models.vae_frames import (
     lookback,
     own_frames,
     shares,
+    turns,
     window,
 )
 from lltk.models.wan_vae import encode
@@ -146,12 +147,14 @@ def frames_seen(model: Any) -> Iterator[list[int]]:
 
 
 @given(st.integers(1, 60), st.integers(1, 8))
-def test_shares_are_all_frames_once(latents: int, size: int) -> None:
-    parts = shares(max(latents, size), size)
-    counts = [count for _, count in parts]
-    assert max(counts) - min(counts) <= 1 and min(counts) >= 1
-    frames = [frame for part in parts for frame in own_frames(WAN22, part)]
-    assert frames == list(range(4 * max(latents, size) - 3))
+def test_shares_and_turns_are_all_frames_once(more: int, size: int) -> None:
+    latents = size + more - 1
+    for parts in (shares(latents, size), turns(latents, size)):
+        counts = [count for _, count in parts]
+        assert max(counts) - min(counts) <= 1 and min(counts) >= 1 and len(parts) % size == 0
+        frames = [frame for part in parts for frame in own_frames(WAN22, part)]
+        assert frames == list(range(4 * latents - 3))
+    assert max(counts) <= 2 and len(parts) < latents / 2 + size
 
 
 def test_frames_that_ranks_encode() -> None:
@@ -174,3 +177,8 @@ def test_frames_that_ranks_encode() -> None:
 def test_a_video_that_is_no_whole_number_of_latents_is_refused() -> None:
     message = refused(encode_part, vae(), video((16, 32))[:, :, :8], (0, 1))
     assert "is no whole number of latents; give 1 + k·4 frames" in message
+
+
+def test_more_ranks_than_latents_are_refused() -> None:
+    message = refused(turns, 3, 4)
+    assert "4 ranks cannot share 3 latents; take a longer one or fewer ranks" in message

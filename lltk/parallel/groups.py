@@ -104,6 +104,8 @@ def gathered(own: Tensor, shapes: Sequence[Sequence[int]], name: str) -> list[Te
 def hand_on(sent: Tensor | None, awaited: Tensor | None, name: str, size: int) -> None:
     """Send a tensor to the next rank of a group while one arrives from the rank before.
 
+    The first rank is the next one of the last.
+
     Args:
         sent: contiguous; None to send none.
         awaited: contiguous; gets what arrives. None to await none.
@@ -117,7 +119,7 @@ def hand_on(sent: Tensor | None, awaited: Tensor | None, name: str, size: int) -
     exchanges = [(dist.isend, sent, 1), (dist.irecv, awaited, -1)]
     # As bytes, since a backend may not know the dtype.
     operations = [
-        dist.P2POp(move, x.view(torch.uint8), group=group, group_peer=group.rank() + step)
+        dist.P2POp(move, x.view(torch.uint8), group=group, group_peer=(group.rank() + step) % size)
         for move, x, step in exchanges
         if x is not None
     ]
