@@ -388,7 +388,7 @@ def encode_image(vae: Any, image: Tensor) -> Tensor:
         image: [B, 3, H, W] in [-1, 1].
 
     Returns:
-        float32 [B, z, 1, h, w], normalised.
+        [B, z, 1, h, w], normalised, as `encode` gives them.
     """
     return encode(vae, image.unsqueeze(2))
 
