@@ -1,7 +1,8 @@
 """Compare steps in W4A4 in ONNX Runtime with torch's by their distribution.
 
 One flipped rounding spreads through a whole step. So ONNX Runtime's distance from torch is set
-beside the distance of torch from itself where latents have a millionth of noise.
+beside the distance of torch from itself where latents have a millionth of noise. Where nothing
+flips, the same graph is as near as float32 is; one that is a little wrong never is.
 
 python benchmarks/export_spread.py
 python benchmarks/export_spread.py --runs 100
@@ -32,7 +33,7 @@ from lltk.stream.runtimes.onnx_graph import OnnxGraph
 
 RECIPES = ("tiny_stream_w4a4", "tiny_stream_nvfp4")
 NOISE = 1e-6
-FLIPPED = 1e-4
+FLIPPED = 1e-5
 """A distance above it comes from a rounding that flipped."""
 
 
@@ -96,11 +97,16 @@ def distances(
 def within(row: Mapping[str, Any]) -> bool:
     """Whether ONNX Runtime's distances are no larger than torch's, as distributions.
 
-    By Kolmogorov's and Smirnov's one-sided test, at one in a hundred. Where nothing flips, noise
-    on the latents lets torch be farther from itself than ONNX Runtime is: smaller distances count
-    as within.
+    Two things are asked for. By Kolmogorov's and Smirnov's one-sided test, at one in a hundred,
+    they are not larger. It is one-sided because noise on the latents lets torch be farther from
+    itself than ONNX Runtime is where nothing flips: smaller distances count as within. That test
+    does not see a graph that is a little wrong, whose distances lie among those of flipped
+    roundings. So if nothing flipped in some of torch's draws, nothing did in some of ONNX
+    Runtime's: a graph with the scale of one block of a weight doubled has no such draw.
     """
     ours, theirs = row["onnx_runtime"], row["torch"]
+    if min(ours) > FLIPPED >= min(theirs):
+        return False
     apart = max(
         sum(v <= at for v in theirs) / len(theirs) - sum(v <= at for v in ours) / len(ours)
         for at in (*ours, *theirs)
@@ -127,7 +133,7 @@ def main() -> None:
         ONNX Runtime's step, and of torch's with noise of {NOISE:g} on the latents. Above
         {FLIPPED:g} a rounding flipped. ONNX Runtime is within torch's spread if
         Kolmogorov's and Smirnov's one-sided test does not find its distances larger, at one in a
-        hundred.
+        hundred, and if there are draws in which nothing flipped, as there are of torch's.
         """
     results = [measure(recipe, options.runs) for recipe in rows(options)]
     record = script_record("export_spread", method, results)

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 
 from lltk.compiler import configured_passes
-from lltk.export.bundle import TOKENIZER, Difference, TextFacts, emit, write_bundle
+from lltk.export.bundle import Difference, emit, write_bundle
+from lltk.export.facts import TOKENIZER, TextFacts
 from lltk.export.golden import plain_cases, transformer_cases
 from lltk.graph.geometry import Geometry
 from lltk.graph.passes import run_passes
@@ -91,6 +92,11 @@ def plan_export(recipe: Recipe, *, weights: bool = True, text: Text = "bundle") 
     place = names.index("regionalise") if "regionalise" in names else len(names)
     before = recipe.model_copy(update={"passes": plain[:place], "stream": stream})
     plan = plan_stream(before, weights=weights)
+    if plan.ranks != 1:
+        raise ValueError(
+            f"passes: cut the stream for {plan.ranks} processes, and a bundle runs in one; export "
+            "the recipe without the pass that does it, such as ulysses_stream"
+        )
     after = plain[place:], ["externalise", *plain[place:]]
     reference, transformer = (
         run_passes(plan.transformer, configured_passes(recipe.model_copy(update={"passes": each})))

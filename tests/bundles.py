@@ -18,7 +18,10 @@ from streams import SHOTS, SIZES, save_pipeline, streamed
 from torch import Tensor
 
 from lltk.cli.main import cli
+from lltk.export.facts import MANIFEST
 from lltk.exporting import ExportPlan, export, plan_export
+from lltk.files.manifest import _digest
+from lltk.files.tensors import checksum
 from lltk.graph.recipe import open_recipe
 from lltk.stream.recipe import stream_section
 from lltk.streaming import BundlePlan, Placed, Plan, Stream, StreamPlan, plan_bundle
@@ -147,3 +150,14 @@ def _note(made: Exported, name: str, line: list[str]) -> None:
 def bundle_plan(made: Exported, *overrides: str) -> BundlePlan:
     """The bundle's stream."""
     return plan_bundle(made.bundle, overrides)
+
+
+def resealed(folder: Path, change: Callable[[Any], object] = lambda content: None) -> None:
+    """Change a bundle's manifest, and seal what is in the folder, as whoever made it would."""
+    path = folder / MANIFEST.name
+    content = json.loads(path.read_text())
+    del content["digest"]
+    content["files"] = {name: checksum(folder / name) for name in content["files"]}
+    change(content)
+    content["digest"] = _digest(content)
+    path.write_text(json.dumps(content))

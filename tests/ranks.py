@@ -52,9 +52,9 @@ def started(size: int, *arguments: object) -> list[subprocess.Popen[str]]:
     ]
 
 
-def ended(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
-    """How each process ended. Those that do not end are killed."""
-    end = time.monotonic() + LIMIT
+def ended(processes: Sequence[subprocess.Popen[str]], limit: float = LIMIT) -> list[Ended]:
+    """How each process ended. Those that do not end within so many seconds are killed."""
+    end = time.monotonic() + limit
     try:
         results = []
         for process in processes:

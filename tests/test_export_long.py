@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import after, make_program, make_recipe
 from test_export_quantised import written
 
 from lltk.bench.random_weights import with_random_weights
 from lltk.export.golden import distance, given, transformer_cases
+from lltk.exporting import plan_export
+from lltk.graph.recipe import open_recipe
 from lltk.models.configs import named_config
 from lltk.stream.runtimes.onnx_graph import OnnxGraph
 
@@ -53,11 +57,21 @@ def test_one_block(tmp_path: Path, steps: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["tiny_stream_w4a4", "tiny_stream_nvfp4"])
-def test_steps_in_w4a4_are_as_far_from_torch_as_torch_from_itself(recipe: str) -> None:
-    """Over a dozen latents: no larger distances, and none farther than one and a half times."""
+def test_steps_in_w4a4_are_as_far_from_torch_as_torch_from_itself(
+    tmp_path: Path, recipe: str
+) -> None:
+    """Over a dozen latents, and none farther than one and a half times; a wrong graph is not."""
     script = runpy.run_path(str(SCRIPT.with_name("export_spread.py")))
     row = script["measure"](recipe, 12)
     assert script["within"](row)
     assert max(row["onnx_runtime"]) <= 1.5 * max(row["torch"])
-    far = {**row, "onnx_runtime": sorted(10 * each + 0.1 for each in row["torch"])}
-    assert not script["within"](far)
+    plan = plan_export(open_recipe(recipe), text="reference")
+    name = "blocks.3.attn1.to_v.weight_scales"
+    scales = plan.transformer.weights[name].float()
+    scales[5, 2] *= 2
+    weights = {**plan.transformer.weights, name: scales.to(torch.float8_e4m3fn)}
+    models = written(replace(plan.transformer, weights=weights), tmp_path)
+    pairs = script["distances"](plan, OnnxGraph(models / "step.onnx"), 12)
+    wrong, own = (sorted(each) for each in zip(*pairs, strict=True))
+    assert own == row["torch"]
+    assert not script["within"]({"onnx_runtime": wrong, "torch": own})

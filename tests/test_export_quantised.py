@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -227,6 +228,7 @@ def page(smoothing: bool, rule: str) -> Build:
 def test_pages_are_quantised_to_the_bit(tmp_path: Path, smoothing: bool, rule: str) -> None:
     value = normal(1, 24, 3, 32) * torch.tensor([1e-20, 1.0, 300.0])[:, None] + normal(32, seed=1)
     value[0, 5:9, 1] = -0.0
+    value[0, :, 2, 7] = torch.tensor([2.0**30, 1, -(2.0**30)] + 21 * [0.0])  # float32 loses the 1
     graph = Graph(tmp_path, {"value": value}, page(smoothing, rule))
     made = graph.onnx(value=value)
     assert equal(made, graph.torch(value=value))
@@ -404,6 +406,19 @@ def test_fused_recipes_in_fp8(tmp_path: Path) -> None:
     _, _, found = compared(tmp_path, FUSED)
     for case, each in found["step"]:
         assert each["sample"] <= max(1e-5, 2 * case.spread[torch.float32]) < 0.5
+
+
+def test_what_is_within_torchs_spread() -> None:
+    """A graph that is a little wrong is not: its distances are usual, but all of them are large."""
+    script = Path(__file__).parents[1] / "benchmarks" / "export_spread.py"
+    within = runpy.run_path(str(script))["within"]
+    own = [7e-7, 7e-7, 7e-7, 0.03, 0.04, 0.04, 0.05, 0.06, 0.08, 0.08, 0.09, 0.09]
+    right = [4e-7, 4e-7, 4e-7, 4e-7, 5e-7, 0.03, 0.04, 0.07, 0.08, 0.08, 0.09, 0.1]
+    wrong = [0.06, 0.07, 0.07, 0.07, 0.07, 0.07, 0.08, 0.08, 0.08, 0.08, 0.09, 0.09]
+    assert within({"onnx_runtime": right, "torch": own})
+    assert not within({"onnx_runtime": wrong, "torch": own})
+    assert not within({"onnx_runtime": [*right[:2], *[0.2] * 10], "torch": own})
+    assert within({"onnx_runtime": own[3:], "torch": own[3:]})
 
 
 # On torch's own inputs

@@ -19,7 +19,8 @@ from toy import finish, trainer
 
 from lltk.artefact import save_program
 from lltk.compiler import transform
-from lltk.export.bundle import Difference, Facts
+from lltk.export.bundle import Difference
+from lltk.export.facts import Facts
 from lltk.exporting import ExportPlan
 from lltk.graph.program import Program
 from lltk.graph.recipe import open_recipe

@@ -89,7 +89,8 @@ def test_every_size_ships_every_kind() -> None:
         "tiny_stream_w4a4",
         "wan22_5b_stream_nvfp4_cache_sp2",
         "wan22_5b_stream_sp2",
-        "wan22_5b_train_lora",
+        "tiny_train_sp2",
+        *(f"wan22_5b_train_{length}" for length in ("16s", "32s", "64s", "lora")),
         "wan22_decode",
     }
 
@@ -164,7 +165,7 @@ def test_extends_must_be_a_path(tmp_path: Path, base: Path, parent: object) -> N
     ("content", "message"),
     [
         (None, "no such recipe file; shipped recipes: "),
-        (Path(), "cannot be read (Is a directory); name a file"),
+        (Path(), "is a folder; name the file of a recipe"),
         ("a: [", "is not YAML"),
         ("- a\n- b\n", "is not a mapping of recipe keys"),
         ("", "is not a mapping of recipe keys"),

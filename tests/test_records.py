@@ -26,6 +26,8 @@ SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks" / "records").glob("*.json"))
 KEYS = {
     "bundle": ("name", "threads"),
+    "export": ("recipe",),
+    "export_spread": ("recipe",),
     "quality": ("model", "steps"),
     "nvfp4_training": ("variant", "seed"),
     "transform": ("recipe",),
@@ -188,7 +190,7 @@ def files(record: Record) -> Iterator[str]:
 def implementations(record: Record) -> Iterator[str]:
     """The names of ops and of what ran them."""
     for row in record.results:
-        ran = row.get("implementations") or row.get("ran", {})
+        ran = row["implementations"] if "implementations" in row else row.get("ran", {})
         yield from (*ran.keys(), *ran.values())
         if "reader" in row:
             yield row["reader"]

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from multiprocessing import get_context
@@ -17,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import refused, same
+from ranks import ended as finished
+from ranks import started
 from toy import SETTINGS, Regression, finish, train_until_killed, trainer
 
 from lltk.train.metrics import Metrics, append_metrics, forget_after, read_metrics
@@ -207,22 +208,24 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
     assert [step for step, _, _ in losses(tmp_path)] == [1, 2, 3, 4]
 
 
-SHIPPED = (
-    "tiny_vae", "--device", "cpu", "--set", "train.steps=24", "--set", "train.checkpoint_every=1",
-    "--set", "train.keep=1", "--set", "train.batch=1", "--set", "vae.batch=1",
-    "--set", "vae.frames=5", "--set", "train.ema_start=3", "--set", "train.validate_every=null",
-    "--set", "train.sample_every=null",
+CHANGES = (
+    "train.steps=24", "train.checkpoint_every=1", "train.keep=1", "train.ema_start=3",
+    "train.validate_every=null", "train.sample_every=null",
 )  # fmt: skip
-"""`lltk train` with the shipped recipe and its model, on few and short clips."""
+SHIPPED: dict[int, tuple[str, ...]] = {
+    1: ("tiny_vae", "train.batch=1", "vae.batch=1", "vae.frames=5"),
+    2: ("tiny_train_sp2", "train.batch=1", "geometry.batch=1", "train.data.clips=2",
+        "train.from_scratch=true", "train.shards=2"),
+}  # fmt: skip
+"""Shipped recipes with their models, on few and short clips, by the number of ranks."""
 
 
-def train_shipped(folder: Path) -> subprocess.Popen[bytes]:
+def train_shipped(folder: Path, ranks: int) -> list[subprocess.Popen[str]]:
+    recipe, *changes = SHIPPED[ranks]
+    settings = [word for change in (*CHANGES, *changes) for word in ("--set", change)]
     code = "import torch; torch.set_num_threads(1); from lltk.cli.main import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", code, "train", *SHIPPED, "-o", str(folder), "--resume"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.DEVNULL,
-    )
+    words = ["train", recipe, *settings, "--device", "cpu", "-o", folder, "--resume"]
+    return started(ranks, "-c", code, *words)
 
 
 def changing(folder: Path, removing: bool) -> bool:
@@ -234,14 +237,19 @@ def changing(folder: Path, removing: bool) -> bool:
 
 
 @pytest.mark.manual
-def test_ten_kills_of_a_run_as_shipped(tmp_path: Path) -> None:
-    """Some at any time, some while a training state is written, some while one is removed."""
+@pytest.mark.parametrize("ranks", SHIPPED)
+def test_ten_kills_of_a_run_as_shipped(tmp_path: Path, ranks: int) -> None:
+    """Some at any time, some while a training state is written, some while one is removed.
+
+    Of several ranks one is killed, and the others end.
+    """
     whole, killed_run = tmp_path / "whole", tmp_path / "killed"
-    assert train_shipped(whole).wait() == 0
+    assert [code for code, _, _ in finished(train_shipped(whole, ranks), 900)] == [0] * ranks
     random_ = random.Random(0)
     found = []
     for kill in range(10):
-        process, target = train_shipped(killed_run), lines(killed_run) + 2
+        processes, target = train_shipped(killed_run, ranks), lines(killed_run) + 2
+        process = processes[kill % ranks]
         while lines(killed_run) < target:
             assert process.poll() is None, "the run ended before it was killed"
             time.sleep(0.001)
@@ -253,12 +261,13 @@ def test_ten_kills_of_a_run_as_shipped(tmp_path: Path) -> None:
             while not changing(killed_run, removing) and time.monotonic() < deadline:
                 assert process.poll() is None, "the run ended before it was killed"
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        codes = [code for code, _, _ in finished(processes)]
+        assert codes.pop(kill % ranks) == -signal.SIGKILL and all(codes)
         found.append(changing(killed_run, removing))
         states = training_states(killed_run / "checkpoints")
         for path in states:
             load_training_state(path)
-    assert train_shipped(killed_run).wait() == 0
+    assert [code for code, _, _ in finished(train_shipped(killed_run, ranks), 900)] == [0] * ranks
     assert agree(killed_run, whole)
     assert any(found), "a kill came within a write or a removal"
 

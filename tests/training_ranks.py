@@ -22,7 +22,7 @@ import replay_sp
 import torch
 import torch.distributed as dist
 from helpers import PASSES, make_program, make_recipe, tiny_config
-from ranks import LIMIT, free_port
+from ranks import LIMIT, free_port, grouped
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -94,7 +94,7 @@ class Clips:
 
 
 @cache
-def program(name: str, sequence: int) -> Program:
+def program(name: str, sequence: int, dtype: str = "float32") -> Program:
     """A case's Program, for so many ranks a clip, with weights of its own seed."""
     case = CASES[name]
     steps: list[Any] = list(PASSES["train"])
@@ -103,7 +103,7 @@ def program(name: str, sequence: int) -> Program:
     config = tiny_config(2, num_attention_heads=4, attention_head_dim=12)
     sizes = {"frames": case.frames, "chunk": case.chunk, "window": 4 * case.chunk, "sink": 0}
     sizes |= {"height": 64, "width": 96}
-    return make_program(make_recipe("train", steps, config=config, **sizes))
+    return make_program(make_recipe("train", steps, config=config, dtype=dtype, **sizes))
 
 
 @contextmanager
@@ -131,8 +131,7 @@ def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict
 
     def noting(self: Optimiser, rate: float) -> None:
         number = sum(key.endswith("loss") for key in found)
-        masters = self._adamw.param_groups[0]["params"]
-        for parameter, master in zip(self._names, masters, strict=True):
+        for parameter, master in self._parameters.items():
             found[f"{number}.gradient.{parameter}"] = whole(master.grad).clone().cpu()
         step(self, rate)
 
@@ -202,17 +201,21 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 }
 
 
-def goes_on(ranks: Ranks, folder: Path, steps: int) -> list[float]:
-    """The losses of a run in float32 up to a step; all ranks share its clips and its weights."""
-    settings = {"steps": steps, "batch": 2, "lr": 1e-3, "ema_start": 1, "shards": ranks.size}
+def goes_on(ranks: Ranks, folder: Path, steps: int, dtype: str = "float32") -> list[float]:
+    """The losses of a run up to a step, each and then its gradient's norm.
+
+    All ranks share the clips and the weights.
+    """
+    rate = 1e-3 if dtype == "float32" else 1e-5  # AdamW's first steps are as large, whatever rounds
+    settings = {"steps": steps, "batch": 2, "lr": rate, "ema_start": 1, "shards": ranks.size}
     section = TrainSection.model_validate(settings)
-    case, made = CASES["text"], program("text", ranks.size)
+    case, made = CASES["text"], program("text", ranks.size, dtype)
     with meshed(ranks, ranks.size, ranks.size) as mesh:
         objective = FlowMatching(made, instantiate(made))
         about = {"recipe": made.recipe, "log": [], "versions": {}}
         clips = Clips(made, case)
         run = Trainer(objective, clips, section, folder, about, resume=True, mesh=mesh)
-        return [metrics.loss for metrics in run]
+        return [found for metrics in run for found in (metrics.loss, metrics.grad_norm)]
 
 
 def file_of(run: Run, rank: int) -> str:
@@ -224,35 +227,30 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
     """Write what this rank makes of its runs; for a process of its own."""
     torch.set_num_threads(1)
     ranks = Ranks(rank, size, CPU)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=LIMIT),
-    )
-    for run in RUNS:
-        if run[0] == size:
-            save_file(trained(run[2], ranks, *run[1]), folder / file_of(run, rank))
-    if size == 2:
-        losses = goes_on(ranks, folder / "whole", 3)
-        (folder / f"whole, {rank}").write_text(json.dumps(losses))
-        goes_on(ranks, folder / "half", 2)
-    if rank == 0:
-        shutil.copytree(folder / "half", folder / f"half on {size}")
-    dist.barrier()
-    losses = goes_on(ranks, folder / f"half on {size}", 3)
-    (folder / f"resumed on {size}, {rank}").write_text(json.dumps(losses))
-    if size == FAULTY[0]:
-        for name, fault in FAULTS.items():
-            with fault():
-                save_file(trained(FAULTY[2], ranks, *FAULTY[1]), folder / f"{name}, {rank}")
-        with meshed(ranks, size, 1):
-            recipe, meta = recorded(RECORDED)
-            made = replay_sp.program_of(recipe, replay_sp.weights_beside(RECORDED))
-            own = replay_sp.call(made, meta, load_file(RECORDED), rank)
-            save_file(own, folder / f"recorded, {rank}")
-    dist.destroy_process_group()
+    with grouped(rank, size, port):
+        for run in RUNS:
+            if run[0] == size:
+                save_file(trained(run[2], ranks, *run[1]), folder / file_of(run, rank))
+        if size == 2:
+            losses = goes_on(ranks, folder / "whole", 3)
+            (folder / f"whole, {rank}").write_text(json.dumps(losses))
+            goes_on(ranks, folder / "half", 2)
+            rounded = goes_on(ranks, folder / "rounded", 2, "bfloat16")
+            (folder / f"rounded, {rank}").write_text(json.dumps(rounded))
+        if rank == 0:
+            shutil.copytree(folder / "half", folder / f"half on {size}")
+        dist.barrier()
+        losses = goes_on(ranks, folder / f"half on {size}", 3)
+        (folder / f"resumed on {size}, {rank}").write_text(json.dumps(losses))
+        if size == FAULTY[0]:
+            for name, fault in FAULTS.items():
+                with fault():
+                    save_file(trained(FAULTY[2], ranks, *FAULTY[1]), folder / f"{name}, {rank}")
+            with meshed(ranks, size, 1):
+                recipe, meta = recorded(RECORDED)
+                made = replay_sp.program_of(recipe, replay_sp.weights_beside(RECORDED))
+                own = replay_sp.call(made, meta, load_file(RECORDED), rank)
+                save_file(own, folder / f"recorded, {rank}")
 
 
 def save_on_gpu(rank: int, size: int, port: int, folder: Path) -> None:
@@ -285,6 +283,7 @@ def save_all(folder: Path) -> None:
     torch.set_num_threads(1)
     for _, (sequence, _), case in RUNS:
         program(case, sequence)
+    program("text", 2, "bfloat16")
     fork = multiprocessing.get_context("fork")
     for size in sorted({run[0] for run in RUNS}):
         port = free_port()

@@ -37,8 +37,11 @@ def show(bundle: Path, as_json: bool) -> None:
     console = Console()
     made = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     console.print(f"For {facts.target}, opset {facts.opset}; made with {made}", highlight=False)
+    if facts.text is not None:
+        outside = f"{facts.text.folder}, digest {facts.text.digest[:16]}"
+        console.print(f"The text encoder is outside: that of {outside}", highlight=False)
     for name, stage in facts.stages.items():
-        passes = ", ".join(str(entry["name"]) for entry in stage.log)
+        passes = ", ".join(entry.name for entry in stage.log)
         console.print(f"{name}: passes {passes}", highlight=False)
         for graph, each in stage.graphs.items():
             console.print(contract_table(f"{name}/{graph}", each.contract))
@@ -62,4 +65,4 @@ def verify(bundle: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"golden": [each.plain() for each in found]}, indent=2))
         return
-    Console().print(row_table("Golden values", [each.row() for each in found]))
+    Console().print(row_table("Golden values", [each.row() for each in found], 2))

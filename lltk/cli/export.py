@@ -65,7 +65,7 @@ def command(
     console = Console(quiet=as_json)
     path = find_recipe(recipe)
     from lltk.cli.inputs import inputs_of, located
-    from lltk.export.bundle import BUNDLE
+    from lltk.export.facts import BUNDLE
     from lltk.exporting import emitted, export, plan_export
     from lltk.files.outputs import Output, check_outputs
     from lltk.graph.memory import estimate
@@ -95,5 +95,5 @@ def command(
     if as_json:
         cases = [each.plain() for each in found]
         click.echo(json.dumps({"output": str(output), "seconds": seconds, "golden": cases}))
-    console.print(row_table("Golden values", [each.row() for each in found]))
+    console.print(row_table("Golden values", [each.row() for each in found], 2))
     console.print(f"A bundle for {target} in {seconds:.1f} s, written to {output}")

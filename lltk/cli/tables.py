@@ -58,10 +58,10 @@ def _kept_table(log: Sequence[LogEntry]) -> Table:
 
 def contract_table(name: str, contract: Contract) -> Table:
     """The inputs and outputs of a graph. What is the same in every layer shares a row."""
-    table = Table("", "name", "type", title=f"Graph {name}", **_STYLE)
+    table = Table("", "name", "type", "role", title=f"Graph {name}", **_STYLE)
     for direction, specs in (("in", contract.inputs), ("out", contract.outputs)):
-        for label, spec in _grouped(specs).items():
-            table.add_row(direction, label, escape(spec))
+        for label, (spec, role) in _grouped(specs).items():
+            table.add_row(direction, label, escape(spec), role)
     return table
 
 
@@ -110,15 +110,15 @@ def _span(layers: Sequence[int]) -> str:
     return ",".join(map(str, layers))
 
 
-def _grouped(specs: dict[str, TensorSpec]) -> dict[str, str]:
-    """Types by name; names such as ``k_pages_0 … k_pages_29`` with one type become one."""
-    groups: dict[tuple[str, str], list[str]] = {}
+def _grouped(specs: dict[str, TensorSpec]) -> dict[str, tuple[str, str]]:
+    """Type and role by name; names such as ``k_pages_0 … k_pages_29`` that share them are one."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
     for name, spec in specs.items():
         base, _, index = name.rpartition("_")
         key = base if index.isdigit() else name
         text = f"{dtype_name(spec.dtype)}{list(spec.shape)}"
-        groups.setdefault((key, text), []).append(name)
+        groups.setdefault((key, text, spec.role or ""), []).append(name)
     return {
-        names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}": text
-        for (_, text), names in groups.items()
+        names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}": (text, role)
+        for (_, text, role), names in groups.items()
     }

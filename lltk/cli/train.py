@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,11 +123,17 @@ def command(
                 "weights": plan.origin,
                 "train": section.model_dump(mode="json"),
                 "log": [entry.plain() for entry in plan.log],
+                "ranks": {"sequence": plan.sequence, "shards": section.shards},
                 "memory": plan.memory,
                 "resume": {"asked": resume, "state": None if state is None else str(state)},
             }
             click.echo(json.dumps(facts, indent=2))
         console.print(f"Plan: {section.steps} steps of {section.batch} clips on {ranks.device}")
+        if (count := math.lcm(plan.sequence, section.shards)) > 1:
+            console.print(
+                f"Ranks: {count} or a multiple; {plan.sequence} share a clip, {section.shards} "
+                "the weights. Memory is that of a rank."
+            )
         if output is not None:
             begins = "begin, as there is no training state" if resume else "begin"
             console.print(f"It would {begins if state is None else f'go on from {state}'}")

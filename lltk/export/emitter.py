@@ -22,7 +22,7 @@ from lltk.graph.edit import module_of, op_of, output, results_of
 from lltk.graph.program import Program
 
 OPSET = 23
-_IR_VERSION = 11
+IR_VERSION = 11
 """The oldest that has this opset; newer ones are refused by older runtimes."""
 _FAMILIES = ("arithmetic", "attention", "images", "linears", "nvfp4", "rows", "shapes")
 TYPES = {
@@ -98,7 +98,7 @@ class Emitter:
         )
         opset = [helper.make_opsetid("", OPSET)]
         return helper.make_model(
-            found, opset_imports=opset, ir_version=_IR_VERSION, producer_name="lltk"
+            found, opset_imports=opset, ir_version=IR_VERSION, producer_name="lltk"
         )
 
     def _run(self, name: str, graph: fx.Graph, made: dict[fx.Node, Value], owner: str) -> None:

@@ -8,10 +8,9 @@ import torch
 from onnx import ModelProto, StringStringEntryProto, TensorProto
 from torch import Tensor
 
+from lltk.export.facts import WEIGHTS
 from lltk.files.tensors import tensor_places, write_tensors
 from lltk.files.writing import NewFolder
-
-FILE = "weights.safetensors"
 
 
 class WeightPool(Mapping[str, Tensor]):
@@ -53,14 +52,15 @@ class WeightPool(Mapping[str, Tensor]):
             where: name of the folder in it.
             models: by name; their parameters get their places in the file.
         """
-        with folder.file(f"{where}/{FILE}") as file:
+        with folder.file(f"{where}/{WEIGHTS}") as file:
             write_tensors(file, self, {})
-        places = tensor_places(folder.path / where / FILE)
+        places = tensor_places(folder.path / where / WEIGHTS)
         for name, model in models.items():
             for tensor in model.graph.initializer:
                 if tensor.name in self._known:
-                    start, end = places[tensor.name]
-                    _point(tensor, {"location": FILE, "offset": start, "length": end - start})
+                    place = places[tensor.name]
+                    length = place.end - place.start
+                    _point(tensor, {"location": WEIGHTS, "offset": place.start, "length": length})
             with folder.file(f"{where}/{name}.onnx") as file:
                 file.write(model.SerializeToString())
 

@@ -13,6 +13,9 @@ from lltk.files.reading import parse_json, read_json, read_text
 from lltk.files.tensors import is_unchanged
 from lltk.files.writing import NewFolder, standing
 
+_LONGEST = 255
+"""Characters of a file's name in a folder."""
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -65,7 +68,7 @@ class Manifest:
             versions = content.get("versions")
             made = versions.get("lltk") if isinstance(versions, dict) else None
             raise ValueError(
-                f"{path}: is of format {content.get('format')}, this lltk reads {self.format}; "
+                f"{path}: is of format {content.get('format')!r}, this lltk reads {self.format}; "
                 f"{self.remedy}, or use lltk {made or 'of its version'}"
             )
         changed = f"was changed after it was written, or is damaged; {self.remedy}"
@@ -100,9 +103,11 @@ class Manifest:
             raise ValueError(f"{where}: lists no files; {self.remedy}")
         for name, digest in files.items():
             parts = PurePosixPath(name).parts
-            if not (parts and isinstance(digest, str)) or parts[0] == "/" or ".." in parts:
+            odd = not name.isprintable() or len(name) > _LONGEST
+            if odd or not (parts and isinstance(digest, str)) or parts[0] == "/" or ".." in parts:
                 raise ValueError(
-                    f"{where}: lists {name!r}, which is no file in its folder; {self.remedy}"
+                    f"{where}: lists {name[:_LONGEST]!r}, which is no file in its folder; "
+                    f"{self.remedy}"
                 )
         return files
 

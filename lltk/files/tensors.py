@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -69,15 +71,42 @@ def write_tensors(
     file.patch(_SEAL.start, file.checksum.encode())
 
 
-def tensor_places(path: Path) -> dict[str, tuple[int, int]]:
-    """Where in a file that `write_tensors` wrote the bytes of each tensor begin and end."""
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a file.
+
+    Attributes:
+        dtype, shape: the tensor's.
+        start, end: where its bytes begin and end.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def tensor_places(path: Path) -> dict[str, Place]:
+    """Where in a safetensors file each tensor is, all within the file.
+
+    Raises:
+        ValueError: it is no safetensors file, or holds another dtype than `write_tensors` writes.
+        OSError: it cannot be read.
+    """
+    with _explained(path), safe_open(path, "pt"):
+        pass  # it has checked the header, and that what it describes fills the file
     with opened(path) as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    del header["__metadata__"]
-    first = 8 + length
-    offsets = {name: entry["data_offsets"] for name, entry in header.items()}
-    return {name: (first + start, first + end) for name, (start, end) in offsets.items()}
+    header.pop("__metadata__", None)
+    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+    places = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in dtypes:
+            raise ValueError(f"{path}: {name} is {entry['dtype']}, which lltk does not read")
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        places[name] = Place(dtypes[entry["dtype"]], tuple(entry["shape"]), start, end)
+    return places
 
 
 def checksum(path: Path) -> str:
@@ -135,14 +164,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: it cannot be read.
     """
     check_seal(path, needed=True)
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"{path}: is damaged ({error}); restore it, or use another") from error
+    with _explained(path), safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata() or {})
     del metadata[SEAL]
     return tensors, metadata
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Let an error of safetensors say which file it is about, and what to do."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is damaged ({error}); restore it, or use another") from error
 
 
 def _found(start: bytes) -> str | None:

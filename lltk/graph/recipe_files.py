@@ -23,7 +23,7 @@ def sentence(recipe: Path) -> str:
 
 
 def find_recipe(name: str, folder: Path = Path()) -> Path:
-    """The file of a recipe given by path or, if shipped, by name.
+    """The file of a recipe given by path or, if shipped, by name; a folder is no recipe.
 
     Args:
         name: a path, or a shipped recipe's name.
@@ -33,12 +33,14 @@ def find_recipe(name: str, folder: Path = Path()) -> Path:
         ValueError: there is neither.
     """
     path = folder / name
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return path
     known, given = shipped(), Path(name)
     stem = given.stem if given.parent == Path() or given.parent.name == "recipes" else name
     if stem in known:
         return known[stem]
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name the file of a recipe")
     near = get_close_matches(stem, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(known)}"
     raise ValueError(f"{path}: no such recipe file; {hint}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,21 @@ class Mesh:
     def group(self) -> int:
         """The number of this rank's group."""
         return self.rank // self.sequence
+
+    @property
+    def factor(self) -> int:
+        """What to multiply a rank's loss by. Shards give the mean of gradients, not their sum."""
+        return 1 if self.shards == 1 else self.size
+
+    def add_up(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let gradients be the sum over all ranks, after backward passes of `factor` times a loss.
+
+        Those of parameters in parts are already. All ranks must call it.
+        """
+        for parameter in parameters:
+            gradient = parameter.grad
+            if self.size > 1 and gradient is not None and not isinstance(gradient, DTensor):
+                self.total(gradient).div_(self.factor)
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of all ranks' values, in place. All ranks must call it."""
@@ -103,21 +119,30 @@ class Mesh:
     def shard(self, module: nn.Module) -> None:
         """Divide a module's parameters among the shards, block by block, by FSDP2.
 
+        FSDP2 takes parameters of one dtype. Those of another than most, such as a model in bfloat16
+        keeps in float32, stay whole on every rank.
+
         A backward pass then gives the mean of all ranks' gradients, made in float32 or wider.
 
         Args:
             module: a Program's, or any other; its blocks are known by ``blocks_by_path``.
         """
-        like = next(module.parameters())
+        sizes = Counter[torch.dtype]()
+        for parameter in module.parameters():
+            sizes[parameter.dtype] += parameter.numel()
+        ((most, _),) = sizes.most_common(1)
+        others = {parameter for parameter in module.parameters() if parameter.dtype != most}
         names = ("replicas", "shards")
         mesh = init_device_mesh(
-            like.device.type, (self.size // self.shards, self.shards), mesh_dim_names=names
+            next(module.parameters()).device.type,
+            (self.size // self.shards, self.shards),
+            mesh_dim_names=names,
         )
-        wide = torch.promote_types(like.dtype, torch.float32)
+        wide = torch.promote_types(most, torch.float32)
         policy = MixedPrecisionPolicy(reduce_dtype=wide)
         module.register_forward_hook(_copied)  # FSDP warns of results that are views
         for part in (*getattr(module, "blocks_by_path", {}).values(), module):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=others)
 
 
 def _copied(module: nn.Module, given: Any, result: Any) -> Any:
@@ -149,10 +174,10 @@ def meshed(ranks: Ranks, sequence: int, shards: int) -> Iterator[Mesh]:
             raise ValueError(
                 f"ranks: {count} {what} ({key}), which does not divide the {size} that run; start "
                 f"torchrun --nproc-per-node {count} -m lltk train …, or a multiple of that, or "
-                f"set {key}"
+                f"set {key} to a number that does"
             )
     mesh = Mesh(ranks.rank, size, sequence, shards)
-    if sequence == 1:
+    if size == 1:
         yield mesh
         return
     with regrouped(SEQUENCE, sequence):

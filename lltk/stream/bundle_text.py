@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lltk.files.reading import read_text
 from lltk.graph.contract import Contract, Role
 from lltk.stream.runtimes.onnx_graph import OnnxGraph
 from lltk.stream.text import KeepingEncoder
@@ -26,16 +27,23 @@ class BundleTextEncoder(KeepingEncoder):
     Args:
         folder: a bundle's ``text``.
         contract: of the graph ``encode``.
+        vocabulary: how many tokens it knows.
         digest: of the files in the folder.
         cache: see `KeepingEncoder`.
     """
 
     def __init__(
-        self, folder: Path, contract: Contract, digest: str, cache: Path | None = None
+        self,
+        folder: Path,
+        contract: Contract,
+        vocabulary: int,
+        digest: str,
+        cache: Path | None = None,
     ) -> None:
         (made,) = contract.outputs.values()
         super().__init__(made.shape[1], made.dtype, torch.device("cpu"), cache)
         self._folder, self._contract, self._digest = folder, contract, digest
+        self._vocabulary = vocabulary
         self._loaded: tuple[Tokenizer, OnnxGraph] | None = None
 
     @property
@@ -67,10 +75,34 @@ class BundleTextEncoder(KeepingEncoder):
 
     def _load(self) -> tuple[Tokenizer, OnnxGraph]:
         if self._loaded is None:
-            from tokenizers import Tokenizer
-
-            tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+            tokenizer = read_tokenizer(self._folder / "tokenizer.json", self._vocabulary)
             tokenizer.enable_truncation(self._text_tokens)
             graph = OnnxGraph(self._folder / "encode.onnx", self._contract)
             self._loaded = tokenizer, graph
         return self._loaded
+
+
+def read_tokenizer(path: Path, vocabulary: int) -> Tokenizer:
+    """A tokenizer whose tokens an encoder knows.
+
+    Args:
+        path: of its JSON.
+        vocabulary: how many tokens the encoder knows.
+
+    Raises:
+        ValueError: it is no tokenizer, or has others.
+    """
+    from tokenizers import Tokenizer
+
+    text = read_text(path)
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # of no narrower class
+        raise ValueError(f"{path}: is no tokenizer ({error}); export the recipe again") from error
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if last >= vocabulary:
+        raise ValueError(
+            f"{path}: has a token {last}, and the text encoder beside it knows {vocabulary}; "
+            "export the recipe again"
+        )
+    return tokenizer

@@ -7,20 +7,20 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 
-from lltk.export.bundle import Facts, check_graphs, read_bundle
+from lltk.export.belonging import check_bundle
+from lltk.export.bundle import read_bundle
+from lltk.export.facts import DECODER, MANIFEST, TEXT, TRANSFORMER, Facts
 from lltk.files.writing import standing
 from lltk.graph.contract import Contract, Role, TensorSpec
 from lltk.graph.geometry import Geometry
 from lltk.graph.program import LogEntry
 from lltk.graph.recipe import overridden, parse_recipe
-from lltk.graph.spec import DecoderSpec, ModelSpec
-from lltk.graph.stages import Stage
-from lltk.graph.verify import STEP_HIGH
+from lltk.graph.recipe_files import shipped
+from lltk.graph.spec import DecoderSpec, ModelSpec, TextSpec
 from lltk.models.hub import on_disk
 from lltk.models.pipelines import find_pipeline
 from lltk.stream.bundle_text import BundleTextEncoder
@@ -29,9 +29,6 @@ from lltk.stream.runtimes.onnx_graph import CPU, check_installed, provider_devic
 from lltk.stream.text import Encoder, TextEncoder
 from lltk.streaming.plan import Plan, check_high_steps
 
-T = TypeVar("T")
-
-TRANSFORMER, DECODER, TEXT = "transformer", "decoder", "text"
 _FREE = frozenset(
     {
         "pipeline", "fps", "steps", "shift", "guidance", "negative_prompt", "scene_cut",
@@ -39,6 +36,13 @@ _FREE = frozenset(
     }
 )  # fmt: skip
 """Keys of a recipe's stream section that no graph depends on."""
+_TORCHS = frozenset(
+    {
+        "compile", "cuda_graphs", "decoder.compile", "decoder.cuda_graphs", "decoder.device",
+        "decoder.passes",
+    }
+)  # fmt: skip
+"""Keys that say how torch runs a stream."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,7 @@ class BundlePlan(Plan):
 
     @property
     def log(self) -> Sequence[LogEntry]:
-        entries = self.facts.stages[TRANSFORMER].log
-        return [LogEntry(**{**each, "stage": Stage[each["stage"].upper()]}) for each in entries]
+        return self.facts.stages[TRANSFORMER].log
 
     @property
     def implementations(self) -> Mapping[str, str]:
@@ -126,14 +129,22 @@ class BundlePlan(Plan):
         outside = self.facts.text
         if outside is None:
             digest = hashlib.sha256(json.dumps(self.text_files).encode()).hexdigest()
-            return BundleTextEncoder(self.path / TEXT, self.contract(TEXT, "encode"), digest, cache)
+            stage = self.facts.stages[TEXT]
+            assert isinstance(stage.model, TextSpec)
+            contract = stage.graphs["encode"].contract
+            vocabulary = stage.model.vocabulary
+            return BundleTextEncoder(self.path / TEXT, contract, vocabulary, digest, cache)
         tokens, device = self.geometry.text_tokens, self.text_device
         return TextEncoder(self.folder, tokens, self.dtype, device, cache, outside.digest)
 
 
 def is_bundle(name: str) -> bool:
-    """Whether a name is that of a folder, which as a stream can only be a bundle."""
-    return standing(Path(name)).is_dir()
+    """Whether a name is that of a folder, which as a stream can only be a bundle.
+
+    A shipped recipe is found beside a folder of its name that is no bundle.
+    """
+    folder = standing(Path(name))
+    return folder.is_dir() and (name not in shipped() or (folder / MANIFEST.name).exists())
 
 
 def plan_bundle(
@@ -157,12 +168,13 @@ def plan_bundle(
     """
     check_installed()
     facts = read_bundle(path)
-    _check_whole(path, facts)
-    check_graphs(standing(path), facts)
+    check_bundle(standing(path), facts)
     overrides = list(overrides)
     for override in overrides:
         key = override.partition("=")[0].strip()
         part, _, own = key.partition(".")
+        if part == "stream" and own in _TORCHS:
+            raise ValueError(f"{key}: is for torch, and ONNX Runtime plays {path}; drop the key")
         if part != "stream" or own.partition(".")[0] not in _FREE:
             raise ValueError(
                 f"{key}: is built into {path}, where only keys of stream can change: "
@@ -180,7 +192,8 @@ def plan_bundle(
     if facts.text is None:
         text = text.model_copy(update={"device": "cpu"})
     section = section.model_copy(update={**plain, "decoder": decoder, "text": text})
-    stage = facts.stages[TRANSFORMER]
+    stage, decoder_spec = facts.stages[TRANSFORMER], facts.stages[DECODER].model
+    assert isinstance(stage.model, ModelSpec) and isinstance(decoder_spec, DecoderSpec)
     check_high_steps(stage.high_steps, section.steps)
     return BundlePlan(
         recipe,
@@ -190,25 +203,6 @@ def plan_bundle(
         standing(path),
         facts,
         provider,
-        _read(ModelSpec, stage.model),
-        _read(DecoderSpec, facts.stages[DECODER].model),
+        stage.model,
+        decoder_spec,
     )
-
-
-def _check_whole(path: Path, facts: Facts) -> None:
-    """Refuse a bundle that has not all graphs of a stream."""
-    graphs = {f"{name}/{graph}" for name, stage in facts.stages.items() for graph in stage.graphs}
-    wanted = [f"{TRANSFORMER}/{graph}" for graph in ("prologue", "step", "commit")]
-    wanted += [f"{DECODER}/{graph}" for graph in ("first", "step")]
-    wanted += [f"{TEXT}/encode"] if facts.text is None else []
-    wanted += [f"{name}/{STEP_HIGH}" for name, stage in facts.stages.items() if stage.high_steps]
-    for graph in wanted:
-        if graph not in graphs:
-            raise ValueError(
-                f"{path}: has no graph {graph}, so it plays no stream; export a stream recipe again"
-            )
-
-
-def _read(kind: type[T], data: Any) -> T:
-    """A dataclass from what JSON holds of it."""
-    return TypeAdapter(kind).validate_python(data)

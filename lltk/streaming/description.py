@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from lltk.export.facts import DECODER, TRANSFORMER
 from lltk.graph.memory import readable
 from lltk.graph.program import Program
 from lltk.graph.text import dtype_name
-from lltk.streaming.bundle import DECODER, TRANSFORMER, BundlePlan
+from lltk.streaming.bundle import BundlePlan
 from lltk.streaming.memory import text_bytes
 from lltk.streaming.plan import Plan, StreamPlan
 from lltk.streaming.traffic import pcie_seconds, sent_bytes

@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
+from lltk.export.facts import DECODER, TRANSFORMER
 from lltk.graph.memory import activations, available, estimate, readable, total
 from lltk.stream.text import weight_bytes
-from lltk.streaming.bundle import DECODER, TRANSFORMER, BundlePlan
+from lltk.streaming.bundle import BundlePlan
 from lltk.streaming.plan import Placed, Plan, StreamPlan
 
 Sizes = dict[str, dict[str, int]]

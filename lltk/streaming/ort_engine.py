@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lltk.export.facts import DECODER, TRANSFORMER
 from lltk.stream.decoder import LatentDecoder
 from lltk.stream.lanes import Lane
 from lltk.stream.runtimes import Runtime
 from lltk.stream.runtimes.onnx_graph import OnnxGraph
 from lltk.stream.runtimes.ort import OrtDecoder, OrtRuntime
-from lltk.streaming.bundle import DECODER, TRANSFORMER, BundlePlan
+from lltk.streaming.bundle import BundlePlan
 from lltk.streaming.slots import Slot
 
 

@@ -34,6 +34,8 @@ from lltk.train.progress import Note, silent
 from lltk.train.recipe import TrainSection, train_section
 from lltk.train.sampling import sample
 
+_WHOLE = frozenset({"block inputs", "quantised weights"})
+"""Owners of memory that shards do not divide."""
 _SAMPLE_CLIPS = 4
 _SAMPLE_STEPS = 4
 
@@ -80,11 +82,27 @@ class TransformerPlan:
     def memory(self) -> Mapping[str, int]:
         memory = estimate(self.program)
         float32 = memory.get("gradients", 0)
-        if self.program.dtype != torch.float32:
+        if self.section.optimiser == "adamw_8bit":
+            memory["AdamW moments"] //= 4
+        if self.section.weights == "compute":
+            memory["gradients"] = float32 * self.program.dtype.itemsize // 4
+        elif self.program.dtype != torch.float32:
             memory["float32 weights"] = float32
         if self.section.ema_decay is not None:
             memory["average"] = float32
+        for owner in memory.keys() - _WHOLE:
+            memory[owner] //= self.section.shards
+        if self.section.recompute and self.section.keep_attention:
+            memory["attention's results"] = self._kept_attention()
         return memory
+
+    def _kept_attention(self) -> int:
+        """Bytes of what blocks keep of self-attention: a result and a float32 for each head."""
+        spec, geometry = self.program.spec, self.program.geometry
+        frames = geometry.captured_frames(self.program.kind) // self.sequence
+        tokens = geometry.batch * frames * geometry.frame_tokens(spec)
+        size = spec.head_dim * self.program.dtype.itemsize + torch.float32.itemsize
+        return min(self.section.keep_attention, spec.layers) * tokens * spec.heads * size
 
     def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         # Encoding clips takes long, so what the device cannot run is refused before it.

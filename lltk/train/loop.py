@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lltk.files.outputs import Kind, Output
 from lltk.files.writing import remove_unfinished, sync, write_text
 from lltk.parallel.mesh import ALONE, Mesh, divided_like, whole
 from lltk.stream.video import VIDEO
 from lltk.train.data import Batch, Batches, Dataset
+from lltk.train.gradients import by_place, clip, total_norm
 from lltk.train.masters import Masters
 from lltk.train.metrics import (
     METRICS_FILE,
@@ -137,7 +137,12 @@ class Trainer:
         self._data = Batches(dataset, section.seed, objective.clips, mesh.group, mesh.groups)
         if mesh.shards > 1:
             mesh.shard(objective.module)
-        self._masters = Masters(objective.module, objective.weights, objective.weights_changed)
+        self._masters = Masters(
+            objective.module,
+            objective.weights,
+            objective.weights_changed,
+            own=section.weights == "float32",
+        )
         self._optimiser = Optimiser(self._masters.parameters, section)
         self.step = 0
         """How many steps are done."""
@@ -204,7 +209,7 @@ class Trainer:
             self.step,
             self._data.position,
             self._about,
-            _whole(self._masters.parameters),
+            _whole(self._masters.copy()),
             _whole(self._ema),
             _whole(self._optimiser.state()) | random_state(),
             {} if self._objective.memory is None else self._objective.memory.state(),
@@ -237,21 +242,16 @@ class Trainer:
         parts = []
         for batch in batches:
             part = self._objective.loss(batch) / count
-            # Shards give the mean of the ranks' gradients, which is to be their sum.
-            (part if mesh.shards == 1 else part * mesh.size).backward()
+            (part * mesh.factor).backward()
             self._masters.collect()
             parts.append(part.detach())
         loss = float(mesh.total(torch.stack(parts).sum()))
-        masters = list(self._masters.parameters.values())
-        gradients = [master.grad for master in masters if master.grad is not None]
-        if mesh.shards == 1:
-            for gradient in gradients:
-                mesh.total(gradient)
-        total = get_total_norm(gradients)
-        norm = whole(total)
+        groups = by_place(self._masters.parameters.values())
+        mesh.add_up(master for group in groups for master in group)
+        norm = total_norm(groups)
         if not math.isfinite(loss + float(norm)):
             raise Diverged(self._divergence(loss, float(norm), batches))
-        clip_grads_with_norm_(masters, self._section.clip, total)
+        clip(groups, self._section.clip, norm)
         self._optimiser.step(rate)
         self._masters.publish()
         if self._objective.memory is not None:

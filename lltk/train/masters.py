@@ -19,7 +19,8 @@ class Masters:
     """The weights that train, in float32, and their gradients, added up in float32.
 
     The optimiser updates the masters. A parameter of lower precision has a master of its own, and
-    `publish` rounds it back into the module. A float32 parameter, or a wider one, is its own.
+    `publish` rounds it back into the module. A float32 parameter, or a wider one, is its own; so is
+    every one if masters are not to be had.
 
     Args:
         module: its parameters that require gradients train. From here on they share no memory with
@@ -27,13 +28,19 @@ class Masters:
         weights: what training starts from, by parameter name, in the precision of their file. They
             are left as they are.
         changed: called whenever the module has got other weights.
+        own: whether parameters of lower precision have masters. Without them their gradients are
+            added up in their own precision.
 
     Raises:
         ValueError: no parameter of the module requires a gradient.
     """
 
     def __init__(
-        self, module: nn.Module, weights: Mapping[str, Tensor], changed: Callable[[], None]
+        self,
+        module: nn.Module,
+        weights: Mapping[str, Tensor],
+        changed: Callable[[], None],
+        own: bool = True,
     ) -> None:
         self._changed = changed
         self._running = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -41,7 +48,7 @@ class Masters:
             raise ValueError("nothing trains: no parameter requires a gradient")
         self.parameters = {
             name: parameter
-            if parameter.dtype == _wide(parameter)
+            if not own or parameter.dtype == _wide(parameter)
             else nn.Parameter(parameter.detach().float())
             for name, parameter in self._running.items()
         }
@@ -76,8 +83,11 @@ class Masters:
         self.publish()
 
     def copy(self) -> dict[str, Tensor]:
-        """The masters' values as they are now, by name."""
-        return {name: master.detach().clone() for name, master in self.parameters.items()}
+        """The masters' values as they are now, by name, in float32 or wider."""
+        return {
+            name: master.detach().to(_wide(master), copy=True)
+            for name, master in self.parameters.items()
+        }
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:

@@ -159,6 +159,15 @@ class TrainSection(BaseModel):
     batch: int = Field(
         1, ge=1, description="clips in a step; a multiple of the clips in a call (geometry.batch)"
     )
+    optimiser: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="AdamW as torch has it, or with moments in 8 bits as torchao has it"
+    )
+    weights: Literal["float32", "compute"] = Field(
+        "float32",
+        description="what the optimiser updates: weights in float32, of which the model has copies "
+        "in its compute dtype; or the model's own, which saves memory. Those in bfloat16 are then "
+        "rounded stochastically, which takes adamw_8bit",
+    )
     lr: float = Field(gt=0, description="AdamW's learning rate, after the warm-up")
     schedule: Literal["constant", "cosine"] = Field(
         "constant",
@@ -232,6 +241,20 @@ class TrainSection(BaseModel):
         description="how many of the blocks that are recomputed, the last ones, keep the results "
         "of attention, which costs memory and saves time",
     )
+
+    @model_validator(mode="after")
+    def _optimiser_can_do_it(self) -> TrainSection:
+        if self.weights == "compute" and self.optimiser == "adamw":
+            raise ValueError(
+                "train.weights: compute needs updates that are rounded stochastically, which adamw "
+                "does not do; set train.optimiser=adamw_8bit, or train.weights=float32"
+            )
+        if self.optimiser == "adamw_8bit" and self.shards > 1:
+            raise ValueError(
+                f"train.shards: {self.shards}, but adamw_8bit does not divide its moments; set "
+                "train.shards=1, or train.optimiser=adamw"
+            )
+        return self
 
     @model_validator(mode="after")
     def _errors_of_one_kind(self) -> TrainSection:

@@ -83,20 +83,31 @@ class OnnxGraph:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-        refusals = (errors.Fail, errors.InvalidGraph, errors.NotImplemented, errors.InvalidArgument)
+        refusals = (
+            errors.Fail, errors.InvalidGraph, errors.NotImplemented, errors.InvalidArgument,
+            RuntimeError, ValueError,
+        )  # fmt: skip
+        self._path = path
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         # Threads that wait for work leave the core to the other model's, which runs meanwhile.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3  # errors alone
+        options.log_severity_level = 4  # what is worse than an error; errors are raised
         providers = list(dict.fromkeys((provider, CPU)))
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+            self._session = onnxruntime.InferenceSession(
+                path, options, providers=providers, enable_fallback=0
+            )
         except refusals as error:
             raise ValueError(
                 f"{path}: ONNX Runtime {onnxruntime.__version__} does not load it ({error}); "
-                "install a newer one"
+                "install a newer one, or export the recipe again"
             ) from error
+        if (runs := self._session.get_providers()[0]) != provider:
+            raise ValueError(
+                f"--provider: {provider} does not start here, ONNX Runtime took {runs}; install "
+                f"what it needs, or use {CPU}"
+            )
         self._device = torch.device(_DEVICES[provider])
         self.contract = contract or _contract(self._session)
 
@@ -111,6 +122,9 @@ class OnnxGraph:
             given: every input, as the contract says and on the graph's device.
             into: where outputs are put, contiguous and as the contract says; the others are
                 new tensors.
+
+        Raises:
+            ValueError: ONNX Runtime fails in it; says why.
         """
         put = dict(into or {})
         for name, spec in self.contract.outputs.items():
@@ -129,7 +143,13 @@ class OnnxGraph:
                 bind(name, *where, _TYPES[tensor.dtype][0], list(tensor.shape), tensor.data_ptr())
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self._path}: fails in ONNX Runtime ({error}); export the recipe again, or "
+                "install the version of ONNX Runtime that made it"
+            ) from error
         return put
 
 

@@ -1,0 +1,209 @@
+"""Whether the parts of a bundle belong together; checked before a graph is loaded.
+
+A bundle comes from elsewhere. A checksum shows that a file is as it was written, and nothing of
+what was written. So its files, models, contracts, recipe and golden values are held against each
+other here, and whatever runs it may rely on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+from lltk.export.facts import GOLDEN, MANIFEST, TEXT, TOKENIZER, WEIGHTS, Facts
+from lltk.export.streams import contradictions, spec_text
+from lltk.files.tensors import Place, tensor_places
+from lltk.graph.contract import Contract, TensorSpec
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+
+def check_files(folder: Path, facts: Facts) -> None:
+    """Check that a bundle has the files that its graphs need, and no others.
+
+    Raises:
+        ValueError: it has not.
+    """
+    wanted = {GOLDEN}
+    for stage, each in facts.stages.items():
+        wanted |= {f"{stage}/{graph}.onnx" for graph in each.graphs} | {f"{stage}/{WEIGHTS}"}
+    if facts.text is None:
+        wanted.add(f"{TEXT}/{TOKENIZER}")
+    if missing := sorted(wanted - facts.files.keys()):
+        _refuse(folder, f"has no {missing[0]}")
+    here = {str(each.relative_to(folder)) for each in folder.rglob("*") if not each.is_dir()}
+    if extra := sorted((facts.files.keys() | here) - wanted - {MANIFEST.name}):
+        raise ValueError(f"{folder}: {extra[0]} is no file of a bundle; move it elsewhere")
+    whole = folder.resolve()
+    for name in sorted(wanted):
+        if whole not in (folder / name).resolve().parents:
+            raise ValueError(
+                f"{folder / name}: is a link that leaves the bundle; copy the bundle with the "
+                "files themselves, as `cp -rL` does"
+            )
+
+
+def check_bundle(folder: Path, facts: Facts) -> None:
+    """Check the models of a bundle, and that it makes a stream.
+
+    Raises:
+        ValueError: a model reads a file but its weights, has a part that no export writes, or is
+            not what the manifest says; or the manifest contradicts itself.
+    """
+    from lltk.export.emitter import OPSET
+
+    where = folder / MANIFEST.name
+    if facts.target != "ort":
+        raise ValueError(f"{where}: is for {facts.target}, this lltk plays ort; use a newer lltk")
+    if facts.opset != OPSET:
+        raise ValueError(
+            f"{where}: is of opset {facts.opset}, this lltk reads {OPSET}; export the recipe "
+            "again, or use the lltk that made it"
+        )
+    if wrong := next(contradictions(facts), None):
+        _refuse(where, wrong)
+    for stage, each in facts.stages.items():
+        places = tensor_places(folder / stage / WEIGHTS)
+        for graph, described in each.graphs.items():
+            path = folder / stage / f"{graph}.onnx"
+            if wrong := next(_wrong(_model(path), described.contract, places), None):
+                _refuse(path, wrong)
+
+
+def check_golden(folder: Path, facts: Facts, tensors: Mapping[str, Tensor]) -> None:
+    """Check that every graph has golden values, of the sizes and dtypes of its contract.
+
+    Raises:
+        ValueError: one has not.
+    """
+    where, cases = folder / MANIFEST.name, set()
+    for number, case in enumerate(facts.golden):
+        stage = facts.stages.get(case.stage)
+        if stage is None or case.graph not in stage.graphs:
+            _refuse(where, f"golden case {number} is of no graph")
+        cases.add((case.stage, case.graph))
+        contract = stage.graphs[case.graph].contract
+        for held, specs in (case.inputs, contract.inputs), (case.outputs, contract.outputs):
+            if held.keys() != specs.keys():
+                _refuse(where, f"golden case {number} has other inputs or outputs than its graph")
+            for name, spec in specs.items():
+                if not _holds(tensors.get(held[name]), spec, sampled=specs is contract.outputs):
+                    _refuse(where, f"golden case {number}: {name} has no value that fits")
+        if case.bounds.keys() != case.outputs.keys():
+            _refuse(where, f"golden case {number} has no bound for each output")
+    for stage_name, each in facts.stages.items():
+        for graph in each.graphs:
+            if (stage_name, graph) not in cases:
+                _refuse(where, f"{stage_name}/{graph} has no golden case")
+
+
+def _refuse(where: Path, what: str) -> NoReturn:
+    raise ValueError(f"{where}: {what}; {MANIFEST.remedy}")
+
+
+def _holds(value: Tensor | None, spec: TensorSpec, sampled: bool) -> bool:
+    """Whether a golden value can be of a tensor: its first elements, or its every n-th element."""
+    count = math.prod(spec.shape)
+    if value is None or value.dtype != spec.dtype or not 0 < (held := value.numel()) <= count:
+        return False
+    every = -(-count // held)
+    return not sampled or held == -(-count // every)
+
+
+def _model(path: Path) -> ModelProto:
+    """A model without its parameters."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(path, load_external_data=False)
+    except DecodeError:
+        _refuse(path, "is no model in ONNX")
+
+
+def _wrong(model: ModelProto, contract: Contract, places: Mapping[str, Place]) -> Iterator[str]:
+    """What is in a model that no export writes."""
+    from lltk.export.emitter import IR_VERSION, OPSET
+
+    if not all(isinstance(name, str) for name in _names(model)):
+        yield "has names that are no text"
+    opsets = {each.domain: each.version for each in model.opset_import}
+    if opsets != {"": OPSET} or model.ir_version > IR_VERSION:
+        yield f"has opsets {opsets} and version {model.ir_version} of ONNX's format"
+    graph = model.graph
+    if model.functions or model.training_info or graph.sparse_initializer:
+        yield "holds more than a graph"
+    for node in graph.node:
+        if not _is_plain(node):
+            yield f"node {node.name} ({node.op_type}) is no plain op of ONNX"
+    for tensor in graph.initializer:
+        if tensor.data_location or tensor.external_data:
+            yield from _misplaced(tensor, places.get(tensor.name))
+    for values, specs in (graph.input, contract.inputs), (graph.output, contract.outputs):
+        found = {value.name: _described(value) for value in values}
+        if list(found) != list(specs):
+            yield f"has {', '.join(found)}, and not {', '.join(specs)} as the manifest says"
+        for name, spec in specs.items():
+            if found[name] != (spec.dtype, spec.shape):
+                yield f"{name} is not {spec_text(spec)} as the manifest says"
+
+
+def _names(model: ModelProto) -> Iterator[str | bytes]:
+    """All names in a model; a reader gives bytes for what is not UTF-8."""
+    for opset in model.opset_import:
+        yield opset.domain
+    for node in model.graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+    for tensor in model.graph.initializer:
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
+    for value in (*model.graph.input, *model.graph.output):
+        yield value.name
+
+
+def _is_plain(node: NodeProto) -> bool:
+    """Whether a node is an op of ONNX itself with numbers and texts as attributes."""
+    from onnx import AttributeProto, defs
+
+    from lltk.export.emitter import OPSET
+
+    plain = {
+        getattr(AttributeProto, kind)
+        for kind in ("INT", "FLOAT", "STRING", "INTS", "FLOATS", "STRINGS")
+    }
+    known = not node.domain and defs.has(node.op_type, OPSET)
+    return known and all(each.type in plain for each in node.attribute)
+
+
+def _misplaced(tensor: TensorProto, place: Place | None) -> Iterator[str]:
+    """What is wrong with where a model says that a parameter is."""
+    from lltk.export.emitter import TYPES
+
+    entries = [(each.key, each.value) for each in tensor.external_data]
+    for key, value in entries:
+        if key == "location" and value != WEIGHTS:
+            yield f"reads {value!r}, and may read {WEIGHTS} alone"
+    if place is None:
+        yield f"reads {tensor.name}, which is not in {WEIGHTS}"
+    else:
+        size = place.end - place.start
+        rest = {"location": WEIGHTS, "offset": str(place.start), "length": str(size)}
+        kind = tensor.data_type, tuple(tensor.dims)
+        if sorted(entries) != sorted(rest.items()) or kind != (TYPES.get(place.dtype), place.shape):
+            yield f"reads {tensor.name} otherwise than {WEIGHTS} has it"
+
+
+def _described(value: ValueInfoProto) -> tuple[torch.dtype | None, tuple[int, ...]]:
+    """Dtype and shape of a model's input or output; a size that is not fixed is 0."""
+    from lltk.export.emitter import TYPES
+
+    dtypes = {int(number): dtype for dtype, number in TYPES.items()}
+    kind = value.type.tensor_type
+    return dtypes.get(kind.elem_type), tuple(each.dim_value for each in kind.shape.dim)

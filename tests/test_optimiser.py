@@ -1,0 +1,110 @@
+"""Optimisers with small states, and weights that train without copies in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import refused
+from torch import nn
+from toy import trainer
+
+from lltk.train.masters import Masters
+from lltk.train.optimiser import Optimiser
+from lltk.train.recipe import TrainSection, train_section
+
+cpu = pytest.mark.cpu
+manual = pytest.mark.manual
+SMALL = {"steps": 1, "lr": 1e-3, "optimiser": "adamw_8bit", "ema_decay": None}
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """torchao compiles its steps, which takes longer than these."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@cpu
+def test_rounded_weights_need_stochastic_rounding() -> None:
+    message = refused(train_section, {"steps": 1, "lr": 1.0, "weights": "compute"}, "my.yaml")
+    assert "set train.optimiser=adamw_8bit, or train.weights=float32" in message
+
+
+@cpu
+def test_moments_in_8_bits_are_not_divided() -> None:
+    message = refused(train_section, SMALL | {"shards": 2}, "my.yaml")
+    assert "set train.shards=1, or train.optimiser=adamw" in message
+
+
+@cpu
+@pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is installed")
+def test_an_optimiser_that_is_not_installed_is_refused(tmp_path: Path) -> None:
+    message = refused(trainer, tmp_path, optimiser="adamw_8bit")
+    assert message == (
+        "train.optimiser: adamw_8bit is torchao's; install it by pip install torchao, or set adamw"
+    )
+
+
+@cpu
+def test_weights_without_masters_are_the_modules_own() -> None:
+    module = nn.Linear(3, 2).bfloat16()
+    start = {name: torch.randn(p.shape) for name, p in module.named_parameters()}
+    told: list[int] = []
+    masters = Masters(module, start, lambda: told.append(1), own=False)
+    assert all(masters.parameters[n] is p for n, p in module.named_parameters())
+    assert torch.equal(module.weight, start["weight"].bfloat16())
+    module(torch.ones(1, 3).bfloat16()).sum().backward()
+    gradient = module.weight.grad
+    masters.collect()
+    assert module.weight.grad is gradient and gradient is not None
+    copies = masters.copy()
+    assert copies["weight"].dtype == torch.float32
+    masters.load({name: 2 * value for name, value in copies.items()})
+    assert torch.equal(module.weight.float(), 2 * copies["weight"])
+    assert told == [1]
+
+
+@manual
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_of_8_bits_is_read_as_it_was_written(dtype: torch.dtype) -> None:
+    """It is written in float32, and quantising that again gives the same bits."""
+    generator = torch.Generator().manual_seed(0)
+    steps: list[list[torch.Tensor]] = []
+    for resumed in (False, True):
+        torch.manual_seed(1)
+        generator.manual_seed(0)
+        parameter = nn.Parameter(torch.randn(96, 128, generator=generator).to(dtype))
+        section = TrainSection.model_validate(SMALL)
+        optimiser = Optimiser({"w": parameter}, section)
+        values = []
+        for step in range(4):
+            parameter.grad = torch.randn(96, 128, generator=generator).to(dtype)
+            optimiser.step(1e-2)
+            values.append(parameter.detach().clone())
+            if resumed and step == 1:
+                state = optimiser.state()
+                assert all(value.dtype == torch.float32 for value in state.values())
+                optimiser = Optimiser({"w": parameter}, section)
+                optimiser.load(state)
+        steps.append(values)
+    assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
+    assert not torch.equal(steps[0][2], steps[0][3])
+
+
+@manual
+@pytest.mark.usefixtures("eager")
+def test_updates_below_the_last_bit_add_up() -> None:
+    """bfloat16 has steps of 2⁻⁷ above 1. Rounded to the nearest, such an update would be lost."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.ones(64, 128).bfloat16())
+    optimiser = Optimiser({"w": parameter}, TrainSection.model_validate(SMALL))
+    for _ in range(20):
+        parameter.grad = torch.full((64, 128), -1.0).bfloat16()
+        optimiser.step(1e-4)
+    assert float(parameter.detach().float().mean()) == pytest.approx(1 + 20e-4, abs=2e-4)
+    assert (torch.ones(1).bfloat16() + 1e-4).bfloat16() == 1
