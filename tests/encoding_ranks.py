@@ -126,8 +126,10 @@ def save_encoded(rank: int, size: int, port: int, folder: Path) -> None:
             made["after"] = encode(vae(), video(4))
             save_file(made, folder / f"{name}, {size} ranks, {rank}")
         with meshed(Ranks(rank, size, torch.device("cpu")), 2, 1) as mesh:
-            for name, dataset in datasets(folder, mesh).items():
-                save_file(batches(dataset, mesh.group), folder / f"{name}, {size} ranks, {rank}")
+            if mesh.groups > 1:
+                for name, dataset in datasets(folder, mesh).items():
+                    made = batches(dataset, mesh.group)
+                    save_file(made, folder / f"{name}, {size} ranks, {rank}")
             odd = Odd()
             made = first_samples(odd, 7, 9, block=2, mesh=mesh)
             made["asked"] = torch.tensor([asked.start for asked in odd.asked])
