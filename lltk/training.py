@@ -73,8 +73,10 @@ class TrainingPlan(Protocol):
     def memory(self) -> Mapping[str, int]:
         """Bytes by owner."""
 
-    def dataset(self, note: Note = silent) -> Dataset:
+    def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         """Load what makes the clips; ``note`` is told how many are encoded.
+
+        The ranks of the mesh encode them together, and all call this.
 
         Raises:
             ValueError: the clips or their encoder cannot be read, or the device lacks what the
@@ -246,7 +248,7 @@ def open_training(
         there = folder.exists()
         if first and there:
             opened.enter_context(held(folder))
-        clips = plan.dataset(note) if dataset is None else dataset
+        clips = plan.dataset(note, mesh) if dataset is None else dataset
         if first and not there:  # it is made once all that the recipe names was found
             opened.enter_context(held(folder))
         ranks.any(False)  # the first has checked the folder

@@ -333,20 +333,34 @@ def encode(vae: Any, video: Tensor) -> Tensor:
         video: [B, 3, 1 + k·stride, H, W] in [-1, 1].
 
     Returns:
-        float32 [B, z, 1 + k, h, w].
+        [B, z, 1 + k, h, w], float32, or float64 where the VAE computes in it.
 
     Raises:
         ValueError: the frames or the resolution do not make a whole number of latents.
     """
+    check_video(vae.config, video)
+    return normalised(vae.config, vae.encode(video.to(vae.dtype)).latent_dist.mode())
+
+
+def check_video(config: Mapping[str, Any], video: Tensor) -> None:
+    """Refuse a video that makes no whole number of latents.
+
+    Raises:
+        ValueError: its frames or its resolution do not.
+    """
     frames, *sides = video.shape[2:]
-    time, space = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    time, space = config["scale_factor_temporal"], config["scale_factor_spatial"]
     if (frames - 1) % time or any(side % space for side in sides):
         raise ValueError(
             f"video: {tuple(video.shape)} is no whole number of latents; give 1 + k·{time} frames "
             f"and sides that are multiples of {space} pixels"
         )
-    latents = vae.encode(video.to(vae.dtype)).latent_dist.mode().float()
-    mean, deviation = (part.to(latents.device) for part in _statistics(vae.config).values())
+
+
+def normalised(config: Mapping[str, Any], latents: Tensor) -> Tensor:
+    """The encoder's latents [B, z, F, h, w] as the transformer takes them, in float32 or wider."""
+    latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    mean, deviation = (part.to(latents.device) for part in _statistics(config).values())
     return (latents - mean) / deviation
 
 
@@ -374,7 +388,7 @@ def encode_image(vae: Any, image: Tensor) -> Tensor:
         image: [B, 3, H, W] in [-1, 1].
 
     Returns:
-        float32 [B, z, 1, h, w], normalised.
+        [B, z, 1, h, w], normalised, as `encode` gives them.
     """
     return encode(vae, image.unsqueeze(2))
 

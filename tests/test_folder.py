@@ -16,6 +16,7 @@ from lltk.graph.geometry import Geometry
 from lltk.models import wan_vae
 from lltk.models.tiny.text import save_text_encoder
 from lltk.models.wan_vae import encode, make_vae, save_vae
+from lltk.parallel.mesh import ALONE, Mesh
 from lltk.stream.script import SCENE_CUT
 from lltk.tasks.clips import encoded_clips
 from lltk.tasks.encoder import PipelineEncoder, encoder_for
@@ -289,11 +290,11 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
     assert f"skipped {path}: cannot be read" in refused(clips, tmp_path)
 
 
-def dataset_of(data: dict[str, Any], geometry: Geometry) -> Dataset:
+def dataset_of(data: dict[str, Any], geometry: Geometry, mesh: Mesh = ALONE) -> Dataset:
     section = TrainSection.model_validate({"data": data, "steps": 1, "lr": 1.0, "seed": 3})
     device = torch.device("cpu")
     encoder = encoder_for(section.data, geometry, device, torch.float32)
-    return encoded_clips(section, geometry, encoder, device)
+    return encoded_clips(section, geometry, encoder, device, mesh=mesh)
 
 
 @pytest.mark.parametrize("world", [True, False])

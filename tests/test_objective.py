@@ -18,7 +18,7 @@ from lltk.graph.geometry import Kind
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.parallel.mesh import ALONE
-from lltk.train.data import Batch, Batches, Kept, generator_at
+from lltk.train.data import Batch, Batches, Kept, first_samples, generator_at
 from lltk.train.error_recycling import ErrorRecycling, without_errors
 from lltk.train.flow_matching import FlowMatching
 from lltk.train.noise_levels import level_weights, noise_grid
@@ -569,7 +569,7 @@ def test_kept_samples_are_the_datasets_first() -> None:
             made.append(indices)
             return {"index": super().batch(seed, indices)["index"] + 1000 * seed}
 
-    kept = Kept(Noting(), seed=3, count=70)
+    kept = Kept(Noting(), 3, first_samples(Noting(), 3, 70))
     assert made == [range(64), range(64, 70)]
     drawn = kept.batch(3, range(1000))["index"]
     assert set(drawn.tolist()) == set(range(3000, 3070))

@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "ops": {"module_paths"},
     "parallel": set(),
     "graph": {"files", "ops"},
-    "models": {"files", "graph", "ops"},
+    "models": {"files", "parallel", "graph", "ops"},
     "recipes": {"graph"},
     "passes": {"parallel", "graph", "ops", "module_paths"},
     "stream": {"files", "parallel", "graph", "ops"},
@@ -40,7 +40,7 @@ ARROWS["artefact"] = ARROWS["compiler"] | {"compiler"}
 ARROWS["export"] = {"files", "graph", "ops", "stream"}
 ARROWS["streaming"] = ARROWS["compiler"] | {"compiler", "export", "parallel", "stream"}
 ARROWS["exporting"] = ARROWS["streaming"] | {"streaming"}
-ARROWS["tasks"] = ARROWS["compiler"] | {"compiler", "artefact", "stream", "train"}
+ARROWS["tasks"] = ARROWS["compiler"] | {"compiler", "artefact", "parallel", "stream", "train"}
 ARROWS["training"] = {"files", "parallel", "graph", "models", "train", "tasks"}
 ARROWS["bench"] = set(ARROWS)
 ARROWS["cli"] = set(ARROWS)

@@ -14,7 +14,7 @@ from torch import randn
 from toy import Regression, Samples, settings
 
 from lltk.cli.train import _Bars
-from lltk.train.data import Kept
+from lltk.train.data import first_samples
 from lltk.train.folder import FolderClips
 from lltk.train.loop import Trainer
 from lltk.train.sampling import sample
@@ -31,9 +31,9 @@ class Notes(list[tuple[str, int, int]]):
 
 def test_encoding_clips() -> None:
     notes = Notes()
-    kept = Kept(Samples(), 3, 5, block=2, note=notes)
+    made = first_samples(Samples(), 3, 5, block=2, note=notes)
     assert notes == [("encoding clips", done, 5) for done in (0, 2, 4, 5)]
-    assert (kept.batch(3, range(4))["x"] == Kept(Samples(), 3, 5).batch(3, range(4))["x"]).all()
+    assert (made["x"] == first_samples(Samples(), 3, 5)["x"]).all() and len(made["x"]) == 5
 
 
 def test_looking_at_clips(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -450,14 +451,17 @@ def test_an_image_is_the_first_latent_of_a_video() -> None:
     video = torch.rand(1, 3, 5, 32, 48, generator=generator, dtype=torch.float64) * 2 - 1
     latents = encode(vae(), video)
     assert latents.shape == (1, 4, 2, *SIDES)
-    assert latents.dtype == torch.float32
+    assert latents.dtype == torch.float64  # as the VAE
+    half = torch.nn.Module.to(copy.deepcopy(vae()), torch.bfloat16)
+    rounded = encode(half, video)
+    assert rounded.dtype == torch.float32 and worst(rounded, latents) < 0.1
     image = encode_image(vae(), video[:, :, 0])
     assert image.shape == (1, 4, 1, *SIDES)
     assert worst(image, latents[:, :, :1]) <= 1e-6
     assert worst(image, latents[:, :, 1:]) > 1e-3
     mean, std = (torch.tensor(CONFIG[f"latents_{k}"]).view(1, 4, 1, 1, 1) for k in ("mean", "std"))
     posterior = vae().encode(video).latent_dist
-    assert worst(latents * std + mean, posterior.mean.float()) <= 1e-6
+    assert worst(latents * std + mean, posterior.mean) <= 1e-6
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 32, 32), (1, 3, 1, 40, 32)])

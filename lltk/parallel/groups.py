@@ -101,6 +101,37 @@ def gathered(own: Tensor, shapes: Sequence[Sequence[int]], name: str) -> list[Te
     return parts
 
 
+def hand_on(sent: Tensor | None, awaited: Tensor | None, name: str, size: int) -> None:
+    """Send a tensor to the next rank of a group while one arrives from the rank before.
+
+    The first rank is the next one of the last.
+
+    Args:
+        sent: contiguous; None to send none.
+        awaited: contiguous; gets what arrives. None to await none.
+        name: of the group.
+        size: how many ranks it has.
+
+    Raises:
+        LostRank: another rank has stopped.
+    """
+    group = find_group(name, size)
+    exchanges = [(dist.isend, sent, 1), (dist.irecv, awaited, -1)]
+    # As bytes, since a backend may not know the dtype.
+    operations = [
+        dist.P2POp(move, x.view(torch.uint8), group=group, group_peer=(group.rank() + step) % size)
+        for move, x, step in exchanges
+        if x is not None
+    ]
+    if not operations:
+        return
+    try:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+    except RuntimeError as error:
+        raise lost(error) from error
+
+
 def rank_in(name: str, size: int) -> int:
     """This process's rank in a group. A program for one rank needs no group; its rank is 0.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +84,29 @@ class Mesh:
             # As bytes, since a backend may not know the dtype.
             dist.broadcast(found.view(torch.uint8), src=group * self.sequence)
             yield found
+
+    def spread(self, values: Mapping[str, Tensor] | None, owner: int) -> dict[str, Tensor]:
+        """What one rank has, on all ranks. All must call it.
+
+        Args:
+            values: of the owner; the others have None.
+            owner: the number of the rank.
+
+        Returns:
+            The owner's own tensors; the others have copies on their devices of the same type.
+        """
+        if self.size == 1:
+            return dict(values or {})
+        own = values if values is not None else {}
+        facts = [{n: (tuple(x.shape), x.dtype, x.device.type) for n, x in own.items()}]
+        dist.broadcast_object_list(facts, src=owner)
+        spread = {}
+        for name, (shape, dtype, device) in facts[0].items():
+            mine = torch.empty(shape, dtype=dtype, device=device) if values is None else own[name]
+            spread[name] = mine.contiguous()
+            # As bytes, since a backend may not know the dtype.
+            dist.broadcast(spread[name].view(torch.uint8), src=owner)
+        return spread
 
     def same(self, value: object) -> bool:
         """Whether every rank has an equal value. All ranks must call it."""

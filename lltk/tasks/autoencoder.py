@@ -17,6 +17,7 @@ from lltk.graph.program import LogEntry
 from lltk.models import wan_vae
 from lltk.models.configs import named_config
 from lltk.models.tiny.world import FPS
+from lltk.parallel.mesh import ALONE, Mesh
 from lltk.stream.video import write_video
 from lltk.tasks.clips import TinyVideos
 from lltk.train.data import Batches, Dataset
@@ -73,7 +74,7 @@ class AutoencoderPlan:
             memory["average"] = size
         return memory
 
-    def dataset(self, note: Note = silent) -> Dataset:
+    def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         return TinyVideos(self.recipe.vae.frames, 1, self.section.data.shots, self.device)
 
     def objective(self) -> Objective:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from lltk.graph.geometry import Geometry
 from lltk.models.tiny.world import RESOLUTION, STRIDE, Story, draw_story, render
+from lltk.parallel.mesh import ALONE, Mesh
 from lltk.stream.script import SCENE_CUT
 from lltk.tasks.encoder import PipelineEncoder
 from lltk.train.assembly import Rules
-from lltk.train.data import Dataset, Kept, generator_at
+from lltk.train.data import Dataset, Kept, first_samples, generator_at
 from lltk.train.folder import FolderClips, Sample
 from lltk.train.longlive import LongLiveClips
 from lltk.train.progress import Note, silent
@@ -70,6 +72,8 @@ class TinyLatents:
         shots: as for `TinyVideos`.
         encoder: makes latents and text.
         device: where clips are rendered.
+        ranks: how many of the group ``sequence`` encode each batch together. All must ask for the
+            same batches.
 
     Raises:
         ValueError: the geometry's height or width is not the world's.
@@ -81,6 +85,7 @@ class TinyLatents:
         shots: int,
         encoder: PipelineEncoder,
         device: torch.device,
+        ranks: int = 1,
     ) -> None:
         if (geometry.height, geometry.width) != (RESOLUTION, RESOLUTION):
             raise ValueError(
@@ -91,12 +96,13 @@ class TinyLatents:
         frames = STRIDE * (geometry.frames - 1) + 1
         self._videos = TinyVideos(frames, geometry.chunk, shots, device)
         self._encoder = encoder
+        self._ranks = ranks
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
         stories = self._videos.stories(seed, indices)
         prompts = [prompt for story in stories for prompt in story.prompts(SCENE_CUT)]
         text = self._encoder.text(prompts).unflatten(0, (len(stories), -1))
-        latents = self._encoder.latents(self._videos.videos(stories))
+        latents = self._encoder.latents(self._videos.videos(stories), self._ranks)
         chunks = range(text.shape[1])
         opens = torch.tensor([[chunk in story.opens for chunk in chunks] for story in stories])
         return {"latents": latents, "text": text, "opens": opens}
@@ -117,18 +123,20 @@ class FolderLatents:
     Args:
         clips: the folder's.
         encoder: makes latents and text.
+        ranks: as for `TinyLatents`.
     """
 
-    def __init__(self, clips: Samples, encoder: PipelineEncoder) -> None:
+    def __init__(self, clips: Samples, encoder: PipelineEncoder, ranks: int = 1) -> None:
         self._clips = clips
         self._encoder = encoder
+        self._ranks = ranks
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
         latents, text, opens, valid = [], [], [], []
         for index in indices:
             sample = self._clips.sample(seed, index)
             video = sample.video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-            latents.append(self._encoder.latents(video))
+            latents.append(self._encoder.latents(video, self._ranks))
             text.append(self._encoder.text(sample.prompts))
             opens.append(torch.tensor(sample.opens))
             if sample.valid is not None:
@@ -147,8 +155,12 @@ def encoded_clips(
     encoder: PipelineEncoder,
     device: torch.device,
     note: Note = silent,
+    mesh: Mesh = ALONE,
 ) -> Dataset:
     """The clips that ``train.data`` names, encoded.
+
+    New clips are encoded by the ranks that share them, each its own frames. Those that are kept are
+    divided among all ranks.
 
     Args:
         section: names the clips, and the seed of those that are encoded once.
@@ -157,6 +169,7 @@ def encoded_clips(
         device: where clips of the tiny world are rendered.
         note: told how many of a folder's samples are looked at, and of the clips that are kept,
             encoded.
+        mesh: the ranks that train together, which all call this.
 
     Raises:
         ValueError: as `TinyLatents`, `FolderClips` and `LongLiveClips` raise it.
@@ -164,15 +177,18 @@ def encoded_clips(
     data = section.data
     if data.frames is not None:
         geometry = geometry.model_copy(update={"frames": data.frames})
-    clips: Dataset
+    encoded: Callable[[int], Dataset]
     if data.folder is None:
-        clips = TinyLatents(geometry, data.shots, encoder, device)
+        encoded = partial(TinyLatents, geometry, data.shots, encoder, device)
     else:
-        clips = FolderLatents(folder_samples(section, geometry, encoder.stride, note), encoder)
+        samples = folder_samples(section, geometry, encoder.stride, note)
+        encoded = partial(FolderLatents, samples, encoder)
+    new = encoded(mesh.sequence)
     if data.clips is None:
-        return clips
+        return new
     block = 64 if data.folder is None else 1  # a folder's are encoded one by one in any case
-    return Kept(clips, section.seed, data.clips, block, note)
+    kept = first_samples(encoded(1), section.seed, data.clips, block, note, mesh)
+    return Kept(new, section.seed, kept)
 
 
 def folder_samples(

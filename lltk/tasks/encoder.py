@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lltk.graph.geometry import Geometry
 from lltk.models.pipelines import find_pipeline
+from lltk.models.vae_ranks import encode_shared
 from lltk.models.wan_vae import decode, encode, load_vae, make_vae
 from lltk.stream.text import TextEncoder
 from lltk.train.recipe import DataSection
@@ -44,15 +45,18 @@ class PipelineEncoder:
         stride: int = self._vae.config.scale_factor_temporal
         return stride
 
-    def latents(self, video: Tensor) -> Tensor:
+    def latents(self, video: Tensor, ranks: int = 1) -> Tensor:
         """The latents of a video.
 
         Args:
             video: [B, 3, 1 + k·stride, H, W] in [-1, 1].
+            ranks: how many ranks of the group ``sequence`` encode it together, which all call this.
 
         Returns:
             Normalised latents, float32 [B, C, 1 + k, h, w].
         """
+        if ranks > 1:
+            return encode_shared(self._vae, video, ranks)
         return encode(self._vae, video.to(self._device))
 
     @torch.no_grad()

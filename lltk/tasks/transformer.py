@@ -22,6 +22,7 @@ from lltk.models.families import family_of
 from lltk.models.pipelines import find_pipeline, link_pipeline
 from lltk.models.tiny.world import FPS
 from lltk.ops.implementations import check_device
+from lltk.parallel.mesh import ALONE, Mesh
 from lltk.passes.lora import Adapters
 from lltk.stream.video import write_video
 from lltk.tasks.clips import encoded_clips
@@ -103,10 +104,11 @@ class TransformerPlan:
         size = spec.head_dim * self.program.dtype.itemsize + torch.float32.itemsize
         return min(self.section.keep_attention, spec.layers) * tokens * spec.heads * size
 
-    def dataset(self, note: Note = silent) -> Dataset:
+    def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         # Encoding clips takes long, so what the device cannot run is refused before it.
         check_device(self.program.implementations, self.device)
-        return encoded_clips(self.section, self.recipe.geometry, self._encoder(), self.device, note)
+        geometry, encoder = self.recipe.geometry, self._encoder()
+        return encoded_clips(self.section, geometry, encoder, self.device, note, mesh)
 
     def objective(self) -> Objective:
         program, section = self.program, self.section

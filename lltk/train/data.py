@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lltk.parallel.mesh import ALONE, Mesh
 from lltk.train.progress import Note, silent
 
 
@@ -78,37 +79,53 @@ class Batch:
         return [generator_at(self.seed, purpose, index, device=device) for index in self.indices]
 
 
-class Kept:
-    """A dataset's first samples of one seed, made once and kept.
+def first_samples(
+    dataset: Dataset,
+    seed: int,
+    count: int,
+    block: int = 64,
+    note: Note = silent,
+    mesh: Mesh = ALONE,
+) -> dict[str, Tensor]:
+    """A dataset's first samples of a seed, which ranks make together; the same on all.
 
-    Each sample of that seed is a random one of those that are kept. Samples of other seeds, such as
-    held-out ones, are the dataset's own.
+    They are, bit for bit, what one process makes. All ranks must call it.
 
     Args:
-        dataset: makes the samples.
-        seed: the seed of the kept samples.
-        count: how many samples are kept.
-        block: how many are made at once.
+        dataset: makes the samples, each rank's for itself.
+        seed: of the samples.
+        count: how many.
+        block: how many are made at once. The ranks take blocks in turn.
         note: told how many are made.
+        mesh: the ranks.
+    """
+    blocks = [range(start, min(start + block, count)) for start in range(0, count, block)]
+    made = {}
+    for number in range(mesh.rank, len(blocks), mesh.size):
+        note("encoding clips", blocks[number].start, count)
+        made[number] = dataset.batch(seed, blocks[number])
+    every = [mesh.spread(made.get(n), n % mesh.size) for n in range(len(blocks))]
+    note("encoding clips", count, count)
+    return {name: torch.cat([part[name] for part in every]) for name in every[0]}
+
+
+class Kept:
+    """A dataset whose samples of one seed are a few that are kept.
+
+    Each sample of that seed is a random one of them. Samples of other seeds, such as held-out ones,
+    are the dataset's own.
+
+    Args:
+        dataset: makes the other samples.
+        seed: the seed of the kept samples.
+        kept: the samples, as a batch of the dataset.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        seed: int,
-        count: int,
-        block: int = 64,
-        note: Note = silent,
-    ) -> None:
+    def __init__(self, dataset: Dataset, seed: int, kept: Mapping[str, Tensor]) -> None:
         self._dataset = dataset
         self._seed = seed
-        self._count = count
-        parts = []
-        for start in range(0, count, block):
-            note("encoding clips", start, count)
-            parts.append(dataset.batch(seed, range(start, min(start + block, count))))
-        note("encoding clips", count, count)
-        self._kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self._kept = kept
+        self._count = len(next(iter(kept.values())))
 
     def batch(self, seed: int, indices: range) -> Mapping[str, Tensor]:
         if seed != self._seed:
