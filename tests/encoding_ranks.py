@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +12,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from footage import FPS, numbered, write_clip
-from ranks import LIMIT, free_port, grouped
+from ranks import forked, free_port, grouped
 from safetensors.torch import save_file
 from test_folder import GEOMETRY, VAE, WHOLE, dataset_of
 from test_vae_frames import frames_seen, vae
@@ -158,17 +156,6 @@ def save_all(folder: Path) -> None:
     save_clips(folder)
     for number, _ in RUNS:
         vae(number)
-    fork = multiprocessing.get_context("fork")
     for size in SIZES:
         port = free_port()
-        ranks = [
-            fork.Process(target=save_encoded, args=(rank, size, port, folder))
-            for rank in range(size)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(LIMIT)
-            process.kill()
-        if any(process.exitcode for process in ranks):
-            sys.exit(1)
+        forked(save_encoded, [(rank, size, port, folder) for rank in range(size)])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -50,6 +51,31 @@ def started(size: int, *arguments: object) -> list[subprocess.Popen[str]]:
         )
         for rank in range(size)
     ]
+
+
+def forked(run: Callable[..., None], given: Sequence[tuple[Any, ...]]) -> None:
+    """Run a function in forks of this process, one a tuple of arguments; end it if one fails.
+
+    A process that has run gradients or several threads must not be forked.
+    """
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run, args=each) for each in given]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(LIMIT)
+        process.kill()
+    if any(process.exitcode for process in processes):
+        sys.exit(1)
+
+
+def saved(save_all: Callable[..., None], *given: object) -> None:
+    """Run a function that forks in a new process."""
+    process = multiprocessing.get_context("spawn").Process(target=save_all, args=given)
+    process.start()
+    process.join(3 * LIMIT)
+    process.kill()
+    assert process.exitcode == 0
 
 
 def ended(processes: Sequence[subprocess.Popen[str]], limit: float = LIMIT) -> list[Ended]:

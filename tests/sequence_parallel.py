@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 from helpers import PASSES, after, make_program, make_recipe, tiny_config
-from ranks import LIMIT, free_port, grouped
+from ranks import forked, free_port, grouped
 from safetensors.torch import save_file
 from streams import SHOTS, SIZES
 from torch import Tensor
@@ -320,21 +319,11 @@ def save_all(groups: Sequence[tuple[Sequence[Path], Path | None]]) -> None:
         groups: of each the ranks' files, and the pipeline that `made_by` takes.
     """
     torch.set_num_threads(1)
-    fork = multiprocessing.get_context("fork")
     for paths, pipeline in groups:
         size, port = len(paths), free_port()
         programs(size)
-        ranks = [
-            fork.Process(target=save_made, args=(rank, size, port, pipeline, path))
-            for rank, path in enumerate(paths)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(LIMIT)
-            process.kill()
-        if any(process.exitcode for process in ranks):
-            sys.exit(1)
+        given = [(rank, size, port, pipeline, path) for rank, path in enumerate(paths)]
+        forked(save_made, given)
 
 
 def run_command(

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import Run, refused
-from ranks import LIMIT, alike, ended, free_port, grouped, started
+from ranks import LIMIT, alike, ended, free_port, grouped, saved, started
 from safetensors.torch import load_file
 from sequence_parallel import (
     CASES,
@@ -83,11 +83,7 @@ def groups(
     folder = tmp_path_factory.mktemp("groups")
     paths = {size: [folder / f"{r}_of_{size}.safetensors" for r in range(size)] for size in (2, 4)}
     given = [(paths[2], pipeline), (paths[4], None)]
-    process = multiprocessing.get_context("spawn").Process(target=save_all, args=(given,))
-    process.start()
-    process.join(2 * LIMIT)
-    process.kill()
-    assert process.exitcode == 0
+    saved(save_all, given)
     return {size: [load_file(path) for path in some] for size, some in paths.items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import replay_longlive
 import replay_sp
 from helpers import refused
-from ranks import LIMIT
+from ranks import saved
 from safetensors.torch import load_file
 from torch import Tensor
 from training_ranks import (
@@ -50,11 +49,7 @@ Made = dict[str, Tensor]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What every rank makes of its runs, in files."""
     made = tmp_path_factory.mktemp("ranks")
-    process = multiprocessing.get_context("spawn").Process(target=save_all, args=(made,))
-    process.start()
-    process.join(3 * LIMIT)
-    process.kill()
-    assert process.exitcode == 0
+    saved(save_all, made)
     return made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from itertools import product
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from encoding_ranks import FAULTS, FAULTY, RUNS, SIZES, Odd, batches, datasets, save_all, video
 from helpers import refused
-from ranks import LIMIT
+from ranks import saved
 from safetensors.torch import load_file
 from test_vae_frames import BOUND, CONFIGS, apart, vae
 
@@ -26,11 +25,7 @@ pytestmark = pytest.mark.cpu
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What every rank makes, in files."""
     made = tmp_path_factory.mktemp("ranks")
-    process = multiprocessing.get_context("spawn").Process(target=save_all, args=(made,))
-    process.start()
-    process.join(2 * LIMIT)
-    process.kill()
-    assert process.exitcode == 0
+    saved(save_all, made)
     return made
 
 

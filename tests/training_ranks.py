@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +20,7 @@ import replay_sp
 import torch
 import torch.distributed as dist
 from helpers import PASSES, make_program, make_recipe, tiny_config
-from ranks import LIMIT, free_port, grouped
+from ranks import LIMIT, forked, free_port, grouped
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -284,17 +282,6 @@ def save_all(folder: Path) -> None:
     for _, (sequence, _), case in RUNS:
         program(case, sequence)
     program("text", 2, "bfloat16")
-    fork = multiprocessing.get_context("fork")
     for size in sorted({run[0] for run in RUNS}):
         port = free_port()
-        ranks = [
-            fork.Process(target=save_trained, args=(rank, size, port, folder))
-            for rank in range(size)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(LIMIT)
-            process.kill()
-        if any(process.exitcode for process in ranks):
-            sys.exit(1)
+        forked(save_trained, [(rank, size, port, folder) for rank in range(size)])

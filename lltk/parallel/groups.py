@@ -62,10 +62,14 @@ def find_group(name: str, size: int) -> dist.ProcessGroup:
     found = 1 if group is None else group.size()
     if group is None or found != size:
         start = f"torchrun --nproc-per-node {size} -m lltk …" if size > 1 else "one process"
-        fit = f"whose size is {found}" if found > 1 else "without such a pass"
+        fit = (
+            f"passes.ulysses_stream.size={found}"
+            if found > 1
+            else "no ulysses_stream in its passes"
+        )
         raise ValueError(
-            f"ranks: the recipe is for {size}, as ulysses_stream or balanced_sp among its passes "
-            f"says, and {found} ran it; start {start}, or take a recipe {fit}"
+            f"ranks: the recipe is for {size}, and {found} ran it; start {start}, or take a recipe "
+            f"with {fit}"
         )
     return group
 
