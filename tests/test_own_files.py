@@ -65,8 +65,8 @@ from lltk.ops.declaration import Declaration, Exactness
 DECLARATION = Declaration(Exactness.ROUNDING, "twice the values, then half of the result")
 
 
-def block_causal_attention(q, k, v, chunk_tokens, teacher_forcing):
-    return attend(q, k, 2 * v, chunk_tokens, teacher_forcing) / 2
+def block_causal_attention(q, k, v, chunk_tokens, teacher_forcing, ranks=1):
+    return attend(q, k, 2 * v, chunk_tokens, teacher_forcing, ranks) / 2
 """
 
 
@@ -199,7 +199,7 @@ def test_a_broken_package_is_named_with_its_file(folder: Path) -> None:
         (".dim", "Python finds no module '.dim'; "),
         ("own_files/dim.py", "Python finds no module 'own_files/dim'; "),
         ("lltk.passes.lora", "passes: lltk.passes.lora: lltk's own passes go by their last name"),
-        ("zzz", "there is no pass 'zzz'; passes: bidirectional, block_causal, "),
+        ("zzz", "there is no pass 'zzz'; passes: balanced_sp, bidirectional, "),
     ],
 )
 def test_a_pass_that_is_not_there(folder: Path, name: str, message: str) -> None:

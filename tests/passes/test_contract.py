@@ -57,15 +57,20 @@ class Case:
     head_dim: int = 12
     lossy: bool = False
     """Whether a state dict that comes back is only near to what it was."""
+    frames: int = 6
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"layers": 1, "head_dim": self.head_dim, "frames": self.frames}
 
     def original(self) -> Program:
-        return captured(self.kind, layers=1, head_dim=self.head_dim)
+        return captured(self.kind, **self.sizes)
 
     def before(self) -> Program:
-        return reached(self.kind, *self.steps, layers=1, head_dim=self.head_dim)
+        return reached(self.kind, *self.steps, **self.sizes)
 
     def after(self) -> Program:
-        return reached(self.kind, *self.steps, self.name, layers=1, head_dim=self.head_dim)
+        return reached(self.kind, *self.steps, self.name, **self.sizes)
 
 
 STREAM, SCORE, TRAIN = PASSES["stream"], PASSES["score"], PASSES["train"]
@@ -93,6 +98,7 @@ CASES = [
     Case("nvfp4_train", "train", "changing", Stage.QUANTISED, TRAIN[:5], head_dim=16),
     Case("lora", "stream", "bitwise", CAUSAL, STREAM[:6]),
     Case("merge_lora", "score", "rounding", CANON, (*CANONICAL, "lora")),
+    Case("balanced_sp", "train", "changing", Stage.PARTITIONED, TRAIN[:5], frames=8),
     Case("ulysses_stream", "stream", "changing", Stage.PARTITIONED, STREAM[:6]),
     Case("externalise", "stream", "rounding", CAUSAL, STREAM[:6]),
     Case("regionalise", "stream", "bitwise", Stage.REGIONAL, STREAM[:6]),
@@ -300,7 +306,7 @@ def test_any_order_runs_or_is_refused_by_name(name: str, kind: Kind) -> None:
 
 def test_unknown_pass_is_refused() -> None:
     assert refused(make_pass, "comit", {}) == "there is no pass 'comit'; did you mean 'commit'?"
-    assert "passes: bidirectional, block_causal, cached_step" in refused(make_pass, "zzz", {})
+    assert "passes: balanced_sp, bidirectional, block_causal" in refused(make_pass, "zzz", {})
 
 
 @pytest.mark.parametrize("kind", PASSES)

@@ -117,8 +117,8 @@ def uncausal(program: Program) -> Program:
     [
         (
             {"block_causal_attention": "spda"},
-            "block_causal_attention has no implementation 'spda' (it has reference, flex, sdpa); "
-            "did you mean 'sdpa'?",
+            "block_causal_attention has no implementation 'spda' (it has reference, cudnn, flex, "
+            "sdpa); did you mean 'sdpa'?",
         ),
         (
             {"paged_attention": "flex"},

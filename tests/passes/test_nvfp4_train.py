@@ -330,7 +330,7 @@ def test_draws_follow_the_batch() -> None:
     objective, batch = FlowMatching(program, module), clips(program)
     later = Batch(batch.seed, range(5, 5 + len(batch.indices)), batch.tensors)
     for each, drawn in ((batch, [7, 0]), (later, [7, 5])):
-        inputs, _, _ = objective._prepared(objective._excerpt(each))
+        inputs, *_ = objective._prepared(objective._excerpt(each))
         assert inputs["random"].tolist() == drawn
 
 
