@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lltk.ops.block_causal_attention.merging import Kernel, attend, differentiate
+from lltk.ops.cudnn_dtypes import check_attends
 from lltk.ops.declaration import Declaration, Exactness
 
 DECLARATION = Declaration(
@@ -106,10 +107,6 @@ def block_causal_attention(
     Raises:
         ValueError: q is neither bfloat16 nor float16.
     """
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"block_causal_attention: cudnn attends in bfloat16 or float16, not in {q.dtype}; set "
-            "model.dtype, or block_causal_attention of the recipe's lower pass to sdpa"
-        )
+    check_attends("block_causal_attention", q)
     out: Tensor = _attend(q, k, v, chunk_tokens, teacher_forcing, ranks)[0]
     return out

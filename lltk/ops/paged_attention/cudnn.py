@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lltk.ops.cudnn_dtypes import check_attends
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.paged_attention.reference import gather
 
@@ -24,11 +25,7 @@ def paged_attention(
     Raises:
         ValueError: q is neither bfloat16 nor float16.
     """
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"paged_attention: cudnn attends in bfloat16 or float16, not in {q.dtype}; set "
-            "model.dtype, or paged_attention of the recipe's lower pass to sdpa"
-        )
+    check_attends("paged_attention", q)
     queries, keys, values = (
         t.transpose(1, 2) for t in (q, gather(k, k_pages, table), gather(v, v_pages, table))
     )
