@@ -81,7 +81,7 @@ def worst(made: list[dict[str, Tensor]], data: Data) -> float:
     assert sums, "the file has no gradients"
     for key, value in sums.items():
         name = key.removeprefix("grad_sum.")
-        pairs.append((sum(own[f"grad.{name}"] for own in made), value))  # type: ignore[arg-type]
+        pairs.append((torch.stack([own[f"grad.{name}"] for own in made]).sum(0), value))
     return max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
 
 

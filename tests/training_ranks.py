@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -20,7 +19,7 @@ import replay_sp
 import torch
 import torch.distributed as dist
 from helpers import PASSES, make_program, make_recipe, tiny_config
-from ranks import LIMIT, forked, free_port, grouped
+from ranks import forked, free_port, grouped
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -255,18 +254,11 @@ def save_on_gpu(rank: int, size: int, port: int, folder: Path) -> None:
     """Write what this rank makes on a GPU of its own, over NCCL; for a process of its own."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=LIMIT),
-    )
-    for run in RUNS:
-        if run[0] == size:
-            found = trained(run[2], Ranks(rank, size, device), *run[1])
-            save_file(found, folder / file_of(run, rank))
-    dist.destroy_process_group()
+    with grouped(rank, size, port, "cpu:gloo,cuda:nccl"):
+        for run in RUNS:
+            if run[0] == size:
+                found = trained(run[2], Ranks(rank, size, device), *run[1])
+                save_file(found, folder / file_of(run, rank))
 
 
 def recorded(file: Path) -> tuple[Recipe, dict[str, Any]]:
