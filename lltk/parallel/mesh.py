@@ -108,6 +108,18 @@ class Mesh:
             dist.broadcast(spread[name].view(torch.uint8), src=owner)
         return spread
 
+    def gathered(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors as wholes at the first rank; none at the others. All ranks must call it.
+
+        What lies in parts is gathered one by one into main memory; the rest is as it was.
+        """
+        found = {}
+        for name, value in values.items():
+            complete = value.full_tensor().cpu() if isinstance(value, DTensor) else value
+            if self.rank == 0:
+                found[name] = complete
+        return found
+
     def same(self, value: object) -> bool:
         """Whether every rank has an equal value. All ranks must call it."""
         if self.size == 1:

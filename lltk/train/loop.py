@@ -205,14 +205,15 @@ class Trainer:
 
     def save(self) -> None:
         """Write a training state, and a plot of the loss so far. All ranks must call it."""
+        gathered, memory = self._mesh.gathered, self._objective.memory
         state = TrainingState(
             self.step,
             self._data.position,
             self._about,
-            _whole(self._masters.copy()),
-            _whole(self._ema),
-            _whole(self._optimiser.state()) | random_state(),
-            {} if self._objective.memory is None else self._objective.memory.state(),
+            gathered(self._masters.values()),
+            gathered(self._ema),
+            gathered(self._optimiser.state()) | random_state(),
+            {} if memory is None else memory.state(),
         )
         if self._mesh.rank > 0:
             return

@@ -82,6 +82,10 @@ class Masters:
             master.copy_(values[name])
         self.publish()
 
+    def values(self) -> dict[str, Tensor]:
+        """The masters' values by name, in float32 or wider; they change with the masters."""
+        return {n: master.detach().to(_wide(master)) for n, master in self.parameters.items()}
+
     def copy(self) -> dict[str, Tensor]:
         """The masters' values as they are now, by name, in float32 or wider."""
         return {
