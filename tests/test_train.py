@@ -50,7 +50,15 @@ def test_the_loss_falls_and_is_recorded(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert set(first) == {
         "step", "loss", "grad_norm", "lr", "seconds", "samples_per_second", "validation",
+        "parts", "tokens_per_second", "mfu", "memory",
     }  # fmt: skip
+    for each in metrics:
+        assert each.parts.keys() == {"data", "forward", "backward", "exchange", "optimiser"}
+        assert 0.3 * each.seconds < sum(each.parts.values()) <= each.seconds
+    weights = sum(tensor.nbytes for tensor in run.weights.values())
+    moments = 2 * weights + 4 * len(run.weights)  # and a counter each
+    held = {"weights": weights, "gradients": weights, "AdamW moments": moments}
+    assert [each.memory for each in metrics] == [held, *[{}] * 59]
     assert ElementTree.parse(tmp_path / "loss.svg").getroot().tag.endswith("svg")
     assert not run.ema
 
@@ -258,6 +266,10 @@ def test_flow_matching_learns_through_a_program(tmp_path: Path, kind: Kind) -> N
     run = Trainer(objective, data, flow_settings(), tmp_path, {})
     finish(run)
     assert mean_loss(objective, held_out) < 0.75 * before
+    tokens = 4 * program.geometry.frames * program.geometry.frame_tokens(program.spec)
+    for metrics in history(tmp_path):
+        assert metrics.tokens_per_second == pytest.approx(tokens / metrics.seconds)
+        assert metrics.mfu is None  # of a CPU
     # The Program's own weights are left as they were.
     assert mean_loss(FlowMatching(program, instantiate(program)), held_out) == before
     trained = with_weights(program, run.weights)

@@ -46,6 +46,7 @@ class Regression:
     """
 
     memory = None
+    work = None
 
     def __init__(
         self, clips: int = 4, dropout: float = 0.0, dtype: torch.dtype = torch.float32

@@ -19,6 +19,16 @@ E2M1_PRODUCTS: tuple[Capability, ...] = ((10, 0), (10, 3), (11, 0), (12, 0))
 E4M3: tuple[Capability, ...] = ((8, 9), (9, 0), *E2M1)
 """CUDA architectures that multiply E4M3."""
 
+_DENSE_BFLOAT16 = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+"""Dense floating-point operations a second in bfloat16, from NVIDIA's data sheets."""
+
 _PACKAGES = {"cudnn": "nvidia-cudnn-frontend"}
 """The packages whose names differ from their modules'."""
 
@@ -55,6 +65,14 @@ def lacking(
             if found not in capabilities:
                 return f"runs on {architectures(capabilities)}, not on {architectures([found])}"
     return None
+
+
+def bfloat16_flops(device: torch.device) -> float | None:
+    """How many floating-point operations a second a device could do; None where that is unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for model, flops in _DENSE_BFLOAT16.items() if model in name), None)
 
 
 def architectures(capabilities: Sequence[Capability]) -> str:

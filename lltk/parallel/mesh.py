@@ -201,6 +201,11 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def local_part(value: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def divided_like(value: Tensor, like: Tensor) -> Tensor:
     """A tensor that every rank has, divided among ranks as another one is, on its device."""
     value = value.to(like.device)

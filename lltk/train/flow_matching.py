@@ -7,12 +7,14 @@ velocity v = ε − x₀.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from lltk.graph.contract import Role
 from lltk.graph.diagnose import first_bad_node
+from lltk.graph.flops import training_flops
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.train.data import Batch
@@ -20,6 +22,7 @@ from lltk.train.error_recycling import ErrorRecycling, Given, without_errors
 from lltk.train.excerpt import excerpt, leaps
 from lltk.train.graphs import Graphed
 from lltk.train.noise_levels import LEVELS, level_weights, noise_grid
+from lltk.train.objective import Work
 from lltk.train.recipe import ErrorRecyclingSection
 from lltk.train.share import Share
 
@@ -134,6 +137,13 @@ class FlowMatching:
     @property
     def clips(self) -> int:
         return self._program.geometry.batch
+
+    @cached_property
+    def work(self) -> Work:
+        geometry = self._program.geometry
+        frames = geometry.batch * geometry.frames
+        tokens = frames * geometry.frame_tokens(self._program.spec)
+        return Work(tokens, training_flops(self._program))
 
     def count(self, batch: Batch) -> int:
         if "valid" in batch.tensors:  # without padding every excerpt counts the same

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from lltk.files.outputs import Kind, Output
 from lltk.files.writing import remove_unfinished, sync, write_text
-from lltk.parallel.mesh import ALONE, Mesh, divided_like, whole
+from lltk.ops.hardware import bfloat16_flops
+from lltk.parallel.mesh import ALONE, Mesh, divided_like, local_part, whole
+from lltk.stream.timing import Stopwatch
 from lltk.stream.video import VIDEO
 from lltk.train.data import Batch, Batches, Dataset
 from lltk.train.gradients import by_place, clip, total_norm
@@ -144,6 +146,9 @@ class Trainer:
             own=section.weights == "float32",
         )
         self._optimiser = Optimiser(self._masters.parameters, section)
+        self._device = next(iter(self._masters.parameters.values())).device
+        self._watch = Stopwatch(self._device)
+        self._memory_is_new = True
         self.step = 0
         """How many steps are done."""
         self._ema: dict[str, Tensor] = {}
@@ -184,11 +189,16 @@ class Trainer:
         rate = section.rate(self.step)
         loss, norm = self._update(rate)
         self.step += 1
-        self._average()
+        with self._watch.measure("optimiser"):
+            self._average()
+        parts = self._watch.read()
         seconds = time.perf_counter() - start
-        validation = self._look()
-        speed = section.batch / seconds
-        metrics = Metrics(self.step, loss, norm, rate, seconds, speed, validation)
+        memory = self._held() if self._memory_is_new else {}
+        self._memory_is_new = False
+        metrics = Metrics(
+            self.step, loss, norm, rate, seconds, section.batch / seconds, self._look(), parts,
+            *self._speed(seconds), memory,
+        )  # fmt: skip
         if self._mesh.rank == 0:
             append_metrics(self._folder / METRICS, metrics)
         if _due(section.checkpoint_every, self.step) or self.step == section.steps:
@@ -236,28 +246,59 @@ class Trainer:
 
     def _update(self, rate: float) -> tuple[float, float]:
         """Update the weights once; give the loss, and the gradient's norm before clipping."""
-        batches = [next(self._data) for _ in range(self._calls)]
-        mesh = self._mesh
+        mesh, watch = self._mesh, self._watch
+        with watch.measure("data"):
+            batches = [next(self._data) for _ in range(self._calls)]
         counts = torch.tensor(sum(self._objective.count(batch) for batch in batches))
         count = max(1, int(mesh.total(counts)) // mesh.sequence)
         parts = []
         for batch in batches:
-            part = self._objective.loss(batch) / count
-            (part * mesh.factor).backward()
-            self._masters.collect()
+            with watch.measure("forward"):
+                part = self._objective.loss(batch) / count
+            with watch.measure("backward"):
+                (part * mesh.factor).backward()
+                self._masters.collect()
             parts.append(part.detach())
-        loss = float(mesh.total(torch.stack(parts).sum()))
         groups = by_place(self._masters.parameters.values())
-        mesh.add_up(master for group in groups for master in group)
-        norm = total_norm(groups)
+        with watch.measure("exchange"):
+            loss = float(mesh.total(torch.stack(parts).sum()))
+            mesh.add_up(master for group in groups for master in group)
+            norm = total_norm(groups)
         if not math.isfinite(loss + float(norm)):
             raise Diverged(self._divergence(loss, float(norm), batches))
-        clip(groups, self._section.clip, norm)
-        self._optimiser.step(rate)
-        self._masters.publish()
+        with watch.measure("optimiser"):
+            clip(groups, self._section.clip, norm)
+            self._optimiser.step(rate)
+            self._masters.publish()
         if self._objective.memory is not None:
             self._objective.memory.end_step(mesh)
         return loss, float(norm)
+
+    def _speed(self, seconds: float) -> tuple[float | None, float | None]:
+        """Tokens a second and MFU of a step that took so long."""
+        work = self._objective.work
+        if work is None:
+            return None, None
+        calls = self._calls * self._mesh.groups
+        most = bfloat16_flops(self._device)
+        share = None if most is None else calls * work.flops / (seconds * most * self._mesh.size)
+        return calls * work.tokens / seconds, share
+
+    def _held(self) -> dict[str, int]:
+        """Bytes on this rank's device by owner, and the most that were allocated on a GPU."""
+        parameters = list(self._objective.module.parameters())
+        masters = list(self._masters.parameters.values())
+        running = set(parameters)
+        owners = {
+            "weights": _bytes(parameters),
+            "float32 weights": _bytes(each for each in masters if each not in running),
+            "gradients": _bytes(masters),
+            "AdamW moments": _bytes(self._optimiser.held()),
+            "average": _bytes(self._ema.values()),
+        }
+        if self._device.type == "cuda":
+            owners["peak"] = torch.cuda.max_memory_allocated(self._device)
+        return {owner: size for owner, size in owners.items() if size}
 
     def _divergence(self, loss: float, norm: float, batches: list[Batch]) -> str:
         where: str | None = None
@@ -355,6 +396,10 @@ class Trainer:
 
 def _whole(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(value) for name, value in values.items()}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(local_part(tensor).nbytes for tensor in tensors)
 
 
 def _finite(value: Tensor) -> bool:

@@ -27,6 +27,16 @@ class Metrics:
         seconds: the wall time, without validation and samples.
         samples_per_second: the clips of the step, divided by those seconds.
         validation: what validation measured after this step; empty where there was none.
+        parts: the seconds of the first rank's parts of the step: ``data`` (reading and encoding
+            clips), ``forward``, ``backward`` (with what is recomputed), ``exchange`` (adding up
+            gradients of other ranks; what they exchange inside the passes counts there) and
+            ``optimiser`` (clipping, the update and averaging). On a GPU by its own clock.
+        tokens_per_second: the video tokens of the step's clips, divided by its seconds; None for an
+            autoencoder.
+        mfu: the model FLOPs (`lltk.graph.flops`) of the step, divided by those that its devices
+            could do in bfloat16 in its seconds; None where one of the two is not known.
+        memory: bytes on the first rank's device by owner, and on a GPU the ``peak`` of what torch
+            allocated; empty but for the first step after the run begins or goes on.
     """
 
     step: int
@@ -36,6 +46,10 @@ class Metrics:
     seconds: float
     samples_per_second: float
     validation: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
 
 
 METRICS_FILE = marked("a run's metrics", '{"step": 1, "loss": ')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -29,6 +30,19 @@ class Memory(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a call is, over all ranks that share its clips.
+
+    Attributes:
+        tokens: the video tokens of its clips.
+        flops: the floating-point operations of its forward and its backward pass.
+    """
+
+    tokens: int
+    flops: int
+
+
 class Objective(Protocol):
     """What a step minimises: the sum of `loss` over its batches, divided by the sum of `count`."""
 
@@ -47,6 +61,10 @@ class Objective(Protocol):
     @property
     def memory(self) -> Memory | None:
         """What is kept from step to step; None if nothing is."""
+
+    @property
+    def work(self) -> Work | None:
+        """What a call is; None where that is not counted."""
 
     def count(self, batch: Batch) -> int:
         """How much the batch counts in the step's mean: for example its frames, without padding."""

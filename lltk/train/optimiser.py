@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -46,6 +46,15 @@ class Optimiser:
             for name, parameter in self._parameters.items()
             for key, value in self._adamw.state[parameter].items()
         }
+
+    def held(self) -> Iterator[Tensor]:
+        """The tensors that hold the state; an 8-bit one is its codes and its scales."""
+        for state in self._adamw.state.values():
+            for value in state.values():
+                has_codes: Any = value
+                yield from (
+                    (has_codes.codes, has_codes.scale) if hasattr(value, "codes") else (value,)
+                )
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

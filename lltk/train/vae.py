@@ -41,6 +41,7 @@ class Reconstruction:
     """
 
     memory = None
+    work = None
 
     def __init__(
         self,
