@@ -49,12 +49,14 @@ class Case:
         frames, chunk: of a clip, in latent frames.
         options: of the objective.
         padded: whether clips have padding, which no two of them have as much of.
+        naive: whether ranks divide [clean; noisy] as it stands.
     """
 
     frames: int = 8
     chunk: int = 2
     options: Mapping[str, Any] = field(default_factory=dict)
     padded: bool = False
+    naive: bool = False
 
 
 CASES = {
@@ -66,6 +68,17 @@ CASES = {
         padded=True,
     ),
 }
+NAIVE = {
+    "naive": Case(
+        options={
+            "image": 0.6,
+            "error_recycling": ErrorRecyclingSection(clean=0.3, buckets=2, entries=3),
+        },
+        padded=True,
+        naive=True,
+    )
+}
+ALL_CASES = CASES | NAIVE
 
 
 class Clips:
@@ -93,10 +106,13 @@ class Clips:
 @cache
 def program(name: str, sequence: int, dtype: str = "float32") -> Program:
     """A case's Program, for so many ranks a clip, with weights of its own seed."""
-    case = CASES[name]
+    case = ALL_CASES[name]
     steps: list[Any] = list(PASSES["train"])
-    if sequence > 1:
-        steps.insert(steps.index("teacher_forcing") + 1, {"balanced_sp": {"size": sequence}})
+    place = steps.index("teacher_forcing")
+    if sequence > 1 and case.naive:
+        steps[place] = {"naive_sp": {"size": sequence}}
+    elif sequence > 1:
+        steps.insert(place + 1, {"balanced_sp": {"size": sequence}})
     config = tiny_config(2, num_attention_heads=4, attention_head_dim=12)
     sizes = {"frames": case.frames, "chunk": case.chunk, "window": 4 * case.chunk, "sink": 0}
     sizes |= {"height": 64, "width": 96}
@@ -122,7 +138,7 @@ def in_float64() -> Iterator[None]:
 
 def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict[str, Tensor]:
     """Losses, gradients and weights of a few steps in float64, on the CPU."""
-    case, made = CASES[name], program(name, sequence)
+    case, made = ALL_CASES[name], program(name, sequence)
     found: dict[str, Tensor] = {}
     step = Optimiser.step
 
@@ -159,6 +175,8 @@ RUNS: list[Run] = [
     *product([4], [(4, 1), (2, 4), (2, 2)], ["images and padding"]),
     (4, (2, 1), "recycled errors"),
     (4, (4, 1), "errors and noise"),
+    (2, (2, 2), "naive"),
+    (4, (4, 1), "naive"),
 ]
 FAULTY: Run = (2, (2, 1), "images and padding")
 """The run that has the faults."""

@@ -21,7 +21,7 @@ NVFP4_LINEAR = overload("nvfp4_linear")
 
 
 def forward_flops(program: Program, graph: str) -> int:
-    """Operations of a pass through a graph: of its linears, convolutions and attention, 2 a product.
+    """Operations of a pass: of a graph's linears, convolutions and attention, 2 a product.
 
     Attention counts the pairs of a query and a key that the mask allows. Where several ranks share
     a clip, it is what one of them does.

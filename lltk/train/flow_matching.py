@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lltk.graph.contract import Role
 from lltk.graph.diagnose import first_bad_node
@@ -76,7 +77,8 @@ class FlowMatching:
 
     Raises:
         ValueError: the program neither trains nor is a reference; or it is a reference, which sees
-            no clean chunks, and they should carry errors or noise.
+            no clean chunks, and they should carry errors or noise; or ranks have clean chunks apart
+            from noisy ones, which should carry errors of their predictions.
     """
 
     def __init__(
@@ -102,6 +104,12 @@ class FlowMatching:
             )
         self._program = program
         self._contract = program.contract(program.kind)
+        self._joined = program.kind == "train" and not self._contract.having(Role.CLEAN)
+        if self._joined and context_error:
+            raise ValueError(
+                "train.context_error: with naive_sp a rank does not have the clean chunk beside the "
+                "noisy one; set it to 0, or use balanced_sp"
+            )
         self._module = module
         self._image = image
         self._context_error = context_error
@@ -158,7 +166,8 @@ class FlowMatching:
             inputs |= self._contract.named({Role.CLEAN: mistaken})
         flow = self._flow(*inputs.values())
         if self.memory is not None and torch.is_grad_enabled():
-            self.memory.note(batch, given, self._share.whole(flow.detach(), axis=2))
+            every = self._share.whole(flow.detach(), axis=2)
+            self.memory.note(batch, given, every[:, :, -self._program.geometry.frames :])
         wide = torch.promote_types(flow.dtype, torch.float32)
         error = (flow.to(wide) - target).square().mean(dim=(1, 3, 4))
         return (weight * error).sum()
@@ -212,13 +221,16 @@ class FlowMatching:
             Role.POSITIONS: batch.tensors["positions"],
             Role.RANDOM: torch.tensor([batch.seed, batch.indices.start]),
         }
+        target = given.target
+        if self._joined:
+            values, target, weight = _joined(values, target, weight)
         inputs = self._contract.named(values) | self._quantised
         share, contract = self._share, self._contract
         own = {
             name: share.own(inputs[name], spec.shape).to(device, spec.dtype)
             for name, spec in contract.inputs.items()
         }
-        target = share.own(given.target, contract.input(Role.LATENTS).shape)
+        target = share.own(target, contract.input(Role.LATENTS).shape)
         return own, target, share.own(weight, contract.input(Role.TIME).shape), given
 
     def _context(self, batch: Batch, clean: Tensor) -> Tensor:
@@ -254,6 +266,21 @@ class FlowMatching:
         """Values for chunks, [B, N], as values for their frames, [B, 1, F, 1, 1] on the device."""
         frames = values.repeat_interleave(self._program.geometry.chunk, dim=1)
         return frames.to(self._device)[:, None, :, None, None]
+
+
+def _joined(
+    values: Mapping[Role, Tensor], target: Tensor, weight: Tensor
+) -> tuple[dict[Role, Tensor], Tensor, Tensor]:
+    """The values, target and weight of [clean; noisy], for ranks that divide it in this order."""
+    text, time = values[Role.TEXT], values[Role.TIME]
+    joined = dict(values) | {
+        Role.LATENTS: torch.cat([values[Role.CLEAN], values[Role.LATENTS]], 2),
+        Role.TIME: F.pad(time, (time.shape[1], 0)),
+        Role.POSITIONS: values[Role.POSITIONS].repeat(2),
+        Role.TEXT: text.repeat(1, 2, 1, 1),
+    }
+    nothing = torch.zeros_like(target)
+    return joined, torch.cat([nothing, target], 2), F.pad(weight, (weight.shape[1], 0))
 
 
 class _Flow(nn.Module):

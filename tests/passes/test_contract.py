@@ -99,6 +99,7 @@ CASES = [
     Case("lora", "stream", "bitwise", CAUSAL, STREAM[:6]),
     Case("merge_lora", "score", "rounding", CANON, (*CANONICAL, "lora")),
     Case("balanced_sp", "train", "changing", Stage.PARTITIONED, TRAIN[:5], frames=8),
+    Case("naive_sp", "train", "changing", Stage.PARTITIONED, TRAIN[:4], frames=8),
     Case("ulysses_stream", "stream", "changing", Stage.PARTITIONED, STREAM[:6]),
     Case("externalise", "stream", "rounding", CAUSAL, STREAM[:6]),
     Case("regionalise", "stream", "bitwise", Stage.REGIONAL, STREAM[:6]),
