@@ -23,7 +23,7 @@ class PipelineEncoder:
         pipeline: folder with ``vae``, ``text_encoder`` and ``tokenizer``.
         text_tokens: tokens that a prompt is padded to.
         device: where both run and leave their results.
-        dtype: the dtype that the autoencoder computes in.
+        dtype: the dtype that both compute in.
 
     Raises:
         ValueError: a part is missing from the folder, or cannot be read.
@@ -32,7 +32,7 @@ class PipelineEncoder:
     def __init__(
         self, pipeline: Path, text_tokens: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._text = TextEncoder(pipeline, text_tokens, device=device)
+        self._text = TextEncoder(pipeline, text_tokens, dtype, device)
         self._embeddings: dict[str, Tensor] = {}
         vae = load_vae(pipeline)
         weights = {name: weight.to(device, dtype) for name, weight in vae.weights.items()}
@@ -65,10 +65,10 @@ class PipelineEncoder:
         return decode(self._vae, latents.to(self._device))
 
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """The prompts' embeddings, float32 [n, S, E]. A prompt is encoded only once."""
+        """The prompts' embeddings, float32 [n, S, E] in main memory; each is made only once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if new:
-            self._embeddings |= zip(new, self._text.encode(new), strict=True)
+            self._embeddings |= zip(new, self._text.encode(new).cpu().float(), strict=True)
         return torch.stack([self._embeddings[prompt] for prompt in prompts])
 
 

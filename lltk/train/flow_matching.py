@@ -107,8 +107,8 @@ class FlowMatching:
         self._joined = program.kind == "train" and not self._contract.having(Role.CLEAN)
         if self._joined and context_error:
             raise ValueError(
-                "train.context_error: with naive_sp a rank does not have the clean chunk beside the "
-                "noisy one; set it to 0, or use balanced_sp"
+                "train.context_error: with naive_sp a rank has no clean chunk beside its noisy "
+                "one; set it to 0, or use balanced_sp"
             )
         self._module = module
         self._image = image

@@ -1,0 +1,249 @@
+"""Time whole training steps of the 5B: reading, encoding, forward, backward, exchange, update.
+
+    python benchmarks/training_iteration.py
+    torchrun --nproc-per-node 2 benchmarks/training_iteration.py --rows 'balanced, shared encoder'
+    python benchmarks/training_iteration.py --recipe tiny_train --pipeline tiny --device cpu \\
+      --frames 12 --set train.compile=false --set train.recompute=false
+
+A pipeline of the true sizes with random weights, and clips, are made first, unless --pipeline names
+a pipeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lltk.bench.profiling import profiled
+from lltk.bench.random_pipeline import UMT5_XXL, make_clips, make_pipeline
+from lltk.bench.record import Record, markdown, percentile, write_record
+from lltk.bench.script import script_options, script_parser, script_record
+from lltk.graph.memory import readable, total
+from lltk.graph.recipe import read_recipe
+from lltk.graph.recipe_files import find_recipe
+from lltk.parallel.ranks import Ranks, joined
+from lltk.training import open_training, plan_training
+
+_METHOD = """\
+Whole steps of {recipe}, one clip a group of ranks, through `open_training`: clips are read from
+H.264 files and encoded, and nothing is kept between steps but the embeddings of captions. Changed
+keys: {changes}. Seconds are medians of {runs} steps after one that warms up, of the slowest rank;
+parts are the first rank's. Peak memory is torch's, of the rank that needs most, beside the
+estimate of `lltk train --dry-run`. Losses are those of all steps; rows with equal clips have equal
+ones up to rounding. Owners are shares of one more step's time, told apart by the names of its
+kernels. Weights and clips are random; sizes are the true ones."""
+_OWNERS = {
+    "exchange": ("nccl",),
+    "convolutions": ("conv", "implicit", "xmma_fprop", "cudnn_infer"),
+    "element-wise, compiled": ("triton_per_", "triton_poi_", "triton_red_"),
+    "attention": ("sdpa", "fmha", "flash", "attention", "flex"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "cublas", "xmma"),
+    "element-wise": (),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to share a step's work.
+
+    Attributes:
+        ranks: for how many it is.
+        layout: the pass that divides a clip among ranks; None for one rank a clip.
+        changes: keys of the recipe.
+    """
+
+    ranks: int
+    layout: str | None
+    changes: tuple[str, ...] = ()
+
+
+ROWS = {
+    "one GPU": Row(1, None),
+    "balanced": Row(2, "balanced_sp"),
+    "naive": Row(2, "naive_sp"),
+}
+_ALWAYS = (
+    "train.steps=1000000",
+    "train.checkpoint_every=1000000",
+    "geometry.batch=1",
+    "train.batch=1",
+    "train.validate_every=null",
+    "train.sample_every=null",
+    "train.data.shots=1",
+    "train.data.clips=null",
+)
+_LARGE = ("train.optimiser=adamw_8bit", "train.weights=compute", "train.ema_decay=null")
+"""How the 5B and a clip of 16 s fit on one GPU of 141 GB."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The script's options."""
+    made = script_parser(__file__, __doc__, runs=3)
+    made.add_argument("--recipe", default="wan22_5b_train_16s", help="(default: %(default)s)")
+    made.add_argument("--pipeline", help="a pipeline to use instead of random weights")
+    made.add_argument("--frames", type=int, nargs="+", default=[96], help="latent frames")
+    made.add_argument("--keep-attention", type=int, default=0, help="blocks (default: 0)")
+    made.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW")
+    made.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    return made
+
+
+def rows(options: argparse.Namespace) -> list[str]:
+    """The names of the rows that a command makes."""
+    ways = options.rows or ["one GPU"]
+    return [f"{way}, {frames} latent frames" for way in ways for frames in options.frames]
+
+
+def main() -> None:
+    """Measure, and write the record again after each row."""
+    options = script_options(parser())
+    results: list[dict[str, Any]] = []
+    with joined(options.device) as ranks, TemporaryDirectory() as made:
+        folder = _shared(Path(made), ranks)
+        if ranks.rank == 0:
+            _make(options, folder, ranks.device)
+        ranks.any(False)  # the first has made it
+        for way in options.rows or ["one GPU"]:
+            for frames in options.frames:
+                name = f"{way}, {frames} latent frames"
+                results.append({"name": name} | measure(ROWS[way], options, frames, folder, ranks))
+                if ranks.rank == 0:
+                    _write(options, results, ranks)
+        ranks.any(False)  # the first removes the folder last
+
+
+def _write(options: argparse.Namespace, results: list[dict[str, Any]], ranks: Ranks) -> None:
+    changes = ", ".join(_changes(options)) or "none"
+    method = _METHOD.format(recipe=options.recipe, changes=changes, runs=options.runs)
+    record = script_record("training_iteration", method, results, ranks.size)
+    write_record(options.output, record, text(record))
+    print({k: v for k, v in results[-1].items() if k != "every"}, flush=True)
+
+
+def _shared(folder: Path, ranks: Ranks) -> Path:
+    """The first rank's folder, on every rank."""
+    if ranks.size == 1:
+        return folder
+    found: list[Any] = [str(folder)]
+    dist.broadcast_object_list(found, src=0)
+    return Path(found[0])
+
+
+def _changes(options: argparse.Namespace) -> list[str]:
+    large = () if options.pipeline else _LARGE
+    kept = [f"train.keep_attention={options.keep_attention}"] if options.keep_attention else []
+    return [*large, *kept, *options.changes]
+
+
+def _make(options: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    """Write what every row reads."""
+    recipe = read_recipe(find_recipe(options.recipe))
+    geometry = recipe["geometry"]
+    size = (int(geometry.get("height", 704)), int(geometry.get("width", 1280)))
+    frames = 4 * max(options.frames) + 40
+    make_clips(folder / "clips", 2, frames, size, 24.0)
+    if options.pipeline is None:
+        make_pipeline(folder / "pipeline", "wan22_5b", "wan22_vae", UMT5_XXL, device)
+
+
+def measure(
+    row: Row, options: argparse.Namespace, frames: int, folder: Path, ranks: Ranks
+) -> dict[str, Any]:
+    """A row's seconds, memory and losses."""
+    pipeline = options.pipeline or str(folder / "pipeline")
+    own = [f"geometry.frames={frames}", f"train.data.folder={folder / 'clips'}"]
+    own += [f"train.data.pipeline={pipeline}", "train.data.fps=24"]
+    if options.pipeline is None:
+        own.append(f"model.checkpoint={folder / 'pipeline' / 'transformer'}")
+    changes = [*_ALWAYS, *own, *_changes(options), *row.changes]
+    data = dict(read_recipe(find_recipe(options.recipe), changes))
+    data["passes"] = list(_divided(data["passes"], row.layout, ranks.size))
+    torch._dynamo.reset()
+    gc.collect()  # the row before
+    plan = plan_training(data, ranks.device, options.recipe)
+    cuda = ranks.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+    with (
+        TemporaryDirectory() as made,
+        open_training(plan, _shared(Path(made), ranks) / "run", ranks=ranks) as run,
+    ):
+        every = [next(iter(run)) for _ in range(options.runs + 1)]
+        peak = torch.cuda.max_memory_allocated(ranks.device) if cuda else 0
+        owners, _ = profiled(lambda: next(iter(run)), ranks.device, _OWNERS)
+    steps = every[1:]
+    mine = {
+        "seconds": [step.seconds for step in steps],
+        "peak": peak,
+        "memory": dict(every[0].memory),
+        "parts": {p: statistics.median(s.parts[p] for s in steps) for p in steps[0].parts},
+        "owners": owners,
+    }
+    gathered: list[Any] = [mine]
+    if ranks.size > 1:
+        gathered = [None] * ranks.size
+        dist.all_gather_object(gathered, mine)
+    slowest = [max(each) for each in zip(*(one["seconds"] for one in gathered), strict=True)]
+    return {
+        "seconds": statistics.median(slowest),
+        "p90": percentile(slowest, 0.9),
+        "ranks": ranks.size,
+        "parts": gathered[0]["parts"],
+        "mfu": steps[-1].mfu,
+        "tokens_per_second": steps[-1].tokens_per_second,
+        "peak": max(one["peak"] for one in gathered),
+        "memory": gathered[0]["memory"],
+        "estimate": dict(plan.memory),
+        "losses": [step.loss for step in every],
+        "norms": [step.grad_norm for step in every],
+        "owners": gathered[0]["owners"],
+        "every": gathered,
+    }
+
+
+def _divided(steps: list[Any], layout: str | None, size: int) -> list[Any]:
+    """A recipe's passes, with that which divides a clip."""
+    names = [next(iter(step)) if isinstance(step, dict) else step for step in steps]
+    kept = [s for s, name in zip(steps, names, strict=True) if name != "balanced_sp"]
+    if layout is None:
+        return kept
+    place = kept.index("teacher_forcing")
+    own = {layout: {"size": size}}
+    return [*kept[: place + (layout == "balanced_sp")], own, *kept[place + 1 :]]
+
+
+def text(record: Record) -> str:
+    """The record as Markdown."""
+
+    def parts(row: Mapping[str, Any]) -> str:
+        return ", ".join(f"{part} {seconds:.2f}" for part, seconds in row["parts"].items())
+
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "row": lambda row: row["name"],
+        "seconds (p90)": lambda row: f"{row['seconds']:.2f} ({row['p90']:.2f})",
+        "seconds by part": parts,
+        "MFU": lambda row: "–" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %",
+        "tokens a second": lambda row: f"{row['tokens_per_second']:.0f}",
+        "peak memory": lambda row: readable(row["peak"]) if row["peak"] else "–",
+        "estimate": lambda row: readable(total(row["estimate"])),
+        "losses": lambda row: ", ".join(f"{loss:.4f}" for loss in row["losses"]),
+        "owners": lambda row: (
+            ", ".join(f"{owner} {100 * share:.0f} %" for owner, share in row["owners"].items())
+            or "–"
+        ),
+    }
+    return markdown(record, "Training steps of the 5B", columns)
+
+
+if __name__ == "__main__":
+    main()
