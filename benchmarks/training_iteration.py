@@ -1,9 +1,9 @@
 """Time whole training steps of the 5B: reading, encoding, forward, backward, exchange, update.
 
     python benchmarks/training_iteration.py
-    torchrun --nproc-per-node 2 benchmarks/training_iteration.py --rows 'balanced, shared encoder'
+    torchrun --nproc-per-node 2 benchmarks/training_iteration.py --rows '16 s, balanced'
     python benchmarks/training_iteration.py --recipe tiny_train --pipeline tiny --device cpu \\
-      --frames 12 --set train.compile=false --set train.recompute=false
+      --frames 12 --set train.data.frames=null
 
 A pipeline of the true sizes with random weights, and clips, are made first, unless --pipeline names
 a pipeline.
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from lltk.bench.profiling import profiled
 from lltk.bench.random_pipeline import UMT5_XXL, make_clips, make_pipeline
 from lltk.bench.record import Record, markdown, percentile, write_record
-from lltk.bench.script import script_options, script_parser, script_record
+from lltk.bench.script import column, script_options, script_parser, script_record
 from lltk.graph.memory import readable, total
 from lltk.graph.recipe import read_recipe
 from lltk.graph.recipe_files import find_recipe
@@ -56,20 +56,22 @@ class Row:
     """One way to share a step's work.
 
     Attributes:
-        ranks: for how many it is.
+        frames: latent frames of a clip.
         layout: the pass that divides a clip among ranks; None for one rank a clip.
-        changes: keys of the recipe.
+        kept: how many blocks keep what attention gives.
     """
 
-    ranks: int
-    layout: str | None
-    changes: tuple[str, ...] = ()
+    frames: int
+    layout: str | None = None
+    kept: int = 0
 
 
 ROWS = {
-    "one GPU": Row(1, None),
-    "balanced": Row(2, "balanced_sp"),
-    "naive": Row(2, "naive_sp"),
+    "16 s": Row(96, kept=20),
+    "16 s, all recomputed": Row(96),
+    "21 s, all recomputed": Row(128),
+    "16 s, balanced": Row(96, "balanced_sp", 30),
+    "16 s, naive": Row(96, "naive_sp", 30),
 }
 _ALWAYS = (
     "train.steps=1000000",
@@ -90,17 +92,15 @@ def parser() -> argparse.ArgumentParser:
     made = script_parser(__file__, __doc__, runs=3)
     made.add_argument("--recipe", default="wan22_5b_train_16s", help="(default: %(default)s)")
     made.add_argument("--pipeline", help="a pipeline to use instead of random weights")
-    made.add_argument("--frames", type=int, nargs="+", default=[96], help="latent frames")
-    made.add_argument("--keep-attention", type=int, default=0, help="blocks (default: 0)")
-    made.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW")
+    made.add_argument("--frames", type=int, help="latent frames of all rows, to try the script")
+    made.add_argument("--rows", nargs="+", default=["16 s"], choices=list(ROWS), metavar="ROW")
     made.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     return made
 
 
 def rows(options: argparse.Namespace) -> list[str]:
     """The names of the rows that a command makes."""
-    ways = options.rows or ["one GPU"]
-    return [f"{way}, {frames} latent frames" for way in ways for frames in options.frames]
+    return list(options.rows)
 
 
 def main() -> None:
@@ -112,12 +112,10 @@ def main() -> None:
         if ranks.rank == 0:
             _make(options, folder, ranks.device)
         ranks.any(False)  # the first has made it
-        for way in options.rows or ["one GPU"]:
-            for frames in options.frames:
-                name = f"{way}, {frames} latent frames"
-                results.append({"name": name} | measure(ROWS[way], options, frames, folder, ranks))
-                if ranks.rank == 0:
-                    _write(options, results, ranks)
+        for name in options.rows:
+            results.append({"name": name} | measure(ROWS[name], options, folder, ranks))
+            if ranks.rank == 0:
+                _write(options, results, ranks)
         ranks.any(False)  # the first removes the folder last
 
 
@@ -140,8 +138,11 @@ def _shared(folder: Path, ranks: Ranks) -> Path:
 
 def _changes(options: argparse.Namespace) -> list[str]:
     large = () if options.pipeline else _LARGE
-    kept = [f"train.keep_attention={options.keep_attention}"] if options.keep_attention else []
-    return [*large, *kept, *options.changes]
+    return [*large, *options.changes]
+
+
+def _frames(row: Row, options: argparse.Namespace) -> int:
+    return row.frames if options.frames is None else options.frames
 
 
 def _make(options: argparse.Namespace, folder: Path, device: torch.device) -> None:
@@ -149,22 +150,21 @@ def _make(options: argparse.Namespace, folder: Path, device: torch.device) -> No
     recipe = read_recipe(find_recipe(options.recipe))
     geometry = recipe["geometry"]
     size = (int(geometry.get("height", 704)), int(geometry.get("width", 1280)))
-    frames = 4 * max(options.frames) + 40
+    frames = 4 * max(_frames(ROWS[name], options) for name in options.rows) + 40
     make_clips(folder / "clips", 2, frames, size, 24.0)
     if options.pipeline is None:
         make_pipeline(folder / "pipeline", "wan22_5b", "wan22_vae", UMT5_XXL, device)
 
 
-def measure(
-    row: Row, options: argparse.Namespace, frames: int, folder: Path, ranks: Ranks
-) -> dict[str, Any]:
+def measure(row: Row, options: argparse.Namespace, folder: Path, ranks: Ranks) -> dict[str, Any]:
     """A row's seconds, memory and losses."""
     pipeline = options.pipeline or str(folder / "pipeline")
-    own = [f"geometry.frames={frames}", f"train.data.folder={folder / 'clips'}"]
+    own = [f"geometry.frames={_frames(row, options)}", f"train.data.folder={folder / 'clips'}"]
     own += [f"train.data.pipeline={pipeline}", "train.data.fps=24"]
     if options.pipeline is None:
         own.append(f"model.checkpoint={folder / 'pipeline' / 'transformer'}")
-    changes = [*_ALWAYS, *own, *_changes(options), *row.changes]
+    kept = [f"train.keep_attention={row.kept}"]
+    changes = [*_ALWAYS, *own, *_changes(options), *kept]
     data = dict(read_recipe(find_recipe(options.recipe), changes))
     data["passes"] = list(_divided(data["passes"], row.layout, ranks.size))
     torch._dynamo.reset()
@@ -198,6 +198,8 @@ def measure(
         "seconds": statistics.median(slowest),
         "p90": percentile(slowest, 0.9),
         "ranks": ranks.size,
+        "frames": _frames(row, options),
+        "kept": row.kept,
         "parts": gathered[0]["parts"],
         "mfu": steps[-1].mfu,
         "tokens_per_second": steps[-1].tokens_per_second,
@@ -230,6 +232,8 @@ def text(record: Record) -> str:
 
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "row": lambda row: row["name"],
+        "latent frames": column("frames", "d"),
+        "attention kept": lambda row: f"{row['kept']} blocks",
         "seconds (p90)": lambda row: f"{row['seconds']:.2f} ({row['p90']:.2f})",
         "seconds by part": parts,
         "MFU": lambda row: "–" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %",
