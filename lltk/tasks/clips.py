@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +17,10 @@ from lltk.stream.script import SCENE_CUT
 from lltk.tasks.encoder import PipelineEncoder
 from lltk.train.assembly import Rules
 from lltk.train.data import Dataset, Kept, first_samples, generator_at
-from lltk.train.folder import FolderClips, Sample
+from lltk.train.folder import FolderClips
 from lltk.train.longlive import LongLiveClips
 from lltk.train.progress import Note, silent
+from lltk.train.read_ahead import ReadAhead, Samples
 from lltk.train.recipe import TrainSection
 
 
@@ -108,15 +108,10 @@ class TinyLatents:
         return {"latents": latents, "text": text, "opens": opens}
 
 
-class Samples(Protocol):
-    """Numbered samples of a folder."""
-
-    def sample(self, seed: int, index: int) -> Sample:
-        """The sample of a number, which follows from the arguments and the files alone."""
-
-
 class FolderLatents:
     """A folder's clips, encoded. A batch holds the same as that of `TinyLatents`.
+
+    The next clips are read from disk while the model trains on those before.
 
     Where samples may end with padding, it also holds ``valid``, bool [B, F], false for padding.
 
@@ -127,15 +122,19 @@ class FolderLatents:
     """
 
     def __init__(self, clips: Samples, encoder: PipelineEncoder, ranks: int = 1) -> None:
-        self._clips = clips
+        self._clips = ReadAhead(clips)
         self._encoder = encoder
         self._ranks = ranks
+
+    def ahead(self, seed: int, indices: range) -> None:
+        self._clips.ahead(seed, indices)
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
         latents, text, opens, valid = [], [], [], []
         for index in indices:
             sample = self._clips.sample(seed, index)
-            video = sample.video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+            video = sample.video.to(self._encoder.device).permute(3, 0, 1, 2)[None]
+            video = video.float() / 127.5 - 1
             latents.append(self._encoder.latents(video, self._ranks))
             text.append(self._encoder.text(sample.prompts))
             opens.append(torch.tensor(sample.opens))

@@ -40,6 +40,11 @@ class PipelineEncoder:
         self._device = device
 
     @property
+    def device(self) -> torch.device:
+        """Where the autoencoder computes, and leaves latents."""
+        return self._device
+
+    @property
     def stride(self) -> int:
         """Video frames in a latent frame."""
         stride: int = self._vae.config.scale_factor_temporal

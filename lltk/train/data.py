@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,14 @@ class Dataset(Protocol):
         Sample i is the same at every call, whichever samples are asked for with it. Draw what is
         random about it from `generator_at(seed, …, i)`.
         """
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A dataset that can begin to read samples before they are asked for."""
+
+    def ahead(self, seed: int, indices: range) -> None:
+        """Begin to read the samples of these numbers; what else was begun is dropped."""
 
 
 def generator_at(
@@ -162,7 +170,13 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        start = self.position + self._group * self._size
-        indices = range(start, start + self._size)
+        batch = Batch(self._seed, self._next, self._dataset.batch(self._seed, self._next))
         self.position += self._groups * self._size
-        return Batch(self._seed, indices, self._dataset.batch(self._seed, indices))
+        if isinstance(self._dataset, ReadsAhead):
+            self._dataset.ahead(self._seed, self._next)
+        return batch
+
+    @property
+    def _next(self) -> range:
+        start = self.position + self._group * self._size
+        return range(start, start + self._size)
