@@ -73,6 +73,13 @@ class TrainingPlan(Protocol):
     def memory(self) -> Mapping[str, int]:
         """Bytes by owner."""
 
+    def ways_to_fit(self, room: int) -> Sequence[str]:
+        """Changes of keys with which a device's bytes would do, in words; empty if none are known.
+
+        Args:
+            room: bytes of a device.
+        """
+
     def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         """Load what makes the clips; ``note`` is told how many are encoded.
 

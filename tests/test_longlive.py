@@ -191,6 +191,8 @@ def test_padding_repeats_the_last_frame_and_prompt(tmp_path: Path) -> None:
     }
 
     class Encoder:
+        device = torch.device("cpu")
+
         def latents(self, video: Tensor, ranks: int) -> Tensor:
             assert ranks == 1
             return video[:, :, ::4]

@@ -200,3 +200,24 @@ def test_help_has_an_example(run: Run) -> None:
     code, out, _ = run("train", "--help")
     assert code == 0
     assert "lltk train tiny_vae" in out.split("Example:")[1]
+
+
+def test_a_plan_says_what_would_fit(run: Run) -> None:
+    """With the largest blocks' activations far above the rest, fewer bits and more ranks do."""
+    base = ["train", "tiny_train_sp2", "--dry-run", "--json", "--device", "cpu"]
+    base += ["--set", "geometry.batch=64", "--set", "train.batch=64", "--set", "train.graphs=false"]
+    plain = json.loads(run(*base)[1])
+    assert plain["fits"]["as_is"] and plain["fits"]["ways"] == []
+    needed = sum(plain["memory"].values())
+    _, out, _ = run(*base, "--device-memory", str(0.8 * needed / 2**30))
+    fits = json.loads(out)["fits"]
+    assert not fits["as_is"] and fits["available"] == pytest.approx(0.8 * needed, abs=1)
+    assert len(fits["ways"]) == 2
+    for way in fits["ways"]:
+        changes = way.split(":")[0].split(", ")[-1].split()
+        _, out, _ = run(*base, *changes)
+        assert sum(json.loads(out)["memory"].values()) <= 0.8 * needed, way
+    _, out, _ = run(*base, "--device-memory", "1e-6")
+    assert json.loads(out)["fits"]["ways"] == []
+    code, _, err = run("train", "tiny_train", "-o", "x", "--device-memory", "80")
+    assert code == 2 and "--dry-run" in err

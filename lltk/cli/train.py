@@ -48,6 +48,10 @@ _LOG = "train.log"
 @overwrite_option
 @click.option("--device", help="Where it trains (default: a GPU if there is one).")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its memory; train nothing.")
+@click.option(
+    "--device-memory", type=click.FloatRange(min=0, min_open=True), metavar="GIB",
+    help="With --dry-run: what a device has (default: what this one has left).",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     recipe: str,
@@ -59,6 +63,7 @@ def command(
     overwrite: bool,
     device: str | None,
     dry_run: bool,
+    device_memory: float | None,
     as_json: bool,
 ) -> None:
     """Train a model by a RECIPE.
@@ -80,8 +85,11 @@ def command(
       lltk train my.yaml --set model.checkpoint=OWNER/NAME --download -o runs/mine
       torchrun --nproc-per-node 4 -m lltk train my.yaml -o runs/four
     """
+    if device_memory is not None and not dry_run:
+        raise ValueError("--device-memory: only a plan is compared with it; add --dry-run")
     from lltk.cli.inputs import inputs_of
     from lltk.files.outputs import Output, check_outputs
+    from lltk.graph.memory import available, readable, total
     from lltk.graph.recipe import read_recipe
     from lltk.models.hub import on_disk
     from lltk.parallel.ranks import joined
@@ -117,6 +125,9 @@ def command(
                 click.echo(json.dumps({"steps": steps, "weights": str(weights)}, indent=2))
             console.print(f"{steps} steps; the weights are in {weights}")
             return
+        room = available(ranks.device) if device_memory is None else round(device_memory * 2**30)
+        fits = total(plan.memory) <= room
+        ways = [] if fits else list(plan.ways_to_fit(room))
         if as_json and ranks.rank == 0:
             facts = {
                 "device": str(ranks.device),
@@ -125,6 +136,7 @@ def command(
                 "log": [entry.plain() for entry in plan.log],
                 "ranks": {"sequence": plan.sequence, "shards": section.shards},
                 "memory": plan.memory,
+                "fits": {"available": room, "as_is": fits, "ways": ways},
                 "resume": {"asked": resume, "state": None if state is None else str(state)},
             }
             click.echo(json.dumps(facts, indent=2))
@@ -138,6 +150,12 @@ def command(
             begins = "begin, as there is no training state" if resume else "begin"
             console.print(f"It would {begins if state is None else f'go on from {state}'}")
         console.print(memory_table(plan.memory))
+        if not fits:
+            would = "".join(f"\n  {way}" for way in ways) or " nothing that is known"
+            console.print(
+                f"A device has {readable(room)}, which is too little. What would do:{would}",
+                highlight=False,
+            )
 
 
 class _Bars:

@@ -74,6 +74,9 @@ class AutoencoderPlan:
             memory["average"] = size
         return memory
 
+    def ways_to_fit(self, room: int) -> Sequence[str]:
+        return ()
+
     def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         return TinyVideos(self.recipe.vae.frames, 1, self.section.data.shots, self.device)
 

@@ -24,9 +24,11 @@ from lltk.models.tiny.world import FPS
 from lltk.ops.implementations import check_device
 from lltk.parallel.mesh import ALONE, Mesh
 from lltk.passes.lora import Adapters
+from lltk.stream.text import weight_bytes
 from lltk.stream.video import write_video
 from lltk.tasks.clips import encoded_clips
 from lltk.tasks.encoder import PipelineEncoder, encoder_for
+from lltk.tasks.fitting import ways_to_fit
 from lltk.train.data import Dataset
 from lltk.train.flow_matching import FlowMatching
 from lltk.train.objective import Objective
@@ -36,6 +38,13 @@ from lltk.train.sampling import sample
 
 _WHOLE = frozenset({"block inputs", "quantised weights"})
 """Owners of memory that shards do not divide."""
+_INSIDE = {True: (4, 17), False: (4, 36)}
+"""By whether blocks are compiled: tensors as wide as a feed-forward layer, and as a block, that the
+backward pass of a recomputed block holds at once. They were fitted to what the 5B takes on an H200;
+see ``benchmarks/records/training_iteration.md``."""
+_SAVED = {2: (2, 40), 4: (2, 27)}
+"""By the compute dtype's bytes: such tensors that a block keeps if it is not recomputed, as counted
+by ``torch.autograd.graph.saved_tensors_hooks``. Compiled blocks keep fewer."""
 _SAMPLE_CLIPS = 4
 _SAMPLE_STEPS = 4
 
@@ -92,17 +101,45 @@ class TransformerPlan:
             memory["average"] = float32
         for owner in memory.keys() - _WHOLE:
             memory[owner] //= self.section.shards
-        if self.section.recompute and self.section.keep_attention:
+        if self.section.recompute:
+            memory["inside a block"] = self._wide(*_INSIDE[self.section.compile])
             memory["attention's results"] = self._kept_attention()
-        return memory
+        else:
+            del memory["block inputs"]
+            kept = self._wide(*_SAVED[self.program.dtype.itemsize])
+            memory["activations"] = self.program.spec.layers * kept
+        for part in ("vae", "text_encoder"):
+            memory[part.replace("_", " ")] = self._encoder_bytes(part)
+        return {owner: size for owner, size in memory.items() if size}
+
+    def ways_to_fit(self, room: int) -> Sequence[str]:
+        return ways_to_fit(self, room)
 
     def _kept_attention(self) -> int:
         """Bytes of what blocks keep of self-attention: a result and a float32 for each head."""
-        spec, geometry = self.program.spec, self.program.geometry
-        frames = geometry.captured_frames(self.program.kind) // self.sequence
-        tokens = geometry.batch * frames * geometry.frame_tokens(spec)
+        spec = self.program.spec
         size = spec.head_dim * self.program.dtype.itemsize + torch.float32.itemsize
-        return min(self.section.keep_attention, spec.layers) * tokens * spec.heads * size
+        return min(self.section.keep_attention, spec.layers) * self._tokens * spec.heads * size
+
+    def _wide(self, wide: int, narrow: int) -> int:
+        """Bytes of so many tensors as wide as a feed-forward layer, and as a block."""
+        spec = self.program.spec
+        width = wide * self._config["ffn_dim"] + narrow * spec.heads * spec.head_dim
+        return self._tokens * width * self.program.dtype.itemsize
+
+    @property
+    def _tokens(self) -> int:
+        """Tokens of a call on one rank, clean and noisy."""
+        geometry = self.program.geometry
+        frames = geometry.captured_frames(self.program.kind) // self.sequence
+        return geometry.batch * frames * geometry.frame_tokens(self.program.spec)
+
+    def _encoder_bytes(self, part: str) -> int:
+        """Bytes of what encodes clips or captions; 0 where its files are not there."""
+        name = self.section.data.pipeline
+        if name is None:
+            return 0
+        return weight_bytes(find_pipeline(name, needed=False) / part, self.program.dtype)
 
     def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         # Encoding clips takes long, so what the device cannot run is refused before it.

@@ -1,0 +1,78 @@
+"""With which keys a training run would need less memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from math import gcd
+from typing import TYPE_CHECKING
+
+from lltk.graph.facts import Ranks
+from lltk.graph.memory import readable, total
+
+if TYPE_CHECKING:
+    from lltk.tasks.transformer import TransformerPlan
+
+_SAVES = {
+    "keep_attention": 0,
+    "recompute": True,
+    "ema_decay": None,
+    "optimiser": "adamw_8bit",
+    "weights": "compute",
+}
+"""Values of ``train.…`` that save memory; those that cost least come first."""
+_MOST_RANKS = 64
+
+
+def ways_to_fit(plan: TransformerPlan, room: int) -> list[str]:
+    """The first ways in which a run would need no more than so many bytes on each device.
+
+    Args:
+        plan: of the run as it is.
+        room: bytes of a device.
+
+    Returns:
+        Changes of keys, and what is needed with them: on as many ranks, and on the fewest on which
+        that is possible. Empty if there is none.
+    """
+    found = []
+    for ways in (_sparing(plan), _shared(plan)):
+        fits = ((way, size) for way, size in ways if size <= room)
+        if (first := next(fits, None)) is not None:
+            found.append(f"{first[0]}: {readable(first[1])}")
+    return found
+
+
+def _sparing(plan: TransformerPlan) -> Iterator[tuple[str, int]]:
+    """Ever more keys that save memory, on the same ranks."""
+    changes: list[str] = []
+    for key, value in _SAVES.items():
+        section = plan.section
+        needless = getattr(section, key) == value
+        if needless or (section.shards > 1 and key in ("optimiser", "weights")):
+            continue
+        plan = replace(plan, section=section.model_copy(update={key: value}))
+        shown = value if isinstance(value, str) else json.dumps(value)
+        changes.append(f"--set train.{key}={shown}")
+        yield " ".join(changes), total(plan.memory)
+
+
+def _shared(plan: TransformerPlan) -> Iterator[tuple[str, int]]:
+    """The same keys on ever more ranks, which share clips and weights."""
+    program, section = plan.program, plan.section
+    if section.optimiser == "adamw_8bit":
+        section = section.model_copy(update={"optimiser": "adamw", "weights": "float32"})
+    most = gcd(program.spec.heads, program.geometry.chunks)
+    ranks = 2
+    while ranks <= _MOST_RANKS:
+        sequence = gcd(most, ranks)
+        shared = replace(program, facts={**program.facts, Ranks: Ranks(sequence)})
+        own = section.model_copy(update={"shards": ranks})
+        if sequence >= plan.sequence and ranks > section.shards:
+            keys = [f"--set passes.balanced_sp.size={sequence}", f"--set train.shards={ranks}"]
+            if section is not plan.section:
+                keys += ["--set train.optimiser=adamw", "--set train.weights=float32"]
+            needed = total(replace(plan, program=shared, section=own).memory)
+            yield f"{ranks} ranks, {' '.join(keys)}", needed
+        ranks *= 2
