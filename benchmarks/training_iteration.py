@@ -1,7 +1,7 @@
 """Time whole training steps of the 5B: reading, encoding, forward, backward, exchange, update.
 
     python benchmarks/training_iteration.py
-    torchrun --nproc-per-node 2 benchmarks/training_iteration.py --rows '16 s, balanced'
+    torchrun --nproc-per-node 2 benchmarks/training_iteration.py --rows '16 s' '16 s, balanced'
     python benchmarks/training_iteration.py --recipe tiny_train --pipeline tiny --device cpu \\
       --frames 12 --set train.data.frames=null
 
@@ -16,6 +16,7 @@ import gc
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,7 +35,7 @@ from lltk.parallel.ranks import Ranks, joined
 from lltk.training import open_training, plan_training
 
 _METHOD = """\
-Whole steps of {recipe}, one clip a group of ranks, through `open_training`: clips are read from
+Whole steps of {recipe}, one clip for all ranks, through `open_training`: clips are read from
 H.264 files and encoded, and nothing is kept between steps but the embeddings of captions. Changed
 keys: {changes}. Seconds are medians of {runs} steps after one that warms up, of the slowest rank;
 parts are the first rank's. Peak memory is torch's, of the rank that needs most, beside the
@@ -83,6 +84,8 @@ _ALWAYS = (
     "train.data.shots=1",
     "train.data.clips=null",
 )
+_PATIENCE = timedelta(minutes=20)
+"""How long ranks wait for one that measures alone."""
 _LARGE = ("train.optimiser=adamw_8bit", "train.weights=compute", "train.ema_decay=null")
 """How the 5B and a clip of 16 s fit on one GPU of 141 GB."""
 
@@ -107,15 +110,19 @@ def main() -> None:
     """Measure, and write the record again after each row."""
     options = script_options(parser())
     results: list[dict[str, Any]] = []
-    with joined(options.device) as ranks, TemporaryDirectory() as made:
+    with joined(options.device, _PATIENCE) as ranks, TemporaryDirectory() as made:
         folder = _shared(Path(made), ranks)
         if ranks.rank == 0:
             _make(options, folder, ranks.device)
         ranks.any(False)  # the first has made it
         for name in options.rows:
-            results.append({"name": name} | measure(ROWS[name], options, folder, ranks))
+            together = ROWS[name].layout is not None
+            if ranks.rank == 0 or together:
+                own = ranks if together else Ranks(0, 1, ranks.device)
+                results.append({"name": name} | measure(ROWS[name], options, folder, own))
             if ranks.rank == 0:
                 _write(options, results, ranks)
+            ranks.any(False)  # others wait for a row that is the first one's alone
         ranks.any(False)  # the first removes the folder last
 
 
@@ -233,6 +240,7 @@ def text(record: Record) -> str:
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "row": lambda row: row["name"],
         "latent frames": column("frames", "d"),
+        "ranks": column("ranks", "d"),
         "attention kept": lambda row: f"{row['kept']} blocks",
         "seconds (p90)": lambda row: f"{row['seconds']:.2f} ({row['p90']:.2f})",
         "seconds by part": parts,
