@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lltk.graph.geometry import Kind
-from lltk.models import wan22, wan_vae
+from lltk.models import vae_encoder, wan22, wan_vae
 from lltk.models.family import Family
 
-FAMILIES: tuple[Family, ...] = (wan22.FAMILY, wan_vae.FAMILY)
+FAMILIES: tuple[Family, ...] = (wan22.FAMILY, wan_vae.FAMILY, vae_encoder.FAMILY)
 
 
 def family_of(kind: Kind) -> Family:

@@ -195,12 +195,12 @@ def captured(
         made = program.contract(name).outputs
         for read, given in zip(model_spec.cache_inputs, model_spec.cache_outputs, strict=True):
             inputs[read] = replace(made[given], role=Role.CACHE)
-    program.constants = _statistics(config)
+    program.constants = statistics(config)
     verify(program)
     return program
 
 
-def _statistics(config: Mapping[str, Any]) -> dict[str, Tensor]:
+def statistics(config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Mean and standard deviation of the latents, float32 [1, z, 1, 1, 1] each."""
     names = ("latents_mean", "latents_std")
     return {name: torch.tensor(config[name]).view(1, -1, 1, 1, 1) for name in names}
@@ -224,7 +224,7 @@ class _Decoder(nn.Module):
         self.dtype = dtype
         self.caches = spec(config).caches
         self.patch_size = config["patch_size"]
-        for name, value in _statistics(config).items():
+        for name, value in statistics(config).items():
             self.register_buffer(name, value, persistent=False)
 
     def decode(self, latents: Tensor, caches: list[Any], first: bool) -> Tensor:
@@ -360,7 +360,7 @@ def check_video(config: Mapping[str, Any], video: Tensor) -> None:
 def normalised(config: Mapping[str, Any], latents: Tensor) -> Tensor:
     """The encoder's latents [B, z, F, h, w] as the transformer takes them, in float32 or wider."""
     latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
-    mean, deviation = (part.to(latents.device) for part in _statistics(config).values())
+    mean, deviation = (part.to(latents.device) for part in statistics(config).values())
     return (latents - mean) / deviation
 
 
@@ -375,7 +375,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     Returns:
         float32 [B, 3, 1 + k·stride, H, W] in [-1, 1].
     """
-    mean, deviation = (part.to(latents.device) for part in _statistics(vae.config).values())
+    mean, deviation = (part.to(latents.device) for part in statistics(vae.config).values())
     video: Tensor = vae.decode((latents * deviation + mean).to(vae.dtype)).sample
     return video.float()
 

@@ -43,7 +43,7 @@ class Canonicalise(Pass[Config]):
     Config = Config
     reads = (Stage.CAPTURED,)
     leaves = Stage.CANONICAL
-    kinds = (*Pass.kinds, "decode", "text")
+    kinds = (*Pass.kinds, "decode", "encode", "text")
     numerics = Numerics.BITWISE
 
     def apply(self, program: Program, report: Report) -> None:

@@ -33,7 +33,7 @@ class ChannelsLast(Pass[Config]):
 
     Config = Config
     reads = (Stage.CANONICAL,)
-    kinds = ("decode",)
+    kinds = ("decode", "encode")
     numerics = Numerics.ROUNDING
 
     def apply(self, program: Program, report: Report) -> None:

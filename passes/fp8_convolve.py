@@ -64,7 +64,7 @@ class Fp8Convolve(Pass[Config]):
 
     Config = Config
     reads = (Stage.CANONICAL,)
-    kinds = ("decode",)
+    kinds = ("decode", "encode")
     numerics = Numerics.CHANGING
 
     def apply(self, program: Program, report: Report) -> None:

@@ -12,7 +12,7 @@ from lltk.graph.edit import building, calls, module_of, output, shape
 from lltk.graph.match import before_cast
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
-from lltk.graph.spec import DecoderSpec
+from lltk.graph.spec import CachedSpec
 from lltk.graph.stages import Stage
 from lltk.ops.cached_norm_silu.reference import CACHED, EPS
 from lltk.ops.implementations import overload
@@ -73,11 +73,11 @@ class FuseNormSilu(Pass[Config]):
 
     Config = Config
     reads = (Stage.CANONICAL,)
-    kinds = ("decode",)
+    kinds = ("decode", "encode")
     numerics = Numerics.ROUNDING
 
     def apply(self, program: Program, report: Report) -> None:
-        assert isinstance(program.model, DecoderSpec)
+        assert isinstance(program.model, CachedSpec)
         for graph in program.graphs.values():
             for conv in calls(graph, _CONV):
                 found = _match(conv, report)
@@ -90,7 +90,7 @@ class FuseNormSilu(Pass[Config]):
             assert not left, f"{name}: {left} were not fused"
 
 
-def _fuse(conv: fx.Node, found: _Input, spec: DecoderSpec, report: Report) -> None:
+def _fuse(conv: fx.Node, found: _Input, spec: CachedSpec, report: Report) -> None:
     source = found.source
     x, residual, bias = source, None, None
     pair = source.all_input_nodes
@@ -133,7 +133,7 @@ def _take_bias(conv: fx.Node) -> fx.Node:
     return bias
 
 
-def _give_cache(graph: fx.Graph, silu: fx.Node, cache: fx.Node, spec: DecoderSpec) -> None:
+def _give_cache(graph: fx.Graph, silu: fx.Node, cache: fx.Node, spec: CachedSpec) -> None:
     """Let the graph give ``cache`` in the place of the cache that it makes of ``silu``."""
     values: dict[str, fx.Node] = output(graph).args[0]  # type: ignore[assignment]
     names = [name for name in spec.cache_outputs if _is_made_of(values[name], silu)]

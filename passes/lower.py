@@ -8,6 +8,7 @@ from pydantic import Field, create_model, model_validator
 
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
+from lltk.graph.spec import ModelSpec
 from lltk.graph.stages import Stage
 from lltk.ops.implementations import (
     Implementation,
@@ -108,11 +109,11 @@ class Lower(Pass[Choices]):
     Config = make_config()
     reads = (Stage.CANONICAL, Stage.REGIONAL)
     leaves = Stage.LOWERED
-    kinds = (*Pass.kinds, "decode")
+    kinds = (*Pass.kinds, "decode", "encode")
     numerics = Numerics.ROUNDING
 
     def requires(self, program: Program) -> None:
-        if program.stage is not Stage.REGIONAL and program.kind != "decode":
+        if program.stage is not Stage.REGIONAL and isinstance(program.model, ModelSpec):
             raise ValueError(
                 f"reads a regional program, this one is {program.stage}; move it behind "
                 "regionalise in the recipe's passes"

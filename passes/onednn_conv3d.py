@@ -52,7 +52,7 @@ class OnednnConv3d(Pass[Config]):
 
     Config = Config
     reads = (Stage.CANONICAL,)
-    kinds = ("decode",)
+    kinds = ("decode", "encode")
     numerics = Numerics.ROUNDING
 
     def requires(self, program: Program) -> None:

@@ -23,6 +23,8 @@ class Role(StrEnum):
 
     LATENTS = "latents"
     """The latents that the graph works on, [B, C, F, h, w]."""
+    VIDEO = "video"
+    """The frames that an encoder makes into latents, [B, 3, n, H, W] in [-1, 1]."""
     CLEAN = "clean"
     """In training, the clean latents of the clip that is also seen noisy, [B, C, F, h, w]."""
     TIME = "time"
@@ -58,7 +60,7 @@ class Role(StrEnum):
     ROTARY_SIN = "rotary_sin"
     """… and sin."""
     CACHE = "cache"
-    """Features that a decoder's call leaves for the next call."""
+    """Features that a call of an autoencoder's half leaves for the next call."""
     WEIGHTS = "weights"
     """A part of a weight in NVFP4, which the graph ``weights`` gives."""
     RANDOM = "random"
@@ -112,8 +114,8 @@ class Contract:
 
     What one graph gives and another reads has the same name in both. The outputs of ``prologue``
     are the inputs of ``step`` whose role is `Role.PROMPT`, and those of ``weights`` are the inputs
-    of ``train`` whose role is `Role.WEIGHTS`. A decoder's caches, which its own next call reads,
-    are paired by its spec. The result has the name of the spec's ``output``.
+    of ``train`` whose role is `Role.WEIGHTS`. Feature caches, which the next call of the same
+    model reads, are paired by its spec. The result has the name of the spec's ``output``.
     """
 
     inputs: dict[str, TensorSpec]

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lltk.graph.spec import Spec
 
-Kind = Literal["train", "score", "stream", "reference", "decode", "text"]
+Kind = Literal["train", "score", "stream", "reference", "decode", "encode", "text"]
 
 _LARGEST = 1 << 16
 """What any size may be; a larger one is a slip."""

@@ -16,7 +16,7 @@ from lltk.graph.contract import Role
 from lltk.graph.edit import op_of, role_of
 from lltk.graph.facts import Ranks, Trainable
 from lltk.graph.program import Program
-from lltk.graph.spec import DecoderSpec, TextSpec
+from lltk.graph.spec import CachedSpec, TextSpec
 from lltk.graph.verify import WEIGHTS
 from lltk.ops.implementations import find_implementation
 
@@ -33,11 +33,11 @@ def estimate(program: Program) -> dict[str, int]:
     - Training and scoring: the blocks' inputs, all that activation checkpointing keeps. Training
       also: float32 gradients and AdamW's two moments of the parameters that train, and the 4-bit
       values of the weights that train in NVFP4. Activations inside a block come on top.
-    - Decoding: the feature caches before a latent. The caches after it count as activations.
+    - Decoding and encoding: the feature caches before a latent. The caches after it count as activations.
     """
     weights = {n: t.numel() * program.run_dtype(n).itemsize for n, t in program.weights.items()}
     owners = {"weights": sum(weights.values())}
-    if isinstance(program.model, DecoderSpec):
+    if isinstance(program.model, CachedSpec):
         owners["feature caches"] = _cached(program)
         return owners
     if isinstance(program.model, TextSpec):
@@ -73,7 +73,7 @@ def activations(program: Program, leaving: Collection[str] = (), held: bool = Fa
     Args:
         program: with graphs whose values have shapes.
         leaving: names of graphs that are left out.
-        held: whether a decoder's feature caches live until its graph ends. If not, a cache's room
+        held: whether feature caches live until its graph ends. If not, a cache's room
             is free once it was read, and a graph that reads no caches has their room from the
             start.
     """
@@ -83,8 +83,8 @@ def activations(program: Program, leaving: Collection[str] = (), held: bool = Fa
 
 
 def _cached(program: Program) -> int:
-    """Bytes of the feature caches that a decoder's ``step`` reads; 0 for a transformer."""
-    if not isinstance(program.model, DecoderSpec):
+    """Bytes of the feature caches that ``step`` reads; 0 where there are none."""
+    if not isinstance(program.model, CachedSpec):
         return 0
     return sum(cache.nbytes for cache in program.contract("step").having(Role.CACHE).values())
 

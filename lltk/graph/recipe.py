@@ -30,7 +30,9 @@ class ModelSection(BaseModel):
     )
     checkpoint: str | None = Field(None, description="weights: a directory or file")
     ema: bool = Field(False, description="take the averaged weights of a LongLive file")
-    latents: int = Field(1, ge=1, description="latents that a call of a decoder takes at most")
+    latents: int = Field(
+        1, ge=1, description="latents that a call of a decoder takes or of an encoder makes, at most"
+    )
     columns: tuple[int, int] | None = Field(
         None,
         description="columns of latents that a decoder decodes: the first, and the one after the "
@@ -68,8 +70,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    program: Literal["train", "score", "stream", "reference", "decode"] = Field(
-        description="train, score, stream, reference or decode"
+    program: Literal["train", "score", "stream", "reference", "decode", "encode"] = Field(
+        description="train, score, stream, reference, decode or encode"
     )
     model: ModelSection
     geometry: Geometry

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 from lltk.graph.contract import Role
 
@@ -120,17 +121,19 @@ class TextSpec(Spec):
 
 
 @dataclass(frozen=True)
-class DecoderSpec(Spec):
-    """Names and sizes of a captured streaming video decoder.
+class CachedSpec(Spec):
+    """Names and sizes of a captured half of a video autoencoder, which goes through a video once.
 
-    Graph ``first`` decodes a video's first latent, which is one frame. ``step`` decodes one latent
-    more, and ``steps``, if there is one, several more.
+    Graph ``first`` does a video's first latent, which is one frame. ``step`` does one latent more,
+    and ``steps``, if there is one, several more.
 
     Attributes:
         caches: number of feature caches. ``step`` and ``steps`` read ``cache_{i}``, and every graph
             gives ``next_cache_{i}``.
     """
 
+    reads: ClassVar[Role]
+    """What its graphs read besides the caches."""
     caches: int
 
     @property
@@ -144,10 +147,24 @@ class DecoderSpec(Spec):
         return tuple(f"next_{name}" for name in self.cache_inputs)
 
     def captured_roles(self, graph: str) -> tuple[Role, ...]:
-        """Latents and the caches; ``first`` reads no caches."""
-        return Role.LATENTS, *([Role.CACHE] * (0 if graph == "first" else self.caches))
+        """What it reads, and the caches; ``first`` reads no caches."""
+        return self.reads, *([Role.CACHE] * (0 if graph == "first" else self.caches))
 
     @property
     def captured_outputs(self) -> set[str]:
-        """The video and the new caches."""
+        """The result and the new caches."""
         return {self.output, *self.cache_outputs}
+
+
+@dataclass(frozen=True)
+class DecoderSpec(CachedSpec):
+    """Names and sizes of a captured video decoder, which makes latents into a video."""
+
+    reads = Role.LATENTS
+
+
+@dataclass(frozen=True)
+class EncoderSpec(CachedSpec):
+    """Names and sizes of a captured video encoder, which makes a video into latents."""
+
+    reads = Role.VIDEO

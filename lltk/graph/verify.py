@@ -44,7 +44,7 @@ def verify(program: Program) -> None:
         _check_attributes(program, name, graph)
     for stage, check in _CHECKS.items():
         if program.stage >= stage and (
-            stage in _OF_DECODERS or isinstance(program.model, ModelSpec)
+            stage in _WITHOUT_BLOCKS or isinstance(program.model, ModelSpec)
         ):
             check(program)
 
@@ -177,5 +177,5 @@ _CHECKS: dict[Stage, Callable[[Program], None]] = {
     Stage.REGIONAL: _regional,
     Stage.LOWERED: _lowered,
 }
-_OF_DECODERS = (Stage.CAPTURED, Stage.CANONICAL, Stage.LOWERED)
-"""The stages of a decoder, which no pass makes causal or cuts into regions."""
+_WITHOUT_BLOCKS = (Stage.CAPTURED, Stage.CANONICAL, Stage.LOWERED)
+"""The stages of models that no pass makes causal or cuts into regions."""
