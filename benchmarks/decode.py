@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,21 @@ import torch
 from torch import Tensor, fx
 from torch.profiler import profile
 
+from lltk.bench.convolutions import convolutions, convolved
 from lltk.bench.profiling import longest_kernels, profiled, timed
 from lltk.bench.random_weights import with_random_weights
 from lltk.bench.record import Record, markdown, write_record
 from lltk.bench.script import script_options, script_parser, script_record
 from lltk.compiler import transform, with_weights
 from lltk.graph.contract import Role
-from lltk.graph.edit import op_of, shape
 from lltk.graph.memory import readable
 from lltk.graph.module import instantiate
 from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, load_recipe
 from lltk.graph.recipe_files import find_recipe
-from lltk.ops.implementations import overload
 from lltk.passes import make_pass
 from lltk.stream.decoder import Decoder
-
-FP8_CONVOLUTION = overload("fp8_conv3d")
 
 _METHOD = """\
 Milliseconds are for one video frame: {runs} calls after two that warm up, timed by {how}. First s
@@ -65,14 +61,8 @@ _ALL = ("fold_upsample", *_FUSED)
 _FP8 = ("fold_upsample", "fuse_norm_silu", "fp8_convolve", "channels_last")
 _MAKE_OPS = {"fold_upsample", "fuse_norm_silu", "fp8_convolve"}
 """Passes that make ops with several implementations."""
-_OPERANDS = {
-    torch.ops.aten.conv3d.default: (0, 1),
-    torch.ops.aten.conv2d.default: (0, 1),
-    FP8_CONVOLUTION: (0, 2),
-}
-"""The places of a convolution's input and weight among its arguments."""
 _EVENTS = {"aten::cudnn_convolution": (0, 1), "lltk::fp8_conv3d_triton": (0, 2)}
-"""The same places, for the events of a profile."""
+"""The places of a convolution's input and weight among the arguments of a profile's events."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +188,7 @@ def _measured(
     call = lambda: decoder.decode(steady)  # noqa: E731
     frames = program.model.stride[0] * row.latents
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    tflop = sum(flops for _, flops in _shapes(program).values()) / frames / 1e12
+    tflop = convolved(_steady(program)) / frames / 1e12
     return {
         "passes": [entry.name for entry in program.log],
         "ran": dict(program.implementations),
@@ -273,7 +263,7 @@ def _by_shape(found: profile, program: Program) -> list[dict[str, Any]]:
             operands = tuple(tuple(event.input_shapes[place]) for place in _EVENTS[event.key])
             taken[operands] += event.device_time_total / 1e3
     rows = []
-    for operands, (count, flops) in _shapes(program).items():
+    for operands, (count, flops) in convolutions(_steady(program)).items():
         ms = taken[operands]
         speed = {"tflop": flops / 1e12, "tflops": flops / ms / 1e9 if ms else 0.0}
         rows.append(
@@ -282,20 +272,9 @@ def _by_shape(found: profile, program: Program) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def _shapes(program: Program) -> dict[tuple[tuple[int, ...], ...], tuple[int, int]]:
-    """How many convolutions a call makes, and their floating-point operations, by shapes."""
-    counted: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = {}
-    graph = program.graphs.get("steps", program.graphs["step"])
-    for conv in graph.nodes:
-        places = _OPERANDS.get(op_of(conv))
-        if places is not None:
-            x, weight = (conv.args[place] for place in places)
-            assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-            operands = (shape(x), shape(weight))
-            count, flops = counted.get(operands, (0, 0))
-            flops += 2 * prod(shape(conv)) * prod(shape(weight)[1:])
-            counted[operands] = (count + 1, flops)
-    return counted
+def _steady(program: Program) -> fx.Graph:
+    """The graph of a call."""
+    return program.graphs.get("steps", program.graphs["step"])
 
 
 if __name__ == "__main__":

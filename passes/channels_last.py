@@ -1,4 +1,4 @@
-"""Channels last in memory, for a decoder's weights and images."""
+"""Channels last in memory, for an autoencoder's weights and images."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class ChannelsLast(Pass[Config]):
 
         conv3d(x, weight), conv2d(x, weight)  →  the same, with the weight's channels last
         reshape(stack([x[:, :C], x[:, C:]], 3))  →  the same frames, made by moving whole pixels
+        mean(view(contiguous(permute(view(x)))))  →  the same averages of whole pixels
         contiguous(cache)  →  clone(cache), which keeps the order in memory
 
     The result of a convolution lies in memory as its weight does, and what follows keeps it so.
@@ -46,6 +47,8 @@ class ChannelsLast(Pass[Config]):
                     weights.add(str(weight.target))
             for stack in calls(graph, aten.stack.default):
                 _interleave(stack, report)
+            for mean in calls(graph, aten.mean.dim):
+                _average(mean, report)
             for cache in calls(graph, aten.contiguous.default):
                 if output(graph) in cache.users:
                     cache.target = aten.clone.default
@@ -73,3 +76,45 @@ def _interleave(stack: fx.Node, report: Report) -> None:
         moved = build(aten.permute.default, moved, [0, 4, 1, 2, 3])
     replace(end, moved)
     report.match("interleaved frames")
+
+
+def _average(mean: fx.Node, report: Report) -> None:
+    """Average pixels where they are, in the shortcut of a block that makes images smaller.
+
+    There x [B, C, T·t, H·s, W·s] becomes [B, C·t·s·s, T, H, W], each block of t·s·s pixels being
+    channels. The mean is of groups of these channels.
+    """
+    node = mean
+    for target in (aten.view.default, aten.view.default, aten.permute.default, aten.view.default):
+        (node, *_) = node.all_input_nodes
+        if node.target is aten.contiguous.default:
+            (node,) = node.all_input_nodes
+        if node.target is not target:
+            report.miss(mean, f"averages over what {node.target} makes, not over blocks of pixels")
+            return
+    (source,) = node.all_input_nodes
+    batch, channels, frames, t, height, s, width, _ = shape(node)
+    group, result = shape(mean.all_input_nodes[0])[2], shape(mean)
+    kept = {2: t, 4: s, 6: s}  # axes of a block below, and their sizes
+    for axis in (6, 4, 2):
+        if group % kept[axis] == 0:
+            group //= kept.pop(axis)
+    if mean.args[1:] != ([2],) or group != 1:
+        report.miss(mean, "does not average whole axes of blocks of pixels")
+        return
+    if shape(source) == result:  # blocks of one pixel
+        replace(mean, source)
+        report.match("averages of one pixel")
+        return
+    with building(mean) as build:
+        made = build(aten.permute.default, source, [0, 2, 3, 4, 1])
+        blocks = [batch, frames, t, height, s, width, s, channels]
+        made = build(aten.reshape.default, made, blocks)
+        order = [0, 1, 3, 5, 7, *kept]
+        averaged = [axis for axis in (2, 4, 6) if axis not in kept]
+        made = build(aten.mean.dim, made, averaged, True)
+        made = build(aten.permute.default, made, [*order, *averaged])
+        made = build(aten.reshape.default, made, [batch, *result[2:], result[1]])
+        made = build(aten.permute.default, made, [0, 4, 1, 2, 3])
+    replace(mean, made)
+    report.match("averages")

@@ -33,7 +33,7 @@ class Config(PassConfig):
     """Which convolutions."""
 
     exclude: tuple[Pattern, ...] = Field(
-        (r"decoder\.conv_out",), description="modules to keep (whole-path regexes)"
+        (r"(de|en)coder\.conv_out",), description="modules to keep (whole-path regexes)"
     )
 
 
@@ -59,7 +59,7 @@ class Fp8Convolve(Pass[Config]):
     ``<module>.weight`` becomes ``<module>.weight_values`` [O, 27 · C], and a scale for each row,
     ``<module>.weight_row_scales``. A norm bounds its results, so the frames' one scale follows from
     the norm and need not be measured. Convolutions stay as they are where a width is no multiple of
-    16. So does the last one, which makes pixels, unless ``exclude`` says otherwise.
+    16. So does the last one, which makes pixels or latents, unless ``exclude`` says otherwise.
     """
 
     Config = Config

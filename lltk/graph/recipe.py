@@ -31,7 +31,9 @@ class ModelSection(BaseModel):
     checkpoint: str | None = Field(None, description="weights: a directory or file")
     ema: bool = Field(False, description="take the averaged weights of a LongLive file")
     latents: int = Field(
-        1, ge=1, description="latents that a call of a decoder takes or of an encoder makes, at most"
+        1,
+        ge=1,
+        description="latents that a call of a decoder takes, or of an encoder makes, at most",
     )
     columns: tuple[int, int] | None = Field(
         None,

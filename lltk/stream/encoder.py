@@ -33,18 +33,14 @@ class Encoder:
         ValueError: the Program is for something else, or CUDA graphs where there is no GPU.
     """
 
-    def __init__(
-        self, program: Program, module: ProgramModule, cuda_graphs: bool = False
-    ) -> None:
+    def __init__(self, program: Program, module: ProgramModule, cuda_graphs: bool = False) -> None:
         if not isinstance(program.model, EncoderSpec):
             raise ValueError(
                 f"the program is for {program.kind}, not for encode; make one from a recipe with "
                 "program: encode"
             )
         self._spec = program.model
-        self._inputs = {
-            name: program.contract(name).input(Role.VIDEO) for name in program.graphs
-        }
+        self._inputs = {name: program.contract(name).input(Role.VIDEO) for name in program.graphs}
         self._video = program.contract("first").name(Role.VIDEO)
         self._module = module
         self._device = next(module.parameters()).device
