@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lltk.graph.edit import building, calls, output, replace, shape
+from lltk.graph.edit import building, calls, module_of, output, replace, results_of, shape
 from lltk.graph.facts import ChannelsLastWeights
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
+from lltk.graph.spec import CachedSpec
 from lltk.graph.stages import Stage
 
 aten = torch.ops.aten
@@ -26,7 +27,7 @@ class ChannelsLast(Pass[Config]):
         conv3d(x, weight), conv2d(x, weight)  →  the same, with the weight's channels last
         reshape(stack([x[:, :C], x[:, C:]], 3))  →  the same frames, made by moving whole pixels
         mean(view(contiguous(permute(view(x)))))  →  the same averages of whole pixels
-        contiguous(cache)  →  clone(cache), which keeps the order in memory
+        next_cache = contiguous(…)  →  next_cache = clone(…) with channels last
 
     The result of a convolution lies in memory as its weight does, and what follows keeps it so.
     Names, shapes and values stay. cuDNN uses other kernels, which round sums differently.
@@ -38,6 +39,7 @@ class ChannelsLast(Pass[Config]):
     numerics = Numerics.ROUNDING
 
     def apply(self, program: Program, report: Report) -> None:
+        assert isinstance(program.model, CachedSpec)
         weights = set()
         for graph in program.graphs.values():
             for target in (aten.conv3d.default, aten.conv2d.default):
@@ -49,12 +51,25 @@ class ChannelsLast(Pass[Config]):
                 _interleave(stack, report)
             for mean in calls(graph, aten.mean.dim):
                 _average(mean, report)
-            for cache in calls(graph, aten.contiguous.default):
-                if output(graph) in cache.users:
-                    cache.target = aten.clone.default
-                    report.match("caches")
+            for name in program.model.cache_outputs:
+                _lay_out(results_of(graph)[name], report)
         program.leave(ChannelsLastWeights(frozenset(weights)))
         report.match("weights", len(weights))
+
+
+def _lay_out(cache: fx.Node, report: Report) -> None:
+    """Let a cache that is copied lie with channels last, alike in all graphs.
+
+    Compilers tell even those strides apart that no element depends on.
+    """
+    if cache.target not in (aten.clone.default, aten.contiguous.default, aten.pad.default):
+        return
+    end = output(cache.graph)
+    source = cache if cache.target is aten.pad.default else cache.all_input_nodes[0]
+    with building(end, module_of(cache)) as build:
+        copy = build(aten.clone.default, source, memory_format=torch.channels_last_3d)
+    end.replace_input_with(cache, copy)
+    report.match("caches")
 
 
 def _interleave(stack: fx.Node, report: Report) -> None:

@@ -57,7 +57,7 @@ def test_shipped_recipes_parse(path: Path) -> None:
         name for name, _ in recipe.steps()
     ]
     assert isinstance(recipe.model.config, str)
-    if recipe.program == "decode":
+    if recipe.program in ("decode", "encode"):
         config = wan_vae.validate_config(named_config(recipe.model.config, wan_vae.CONFIGS))
         assert recipe.geometry.frame_tokens(wan_vae.spec(config)) > 0
     else:
@@ -77,10 +77,10 @@ def test_the_shipped_autoencoders_recipe_parses() -> None:
 
 
 def test_every_size_ships_every_kind() -> None:
-    kinds = {"train", "score", "stream", "decode"}
+    kinds = {"train", "score", "stream", "decode", "encode"}
     assert {path.stem for path in SHIPPED} == {
         *(f"tiny_{kind}" for kind in (*kinds, "reference", "vae")),
-        *(f"wan22_5b_{kind}" for kind in kinds - {"decode"}),
+        *(f"wan22_5b_{kind}" for kind in kinds - {"decode", "encode"}),
         *(
             f"{size}_{use}"
             for size in ("tiny", "wan22_5b")
@@ -92,6 +92,7 @@ def test_every_size_ships_every_kind() -> None:
         "tiny_train_sp2",
         *(f"wan22_5b_train_{length}" for length in ("16s", "32s", "64s", "lora")),
         "wan22_decode",
+        "wan22_encode",
     }
 
 
@@ -253,7 +254,7 @@ def test_misshapen_overrides_are_refused(base: Path, override: str, message: str
         ("model.chekpoint=x", "unknown key 'model.chekpoint'; did you mean 'checkpoint'?"),
         ("geometry.chunks=2", "unknown key 'geometry.chunks'; did you mean 'chunk'?"),
         ("geometry.zzz=2", "unknown key 'geometry.zzz'; known keys: batch, height, width, chunk"),
-        ("program=steam", "program: Input should be 'train', 'score', 'stream', 'reference' or"),
+        ("program=steam", "program: Input should be 'train', 'score', 'stream', 'reference', "),
         ("model.dtype=half", "model.dtype: Input should be 'bfloat16', 'float16' or 'float32'"),
         ("model=3", "model: Input should be an object"),
         ("geometry.chunk=two", "geometry.chunk: Input should be a valid integer"),

@@ -40,8 +40,7 @@ class Encoder:
                 "program: encode"
             )
         self._spec = program.model
-        self._inputs = {name: program.contract(name).input(Role.VIDEO) for name in program.graphs}
-        self._video = program.contract("first").name(Role.VIDEO)
+        self._contracts = {name: program.contract(name) for name in program.graphs}
         self._module = module
         self._device = next(module.parameters()).device
         self._graphs = CudaGraphs(Lane(self._device), "cuda_graphs") if cuda_graphs else None
@@ -52,7 +51,6 @@ class Encoder:
 
         Args:
             video: [B, 3, 1 + k·stride, H, W] in [-1, 1], on any device: it is moved part by part.
-                B is any multiple of the Program's batch; as many clips are encoded at a time.
 
         Returns:
             Normalised latents [B, z, 1 + k, h, w] on the encoder's device, float32, or float64
@@ -61,40 +59,51 @@ class Encoder:
         Raises:
             ValueError: the video is of another size, or no whole number of latents.
         """
-        batch, channels, _, *sides = self._inputs["first"].shape
+        batch, channels, _, *sides = self._contracts["first"].input(Role.VIDEO).shape
         stride = self._spec.stride[0]
-        fits = video.dim() == 5 and len(video) and len(video) % batch == 0
-        if not fits or video.shape[1] != channels or list(video.shape[3:]) != sides or (
-            video.shape[2] % stride != 1
+        if video.dim() != 5 or video.shape[2] % stride != 1 or (
+            (*video.shape[:2], *video.shape[3:]) != (batch, channels, *sides)
         ):  # fmt: skip
             raise ValueError(
-                f"video: {tuple(video.shape)} is not [k·{batch}, {channels}, 1 + k·{stride}, "
+                f"video: {tuple(video.shape)} is not [{batch}, {channels}, 1 + k·{stride}, "
                 f"{sides[0]}, {sides[1]}]; encode what the program was captured for"
             )
-        return torch.cat([self._encoded(clips) for clips in video.split(batch)])
+        caches: dict[str, Tensor] = {}
+        latents, parts = [], self.parts(video.shape[2])
+        frames = video.split([count for _, count in parts], dim=2)
+        for (graph, _), part in zip(parts, frames, strict=True):
+            made, caches = self._encoded(graph, part, caches)
+            latents.append(made)
+        return torch.cat(latents, dim=2)
 
     def parts(self, frames: int) -> list[tuple[str, int]]:
         """The graphs that encode a video of so many frames in turn, and how many each reads."""
-        sizes, made = [("first", 1)], 1
-        for graph in [name for name in ("steps", "step") if name in self._inputs]:
-            size = self._inputs[graph].shape[2]
-            count = (frames - made) // size
-            sizes += [(graph, size)] * count
-            made += count * size
-        return sizes
+        parts, left = [("first", 1)], frames - 1
+        for graph in ("steps", "step"):
+            if graph in self._contracts:
+                size = self._contracts[graph].input(Role.VIDEO).shape[2]
+                parts += [(graph, size)] * (left // size)
+                left %= size
+        return parts
 
-    def _encoded(self, video: Tensor) -> Tensor:
-        spec, caches = self._spec, dict[str, Tensor]()
-        names = list(zip(spec.cache_inputs, spec.cache_outputs, strict=True))
-        latents, begun = [], 0
-        for graph, frames in self.parts(video.shape[2]):
-            part = video[:, :, begun : begun + frames]
-            begun += frames
-            caches[self._video] = part.to(self._device).contiguous()
-            result = self._run(graph, caches)
-            latents.append(result[spec.output])
-            caches = {read: result[given] for read, given in names}
-        return torch.cat(latents, dim=2)
+    def _encoded(
+        self, graph: str, video: Tensor, caches: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The latents of one of `parts`, and the caches after it.
+
+        Args:
+            graph: of the part.
+            video: its frames.
+            caches: those before it. The call empties the dict, so that each cache is freed once it
+                is read: there is memory for one set of caches.
+        """
+        spec = self._spec
+        # Compilers tell strides apart.
+        part = video.to(self._device).contiguous()
+        caches |= self._contracts[graph].named({Role.VIDEO: part})
+        result = self._run(graph, caches)
+        names = zip(spec.cache_inputs, spec.cache_outputs, strict=True)
+        return result[spec.output], {read: result[given] for read, given in names}
 
     def _run(self, graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
         if graph == "first" or self._graphs is None:

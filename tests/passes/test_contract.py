@@ -106,7 +106,8 @@ CASES = [
     Case("lower", "stream", "rounding", Stage.LOWERED, STREAM[:7]),
 ]
 DECODE = ["channels_last", "fold_upsample", "fp8_convolve", "fuse_norm_silu", "onednn_conv3d"]
-"""For decode programs: tests/test_decode_passes.py and tests/test_runtime.py have their cases."""
+"""For decode and encode programs: tests/test_decode_passes.py, tests/test_vae_encoder.py and
+tests/test_runtime.py have their cases."""
 every_pass = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

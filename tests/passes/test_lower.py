@@ -280,6 +280,6 @@ def test_graph_without_ops_is_refused() -> None:
     assert message.startswith("lower: matched nothing: the graphs hold no candidate for it")
 
 
-def test_only_decoders_are_lowered_before_their_regions() -> None:
+def test_only_autoencoders_are_lowered_before_their_regions() -> None:
     message = refused(after, reached("stream", "canonicalise"), "lower")
     assert message.startswith("lower: reads a regional program, this one is canonical; move it")
