@@ -23,10 +23,10 @@ class Role(StrEnum):
 
     LATENTS = "latents"
     """The latents that the graph works on, [B, C, F, h, w]."""
-    VIDEO = "video"
-    """The frames that an encoder makes into latents, [B, 3, n, H, W] in [-1, 1]."""
     CLEAN = "clean"
     """In training, the clean latents of the clip that is also seen noisy, [B, C, F, h, w]."""
+    VIDEO = "video"
+    """The frames that an encoder makes into latents, [B, 3, n, H, W] in [-1, 1]."""
     TIME = "time"
     """Timesteps, float32 [B, F] once they are per frame; 0 for clean latents, 1000 for noise."""
     POSITIONS = "positions"

@@ -125,7 +125,7 @@ class Program:
 
     @property
     def spec(self) -> ModelSpec:
-        """The transformer's names and sizes; only decode programs hold another model."""
+        """The transformer's names and sizes; decode and encode programs hold another model."""
         assert isinstance(self.model, ModelSpec), f"a {self.kind} program holds no transformer"
         return self.model
 
