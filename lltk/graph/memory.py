@@ -33,7 +33,7 @@ def estimate(program: Program) -> dict[str, int]:
     - Training and scoring: the blocks' inputs, all that activation checkpointing keeps. Training
       also: float32 gradients and AdamW's two moments of the parameters that train, and the 4-bit
       values of the weights that train in NVFP4. Activations inside a block come on top.
-    - Decoding and encoding: the feature caches before a latent. Those after it count as activations.
+    - Decoding, encoding: the feature caches before a latent. Those after it count as activations.
     """
     weights = {n: t.numel() * program.run_dtype(n).itemsize for n, t in program.weights.items()}
     owners = {"weights": sum(weights.values())}
