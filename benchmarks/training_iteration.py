@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,7 @@ from lltk.bench.script import column, script_options, script_parser, script_reco
 from lltk.graph.memory import readable, total
 from lltk.graph.recipe import read_recipe
 from lltk.graph.recipe_files import find_recipe
+from lltk.parallel.groups import SEQUENCE, regrouped
 from lltk.parallel.ranks import Ranks, joined
 from lltk.training import open_training, plan_training
 
@@ -116,14 +118,23 @@ def main() -> None:
             _make(options, folder, ranks.device)
         ranks.any(False)  # the first has made it
         for name in options.rows:
-            together = ROWS[name].layout is not None
-            if ranks.rank == 0 or together:
-                own = ranks if together else Ranks(0, 1, ranks.device)
-                results.append({"name": name} | measure(ROWS[name], options, folder, own))
+            with _sharing(ROWS[name], ranks) as own:
+                if own is not None:
+                    results.append({"name": name} | measure(ROWS[name], options, folder, own))
             if ranks.rank == 0:
                 _write(options, results, ranks)
-            ranks.any(False)  # others wait for a row that is the first one's alone
         ranks.any(False)  # the first removes the folder last
+
+
+@contextmanager
+def _sharing(row: Row, ranks: Ranks) -> Iterator[Ranks | None]:
+    """The ranks that make a row, for those that do; all wait for its end."""
+    if row.layout is not None or ranks.size == 1:
+        yield ranks
+        return
+    with regrouped(SEQUENCE, 1):
+        yield Ranks(0, 1, ranks.device) if ranks.rank == 0 else None
+        ranks.any(False)
 
 
 def _write(options: argparse.Namespace, results: list[dict[str, Any]], ranks: Ranks) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lltk.bench.random_weights import with_random_weights
 from lltk.compiler import transform
+from lltk.graph.loading import LOADING
 from lltk.graph.recipe import parse_recipe
 from lltk.models.checkpoint import save_checkpoint
 from lltk.models.configs import named_config
@@ -46,7 +47,8 @@ def make_pipeline(
         text: arguments of transformers' UMT5Config.
         device: where random numbers are drawn.
     """
-    from transformers import UMT5Config, UMT5EncoderModel
+    with LOADING:
+        from transformers import UMT5Config, UMT5EncoderModel
 
     config = named_config(model)
     recipe = parse_recipe(
