@@ -1,7 +1,7 @@
 """Time whole training steps of the 5B: reading, encoding, forward, backward, exchange, update.
 
     python benchmarks/training_iteration.py
-    torchrun --nproc-per-node 2 benchmarks/training_iteration.py --rows '16 s' '16 s, balanced'
+    torchrun --nproc-per-node 2 benchmarks/training_iteration.py --rows '16 s' '16 s, all recomputed'
     python benchmarks/training_iteration.py --recipe tiny_train --pipeline tiny --device cpu \\
       --frames 12 --set train.data.frames=null
 
@@ -62,19 +62,24 @@ class Row:
         frames: latent frames of a clip.
         layout: the pass that divides a clip among ranks; None for one rank a clip.
         kept: how many blocks keep what attention gives.
+        encoding: how ranks encode a clip.
     """
 
     frames: int
     layout: str | None = None
     kept: int = 0
+    encoding: str = "shared"
 
 
 ROWS = {
     "16 s": Row(96, kept=20),
     "16 s, all recomputed": Row(96),
     "21 s, all recomputed": Row(128),
-    "16 s, balanced": Row(96, "balanced_sp", 30),
-    "16 s, naive": Row(96, "naive_sp", 30),
+    "16 s, balanced, encoder handed on": Row(96, "balanced_sp", 30),
+    "16 s, balanced, encoder looks back": Row(96, "balanced_sp", 30, "lookback"),
+    "16 s, naive, whole encoder": Row(96, "naive_sp", 30, "whole"),
+    "32 s, balanced, encoder looks back": Row(192, "balanced_sp", 0, "lookback"),
+    "32 s, naive, whole encoder": Row(192, "naive_sp", 0, "whole"),
 }
 _ALWAYS = (
     "train.steps=1000000",
@@ -181,7 +186,7 @@ def measure(row: Row, options: argparse.Namespace, folder: Path, ranks: Ranks) -
     own += [f"train.data.pipeline={pipeline}", "train.data.fps=24"]
     if options.pipeline is None:
         own.append(f"model.checkpoint={folder / 'pipeline' / 'transformer'}")
-    kept = [f"train.keep_attention={row.kept}"]
+    kept = [f"train.keep_attention={row.kept}", f"train.data.encoding={row.encoding}"]
     changes = [*_ALWAYS, *own, *_changes(options), *kept]
     data = dict(read_recipe(find_recipe(options.recipe), changes))
     data["passes"] = list(_divided(data["passes"], row.layout, ranks.size))

@@ -1,9 +1,10 @@
-"""Encoding a video on several ranks at once, no frame of it twice.
+"""Encoding a video on several ranks at once: together, no frame of it twice, or each by itself.
 
-A causal convolution sees two frames before those that it makes a result of. Where consecutive parts
-of a video are on consecutive ranks, these are the last frames of the rank before. So the ranks run
-the encoder side by side, each on a short part. At each convolution every rank hands the last frames
-of its input on to the next rank, and waits for those of the rank before. ::
+Together (`encode_shared`): a causal convolution sees two frames before those that it makes a result
+of. Where consecutive parts of a video are on consecutive ranks, these are the last frames of the
+rank before. So the ranks run the encoder side by side, each on a short part. At each convolution
+every rank hands the last frames of its input on to the next rank, and waits for those of the rank
+before. ::
 
     rank 0   0  3  6      part 3 follows part 2, so the last rank hands on to the first,
     rank 1   1  4  7      which keeps what arrives for its next part
@@ -14,7 +15,7 @@ The video's first frame is encoded by itself before the rest of its part, as dif
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lltk.graph.loading import LOADING
-from lltk.models.vae_frames import own_frames, turns
+from lltk.models.vae_frames import own_frames, shares, turns, window
 from lltk.models.wan_vae import check_video, normalised
 from lltk.parallel.exchange import all_parts
 from lltk.parallel.groups import SEQUENCE, find_group, hand_on
@@ -64,6 +65,33 @@ def encode_shared(vae: Any, video: Tensor, size: int) -> Tensor:
     every = all_parts(torch.stack(made, dim=2), 2, size, SEQUENCE).unflatten(2, (size, -1))
     own = [every[:, :, n % size, n // size, :count] for n, (_, count) in enumerate(parts)]
     return torch.cat(own, dim=2)
+
+
+def encode_apart(
+    encode: Callable[[Tensor], Tensor], config: Mapping[str, Any], video: Tensor, size: int
+) -> Tensor:
+    """The latents of a video of which each rank encodes a part by itself.
+
+    A rank also encodes the frames before its part that the encoder looks back to, and waits for
+    nobody before the end. All ranks must call it.
+
+    Args:
+        encode: gives the normalised latents of a video, as `lltk.models.wan_vae.encode` does.
+        config: of AutoencoderKLWan.
+        video: as for `encode_shared`.
+        size: how many ranks there are.
+
+    Returns:
+        As `encode_shared`; errors are its, too.
+    """
+    check_video(config, video)
+    parts = shares(1 + (video.shape[2] - 1) // config["scale_factor_temporal"], size)
+    longest = max(count for _, count in parts)
+    frames, dropped = window(config, parts[find_group(SEQUENCE, size).rank()])
+    own = encode(video[:, :, frames.start : frames.stop])[:, :, dropped:]
+    own = F.pad(own, (0, 0, 0, 0, 0, longest - own.shape[2]))
+    every = all_parts(own, 2, size, SEQUENCE).split(longest, dim=2)
+    return torch.cat([e[:, :, :n] for e, (_, n) in zip(every, parts, strict=True)], dim=2)
 
 
 class _Place:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lltk.models import vae_ranks
 from lltk.models.tiny.text import save_text_encoder
-from lltk.models.vae_ranks import encode_shared
+from lltk.models.vae_ranks import encode_apart, encode_shared
 from lltk.models.wan_vae import build, encode, save_vae
 from lltk.parallel import groups
 from lltk.parallel.mesh import ALONE, Mesh, meshed
@@ -120,6 +121,12 @@ def save_encoded(rank: int, size: int, port: int, folder: Path) -> None:
                     with frames_seen(vae(number)) as seen:
                         encoded = encode_shared(vae(number), video(latents), size)
                     made[f"{number}, {latents}"] = encoded
+                    if not name:
+                        alone = partial(encode, vae(number))
+                        with frames_seen(vae(number)) as seen_apart:
+                            apart = encode_apart(alone, vae(number).config, video(latents), size)
+                        made[f"{number}, {latents} apart"] = apart
+                        made[f"{number}, {latents} apart frames"] = torch.tensor(seen_apart)
                     made[f"{number}, {latents} frames"] = torch.tensor(seen)
             made["after"] = encode(vae(), video(4))
             save_file(made, folder / f"{name}, {size} ranks, {rank}")

@@ -44,6 +44,16 @@ def test_ranks_encode_what_one_does(folder: Path, size: int) -> None:
         assert apart(made["after"], encode(vae(), video(4))) < BOUND
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_that_encode_apart_make_what_one_does(folder: Path, size: int) -> None:
+    for rank, (number, latents) in product(range(size), RUNS):
+        made = load_file(folder / f", {size} ranks, {rank}")
+        wanted = encode(vae(number), video(latents))
+        assert apart(made[f"{number}, {latents} apart"], wanted) < BOUND, (rank, number, latents)
+        counted = encoded_frames(CONFIGS[number], latents, size, "lookback")
+        assert int(made[f"{number}, {latents} apart frames"].sum()) == counted[rank]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_frames_that_are_not_handed_on_are_missed(folder: Path, fault: str) -> None:
     """All latents but those of the first part differ."""

@@ -16,7 +16,8 @@ from lltk.graph.module import instantiate
 from lltk.graph.passes import Pass, run_passes
 from lltk.models import vae_encoder
 from lltk.models.pipelines import find_pipeline
-from lltk.models.vae_ranks import encode_shared
+from lltk.models.vae_frames import Way
+from lltk.models.vae_ranks import encode_apart, encode_shared
 from lltk.models.wan_vae import check_video, decode, load_vae, make_vae
 from lltk.ops.implementations import find_implementation
 from lltk.passes import make_pass
@@ -36,14 +37,21 @@ class PipelineEncoder:
         text_tokens: tokens that a prompt is padded to.
         device: where both run and leave their results.
         dtype: the dtype that both compute in.
+        way: how ranks that share a clip encode it; see ``train.data.encoding``.
 
     Raises:
         ValueError: a part is missing from the folder, or cannot be read.
     """
 
     def __init__(
-        self, pipeline: Path, text_tokens: int, device: torch.device, dtype: torch.dtype
+        self,
+        pipeline: Path,
+        text_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        way: Way = "shared",
     ) -> None:
+        self._way = way
         self._text = TextEncoder(pipeline, text_tokens, dtype, device)
         self._embeddings: dict[str, Tensor] = {}
         vae = load_vae(pipeline)
@@ -94,8 +102,13 @@ class PipelineEncoder:
         Raises:
             ValueError: the frames or the resolution do not make a whole number of latents.
         """
-        if ranks > 1:
-            return encode_shared(self._vae, video, ranks)
+        if ranks == 1 or self._way == "whole":
+            return self._encode(video)
+        if self._way == "lookback":
+            return encode_apart(self._encode, self._config, video, ranks)
+        return encode_shared(self._vae, video, ranks)
+
+    def _encode(self, video: Tensor) -> Tensor:
         check_video(self._config, video)
         return self._encoder(len(video), *video.shape[3:]).encode(video)
 
@@ -139,4 +152,5 @@ def encoder_for(
             "train.data.pipeline: names no folder; set it to one with vae, text_encoder and "
             "tokenizer"
         )
-    return PipelineEncoder(find_pipeline(data.pipeline), geometry.text_tokens, device, dtype)
+    folder = find_pipeline(data.pipeline)
+    return PipelineEncoder(folder, geometry.text_tokens, device, dtype, data.encoding)

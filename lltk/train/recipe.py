@@ -86,6 +86,13 @@ class DataSection(BaseModel):
         description="folder with the vae, text_encoder and tokenizer that make latents and text",
     )
 
+    encoding: Literal["shared", "lookback", "whole"] = Field(
+        "shared",
+        description="how ranks that share a clip encode it: shared, no frame twice, each hands on "
+        "what the encoder looks back to; lookback, each its own part and, again, the frames that "
+        "the encoder looks back to; whole, each all of it",
+    )
+
     @model_validator(mode="after")
     def _longlive_reads_a_folder(self) -> DataSection:
         if self.longlive is not None and self.folder is None:
@@ -301,7 +308,7 @@ class TrainSection(BaseModel):
 
 MAY_CHANGE = (
     "from_scratch", "steps", "checkpoint_every", "keep", "validate_every", "sample_every",
-    "shards", "recompute", "keep_attention",
+    "shards", "recompute", "keep_attention", "data.encoding",
 )  # fmt: skip
 """Keys of the train section that a resumed run may change."""
 _OF_RANKS = "balanced_sp"
