@@ -1,7 +1,7 @@
 """Time whole training steps of the 5B: reading, encoding, forward, backward, exchange, update.
 
     python benchmarks/training_iteration.py
-    torchrun --nproc-per-node 2 benchmarks/training_iteration.py --rows '16 s' '16 s, all recomputed'
+    torchrun --nproc-per-node 2 benchmarks/training_iteration.py --rows '16 s, all recomputed'
     python benchmarks/training_iteration.py --recipe tiny_train --pipeline tiny --device cpu \\
       --frames 12 --set train.data.frames=null
 

@@ -40,6 +40,7 @@ def test_what_is_moved_after_an_exchange_is_seen() -> None:
     queries: Any = node.args[0]
     with building(node) as build:
         moved = build(torch.ops.aten.clone.default, queries)
+    moved.meta["val"] = queries.meta["val"]
     node.replace_input_with(queries, moved)
     layers = program.spec.layers
     assert SCRIPT["permuted_bytes"](program) == layers * queries.meta["val"].nbytes

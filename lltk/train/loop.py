@@ -47,10 +47,11 @@ from lltk.train.state import (
     save_training_state,
     training_states,
 )
+from lltk.train.tensorboard import EVENTS, Board
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.svg"
-_STATES, _SAMPLES = "checkpoints", "samples"
+_STATES, _SAMPLES, _BOARD = "checkpoints", "samples", "tensorboard"
 _ARE_SAMPLES = Kind(
     "samples", lambda folder: all(map(VIDEO.recognises, folder.glob("step_*/*"))), folder=True
 )
@@ -65,6 +66,7 @@ def run_outputs(folder: Path) -> list[Output]:
         Output(folder / PLOT, SVG),
         Output(folder / _STATES, STATES),
         Output(folder / _SAMPLES, _ARE_SAMPLES),
+        Output(folder / _BOARD, EVENTS),
     ]
 
 
@@ -162,6 +164,8 @@ class Trainer:
             for each in (folder, self._states):
                 remove_unfinished(each)  # its lock says that nothing is writing there
             forget_after(folder / METRICS, self.step)
+        shows = section.tensorboard and mesh.rank == 0
+        self._board = Board(folder / _BOARD, self.step) if shows else None
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -201,6 +205,8 @@ class Trainer:
         )  # fmt: skip
         if self._mesh.rank == 0:
             append_metrics(self._folder / METRICS, metrics)
+        if self._board is not None:
+            self._board.write(metrics)
         if _due(section.checkpoint_every, self.step) or self.step == section.steps:
             self.save()
         return metrics

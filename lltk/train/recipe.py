@@ -227,6 +227,9 @@ class TrainSection(BaseModel):
         description="steps between validations, each over 16 samples of another seed; null: none",
     )
     sample_every: int | None = Field(None, ge=1, description="steps between samples; null: none")
+    tensorboard: bool = Field(
+        False, description="also write the metrics as TensorBoard reads them; needs tensorboardX"
+    )
     compile: bool = Field(False, description="compile the transformer's blocks")
     graphs: bool = Field(
         False,
@@ -308,7 +311,7 @@ class TrainSection(BaseModel):
 
 MAY_CHANGE = (
     "from_scratch", "steps", "checkpoint_every", "keep", "validate_every", "sample_every",
-    "shards", "recompute", "keep_attention", "data.encoding",
+    "shards", "recompute", "keep_attention", "data.encoding", "tensorboard",
 )  # fmt: skip
 """Keys of the train section that a resumed run may change."""
 _OF_RANKS = "balanced_sp"

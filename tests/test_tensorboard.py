@@ -1,0 +1,56 @@
+"""Metrics as TensorBoard reads them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+from toy import trainer
+
+from lltk.train.metrics import read_metrics
+
+pytestmark = pytest.mark.cpu
+
+
+def events(folder: Path) -> Iterator[Any]:
+    """What the files of a folder hold, the oldest file first: TFRecords of protocol buffers."""
+    for file in sorted(folder.iterdir(), key=lambda path: path.name):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            yield Event.FromString(data[at + 12 : at + 12 + size])
+            at += 16 + size
+
+
+def test_every_number_of_a_step_is_written(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=3, tensorboard=True, validate_every=2)
+    list(run)
+    written: dict[tuple[str, int], float] = {}
+    for event in events(tmp_path / "tensorboard"):
+        for value in event.summary.value:
+            written[value.tag, event.step] = value.simple_value
+    for metrics in read_metrics(tmp_path / "metrics.jsonl"):
+        assert written.pop(("train/loss", metrics.step)) == pytest.approx(metrics.loss)
+        assert written.pop(("train/lr", metrics.step)) == pytest.approx(metrics.lr)
+        for part, seconds in metrics.parts.items():
+            assert written.pop((f"seconds/{part}", metrics.step)) == pytest.approx(seconds)
+    assert {tag for tag, step in written if step == 2} == {
+        "train/grad_norm", "train/seconds", "train/samples_per_second", "validation/loss",
+    }  # fmt: skip
+    assert ("memory/AdamW_moments", 1) in written
+
+
+def test_a_resumed_run_takes_back_what_it_does_again(tmp_path: Path) -> None:
+    first = trainer(tmp_path, steps=6, tensorboard=True, checkpoint_every=2)
+    for _ in range(5):
+        next(first)
+    resumed = trainer(tmp_path, resume=True, steps=6, tensorboard=True, checkpoint_every=2)
+    next(resumed)
+    purged = [
+        event.step for event in events(tmp_path / "tensorboard") if event.HasField("session_log")
+    ]
+    assert purged[-1] == 5 and resumed.step == 5
