@@ -67,7 +67,7 @@ def trainer(program: Program, folder: Path, resume: bool = False) -> Trainer:
     module = instantiate(program, "cuda")
     module.recompute_blocks(keep_attention=LAYERS)
     module.compile_blocks()
-    settings = {"steps": STEPS, "lr": 1e-5, "ema_decay": None, "checkpoint_every": KILLED - 1}
+    settings = {"steps": STEPS, "lr": 3e-5, "ema_decay": None, "checkpoint_every": KILLED - 1}
     section = TrainSection.model_validate(settings)
     objective = SameNoise(program, module)
     return Trainer(objective, OneSample(program), section, folder, {}, resume=resume)
