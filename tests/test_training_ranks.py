@@ -18,7 +18,6 @@ from training_ranks import (
     CASES,
     CPU,
     FAULTS,
-    FAULTY,
     RECORDED,
     RUNS,
     Clips,
@@ -76,8 +75,9 @@ def test_ranks_train_what_one_does(folder: Path, run: tuple[int, tuple[int, int]
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_seen(folder: Path, fault: str) -> None:
-    wanted = alone(FAULTY[2])
-    for rank in range(FAULTY[0]):
+    (size, _, case), _ = FAULTS[fault]
+    wanted = alone(case)
+    for rank in range(size):
         assert apart(load_file(folder / f"{fault}, {rank}"), wanted) > FAR
 
 

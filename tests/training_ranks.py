@@ -28,7 +28,10 @@ from lltk.graph.contract import Contract, Role
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
+from lltk.ops import philox
 from lltk.ops.block_causal_attention import reference, sdpa
+from lltk.ops.nvfp4_quantise import reference as nvfp4
+from lltk.ops.nvfp4_quantise_transposed import reference as nvfp4_transposed
 from lltk.parallel.mesh import Mesh, meshed, whole
 from lltk.parallel.ranks import Ranks
 from lltk.train.data import Batch
@@ -49,14 +52,14 @@ class Case:
         frames, chunk: of a clip, in latent frames.
         options: of the objective.
         padded: whether clips have padding, which no two of them have as much of.
-        naive: whether ranks divide [clean; noisy] as it stands.
+        nvfp4: whether linears are in NVFP4.
     """
 
     frames: int = 8
     chunk: int = 2
     options: Mapping[str, Any] = field(default_factory=dict)
     padded: bool = False
-    naive: bool = False
+    nvfp4: bool = False
 
 
 CASES = {
@@ -67,6 +70,7 @@ CASES = {
         options={"error_recycling": ErrorRecyclingSection(clean=0.3, buckets=2, entries=3)},
         padded=True,
     ),
+    "nvfp4": Case(nvfp4=True),
 }
 NAIVE = {
     "naive": Case(
@@ -108,14 +112,15 @@ def program(name: str, sequence: int, dtype: str = "float32") -> Program:
     """A case's Program, for so many ranks a clip, with weights of its own seed."""
     case = ALL_CASES[name]
     steps: list[Any] = list(PASSES["train"])
-    place = steps.index("teacher_forcing")
-    if sequence > 1 and case.naive:
-        steps[place] = {"naive_sp": {"size": sequence}}
-    elif sequence > 1:
-        steps.insert(place + 1, {"balanced_sp": {"size": sequence}})
-    config = tiny_config(2, num_attention_heads=4, attention_head_dim=12)
+    if sequence > 1:
+        steps.insert(steps.index("teacher_forcing") + 1, {"balanced_sp": {"size": sequence}})
+    if case.nvfp4:
+        quantise = {"nvfp4_train": {"activation_rule": "mse"}}
+        steps.insert(steps.index("teacher_forcing") + 1, quantise)
+    head_dim, width, text = (16, 128, 16) if case.nvfp4 else (12, 96, 5)
+    config = tiny_config(2, num_attention_heads=4, attention_head_dim=head_dim)
     sizes = {"frames": case.frames, "chunk": case.chunk, "window": 4 * case.chunk, "sink": 0}
-    sizes |= {"height": 64, "width": 96}
+    sizes |= {"height": 64, "width": width, "text_tokens": text}
     return make_program(make_recipe("train", steps, config=config, dtype=dtype, **sizes))
 
 
@@ -170,16 +175,15 @@ def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict
 
 Run = tuple[int, tuple[int, int], str]
 """Number of ranks; those that share a clip, and shards; case."""
+HIGH = [name for name, case in CASES.items() if not case.nvfp4]
 RUNS: list[Run] = [
-    *product([2], [(2, 1), (1, 2), (2, 2)], CASES),
+    *product([2], [(2, 1), (1, 2), (2, 2)], HIGH),
     *product([4], [(4, 1), (2, 4), (2, 2)], ["images and padding"]),
     (4, (2, 1), "recycled errors"),
     (4, (4, 1), "errors and noise"),
-    (2, (2, 2), "naive"),
-    (4, (4, 1), "naive"),
+    (2, (2, 1), "nvfp4"),
+    (4, (4, 1), "nvfp4"),
 ]
-FAULTY: Run = (2, (2, 1), "images and padding")
-"""The run that has the faults."""
 RECORDED = Path(__file__).parent / "data" / "longlive" / "sp_2ranks.safetensors"
 
 
@@ -210,10 +214,40 @@ def own_counts() -> Iterator[None]:
         yield
 
 
-FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "another layout": another_layout,
-    "own counts": own_counts,
+@contextmanager
+def own_draws() -> Iterator[None]:
+    """Let random numbers go by a row's place among the rank's own."""
+
+    def drawn(seed: Tensor, stream: int, shape: tuple[int, ...], run: int = 0) -> Tensor:
+        return philox.uniform(seed, stream, shape)
+
+    with patch.object(nvfp4, "uniform", drawn):
+        yield
+
+
+@contextmanager
+def own_scales() -> Iterator[None]:
+    """Let each rank scale what it quantises by its own largest magnitude."""
+    quantise = nvfp4.nvfp4_quantise
+
+    def own(*given: Any, run: int = 0) -> nvfp4.Quantised:
+        return quantise(*given[:5], run=run)
+
+    with (
+        patch.object(nvfp4, "nvfp4_quantise", own),
+        patch.object(nvfp4_transposed, "nvfp4_quantise", own),
+    ):
+        yield
+
+
+_PADDED, _NVFP4 = (2, (2, 1), "images and padding"), (2, (2, 1), "nvfp4")
+FAULTS: dict[str, tuple[Run, Callable[[], AbstractContextManager[None]]]] = {
+    "another layout": (_PADDED, another_layout),
+    "own counts": (_PADDED, own_counts),
+    "own draws": (_NVFP4, own_draws),
+    "own scales": (_NVFP4, own_scales),
 }
+"""What must be seen, and in which run, all of two ranks."""
 
 
 def goes_on(ranks: Ranks, folder: Path, steps: int, dtype: str = "float32") -> list[float]:
@@ -257,10 +291,10 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
         dist.barrier()
         losses = goes_on(ranks, folder / f"half on {size}", 3)
         (folder / f"resumed on {size}, {rank}").write_text(json.dumps(losses))
-        if size == FAULTY[0]:
-            for name, fault in FAULTS.items():
+        if size == 2:
+            for name, (run, fault) in FAULTS.items():
                 with fault():
-                    save_file(trained(FAULTY[2], ranks, *FAULTY[1]), folder / f"{name}, {rank}")
+                    save_file(trained(run[2], ranks, *run[1]), folder / f"{name}, {rank}")
             with meshed(ranks, size, 1):
                 recipe, meta = recorded(RECORDED)
                 made = replay_sp.program_of(recipe, replay_sp.weights_beside(RECORDED))
