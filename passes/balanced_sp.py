@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import operator
 from math import gcd
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import fx
 
 from lltk.graph.contract import Role
-from lltk.graph.edit import building, calls, module_of, role_of, shape
+from lltk.graph.edit import Builder, building, calls, module_of, role_of, shape
 from lltk.graph.facts import Ranks
 from lltk.graph.match import ancestors
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.ops.implementations import overload
+from lltk.ops.nvfp4_quantise.reference import BLOCK
 from lltk.ops.nvfp4_quantise_transposed.reference import padded
 from lltk.parallel.exchange import ALL_MAX, HEADS_TO_TOKENS, OWN_SEED, TOKENS_TO_HEADS
 from lltk.parallel.groups import SEQUENCE
@@ -28,19 +29,25 @@ NVFP4_LARGEST = overload("nvfp4_largest")
 NVFP4_LINEAR = overload("nvfp4_linear")
 NVFP4_QUANTISE = overload("nvfp4_quantise")
 NVFP4_QUANTISE_TRANSPOSED = overload("nvfp4_quantise_transposed")
+ROUNDED_EXCHANGE = overload("rounded_exchange")
 
 FRAMES = {Role.LATENTS: 2, Role.CLEAN: 2, Role.TIME: 1, Role.POSITIONS: 0, Role.TEXT: 1}
 """The axis of an input that is the clip's frames, or its chunks."""
 
 
 class Config(PassConfig):
-    """How many ranks."""
+    """How many ranks, and how they exchange."""
 
     size: int = Field(
         2,
         ge=1,
         description="number of ranks that share a clip, which divides the heads and the chunks; "
         "with 1 the graph stays as it is",
+    )
+    exchange: Literal["nvfp4", "fp8", "compute"] = Field(
+        "compute",
+        description="how queries, keys, values, the results of attention, and the gradients of all "
+        "are sent: in NVFP4, in E4M3 with a scale for each head of a token, or in compute dtype",
     )
 
 
@@ -58,7 +65,8 @@ class BalancedSP(Pass[Config]):
     Every rank predicts for as many noisy tokens as the others. After an exchange the sequence is
     [clean; noisy] of each rank in turn. The mask reads this order, so nothing is permuted.
     Positions are those of the rank's frames in the clip. The gradient of an exchange is its
-    inverse. The layout is LongLive-2.0's Balanced SP over DeepSpeed-Ulysses.
+    inverse. The layout is LongLive-2.0's Balanced SP over DeepSpeed-Ulysses. With another exchange
+    than ``compute`` each is a `rounded_exchange`, which rounds what it sends, both ways.
 
     Linears in NVFP4 round as on one rank::
 
@@ -95,6 +103,11 @@ class BalancedSP(Pass[Config]):
                 f"{geometry.chunk} evenly; set geometry.frames to "
                 f"{_nearest(geometry.frames, size * geometry.chunk)}"
             )
+        if self.config.exchange == "nvfp4" and (width := program.spec.head_dim) % BLOCK:
+            raise ValueError(
+                f"exchange: nvfp4 is for heads of whole blocks of {BLOCK}, and the model's are "
+                f"{width} wide; set fp8 or compute"
+            )
         for node in calls(program.graphs["train"], NVFP4_LINEAR) if size > 1 else []:
             run, unit = self._run(program, node), padded(1, _signs(node))
             if run % unit:
@@ -128,13 +141,19 @@ class BalancedSP(Pass[Config]):
         q, k, v, *rest = node.args
         readers, size = list(node.users), self.config.size
         with building(node) as build:
-            heads = build(TOKENS_TO_HEADS, [q, k, v], size, SEQUENCE)
+            heads = self._exchanged(build, TOKENS_TO_HEADS, [q, k, v])
             operands = [build(operator.getitem, heads, index) for index in range(3)]
             out = build(BLOCK_CAUSAL_ATTENTION, *operands, *rest, size)
-            tokens = build(HEADS_TO_TOKENS, [out], size, SEQUENCE)
+            tokens = self._exchanged(build, HEADS_TO_TOKENS, [out])
             own = build(operator.getitem, tokens, 0)
         for reader in readers:
             reader.replace_input_with(node, own)
+
+    def _exchanged(self, build: Builder, op: Any, values: list[Any]) -> fx.Node:
+        form, size = self.config.exchange, self.config.size
+        if form == "compute":
+            return build(op, values, size, SEQUENCE)
+        return build(ROUNDED_EXCHANGE, values, op is TOKENS_TO_HEADS, form, size, SEQUENCE)
 
     def _run(self, program: Program, linear: fx.Node) -> int:
         """How many of a linear's rows follow one another both on a rank and on one alone."""

@@ -32,6 +32,7 @@ from lltk.ops import philox
 from lltk.ops.block_causal_attention import reference, sdpa
 from lltk.ops.nvfp4_quantise import reference as nvfp4
 from lltk.ops.nvfp4_quantise_transposed import reference as nvfp4_transposed
+from lltk.parallel import exchange
 from lltk.parallel.mesh import Mesh, meshed, whole
 from lltk.parallel.ranks import Ranks
 from lltk.train.data import Batch
@@ -53,6 +54,7 @@ class Case:
         options: of the objective.
         padded: whether clips have padding, which no two of them have as much of.
         nvfp4: whether linears are in NVFP4.
+        exchange: how ranks send each other what they attend with.
     """
 
     frames: int = 8
@@ -60,6 +62,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     padded: bool = False
     nvfp4: bool = False
+    exchange: str = "compute"
 
 
 CASES = {
@@ -71,6 +74,8 @@ CASES = {
         padded=True,
     ),
     "nvfp4": Case(nvfp4=True),
+    "sent in fp8": Case(exchange="fp8"),
+    "sent in nvfp4": Case(exchange="nvfp4"),
 }
 NAIVE = {
     "naive": Case(
@@ -113,12 +118,15 @@ def program(name: str, sequence: int, dtype: str = "float32") -> Program:
     case = ALL_CASES[name]
     steps: list[Any] = list(PASSES["train"])
     if sequence > 1:
-        steps.insert(steps.index("teacher_forcing") + 1, {"balanced_sp": {"size": sequence}})
+        shared = {"balanced_sp": {"size": sequence, "exchange": case.exchange}}
+        steps.insert(steps.index("teacher_forcing") + 1, shared)
     if case.nvfp4:
         quantise = {"nvfp4_train": {"activation_rule": "mse"}}
         steps.insert(steps.index("teacher_forcing") + 1, quantise)
-    head_dim, width, text = (16, 128, 16) if case.nvfp4 else (12, 96, 5)
-    config = tiny_config(2, num_attention_heads=4, attention_head_dim=head_dim)
+    width, text = (128, 16) if case.nvfp4 else (96, 5)
+    head_dim = 16 if case.nvfp4 or case.exchange == "nvfp4" else 12
+    ffn = 64 if case.nvfp4 else 32
+    config = tiny_config(2, num_attention_heads=4, attention_head_dim=head_dim, ffn_dim=ffn)
     sizes = {"frames": case.frames, "chunk": case.chunk, "window": 4 * case.chunk, "sink": 0}
     sizes |= {"height": 64, "width": width, "text_tokens": text}
     return make_program(make_recipe("train", steps, config=config, dtype=dtype, **sizes))
@@ -142,8 +150,11 @@ def in_float64() -> Iterator[None]:
 
 
 def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict[str, Tensor]:
-    """Losses, gradients and weights of a few steps in float64, on the CPU."""
-    case, made = ALL_CASES[name], program(name, sequence)
+    """Losses, gradients and weights of a few steps in float64, on the CPU.
+
+    Also the 4-bit values of the last weights, if linears are in NVFP4.
+    """
+    case, made = CASES[name], program(name, sequence)
     found: dict[str, Tensor] = {}
     step = Optimiser.step
 
@@ -170,19 +181,49 @@ def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict
             metrics = next(run)
             found[f"{number}.loss"] = torch.tensor(metrics.loss, dtype=torch.float64)
             found[f"{number}.norm"] = torch.tensor(metrics.grad_norm, dtype=torch.float64)
+        found |= {f"quantised.{n}": bits(value) for n, value in objective._quantised.items()}
         return found | {f"weight.{n}": value.cpu() for n, value in run.weights.items()}
+
+
+def bits(value: Tensor) -> Tensor:
+    """The bytes of a tensor, as numbers."""
+    return value.cpu().flatten().view(torch.uint8).double()
+
+
+def quantised(ranks: Ranks) -> dict[str, Tensor]:
+    """The 4-bit values of weights in bfloat16, which all ranks share, and the bytes received."""
+    made = program("nvfp4", 1, "bfloat16")
+    section = TrainSection.model_validate(
+        {"steps": 1, "batch": BATCH, "lr": 0.1, "shards": ranks.size}
+    )
+    received = 0
+
+    def counted(sent: Tensor, size: int, group: str) -> Tensor:
+        nonlocal received
+        received += sent.nbytes
+        return begin(sent, size, group)
+
+    begin = exchange._begin
+    with meshed(ranks, 1, ranks.size) as mesh, TemporaryDirectory() as folder:
+        objective = FlowMatching(made, instantiate(made))
+        run = Trainer(objective, Clips(made, CASES["nvfp4"]), section, Path(folder), {}, mesh=mesh)
+        run._masters.publish()
+        with patch.object(exchange, "_begin", counted):
+            objective.weights_changed()
+        found = {name: bits(value) for name, value in objective._quantised.items()}
+    return found | {"received": torch.tensor(received)}
 
 
 Run = tuple[int, tuple[int, int], str]
 """Number of ranks; those that share a clip, and shards; case."""
-HIGH = [name for name, case in CASES.items() if not case.nvfp4]
+HIGH = [name for name, case in CASES.items() if case.exchange == "compute" and not case.nvfp4]
 RUNS: list[Run] = [
     *product([2], [(2, 1), (1, 2), (2, 2)], HIGH),
     *product([4], [(4, 1), (2, 4), (2, 2)], ["images and padding"]),
     (4, (2, 1), "recycled errors"),
     (4, (4, 1), "errors and noise"),
-    (2, (2, 1), "nvfp4"),
-    (4, (4, 1), "nvfp4"),
+    *product([2], [(1, 2), (2, 2)], ["nvfp4"]),
+    *product([4], [(4, 1), (2, 4)], ["nvfp4"]),
 ]
 RECORDED = Path(__file__).parent / "data" / "longlive" / "sp_2ranks.safetensors"
 
@@ -240,12 +281,17 @@ def own_scales() -> Iterator[None]:
         yield
 
 
-_PADDED, _NVFP4 = (2, (2, 1), "images and padding"), (2, (2, 1), "nvfp4")
+_PADDED = (2, (2, 1), "images and padding")
+ROUNDED: list[Run] = [
+    (size, (size, 1), case) for size in (2, 4) for case in ("sent in fp8", "sent in nvfp4")
+]
+"""Runs that are only near to those of one process."""
 FAULTS: dict[str, tuple[Run, Callable[[], AbstractContextManager[None]]]] = {
     "another layout": (_PADDED, another_layout),
     "own counts": (_PADDED, own_counts),
-    "own draws": (_NVFP4, own_draws),
-    "own scales": (_NVFP4, own_scales),
+    "own draws": ((2, (2, 1), "nvfp4"), own_draws),
+    "own scales": ((2, (2, 1), "nvfp4"), own_scales),
+    "own scales of shards": ((2, (1, 2), "nvfp4"), own_scales),
 }
 """What must be seen, and in which run, all of two ranks."""
 
@@ -277,9 +323,10 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(rank, size, CPU)
     with grouped(rank, size, port):
-        for run in RUNS:
+        for run in [*RUNS, *ROUNDED]:
             if run[0] == size:
                 save_file(trained(run[2], ranks, *run[1]), folder / file_of(run, rank))
+        save_file(quantised(ranks), folder / f"quantised on {size}, {rank}")
         if size == 2:
             losses = goes_on(ranks, folder / "whole", 3)
             (folder / f"whole, {rank}").write_text(json.dumps(losses))
@@ -323,9 +370,10 @@ def recorded(file: Path) -> tuple[Recipe, dict[str, Any]]:
 def save_all(folder: Path) -> None:
     """Run every case on every mesh; for a new process, of which the ranks are forks."""
     torch.set_num_threads(1)
-    for _, (sequence, _), case in RUNS:
+    for _, (sequence, _), case in [*RUNS, *ROUNDED]:
         program(case, sequence)
     program("text", 2, "bfloat16")
+    program("nvfp4", 1, "bfloat16")
     for size in sorted({run[0] for run in RUNS}):
         port = free_port()
         forked(save_trained, [(rank, size, port, folder) for rank in range(size)])

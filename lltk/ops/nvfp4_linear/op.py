@@ -8,8 +8,10 @@
 
 The graph shows what is quantised when: nodes before this one quantise x and W, and the gradient's
 formula is written in `lltk::` ops. Where several ranks share x, the largest magnitude of a
-gradient is exchanged, and random numbers go by a row's place in the whole. x and W themselves are arguments only so that they get
-gradients. Of the activation, backward keeps nothing but the 4-bit transpose.
+gradient is exchanged, and random numbers go by a row's place in the whole.
+
+x and W themselves are arguments only so that they get gradients. Of the activation, backward keeps
+nothing but the 4-bit transpose.
 """
 
 from __future__ import annotations
