@@ -12,6 +12,7 @@ from lltk.graph.facts import Ranks
 from lltk.graph.joint import joint_graph
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
+from lltk.parallel.exchange import HEADS_TO_TOKENS, TOKENS_TO_HEADS
 
 pytestmark = pytest.mark.cpu
 
@@ -132,6 +133,28 @@ def test_a_gradient_is_exchanged_as_x_is() -> None:
         if "nvfp4_quantise" in str(node.target) and node.args[3] is not None
     ]
     assert len(stochastic) == 20 and all(node.args[-1] in (32, 64) for node in stochastic)
+
+
+def test_what_is_sent_may_be_rounded() -> None:
+    """Queries, keys and values, and what attention gives."""
+    program = after(made(), {"balanced_sp": {"exchange": "fp8"}})
+    sent = [str(op) for op in (TOKENS_TO_HEADS, HEADS_TO_TOKENS)]
+    wanted = AFTER.strip().replace("], 2, 'sequence')", "], True, 'fp8', 2, 'sequence')", 1)
+    wanted = wanted.replace("], 2, 'sequence')", "], False, 'fp8', 2, 'sequence')")
+    for op in sent:
+        name = op.split(".")[1]
+        wanted = wanted.replace(op, "lltk.rounded_exchange.default")
+        wanted = wanted.replace(name, {sent[0]: "rounded_exchange"}.get(op, "rounded_exchange_1"))
+    assert text(program, "train") == wanted
+
+
+def test_heads_that_are_no_blocks_are_not_sent_in_nvfp4() -> None:
+    program = reached("train", *STEPS, frames=8)
+    message = refused(after, program, {"balanced_sp": {"exchange": "nvfp4"}})
+    assert message == (
+        "balanced_sp: exchange: nvfp4 is for heads of whole blocks of 16, and the model's are 12 "
+        "wide; set fp8 or compute"
+    )
 
 
 @pytest.mark.parametrize(
