@@ -84,12 +84,10 @@ class Seen(TorchDispatchMode):
 
 def of_5b(layers: int) -> Program:
     """The shipped recipe at 96 latent frames, for ranks that share a clip; on meta tensors."""
-    recipe = read_recipe(find_recipe("wan22_5b_train_nvfp4"), ["geometry.frames=96"])
+    shared = {"size": RANKS, "exchange": "nvfp4"}
+    changes = [f"passes.balanced_sp.{key}={value}" for key, value in shared.items()]
+    recipe = read_recipe(find_recipe("wan22_5b_train_nvfp4"), ["geometry.frames=96", *changes])
     recipe["model"]["config"] = named_config("wan22_5b") | {"num_layers": layers}
-    steps = recipe["passes"]
-    after = [next(iter(step)) if isinstance(step, dict) else step for step in steps]
-    shared = {"balanced_sp": {"size": RANKS, "exchange": "nvfp4"}}
-    steps.insert(after.index("nvfp4_train") + 1, shared)
     program = transform(parse_recipe(recipe, "5B"), weights=False)
     for name, weight in program.weights.items():
         program.weights[name] = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
