@@ -303,6 +303,7 @@ def goes_on(ranks: Ranks, folder: Path, steps: int, dtype: str = "float32") -> l
     """
     rate = 1e-3 if dtype == "float32" else 1e-5  # AdamW's first steps are as large, whatever rounds
     settings = {"steps": steps, "batch": 2, "lr": rate, "ema_start": 1, "shards": ranks.size}
+    settings |= {"validate_every": 1}  # by averaged weights, which the next step must not see
     section = TrainSection.model_validate(settings)
     case, made = CASES["text"], program("text", ranks.size, dtype)
     with meshed(ranks, ranks.size, ranks.size) as mesh:

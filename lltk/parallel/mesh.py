@@ -158,8 +158,11 @@ class Mesh:
         wide = torch.promote_types(most, torch.float32)
         policy = MixedPrecisionPolicy(reduce_dtype=wide)
         module.register_forward_hook(_copied)  # FSDP warns of results that are views
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": others}
         for part in (*getattr(module, "blocks_by_path", {}).values(), module):
-            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=others)
+            # Else the module would keep what it gathered for a forward pass that no backward pass
+            # follows, and run with it after the weights have changed.
+            fully_shard(part, reshard_after_forward=True, **options)
         return mesh
 
 
