@@ -53,6 +53,7 @@ class Case:
         frames, chunk: of a clip, in latent frames.
         options: of the objective.
         padded: whether clips have padding, which no two of them have as much of.
+        naive: whether ranks divide [clean; noisy] as it stands.
         nvfp4: whether linears are in NVFP4.
         exchange: how ranks send each other what they attend with.
     """
@@ -61,6 +62,7 @@ class Case:
     chunk: int = 2
     options: Mapping[str, Any] = field(default_factory=dict)
     padded: bool = False
+    naive: bool = False
     nvfp4: bool = False
     exchange: str = "compute"
 
@@ -73,11 +75,6 @@ CASES = {
         options={"error_recycling": ErrorRecyclingSection(clean=0.3, buckets=2, entries=3)},
         padded=True,
     ),
-    "nvfp4": Case(nvfp4=True),
-    "sent in fp8": Case(exchange="fp8"),
-    "sent in nvfp4": Case(exchange="nvfp4"),
-}
-NAIVE = {
     "naive": Case(
         options={
             "image": 0.6,
@@ -85,9 +82,11 @@ NAIVE = {
         },
         padded=True,
         naive=True,
-    )
+    ),
+    "nvfp4": Case(nvfp4=True),
+    "sent in fp8": Case(exchange="fp8"),
+    "sent in nvfp4": Case(exchange="nvfp4"),
 }
-ALL_CASES = CASES | NAIVE
 
 
 class Clips:
@@ -115,14 +114,16 @@ class Clips:
 @cache
 def program(name: str, sequence: int, dtype: str = "float32") -> Program:
     """A case's Program, for so many ranks a clip, with weights of its own seed."""
-    case = ALL_CASES[name]
+    case = CASES[name]
     steps: list[Any] = list(PASSES["train"])
-    if sequence > 1:
+    place = steps.index("teacher_forcing")
+    if sequence > 1 and case.naive:
+        steps[place] = {"naive_sp": {"size": sequence}}
+    elif sequence > 1:
         shared = {"balanced_sp": {"size": sequence, "exchange": case.exchange}}
-        steps.insert(steps.index("teacher_forcing") + 1, shared)
+        steps.insert(place + 1, shared)
     if case.nvfp4:
-        quantise = {"nvfp4_train": {"activation_rule": "mse"}}
-        steps.insert(steps.index("teacher_forcing") + 1, quantise)
+        steps.insert(place + 1, {"nvfp4_train": {"activation_rule": "mse"}})
     width, text = (128, 16) if case.nvfp4 else (96, 5)
     head_dim = 16 if case.nvfp4 or case.exchange == "nvfp4" else 12
     ffn = 64 if case.nvfp4 else 32
@@ -216,12 +217,19 @@ def quantised(ranks: Ranks) -> dict[str, Tensor]:
 
 Run = tuple[int, tuple[int, int], str]
 """Number of ranks; those that share a clip, and shards; case."""
-HIGH = [name for name, case in CASES.items() if case.exchange == "compute" and not case.nvfp4]
+HIGH = [
+    name
+    for name, case in CASES.items()
+    if case.exchange == "compute" and not case.nvfp4 and not case.naive
+]
+"""Cases for every mesh of two ranks."""
 RUNS: list[Run] = [
     *product([2], [(2, 1), (1, 2), (2, 2)], HIGH),
     *product([4], [(4, 1), (2, 4), (2, 2)], ["images and padding"]),
     (4, (2, 1), "recycled errors"),
     (4, (4, 1), "errors and noise"),
+    (2, (2, 2), "naive"),
+    (4, (4, 1), "naive"),
     (2, (2, 2), "nvfp4"),
     *product([4], [(4, 1), (2, 4)], ["nvfp4"]),
 ]
