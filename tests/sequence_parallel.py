@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,11 +25,18 @@ from lltk.graph.module import instantiate
 from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
 from lltk.graph.recipe import open_recipe
+from lltk.ops.fp8_dequantise.reference import fp8_dequantise
+from lltk.ops.fp8_rows import fp8_quantise
+from lltk.ops.implementations import overload
+from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
+from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
 from lltk.parallel import reference
 from lltk.parallel.exchange import (
+    all_max,
     all_parts,
     heads_to_tokens,
     own_part,
+    own_seed,
     receive_heads,
     send_tokens,
     tokens_to_heads,
@@ -46,6 +54,8 @@ from lltk.stream.session import Sampling, Session
 from lltk.stream.timeline import Timeline
 from lltk.stream.video import VideoWriter
 from lltk.streaming import StreamPlan, load_models, plan_stream
+
+rounded_exchange = overload("rounded_exchange")
 
 SIZE = 2
 _EXACT = {"exchange": "compute"}
@@ -250,6 +260,10 @@ def exchanged(rank: int, size: int) -> None:
         under_way = [(send_tokens(values, size, SEQUENCE), values) for values in both]
         (one,), (other, _) = (receive_heads(*each, size, SEQUENCE) for each in under_way)
         assert torch.equal(one, few) and torch.equal(other, 2 * few)
+    seen = torch.tensor([float(rank), -1.0 - rank, torch.nan if rank == 1 else 0.0])
+    largest = all_max(seen, size, SEQUENCE)
+    assert largest[:2].tolist() == [size - 1, -1] and bool(largest[2].isnan())
+    assert own_seed(torch.tensor([7, 9]), size, SEQUENCE).tolist() == [7, 9, rank, size]
     whole = torch.arange(48.0).view(2, 12, 2)
     part = own_part(whole, 1, size, SEQUENCE)
     assert torch.equal(part, whole.chunk(size, 1)[rank])
@@ -286,11 +300,35 @@ def differentiated(size: int) -> None:
         assert not torch.allclose(ours.roll(1, 1), theirs)
 
 
+def rounded(rank: int, size: int) -> None:
+    """See that what is sent rounded, and its gradient, are what one process rounds."""
+    generator = torch.Generator().manual_seed(0)
+    rounds: dict[str, Callable[[Tensor], Tensor]] = {
+        "fp8": lambda x: fp8_dequantise(*fp8_quantise(x), x.dtype),
+        "nvfp4": lambda x: nvfp4_dequantise(*nvfp4_quantise(x), x.dtype),
+    }
+    for form, to_heads in product(rounds, (True, False)):
+        # Each token is larger than the one before, so that ranks' largest magnitudes differ.
+        both = torch.randn(2, 2, 3 * size, 8, 16, generator=generator)
+        both *= torch.arange(1.0, 3 * size + 1).view(-1, 1, 1)
+        grads = torch.randn(both.shape, generator=generator)
+        given, made = (1, 2) if to_heads else (2, 1)
+        own = [x.chunk(size, given)[rank].clone().requires_grad_() for x in both]
+        found = rounded_exchange(own, to_heads, form, size, SEQUENCE)
+        for ours, whole in zip(found, both, strict=True):
+            assert torch.equal(ours, rounds[form](whole).chunk(size, made)[rank])
+            assert not torch.equal(ours, whole.chunk(size, made)[rank])
+        received = torch.autograd.grad(found, own, [x.chunk(size, made)[rank] for x in grads])
+        for ours, whole in zip(received, grads, strict=True):
+            assert torch.equal(ours, rounds[form](whole).chunk(size, given)[rank])
+
+
 def made_by(rank: int, size: int, port: int, pipeline: Path | None) -> dict[str, Tensor]:
     """All that a rank makes, by ``case.what``; with a pipeline also sessions and a video."""
     with grouped(rank, size, port):
         exchanged(rank, size)
         differentiated(size)
+        rounded(rank, size)
         made: dict[str, Any] = {}
         for case in CASES:
             shared = program(case, size)

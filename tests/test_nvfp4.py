@@ -18,11 +18,14 @@ from lltk.ops.hadamard.reference import SIGNS, hadamard, random_signs
 from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_dequantise.op import nvfp4_dequantise as dequantise_op
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
+from lltk.ops.nvfp4_largest.op import nvfp4_largest as largest_op
+from lltk.ops.nvfp4_largest.reference import nvfp4_largest
 from lltk.ops.nvfp4_matmul.op import nvfp4_matmul as matmul_op
 from lltk.ops.nvfp4_matmul.reference import nvfp4_matmul
 from lltk.ops.nvfp4_quantise.op import nvfp4_quantise as quantise_op
 from lltk.ops.nvfp4_quantise.reference import RULES, nvfp4_quantise
 from lltk.ops.nvfp4_quantise_transposed.op import nvfp4_quantise_transposed as transposed_op
+from lltk.ops.nvfp4_quantise_transposed.reference import padded
 from lltk.ops.nvfp4_transpose.op import nvfp4_transpose as transpose_op
 from lltk.ops.nvfp4_transpose.reference import nvfp4_transpose
 from lltk.ops.philox import philox, uniform
@@ -34,6 +37,7 @@ pytestmark = pytest.mark.cpu
 
 SHARED = list(SIGNS)
 SEED = torch.tensor([5, 1])
+PART = torch.tensor([5, 1, 1, 2])
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -228,6 +232,60 @@ def test_draws_differ_and_repeat() -> None:
     assert not torch.equal(codes[0], codes[2]) and not torch.equal(codes[0], codes[3])
 
 
+# Parts of a tensor that several ranks share
+
+
+@given(
+    st.integers(1, 2), st.integers(2, 4), st.integers(1, 3), st.integers(1, 40), st.booleans(),
+    st.sampled_from(RULES), st.sampled_from([[], SHARED, random_signs(32, 1)]),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_ranks_quantise_what_one_does(
+    runs: int, size: int, blocks: int, width: int, stochastic: bool, rule: str, signs: list[int]
+) -> None:
+    """Each rank has a part of every run of rows; codes and scales are those of the whole."""
+    unit = padded(1, signs)
+    whole = normal(runs, size, blocks * unit, width) * normal(runs, size, 1, 1, seed=1).exp()
+    largest = nvfp4_largest(whole, signs)
+    seed = torch.tensor([5, 1]) if stochastic else None
+    rows = quantise_op(whole, 1, rule, seed, 2)
+    turned = transposed_op(whole, signs, rule, seed, 2)
+    for rank in range(size):
+        own = torch.tensor([5, 1, rank, size]) if stochastic else None
+        part, run = whole[:, rank].contiguous(), blocks * unit
+        shared = (rule, own, 2)
+        made = quantise_op(part, 1, *shared, largest[0], run)
+        for ours, theirs in zip(made[:2], rows[:2], strict=True):
+            assert torch.equal(bits(ours), bits(theirs[:, rank]))
+        assert torch.equal(made[2], rows[2])
+        made = transposed_op(part, signs, *shared, largest[1], run)
+        for ours, theirs in zip(made[:2], turned[:2], strict=True):
+            wanted = bits(theirs).view(width, runs, size, -1)[:, :, rank]
+            assert torch.equal(bits(ours).view(wanted.shape), wanted)
+        assert torch.equal(made[2], turned[2])
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_what_is_not_finite_elsewhere_is_flagged(bad: float) -> None:
+    """A rank flags what another rank has."""
+    whole = normal(32, 16)
+    whole[20, 3] = bad
+    largest = nvfp4_largest(whole, SHARED)
+    assert not largest.isfinite().any()
+    for index, made in enumerate(
+        (
+            quantise_op(whole[:16], 1, "none", None, 0, largest[0], 16),
+            transposed_op(whole[:16], SHARED, "none", None, 0, largest[1], 16),
+        )
+    ):
+        assert bool(made[2].isnan()), index
+    assert bool(quantise_op(whole[:16])[2].isfinite())
+
+
 # Transform, layout, product
 
 
@@ -400,6 +458,9 @@ def operands(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     [
         (quantise_op, (normal(4, 40), 16, "mse", SEED, 3)),
         (quantise_op, (normal(2, 3, 32),)),
+        (quantise_op, (normal(2, 16, 40), 1, "mse", PART, 3, torch.tensor(5.0), 16)),
+        (transposed_op, (normal(2, 16, 40), SHARED, "mse", PART, 3, torch.tensor(5.0), 16)),
+        (largest_op, (normal(2, 3, 40), SHARED)),
         (dequantise_op, operands()),
         (transpose_op, quantise_op(normal(24, 32), 16)[:2]),
         (hadamard_op, (normal(4, 32), SHARED)),

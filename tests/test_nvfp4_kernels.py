@@ -43,6 +43,8 @@ def implementation(op: str, name: str) -> Callable[..., Any]:
 
 
 SEED = torch.tensor([-3, 2**33 + 7])
+PART = torch.tensor([-3, 2**33 + 7, 1, 3])
+"""A seed of the second of three ranks."""
 SHARED = list(SIGNS)
 
 
@@ -137,9 +139,15 @@ def failures(device: str, dtypes: tuple[torch.dtype, ...], thorough: bool) -> It
                 label = f"{name}, {len(signs)} signs"
                 yield from check(label, "nvfp4_quantise_transposed", x, signs, "mae", SEED, 1)
             yield from check(name, "nvfp4_quantise_transposed", x, SHARED)
+            yield from check(name, "nvfp4_largest", x, SHARED)
             for width in (2, 16, 64):
                 if x.shape[-1] % width == 0 and (thorough or width > 2):
                     yield from check(f"{name}, {width}", "hadamard", x, random_signs(width, 2))
+    x = torch.randn(2, 48, 40, generator=torch.Generator().manual_seed(4))
+    for seed, run in ((None, 0), (PART, 16), (PART, 48)):
+        shared = (seed, 3, torch.tensor(7.5), run)
+        yield from check(f"runs of {run}", "nvfp4_quantise", x, 1, "mse", *shared)
+        yield from check(f"runs of {run}", "nvfp4_quantise_transposed", x, SHARED, "none", *shared)
     each = torch.rand(2, 3, generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, 3, 20, 40, generator=torch.Generator().manual_seed(2))
     for tile in (1, 16):
@@ -163,6 +171,9 @@ def controls(device: str) -> Iterator[str]:
 
     op = "nvfp4_quantise"
     yield from check("a stream", op, (x, 1, "none", SEED, 3), (x, 1, "none", SEED, 4))
+    part, largest = (x, 1, "none", PART, 3), torch.tensor(7.5)
+    yield from check("a run", op, (*part, largest, 8), (*part, largest, 16))
+    yield from check("what is largest", op, (*part, largest), (*part, largest + 0.25))
     yield from check("a rule", op, (x, 1, "mse"), (x, 1, "mae"))
     nudged = x.clone()
     nudged[0, 0] = nudged.abs().max() * (1 + 2**-22)

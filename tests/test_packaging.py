@@ -26,7 +26,7 @@ FOLDERS = ("lltk", *MAPPED)
 ARROWS: dict[str, set[str]] = {
     "module_paths": set(),
     "files": set(),
-    "ops": {"module_paths"},
+    "ops": {"module_paths", "parallel"},
     "parallel": set(),
     "graph": {"files", "ops"},
     "models": {"files", "parallel", "graph", "ops"},

@@ -37,11 +37,14 @@ from torch import Tensor
 from torch.library import opcheck
 
 from lltk.graph.recipe import open_recipe
+from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_paged_attention.reference import Pages
 from lltk.parallel.exchange import (
+    all_max,
     all_parts,
     heads_to_tokens,
     own_part,
+    own_seed,
     receive_heads,
     send_tokens,
     tokens_to_heads,
@@ -199,6 +202,11 @@ def test_opcheck(dtype: torch.dtype) -> None:
         opcheck(receive_heads, (send_tokens([x], 2, SEQUENCE), [x], 2, SEQUENCE))
         opcheck(own_part, (x, 1, 2, SEQUENCE))
         opcheck(all_parts, (x, 2, 2, SEQUENCE))
+        opcheck(all_max, (x.detach(), 2, SEQUENCE))
+        opcheck(own_seed, (torch.tensor([3, 4]), 2, SEQUENCE))
+        heads = torch.randn(2, 4, 6, 16).to(dtype).requires_grad_()
+        for form in ("fp8", "nvfp4"):
+            opcheck(overload("rounded_exchange"), ([heads, heads], True, form, 2, SEQUENCE))
 
 
 def test_another_number_of_ranks_is_refused() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import replay_longlive
 import replay_sp
+import torch
 from helpers import refused
 from ranks import saved
 from safetensors.torch import load_file
@@ -18,24 +19,26 @@ from training_ranks import (
     CASES,
     CPU,
     FAULTS,
-    FAULTY,
     RECORDED,
+    ROUNDED,
     RUNS,
     Clips,
     file_of,
     goes_on,
     program,
+    quantised,
     recorded,
     save_all,
     trained,
 )
 
 from lltk.graph.module import instantiate
-from lltk.parallel.mesh import meshed
+from lltk.parallel.mesh import Mesh, meshed
 from lltk.parallel.ranks import Ranks
 from lltk.train.flow_matching import FlowMatching
 from lltk.train.loop import Trainer
 from lltk.train.recipe import TrainSection
+from lltk.train.shards import divided
 
 pytestmark = pytest.mark.cpu
 
@@ -76,9 +79,61 @@ def test_ranks_train_what_one_does(folder: Path, run: tuple[int, tuple[int, int]
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_seen(folder: Path, fault: str) -> None:
-    wanted = alone(FAULTY[2])
-    for rank in range(FAULTY[0]):
+    (size, _, case), _ = FAULTS[fault]
+    wanted = alone(case)
+    for rank in range(size):
         assert apart(load_file(folder / f"{fault}, {rank}"), wanted) > FAR
+
+
+LOST = {"sent in fp8": (0.005, 0.02), "sent in nvfp4": (0.02, 0.1)}
+"""Least and most of a step's gradient that rounding moves."""
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_what_is_sent_rounded_is_near(folder: Path, case: str) -> None:
+    """It is rounded alike by any number of ranks."""
+    first, *rest = (load_file(folder / file_of(run, 0)) for run in ROUNDED if run[2] == case)
+    assert rest and all(apart(made, first) < BOUND for made in rest)
+    wanted = alone(case)
+    least, most = LOST[case]
+    for name in ("0.loss", "0.norm"):
+        assert 0 < abs(float(first[name] / wanted[name]) - 1) < most / 2, name
+    assert least < error(first, wanted) < most
+
+
+def error(ours: Made, theirs: Made) -> float:
+    """What the first step's gradient differs by, in relation to its norm."""
+    names = [name for name in theirs if name.startswith("0.gradient")]
+    lost = sum(float((ours[name] - theirs[name]).square().sum()) for name in names)
+    return (lost / sum(float(theirs[name].square().sum()) for name in names)) ** 0.5
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_shards_are_quantised_as_the_whole(folder: Path, size: int) -> None:
+    """Every rank has the 4-bit values that one process has, bit for bit, and receives no more."""
+    wanted = quantised(Ranks(0, 1, CPU))
+    assert int(wanted.pop("received")) == 0
+    for rank in range(size):
+        found = load_file(folder / f"quantised on {size}, {rank}")
+        received = int(found.pop("received"))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    parts = sum(len(v) for name, v in wanted.items() if "codes_t" not in name and "_t_" not in name)
+    scalars = 4 * sum(name.endswith(("_scale_0", "_scale_1")) for name in wanted)
+    assert received == parts - scalars + size * scalars
+    weights = program("nvfp4", 1).weights
+    names = [name for name in weights if "blocks" in name and weights[name].dim() == 2]
+    assert received < 0.29 * 2 * sum(weights[name].numel() for name in names)
+
+
+def test_shards_that_cut_tiles_are_refused(folder: Path) -> None:
+    made = instantiate(program("nvfp4", 1))
+    mesh = Mesh(0, 8, 1, 8)
+    assert refused(divided, made, mesh, True) == (
+        "train.shards: 8 shards of blocks.0.attn1.to_q.weight would end within tiles of 16 of its "
+        "64 rows, which have a scale in NVFP4; set train.shards to one of 1, 2, 4, or exclude it "
+        "with nvfp4_train.exclude=['blocks.0.attn1.to_q']"
+    )
 
 
 def test_a_run_goes_on_with_other_ranks(folder: Path, tmp_path: Path) -> None:

@@ -28,7 +28,11 @@ from lltk.graph.contract import Contract, Role
 from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
+from lltk.ops import philox
 from lltk.ops.block_causal_attention import reference, sdpa
+from lltk.ops.nvfp4_quantise import reference as nvfp4
+from lltk.ops.nvfp4_quantise_transposed import reference as nvfp4_transposed
+from lltk.parallel import exchange
 from lltk.parallel.mesh import Mesh, meshed, whole
 from lltk.parallel.ranks import Ranks
 from lltk.train.data import Batch
@@ -50,6 +54,8 @@ class Case:
         options: of the objective.
         padded: whether clips have padding, which no two of them have as much of.
         naive: whether ranks divide [clean; noisy] as it stands.
+        nvfp4: whether linears are in NVFP4.
+        exchange: how ranks send each other what they attend with.
     """
 
     frames: int = 8
@@ -57,6 +63,8 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     padded: bool = False
     naive: bool = False
+    nvfp4: bool = False
+    exchange: str = "compute"
 
 
 CASES = {
@@ -67,8 +75,6 @@ CASES = {
         options={"error_recycling": ErrorRecyclingSection(clean=0.3, buckets=2, entries=3)},
         padded=True,
     ),
-}
-NAIVE = {
     "naive": Case(
         options={
             "image": 0.6,
@@ -76,9 +82,11 @@ NAIVE = {
         },
         padded=True,
         naive=True,
-    )
+    ),
+    "nvfp4": Case(nvfp4=True),
+    "sent in fp8": Case(exchange="fp8"),
+    "sent in nvfp4": Case(exchange="nvfp4"),
 }
-ALL_CASES = CASES | NAIVE
 
 
 class Clips:
@@ -106,16 +114,22 @@ class Clips:
 @cache
 def program(name: str, sequence: int, dtype: str = "float32") -> Program:
     """A case's Program, for so many ranks a clip, with weights of its own seed."""
-    case = ALL_CASES[name]
+    case = CASES[name]
     steps: list[Any] = list(PASSES["train"])
     place = steps.index("teacher_forcing")
     if sequence > 1 and case.naive:
         steps[place] = {"naive_sp": {"size": sequence}}
     elif sequence > 1:
-        steps.insert(place + 1, {"balanced_sp": {"size": sequence}})
-    config = tiny_config(2, num_attention_heads=4, attention_head_dim=12)
+        shared = {"balanced_sp": {"size": sequence, "exchange": case.exchange}}
+        steps.insert(place + 1, shared)
+    if case.nvfp4:
+        steps.insert(place + 1, {"nvfp4_train": {"activation_rule": "mse"}})
+    width, text = (128, 16) if case.nvfp4 else (96, 5)
+    head_dim = 16 if case.nvfp4 or case.exchange == "nvfp4" else 12
+    ffn = 64 if case.nvfp4 else 32
+    config = tiny_config(2, num_attention_heads=4, attention_head_dim=head_dim, ffn_dim=ffn)
     sizes = {"frames": case.frames, "chunk": case.chunk, "window": 4 * case.chunk, "sink": 0}
-    sizes |= {"height": 64, "width": 96}
+    sizes |= {"height": 64, "width": width, "text_tokens": text}
     return make_program(make_recipe("train", steps, config=config, dtype=dtype, **sizes))
 
 
@@ -137,8 +151,11 @@ def in_float64() -> Iterator[None]:
 
 
 def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict[str, Tensor]:
-    """Losses, gradients and weights of a few steps in float64, on the CPU."""
-    case, made = ALL_CASES[name], program(name, sequence)
+    """Losses, gradients and weights of a few steps in float64, on the CPU.
+
+    Also the 4-bit values of the last weights, if linears are in NVFP4.
+    """
+    case, made = CASES[name], program(name, sequence)
     found: dict[str, Tensor] = {}
     step = Optimiser.step
 
@@ -165,21 +182,57 @@ def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict
             metrics = next(run)
             found[f"{number}.loss"] = torch.tensor(metrics.loss, dtype=torch.float64)
             found[f"{number}.norm"] = torch.tensor(metrics.grad_norm, dtype=torch.float64)
+        found |= {f"quantised.{n}": bits(value) for n, value in objective._quantised.items()}
         return found | {f"weight.{n}": value.cpu() for n, value in run.weights.items()}
+
+
+def bits(value: Tensor) -> Tensor:
+    """The bytes of a tensor, as numbers."""
+    return value.cpu().flatten().view(torch.uint8).double()
+
+
+def quantised(ranks: Ranks) -> dict[str, Tensor]:
+    """The 4-bit values of weights in bfloat16, which all ranks share, and the bytes received."""
+    made = program("nvfp4", 1, "bfloat16")
+    section = TrainSection.model_validate(
+        {"steps": 1, "batch": BATCH, "lr": 0.1, "shards": ranks.size}
+    )
+    received = 0
+
+    def counted(sent: Tensor, size: int, group: str) -> Tensor:
+        nonlocal received
+        received += sent.nbytes
+        return begin(sent, size, group)
+
+    begin = exchange._begin
+    with meshed(ranks, 1, ranks.size) as mesh, TemporaryDirectory() as folder:
+        objective = FlowMatching(made, instantiate(made))
+        run = Trainer(objective, Clips(made, CASES["nvfp4"]), section, Path(folder), {}, mesh=mesh)
+        run._masters.publish()
+        with patch.object(exchange, "_begin", counted):
+            objective.weights_changed()
+        found = {name: bits(value) for name, value in objective._quantised.items()}
+    return found | {"received": torch.tensor(received)}
 
 
 Run = tuple[int, tuple[int, int], str]
 """Number of ranks; those that share a clip, and shards; case."""
+HIGH = [
+    name
+    for name, case in CASES.items()
+    if case.exchange == "compute" and not case.nvfp4 and not case.naive
+]
+"""Cases for every mesh of two ranks."""
 RUNS: list[Run] = [
-    *product([2], [(2, 1), (1, 2), (2, 2)], CASES),
+    *product([2], [(2, 1), (1, 2), (2, 2)], HIGH),
     *product([4], [(4, 1), (2, 4), (2, 2)], ["images and padding"]),
     (4, (2, 1), "recycled errors"),
     (4, (4, 1), "errors and noise"),
     (2, (2, 2), "naive"),
     (4, (4, 1), "naive"),
+    (2, (2, 2), "nvfp4"),
+    *product([4], [(4, 1), (2, 4)], ["nvfp4"]),
 ]
-FAULTY: Run = (2, (2, 1), "images and padding")
-"""The run that has the faults."""
 RECORDED = Path(__file__).parent / "data" / "longlive" / "sp_2ranks.safetensors"
 
 
@@ -210,10 +263,45 @@ def own_counts() -> Iterator[None]:
         yield
 
 
-FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "another layout": another_layout,
-    "own counts": own_counts,
+@contextmanager
+def own_draws() -> Iterator[None]:
+    """Let random numbers go by a row's place among the rank's own."""
+
+    def drawn(seed: Tensor, stream: int, shape: tuple[int, ...], run: int = 0) -> Tensor:
+        return philox.uniform(seed, stream, shape)
+
+    with patch.object(nvfp4, "uniform", drawn):
+        yield
+
+
+@contextmanager
+def own_scales() -> Iterator[None]:
+    """Let each rank scale what it quantises by its own largest magnitude."""
+    quantise = nvfp4.nvfp4_quantise
+
+    def own(*given: Any, run: int = 0) -> nvfp4.Quantised:
+        return quantise(*given[:5], run=run)
+
+    with (
+        patch.object(nvfp4, "nvfp4_quantise", own),
+        patch.object(nvfp4_transposed, "nvfp4_quantise", own),
+    ):
+        yield
+
+
+_PADDED = (2, (2, 1), "images and padding")
+ROUNDED: list[Run] = [
+    (size, (size, 1), case) for size in (2, 4) for case in ("sent in fp8", "sent in nvfp4")
+]
+"""Runs that are only near to those of one process."""
+FAULTS: dict[str, tuple[Run, Callable[[], AbstractContextManager[None]]]] = {
+    "another layout": (_PADDED, another_layout),
+    "own counts": (_PADDED, own_counts),
+    "own draws": ((2, (2, 1), "nvfp4"), own_draws),
+    "own scales": ((2, (2, 1), "nvfp4"), own_scales),
+    "own scales of shards": ((2, (1, 2), "nvfp4"), own_scales),
 }
+"""What must be seen, and in which run, all of two ranks."""
 
 
 def goes_on(ranks: Ranks, folder: Path, steps: int, dtype: str = "float32") -> list[float]:
@@ -223,6 +311,7 @@ def goes_on(ranks: Ranks, folder: Path, steps: int, dtype: str = "float32") -> l
     """
     rate = 1e-3 if dtype == "float32" else 1e-5  # AdamW's first steps are as large, whatever rounds
     settings = {"steps": steps, "batch": 2, "lr": rate, "ema_start": 1, "shards": ranks.size}
+    settings |= {"validate_every": 1}  # by averaged weights, which the next step must not see
     section = TrainSection.model_validate(settings)
     case, made = CASES["text"], program("text", ranks.size, dtype)
     with meshed(ranks, ranks.size, ranks.size) as mesh:
@@ -243,9 +332,10 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(rank, size, CPU)
     with grouped(rank, size, port):
-        for run in RUNS:
+        for run in [*RUNS, *ROUNDED]:
             if run[0] == size:
                 save_file(trained(run[2], ranks, *run[1]), folder / file_of(run, rank))
+        save_file(quantised(ranks), folder / f"quantised on {size}, {rank}")
         if size == 2:
             losses = goes_on(ranks, folder / "whole", 3)
             (folder / f"whole, {rank}").write_text(json.dumps(losses))
@@ -257,10 +347,10 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
         dist.barrier()
         losses = goes_on(ranks, folder / f"half on {size}", 3)
         (folder / f"resumed on {size}, {rank}").write_text(json.dumps(losses))
-        if size == FAULTY[0]:
-            for name, fault in FAULTS.items():
+        if size == 2:
+            for name, (run, fault) in FAULTS.items():
                 with fault():
-                    save_file(trained(FAULTY[2], ranks, *FAULTY[1]), folder / f"{name}, {rank}")
+                    save_file(trained(run[2], ranks, *run[1]), folder / f"{name}, {rank}")
             with meshed(ranks, size, 1):
                 recipe, meta = recorded(RECORDED)
                 made = replay_sp.program_of(recipe, replay_sp.weights_beside(RECORDED))
@@ -289,9 +379,10 @@ def recorded(file: Path) -> tuple[Recipe, dict[str, Any]]:
 def save_all(folder: Path) -> None:
     """Run every case on every mesh; for a new process, of which the ranks are forks."""
     torch.set_num_threads(1)
-    for _, (sequence, _), case in RUNS:
+    for _, (sequence, _), case in [*RUNS, *ROUNDED]:
         program(case, sequence)
     program("text", 2, "bfloat16")
+    program("nvfp4", 1, "bfloat16")
     for size in sorted({run[0] for run in RUNS}):
         port = free_port()
         forked(save_trained, [(rank, size, port, folder) for rank in range(size)])

@@ -54,6 +54,11 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program, device: torch.device, dtype: torch.dtype | None) -> None:
         super().__init__()
+        self.program = program
+        """What it runs."""
+        self.quantise_by: Callable[[], dict[str, Tensor]] | None = None
+        """What quantises weights in place of the graph that does, where ranks have parts of them;
+        None where this module has the weights."""
         self._regions: dict[Hashable, Any] = {
             name: fx.GraphModule(nn.Module(), region.graph, class_name=name)
             for name, region in program.regions.items()
@@ -114,7 +119,9 @@ class ProgramModule(nn.Module):
 
         Empty where no graph reads quantised weights as inputs.
         """
-        return self(WEIGHTS, {}) if WEIGHTS in self._graphs else {}
+        if WEIGHTS not in self._graphs:
+            return {}
+        return self(WEIGHTS, {}) if self.quantise_by is None else self.quantise_by()
 
     def recompute_blocks(self, keep_attention: int = 0) -> None:
         """Recompute each block in the backward pass instead of keeping its activations.

@@ -41,21 +41,32 @@ def _product(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def uniform(seed: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+def uniform(seed: Tensor, stream: int, shape: tuple[int, ...], run: int = 0) -> Tensor:
     """Uniform numbers on [0, 1), multiples of 2**-24.
 
     Element i (row-major) is word i % 4 of counter (i // 4 low, i // 4 high, draw, stream).
 
+    The elements may be one rank's of a tensor that several ranks share, in runs of equal length.
+    Each run of the shared tensor has the first rank's part, then the second's, and so on. An
+    element's place is then its place in the shared tensor, and so its number is the same on any
+    number of ranks.
+
     Args:
-        seed: int64 [2]: the key, and which draw of it this is.
+        seed: int64 [2]: the key, and which draw of it this is. Of a rank's part, int64 [4]: also
+            the number of the rank, and how many ranks there are.
         stream: which of the draw's independent sequences, below 2**32.
         shape: of the result.
+        run: how many elements of the part follow one another in the shared tensor, a multiple of
+            4; 0 if no ranks share it.
 
     Returns:
         float32, on the seed's device.
     """
     size = prod(shape)
     block = torch.arange((size + 3) // 4, device=seed.device)
+    if run:
+        rank, ranks, blocks = seed[2], seed[3], run // 4
+        block = (block // blocks * ranks + rank) * blocks + block % blocks
     key, draw = seed[0], seed[1]
     words = philox(
         (block & _LOW, block >> 32, draw & _LOW, torch.full_like(block, stream)),

@@ -106,6 +106,30 @@ def _(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     return x.new_empty(_resized(x, size, grows=dim))
 
 
+@torch.library.custom_op("lltk::all_max", mutates_args=())
+def all_max(x: Tensor, size: int, group: str) -> Tensor:
+    """The largest of all ranks' elements at each place, NaN where one is; no gradient."""
+    sent = x.expand(size, *x.shape).contiguous()
+    return _end(_begin(sent, size, group)).amax(0)
+
+
+@all_max.register_fake
+def _(x: Tensor, size: int, group: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("lltk::own_seed", mutates_args=())
+def own_seed(seed: Tensor, size: int, group: str) -> Tensor:
+    """A seed, int64 [2], with this rank's number and the number of ranks behind it."""
+    rank = find_group(group, size).rank()
+    return torch.cat([seed, seed.new_full((1,), rank), seed.new_full((1,), size)])
+
+
+@own_seed.register_fake
+def _(seed: Tensor, size: int, group: str) -> Tensor:
+    return seed.new_empty(len(seed) + 2)
+
+
 def _invert(op: CustomOpDef, inverse: Callable[..., Any], gradient: int = 0) -> None:
     """Let an op's gradient be what another op makes of the results' gradient.
 
@@ -137,6 +161,8 @@ RECEIVE_HEADS = torch.ops.lltk.receive_heads.default
 HEADS_TO_TOKENS = torch.ops.lltk.heads_to_tokens.default
 OWN_PART = torch.ops.lltk.own_part.default
 ALL_PARTS = torch.ops.lltk.all_parts.default
+ALL_MAX = torch.ops.lltk.all_max.default
+OWN_SEED = torch.ops.lltk.own_seed.default
 
 
 def _begin(sent: Tensor, size: int, group: str) -> Tensor:

@@ -14,6 +14,9 @@ from lltk.parallel.transfer import download
 SEQUENCE = "sequence"
 """The group whose ranks share the frames of a chunk or a clip, and the heads of attention."""
 
+SHARDS = "shards"
+"""The group whose ranks have a part each of the weights, if there are several."""
+
 FRAMES = "frames"
 """The same ranks, for the parts of frames that they send while the next chunk is in flight. They
 travel through main memory, so that they never wait for an exchange on the GPUs, nor it for them."""

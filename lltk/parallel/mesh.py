@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from lltk.parallel.groups import SEQUENCE, regrouped
+from lltk.parallel.groups import SEQUENCE, SHARDS, regrouped
 from lltk.parallel.ranks import Ranks
 
 
@@ -128,7 +128,7 @@ class Mesh:
         dist.all_gather_object(values, value)
         return all(other == value for other in values)
 
-    def shard(self, module: nn.Module) -> None:
+    def shard(self, module: nn.Module, apart: Collection[nn.Parameter] = frozenset()) -> DeviceMesh:
         """Divide a module's parameters among the shards, block by block, by FSDP2.
 
         FSDP2 takes parameters of one dtype. Those of another than most, such as a model in bfloat16
@@ -138,12 +138,17 @@ class Mesh:
 
         Args:
             module: a Program's, or any other; its blocks are known by ``blocks_by_path``.
+            apart: parameters that are left as they are.
+
+        Returns:
+            The ranks as FSDP2 has them: of the weights' replicas, and of their shards.
         """
+        parameters = set(module.parameters()) - set(apart)
         sizes = Counter[torch.dtype]()
-        for parameter in module.parameters():
+        for parameter in parameters:
             sizes[parameter.dtype] += parameter.numel()
         ((most, _),) = sizes.most_common(1)
-        others = {parameter for parameter in module.parameters() if parameter.dtype != most}
+        others = {parameter for parameter in parameters if parameter.dtype != most} | set(apart)
         names = ("replicas", "shards")
         mesh = init_device_mesh(
             next(module.parameters()).device.type,
@@ -153,8 +158,12 @@ class Mesh:
         wide = torch.promote_types(most, torch.float32)
         policy = MixedPrecisionPolicy(reduce_dtype=wide)
         module.register_forward_hook(_copied)  # FSDP warns of results that are views
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": others}
         for part in (*getattr(module, "blocks_by_path", {}).values(), module):
-            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=others)
+            # Else the module would keep what it gathered for a forward pass that no backward pass
+            # follows, and run with it after the weights have changed.
+            fully_shard(part, reshard_after_forward=True, **options)
+        return mesh
 
 
 def _copied(module: nn.Module, given: Any, result: Any) -> Any:
@@ -192,7 +201,7 @@ def meshed(ranks: Ranks, sequence: int, shards: int) -> Iterator[Mesh]:
     if size == 1:
         yield mesh
         return
-    with regrouped(SEQUENCE, sequence):
+    with regrouped(SEQUENCE, sequence), regrouped(SHARDS, shards):
         yield mesh
 
 

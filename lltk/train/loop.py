@@ -37,6 +37,7 @@ from lltk.train.optimiser import Optimiser
 from lltk.train.plot import SVG
 from lltk.train.progress import Note, noted, silent
 from lltk.train.recipe import TrainSection, changed_keys
+from lltk.train.shards import divided
 from lltk.train.state import (
     STATES,
     TrainingState,
@@ -139,13 +140,10 @@ class Trainer:
         self._mesh = mesh
         self._calls = section.calls(objective.clips * mesh.groups)
         self._data = Batches(dataset, section.seed, objective.clips, mesh.group, mesh.groups)
-        if mesh.shards > 1:
-            mesh.shard(objective.module)
+        wide = section.weights == "float32"
+        apart = divided(objective.module, mesh, wide) if mesh.shards > 1 else {}
         self._masters = Masters(
-            objective.module,
-            objective.weights,
-            objective.weights_changed,
-            own=section.weights == "float32",
+            objective.module, objective.weights, objective.weights_changed, wide, apart
         )
         self._optimiser = Optimiser(self._masters.parameters, section)
         self._device = next(iter(self._masters.parameters.values())).device

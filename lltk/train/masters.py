@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class Masters:
         changed: called whenever the module has got other weights.
         own: whether parameters of lower precision have masters. Without them their gradients are
             added up in their own precision.
+        apart: masters of parameters that the module has only stand-ins for, by name. They get
+            their gradients without the module's, and are not published to it.
 
     Raises:
         ValueError: no parameter of the module requires a gradient.
@@ -41,17 +44,22 @@ class Masters:
         weights: Mapping[str, Tensor],
         changed: Callable[[], None],
         own: bool = True,
+        apart: Mapping[str, nn.Parameter] = MappingProxyType({}),
     ) -> None:
         self._changed = changed
-        self._running = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        if not self._running:
+        self._running = {
+            name: parameter
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad and name not in apart
+        }
+        if not self._running and not apart:
             raise ValueError("nothing trains: no parameter requires a gradient")
         self.parameters = {
             name: parameter
             if not own or parameter.dtype == _wide(parameter)
             else nn.Parameter(parameter.detach().float())
             for name, parameter in self._running.items()
-        }
+        } | dict(apart)
         """The masters, by parameter name."""
         for name, master in self.parameters.items():
             start = weights[name].detach().to(master.device, master.dtype, copy=True)

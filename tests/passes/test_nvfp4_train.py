@@ -338,7 +338,7 @@ def test_no_two_operands_share_a_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither within a linear (dx and dW), nor over two linears or two layers."""
     drawn: list[tuple[int, ...]] = []
 
-    def recorded(seed: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+    def recorded(seed: Tensor, stream: int, shape: tuple[int, ...], run: int) -> Tensor:
         drawn.append((*seed.tolist(), stream))
         return uniform(seed, stream, shape)
 

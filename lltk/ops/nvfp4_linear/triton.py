@@ -10,6 +10,7 @@ DECLARATION = Declaration(
     parts={
         "nvfp4_quantise": "triton",
         "nvfp4_quantise_transposed": "triton",
+        "nvfp4_largest": "triton",
         "nvfp4_matmul": "triton",
     },
 )

@@ -19,7 +19,8 @@ def nvfp4_matmul(
 ) -> Tensor:
     """a · bᵀ: blocks lie along the contracted axis of both.
 
-    The decode scales multiply the float32 sum of products, each of which float32 holds exactly.
+    The decode scales multiply the float32 sum of products, each of which float32 holds exactly. A
+    result in float64 is summed in float64.
 
     Args:
         a_codes, a_scales, a_scale: [..., M, K] in NVFP4.
@@ -29,5 +30,6 @@ def nvfp4_matmul(
     Returns:
         [..., M, N].
     """
-    product = block_values(a_codes, a_scales) @ block_values(b_codes, b_scales).t()
-    return (product * (a_scale * b_scale)).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    a, b = block_values(a_codes, a_scales).to(wide), block_values(b_codes, b_scales).to(wide)
+    return (a @ b.t() * (a_scale * b_scale)).to(dtype)

@@ -19,9 +19,16 @@ def nvfp4_quantise(
     rule: str = "none",
     seed: Tensor | None = None,
     stream: int = 0,
+    largest: Tensor | None = None,
+    run: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.nvfp4_quantise`; one decode scale for all of ``x``."""
-    return reference.nvfp4_quantise(x, tile, rule, seed, stream)
+    """See `reference.nvfp4_quantise`; one decode scale for all of ``x``.
+
+    Where ranks share a tensor of which x is a part, ``largest``, float32 [], is that of the whole
+    tensor, and ``run`` is the number of x's rows that follow one another in it.
+    """
+    width = -(-x.shape[-1] // BLOCK) * BLOCK
+    return reference.nvfp4_quantise(x, tile, rule, seed, stream, largest, run=run * width)
 
 
 @nvfp4_quantise.register_fake

@@ -75,6 +75,7 @@ def nvfp4_quantise(
     stream: int = 0,
     largest: Tensor | None = None,
     top: float | None = None,
+    run: int = 0,
 ) -> Quantised:
     """A tensor in NVFP4; blocks lie along the last axis, which is padded with zeros.
 
@@ -90,15 +91,18 @@ def nvfp4_quantise(
         x: [..., R, K], floating point; [K] counts as one row.
         tile: rows that share a scale: 1, or 16 for weights, whose transpose has the same values.
         rule: one of `RULES`.
-        seed: int64 [2] for stochastic rounding; see `lltk.ops.philox.uniform`.
+        seed: for stochastic rounding; see `lltk.ops.philox.uniform`.
         stream: random sequence of ``seed``.
-        largest: magnitudes, float32 of the leading axes. Each of their entries then has a decode
-            scale of its own; by default there is one for all.
+        largest: magnitudes that the elements do not exceed, float32 of the leading axes. Each of
+            their entries then has a decode scale of its own; by default there is one for all. One
+            that is not finite gives a decode scale of NaN, as such an element does.
         top: largest block scale; by default 448, and 256 under Four Over Six.
+        run: how many elements of the padded rows, in their order, follow one another in a tensor
+            that several ranks share; see `lltk.ops.philox.uniform`.
     """
     assert rule in RULES and tile in (1, BLOCK), (rule, tile)
     own = amax(x, 0 if largest is None else largest.dim())
-    finite = own.isfinite()
+    finite = own.isfinite() if largest is None else own.isfinite() & largest.isfinite()
     largest = torch.where(finite, own if largest is None else largest, 0.0)
     top = top or (E4M3_MAX if rule == "none" else FOUR_OVER_SIX_MAX)
     encode, decode = scales_of(largest, top)
@@ -126,7 +130,7 @@ def nvfp4_quantise(
     if seed is None:
         codes = round_e2m1(values)
     else:
-        codes = round_e2m1_randomly(values, uniform(seed, stream, tuple(values.shape)))
+        codes = round_e2m1_randomly(values, uniform(seed, stream, tuple(values.shape), run))
     scales = scales.view(torch.uint8).expand(*scales.shape[:-3], tile, *scales.shape[-2:])
     scales = scales.squeeze(-1).flatten(-3, -2)[..., :rows, :].contiguous()
     shape = x.shape[:-1]

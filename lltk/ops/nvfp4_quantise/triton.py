@@ -47,8 +47,10 @@ def nvfp4_quantise(
     rule: str = "none",
     seed: Tensor | None = None,
     stream: int = 0,
+    largest: Tensor | None = None,
+    run: int = 0,
 ) -> Quantised:
-    """See `reference.nvfp4_quantise`, which it equals bit by bit.
+    """See the op, which it equals bit by bit where no element exceeds ``largest``.
 
     Raises:
         ValueError: x is none of `DTYPES`.
@@ -57,20 +59,20 @@ def nvfp4_quantise(
     check_dtype(x)
     x = x.contiguous()
     codes, scales, decode_scale = new_nvfp4(x)
-    own = torch.zeros_like(decode_scale)
+    own = torch.zeros_like(decode_scale) if largest is None else largest.contiguous()
     width, blocks = x.shape[-1], scales.shape[-1]
     # Only tiles depend on where a matrix ends. If rows are whole blocks, rows do not matter either.
     rows = x.numel() // width if tile == 1 or x.dim() == 1 else x.shape[-2]
     matrices = x.numel() // (rows * width)
+    run *= blocks
     if tile == 1 and width % BLOCK == 0:
         rows, width, blocks = rows * blocks, BLOCK, 1
     bands = triton.cdiv(rows, tile)
     total = matrices * bands * blocks
     amount = 16 if tile == BLOCK else 256 if rule == "none" and seed is None else 128
     with torch.cuda.device_of(x):
-        _largest[(triton.cdiv(x.numel(), _STEP * _STEPS),)](
-            x, own.view(torch.int32), x.numel(), STEP=_STEP, STEPS=_STEPS
-        )
+        if largest is None:
+            find_largest(x, own)
         _quantise[(triton.cdiv(total, amount),)](
             x,
             codes,
@@ -87,11 +89,20 @@ def nvfp4_quantise(
             TOP=E4M3_MAX if rule == "none" else FOUR_OVER_SIX_MAX,
             RULE=rule,
             TILE=tile,
+            RUN=run,
             AMOUNT=amount,
             NATIVE=has_e2m1(x.device),
             enable_fp_fusion=False,
         )
     return Quantised(codes, scales, decode_scale)
+
+
+def find_largest(x: Tensor, found: Tensor) -> None:
+    """Raise a float32 [] to the largest magnitude in x, which is contiguous."""
+    with torch.cuda.device_of(x):
+        _largest[(triton.cdiv(x.numel(), _STEP * _STEPS),)](
+            x, found.view(torch.int32), x.numel(), STEP=_STEP, STEPS=_STEPS
+        )
 
 
 def check_dtype(x: Tensor) -> None:
@@ -130,6 +141,7 @@ def _quantise(
     TOP: tl.constexpr,
     RULE: tl.constexpr,
     TILE: tl.constexpr,
+    RUN: tl.constexpr,
     AMOUNT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -151,7 +163,7 @@ def _quantise(
     )
     block = row * blocks + column[None, :]
     scale, packed = quantise_blocks(
-        values.to(tl.float32), block, tensor, seed, stream, TOP, RULE, NATIVE
+        values.to(tl.float32), block, tensor, seed, stream, TOP, RULE, NATIVE, RUN
     )
     tl.store(scales + block, tl.broadcast_to(scale[None, :], (TILE, AMOUNT)), mask=inside)
     byte = tl.arange(0, 8)[None, None, :]
@@ -184,6 +196,7 @@ def quantise_blocks(
     TOP: tl.constexpr,
     RULE: tl.constexpr,
     NATIVE: tl.constexpr,
+    RUN: tl.constexpr = 0,
 ):
     """Scales and codes of blocks.
 
@@ -191,9 +204,10 @@ def quantise_blocks(
         values: float32 [T, N, 16], T blocks sharing a scale; infinities and NaN count as 0.
         block: int64 [T, N], the place of each among all blocks.
         tensor: what `tensor_scales` returned.
-        seed: pointer to an int64 [2], or None to round to nearest.
+        seed: pointer to an int64 [2], or [4] of a rank's part; or None to round to nearest.
         stream, TOP, RULE: as of `nvfp4_quantise`.
         NATIVE: whether there is an instruction for E2M1.
+        RUN: how many blocks follow one another in a tensor that several ranks share; 0 if none do.
 
     Returns:
         uint8 [N] and [T, N, 8].
@@ -217,7 +231,7 @@ def quantise_blocks(
         scale = tl.where(chosen, coarse, scale)
     scaled = _scaled(values, decode_e4m3(scale), decode)
     if seed is not None:
-        packed = pack(round_e2m1_randomly(scaled, _uniform(block, seed, stream)))
+        packed = pack(round_e2m1_randomly(scaled, _uniform(block, seed, stream, RUN)))
     elif NATIVE:
         even, odd = pairs(scaled)
         packed = round_e2m1_pairs(even, odd)
@@ -284,8 +298,11 @@ def _row_sum(x):
 
 
 @triton.jit
-def _uniform(block, seed, stream):
+def _uniform(block, seed, stream, RUN: tl.constexpr):
     """Random numbers of blocks, see `lltk.ops.philox.uniform`; float32 [T, N, 16]."""
+    if RUN > 0:
+        rank, ranks = tl.load(seed + 2), tl.load(seed + 3)
+        block = (block // RUN * ranks + rank) * RUN + block % RUN
     quad = block[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
     low, high = quad.to(tl.uint32), (quad >> 32).to(tl.uint32)
     draw = tl.zeros_like(low) + tl.load(seed + 1).to(tl.uint32)

@@ -20,9 +20,11 @@ def nvfp4_quantise_transposed(
     rule: str = "none",
     seed: Tensor | None = None,
     stream: int = 0,
+    largest: Tensor | None = None,
+    run: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.nvfp4_quantise_transposed`."""
-    return reference.nvfp4_quantise_transposed(x, signs, rule, seed, stream)
+    return reference.nvfp4_quantise_transposed(x, signs, rule, seed, stream, largest, run)
 
 
 @nvfp4_quantise_transposed.register_fake

@@ -15,6 +15,8 @@ def nvfp4_quantise_transposed(
     rule: str = "none",
     seed: Tensor | None = None,
     stream: int = 0,
+    largest: Tensor | None = None,
+    run: int = 0,
 ) -> Quantised:
     """xᵀ of all rows in 1×16 blocks, through the Hadamard transform along the rows.
 
@@ -22,13 +24,21 @@ def nvfp4_quantise_transposed(
         x: [..., K], L rows in all.
         signs: of the transform, a power of two of them; none for no transform.
         rule, seed, stream: see `nvfp4_quantise`.
+        largest: the transform's largest magnitude, float32 []; by default that of these rows.
+        run: how many rows follow one another in a tensor that several ranks share, whole blocks and
+            transforms of them; 0 if no ranks share it.
 
     Returns:
         [K, L] in NVFP4, L padded with zeros to whole blocks and whole transforms.
     """
+    return nvfp4_quantise(transformed(x, signs), 1, rule, seed, stream, largest, run=run)
+
+
+def transformed(x: Tensor, signs: list[int]) -> Tensor:
+    """xᵀ of all rows, padded and through the transform: [K, L]."""
     rows = x.flatten(0, -2)
     turned = pad(rows, (0, 0, 0, padded(rows.shape[0], signs) - rows.shape[0])).t().contiguous()
-    return nvfp4_quantise(hadamard(turned, signs) if signs else turned, 1, rule, seed, stream)
+    return hadamard(turned, signs) if signs else turned
 
 
 def padded(rows: int, signs: list[int]) -> int:

@@ -6,6 +6,8 @@ transform is a tensor of its own, so that every sum is of a thread's own registe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -43,8 +45,10 @@ def nvfp4_quantise_transposed(
     rule: str = "none",
     seed: Tensor | None = None,
     stream: int = 0,
+    largest: Tensor | None = None,
+    run: int = 0,
 ) -> Quantised:
-    """See `reference.nvfp4_quantise_transposed`, which it equals bit by bit.
+    """See the reference, which it equals bit by bit where no element exceeds ``largest``.
 
     Raises:
         ValueError: x is none of the dtypes that kernels read, or there are more than 64 signs.
@@ -54,38 +58,51 @@ def nvfp4_quantise_transposed(
     x = x.flatten(0, -2).contiguous()
     rows, columns = x.shape
     codes, scales, decode_scale = new_transposed(x, signs)
-    own = torch.zeros_like(decode_scale)
-    blocks = scales.shape[1]
-    together = max(BLOCK, len(signs))
-    grid = (blocks * BLOCK // together, triton.cdiv(columns, _COLUMNS))
-    tile = {
-        "TOP": torch.finfo(x.dtype).max,
-        "WIDTH": max(1, len(signs)),
-        "ROWS": together,
-        "COLUMNS": _COLUMNS,
-        "enable_fp_fusion": False,
-    }
-    bits = sign_bits(signs)
+    own = torch.zeros_like(decode_scale) if largest is None else largest.contiguous()
+    if largest is None:
+        find_largest_transformed(x, signs, own)
+    grid, tile = _division(x, signs)
     with torch.cuda.device_of(x):
-        _largest[grid](x, own.view(torch.int32), bits, rows, columns, **tile)
         _quantise[grid](
             x,
             codes,
             scales.view(torch.uint8),
             own,
             decode_scale,
-            bits,
+            sign_bits(signs),
             seed,
             stream,
             rows,
             columns,
-            blocks,
+            scales.shape[1],
             SCALE_TOP=E4M3_MAX if rule == "none" else FOUR_OVER_SIX_MAX,
             RULE=rule,
+            RUN=run // BLOCK,
             NATIVE=has_e2m1(x.device),
             **tile,
         )
     return Quantised(codes, scales, decode_scale)
+
+
+def find_largest_transformed(x: Tensor, signs: list[int], found: Tensor) -> None:
+    """Raise a float32 [] to the transform's largest magnitude; x is [L, K] and contiguous."""
+    grid, tile = _division(x, signs)
+    with torch.cuda.device_of(x):
+        _largest[grid](x, found.view(torch.int32), sign_bits(signs), *x.shape, **tile)
+
+
+def _division(x: Tensor, signs: list[int]) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The kernels' grid over [L, K], and their constants."""
+    rows, columns = x.shape
+    together = max(BLOCK, len(signs))
+    grid = (triton.cdiv(rows, together), triton.cdiv(columns, _COLUMNS))
+    return grid, {
+        "TOP": torch.finfo(x.dtype).max,
+        "WIDTH": max(1, len(signs)),
+        "ROWS": together,
+        "COLUMNS": _COLUMNS,
+        "enable_fp_fusion": False,
+    }
 
 
 @triton.jit(do_not_specialize=["signs"])
@@ -127,6 +144,7 @@ def _quantise(
     COLUMNS: tl.constexpr,
     SCALE_TOP: tl.constexpr,
     RULE: tl.constexpr,
+    RUN: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     # Backwards: the elements that the first kernel read last are still in the cache.
@@ -139,7 +157,7 @@ def _quantise(
         values = tl.reshape(_joined(turned, 16 * index), (1, COLUMNS, 16))
         block = column.to(tl.int64) * blocks + first * (ROWS // 16) + index
         scale, packed = quantise_blocks(
-            values, block[None, :], tensor, seed, stream, SCALE_TOP, RULE, NATIVE
+            values, block[None, :], tensor, seed, stream, SCALE_TOP, RULE, NATIVE, RUN
         )
         store_blocks(codes, scales, block, scale, packed, column < columns)
 

@@ -1,0 +1,1 @@
+"""The magnitudes that NVFP4's decode scales follow from."""

@@ -1,0 +1,1 @@
+"""An exchange between ranks that rounds what it sends."""
