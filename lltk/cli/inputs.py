@@ -25,6 +25,7 @@ _NAMED = (
     ("stream", "pipeline"),
     ("train", "data", "pipeline"),
     ("train", "data", "folder"),
+    ("train", "data", "prepared"),
 )
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from lltk import __version__
 
 _COMMANDS = (
-    "doctor", "recipes", "transform", "inspect", "train", "export", "bundle", "stream", "compare",
+    "doctor", "recipes", "transform", "inspect", "prepare", "train", "export", "bundle", "stream", "compare",
     "bench", "demo",
 )  # fmt: skip
 

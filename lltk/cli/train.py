@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
+from lltk.cli.bars import Bars, shown_progress
 from lltk.cli.logs import LOG, logged
 from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.stopping import stopping
@@ -158,26 +151,6 @@ def command(
             )
 
 
-class _Bars:
-    """A bar for each work that is under way, beside that of the steps.
-
-    Args:
-        progress: shows them.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, work: str, done: int, total: int) -> None:
-        """Show how much of some work is done; when it is over, its bar goes."""
-        if work not in self._tasks:
-            self._tasks[work] = self._progress.add_task(work, total=total)
-        self._progress.update(self._tasks[work], completed=done)
-        if done == total:
-            self._progress.remove_task(self._tasks.pop(work))
-
-
 def _train(
     plan: TrainingPlan,
     output: Path,
@@ -192,9 +165,8 @@ def _train(
 
     with ExitStack() as opened:
         keep_log = opened.enter_context(logged(Console(stderr=True)))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        bars = opened.enter_context(Progress(*columns, TimeRemainingColumn(), console=console))
-        note = _Bars(bars)
+        bars = opened.enter_context(shown_progress(console))
+        note = Bars(bars)
         note("preparing", 0, 1)
         run = opened.enter_context(
             open_training(plan, output, resume=resume, note=note, overwrite=overwrite, ranks=ranks)

@@ -43,15 +43,27 @@ class Manifest:
             folder: to write to.
             facts: plain data.
         """
-        content = {"what": self.what, "format": self.format, **facts}
-        content["files"] = dict(sorted(folder.checksums.items()))
-        content = json.loads(json.dumps(content))
-        folder.write_text(
-            self.name, json.dumps(content | {"digest": _digest(content)}, indent=2) + "\n"
-        )
+        folder.write_text(self.name, self.text(facts, folder.checksums))
 
-    def read(self, folder: Path) -> dict[str, Any]:
+    def text(self, facts: Mapping[str, Any], checksums: Mapping[str, str]) -> str:
+        """What it says.
+
+        Args:
+            facts: plain data.
+            checksums: of the folder's other files, by name.
+        """
+        content = {"what": self.what, "format": self.format, **facts}
+        content["files"] = dict(sorted(checksums.items()))
+        content = json.loads(json.dumps(content))
+        return json.dumps(content | {"digest": _digest(content)}, indent=2) + "\n"
+
+    def read(self, folder: Path, check_files: bool = True) -> dict[str, Any]:
         """The facts of a folder, once every file in it has been checked.
+
+        Args:
+            folder: to read.
+            check_files: if not, the files' checksums are left to the caller, who has them as the
+                fact ``files``.
 
         Raises:
             ValueError: it is no such folder, has another format, or a file was changed or is
@@ -74,7 +86,8 @@ class Manifest:
         changed = f"was changed after it was written, or is damaged; {self.remedy}"
         if content.pop("digest", None) != _digest(content):
             raise ValueError(f"{path}: {changed}")
-        for name, wanted in self._files(content, path).items():
+        files = self._files(content, path)
+        for name, wanted in files.items() if check_files else ():
             file = folder / name
             if not file.is_file():
                 raise ValueError(f"{file}: is missing; {self.remedy}")

@@ -12,13 +12,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from lltk.files.reading import opened
 from lltk.files.writing import NewFile, whole_file
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -54,6 +59,37 @@ def write_tensors(
         tensors: by name, on any device. They go to the CPU one at a time.
         metadata: the header's other entries.
     """
+    for piece in _pieces(tensors, metadata):
+        file.write(piece)
+    file.patch(_SEAL.start, file.checksum.encode())
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytearray:
+    """The file that `write_tensors` writes."""
+    data = bytearray().join(_pieces(tensors, metadata))
+    data[_SEAL] = hashlib.sha256(data).hexdigest().encode()
+    return data
+
+
+def parse_tensors(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a sealed file, on the CPU.
+
+    Raises:
+        ValueError: it is no safetensors file, has no seal, or was changed.
+    """
+    seal = _found(data[: _SEAL.stop])
+    digest = hashlib.sha256(data[: _SEAL.start] + _NONE.encode())
+    digest.update(memoryview(data)[_SEAL.stop :])
+    if seal is None or seal != digest.hexdigest():
+        raise ValueError("differs from its checksum, or has none")
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise ValueError(f"is no safetensors file ({error})") from error
+
+
+def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Buffer]:
+    """A file as `write_tensors` writes it, with zeros for its seal."""
     header: dict[str, object] = {"__metadata__": {SEAL: _NONE, **dict(sorted(metadata.items()))}}
     ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     end = 0
@@ -64,11 +100,10 @@ def write_tensors(
         header[name] = entry | {"data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    yield len(text).to_bytes(8, "little") + text
     for name in ordered:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        file.write(flat.view(torch.uint8).numpy().data)
-    file.patch(_SEAL.start, file.checksum.encode())
+        yield flat.view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)

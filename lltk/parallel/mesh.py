@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 from lltk.parallel.groups import SEQUENCE, SHARDS, regrouped
 from lltk.parallel.ranks import Ranks
+
+Plain = TypeVar("Plain")
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,14 @@ class Mesh:
 
     def same(self, value: object) -> bool:
         """Whether every rank has an equal value. All ranks must call it."""
-        if self.size == 1:
-            return True
-        values: list[object] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return all(other == value for other in values)
+        return all(other == value for other in self.every(value))
+
+    def every(self, value: Plain) -> list[Plain]:
+        """Each rank's value. All ranks must call it."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def shard(self, module: nn.Module, apart: Collection[nn.Parameter] = frozenset()) -> DeviceMesh:
         """Divide a module's parameters among the shards, block by block, by FSDP2.

@@ -339,7 +339,12 @@ def encoder_digest(folder: Path, cache: Path | None = None) -> str:
         folder: a pipeline's folder.
         cache: a folder that keeps digests of files; None reads each.
     """
-    files = [file for part in _PARTS for file in sorted((folder / part).iterdir())]
+    return files_digest([folder / part for part in _PARTS], cache)
+
+
+def files_digest(folders: Sequence[Path], cache: Path | None = None) -> str:
+    """A digest of the files in folders, of their names and contents; as `encoder_digest`."""
+    files = [file for folder in folders for file in sorted(folder.iterdir())]
     return _hash([(file.name, _digest(file, cache)) for file in files if file.is_file()])
 
 

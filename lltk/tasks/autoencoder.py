@@ -136,7 +136,7 @@ def plan_autoencoder(data: Mapping[str, Any], device: torch.device, where: str) 
     for option in ("compile", "recompute"):
         if getattr(section, option):
             raise ValueError(f"{where}: train.{option}: is for transformers; remove it")
-    for key in ("folder", "clips"):
+    for key in ("folder", "clips", "prepared"):
         if getattr(section.data, key) is not None:
             raise ValueError(
                 f"{where}: train.data.{key}: an autoencoder trains on new clips of the tiny world "

@@ -57,6 +57,21 @@ class TinyVideos:
         return render(stories, self._device).transpose(1, 2)
 
 
+class Clips(Dataset, Protocol):
+    """Clips that are encoded when they are asked for.
+
+    Attributes:
+        block: how many are encoded at once, if that many are asked for.
+    """
+
+    block: int
+
+    def described(
+        self, seed: int, indices: range
+    ) -> tuple[dict[str, Tensor], list[tuple[str, ...]]]:
+        """The batch of these samples, and each sample's prompts, one a chunk."""
+
+
 class TinyLatents:
     """Clips of the tiny world, encoded.
 
@@ -79,6 +94,8 @@ class TinyLatents:
         ValueError: the geometry's height or width is not the world's.
     """
 
+    block = 64
+
     def __init__(
         self,
         geometry: Geometry,
@@ -99,13 +116,19 @@ class TinyLatents:
         self._ranks = ranks
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
+        return self.described(seed, indices)[0]
+
+    def described(
+        self, seed: int, indices: range
+    ) -> tuple[dict[str, Tensor], list[tuple[str, ...]]]:
         stories = self._videos.stories(seed, indices)
-        prompts = [prompt for story in stories for prompt in story.prompts(SCENE_CUT)]
-        text = self._encoder.text(prompts).unflatten(0, (len(stories), -1))
+        prompts = [tuple(story.prompts(SCENE_CUT)) for story in stories]
+        every = [prompt for each in prompts for prompt in each]
+        text = self._encoder.text(every).unflatten(0, (len(stories), -1))
         latents = self._encoder.latents(self._videos.videos(stories), self._ranks)
         chunks = range(text.shape[1])
         opens = torch.tensor([[chunk in story.opens for chunk in chunks] for story in stories])
-        return {"latents": latents, "text": text, "opens": opens}
+        return {"latents": latents, "text": text, "opens": opens}, prompts
 
 
 class FolderLatents:
@@ -121,6 +144,8 @@ class FolderLatents:
         ranks: as for `TinyLatents`.
     """
 
+    block = 1
+
     def __init__(self, clips: Samples, encoder: PipelineEncoder, ranks: int = 1) -> None:
         self._clips = ReadAhead(clips)
         self._encoder = encoder
@@ -130,12 +155,18 @@ class FolderLatents:
         self._clips.ahead(seed, indices)
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
-        latents, text, opens, valid = [], [], [], []
+        return self.described(seed, indices)[0]
+
+    def described(
+        self, seed: int, indices: range
+    ) -> tuple[dict[str, Tensor], list[tuple[str, ...]]]:
+        prompts, latents, text, opens, valid = [], [], [], [], []
         for index in indices:
             sample = self._clips.sample(seed, index)
             video = sample.video.to(self._encoder.device).permute(3, 0, 1, 2)[None]
             video = video.float() / 127.5 - 1
             latents.append(self._encoder.latents(video, self._ranks))
+            prompts.append(sample.prompts)
             text.append(self._encoder.text(sample.prompts))
             opens.append(torch.tensor(sample.opens))
             if sample.valid is not None:
@@ -145,7 +176,7 @@ class FolderLatents:
             "text": torch.stack(text),
             "opens": torch.stack(opens),
         }
-        return batch | {"valid": torch.stack(valid)} if valid else batch
+        return batch | ({"valid": torch.stack(valid)} if valid else {}), prompts
 
 
 def encoded_clips(
@@ -173,21 +204,33 @@ def encoded_clips(
     Raises:
         ValueError: as `TinyLatents`, `FolderClips` and `LongLiveClips` raise it.
     """
+    encoded = clips_by_ranks(section, geometry, encoder, device, note)
+    new, count = encoded(mesh.sequence), section.data.clips
+    if count is None:
+        return new
+    own = encoded(1)
+    kept = first_samples(own, section.seed, count, own.block, note, mesh)
+    return Kept(new, section.seed, kept)
+
+
+def clips_by_ranks(
+    section: TrainSection,
+    geometry: Geometry,
+    encoder: PipelineEncoder,
+    device: torch.device,
+    note: Note = silent,
+) -> Callable[[int], Clips]:
+    """Makes the clips that ``train.data`` names, given how many ranks encode each batch together.
+
+    Arguments and errors as `encoded_clips`'.
+    """
     data = section.data
     if data.frames is not None:
         geometry = geometry.model_copy(update={"frames": data.frames})
-    encoded: Callable[[int], Dataset]
     if data.folder is None:
-        encoded = partial(TinyLatents, geometry, data.shots, encoder, device)
-    else:
-        samples = folder_samples(section, geometry, encoder.stride, note)
-        encoded = partial(FolderLatents, samples, encoder)
-    new = encoded(mesh.sequence)
-    if data.clips is None:
-        return new
-    block = 64 if data.folder is None else 1  # a folder's are encoded one by one in any case
-    kept = first_samples(encoded(1), section.seed, data.clips, block, note, mesh)
-    return Kept(new, section.seed, kept)
+        return partial(TinyLatents, geometry, data.shots, encoder, device)
+    samples = folder_samples(section, geometry, encoder.stride, note)
+    return partial(FolderLatents, samples, encoder)
 
 
 def folder_samples(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from lltk.train.recipe import DataSection
 
 _LATENTS = 2
 """Latents that a call of the encoder makes. More take more memory: 1.4 GiB each at 1280×704."""
+_CALLS = 16
+"""Of how many calls the prompts' embeddings are kept."""
 
 
 class PipelineEncoder:
@@ -53,7 +55,7 @@ class PipelineEncoder:
     ) -> None:
         self._way = way
         self._text = TextEncoder(pipeline, text_tokens, dtype, device)
-        self._embeddings: dict[str, Tensor] = {}
+        self._embeddings = lru_cache(_CALLS)(self._encoded)
         vae = load_vae(pipeline)
         self._config, self._weights = vae.config or {}, vae.weights
         self._encoders: dict[tuple[int, int, int], Encoder] = {}
@@ -118,11 +120,16 @@ class PipelineEncoder:
         return decode(self._vae, latents.to(self._device))
 
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """The prompts' embeddings, float32 [n, S, E] in main memory; each is made only once."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
-        if new:
-            self._embeddings |= zip(new, self._text.encode(new).cpu().float(), strict=True)
-        return torch.stack([self._embeddings[prompt] for prompt in prompts])
+        """The prompts' embeddings, float32 [n, S, E] in main memory.
+
+        Their bits depend on these prompts alone, and not on what was encoded before.
+        """
+        distinct = tuple(dict.fromkeys(prompts))
+        rows = {prompt: row for row, prompt in enumerate(distinct)}
+        return self._embeddings(distinct)[[rows[prompt] for prompt in prompts]]
+
+    def _encoded(self, prompts: tuple[str, ...]) -> Tensor:
+        return self._text.encode(prompts).cpu().float()
 
 
 def encoder_passes(device: torch.device, dtype: torch.dtype) -> list[Pass[Any]]:
@@ -145,12 +152,21 @@ def encoder_for(
     """The encoder of ``train.data.pipeline``, for a Program of this geometry and dtype.
 
     Raises:
-        ValueError: no pipeline is named, there is none of that name, or it lacks a part.
+        ValueError: as `pipeline_of`, or it lacks a part.
+    """
+    folder = pipeline_of(data)
+    return PipelineEncoder(folder, geometry.text_tokens, device, dtype, data.encoding)
+
+
+def pipeline_of(data: DataSection) -> Path:
+    """The folder of ``train.data.pipeline``.
+
+    Raises:
+        ValueError: no pipeline is named, or there is none of that name.
     """
     if data.pipeline is None:
         raise ValueError(
             "train.data.pipeline: names no folder; set it to one with vae, text_encoder and "
             "tokenizer"
         )
-    folder = find_pipeline(data.pipeline)
-    return PipelineEncoder(folder, geometry.text_tokens, device, dtype, data.encoding)
+    return find_pipeline(data.pipeline)

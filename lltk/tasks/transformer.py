@@ -29,6 +29,7 @@ from lltk.stream.video import write_video
 from lltk.tasks.clips import encoded_clips
 from lltk.tasks.encoder import PipelineEncoder, encoder_for
 from lltk.tasks.fitting import ways_to_fit
+from lltk.tasks.preparing import prepared_clips
 from lltk.train.data import Dataset
 from lltk.train.flow_matching import FlowMatching
 from lltk.train.objective import Objective
@@ -144,6 +145,8 @@ class TransformerPlan:
     def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         # Encoding clips takes long, so what the device cannot run is refused before it.
         check_device(self.program.implementations, self.device)
+        if self.section.data.prepared is not None:
+            return prepared_clips(self.recipe, self.section, mesh)
         geometry, encoder = self.recipe.geometry, self._encoder()
         return encoded_clips(self.section, geometry, encoder, self.device, note, mesh)
 
@@ -205,7 +208,7 @@ class TransformerPlan:
         """Write ``samples.mp4``: clips from noise, side by side, with held-out clips' captions."""
         module: Any = objective.module
         text = dataset.batch(~self.section.seed, range(objective.clips))["text"]
-        text = text[:, : self.recipe.geometry.chunks]
+        text = text[:, : self.recipe.geometry.chunks].to(self.device)
         latents = sample(self.program, module, text, _SAMPLE_STEPS, self.section.seed, note)
         if folder is None:
             return

@@ -48,6 +48,32 @@ def generator_at(
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
+HELD_OUT = 16
+"""Samples of a validation, at least: those of the seed ~s of a run with the seed s."""
+
+
+def held_out(clips: int) -> int:
+    """Samples of a validation that takes so many in a call."""
+    return -(-HELD_OUT // clips) * clips
+
+
+def in_epochs(seed: int, count: int, indices: range) -> list[int]:
+    """Which of a few samples the samples of these numbers are.
+
+    In each epoch every one of them is asked for once, in an order of the epoch's own.
+
+    Args:
+        seed: of the orders.
+        count: how many there are to choose from.
+        indices: numbers of samples, without end.
+    """
+    orders = {
+        epoch: torch.randperm(count, generator=generator_at(seed, "epoch", epoch))
+        for epoch in {index // count for index in indices}
+    }
+    return [int(orders[index // count][index % count]) for index in indices]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Consecutive samples, and random numbers for each.
@@ -120,8 +146,8 @@ def first_samples(
 class Kept:
     """A dataset whose samples of one seed are a few that are kept.
 
-    Each sample of that seed is a random one of them. Samples of other seeds, such as held-out ones,
-    are the dataset's own.
+    Each epoch asks for each of them once; see `in_epochs`. Samples of other seeds, such as held-out
+    ones, are the dataset's own.
 
     Args:
         dataset: makes the other samples.
@@ -138,10 +164,7 @@ class Kept:
     def batch(self, seed: int, indices: range) -> Mapping[str, Tensor]:
         if seed != self._seed:
             return self._dataset.batch(seed, indices)
-        chosen = [
-            int(torch.randint(self._count, (), generator=generator_at(seed, "clip", index)))
-            for index in indices
-        ]
+        chosen = in_epochs(seed, self._count, indices)
         return {name: tensor[chosen] for name, tensor in self._kept.items()}
 
 

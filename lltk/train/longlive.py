@@ -19,7 +19,7 @@ import torch
 
 from lltk.train.assembly import Assembly, Rules, Shot, Unfilled, assemble, first_usable, starts
 from lltk.train.clip_files import ClipFiles, Take
-from lltk.train.data import generator_at
+from lltk.train.data import generator_at, in_epochs
 from lltk.train.folder import Sample
 from lltk.train.frames import Unusable, shown_frames
 from lltk.train.progress import Note, silent
@@ -110,9 +110,8 @@ class LongLiveClips:
 
     def _shuffled(self, index: int) -> int:
         """The number of the folder that is asked for."""
-        epoch, place = divmod(index, len(self._samples))
-        generator = generator_at(self._seed, "epoch", epoch)
-        return int(torch.randperm(len(self._samples), generator=generator)[place])
+        (number,) = in_epochs(self._seed, len(self._samples), range(index, index + 1))
+        return number
 
     def _start(self, clips: _Clips, seed: int, index: int) -> tuple[int, int]:
         """The place at which a sample begins."""

@@ -21,7 +21,7 @@ from lltk.ops.hardware import bfloat16_flops
 from lltk.parallel.mesh import ALONE, Mesh, divided_like, local_part, whole
 from lltk.stream.timing import Stopwatch
 from lltk.stream.video import VIDEO
-from lltk.train.data import Batch, Batches, Dataset
+from lltk.train.data import Batch, Batches, Dataset, held_out
 from lltk.train.gradients import by_place, clip, total_norm
 from lltk.train.masters import Masters
 from lltk.train.metrics import (
@@ -56,7 +56,6 @@ _STATES, _SAMPLES, _BOARD = "checkpoints", "samples", "tensorboard"
 _ARE_SAMPLES = Kind(
     "samples", lambda folder: all(map(VIDEO.recognises, folder.glob("step_*/*"))), folder=True
 )
-_VALIDATION_CLIPS = 16
 _log = logging.getLogger(__name__)
 
 
@@ -350,7 +349,7 @@ class Trainer:
         """The loss over samples of another seed, which is the same at every call."""
         clips = self._objective.clips
         batches = Batches(self._dataset, ~self._section.seed, clips)
-        count = -(-_VALIDATION_CLIPS // clips)
+        count = held_out(clips) // clips
         some = noted(islice(batches, count), "validating", count, self._note)
         loss = torch.tensor(mean_loss(self._objective, some), dtype=torch.float64)
         return float(self._mesh.total(loss)) / self._mesh.groups

@@ -74,6 +74,11 @@ class DataSection(BaseModel):
         description="encode this many clips once, before the first step, and train on them alone; "
         "null: new clips at every step",
     )
+    prepared: str | None = Field(
+        None,
+        description="a folder in which lltk prepare has encoded these very clips; null: they are "
+        "encoded before the first step",
+    )
     frames: int | None = Field(
         None,
         ge=1,
@@ -311,7 +316,7 @@ class TrainSection(BaseModel):
 
 MAY_CHANGE = (
     "from_scratch", "steps", "checkpoint_every", "keep", "validate_every", "sample_every",
-    "shards", "recompute", "keep_attention", "data.encoding", "tensorboard",
+    "shards", "recompute", "keep_attention", "data.encoding", "data.prepared", "tensorboard",
 )  # fmt: skip
 """Keys of the train section that a resumed run may change."""
 _OF_RANKS = "balanced_sp"
@@ -323,7 +328,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     allowed = {f"train.{key}" for key in MAY_CHANGE}
     return [
         path
-        for path in _differing(_for_any_ranks(old), _for_any_ranks(new), "")
+        for path, *_ in differences(_for_any_ranks(old), _for_any_ranks(new))
         if path not in allowed
     ]
 
@@ -336,13 +341,16 @@ def _for_any_ranks(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe, "passes": kept}
 
 
-def _differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Iterator[str]:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """The keys in which plain data differs, such as ``train.lr``, each with both its values."""
     for key in sorted(old.keys() | new.keys()):
         path, ours, theirs = f"{prefix}{key}", old.get(key), new.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):
-            yield from _differing(ours, theirs, f"{path}.")
+            yield from differences(ours, theirs, f"{path}.")
         elif ours != theirs:
-            yield path
+            yield path, ours, theirs
 
 
 class VaeSection(BaseModel):
