@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import prepared_sets
 import torch
 import torch.distributed as dist
 from footage import FPS, numbered, write_clip
+from prepared_sets import dies_preparing, prepared
 from ranks import forked, free_port, grouped
 from safetensors.torch import save_file
 from test_folder import GEOMETRY, VAE, WHOLE, dataset_of
@@ -139,6 +143,10 @@ def save_encoded(rank: int, size: int, port: int, folder: Path) -> None:
             made = first_samples(odd, 7, 9, block=2, mesh=mesh)
             made["asked"] = torch.tensor([asked.start for asked in odd.asked])
             save_file(made, folder / f"odd, {size} ranks, {rank}")
+        if size == 2:
+            ranks = Ranks(rank, size, torch.device("cpu"))
+            prepared(folder / "clips", folder / "prepared", ranks)
+            prepared(folder / "clips", folder / "killed", ranks, resume=True)
         dist.barrier()  # the first to end takes its connections with it
 
 
@@ -161,6 +169,13 @@ def save_all(folder: Path) -> None:
     """Encode the videos on as many ranks as there are sizes; for a new process to fork."""
     torch.set_num_threads(1)
     save_clips(folder)
+    prepared_sets.save_clips(folder / "clips")
+    killed = get_context("fork").Process(
+        target=dies_preparing, args=(folder / "clips", folder / "killed")
+    )
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     for number, _ in RUNS:
         vae(number)
     for size in SIZES:

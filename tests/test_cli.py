@@ -203,7 +203,9 @@ def test_doctor_names_packages_from_what_lltk_states(run: Run) -> None:
     assert len(extras) == len(rows) and "pytest" not in extras
 
 
-@pytest.mark.parametrize("command", ["doctor", "transform", "inspect", "stream", "train", "demo"])
+@pytest.mark.parametrize(
+    "command", ["doctor", "transform", "inspect", "stream", "prepare", "train", "demo"]
+)
 def test_help_has_an_example(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0

@@ -13,7 +13,7 @@ from test_video import numbered
 from torch import randn
 from toy import Regression, Samples, settings
 
-from lltk.cli.train import _Bars
+from lltk.cli.bars import Bars
 from lltk.train.data import first_samples
 from lltk.train.folder import FolderClips
 from lltk.train.loop import Trainer
@@ -62,7 +62,7 @@ def test_sampling() -> None:
 
 def test_a_bar_for_each_work() -> None:
     with Progress(console=Console(quiet=True)) as progress:
-        bars = _Bars(progress)
+        bars = Bars(progress)
         bars("encoding clips", 0, 5)
         bars("encoding clips", 2, 5)
         bars("validating", 0, 2)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lltk.artefact import versions
 from lltk.files.locks import held
@@ -38,7 +37,7 @@ from lltk.train.prepared import (
 )
 from lltk.train.progress import Note, silent
 from lltk.train.recipe import TrainSection, train_section
-from lltk.train.clip_shards import REMEDY, Shard, write_shard
+from lltk.train.clip_shards import REMEDY, Clip, Shard, write_shard
 
 _SHARD, _WORLD_SHARD = 16, 64
 """Clips in a shard: of a folder, which are large; and of the tiny world, encoded at once."""
@@ -72,6 +71,7 @@ class PreparingPlan:
             shard=_WORLD_SHARD if data.folder is None else _SHARD,
             held_out=held_out(self.recipe.geometry.batch),
             versions=versions(),
+            files={},
         )
 
     @property
@@ -148,12 +148,12 @@ def prepare(
     ranks = ranks or Ranks(0, 1, plan.device)
     with ExitStack() as opened:
         mesh = opened.enter_context(meshed(ranks, 1, 1))
-        begun = stored_facts(folder, resume) if mesh.rank == 0 else None
+        begun = _begun(plan, folder, resume) if mesh.rank == 0 else None
         clips = plan.clips(note)
-        if mesh.rank == 0:  # the folder is made once all that the recipe names was found
+        if begun is not None:  # the folder is made once all that the recipe names was found
             opened.enter_context(held(folder))
             remove_unfinished(folder)
-            begun = _begun(folder, begun, plan.facts(origin_of(plan.recipe, plan.section)))
+            write_facts(folder, begun)
         facts = mesh.every(begun)[0]
         assert facts is not None
         own = {}
@@ -216,10 +216,11 @@ def origin_of(recipe: Recipe, section: TrainSection) -> dict[str, Any]:
     }
 
 
-def _begun(folder: Path, stored: Facts | None, wanted: Facts) -> Facts:
-    """The facts of a set that is begun, or goes on."""
+def _begun(plan: PreparingPlan, folder: Path, resume: bool) -> Facts:
+    """The facts of a set that begins or goes on."""
+    stored = stored_facts(folder, resume)
+    wanted = plan.facts(origin_of(plan.recipe, plan.section))
     if stored is None:
-        write_facts(folder, wanted)
         return wanted
     theirs, ours = (
         facts.origin | {"train.seed": facts.seed, "held_out": facts.held_out}
@@ -231,7 +232,7 @@ def _begun(folder: Path, stored: Facts | None, wanted: Facts) -> Facts:
 
 def _encoded(
     clips: Clips, part: Part, plan: PreparingPlan, facts: Facts, note: Note
-) -> Iterator[tuple[int, Mapping[str, Tensor], tuple[str, ...]]]:
+) -> Iterator[Clip]:
     """A shard's clips, encoded in the blocks in which a run without the set encodes them."""
     trains = part.seed == facts.seed
     size = clips.block if trains else plan.recipe.geometry.batch

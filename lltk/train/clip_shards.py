@@ -21,7 +21,6 @@ import tarfile
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,16 +33,17 @@ from lltk.files.writing import NewFile, whole_file
 _BLOCK, _END = 512, bytes(1024)
 """What files in a tar file are padded to, and what it ends with."""
 _NAMES = {"latents", "prompts", "prompt", "opens"}
+Clip = tuple[int, Mapping[str, Tensor], tuple[str, ...]]
+"""Its number, its tensors as a `Dataset` has them but for the first axis, and its prompts."""
 REMEDY = "remove it and make it again by lltk prepare … --resume"
 
 
-def write_shard(path: Path, clips: Iterable[tuple[int, Mapping[str, Tensor], tuple[str, ...]]]) -> str:
+def write_shard(path: Path, clips: Iterable[Clip]) -> str:
     """Write a shard, whole or not at all.
 
     Args:
         path: of the file.
-        clips: each clip's number, its tensors as a `Dataset` has them, without the first axis, and
-            its prompts. They are taken one by one.
+        clips: to write, which are taken one by one.
 
     Returns:
         The file's SHA-256.

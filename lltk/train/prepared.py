@@ -64,7 +64,7 @@ class Facts(BaseModel):
     shard: int = Field(ge=1)
     held_out: int = Field(ge=1)
     versions: dict[str, str]
-    files: dict[str, str] = Field({})
+    files: dict[str, str]
 
     @property
     def parts(self) -> Iterator[Part]:
