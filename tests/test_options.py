@@ -24,6 +24,8 @@ from lltk.export.facts import Facts
 from lltk.exporting import ExportPlan
 from lltk.graph.program import Program
 from lltk.graph.recipe import open_recipe
+from lltk.train.prepared import Facts as SetFacts
+from lltk.train.prepared import write_facts
 
 pytestmark = pytest.mark.cpu
 
@@ -90,6 +92,12 @@ LINES = {
         {**OVERWRITE, **DOWNLOAD, "--output": "the contexts",
          "--from-scratch": "test_train_cli.py"},
     ),
+    "prepare": Line(
+        [["-o", "new"], ["-o", "new", "--dry-run"], ["-o", "set"], ["-o", "set", "--dry-run"]],
+        {"--resume": [], "--set": ["train.data.clips=7"], "--device": ["cuda:99"], "--dry-run": [],
+         "--json": []},
+        {**DOWNLOAD, "--output": "the contexts"},
+    ),
     "inspect": Line(
         [[], ["--json"]],
         {"--graph": ["step"], "--joint": [], "--diagram": ["d.svg"], "--json": []},
@@ -125,6 +133,8 @@ LINES = {
     "recipes": Line([[]], {"--json": []}),
 }  # fmt: skip
 
+SET_FACTS = SetFacts(origin={}, seed=0, clips=9, shard=4, held_out=2, versions={}, files={})
+
 
 @pytest.fixture(scope="module")
 def made() -> Program:
@@ -148,6 +158,8 @@ def named(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, made: Progra
         next(stream.session)
         stream.save(folder / "other")
     finish(trainer(folder / "run", steps=1))
+    (folder / "set").mkdir()
+    write_facts(folder / "set", SET_FACTS)
     save_program(made, folder / "in")
     return folder
 
@@ -203,6 +215,13 @@ def place(
     def train(plan: Any, *given: Any) -> tuple[Any, str]:
         return tell(plan.section, given[:-1]), "weights"
 
+    def prepare(plan: Any, folder: Path, **options: Any) -> SetFacts:
+        for name in ("note", "ranks"):
+            options.pop(name)
+        click.echo(f"{plan.section} {options}")
+        return SET_FACTS
+
+    monkeypatch.setattr("lltk.tasks.preparing.prepare", prepare)
     monkeypatch.setattr("lltk.cli.train._train", train)
     return tmp_path
 
@@ -232,6 +251,7 @@ def test_every_command_is_in_the_table() -> None:
 FIRST = {
     "stream": ["stream", "tiny_stream"],
     "transform": ["transform", "tiny_stream", *SMALL],
+    "prepare": ["prepare", "tiny_train"],
     "train": ["train", "tiny_vae"],
     "inspect": ["inspect", "in"],
     "bench": ["bench", "stream", "tiny_stream"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import click
@@ -15,6 +16,8 @@ from lltk.cli.options import download_option
 from lltk.graph.recipe_files import find_recipe
 
 _MIB = 1 << 20
+_WAIT = timedelta(hours=6)
+"""How long a rank waits for the others, which may have a shard to encode."""
 _LEFT = "shards that are whole stay; go on with --resume"
 
 
@@ -65,10 +68,10 @@ def command(
     from lltk.graph.recipe import read_recipe
     from lltk.models.hub import on_disk
     from lltk.parallel.ranks import joined
-    from lltk.tasks.preparing import plan_preparing, prepare, stored_facts
+    from lltk.tasks.preparing import begun, plan_preparing, prepare, stored_facts
     from lltk.train.prepared import SET
 
-    with joined(device) as ranks:
+    with joined(device, _WAIT) as ranks:
         console = Console(quiet=as_json or ranks.rank > 0)
         path = find_recipe(recipe)
         data = on_disk(read_recipe(path, overrides), download)
@@ -82,8 +85,7 @@ def command(
             inputs = [each for each in inputs_of(path, data) if str(each) != named]
             check_outputs([Output(output, SET)], inputs, overwrite=True)
         if dry_run:
-            stored = stored_facts(output, resume)
-            facts = stored or plan.facts({})
+            facts, found = begun(plan, output, resume), stored_facts(output, resume) is not None
             shards = [part.name for part in facts.parts]
             size = (facts.clips + facts.held_out) * plan.latent_bytes
             if as_json and ranks.rank == 0:
@@ -93,14 +95,15 @@ def command(
                     "held_out": facts.held_out,
                     "shards": shards,
                     "latent_bytes": size,
-                    "resume": {"asked": resume, "found": stored is not None},
+                    "resume": {"asked": resume, "found": found},
                 }
                 click.echo(json.dumps(said, indent=2))
             console.print(
                 f"Plan: {facts.clips} clips and {facts.held_out} held out, in {len(shards)} "
                 f"shards, encoded on {ranks.device}; latents take {size / _MIB:,.1f} MiB"
             )
-            console.print(f"It would {'begin' if stored is None else 'go on with'} {output}")
+            begins = "begin, as there is no set" if resume else "begin"
+            console.print(f"It would {f'go on with {output}' if found else begins}")
             return
         with ExitStack() as opened:
             opened.enter_context(logged(Console(stderr=True)))

@@ -148,13 +148,13 @@ def prepare(
     ranks = ranks or Ranks(0, 1, plan.device)
     with ExitStack() as opened:
         mesh = opened.enter_context(meshed(ranks, 1, 1))
-        begun = _begun(plan, folder, resume) if mesh.rank == 0 else None
+        first = begun(plan, folder, resume) if mesh.rank == 0 else None
         clips = plan.clips(note)
-        if begun is not None:  # the folder is made once all that the recipe names was found
+        if first is not None:  # the folder is made once all that the recipe names was found
             opened.enter_context(held(folder))
             remove_unfinished(folder)
-            write_facts(folder, begun)
-        facts = mesh.every(begun)[0]
+            write_facts(folder, first)
+        facts = mesh.every(first)[0]
         assert facts is not None
         own = {}
         for part in list(facts.parts)[mesh.rank :: mesh.size]:
@@ -189,6 +189,24 @@ def stored_facts(folder: Path, resume: bool) -> Facts | None:
     return None
 
 
+def begun(plan: PreparingPlan, folder: Path, resume: bool) -> Facts:
+    """The facts of a set that begins or goes on. Reads the encoders' files, and writes nothing.
+
+    Raises:
+        ValueError: as `stored_facts`, or the set in the folder is another one.
+    """
+    stored = stored_facts(folder, resume)
+    wanted = plan.facts(origin_of(plan.recipe, plan.section))
+    if stored is None:
+        return wanted
+    theirs, ours = (
+        facts.origin | {"train.seed": facts.seed, "held_out": facts.held_out}
+        for facts in (stored, wanted)
+    )
+    check_origin(folder, theirs, ours)
+    return stored
+
+
 def prepared_clips(recipe: Recipe, section: TrainSection, mesh: Mesh = ALONE) -> Prepared:
     """The clips of the set that ``train.data.prepared`` names.
 
@@ -214,20 +232,6 @@ def origin_of(recipe: Recipe, section: TrainSection) -> dict[str, Any]:
         "vae": files_digest([pipeline / "vae"]),
         "text_encoder": encoder_digest(pipeline),
     }
-
-
-def _begun(plan: PreparingPlan, folder: Path, resume: bool) -> Facts:
-    """The facts of a set that begins or goes on."""
-    stored = stored_facts(folder, resume)
-    wanted = plan.facts(origin_of(plan.recipe, plan.section))
-    if stored is None:
-        return wanted
-    theirs, ours = (
-        facts.origin | {"train.seed": facts.seed, "held_out": facts.held_out}
-        for facts in (stored, wanted)
-    )
-    check_origin(folder, theirs, ours)
-    return stored
 
 
 def _encoded(
