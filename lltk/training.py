@@ -262,3 +262,4 @@ def open_training(
         run = Training(plan, clips, folder, resume, note, overwrite, mesh)
         opened.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))
         yield run
+        run.trainer.settle()

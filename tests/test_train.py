@@ -26,7 +26,8 @@ from lltk.train.masters import Masters
 from lltk.train.metrics import Metrics, plot_loss, read_metrics
 from lltk.train.objective import mean_loss
 from lltk.train.recipe import ErrorRecyclingSection, TrainSection, train_section, vae_recipe
-from lltk.train.state import load_training_state, save_training_state, training_states
+from lltk.train.saving import save_training_state
+from lltk.train.state import load_training_state, training_states
 
 pytestmark = pytest.mark.cpu
 

@@ -13,6 +13,7 @@ from lltk.files.reading import parse_json, read_json, read_text
 from lltk.files.tensors import is_unchanged
 from lltk.files.writing import NewFolder, standing
 
+_CHANGED = "was changed after it was written, or is damaged"
 _LONGEST = 255
 """Characters of a file's name in a folder."""
 
@@ -83,18 +84,24 @@ class Manifest:
                 f"{path}: is of format {content.get('format')!r}, this lltk reads {self.format}; "
                 f"{self.remedy}, or use lltk {made or 'of its version'}"
             )
-        changed = f"was changed after it was written, or is damaged; {self.remedy}"
         if content.pop("digest", None) != _digest(content):
-            raise ValueError(f"{path}: {changed}")
+            raise ValueError(f"{path}: {_CHANGED}; {self.remedy}")
         files = self._files(content, path)
         for name, wanted in files.items() if check_files else ():
-            file = folder / name
-            if not file.is_file():
-                raise ValueError(f"{file}: is missing; {self.remedy}")
-            if not is_unchanged(file, wanted):
-                raise ValueError(f"{file}: {changed}")
+            self.check_file(folder / name, wanted)
         del content["what"], content["format"]
         return content
+
+    def check_file(self, file: Path, wanted: str) -> None:
+        """Check a file of a folder against its checksum.
+
+        Raises:
+            ValueError: it was changed or is missing.
+        """
+        if not file.is_file():
+            raise ValueError(f"{file}: is missing; {self.remedy}")
+        if not is_unchanged(file, wanted):
+            raise ValueError(f"{file}: {_CHANGED}; {self.remedy}")
 
     def recognises(self, folder: Path) -> bool:
         """Whether a folder is of this kind, and holds nothing else. No checksums are read."""

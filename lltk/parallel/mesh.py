@@ -110,18 +110,6 @@ class Mesh:
             dist.broadcast(spread[name].view(torch.uint8), src=owner)
         return spread
 
-    def gathered(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors as wholes at the first rank; none at the others. All ranks must call it.
-
-        What lies in parts is gathered one by one into main memory; the rest is as it was.
-        """
-        found = {}
-        for name, value in values.items():
-            complete = value.full_tensor().cpu() if isinstance(value, DTensor) else value
-            if self.rank == 0:
-                found[name] = complete
-        return found
-
     def same(self, value: object) -> bool:
         """Whether every rank has an equal value. All ranks must call it."""
         return all(other == value for other in self.every(value))
@@ -220,9 +208,17 @@ def local_part(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
+def own_part(value: Tensor) -> Tensor:
+    """The part of a tensor that this rank has; all of it where it is not divided."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def divided_like(value: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every rank has, divided among ranks as another one is, on its device."""
+    """A tensor that every rank has, divided among ranks as another one is, on its device.
+
+    One that is divided already stays as it is.
+    """
     value = value.to(like.device)
-    if not isinstance(like, DTensor):
+    if isinstance(value, DTensor) or not isinstance(like, DTensor):
         return value
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,14 @@ from lltk.train.optimiser import Optimiser
 from lltk.train.plot import SVG
 from lltk.train.progress import Note, noted, silent
 from lltk.train.recipe import TrainSection, changed_keys
+from lltk.train.saving import Parts, StateWriter
 from lltk.train.shards import divided
 from lltk.train.state import (
     STATES,
-    TrainingState,
     check_training_state,
     load_training_state,
     random_state,
     restore_random_state,
-    save_training_state,
     training_states,
 )
 from lltk.train.tensorboard import EVENTS, Board
@@ -151,6 +150,7 @@ class Trainer:
         self.step = 0
         """How many steps are done."""
         self._ema: dict[str, Tensor] = {}
+        self._writer = StateWriter(self._states, section.keep, mesh)
         found = newest_state(folder, resume)
         if not mesh.same(found):
             raise ValueError(f"{folder}: ranks see other training states there; share the folder")
@@ -186,6 +186,7 @@ class Trainer:
         section = self._section
         if self.step >= section.steps:
             raise StopIteration
+        self.settle(wait=False)
         start = time.perf_counter()
         rate = section.rate(self.step)
         loss, norm = self._update(rate)
@@ -205,7 +206,7 @@ class Trainer:
         if self._board is not None:
             self._board.write(metrics)
         if _due(section.checkpoint_every, self.step) or self.step == section.steps:
-            self.save()
+            self.save(wait=self.step == section.steps)
         return metrics
 
     @property
@@ -216,26 +217,47 @@ class Trainer:
         """
         return _whole(self._ema)
 
-    def save(self) -> None:
-        """Write a training state, and a plot of the loss so far. All ranks must call it."""
-        gathered, memory = self._mesh.gathered, self._objective.memory
-        state = TrainingState(
-            self.step,
-            self._data.position,
-            self._about,
-            gathered(self._masters.values()),
-            gathered(self._ema),
-            gathered(self._optimiser.state()) | random_state(),
-            {} if memory is None else memory.state(),
-        )
-        if self._mesh.rank > 0:
-            return
-        if (self._folder / METRICS).exists():
+    def save(self, wait: bool = True) -> None:
+        """Write a training state, and a plot of the loss so far. All ranks must call it.
+
+        Args:
+            wait: until it is written. If not, it is copied to main memory, and is written while the
+                run goes on; see `settle`.
+
+        Raises:
+            OSError: it, or the one before, could not be written.
+        """
+        self.settle()
+        if self._mesh.rank == 0 and (self._folder / METRICS).exists():
             sync(self._folder / METRICS)  # the state's history, whatever happens to the machine
-        path = save_training_state(self._states, state, self._section.keep)
+        memory = self._objective.memory
+        parts: Parts = {
+            "weights": self._masters.parts(),
+            "ema": self._ema.items(),
+            "optimiser": chain(self._optimiser.parts(), random_state().items()),
+            "memory": () if memory is None else memory.state().items(),
+        }
+        self._writer.begin(self.step, self._data.position, self._about, parts)
+        if wait:
+            self.settle()
+
+    def settle(self, wait: bool = True) -> None:
+        """Let the training state that is being written, if there is one, take its place.
+
+        That happens before each step too. All ranks must call it.
+
+        Args:
+            wait: until it is written.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        path = self._writer.settle(wait)
+        if path is None or self._mesh.rank > 0:
+            return
         if history := read_metrics(self._folder / METRICS):
             write_text(self._folder / PLOT, plot_loss(history))
-        _log.info("step %d: wrote %s", self.step, path)
+        _log.info("wrote %s", path)
 
     def left(self) -> str:
         """What there is to resume from, in words."""
@@ -268,6 +290,7 @@ class Trainer:
             mesh.add_up(master for group in groups for master in group)
             norm = total_norm(groups)
         if not math.isfinite(loss + float(norm)):
+            self.settle()
             raise Diverged(self._divergence(loss, float(norm), batches))
         with watch.measure("optimiser"):
             clip(groups, self._section.clip, norm)
@@ -366,9 +389,9 @@ class Trainer:
                     yield
 
     def _resume(self, path: Path) -> None:
-        state = load_training_state(path)
-        masters = self._masters.parameters
-        check_training_state(state, path, {n: tuple(m.shape) for n, m in masters.items()})
+        masters, mesh = self._masters.parameters, self._mesh
+        state = load_training_state(path, masters, mesh)
+        check_training_state(state, path, {n: tuple(m.shape) for n, m in masters.items()}, mesh)
         changed = changed_keys(state.about.get("recipe", {}), self._about.get("recipe", {}))
         if changed:
             raise ValueError(

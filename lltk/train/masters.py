@@ -90,9 +90,13 @@ class Masters:
             master.copy_(values[name])
         self.publish()
 
-    def values(self) -> dict[str, Tensor]:
-        """The masters' values by name, in float32 or wider; they change with the masters."""
-        return {n: master.detach().to(_wide(master)) for n, master in self.parameters.items()}
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """The masters' names and values, one by one, in float32 or wider.
+
+        They change with the masters.
+        """
+        for name, master in self.parameters.items():
+            yield name, master.detach().to(_wide(master))
 
     def copy(self) -> dict[str, Tensor]:
         """The masters' values as they are now, by name, in float32 or wider."""

@@ -20,7 +20,7 @@ class Memory(Protocol):
         """Called after each step, on all ranks."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """All of it, by name."""
+        """All of it, by name. No later step changes these tensors."""
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state`.

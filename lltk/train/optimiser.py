@@ -41,11 +41,13 @@ class Optimiser:
 
     def state(self) -> dict[str, Tensor]:
         """The moments and counters in float32, under names such as ``exp_avg.proj_out.weight``."""
-        return {
-            f"{key}.{name}": _in_float32(value)
-            for name, parameter in self._parameters.items()
-            for key, value in self._adamw.state[parameter].items()
-        }
+        return dict(self.parts())
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """What `state` has, one by one."""
+        for name, parameter in self._parameters.items():
+            for key, value in self._adamw.state[parameter].items():
+                yield f"{key}.{name}", _in_float32(value)
 
     def held(self) -> Iterator[Tensor]:
         """The tensors that hold the state; an 8-bit one is its codes and its scales."""

@@ -1,6 +1,6 @@
 """Training states: all that a run needs to go on, wherever it was killed.
 
-A state is a folder ``step_00000100``. It is written whole or not at all::
+A state is a folder ``step_00000100``. It is written whole or not at all; see `lltk.train.saving`::
 
     weights.safetensors    the weights that train, float32, by parameter name
     ema.safetensors        their moving average, once there is one
@@ -9,6 +9,9 @@ A state is a folder ``step_00000100``. It is written whole or not at all::
     memory.safetensors     what the objective keeps from step to step, such as errors, if it does
     checkpoint.json        the step, the number of samples seen, the recipe, passes and versions,
                            and the checksums of all files
+
+Where weights are divided among ranks, each rank writes its own pieces (`lltk.train.pieces`), to
+``weights.shard0of4.safetensors`` and so on. What is not divided is in the first rank's files.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from torch import Tensor
 
 from lltk.files.manifest import Manifest
 from lltk.files.outputs import Kind
-from lltk.files.tensors import read_tensors, write_tensors
-from lltk.files.writing import remove_whole, whole_folder
+from lltk.files.writing import NewFolder, remove_whole
 from lltk.graph.recipe import validated
+from lltk.parallel.mesh import ALONE, Mesh, own_part
+from lltk.train.pieces import opened_pieces
 
 _MANIFEST = Manifest(
     "checkpoint.json",
@@ -36,7 +40,9 @@ _MANIFEST = Manifest(
     remedy="remove it to resume from the one before",
 )
 _NAME = re.compile(r"step_\d{8,}")
-_PARTS = ("weights", "ema", "optimiser", "memory")
+PARTS = ("weights", "ema", "optimiser", "memory")
+CONSTANT = ("memory",)
+"""Parts whose tensors no step changes: it takes others in their place."""
 STATES = Kind(
     "training states",
     lambda folder: all(
@@ -86,31 +92,32 @@ class TrainingState:
     memory: Mapping[str, Tensor]
 
 
-def save_training_state(folder: Path, state: TrainingState, keep: int) -> Path:
-    """Write a state, then remove all but the newest.
+def state_path(folder: Path, step: int) -> Path:
+    """The folder of a state, in the folder of a run's states."""
+    return folder / f"step_{step:08d}"
+
+
+def part_file(part: str, mesh: Mesh = ALONE) -> str:
+    """The name of the file to which a rank writes its pieces of a part's tensors."""
+    shard = "" if mesh.shards == 1 else f".shard{mesh.rank % mesh.shards}of{mesh.shards}"
+    return f"{part}{shard}.safetensors"
+
+
+def write_manifest(made: NewFolder, facts: Mapping[str, Any]) -> None:
+    """Write the manifest of a state, which has all its other files.
 
     Args:
-        folder: holds the run's states.
-        state: what to write.
-        keep: how many states to keep, this one included.
-
-    Returns:
-        The folder of this state.
-
-    Raises:
-        OSError: it cannot be written. The states before it are left as they were.
+        made: the state's folder.
+        facts: its ``step`` and ``position``, and what `TrainingState.about` holds.
     """
-    path = folder / f"step_{state.step:08d}"
-    with whole_folder(path) as made:
-        for name in _PARTS:
-            if tensors := getattr(state, name):
-                with made.file(f"{name}.safetensors") as file:
-                    write_tensors(file, tensors, {"format": "pt"})
-        _MANIFEST.write(made, {"step": state.step, "position": state.position, **state.about})
+    _MANIFEST.write(made, facts)
+
+
+def remove_old_states(folder: Path, keep: int) -> None:
+    """Remove all but the newest of a run's states."""
     for old in training_states(folder)[:-keep]:
         if _MANIFEST.recognises(old):
             remove_whole(old)
-    return path
 
 
 def training_states(folder: Path) -> list[Path]:
@@ -119,37 +126,86 @@ def training_states(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def load_training_state(path: Path) -> TrainingState:
-    """Read a state's folder. The tensors are on the CPU.
+def load_training_state(
+    path: Path, like: Mapping[str, Tensor] | None = None, mesh: Mesh = ALONE
+) -> TrainingState:
+    """Read a state's folder, written by however many ranks. All ranks must call it.
+
+    Args:
+        path: the folder.
+        like: the weights that train, by name. Where one is divided among ranks, so are its value,
+            its average and its moments; each rank reads its own parts alone. All else is read
+            whole, to the CPU.
+        mesh: the ranks, which divide the work of checking the files.
 
     Raises:
         ValueError: a file is missing or was changed, or has a format that this lltk does not read.
     """
-    facts = validated(_Facts, _MANIFEST.read(path), str(path / _MANIFEST.name))
-    if path.name != f"step_{facts.step:08d}":
+    facts = validated(_Facts, _MANIFEST.read(path, check_files=False), str(path / _MANIFEST.name))
+    if path.name != state_path(path, facts.step).name:
         raise ValueError(f"{path}: holds step {facts.step}; give it its name back")
-    tensors = {}
-    for name in _PARTS:
-        file = path / f"{name}.safetensors"
-        if file.exists() and file.name not in facts.files:
+    names = sorted(facts.files)
+    for file in sorted(path.glob("*.safetensors")):
+        if file.name not in facts.files:
             raise ValueError(f"{path}: {_MANIFEST.name} lists no {file.name}; {_MANIFEST.remedy}")
-        tensors[name] = read_tensors(file)[0] if file.exists() else {}
+    _agree(mesh, _damage(path, {name: facts.files[name] for name in names[mesh.rank :: mesh.size]}))
+    tensors = {}
+    for part in PARTS:
+        files = [path / name for name in names if name.partition(".")[0] == part]
+        try:
+            with opened_pieces(files) as pieces:
+                tensors[part] = {
+                    name: pieces.read(name, (like or {}).get(_weight(part, name)))
+                    for name in pieces.shapes
+                }
+        except ValueError as error:
+            raise ValueError(f"{path}: {part}: {error}; {_MANIFEST.remedy}") from error
     about = {"recipe": facts.recipe, "log": facts.log, "versions": facts.versions}
     return TrainingState(facts.step, facts.position, about, **tensors)
 
 
-def check_training_state(state: TrainingState, path: Path, shapes: Mapping[str, Shape]) -> None:
-    """Check a state before any of it is used.
+def _damage(path: Path, files: Mapping[str, str]) -> str | None:
+    """What is wrong with the first of a state's files that are not as they were written."""
+    for name, wanted in files.items():
+        try:
+            _MANIFEST.check_file(path / name, wanted)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def _agree(mesh: Mesh, problem: str | None) -> None:
+    """Raise on all ranks what any of them found. All must call it."""
+    found = next((each for each in mesh.every(problem) if each is not None), None)
+    if found is not None:
+        raise ValueError(found)
+
+
+def _weight(part: str, name: str) -> str:
+    """The parameter that a tensor belongs to."""
+    return name.partition(".")[2] if part == "optimiser" else name
+
+
+def check_training_state(
+    state: TrainingState, path: Path, shapes: Mapping[str, Shape], mesh: Mesh = ALONE
+) -> None:
+    """Check a state before any of it is used. All ranks must call it.
 
     Args:
         state: as it was read.
         path: what errors call it.
         shapes: of the weights that train, by parameter name.
+        mesh: the ranks, each of which checks the values that it has.
 
     Raises:
         ValueError: a tensor is missing, is one too many, or has another shape, dtype or value than
             a run of these weights can have.
     """
+    _agree(mesh, _problem(state, path, shapes))
+
+
+def _problem(state: TrainingState, path: Path, shapes: Mapping[str, Shape]) -> str | None:
+    """What is wrong with a state, as far as this rank has it; see `check_training_state`."""
     moments = {f"{key}.{name}": shape for name, shape in shapes.items() for key in _MOMENTS}
     counters = dict.fromkeys((f"step.{name}" for name in shapes), ())
     optimiser = {n: t for n, t in state.optimiser.items() if not n.startswith("rng.")}
@@ -161,24 +217,24 @@ def check_training_state(state: TrainingState, path: Path, shapes: Mapping[str, 
         other = sorted(found.keys() ^ wanted.keys())
         if other:
             where = "is missing" if other[0] in wanted else "is one too many"
-            raise ValueError(f"{path}: {part}: {other[0]} {where}; {_MANIFEST.remedy}")
+            return f"{path}: {part}: {other[0]} {where}; {_MANIFEST.remedy}"
         for name, tensor in found.items():
             if tensor.dtype != torch.float32 or tuple(tensor.shape) != tuple(wanted[name]):
-                raise ValueError(
+                return (
                     f"{path}: {part}: {name} is {tensor.dtype} {list(tensor.shape)}, not float32 "
                     f"{list(wanted[name])}; {_MANIFEST.remedy}"
                 )
-            if not tensor.isfinite().all() or (
-                (name.startswith("exp_avg_sq.") and bool((tensor < 0).any()))
-                or (name.startswith("step.") and not 1 <= float(tensor) <= state.step)
+            own = own_part(tensor)
+            if not own.isfinite().all() or (
+                (name.startswith("exp_avg_sq.") and bool((own < 0).any()))
+                or (name.startswith("step.") and not 1 <= float(own) <= state.step)
             ):
-                raise ValueError(
-                    f"{path}: {part}: {name} has values that no run gives; {_MANIFEST.remedy}"
-                )
+                return f"{path}: {part}: {name} has values that no run gives; {_MANIFEST.remedy}"
     generators = {n: t for n, t in state.optimiser.items() if n.startswith("rng.")}
     for name in sorted({"rng.cpu", *generators}):
         if not _is_generator(name, generators.get(name)):
-            raise ValueError(f"{path}: optimiser: {name} is no generator; {_MANIFEST.remedy}")
+            return f"{path}: optimiser: {name} is no generator; {_MANIFEST.remedy}"
+    return None
 
 
 def _is_generator(name: str, state: Tensor | None) -> bool:
