@@ -58,6 +58,12 @@ def forked(run: Callable[..., None], given: Sequence[tuple[Any, ...]]) -> None:
 
     A process that has run gradients or several threads must not be forked.
     """
+    if any(ends(run, given)):
+        sys.exit(1)
+
+
+def ends(run: Callable[..., None], given: Sequence[tuple[Any, ...]]) -> list[int | None]:
+    """How forks of this process end, each with its arguments: the exit code or minus a signal."""
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=run, args=each) for each in given]
     for process in processes:
@@ -65,8 +71,7 @@ def forked(run: Callable[..., None], given: Sequence[tuple[Any, ...]]) -> None:
     for process in processes:
         process.join(LIMIT)
         process.kill()
-    if any(process.exitcode for process in processes):
-        sys.exit(1)
+    return [process.exitcode for process in processes]
 
 
 def saved(save_all: Callable[..., None], *given: object) -> None:

@@ -9,9 +9,12 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Event, Timer
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,8 @@ from ranks import ended as finished
 from ranks import started
 from toy import SETTINGS, Regression, finish, train_until_killed, trainer
 
+from lltk.files.writing import NewFile
+from lltk.train import pieces
 from lltk.train.metrics import Metrics, append_metrics, forget_after, read_metrics
 from lltk.train.saving import save_training_state
 from lltk.train.state import load_training_state, training_states
@@ -154,6 +159,56 @@ def test_a_full_disk_leaves_the_states_before_it(
     assert not list(run.rglob(".*"))
     finish(trainer(run, steps=9, resume=True))
     assert agree(run, whole)
+
+
+@cpu
+def test_training_goes_on_while_a_state_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is of the step at which it was begun, and the next one waits for it."""
+    may_write, write = Event(), pieces.write_tensors
+
+    def waiting(*given: Any) -> None:
+        assert may_write.wait(60)
+        write(*given)
+
+    monkeypatch.setattr(pieces, "write_tensors", waiting)
+    run = trainer(tmp_path, steps=12, checkpoint_every=4)
+    weights = {metrics.step: run.weights for metrics in islice(run, 7)}
+    assert run.step == 7 and not training_states(tmp_path / "checkpoints")
+    Timer(0.3, may_write.set).start()
+    next(run)
+    assert may_write.is_set()
+    (found,) = training_states(tmp_path / "checkpoints")
+    state = load_training_state(found)
+    assert state.step == 4 and same(state.weights, weights[4])
+    assert not same(state.weights, weights[7])
+    finish(run)
+    names = [path.name for path in training_states(tmp_path / "checkpoints")]
+    assert names == ["step_00000008", "step_00000012"]
+
+
+@cpu
+def test_a_failed_write_ends_the_run_at_a_later_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed, write = Event(), pieces.write_tensors
+
+    def failing(file: NewFile, *given: Any) -> None:
+        if run.step >= 8:
+            failed.set()
+            raise OSError(28, "No space left on device")
+        write(file, *given)
+
+    monkeypatch.setattr(pieces, "write_tensors", failing)
+    run = trainer(tmp_path, steps=12, checkpoint_every=4)
+    for _ in islice(run, 8):
+        pass
+    assert failed.wait(60)
+    with pytest.raises(OSError, match="step_00000008: cannot be written") as caught:
+        finish(run)
+    assert "No space left on device" in str(caught.value) and 8 <= run.step < 12
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
 
 
 @cpu

@@ -23,6 +23,7 @@ from training_ranks import (
     ROUNDED,
     RUNS,
     Clips,
+    damage,
     file_of,
     goes_on,
     program,
@@ -39,6 +40,7 @@ from lltk.train.flow_matching import FlowMatching
 from lltk.train.loop import Trainer
 from lltk.train.recipe import TrainSection
 from lltk.train.shards import divided
+from lltk.train.state import load_training_state
 
 pytestmark = pytest.mark.cpu
 
@@ -146,6 +148,65 @@ def test_a_run_goes_on_with_other_ranks(folder: Path, tmp_path: Path) -> None:
     assert goes_on(Ranks(0, 1, CPU), tmp_path / "half", 3) == pytest.approx(last, rel=1e-6)
     assert losses(folder / "resumed on 4, 3") == pytest.approx(last, rel=1e-6)
     assert first != pytest.approx(last, rel=1e-3)
+
+
+def test_a_rank_reads_its_own_parts_alone(folder: Path) -> None:
+    """Two ranks wrote half of the weights each; of four each reads a quarter."""
+    (state,) = (folder / "half" / "checkpoints").iterdir()
+    names = {path.name for path in state.iterdir()}
+    assert names == {"checkpoint.json"} | {
+        f"{part}.shard{rank}of2.safetensors"
+        for part in ("weights", "ema", "optimiser")
+        for rank in range(2)
+    }
+    whole = load_training_state(state)
+    sizes = {name: value.numel() for name, value in {**whole.weights, **whole.optimiser}.items()}
+    written = [load_file(state / f"weights.shard{rank}of2.safetensors") for rank in range(2)]
+    assert sum(value.numel() for part in written for value in part.values()) == sum(
+        value.numel() for value in whole.weights.values()
+    )
+    for size in (2, 4):
+        read = [
+            json.loads((folder / f"read on {size}, {rank}").read_text()) for rank in range(size)
+        ]
+        for name in whole.weights:  # as weights and, of the same name, as averages
+            assert sum(each[name] for each in read) == 2 * sizes[name]
+            assert sum(each[f"exp_avg.{name}"] for each in read) == sizes[name]
+        assert (
+            max(sum(each.values()) for each in read)
+            < 1.2 * sum(map(sum, map(dict.values, read))) / size
+        )
+
+
+def test_a_killed_rank_leaves_a_run_that_goes_on(folder: Path) -> None:
+    """It was killed while it wrote its pieces of the second state: the first one stands."""
+    whole = losses(folder / "whole, 0")
+    for rank in range(2):
+        assert losses(folder / f"after the kill, {rank}") == whole[2:]
+
+
+def test_what_one_rank_cannot_write_ends_all(folder: Path) -> None:
+    state = folder / "disk" / "checkpoints" / "step_00000001"
+    for rank in range(2):
+        told = (folder / f"full, {rank}").read_text()
+        assert told.startswith(
+            f"OSError: {state}: cannot be written (No space left on device); make"
+        )
+    assert not list(state.parent.iterdir())
+
+
+def test_a_damaged_piece_is_refused_on_all_ranks(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "half", tmp_path / "half")
+    file = damage(tmp_path / "half")
+    message = refused(goes_on, Ranks(0, 1, CPU), tmp_path / "half", 3)
+    assert message.startswith(f"{file}: was changed after it was written, or is damaged; remove it")
+    wanted = message.replace(str(tmp_path / "half"), str(folder / "damaged"))
+    for rank in range(2):
+        assert (folder / f"damaged, {rank}").read_text() == f"ValueError: {wanted}"
+    file.unlink()
+    assert refused(goes_on, Ranks(0, 1, CPU), tmp_path / "half", 3).startswith(
+        f"{file}: is missing"
+    )
 
 
 def losses(file: Path) -> list[float]:

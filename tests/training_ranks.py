@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
@@ -19,7 +21,7 @@ import replay_sp
 import torch
 import torch.distributed as dist
 from helpers import PASSES, make_program, make_recipe, tiny_config
-from ranks import forked, free_port, grouped
+from ranks import ends, forked, free_port, grouped
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,10 +37,12 @@ from lltk.ops.nvfp4_quantise_transposed import reference as nvfp4_transposed
 from lltk.parallel import exchange
 from lltk.parallel.mesh import Mesh, meshed, whole
 from lltk.parallel.ranks import Ranks
+from lltk.train import pieces
 from lltk.train.data import Batch
 from lltk.train.flow_matching import FlowMatching
 from lltk.train.loop import Trainer
 from lltk.train.optimiser import Optimiser
+from lltk.train.pieces import Pieces
 from lltk.train.recipe import ErrorRecyclingSection, TrainSection
 
 BATCH, STEPS = 4, 2
@@ -304,15 +308,17 @@ FAULTS: dict[str, tuple[Run, Callable[[], AbstractContextManager[None]]]] = {
 """What must be seen, and in which run, all of two ranks."""
 
 
-def goes_on(ranks: Ranks, folder: Path, steps: int, dtype: str = "float32") -> list[float]:
+def goes_on(
+    ranks: Ranks, folder: Path, steps: int, dtype: str = "float32", every: int = 100
+) -> list[float]:
     """The losses of a run up to a step, each and then its gradient's norm.
 
-    All ranks share the clips and the weights.
+    All ranks share the clips and the weights. A training state is written every few steps.
     """
     rate = 1e-3 if dtype == "float32" else 1e-5  # AdamW's first steps are as large, whatever rounds
     settings = {"steps": steps, "batch": 2, "lr": rate, "ema_start": 1, "shards": ranks.size}
     settings |= {"validate_every": 1}  # by averaged weights, which the next step must not see
-    section = TrainSection.model_validate(settings)
+    section = TrainSection.model_validate(settings | {"checkpoint_every": every})
     case, made = CASES["text"], program("text", ranks.size, dtype)
     with meshed(ranks, ranks.size, ranks.size) as mesh:
         objective = FlowMatching(made, instantiate(made))
@@ -320,6 +326,61 @@ def goes_on(ranks: Ranks, folder: Path, steps: int, dtype: str = "float32") -> l
         clips = Clips(made, case)
         run = Trainer(objective, clips, section, folder, about, resume=True, mesh=mesh)
         return [found for metrics in run for found in (metrics.loss, metrics.grad_norm)]
+
+
+@contextmanager
+def noting_what_is_read() -> Iterator[dict[str, int]]:
+    """How many values of each tensor this rank reads from training states."""
+    read: dict[str, int] = {}
+    box = Pieces._box
+
+    def noted(self: Pieces, name: str, *place: Any) -> Tensor:
+        found = box(self, name, *place)
+        read[name] = read.get(name, 0) + found.numel()
+        return found
+
+    with patch.object(Pieces, "_box", noted):
+        yield read
+
+
+def told(ranks: Ranks, folder: Path, steps: int) -> str:
+    """What ends a run."""
+    try:
+        goes_on(ranks, folder, steps)
+    except (ValueError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@contextmanager
+def dying(rank: int, state: int, end: Callable[[], None]) -> Iterator[None]:
+    """Let a rank do something else than write its optimiser's part of a state of this number."""
+    write, written = pieces.write_tensors, 0
+
+    def half(file: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        nonlocal written
+        written += any(name.startswith("exp_avg.") for name in tensors)
+        if written == state:
+            end()
+        write(file, tensors, metadata)
+
+    with patch.object(pieces, "write_tensors", half) if rank == 1 else nullcontext():
+        yield
+
+
+def is_full() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_until_killed(rank: int, size: int, port: int, folder: Path) -> None:
+    """Train until a rank is killed while it writes its pieces of the second state."""
+    torch.set_num_threads(1)
+    with grouped(rank, size, port), dying(rank, 2, kill):
+        goes_on(Ranks(rank, size, CPU), folder / "killed", 3, every=1)
 
 
 def file_of(run: Run, rank: int) -> str:
@@ -342,10 +403,21 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
             goes_on(ranks, folder / "half", 2)
             rounded = goes_on(ranks, folder / "rounded", 2, "bfloat16")
             (folder / f"rounded, {rank}").write_text(json.dumps(rounded))
+            after = goes_on(ranks, folder / "killed", 3, every=1)
+            (folder / f"after the kill, {rank}").write_text(json.dumps(after))
+            with dying(rank, 1, is_full):
+                (folder / f"full, {rank}").write_text(told(ranks, folder / "disk", 1))
+            if rank == 0:
+                shutil.copytree(folder / "half", folder / "damaged")
+                damage(folder / "damaged")
+            dist.barrier()
+            (folder / f"damaged, {rank}").write_text(told(ranks, folder / "damaged", 3))
         if rank == 0:
             shutil.copytree(folder / "half", folder / f"half on {size}")
         dist.barrier()
-        losses = goes_on(ranks, folder / f"half on {size}", 3)
+        with noting_what_is_read() as read:
+            losses = goes_on(ranks, folder / f"half on {size}", 3)
+        (folder / f"read on {size}, {rank}").write_text(json.dumps(read))
         (folder / f"resumed on {size}, {rank}").write_text(json.dumps(losses))
         if size == 2:
             for name, (run, fault) in FAULTS.items():
@@ -369,6 +441,15 @@ def save_on_gpu(rank: int, size: int, port: int, folder: Path) -> None:
                 save_file(found, folder / file_of(run, rank))
 
 
+def damage(run: Path) -> Path:
+    """Change a byte in the second shard of a run's weights."""
+    (file,) = run.glob("checkpoints/*/weights.shard1of2.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    return file
+
+
 def recorded(file: Path) -> tuple[Recipe, dict[str, Any]]:
     """The recipe and the facts of a recorded call."""
     with safe_open(file, "pt") as opened:
@@ -383,6 +464,9 @@ def save_all(folder: Path) -> None:
         program(case, sequence)
     program("text", 2, "bfloat16")
     program("nvfp4", 1, "bfloat16")
+    port = free_port()
+    codes = ends(save_until_killed, [(rank, 2, port, folder) for rank in range(2)])
+    assert codes[1] == -signal.SIGKILL and codes[0]
     for size in sorted({run[0] for run in RUNS}):
         port = free_port()
         forked(save_trained, [(rank, size, port, folder) for rank in range(size)])
