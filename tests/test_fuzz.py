@@ -40,6 +40,8 @@ from lltk.streaming.restoring import check_state
 from lltk.train.captions import read_caption
 from lltk.train.loop import newest_state
 from lltk.train.metrics import read_metrics
+from lltk.train.prepared import Facts, read_facts, write_facts
+from lltk.train.clip_shards import Shard, write_shard
 from lltk.train.state import check_training_state, load_training_state
 
 cpu, manual = pytest.mark.cpu, pytest.mark.manual
@@ -84,6 +86,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, plan: Strea
         stream.save(folder / "state")
     finish(trainer(folder / "run", steps=12))
     save_program(transform(open_recipe("tiny_stream", SMALL), weights=False), folder / "program")
+    (folder / "set").mkdir()
+    clip = {"latents": torch.ones(2, 4, 3, 3), "text": torch.ones(2, 5, 4), "opens": torch.ones(2)}
+    sums = {
+        "shard-000000.tar": write_shard(folder / "set" / "shard-000000.tar", [(0, clip, ("a",))])
+    }
+    facts = {"origin": {}, "seed": 0, "clips": 1, "shard": 1, "held_out": 1, "versions": {}}
+    write_facts(folder / "set", Facts.model_validate(facts | {"files": sums}))
     shutil.copytree(pipeline / "transformer", folder / "transformer")
     (folder / "transformer" / "lltk.json").unlink()
     tensors, _ = read_tensors(next((pipeline / "transformer").glob("*.safetensors")))
@@ -153,6 +162,11 @@ def formats(folder: Path, plan: StreamPlan) -> dict[str, Format]:
     }
     for name in ("checkpoint.json", "weights.safetensors", "optimiser.safetensors"):
         sets[f"training {name}"] = Format(newest / name, training_state, sealed=True)
+    shard = folder / "set" / "shard-000000.tar"
+    sets["shard"] = Format(shard, lambda: Shard(shard).clip(0))
+    sets["prepared"] = Format(
+        folder / "set" / "prepared.json", lambda: read_facts(folder / "set"), sealed=True
+    )
     for name in ("program.json", "graphs/step.txt"):
         sets[f"program {name}"] = Format(folder / "program" / name, program, sealed=True)
     return sets
@@ -161,7 +175,7 @@ def formats(folder: Path, plan: StreamPlan) -> dict[str, Format]:
 FORMATS = (
     "recipe", "script", "caption", "metrics", "state", "config", "safetensors", "index",
     "training checkpoint.json", "training weights.safetensors", "training optimiser.safetensors",
-    "program program.json", "program graphs/step.txt",
+    "program program.json", "program graphs/step.txt", "shard", "prepared",
 )  # fmt: skip
 
 

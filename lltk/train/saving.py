@@ -116,11 +116,11 @@ class StateWriter:
         pending = self._pending
         if pending is None:
             return None
-        error = pending.written.exception() if wait or pending.written.done() else None
+        ready = wait or pending.written.done()
+        error = pending.written.exception() if ready else None
         if error is not None and not isinstance(error, OSError):
             raise error
         why = None if error is None else str(error.strerror or error)
-        ready = pending.written.done()
         sums = pending.written.result() if ready and error is None else {}
         reports = self._mesh.every((ready, why, sums))
         if not all(ready for ready, *_ in reports):
