@@ -178,6 +178,17 @@ def test_a_rank_reads_its_own_parts_alone(folder: Path) -> None:
         )
 
 
+def test_replicas_write_a_state_once(folder: Path, tmp_path: Path) -> None:
+    """Two sets of two shards each write one state, with which one process goes on."""
+    (state,) = (folder / "replicas" / "checkpoints").iterdir()
+    assert {path.name for path in state.glob("weights*")} == {
+        f"weights.shard{rank}of2.safetensors" for rank in range(2)
+    }
+    shutil.copytree(folder / "replicas", tmp_path / "replicas")
+    found = goes_on(Ranks(0, 1, CPU), tmp_path / "replicas", 3)
+    assert found == pytest.approx(losses(folder / "whole, 0")[-2:], rel=1e-6)
+
+
 def test_a_killed_rank_leaves_a_run_that_goes_on(folder: Path) -> None:
     """It was killed while it wrote its pieces of the second state: the first one stands."""
     whole = losses(folder / "whole, 0")

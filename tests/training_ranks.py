@@ -309,18 +309,30 @@ FAULTS: dict[str, tuple[Run, Callable[[], AbstractContextManager[None]]]] = {
 
 
 def goes_on(
-    ranks: Ranks, folder: Path, steps: int, dtype: str = "float32", every: int = 100
+    ranks: Ranks,
+    folder: Path,
+    steps: int,
+    dtype: str = "float32",
+    every: int = 100,
+    shards: int | None = None,
 ) -> list[float]:
     """The losses of a run up to a step, each and then its gradient's norm.
 
-    All ranks share the clips and the weights. A training state is written every few steps.
+    All ranks share the clips, and as many as there are shards the weights, by default all of them.
+    A training state is written every few steps.
     """
     rate = 1e-3 if dtype == "float32" else 1e-5  # AdamW's first steps are as large, whatever rounds
-    settings = {"steps": steps, "batch": 2, "lr": rate, "ema_start": 1, "shards": ranks.size}
+    settings = {
+        "steps": steps,
+        "batch": 2,
+        "lr": rate,
+        "ema_start": 1,
+        "shards": shards or ranks.size,
+    }
     settings |= {"validate_every": 1}  # by averaged weights, which the next step must not see
     section = TrainSection.model_validate(settings | {"checkpoint_every": every})
     case, made = CASES["text"], program("text", ranks.size, dtype)
-    with meshed(ranks, ranks.size, ranks.size) as mesh:
+    with meshed(ranks, ranks.size, section.shards) as mesh:
         objective = FlowMatching(made, instantiate(made))
         about = {"recipe": made.recipe, "log": [], "versions": {}}
         clips = Clips(made, case)
@@ -412,6 +424,8 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
                 damage(folder / "damaged")
             dist.barrier()
             (folder / f"damaged, {rank}").write_text(told(ranks, folder / "damaged", 3))
+        else:
+            goes_on(ranks, folder / "replicas", 2, shards=2)
         if rank == 0:
             shutil.copytree(folder / "half", folder / f"half on {size}")
         dist.barrier()
