@@ -18,7 +18,8 @@ from prepared_sets import CLIPS, changes, contents, prepared, recipe, save_clips
 from safetensors.torch import load
 from test_train_cli import sets
 
-from lltk.tasks.clips import TinyLatents
+from lltk.tasks.clips import TinyLatents, encoded_clips
+from lltk.tasks.encoder import encoder_for
 from lltk.tasks.preparing import plan_preparing, prepare, prepared_clips
 from lltk.train.data import in_epochs
 from lltk.train.prepared import Prepared
@@ -81,14 +82,17 @@ def test_clips_of_the_world_are_prepared_too(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two shards; the last block has fewer clips, as in a run without the set."""
-    monkeypatch.setattr(TinyLatents, "block", 4)
-    monkeypatch.setattr("lltk.tasks.preparing._WORLD_SHARD", 4)
-    world = ["train.data.folder=null", "train.data.clips=6", "geometry.height=128"]
+    monkeypatch.setattr(TinyLatents, "block", 2)
+    monkeypatch.setattr("lltk.tasks.preparing._WORLD_SHARD", 2)
+    world = ["train.data.folder=null", "train.data.clips=3", "geometry.height=128"]
     world += ["geometry.width=128", "train.data.frames=4", "geometry.batch=1", "train.batch=1"]
+    plan = plan_preparing(recipe(folder, *world))
+    section, geometry, device = plan.section, plan.recipe.geometry, plan.device
+    encoder = encoder_for(section.data, geometry, device, torch.float32)
+    monkeypatch.setattr("lltk.tasks.preparing.encoder_for", lambda *given: encoder)
     made = tmp_path / "set"
-    facts = prepare(plan_preparing(recipe(folder, *world)), made)
-    assert sorted(facts.files) == NAMES[:3]
-    raw = plan_training(recipe(folder, *world)).dataset()
+    assert sorted(prepare(plan, made).files) == NAMES[:3]
+    raw = encoded_clips(section, geometry, encoder, device)
     own = dataset(folder, made, *world)
     for seed, indices in ((0, range(10, 18)), (~0, range(3, 4))):
         wanted, found = raw.batch(seed, indices), own.batch(seed, indices)

@@ -195,7 +195,7 @@ def test_a_failed_write_ends_the_run_at_a_later_step(
     failed, write = Event(), pieces.write_tensors
 
     def failing(file: NewFile, *given: Any) -> None:
-        if run.step >= 8:
+        if ".step_00000008." in os.readlink(f"/proc/self/fd/{file._descriptor}"):
             failed.set()
             raise OSError(28, "No space left on device")
         write(file, *given)
