@@ -41,7 +41,7 @@ from lltk.train.clip_shards import REMEDY, Clip, Shard, write_shard
 
 _SHARD, _WORLD_SHARD = 16, 64
 """Clips in a shard: of a folder, which are large; and of the tiny world, encoded at once."""
-_ELSEWHERE = {"prepared", "pipeline", "frames"}
+_ELSEWHERE = {"prepared", "pipeline", "frames", "encoding"}
 """Keys of ``train.data`` that do not decide the bits of clips, or do so by another fact."""
 _WORK = "encoding clips"
 
