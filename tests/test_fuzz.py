@@ -38,10 +38,10 @@ from lltk.stream.state import read_state
 from lltk.streaming import StreamPlan
 from lltk.streaming.restoring import check_state
 from lltk.train.captions import read_caption
+from lltk.train.clip_shards import Shard, write_shard
 from lltk.train.loop import newest_state
 from lltk.train.metrics import read_metrics
 from lltk.train.prepared import Facts, read_facts, write_facts
-from lltk.train.clip_shards import Shard, write_shard
 from lltk.train.state import check_training_state, load_training_state
 
 cpu, manual = pytest.mark.cpu, pytest.mark.manual

@@ -21,9 +21,9 @@ from test_train_cli import sets
 from lltk.tasks.clips import TinyLatents, encoded_clips
 from lltk.tasks.encoder import encoder_for
 from lltk.tasks.preparing import plan_preparing, prepare, prepared_clips
+from lltk.train.clip_shards import Shard, packed, unpacked
 from lltk.train.data import in_epochs
 from lltk.train.prepared import Prepared
-from lltk.train.clip_shards import Shard, packed, unpacked
 from lltk.training import open_training, plan_training
 
 pytestmark = pytest.mark.cpu

@@ -24,6 +24,7 @@ from lltk.parallel.ranks import Ranks
 from lltk.stream.text import encoder_digest, files_digest
 from lltk.tasks.clips import Clips, clips_by_ranks
 from lltk.tasks.encoder import encoder_for, pipeline_of
+from lltk.train.clip_shards import REMEDY, Clip, Shard, write_shard
 from lltk.train.data import held_out
 from lltk.train.prepared import (
     MANIFEST,
@@ -37,7 +38,6 @@ from lltk.train.prepared import (
 )
 from lltk.train.progress import Note, silent
 from lltk.train.recipe import TrainSection, train_section
-from lltk.train.clip_shards import REMEDY, Clip, Shard, write_shard
 
 _SHARD, _WORLD_SHARD = 16, 64
 """Clips in a shard: of a folder, which are large; and of the tiny world, encoded at once."""

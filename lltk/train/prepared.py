@@ -25,9 +25,9 @@ from lltk.files.manifest import Manifest
 from lltk.files.outputs import Kind
 from lltk.files.writing import write_text
 from lltk.graph.recipe import validated
+from lltk.train.clip_shards import REMEDY, Shard, unpacked
 from lltk.train.data import in_epochs
 from lltk.train.recipe import differences
-from lltk.train.clip_shards import REMEDY, Shard, unpacked
 
 MANIFEST = Manifest(
     "prepared.json", "a prepared set", format=1, remedy="make it again by lltk prepare"
