@@ -2,8 +2,7 @@
 
     python benchmarks/training_iteration.py
     torchrun --nproc-per-node 2 benchmarks/training_iteration.py --rows '16 s, all recomputed'
-    python benchmarks/training_iteration.py --recipe tiny_train --pipeline tiny --device cpu \\
-      --frames 12 --set train.data.frames=null
+    python benchmarks/training_iteration.py --pipeline tiny --recipe tiny_train --frames 12
 
 A pipeline of the true sizes with random weights, and clips, are made first, unless --pipeline names
 a pipeline.
