@@ -88,7 +88,7 @@ LINES = {
     "train": Line(
         [["-o", "new"], ["-o", "new", "--dry-run"], ["-o", "run"], ["-o", "run", "--dry-run"]],
         {"--resume": [], "--set": ["train.steps=7"], "--device": ["cuda:99"], "--dry-run": [],
-         "--json": []},
+         "--device-memory": ["1e-6"], "--json": []},
         {**OVERWRITE, **DOWNLOAD, "--output": "the contexts",
          "--from-scratch": "test_train_cli.py"},
     ),
