@@ -14,6 +14,7 @@ import argparse
 import gc
 import statistics
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +25,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lltk.bench.profiling import profiled
 from lltk.bench.random_pipeline import UMT5_XXL, make_clips, make_pipeline
 from lltk.bench.record import Record, markdown, percentile, write_record
 from lltk.bench.script import column, script_options, script_parser, script_record
@@ -41,16 +41,7 @@ H.264 files and encoded, and nothing is kept between steps but the embeddings of
 keys: {changes}. Seconds are medians of {runs} steps after one that warms up, of the slowest rank;
 parts are the first rank's. Peak memory is torch's, of the rank that needs most, beside the
 estimate of `lltk train --dry-run`. Losses are those of all steps; rows with equal clips have equal
-ones up to rounding. Owners are shares of one more step's time, told apart by the names of its
-kernels. Weights and clips are random; sizes are the true ones."""
-_OWNERS = {
-    "exchange": ("nccl",),
-    "convolutions": ("conv", "implicit", "xmma_fprop", "cudnn_infer"),
-    "element-wise, compiled": ("triton_per_", "triton_poi_", "triton_red_"),
-    "attention": ("sdpa", "fmha", "flash", "attention", "flex"),
-    "GEMM": ("gemm", "nvjet", "cutlass", "cublas", "xmma"),
-    "element-wise": (),
-}
+ones up to rounding. Weights and clips are random; sizes are the true ones."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +164,11 @@ def _make(options: argparse.Namespace, folder: Path, device: torch.device) -> No
     geometry = recipe["geometry"]
     size = (int(geometry.get("height", 704)), int(geometry.get("width", 1280)))
     frames = 4 * max(_frames(ROWS[name], options) for name in options.rows) + 40
-    make_clips(folder / "clips", 2, frames, size, 24.0)
-    if options.pipeline is None:
-        make_pipeline(folder / "pipeline", "wan22_5b", "wan22_vae", UMT5_XXL, device)
+    with ThreadPoolExecutor(1) as thread:
+        clips = thread.submit(make_clips, folder / "clips", 1, frames, size, 24.0)
+        if options.pipeline is None:
+            make_pipeline(folder / "pipeline", "wan22_5b", "wan22_vae", UMT5_XXL, device)
+        clips.result()
 
 
 def measure(row: Row, options: argparse.Namespace, folder: Path, ranks: Ranks) -> dict[str, Any]:
@@ -202,14 +195,12 @@ def measure(row: Row, options: argparse.Namespace, folder: Path, ranks: Ranks) -
     ):
         every = [next(iter(run)) for _ in range(options.runs + 1)]
         peak = torch.cuda.max_memory_allocated(ranks.device) if cuda else 0
-        owners, _ = profiled(lambda: next(iter(run)), ranks.device, _OWNERS)
     steps = every[1:]
     mine = {
         "seconds": [step.seconds for step in steps],
         "peak": peak,
         "memory": dict(every[0].memory),
         "parts": {p: statistics.median(s.parts[p] for s in steps) for p in steps[0].parts},
-        "owners": owners,
     }
     gathered: list[Any] = [mine]
     if ranks.size > 1:
@@ -230,7 +221,6 @@ def measure(row: Row, options: argparse.Namespace, folder: Path, ranks: Ranks) -
         "estimate": dict(plan.memory),
         "losses": [step.loss for step in every],
         "norms": [step.grad_norm for step in every],
-        "owners": gathered[0]["owners"],
         "every": gathered,
     }
 
@@ -264,10 +254,6 @@ def text(record: Record) -> str:
         "peak memory": lambda row: readable(row["peak"]) if row["peak"] else "–",
         "estimate": lambda row: readable(total(row["estimate"])),
         "losses": lambda row: ", ".join(f"{loss:.4f}" for loss in row["losses"]),
-        "owners": lambda row: (
-            ", ".join(f"{owner} {100 * share:.0f} %" for owner, share in row["owners"].items())
-            or "–"
-        ),
     }
     return markdown(record, "Training steps of the 5B", columns)
 

@@ -26,7 +26,7 @@ from lltk.train.state import load_training_state, training_states
 
 pytestmark = pytest.mark.gpu
 
-LAYERS, FRAMES, STEPS, SAVED = 4, 32, 20, 5
+LAYERS, FRAMES, STEPS, SAVED = 2, 32, 20, 12
 FACTOR = 0.8
 """The loss of the last step is below so much of the first one's."""
 
