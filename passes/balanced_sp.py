@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from math import gcd
 from typing import Any, Literal
 
@@ -133,21 +134,9 @@ class BalancedSP(Pass[Config]):
                 _divide(node, FRAMES[role], self.config.size)
                 report.match("inputs")
         for node in calls(graph, BLOCK_CAUSAL_ATTENTION):
-            self._share_heads(node)
+            exchange_heads(node, self._exchanged, self.config.size)
             report.match("self-attention")
         program.leave(Ranks(self.config.size))
-
-    def _share_heads(self, node: fx.Node) -> None:
-        q, k, v, *rest = node.args
-        readers, size = list(node.users), self.config.size
-        with building(node) as build:
-            heads = self._exchanged(build, TOKENS_TO_HEADS, [q, k, v])
-            operands = [build(operator.getitem, heads, index) for index in range(3)]
-            out = build(BLOCK_CAUSAL_ATTENTION, *operands, *rest, size)
-            tokens = self._exchanged(build, HEADS_TO_TOKENS, [out])
-            own = build(operator.getitem, tokens, 0)
-        for reader in readers:
-            reader.replace_input_with(node, own)
 
     def _exchanged(self, build: Builder, op: Any, values: list[Any]) -> fx.Node:
         form, size = self.config.exchange, self.config.size
@@ -181,6 +170,28 @@ class BalancedSP(Pass[Config]):
             largest = build(ALL_MAX, found, self.config.size, SEQUENCE)
             for index, node in enumerate((rows, turned)):
                 node.args = (*node.args, None, 0, build(aten.select.int, largest, 0, index))
+
+
+def exchange_heads(
+    node: fx.Node, exchanged: Callable[[Builder, Any, list[Any]], fx.Node], *layout: int
+) -> None:
+    """Let ranks exchange tokens for heads before an attention, and heads for tokens after it.
+
+    Args:
+        node: the attention.
+        exchanged: adds an exchange of values, of which it is given the op.
+        layout: arguments that the attention gets, too.
+    """
+    q, k, v, *rest = node.args
+    readers = list(node.users)
+    with building(node) as build:
+        heads = exchanged(build, TOKENS_TO_HEADS, [q, k, v])
+        operands = [build(operator.getitem, heads, index) for index in range(3)]
+        out = build(BLOCK_CAUSAL_ATTENTION, *operands, *rest, *layout)
+        tokens = exchanged(build, HEADS_TO_TOKENS, [out])
+        own = build(operator.getitem, tokens, 0)
+    for reader in readers:
+        reader.replace_input_with(node, own)
 
 
 _SEED, _STOCHASTIC, _SIGNS = 13, 15, 17

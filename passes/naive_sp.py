@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from pydantic import Field
 from torch import fx
 
 from lltk.graph.attention import find_attention
 from lltk.graph.contract import Role
-from lltk.graph.edit import building, calls, input_of, inputs_of, op_of, role_of, shape
+from lltk.graph.edit import calls, input_of, inputs_of, op_of, role_of, shape
 from lltk.graph.facts import Ranks
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage
 from lltk.ops.implementations import overload
-from lltk.parallel.exchange import HEADS_TO_TOKENS, TOKENS_TO_HEADS
 from lltk.parallel.groups import SEQUENCE
+from lltk.passes.balanced_sp import exchange_heads
 from lltk.passes.block_causal import rewrite_self_attention
 
 aten = torch.ops.aten
@@ -83,7 +81,7 @@ class NaiveSP(Pass[Config]):
         size, frames = self.config.size, 2 * program.geometry.frames
         rewrite_self_attention(program, "train", True, report)
         for node in calls(graph, BLOCK_CAUSAL_ATTENTION):
-            _share_heads(node, size)
+            exchange_heads(node, lambda build, op, values: build(op, values, size, SEQUENCE))
         for attention in find_attention(program, graph, program.spec.cross_attention, report):
             for repeated in (attention.k, attention.v):
                 repeated.replace_all_uses_with(_once(repeated))
@@ -103,18 +101,6 @@ class NaiveSP(Pass[Config]):
                 continue
             report.match("inputs")
         program.leave(Ranks(size))
-
-
-def _share_heads(node: fx.Node, size: int) -> None:
-    readers = list(node.users)
-    with building(node) as build:
-        heads = build(TOKENS_TO_HEADS, list(node.args[:3]), size, SEQUENCE)
-        operands = [build(operator.getitem, heads, index) for index in range(3)]
-        out = build(BLOCK_CAUSAL_ATTENTION, *operands, *node.args[3:])
-        tokens = build(HEADS_TO_TOKENS, [out], size, SEQUENCE)
-        own = build(operator.getitem, tokens, 0)
-    for reader in readers:
-        reader.replace_input_with(node, own)
 
 
 def _once(repeated: fx.Node) -> fx.Node:

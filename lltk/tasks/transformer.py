@@ -41,8 +41,9 @@ _WHOLE = frozenset({"block inputs", "quantised weights"})
 """Owners of memory that shards do not divide."""
 _INSIDE = {True: (4, 17), False: (4, 36)}
 """By whether blocks are compiled: tensors as wide as a feed-forward layer, and as a block, that the
-backward pass of a recomputed block holds at once. They were fitted to what the 5B takes on an H200;
-see ``benchmarks/records/training_iteration.md``."""
+backward pass of a recomputed block holds at once. They were fitted to what calls and steps of the
+5B take on an H200 at 96 latent frames, as ``benchmarks/training.py`` and ``training_iteration.py``
+measure it."""
 _SAVED = {2: (2, 40), 4: (2, 27)}
 """By the compute dtype's bytes: such tensors that a block keeps if it is not recomputed, as counted
 by ``torch.autograd.graph.saved_tensors_hooks``. Compiled blocks keep fewer."""
