@@ -25,7 +25,7 @@ from lltk.train.graphs import Graphed
 from lltk.train.noise_levels import LEVELS, level_weights, noise_grid
 from lltk.train.objective import Work
 from lltk.train.recipe import ErrorRecyclingSection
-from lltk.train.share import Share
+from lltk.train.share import Share, joined, takes_joined
 
 _LARGEST_ERROR = 2.0
 """A context error is at most this many times the error of one prediction.
@@ -104,7 +104,7 @@ class FlowMatching:
             )
         self._program = program
         self._contract = program.contract(program.kind)
-        self._joined = program.kind == "train" and not self._contract.having(Role.CLEAN)
+        self._joined = takes_joined(program)
         if self._joined and context_error:
             raise ValueError(
                 "train.context_error: with naive_sp a rank has no clean chunk beside its noisy "
@@ -223,7 +223,9 @@ class FlowMatching:
         }
         target = given.target
         if self._joined:
-            values, target, weight = _joined(values, target, weight)
+            values = joined(values)
+            target = torch.cat([torch.zeros_like(target), target], 2)
+            weight = F.pad(weight, (weight.shape[1], 0))
         inputs = self._contract.named(values) | self._quantised
         share, contract = self._share, self._contract
         own = {
@@ -266,21 +268,6 @@ class FlowMatching:
         """Values for chunks, [B, N], as values for their frames, [B, 1, F, 1, 1] on the device."""
         frames = values.repeat_interleave(self._program.geometry.chunk, dim=1)
         return frames.to(self._device)[:, None, :, None, None]
-
-
-def _joined(
-    values: Mapping[Role, Tensor], target: Tensor, weight: Tensor
-) -> tuple[dict[Role, Tensor], Tensor, Tensor]:
-    """The values, target and weight of [clean; noisy], for ranks that divide it in this order."""
-    text, time = values[Role.TEXT], values[Role.TIME]
-    joined = dict(values) | {
-        Role.LATENTS: torch.cat([values[Role.CLEAN], values[Role.LATENTS]], 2),
-        Role.TIME: F.pad(time, (time.shape[1], 0)),
-        Role.POSITIONS: values[Role.POSITIONS].repeat(2),
-        Role.TEXT: text.repeat(1, 2, 1, 1),
-    }
-    nothing = torch.zeros_like(target)
-    return joined, torch.cat([nothing, target], 2), F.pad(weight, (weight.shape[1], 0))
 
 
 class _Flow(nn.Module):

@@ -13,7 +13,7 @@ from lltk.graph.program import Program
 from lltk.stream.denoise import denoise
 from lltk.stream.sampler import Schedule
 from lltk.train.progress import Note, noted, silent
-from lltk.train.share import Share
+from lltk.train.share import Share, joined, takes_joined
 
 
 @torch.no_grad()
@@ -49,34 +49,32 @@ def sample(
     noise = torch.randn(shape, generator=generator, device=device)
     contract = program.contract(program.kind)
     values = {
-        Role.LATENTS: torch.zeros(shape),
-        Role.CLEAN: torch.zeros(shape),
-        Role.TIME: torch.zeros(geometry.batch, geometry.frames),
+        Role.LATENTS: torch.zeros_like(noise),
+        Role.CLEAN: torch.zeros_like(noise),
+        Role.TIME: torch.zeros(geometry.batch, geometry.frames, device=device),
         Role.TEXT: text,
-        Role.POSITIONS: torch.arange(geometry.frames, dtype=torch.float64),
-        Role.RANDOM: torch.tensor([seed, 0]),
+        Role.POSITIONS: torch.arange(geometry.frames, dtype=torch.float64, device=device),
+        Role.RANDOM: torch.tensor([seed, 0], device=device),
     }
-    given = contract.named(values) | module.quantised_weights()
-    share = Share(program)
-    inputs = {name: given[name].to(device, own.dtype) for name, own in contract.inputs.items()}
-    noisy, time = contract.name(Role.LATENTS), contract.name(Role.TIME)
+    share, quantised = Share(program), module.quantised_weights()
     span = geometry.chunk if program.kind == "train" else geometry.frames
     made = torch.zeros_like(noise)
 
     def velocity(frames: slice, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
         now = made.clone()
         now[:, :, frames] = latents
-        inputs[noisy] = now.to(inputs[noisy].dtype)
-        inputs[time][:, frames] = timestep
-        specs = contract.inputs
-        own = {name: share.own(value, specs[name].shape) for name, value in inputs.items()}
-        return share.whole(module(program.kind, own)[spec.output], axis=2)[:, :, frames]
+        values[Role.LATENTS], values[Role.CLEAN] = now, made
+        values[Role.TIME][:, frames] = timestep
+        given = contract.named(joined(values) if takes_joined(program) else values) | quantised
+        own = {
+            name: share.own(given[name].to(device, like.dtype), like.shape)
+            for name, like in contract.inputs.items()
+        }
+        every = share.whole(module(program.kind, own)[spec.output], axis=2)
+        return every[:, :, -geometry.frames :][:, :, frames]
 
     starts = range(0, geometry.frames, span)
     for start in noted(starts, "sampling", len(starts), note):
         frames = slice(start, start + span)
         made[:, :, frames] = denoise(schedule, noise[:, :, frames], partial(velocity, frames))
-        if program.kind == "train":
-            clean = contract.name(Role.CLEAN)
-            inputs[clean] = made.to(inputs[clean].dtype)
     return made

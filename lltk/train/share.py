@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from lltk.graph.contract import Role
 from lltk.graph.facts import Ranks
 from lltk.graph.program import Program
 from lltk.parallel.exchange import all_parts
@@ -43,3 +46,22 @@ class Share:
     def whole(self, own: Tensor, axis: int) -> Tensor:
         """The parts of all ranks along an axis. All ranks must call it."""
         return own if self.ranks == 1 else all_parts(own, axis, self.ranks, SEQUENCE)
+
+
+def takes_joined(program: Program) -> bool:
+    """Whether ranks divide [clean; noisy] as it stands, so that one input has parts of both."""
+    return program.kind == "train" and not program.contract("train").having(Role.CLEAN)
+
+
+def joined(values: Mapping[Role, Tensor]) -> dict[Role, Tensor]:
+    """The values of whole clips for such a Program: what is by frame or chunk, for [clean; noisy].
+
+    Clean frames have t = 0.
+    """
+    time = values[Role.TIME]
+    return dict(values) | {
+        Role.LATENTS: torch.cat([values[Role.CLEAN], values[Role.LATENTS]], 2),
+        Role.TIME: F.pad(time, (time.shape[1], 0)),
+        Role.POSITIONS: values[Role.POSITIONS].repeat(2),
+        Role.TEXT: values[Role.TEXT].repeat(1, 2, 1, 1),
+    }
