@@ -204,11 +204,6 @@ def whole(value: Tensor) -> Tensor:
 
 
 def local_part(value: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-def own_part(value: Tensor) -> Tensor:
     """The part of a tensor that this rank has; all of it where it is not divided."""
     return value.to_local() if isinstance(value, DTensor) else value
 

@@ -18,7 +18,7 @@ from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_quantise.reference import BLOCK, amax
 from lltk.parallel.exchange import all_max, all_parts
 from lltk.parallel.groups import SHARDS
-from lltk.parallel.mesh import Mesh
+from lltk.parallel.mesh import Mesh, local_part
 
 NVFP4_QUANTISE = overload("nvfp4_quantise")
 
@@ -72,7 +72,8 @@ class _Quantised:
     def _values(self) -> dict[str, Tensor]:
         """The 4-bit values of the whole weights, by the names of the graphs' inputs."""
         own = {
-            name: _local(rows).to(self._stand_ins[name].dtype) for name, rows in self._rows.items()
+            name: local_part(rows.detach()).to(self._stand_ins[name].dtype)
+            for name, rows in self._rows.items()
         }
         made: dict[str, Tensor] = _Quantising(self._program, own, self._mesh.shards).run()
         return made
@@ -163,9 +164,3 @@ def _divide(weight: nn.Parameter, mesh: DeviceMesh, wide: bool) -> nn.Parameter:
         value = value.to(torch.promote_types(value.dtype, torch.float32))
     rows = distribute_tensor(value, mesh, [Replicate(), Shard(0)], src_data_rank=None)
     return nn.Parameter(rows, requires_grad=weight.requires_grad)
-
-
-def _local(rows: nn.Parameter) -> Tensor:
-    value: Any = rows.detach()
-    own: Tensor = value.to_local()
-    return own

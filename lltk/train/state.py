@@ -30,7 +30,7 @@ from lltk.files.manifest import Manifest
 from lltk.files.outputs import Kind
 from lltk.files.writing import NewFolder, remove_whole
 from lltk.graph.recipe import validated
-from lltk.parallel.mesh import ALONE, Mesh, own_part
+from lltk.parallel.mesh import ALONE, Mesh, local_part
 from lltk.train.pieces import opened_pieces
 
 _MANIFEST = Manifest(
@@ -224,7 +224,7 @@ def _problem(state: TrainingState, path: Path, shapes: Mapping[str, Shape]) -> s
                     f"{path}: {part}: {name} is {tensor.dtype} {list(tensor.shape)}, not float32 "
                     f"{list(wanted[name])}; {_MANIFEST.remedy}"
                 )
-            own = own_part(tensor)
+            own = local_part(tensor)
             if not own.isfinite().all() or (
                 (name.startswith("exp_avg_sq.") and bool((own < 0).any()))
                 or (name.startswith("step.") and not 1 <= float(own) <= state.step)
