@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import replay_dmd
 import replay_longlive
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +21,11 @@ from torch import Tensor
 from lltk.compiler import transform
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe
+from lltk.stream.denoise import Velocity
+from lltk.stream.rollout import Rollout
+from lltk.stream.sampler import guided
+from lltk.train import distribution_matching, simulation
+from lltk.train.distribution_matching import Scores, direction
 from lltk.train.error_recycling import Draws, ErrorBuffer, ErrorRecycling, Given
 from lltk.train.recipe import ErrorRecyclingSection
 
@@ -28,6 +35,7 @@ FOLDER = Path(__file__).parent / "data" / "longlive"
 WITH_RANKS = {"dmd_weights", "sp_2ranks"}
 """Recorded with several ranks, whose test is beside the others of ranks, and its weights."""
 FILES = [file for file in sorted(FOLDER.glob("*.safetensors")) if file.stem not in WITH_RANKS]
+commit = Rollout.commit
 note, inject = ErrorRecycling.note, ErrorRecycling.inject
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
@@ -50,6 +58,9 @@ def one_transform_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_kind_of_run_is_recorded() -> None:
     assert [file.stem for file in FILES] == [
+        "critic_t2v",
+        "dmd_step_i2v",
+        "dmd_step_t2v",
         "error_recycling_basic",
         "rollout_i2v",
         "rollout_multi_shot",
@@ -62,7 +73,7 @@ def test_every_kind_of_run_is_recorded() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_replay(file: Path) -> None:
-    assert replay_longlive.replay(file) <= replay_longlive.BOUND
+    assert replay_longlive.replay(file) <= replay_longlive.bound(file)
 
 
 def no_offset(meta: dict[str, Any], data: dict[str, Tensor]) -> None:
@@ -106,6 +117,81 @@ def test_a_perturbed_run_is_too_far(
     file = perturbed(FOLDER / f"{stem}.safetensors", change, tmp_path / "run.safetensors")
     assert replay_longlive.main([str(file)]) == 1
     assert "TOO FAR" in capsys.readouterr().out
+
+
+def leaking(meta: dict[str, Any], data: dict[str, Tensor]) -> None:
+    """The gradients of the published code, which flow into earlier chunks through the cache."""
+    for name in [name for name in data if name.startswith("exact.student_grad.")]:
+        data[name] = data["ref.leaky." + name.removeprefix("exact.")].clone()
+
+
+def further_cut(meta: dict[str, Any], data: dict[str, Tensor]) -> None:
+    meta["cuts"] = [3]
+
+
+def fractional_offset(meta: dict[str, Any], data: dict[str, Tensor]) -> None:
+    meta["phi"] = 7.75
+
+
+def other_levels(meta: dict[str, Any], data: dict[str, Tensor]) -> None:
+    meta["score_u"] = [[draw + 2 for draw in draws] for draws in meta["score_u"]]
+
+
+@pytest.mark.parametrize(
+    ("stem", "change"),
+    [
+        ("dmd_step_t2v", leaking),
+        ("dmd_step_i2v", further_cut),
+        ("dmd_step_i2v", fractional_offset),
+        ("critic_t2v", other_levels),
+    ],
+)
+def test_a_perturbed_distillation_is_too_far(stem: str, change: Change, tmp_path: Path) -> None:
+    weights = FOLDER / "dmd_weights.safetensors"
+    (tmp_path / weights.name).symlink_to(weights)
+    file = perturbed(FOLDER / f"{stem}.safetensors", change, tmp_path / "run.safetensors")
+    assert replay_longlive.replay(file) > 10 * replay_longlive.bound(file)
+
+
+def noisy_commit(rollout: Rollout, latents: Tensor, *rest: Any) -> None:
+    """What is committed has the noise that the published code adds at t = 0."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(latents.shape, generator=generator)
+    commit(rollout, (1 - 0.00498) * latents + 0.00498 * noise, *rest)
+
+
+def swapped(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    return guided(unconditional, conditional, scale)
+
+
+def every_pass(
+    velocity: Velocity, last: int, latents: Tensor, timestep: Tensor, index: int
+) -> Tensor:
+    """Gradients flow through all passes of a chunk."""
+    return velocity(latents, timestep, index)
+
+
+def one_normaliser(clip: Tensor, scores: Scores, chunks: int) -> tuple[Tensor, Tensor]:
+    """A clip's distance, not a chunk's."""
+    g, each = direction(clip, scores, 1)
+    return g, each.expand(-1, chunks)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong"),
+    [
+        (Rollout, "commit", noisy_commit),
+        (distribution_matching, "guided", swapped),
+        (simulation, "_last_with_gradients", every_pass),
+        (replay_dmd, "direction", one_normaliser),
+    ],
+)
+def test_another_distillation_is_too_far(
+    owner: Any, name: str, wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, wrong)
+    path = FOLDER / "dmd_step_i2v.safetensors"
+    assert replay_longlive.replay(path) > 10 * replay_longlive.bound(path)
 
 
 @pytest.mark.parametrize("stem", ["data_gaps", "data_shots"])

@@ -18,9 +18,13 @@ Velocity = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def denoise(
-    schedule: Schedule, noise: Tensor, velocity: Velocity, image: Tensor | None = None
+    schedule: Schedule,
+    noise: Tensor,
+    velocity: Velocity,
+    image: Tensor | None = None,
+    passes: int | None = None,
 ) -> Tensor:
-    """Run every pass of a schedule.
+    """Run the passes of a schedule.
 
     Gradients flow as they do through the velocity.
 
@@ -31,12 +35,13 @@ def denoise(
             and float32 timesteps.
         image: the clean first frame, float32 [B, C, 1, h, w]; None where all frames are noise. It
             takes the place of the first frame in every pass, at t = 0, and in the result.
+        passes: how many to run, at least one; None for all.
 
     Returns:
-        Clean latents, float32 [B, C, F, h, w].
+        Clean latents as the last of these passes predicts them, float32 [B, C, F, h, w].
     """
     sampler = Sampler(schedule, noise)
-    for index in range(schedule.steps):
+    for index in range(schedule.steps if passes is None else passes):
         latents = _with_first(image, sampler.latents)
         timestep = sampler.timestep(index).repeat(len(latents), latents.shape[2])
         if image is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lltk.graph.module import ProgramModule
@@ -18,6 +19,11 @@ class RuntimeRollout:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._table = PageTable(runtime.geometry)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the latents that passes and commits take."""
+        return self._runtime.dtype
 
     @property
     def pages(self) -> dict[str, Tensor]:
@@ -53,7 +59,7 @@ class RuntimeRollout:
         """The model of the chunk in flight, for `denoise`; ``positions`` as `step`'s."""
 
         def velocity(latents: Tensor, timestep: Tensor, index: int) -> Tensor:
-            return self.step(latents.to(self._runtime.dtype), timestep, positions, index)
+            return self.step(latents.to(self.dtype), timestep, positions, index)
 
         return velocity
 
@@ -67,6 +73,10 @@ class RuntimeRollout:
 class Rollout(RuntimeRollout):
     """The same over a Program, with gradients.
 
+    Pages are constants, in commits and in passes alike. The gradients of earlier passes need the
+    pages that these have read. So a commit to a page that was in use before copies the cache, and
+    leaves the old one to them.
+
     Args:
         program: a causal stream Program (or later).
         module: the same Program, runnable.
@@ -75,3 +85,16 @@ class Rollout(RuntimeRollout):
 
     def __init__(self, program: Program, module: ProgramModule, cuda_graphs: bool = False) -> None:
         super().__init__(TorchRuntime(program, module, cuda_graphs))
+        self._in_place = cuda_graphs
+        self._used: set[int] = set()
+
+    @torch.no_grad()
+    def commit(self, latents: Tensor, positions: Tensor, opens_shot: bool = False) -> None:
+        slot = self.table.next_pages().slot
+        if not self._in_place:
+            for name, page in self.pages.items():
+                # Autograd takes any write to a tensor that it keeps for one to what it has read.
+                # An alias of its own tells it that the written page is none that it has read.
+                self.pages[name] = page.clone() if slot in self._used else page.data
+        self._used.add(slot)
+        super().commit(latents, positions, opens_shot)

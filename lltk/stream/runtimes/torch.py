@@ -57,8 +57,8 @@ class TorchRuntime(PagedRuntime):
     def set_prompt(self, text: Tensor) -> None:
         made = self._module("prologue", self._contracts["prologue"].named({Role.TEXT: text}))
         held = self._text
-        if not held or any(t.requires_grad for t in (*made.values(), *held.values())):
-            self._text = made  # the first prompt, or one that a gradient flows through
+        if not held or torch.is_grad_enabled() or any(t.requires_grad for t in held.values()):
+            self._text = made  # the first prompt, or one that gradients may need
             return
         for name, buffer in held.items():
             buffer.copy_(made[name])
