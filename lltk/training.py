@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from lltk.models.pipelines import PIPELINE
 from lltk.parallel.mesh import ALONE, Mesh, meshed
 from lltk.parallel.ranks import Ranks
 from lltk.tasks.autoencoder import plan_autoencoder
+from lltk.tasks.distillation import plan_distillation
 from lltk.tasks.transformer import plan_transformer
 from lltk.train.data import Dataset
 from lltk.train.loop import Trainer, newest_state, run_outputs
@@ -90,8 +91,8 @@ class TrainingPlan(Protocol):
                 recipe wants.
         """
 
-    def objective(self) -> Objective:
-        """Make the model on the device, and what a step minimises."""
+    def objective(self, dataset: Dataset) -> Objective:
+        """Make the model on the device, and what a step minimises; ``dataset`` is of this plan."""
 
     def export(
         self,
@@ -128,7 +129,8 @@ def plan_training(
 ) -> TrainingPlan:
     """The plan of a recipe with a ``train`` section.
 
-    A recipe with a ``vae`` section trains an autoencoder, any other trains its transformer.
+    A recipe with a ``vae`` section trains an autoencoder, one with a ``distil`` section distils its
+    stream, and any other trains its transformer.
 
     Args:
         recipe: plain data, as `lltk.graph.recipe.read_recipe` gives it.
@@ -139,7 +141,11 @@ def plan_training(
         ValueError: the recipe or its checkpoint does not fit, or it has no ``train`` section.
     """
     chosen = torch.device(device)
-    make = plan_autoencoder if "vae" in recipe else plan_transformer
+    makes: Mapping[str, Callable[..., TrainingPlan]] = {
+        "vae": plan_autoencoder,
+        "distil": plan_distillation,
+    }
+    make = next((make for key, make in makes.items() if recipe.get(key)), plan_transformer)
     plan: TrainingPlan = make(recipe, chosen, where)
     if plan.section.graphs and chosen.type != "cuda":
         raise ValueError(f"{where}: train.graphs: {chosen} has no CUDA graphs; set it to false")
@@ -174,7 +180,7 @@ class Training:
         self._overwrite = overwrite
         self._dataset = dataset
         self._folder = folder
-        self.objective = plan.objective()
+        self.objective = plan.objective(dataset)
         sample = partial(plan.write_samples, self.objective, dataset, note=note)
         self.trainer = Trainer(
             self.objective, dataset, plan.section, folder, plan.about, sample, resume, note, mesh

@@ -14,6 +14,8 @@ _PATHS = (
     ("model", "lora"),
     ("stream", "pipeline"),
     ("train", "data", "pipeline"),
+    ("distil", "real", "weights"),
+    ("distil", "fake", "weights"),
 )
 """A recipe's keys that name files."""
 

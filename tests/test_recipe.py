@@ -22,6 +22,7 @@ from lltk.models import wan22, wan_vae
 from lltk.models.configs import named_config
 from lltk.models.wan22 import spec
 from lltk.stream.recipe import stream_section
+from lltk.train.distil_section import distil_section
 from lltk.train.recipe import train_section, vae_recipe
 
 pytestmark = pytest.mark.cpu
@@ -52,7 +53,8 @@ def written(path: Path, data: object) -> Path:
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_shipped_recipes_parse(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.program in path.stem.split("_")
+    use = "distil" if recipe.distil else recipe.program
+    assert use in path.stem.split("_")
     assert [step.name for step in configured_passes(recipe, None, ())] == [
         name for name, _ in recipe.steps()
     ]
@@ -66,6 +68,8 @@ def test_shipped_recipes_parse(path: Path) -> None:
         stream_section(recipe.stream, path.name)
     if recipe.train is not None:
         train_section(recipe.train, path.name).calls(recipe.geometry.batch)
+    if recipe.distil is not None:
+        distil_section(recipe.distil, path.name)
     assert parse_recipe(recipe.resolved(), "resolved") == recipe
 
 
@@ -87,6 +91,7 @@ def test_every_size_ships_every_kind() -> None:
             for use in ("stream_fp8", "stream_nvfp4", "stream_nvfp4_cache", "train_nvfp4")
         ),
         "tiny_stream_w4a4",
+        "tiny_distil",
         "wan22_5b_stream_nvfp4_cache_sp2",
         "wan22_5b_stream_sp2",
         "tiny_train_sp2",

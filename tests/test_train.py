@@ -51,7 +51,7 @@ def test_the_loss_falls_and_is_recorded(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert set(first) == {
         "step", "loss", "grad_norm", "lr", "seconds", "samples_per_second", "validation",
-        "parts", "tokens_per_second", "mfu", "memory",
+        "parts", "tokens_per_second", "mfu", "memory", "losses",
     }  # fmt: skip
     for each in metrics:
         assert each.parts.keys() == {"data", "forward", "backward", "exchange", "optimiser"}

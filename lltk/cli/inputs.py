@@ -26,6 +26,8 @@ _NAMED = (
     ("train", "data", "pipeline"),
     ("train", "data", "folder"),
     ("train", "data", "prepared"),
+    ("distil", "real", "weights"),
+    ("distil", "fake", "weights"),
 )
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 

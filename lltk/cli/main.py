@@ -11,8 +11,8 @@ from rich.console import Console
 from lltk import __version__
 
 _COMMANDS = (
-    "doctor", "recipes", "transform", "inspect", "prepare", "train", "export", "bundle", "stream",
-    "compare", "bench", "demo",
+    "doctor", "recipes", "transform", "inspect", "prepare", "train", "distil", "export", "bundle",
+    "stream", "compare", "bench", "demo",
 )  # fmt: skip
 
 

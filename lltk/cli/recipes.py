@@ -34,6 +34,8 @@ def command(as_json: bool) -> None:
 
 def _command(recipe: dict[str, Any]) -> str:
     """The command that a recipe is for."""
+    if recipe.get("distil"):
+        return "lltk distil"
     if recipe.get("train"):
         return "lltk train"
     return "lltk stream" if recipe["program"] == "stream" else "lltk transform"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -25,40 +26,40 @@ if TYPE_CHECKING:
 _LOG = "train.log"
 
 
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a training run, as `run` takes them."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+_OPTIONS = (
+    click.argument("recipe"),
+    click.option("-o", "--output", type=click.Path(path_type=Path), help="The run's folder."),
+    click.option(
+        "--resume", is_flag=True,
+        help="Go on from the newest training state in the folder, if there is one.",
+    ),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+        help="Change a key of the recipe; may be repeated.",
+    ),
+    download_option,
+    overwrite_option,
+    click.option("--device", help="Where it trains (default: a GPU if there is one)."),
+    click.option("--dry-run", is_flag=True, help="Show the plan and its memory; train nothing."),
+    click.option(
+        "--device-memory", type=click.FloatRange(min=0, min_open=True), metavar="GIB",
+        help="With --dry-run: what a device has (default: what this one has left).",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+)  # fmt: skip
+
+
 @click.command("train")
-@click.argument("recipe")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The run's folder.")
-@click.option(
-    "--resume", is_flag=True,
-    help="Go on from the newest training state in the folder, if there is one.",
-)  # fmt: skip
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
-    help="Change a key of the recipe; may be repeated.",
-)  # fmt: skip
+@run_options
 @click.option("--from-scratch", is_flag=True, help="Begin with random weights.")
-@download_option
-@overwrite_option
-@click.option("--device", help="Where it trains (default: a GPU if there is one).")
-@click.option("--dry-run", is_flag=True, help="Show the plan and its memory; train nothing.")
-@click.option(
-    "--device-memory", type=click.FloatRange(min=0, min_open=True), metavar="GIB",
-    help="With --dry-run: what a device has (default: what this one has left).",
-)  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(
-    recipe: str,
-    output: Path | None,
-    resume: bool,
-    overrides: tuple[str, ...],
-    from_scratch: bool,
-    download: bool,
-    overwrite: bool,
-    device: str | None,
-    dry_run: bool,
-    device_memory: float | None,
-    as_json: bool,
-) -> None:
+def command(**options: Any) -> None:
     """Train a model by a RECIPE.
 
     RECIPE is a YAML file, or the name of a recipe that comes with lltk. It needs a train section.
@@ -77,6 +78,31 @@ def command(
       lltk train tiny_train --set train.data.pipeline=tiny -o runs/tiny --resume
       lltk train my.yaml --set model.checkpoint=OWNER/NAME --download -o runs/mine
       torchrun --nproc-per-node 4 -m lltk train my.yaml -o runs/four
+    """
+    run(**options, distils=False)
+
+
+def run(
+    recipe: str,
+    output: Path | None,
+    resume: bool,
+    overrides: tuple[str, ...],
+    download: bool,
+    overwrite: bool,
+    device: str | None,
+    dry_run: bool,
+    device_memory: float | None,
+    as_json: bool,
+    distils: bool,
+    from_scratch: bool = False,
+) -> None:
+    """Train, or show the plan.
+
+    Args:
+        recipe: its name or its file.
+        output, resume, overrides, download, overwrite, device: the options.
+        dry_run, device_memory, as_json, from_scratch: likewise.
+        distils: whether it is a recipe with a ``distil`` section.
     """
     if device_memory is not None and not dry_run:
         raise ValueError("--device-memory: only a plan is compared with it; add --dry-run")
@@ -97,6 +123,12 @@ def command(
         data = read_recipe(path, (*overrides, *scratch))
         if from_scratch and (data.get("model") or {}).get("checkpoint") is not None:
             raise ValueError("--from-scratch: the recipe names model.checkpoint; drop one of them")
+        if distils != bool(data.get("distil")):
+            raise ValueError(
+                f"{path}: has no distil section; train it with lltk train"
+                if distils
+                else f"{path}: has a distil section; use lltk distil"
+            )
         train_section(data.get("train"), str(path))  # before anything is looked for
         data = on_disk(data, download)
         if output is None and (resume or not dry_run):

@@ -52,7 +52,13 @@ class ProgramModule(nn.Module):
     ``module("step", {"table": table, …})`` returns the graph's outputs by name.
     """
 
-    def __init__(self, program: Program, device: torch.device, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        held: Mapping[str, nn.Parameter],
+    ) -> None:
         super().__init__()
         self.program = program
         """What it runs."""
@@ -72,6 +78,9 @@ class ProgramModule(nn.Module):
         self.blocks_by_path = self._make_blocks(program)
         trainable = program.fact(Trainable).names
         for name, tensor in program.weights.items():
+            if name in held:
+                _assign(self, name, held[name])
+                continue
             run_dtype = program.run_dtype(name)
             if dtype is not None and run_dtype.is_floating_point and run_dtype.itemsize > 1:
                 run_dtype = dtype
@@ -166,7 +175,10 @@ class ProgramModule(nn.Module):
 
 
 def instantiate(
-    program: Program, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    program: Program,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    held: Mapping[str, nn.Parameter] | None = None,
 ) -> ProgramModule:
     """Make a Program runnable, over copies of its weights.
 
@@ -175,6 +187,8 @@ def instantiate(
         device: where it runs.
         dtype: runs every parameter in this dtype, for checks in float64; by default each runs in
             the dtype that the Program says.
+        held: parameters of other modules, by name, that it runs over instead of copies of its own;
+            see `same_weights`.
 
     Raises:
         ValueError: the weights are absent, or the device cannot run the chosen implementations.
@@ -186,7 +200,35 @@ def instantiate(
             f"the program has no weights ({len(absent)} absent, first {absent[0]}); transform it "
             "from a recipe with model.checkpoint, or load them with with_weights"
         )
-    return ProgramModule(program, torch.device(device), dtype)
+    return ProgramModule(program, torch.device(device), dtype, held or {})
+
+
+def same_weights(program: Program, other: Program) -> frozenset[str]:
+    """The parameters that two Programs' modules can share, by name, so that one holds them.
+
+    They train in neither, have the same value in both, and run in the same dtype.
+
+    Args:
+        program, other: with weights.
+    """
+    trains = [each.fact(Trainable).names for each in (program, other)]
+    if None in trains:
+        return frozenset()
+    names = program.weights.keys() & other.weights.keys() - frozenset().union(*filter(None, trains))
+    return frozenset(
+        name
+        for name in names
+        if program.run_dtype(name) == other.run_dtype(name)
+        and _equal(program.weights[name], other.weights[name])
+    )
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    as_bytes = ours.dtype.itemsize == 1  # torch compares no floats of 8 bits
+    pair = (each.view(torch.uint8) if as_bytes else each for each in (ours, theirs))
+    return torch.equal(*pair)
 
 
 def _table_readers(program: Program, region: str) -> frozenset[str]:

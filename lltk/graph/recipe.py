@@ -87,6 +87,10 @@ class Recipe(BaseModel):
     stream: dict[str, Any] | None = Field(
         None, description="how it is streamed; checked by lltk.stream.recipe when it is"
     )
+    distil: dict[str, Any] | None = Field(
+        None,
+        description="how it is distilled; checked by lltk.train.distil_section when it is",
+    )
 
     @field_validator("passes")
     @classmethod

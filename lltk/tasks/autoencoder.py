@@ -80,7 +80,7 @@ class AutoencoderPlan:
     def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         return TinyVideos(self.recipe.vae.frames, 1, self.section.data.shots, self.device)
 
-    def objective(self) -> Objective:
+    def objective(self, dataset: Dataset) -> Objective:
         vae = self.recipe.vae
         torch.manual_seed(self.section.seed)
         model = wan_vae.build(self.config)

@@ -37,8 +37,8 @@ from lltk.train.progress import Note, silent
 from lltk.train.recipe import TrainSection, train_section
 from lltk.train.sampling import sample
 
-_WHOLE = frozenset({"block inputs", "quantised weights"})
-"""Owners of memory that shards do not divide."""
+_WHOLE = "quantised weights"
+"""The owner of memory that shards do not divide."""
 _INSIDE = {True: (4, 17), False: (4, 36)}
 """By whether blocks are compiled: tensors as wide as a feed-forward layer, and as a block, that the
 backward pass of a recomputed block holds at once. They were fitted to what calls and steps of the
@@ -92,6 +92,7 @@ class TransformerPlan:
     @property
     def memory(self) -> Mapping[str, int]:
         memory = estimate(self.program)
+        del memory["block inputs"]  # `_passes` knows whether they are kept
         float32 = memory.get("gradients", 0)
         if self.section.optimiser == "adamw_8bit":
             memory["AdamW moments"] //= 4
@@ -101,21 +102,26 @@ class TransformerPlan:
             memory["float32 weights"] = float32
         if self.section.ema_decay is not None:
             memory["average"] = float32
-        for owner in memory.keys() - _WHOLE:
+        for owner in memory.keys() - {_WHOLE}:
             memory[owner] //= self.section.shards
-        if self.section.recompute:
-            memory["inside a block"] = self._wide(*_INSIDE[self.section.compile])
-            memory["attention's results"] = self._kept_attention()
-        else:
-            del memory["block inputs"]
-            kept = self._wide(*_SAVED[self.program.dtype.itemsize])
-            memory["activations"] = self.program.spec.layers * kept
-        for part in ("vae", "text_encoder"):
-            memory[part.replace("_", " ")] = self._encoder_bytes(part)
-        return {owner: size for owner, size in memory.items() if size}
+        return {owner: size for owner, size in (memory | self._passes()).items() if size}
 
     def ways_to_fit(self, room: int) -> Sequence[str]:
         return ways_to_fit(self, room)
+
+    def _passes(self) -> dict[str, int]:
+        """What a forward and a backward pass keep, and what encodes clips and captions."""
+        spec, memory = self.program.spec, dict[str, int]()
+        if self.section.recompute:
+            memory["block inputs"] = spec.layers * self._wide(0, 1)
+            memory["inside a block"] = self._wide(*_INSIDE[self.section.compile])
+            memory["attention's results"] = self._kept_attention()
+        else:
+            kept = self._wide(*_SAVED[self.program.dtype.itemsize])
+            memory["activations"] = spec.layers * kept
+        for part in ("vae", "text_encoder"):
+            memory[part.replace("_", " ")] = self._encoder_bytes(part)
+        return memory
 
     def _kept_attention(self) -> int:
         """Bytes of what blocks keep of self-attention: a result and a float32 for each head."""
@@ -151,7 +157,7 @@ class TransformerPlan:
         geometry, encoder = self.recipe.geometry, self._encoder()
         return encoded_clips(self.section, geometry, encoder, self.device, note, mesh)
 
-    def objective(self) -> Objective:
+    def objective(self, dataset: Dataset) -> Objective:
         program, section = self.program, self.section
         if self.recipe.model.checkpoint is None:
             torch.manual_seed(section.seed)

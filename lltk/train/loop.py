@@ -189,7 +189,7 @@ class Trainer:
         self.settle(wait=False)
         start = time.perf_counter()
         rate = section.rate(self.step)
-        loss, norm = self._update(rate)
+        loss, norm, losses = self._update(rate)
         self.step += 1
         with self._watch.measure("optimiser"):
             self._average()
@@ -199,7 +199,7 @@ class Trainer:
         self._memory_is_new = False
         metrics = Metrics(
             self.step, loss, norm, rate, seconds, section.batch / seconds, self._look(), parts,
-            *self._speed(seconds), memory,
+            *self._speed(seconds), memory, losses,
         )  # fmt: skip
         if self._mesh.rank == 0:
             append_metrics(self._folder / METRICS, metrics)
@@ -269,8 +269,9 @@ class Trainer:
     def _states(self) -> Path:
         return self._folder / _STATES
 
-    def _update(self, rate: float) -> tuple[float, float]:
-        """Update the weights once; give the loss, and the gradient's norm before clipping."""
+    def _update(self, rate: float) -> tuple[float, float, Mapping[str, float]]:
+        """Update the weights once; give the loss, the gradient's norm before clipping, and further
+        losses."""
         mesh, watch = self._mesh, self._watch
         with watch.measure("data"):
             batches = [next(self._data) for _ in range(self._calls)]
@@ -296,9 +297,8 @@ class Trainer:
             clip(groups, self._section.clip, norm)
             self._optimiser.step(rate)
             self._masters.publish()
-        if self._objective.memory is not None:
-            self._objective.memory.end_step(mesh)
-        return loss, float(norm)
+        memory = self._objective.memory
+        return loss, float(norm), {} if memory is None else memory.end_step(mesh)
 
     def _speed(self, seconds: float) -> tuple[float | None, float | None]:
         """Tokens a second and MFU of a step that took so long."""

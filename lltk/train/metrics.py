@@ -37,6 +37,7 @@ class Metrics:
             could do in bfloat16 in its seconds; None where one of the two is not known.
         memory: bytes on the first rank's device by owner, and on a GPU the ``peak`` of what torch
             allocated; empty but for the first step after the run begins or goes on.
+        losses: further losses of the step by name, such as a critic's.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Metrics:
     tokens_per_second: float | None = None
     mfu: float | None = None
     memory: Mapping[str, int] = field(default_factory=dict)
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 METRICS_FILE = marked("a run's metrics", '{"step": 1, "loss": ')
@@ -106,7 +108,7 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def plot_loss(metrics: Sequence[Metrics]) -> str:
-    """The loss over steps as an SVG: that of every step, faint, and the running mean.
+    """The losses over steps as an SVG: that of every step, faint, and the running means.
 
     Args:
         metrics: the steps, at least one.
@@ -114,4 +116,8 @@ def plot_loss(metrics: Sequence[Metrics]) -> str:
     steps, losses = [m.step for m in metrics], [m.loss for m in metrics]
     every = list(zip(steps, losses, strict=True))
     smooth = list(zip(steps, running_mean(losses), strict=True))
-    return line_plot([Curve("", every, "#9bc", 1), Curve("", smooth)], "loss over steps")
+    curves = [Curve("", every, "#9bc", 1), Curve("", smooth)]
+    for name in metrics[0].losses:
+        means = running_mean([m.losses[name] for m in metrics])
+        curves.append(Curve(name, list(zip(steps, means, strict=True)), "#a40"))
+    return line_plot(curves, "loss over steps")

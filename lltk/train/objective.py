@@ -16,8 +16,8 @@ from lltk.train.data import Batch
 class Memory(Protocol):
     """What an objective keeps from step to step besides weights. It is the same on all ranks."""
 
-    def end_step(self, mesh: Mesh) -> None:
-        """Called after each step, on all ranks."""
+    def end_step(self, mesh: Mesh) -> Mapping[str, float]:
+        """Called after each step, on all ranks; gives what else the step's metrics should note."""
 
     def state(self) -> Mapping[str, Tensor]:
         """All of it, by name. No later step changes these tensors."""

@@ -108,6 +108,11 @@ class Simulation:
         self._offset = offset
         self._image = image
 
+    @property
+    def frames(self) -> int:
+        """Latent frames of a clip."""
+        return self._program.geometry.frames
+
     def given(self, batch: Batch) -> bool:
         """Whether the first frames of a batch's clips are given."""
         return bool(batch.uniform("image")[0] < self._image)
@@ -136,10 +141,13 @@ class Simulation:
     def clips(self, batch: Batch, purpose: str, scene: Scene) -> Tensor:
         """The clips of a scene, float32 [B, C, F, h, w].
 
-        The number of passes, and the pass at which every chunk stops, are drawn once for them all.
+        All their chunks have the same `passes`.
         """
+        schedule, passes = self.passes(batch, purpose)
+        return simulate(Rollout(self._program, self._module), schedule, scene, passes)
+
+    def passes(self, batch: Batch, purpose: str) -> tuple[Schedule, int]:
+        """The schedule of a batch's chunks, and how many of its passes they get; both drawn."""
         which = int(batch.integers(f"{purpose} steps", len(self._schedules))[0])
         schedule = self._schedules[which]
-        passes = 1 + int(batch.integers(f"{purpose} exit", schedule.steps)[0])
-        rollout = Rollout(self._program, self._module)
-        return simulate(rollout, schedule, scene, passes)
+        return schedule, 1 + int(batch.integers(f"{purpose} exit", schedule.steps)[0])

@@ -69,6 +69,7 @@ def _numbers(metrics: Metrics) -> Iterator[tuple[str, float]]:
         "seconds": metrics.parts,
         "validation": metrics.validation,
         "memory": metrics.memory,
+        "losses": metrics.losses,
     }
     for group, values in groups.items():
         for name, value in values.items():

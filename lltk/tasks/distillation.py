@@ -1,0 +1,243 @@
+"""Distilling a stream into one of few passes, by networks over shared backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lltk.compiler import transform
+from lltk.graph.facts import Ranks, Trainable
+from lltk.graph.memory import estimate
+from lltk.graph.module import ProgramModule, instantiate, same_weights
+from lltk.graph.program import Program
+from lltk.graph.recipe import Recipe, parse_recipe
+from lltk.models.pipelines import find_pipeline
+from lltk.parallel.mesh import ALONE, Mesh
+from lltk.stream.recipe import StreamSection, stream_section
+from lltk.stream.rollout import Rollout
+from lltk.stream.sampler import Schedule
+from lltk.stream.video import write_video
+from lltk.tasks.transformer import TransformerPlan
+from lltk.train.data import Batch, Batches, Dataset
+from lltk.train.distil_section import DistilSection, Passes, ScoreSection, distil_section
+from lltk.train.distillation import Critic, Distillation
+from lltk.train.distribution_matching import Score
+from lltk.train.objective import Objective
+from lltk.train.progress import Note, silent
+from lltk.train.recipe import TrainSection, train_section
+from lltk.train.simulation import Simulation, simulate
+
+_SAMPLE_CLIPS = 4
+_SCORES = ("canonicalise", "per_frame_timesteps", "frame_positions", "text_per_chunk")
+_NOT_FOR_IT = (
+    "from_scratch", "context_error", "context_noise", "error_recycling", "gap", "graphs", "shards",
+)  # fmt: skip
+"""Keys of the train section that distillation has no use for, or cannot do yet."""
+
+
+@dataclass(frozen=True)
+class DistillationPlan(TransformerPlan):
+    """A `lltk.training.TrainingPlan` for a recipe with a ``distil`` section.
+
+    Its `program` is the student's stream.
+
+    Attributes:
+        distil: the recipe's ``distil`` section.
+        stream: its ``stream`` section: the sampler's shift, φ and the negative prompt.
+        real: the real score's Program, of which nothing trains.
+        fake: the fake score's, with adapters.
+    """
+
+    distil: DistilSection
+    stream: StreamSection
+    real: Program
+    fake: Program
+
+    @property
+    def memory(self) -> Mapping[str, int]:
+        student, both = self._adapters(self.program), self._adapters(self.program, self.fake)
+        moments = 2 * both if self.section.optimiser == "adamw" else both // 2
+        cache = estimate(self.program)
+        memory = {
+            "weights": self._weights,
+            "cache pages": cache["cache pages"],
+            "cross-attention K/V": self.program.geometry.chunks * cache["cross-attention K/V"],
+            "gradients": both,
+            "AdamW moments": moments,
+            "average": 0 if self.section.ema_decay is None else student,
+        }
+        if self.section.weights == "compute":
+            memory["gradients"] = both * self.program.dtype.itemsize // 4
+        elif self.program.dtype != torch.float32:
+            memory["float32 weights"] = both
+        return {owner: size for owner, size in (memory | self._passes()).items() if size}
+
+    def ways_to_fit(self, room: int) -> Sequence[str]:
+        return [way for way in super().ways_to_fit(room) if " ranks, " not in way]
+
+    def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
+        if mesh.size > 1:
+            raise ValueError(f"{mesh.size} ranks: one process distils; start it without torchrun")
+        return super().dataset(note, mesh)
+
+    def objective(self, dataset: Dataset) -> Objective:
+        made = list[tuple[Program, ProgramModule]]()
+        for program in (self.real, self.fake, self.program):
+            held = {
+                name: module.get_parameter(name)
+                for other, module in reversed(made)
+                for name in same_weights(program, other)
+            }
+            made.append((program, instantiate(program, self.device, held=held)))
+        (_, real), (_, fake), (_, student) = made
+        for module in (fake, student) if self.section.recompute else ():
+            module.recompute_blocks(self.section.keep_attention)
+        for module in (real, fake, student) if self.section.compile else ():
+            module.compile_blocks()
+        offset, image = self.stream.shot_offset, self.section.image
+        simulation = Simulation(
+            self.program, student, self.distil.steps, self.stream.shift, offset, image
+        )
+        critic = Critic(
+            self.fake,
+            Score(self.fake, fake),
+            simulation,
+            Batches(dataset, self.section.seed, self.program.geometry.batch),
+            self.section.model_copy(update={"lr": self.distil.fake.lr}),
+            self.distil.fake.updates,
+        )
+        negative = self._encoder().text([self.stream.negative_prompt])[0]
+        negative = negative.to(self.device, self.program.dtype)
+        guidance = self.distil.guidance
+        score = Score(self.real, real)
+        return Distillation(self.program, student, simulation, score, critic, negative, guidance)
+
+    def write_samples(
+        self, objective: Objective, dataset: Dataset, folder: Path | None, note: Note = silent
+    ) -> None:
+        """Write ``samples.mp4``: clips of held-out prompts in the fewest passes, side by side."""
+        assert isinstance(objective, Distillation) and folder is not None
+        seed, clips = ~self.section.seed, range(objective.clips)
+        scene = objective.simulation.scene(Batch(seed, clips, dataset.batch(seed, clips)), "sample")
+        steps, module = min(self.distil.steps), objective.module
+        assert isinstance(module, ProgramModule)
+        schedule = Schedule.make(steps, self.stream.shift, self.device)
+        latents = simulate(Rollout(self.program, module), schedule, scene, steps)
+        video = self._encoder().video(latents[:_SAMPLE_CLIPS])
+        write_video(folder / "samples.mp4", torch.cat(tuple(video), dim=-1), self.stream.fps)
+
+    @property
+    def _tokens(self) -> int:
+        """Tokens of a clip, of which all exit passes are kept."""
+        geometry = self.program.geometry
+        return geometry.batch * geometry.frames * geometry.frame_tokens(self.program.spec)
+
+    @cached_property
+    def _weights(self) -> int:
+        """Bytes of all networks' weights, those that they share once."""
+        total, before = 0, list[Program]()
+        for program in (self.real, self.fake, self.program):
+            held = {name for other in before for name in same_weights(program, other)}
+            total += sum(
+                tensor.numel() * program.run_dtype(name).itemsize
+                for name, tensor in program.weights.items()
+                if name not in held
+            )
+            before.append(program)
+        return total
+
+    def _adapters(self, *programs: Program) -> int:
+        """Bytes of what trains, in float32."""
+        return sum(
+            4 * program.weights[name].numel()
+            for program in programs
+            for name in program.fact(Trainable).names or ()
+        )
+
+
+def plan_distillation(
+    data: Mapping[str, Any], device: torch.device, where: str
+) -> DistillationPlan:
+    """The plan of a recipe's plain data; errors begin with ``where``.
+
+    Raises:
+        ValueError: the recipe, its sections, a checkpoint or the networks' shapes do not fit.
+    """
+    recipe = parse_recipe(data, where)
+    distil = distil_section(recipe.distil, where)
+    section, stream = train_section(recipe.train, where), stream_section(recipe.stream, where)
+    if recipe.program != "stream":
+        raise ValueError(f"{where}: program: {recipe.program} is not distilled; name a stream")
+    section.calls(recipe.geometry.batch)
+    _check_section(section, where)
+    _check_cuts(recipe, section, stream, where)
+    if recipe.model.checkpoint is None:
+        pipeline = str(find_pipeline(stream.pipeline))
+        model = recipe.model.model_copy(update={"checkpoint": pipeline})
+        recipe = recipe.model_copy(update={"model": model})
+    student = transform(recipe)
+    if not student.fact(Trainable).names:
+        raise ValueError(f"{where}: passes: no adapters train; add lora, before regionalise")
+    if student.fact(Ranks).count > 1:
+        raise ValueError(
+            f"{where}: passes: one process distils; remove the pass that shares chunks"
+        )
+    lora = next(step["lora"] for step in student.recipe["passes"] if "lora" in step)
+    real = _score(recipe, student, distil.real, [], "distil.real", where)
+    fake = _score(recipe, student, distil.fake, [{"lora": lora}], "distil.fake", where)
+    if not fake.fact(Trainable).names:
+        raise ValueError(f"{where}: distil.fake.passes: no adapters train; add lora")
+    real = replace(real, facts=real.facts | {Trainable: Trainable(frozenset())})
+    return DistillationPlan(recipe, section, student, device, distil, stream, real, fake)
+
+
+def _score(
+    recipe: Recipe, student: Program, own: ScoreSection, more: Passes, name: str, where: str
+) -> Program:
+    """A score network's Program, for the student's clips."""
+    passes: Passes = [*_SCORES, "block_causal", *more, "regionalise", "lower"]
+    model = {
+        "config": recipe.model.config,
+        "checkpoint": own.weights or recipe.model.checkpoint,
+        "dtype": recipe.model.dtype,
+    }
+    data = {
+        "program": "score",
+        "model": model,
+        "geometry": recipe.geometry.model_dump(),
+        "passes": passes if own.passes is None else own.passes,
+    }
+    program = transform(parse_recipe(data, f"{where}: {name}"), section=name)
+    ours, theirs = (each.recipe["model"]["config"] for each in (student, program))
+    if differing := sorted(key for key in ours if ours[key] != theirs[key]):
+        raise ValueError(
+            f"{where}: {name}.weights: {model['checkpoint']} is of another shape than the student, "
+            f"in {', '.join(differing)}; name weights of the same model"
+        )
+    return program
+
+
+def _check_section(section: TrainSection, where: str) -> None:
+    """Refuse keys that would do nothing."""
+    for key in _NOT_FOR_IT:
+        if getattr(section, key) != TrainSection.model_fields[key].default:
+            raise ValueError(f"{where}: train.{key}: is not for distillation; remove it")
+
+
+def _check_cuts(recipe: Recipe, section: TrainSection, stream: StreamSection, where: str) -> None:
+    """Refuse calls of several clips whose cuts would have to be at the same chunks."""
+    geometry, data = recipe.geometry, section.data
+    has_cuts = data.shots > 1 or data.longlive is not None
+    evicts = geometry.shot_sink and geometry.sink > 0 and geometry.frames > geometry.window
+    if geometry.batch > 1 and has_cuts and (stream.shot_offset or evicts):
+        reason = "stream.shot_offset" if stream.shot_offset else "geometry.shot_sink"
+        raise ValueError(
+            f"{where}: geometry.batch: {geometry.batch} clips of a call have cuts at different "
+            f"chunks, which {reason} has act on them all; set geometry.batch=1 (train.batch adds "
+            "calls up)"
+        )

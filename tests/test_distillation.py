@@ -1,0 +1,323 @@
+"""Distillation: its networks, its updates, and runs that go on where they were left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Run, randomise, refused, same, tiny_config
+from streams import AUTOENCODER, SIZES, TRANSFORMER, save_pipeline
+from test_train_cli import AUTOENCODER as WORLD_AUTOENCODER
+from torch import Tensor
+
+from lltk.graph.program import Program
+from lltk.graph.recipe import read_recipe
+from lltk.graph.recipe_files import shipped
+from lltk.models import wan22, wan_vae
+from lltk.models.adapters import load_adapter
+from lltk.models.checkpoint import save_checkpoint
+from lltk.models.tiny.text import save_text_encoder
+from lltk.parallel.mesh import ALONE
+from lltk.passes.lora import is_adapter
+from lltk.stream.rollout import Rollout
+from lltk.stream.sampler import Schedule
+from lltk.tasks.distillation import DistillationPlan, plan_distillation
+from lltk.train.data import Batch, Batches, generator_at
+from lltk.train.distillation import Distillation
+from lltk.train.loop import Diverged
+from lltk.train.simulation import Scene, simulate
+from lltk.training import open_training
+
+pytestmark = pytest.mark.cpu
+
+CHUNKS = 3
+SMALL = [
+    *SIZES, "geometry.frames=6", "geometry.batch=2", "train.batch=4", "train.steps=3",
+    "train.checkpoint_every=1", "train.sample_every=null", "train.ema_start=1", "train.warmup=0",
+    "train.lr=0.01", "distil.fake.updates=2", "passes.lora.rank=4", "passes.lora.alpha=4",
+]  # fmt: skip
+
+
+class Prompts:
+    """Random prompts and latents; the second chunk of every other sample opens a shot."""
+
+    def batch(self, seed: int, indices: range) -> Mapping[str, Tensor]:
+        def drawn(*shape: int) -> Tensor:
+            draws = [torch.randn(shape, generator=generator_at(seed, i, *shape)) for i in indices]
+            return torch.stack(draws)
+
+        opens = torch.tensor([[True, bool(i % 2), False] for i in indices])
+        latents = drawn(AUTOENCODER["z_dim"], 2 * CHUNKS, 2, 4)
+        return {"text": drawn(CHUNKS, 12, 64), "latents": latents, "opens": opens}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other weights of the same model."""
+    folder = tmp_path_factory.mktemp("teacher") / "transformer"
+    weights = randomise(wan22.build(TRANSFORMER).state_dict(), 5)
+    save_checkpoint(folder, weights, "diffusers", TRANSFORMER)
+    return folder
+
+
+def recipe(pipeline: Path, *changes: str) -> dict[str, Any]:
+    own = [f"stream.pipeline={pipeline}", f"train.data.pipeline={pipeline}"]
+    return read_recipe(shipped()["tiny_distil"], [*SMALL, *own, *changes])
+
+
+@cache
+def planned(pipeline: Path, *changes: str) -> DistillationPlan:
+    return plan_distillation(recipe(pipeline, *changes), torch.device("cpu"), "test")
+
+
+def objective_of(plan: DistillationPlan) -> Distillation:
+    made = plan.objective(Prompts())
+    assert isinstance(made, Distillation)
+    return made
+
+
+def batch(objective: Distillation, seed: int = 0) -> Batch:
+    return next(Batches(Prompts(), seed, objective.clips))
+
+
+def test_equal_weights_are_held_once(pipeline: Path, teacher: Path) -> None:
+    objective = objective_of(planned(pipeline))
+    networks = [objective._real.module, objective.memory.score.module, objective.module]
+    real, fake, student = (dict(network.named_parameters()) for network in networks)
+    adapters = {name for name in student if is_adapter(name)}
+    assert adapters and real.keys() == student.keys() - adapters == fake.keys() - adapters
+    assert all(real[name] is fake[name] is student[name] for name in real)
+    assert all(fake[name] is not student[name] for name in adapters)
+    assert all(p.requires_grad == (n in adapters) for n, p in [*student.items(), *fake.items()])
+    assert not any(parameter.requires_grad for parameter in real.values())
+
+    other = planned(pipeline, f"distil.real.weights={teacher}")
+    apart = objective_of(other)
+    real = dict(apart._real.module.named_parameters())
+    fake = dict(apart.memory.score.module.named_parameters())
+    student = dict(apart.module.named_parameters())
+    assert not any(real[name] is student[name] for name in real)
+    assert all(fake[name] is student[name] for name in real)
+    size = sum(4 * parameter.numel() for parameter in real.values())
+    assert other.memory["weights"] == planned(pipeline).memory["weights"] + size
+
+
+def test_both_losses_reach_their_own_adapters_alone(pipeline: Path) -> None:
+    objective = objective_of(planned(pipeline))
+    given, critic = batch(objective), objective.memory
+    student, fake = objective.module, critic.score.module
+    for adapters in (student, fake):
+        for name, parameter in adapters.named_parameters():
+            if is_adapter(name):  # B begins at 0, where A has no gradient
+                torch.nn.init.normal_(parameter, 0, 0.1)
+    objective.loss(given).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in student.parameters())
+    assert all(p.grad is None for p in fake.parameters())
+    student.zero_grad()
+    critic.loss(given).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in fake.parameters())
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_clips_depend_on_the_batch_and_the_purpose_alone(pipeline: Path) -> None:
+    objective = objective_of(planned(pipeline))
+    makes, given = objective.simulation, batch(objective)
+    with torch.no_grad():
+        first, again = (makes.clips(given, "a", makes.scene(given, "a")) for _ in range(2))
+        other = makes.clips(given, "b", makes.scene(given, "b"))
+    assert torch.equal(first, again)
+    assert (first - other).abs().mean() > 0.1
+
+
+def test_every_pass_may_be_the_last(pipeline: Path) -> None:
+    """Each number of passes, and each exit of it, is drawn equally often."""
+    objective = objective_of(planned(pipeline, "distil.steps=[4,2]"))
+    batches = (Batch(3, range(index, index + 1), {}) for index in range(400))
+    drawn = (objective.simulation.passes(each, "student") for each in batches)
+    counts = [(schedule.steps, passes - 1) for schedule, passes in drawn]
+    share = {pair: counts.count(pair) / 400 for pair in set(counts)}
+    assert share.keys() == {(4, e) for e in range(4)} | {(2, e) for e in range(2)}
+    assert all(abs(value - 1 / (2 * steps)) < 0.06 for (steps, _), value in share.items())
+
+
+def scene(program: Program, chunks: int) -> Scene:
+    geometry, generator = program.geometry, torch.Generator().manual_seed(1)
+    frames = geometry.chunk * chunks
+    size = (program.spec.channels, frames, *geometry.latent(program.spec))
+    return Scene(
+        torch.randn(geometry.batch, *size, generator=generator),
+        torch.randn(geometry.batch, chunks, 12, 64, generator=generator),
+        torch.arange(frames, dtype=torch.float64),
+        [number in (0, 2) for number in range(chunks)],
+    )
+
+
+class Kept(Rollout):
+    """Keeps what each pass made, and takes its gradients before its chunk's commit unless later."""
+
+    def __init__(self, program: Program, module: Any, later: bool) -> None:
+        super().__init__(program, module)
+        self.later, self.made = later, list[Tensor]()
+
+    def step(self, *given: Any) -> Tensor:
+        self.made.append(super().step(*given))
+        return self.made[-1]
+
+    def commit(self, *given: Any) -> None:
+        if not self.later:
+            self.made[-1].square().sum().backward()
+        super().commit(*given)
+
+
+def test_gradients_past_the_window(pipeline: Path) -> None:
+    """Chunks that were evicted before the backward pass count as they did when they were read."""
+    changes = ["geometry.window=6", "passes.lower.paged_attention=reference"]
+    objective = objective_of(planned(pipeline, *changes))
+    program, student = objective._program, objective.module
+    gradients = []
+    for at_once in (True, False):
+        student.zero_grad()
+        rollout = Kept(program, student, at_once)
+        simulate(rollout, Schedule.make(1), scene(program, 6), 1)
+        assert len(rollout.made) == 6 > program.geometry.pages
+        if at_once:
+            torch.cat(rollout.made).square().sum().backward()
+        gradients.append(
+            {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+        )
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, ours in gradients[0].items():
+        assert torch.allclose(ours, gradients[1][name], rtol=1e-3, atol=1e-5 * float(ours.max()))
+
+
+def test_a_run_goes_on_bit_for_bit(pipeline: Path, tmp_path: Path) -> None:
+    plan, prompts = planned(pipeline, "train.image=0.5"), Prompts()
+    with open_training(plan, tmp_path / "whole", dataset=prompts) as run:
+        whole = list(run)
+    with open_training(plan, tmp_path / "parts", dataset=prompts) as left:
+        first = next(iter(left))
+    with open_training(plan, tmp_path / "parts", dataset=prompts, resume=True) as other:
+        rest = list(other)
+    losses = [[(m.loss, m.losses["critic"], m.grad_norm) for m in each] for each in (whole, rest)]
+    assert [(first.loss, first.losses["critic"], first.grad_norm), *losses[1]] == losses[0]
+    assert same(run.trainer.weights, other.trainer.weights)
+    assert same(run.trainer.ema, other.trainer.ema)
+    ours, theirs = (each.objective.memory for each in (run, other))
+    assert ours is not None and theirs is not None
+    assert same(dict(ours.state()), dict(theirs.state())) and ours.state()["updates"] == 6
+    assert same(run.trainer._optimiser.state(), other.trainer._optimiser.state())
+
+    path = other.export()
+    assert path == tmp_path / "parts" / "lora.safetensors"
+    ema = other.trainer.ema
+    for name, change in load_adapter(path).changes.items():
+        module = name.removesuffix(".weight")
+        assert torch.equal(change.b, ema[f"{module}.lora_B.weight"])  # type: ignore[union-attr]
+        assert change.b.any()  # type: ignore[union-attr]
+    assert "critic" in (tmp_path / "parts" / "loss.svg").read_text()
+
+
+def test_a_state_stays_as_it_is(pipeline: Path) -> None:
+    critic = objective_of(planned(pipeline)).memory
+    critic.end_step(ALONE)
+    state = critic.state()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    critic.end_step(ALONE)
+    assert same(dict(state), before) and not same(dict(critic.state()), before)
+
+
+def test_a_state_without_its_critic_is_refused(pipeline: Path) -> None:
+    critic = objective_of(planned(pipeline)).memory
+    state = dict(critic.state())
+    del state["updates"]
+    assert refused(critic.load, state) == "memory: holds no critic of this recipe"
+
+
+@pytest.mark.parametrize("network", ["_real", "fake"])
+def test_what_is_not_finite_is_named(network: str, pipeline: Path, tmp_path: Path) -> None:
+    with open_training(planned(pipeline), tmp_path, dataset=Prompts()) as run:
+        objective = run.objective
+        assert isinstance(objective, Distillation)
+        owner, name = (objective, "_real") if network == "_real" else (objective.memory, "score")
+        score = getattr(owner, name)
+
+        def broken(*given: Any) -> Tensor:
+            velocity: Tensor = score(*given)
+            velocity[:, :, 3] = torch.nan
+            return velocity
+
+        setattr(owner, name, broken)
+        with pytest.raises(Diverged, match=f"first not finite: the {network[-4:]} score, chunk 1"):
+            next(iter(run))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["distil.steps=[2,2]"], "distil.steps: [2, 2] are not different numbers"),
+        (["distil.stepps=[2]"], "unknown key 'stepps'; did you mean 'steps'?"),
+        (["train.gap=3.0"], "test: train.gap: is not for distillation; remove it"),
+        (["stream.shot_offset=8.0"], "clips of a call have cuts at different chunks, which "),
+        (["geometry.window=6", "geometry.frames=10"], "which geometry.shot_sink has act on"),
+        (["train.batch=3"], "train.batch: 3 clips a step are not a multiple of the 2"),
+        (["distil.fake.passes=[canonicalise, block_causal]"], "passes: no adapters train; add"),
+    ],
+)
+def test_refusals(changes: list[str], message: str, pipeline: Path) -> None:
+    assert message in refused(planned, pipeline, *changes)
+
+
+def test_other_networks_are_refused(pipeline: Path, tmp_path: Path) -> None:
+    config = tiny_config(layers=3, text_dim=64, attention_head_dim=16)
+    folder = tmp_path / "transformer"
+    save_checkpoint(folder, wan22.build(config).state_dict(), "diffusers", config)
+    message = refused(planned, pipeline, f"distil.real.weights={folder}")
+    assert message.startswith("test: distil.real.weights:") and "num_layers" in message
+
+
+def test_the_command(run: Run, tmp_path: Path) -> None:
+    config = {
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16,
+        "text_dim": 64, "freq_dim": 16, "ffn_dim": 16, "num_layers": 1,
+    }  # fmt: skip
+    pipeline = tmp_path / "pipeline"
+    save_text_encoder(pipeline)
+    weights = wan_vae.build(wan_vae.validate_config(WORLD_AUTOENCODER)).state_dict()
+    wan_vae.save_vae(pipeline / "vae", weights, wan_vae.validate_config(WORLD_AUTOENCODER))
+    model = wan22.build(wan22.validate_config(config))
+    save_checkpoint(
+        pipeline / "transformer", model.state_dict(), "diffusers", wan22.validate_config(config)
+    )
+    changes = [
+        "geometry.frames=6", "geometry.batch=2", "train.batch=2", "train.steps=2",
+        "train.data.clips=2", "train.data.shots=2", "train.sample_every=2", "model.config=null",
+        "distil.fake.updates=1", f"stream.pipeline={pipeline}", f"train.data.pipeline={pipeline}",
+    ]  # fmt: skip
+    options = [part for change in changes for part in ("--set", change)]
+    code, out, err = run("distil", "tiny_distil", *options, "--dry-run", "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["fits"]["as_is"] and plan["memory"]["weights"] > plan["memory"]["average"] > 0
+    folder = tmp_path / "run"
+    code, out, err = run("distil", "tiny_distil", *options, "-o", folder, "--json")
+    assert code == 0, err
+    assert json.loads(out) == {"steps": 2, "weights": str(folder / "lora.safetensors")}
+    assert (folder / "samples" / "step_00000002" / "samples.mp4").stat().st_size > 1000
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["losses"]["critic"] > 0 for line in lines)
+    for command, recipe_, hint in (
+        ("train", "tiny_distil", "use lltk distil"),
+        ("distil", "tiny_train", "has no distil section"),
+    ):
+        code, _, err = run(command, recipe_, "-o", tmp_path / "other")
+        assert code == 2 and hint in " ".join(err.split())
