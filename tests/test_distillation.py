@@ -129,6 +129,13 @@ def test_both_losses_reach_their_own_adapters_alone(pipeline: Path) -> None:
     assert all(p.grad is None for p in student.parameters())
 
 
+def test_equal_scores_leave_the_student_alone(pipeline: Path) -> None:
+    """At first the critic is the real score, and so nothing but guidance moves the student."""
+    given = batch(objective_of(planned(pipeline)))
+    alone, guided = (objective_of(planned(pipeline, f"distil.guidance={g}")) for g in (1.0, 4.0))
+    assert float(alone.loss(given).detach()) < 1e-10 < 1e-3 < float(guided.loss(given).detach())
+
+
 def test_clips_depend_on_the_batch_and_the_purpose_alone(pipeline: Path) -> None:
     objective = objective_of(planned(pipeline))
     makes, given = objective.simulation, batch(objective)

@@ -47,7 +47,9 @@ class DistilSection(BaseModel):
         "it trains on is made with one of them",
     )
     guidance: float = Field(
-        4.0, description="g of u + g·(c − u) of the real score; u has stream.negative_prompt"
+        4.0,
+        description="g of u + g·(c − u) of the real score, 1 for none; u has "
+        "stream.negative_prompt",
     )
     real: ScoreSection = Field(
         ScoreSection.model_validate({}), description="the network that knows the data"

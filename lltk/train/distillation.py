@@ -194,7 +194,8 @@ class Distillation:
         yield "the student's clip", made
         scores = self._scores(made, batch, scene)
         yield "the real score", scores.conditional
-        yield "the real score of the negative prompt", scores.unconditional
+        if scores.unconditional is not None:
+            yield "the real score of the negative prompt", scores.unconditional
         yield "the fake score", scores.fake
 
     def _scores(self, made: Tensor, batch: Batch, scene: Scene) -> Scores:

@@ -96,13 +96,14 @@ class Scores:
     """What both networks take a noisy clip for; float32 [B, C, F, h, w] each.
 
     Attributes:
-        conditional, unconditional: the real score, of the clip's prompts and of the negative one.
+        conditional, unconditional: the real score, of the clip's prompts and of the negative one;
+            the latter is None without guidance.
         real: the two, guided.
         fake: the fake score, of the clip's prompts.
     """
 
     conditional: Tensor
-    unconditional: Tensor
+    unconditional: Tensor | None
     real: Tensor
     fake: Tensor
 
@@ -118,13 +119,13 @@ class Scores:
             noised: the clip.
             scene: what it was made from.
             negative: the negative prompt, [S, E].
-            scale: g of u + g·(c − u).
+            scale: g of u + g·(c − u); 1 for no guidance.
         """
+        c, f = (noised.clean(n(noised, scene.text, scene.positions)) for n in (real, fake))
+        if scale == 1:
+            return cls(c, None, c, f)
         nothing = negative.expand_as(scene.text)
-        c, u, f = (
-            noised.clean(network(noised, text, scene.positions))
-            for network, text in ((real, scene.text), (real, nothing), (fake, scene.text))
-        )
+        u = noised.clean(real(noised, nothing, scene.positions))
         return cls(c, u, guided(c, u, scale), f)
 
 
