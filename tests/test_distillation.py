@@ -43,6 +43,9 @@ SMALL = [
 ]  # fmt: skip
 
 
+SCORES = "canonicalise, per_frame_timesteps, frame_positions, text_per_chunk, block_causal"
+
+
 class Prompts:
     """Random prompts and latents; the second chunk of every other sample opens a shot."""
 
@@ -129,6 +132,22 @@ def test_both_losses_reach_their_own_adapters_alone(pipeline: Path) -> None:
     assert all(p.grad is None for p in student.parameters())
 
 
+@pytest.mark.parametrize("quantised", ["fp8_infer", "nvfp4_infer"])
+def test_a_quantised_teacher(quantised: str, pipeline: Path) -> None:
+    passes = f"distil.real.passes=[{SCORES}, {quantised}, regionalise, lower]"
+    objective = objective_of(planned(pipeline, passes))
+    real, student = (
+        dict(module.named_parameters()) for module in (objective._real.module, objective.module)
+    )
+    assert any(each.dtype.itemsize == 1 for each in real.values())
+    plain = {n for n, each in real.items() if n in student and each.dtype == torch.float32}
+    assert plain == {name for name, each in real.items() if each is student.get(name)}
+    assert len(plain) < len(real)
+    loss = objective.loss(batch(objective))
+    loss.backward()
+    assert loss > 1e-3 and any(p.grad is not None for p in objective.module.parameters())
+
+
 def test_equal_scores_leave_the_student_alone(pipeline: Path) -> None:
     """At first the critic is the real score, and so nothing but guidance moves the student."""
     given = batch(objective_of(planned(pipeline)))
@@ -186,13 +205,17 @@ class Kept(Rollout):
         super().commit(*given)
 
 
-def test_gradients_past_the_window(pipeline: Path) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_past_the_window(recompute: bool, pipeline: Path) -> None:
     """Chunks that were evicted before the backward pass count as they did when they were read."""
     changes = ["geometry.window=6", "passes.lower.paged_attention=reference"]
     objective = objective_of(planned(pipeline, *changes))
-    program, student = objective._program, objective.module
+    program, plain = objective._program, objective.module
     gradients = []
     for at_once in (True, False):
+        student = plain
+        if at_once and recompute:
+            student = objective_of(planned(pipeline, *changes, "train.recompute=true")).module
         student.zero_grad()
         rollout = Kept(program, student, at_once)
         simulate(rollout, Schedule.make(1), scene(program, 6), 1)
@@ -278,6 +301,7 @@ def test_what_is_not_finite_is_named(network: str, pipeline: Path, tmp_path: Pat
         (["geometry.window=6", "geometry.frames=10"], "which geometry.shot_sink has act on"),
         (["train.batch=3"], "train.batch: 3 clips a step are not a multiple of the 2"),
         (["distil.fake.passes=[canonicalise, block_causal]"], "passes: no adapters train; add"),
+        ([f"distil.fake.passes=[{SCORES}, {{lora: {{rank: 2}}}}, fp8_infer]"], "test: distil.fake"),
     ],
 )
 def test_refusals(changes: list[str], message: str, pipeline: Path) -> None:

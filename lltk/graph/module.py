@@ -140,7 +140,7 @@ class ProgramModule(nn.Module):
         Args:
             keep_attention: how many blocks, the last ones, keep what attention gives.
         """
-        for name in self._table_readers:
+        for name in [key for key in self._regions if isinstance(key, str)]:
             for keep in (False, True):
                 self._regions[name, keep] = recomputed(self._regions[name], keep)
         blocks = list(self.blocks_by_path.values())

@@ -34,6 +34,7 @@ from lltk.train.simulation import Simulation, simulate
 
 _SAMPLE_CLIPS = 4
 _SCORES = ("canonicalise", "per_frame_timesteps", "frame_positions", "text_per_chunk")
+_WITHOUT_GRADIENTS = ("nvfp4_infer", "fp8_infer")
 _NOT_FOR_IT = (
     "from_scratch", "context_error", "context_noise", "error_recycling", "gap", "graphs", "shards",
 )  # fmt: skip
@@ -181,8 +182,7 @@ def plan_distillation(
         model = recipe.model.model_copy(update={"checkpoint": pipeline})
         recipe = recipe.model_copy(update={"model": model})
     student = transform(recipe)
-    if not student.fact(Trainable).names:
-        raise ValueError(f"{where}: passes: no adapters train; add lora, before regionalise")
+    _check_trains(student, f"{where}: passes")
     if student.fact(Ranks).count > 1:
         raise ValueError(
             f"{where}: passes: one process distils; remove the pass that shares chunks"
@@ -190,8 +190,7 @@ def plan_distillation(
     lora = next(step["lora"] for step in student.recipe["passes"] if "lora" in step)
     real = _score(recipe, student, distil.real, [], "distil.real", where)
     fake = _score(recipe, student, distil.fake, [{"lora": lora}], "distil.fake", where)
-    if not fake.fact(Trainable).names:
-        raise ValueError(f"{where}: distil.fake.passes: no adapters train; add lora")
+    _check_trains(fake, f"{where}: distil.fake.passes")
     real = replace(real, facts=real.facts | {Trainable: Trainable(frozenset())})
     return DistillationPlan(recipe, section, student, device, distil, stream, real, fake)
 
@@ -220,6 +219,17 @@ def _score(
             f"in {', '.join(differing)}; name weights of the same model"
         )
     return program
+
+
+def _check_trains(program: Program, where: str) -> None:
+    """Refuse a network that should train and cannot."""
+    if not program.fact(Trainable).names:
+        raise ValueError(f"{where}: no adapters train; add lora, before regionalise")
+    if without := [entry.name for entry in program.log if entry.name in _WITHOUT_GRADIENTS]:
+        raise ValueError(
+            f"{where}: {without[0]}: no gradients flow through it to the adapters; remove it "
+            "(distil.real.passes may have it)"
+        )
 
 
 def _check_section(section: TrainSection, where: str) -> None:
