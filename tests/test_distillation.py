@@ -297,6 +297,7 @@ def test_what_is_not_finite_is_named(network: str, pipeline: Path, tmp_path: Pat
         (["distil.steps=[2,2]"], "distil.steps: [2, 2] are not different numbers"),
         (["distil.stepps=[2]"], "unknown key 'stepps'; did you mean 'steps'?"),
         (["train.gap=3.0"], "test: train.gap: is not for distillation; remove it"),
+        (["train.data.frames=12"], "test: train.data.frames: a clip has geometry.frames"),
         (["stream.shot_offset=8.0"], "clips of a call have cuts at different chunks, which "),
         (["geometry.window=6", "geometry.frames=10"], "which geometry.shot_sink has act on"),
         (["train.batch=3"], "train.batch: 3 clips a step are not a multiple of the 2"),

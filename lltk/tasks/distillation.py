@@ -237,6 +237,10 @@ def _check_section(section: TrainSection, where: str) -> None:
     for key in _NOT_FOR_IT:
         if getattr(section, key) != TrainSection.model_fields[key].default:
             raise ValueError(f"{where}: train.{key}: is not for distillation; remove it")
+    if section.data.frames is not None:
+        raise ValueError(
+            f"{where}: train.data.frames: a clip has geometry.frames in distillation; remove it"
+        )
 
 
 def _check_cuts(recipe: Recipe, section: TrainSection, stream: StreamSection, where: str) -> None:
