@@ -268,9 +268,14 @@ def test_a_state_stays_as_it_is(pipeline: Path) -> None:
 
 def test_a_state_without_its_critic_is_refused(pipeline: Path) -> None:
     critic = objective_of(planned(pipeline)).memory
+    critic.end_step(ALONE)
     state = dict(critic.state())
-    del state["updates"]
-    assert refused(critic.load, state) == "memory: holds no critic of this recipe"
+    critic.load(state)
+    first = next(name for name in state if name.startswith("optimiser.exp_avg."))
+    for other in ({n: t for n, t in state.items() if n != first}, state | {first: torch.ones(1)}):
+        assert refused(critic.load, other) == "memory: holds no critic of this recipe"
+    broken = state | {first: torch.full_like(state[first], torch.nan)}
+    assert refused(critic.load, broken) == "memory: the critic has values that no run gives"
 
 
 @pytest.mark.parametrize("network", ["_real", "fake"])

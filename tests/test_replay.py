@@ -153,6 +153,25 @@ def test_a_perturbed_distillation_is_too_far(stem: str, change: Change, tmp_path
     assert replay_longlive.replay(file) > 10 * replay_longlive.bound(file)
 
 
+def doubled(meta: dict[str, Any], data: dict[str, Tensor]) -> None:
+    """The same clip twice in a call: means are as they were, and dx is that of half the loss."""
+    meta["batch"] = 2
+    meta["score_u"] = meta["score_u"] * 2
+    for name, tensor in data.items():
+        if "lora" in name or name.endswith(".loss") or name == "negative_text":
+            continue
+        axis = 1 if ".rollout." in name else 0
+        data[name] = torch.cat([tensor, tensor], dim=axis) / (2 if name.endswith(".dx") else 1)
+
+
+@pytest.mark.parametrize("stem", ["dmd_step_i2v", "critic_t2v"])
+def test_several_clips_in_a_call(stem: str, tmp_path: Path) -> None:
+    weights = FOLDER / "dmd_weights.safetensors"
+    (tmp_path / weights.name).symlink_to(weights)
+    file = perturbed(FOLDER / f"{stem}.safetensors", doubled, tmp_path / "run.safetensors")
+    assert replay_longlive.replay(file) <= replay_longlive.bound(file)
+
+
 def noisy_commit(rollout: Rollout, latents: Tensor, *rest: Any) -> None:
     """What is committed has the noise that the published code adds at t = 0."""
     generator = torch.Generator().manual_seed(0)

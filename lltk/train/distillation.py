@@ -74,15 +74,18 @@ class Critic:
         return weights | optimiser | {"updates": torch.tensor(self._done)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        mine = self._masters.parameters
-        given = _under("weights.", state)
-        moments = _under("optimiser.", state)
-        parts = {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq", "step") for name in mine}
-        whole = given.keys() == mine.keys() and "updates" in state and moments.keys() == parts
-        if not whole or any(given[name].shape != mine[name].shape for name in mine):
+        wanted = {"updates": torch.Size()}
+        for name, master in self._masters.parameters.items():
+            moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), master.shape)
+            parts = moments | {"step": torch.Size()}
+            wanted |= {f"optimiser.{key}.{name}": shape for key, shape in parts.items()}
+            wanted[f"weights.{name}"] = master.shape
+        if {name: tensor.shape for name, tensor in state.items()} != wanted:
             raise ValueError("memory: holds no critic of this recipe")
-        self._masters.load(given)
-        self._optimiser.load(moments)
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise ValueError("memory: the critic has values that no run gives")
+        self._masters.load(_under("weights.", state))
+        self._optimiser.load(_under("optimiser.", state))
         self._done = int(state["updates"])
         self._batches.position = self._done * self._section.batch
 
