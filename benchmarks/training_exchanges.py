@@ -80,7 +80,7 @@ def results(clips: int, ranks: Ranks) -> Iterator[dict[str, Any]]:
             plan = plan_training(read_recipe(find_recipe("tiny_train_sp2"), given), ranks.device)
             dataset = dataset or plan.dataset(mesh=mesh)
             batch = Batch(0, range(clips), dataset.batch(0, range(clips)))
-            loss, gradient = _step(plan.objective(), batch, mesh)
+            loss, gradient = _step(plan.objective(dataset), batch, mesh)
             wanted = wanted or (loss, gradient)
             errors = Errors()
             errors.add({"normal": arriving(normal)}, {"normal": normal})
