@@ -81,6 +81,13 @@ class TrainingPlan(Protocol):
             room: bytes of a device.
         """
 
+    def check_clips(self) -> None:
+        """Refuse a prepared set that `dataset` would refuse. Reads the encoders' files.
+
+        Raises:
+            ValueError: as `lltk.tasks.preparing.prepared_clips`.
+        """
+
     def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         """Load what makes the clips; ``note`` is told how many are encoded.
 

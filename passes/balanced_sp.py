@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import fx
 
 from lltk.graph.contract import Role
-from lltk.graph.edit import Builder, building, calls, module_of, role_of, shape
+from lltk.graph.edit import Builder, building, calls, input_of, module_of, role_of, shape
 from lltk.graph.facts import Ranks
 from lltk.graph.match import ancestors
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
@@ -67,7 +67,8 @@ class BalancedSP(Pass[Config]):
     [clean; noisy] of each rank in turn. The mask reads this order, so nothing is permuted.
     Positions are those of the rank's frames in the clip. The gradient of an exchange is its
     inverse. The layout is LongLive-2.0's Balanced SP over DeepSpeed-Ulysses. With another exchange
-    than ``compute`` each is a `rounded_exchange`, which rounds what it sends, both ways.
+    than ``compute`` each is a `rounded_exchange`, which rounds what it sends, both ways. The pass
+    needs a prompt a chunk.
 
     Linears in NVFP4 round as on one rank::
 
@@ -92,6 +93,11 @@ class BalancedSP(Pass[Config]):
 
     def requires(self, program: Program) -> None:
         heads, geometry, size = program.spec.heads, program.geometry, self.config.size
+        if size > 1 and len(shape(input_of(program.graphs["train"], Role.TEXT))) != 4:
+            raise ValueError(
+                "needs a prompt a chunk, or ranks would divide the tokens of one; put "
+                "text_per_chunk before teacher_forcing in the recipe's passes"
+            )
         if heads % size:
             fit = [str(n) for n in range(2, heads + 1) if heads % n == 0]
             raise ValueError(

@@ -22,7 +22,7 @@ from lltk.tasks.clips import TinyLatents, encoded_clips
 from lltk.tasks.encoder import encoder_for
 from lltk.tasks.preparing import plan_preparing, prepare, prepared_clips
 from lltk.train.clip_shards import Shard, packed, unpacked
-from lltk.train.data import in_epochs
+from lltk.train.data import ReadsAhead, in_epochs
 from lltk.train.prepared import Prepared
 from lltk.training import open_training, plan_training
 
@@ -127,6 +127,22 @@ def test_only_the_clips_that_are_asked_for_are_read(folder: Path, copied: Path) 
     first = next(i for i in range(99) if in_epochs(0, CLIPS, range(i, i + 1))[0] < 2)
     own.batch(0, range(first, first + 1))
     assert "shard-00000" in refused(own.batch, 0, range(CLIPS))
+
+
+def test_the_next_clips_are_read_meanwhile(folder: Path, copied: Path) -> None:
+    own = dataset(folder, copied)
+    assert isinstance(own, ReadsAhead)
+    for seed in (0, ~0):
+        wanted = own.batch(seed, range(2, 4))
+        own.ahead(seed, range(2, 4))
+        own.batch(seed, range(1))  # is read after them
+        for name in NAMES:
+            (copied / name).rename(copied / f"away-{name}")
+        found = own.batch(seed, range(2, 4))
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+        assert "No such file" in refused(own.batch, seed, range(2, 4))  # none was begun
+        for name in NAMES:
+            (copied / f"away-{name}").rename(copied / name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -297,6 +313,13 @@ def test_the_command(run: Run, folder: Path, tmp_path: Path) -> None:
     code, out, err = run("prepare", *options, "-o", made, "--resume")
     assert code == 0 and "train.data.prepared=" in out and contents(made) == before, err
     named = ["--set", f"train.data.prepared={made}"]
+    code, out, err = run("train", *options, *named, "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["memory"].keys() >= {"vae", "text encoder"}, err
+    unsampled = ["--set", "train.sample_every=null"]
+    code, out, err = run("train", *options, *named, *unsampled, "--dry-run", "--json")
+    assert code == 0 and not json.loads(out)["memory"].keys() & {"vae", "text encoder"}, err
+    code, _, err = run("train", *options, *named, "--dry-run", "--set", "train.data.fps=8")
+    assert code == 2 and "train.data.fps was 16.0 and is 8.0" in " ".join(err.split())
     code, out, err = run("train", *options, *named, "-o", tmp_path / "run", "--json")
     assert code == 0 and json.loads(out)["steps"] == 4, err
 
@@ -306,6 +329,7 @@ def test_the_command(run: Run, folder: Path, tmp_path: Path) -> None:
     [
         (["--set", "train.data.clips=null"], "train.data.clips: does not say how many"),
         (["--set", "train.data.pipeline=null"], "train.data.pipeline: names no folder"),
+        (["--dry-run", "--set", "train.data.frames=5"], "train.data.frames: 5 latent frames, but"),
         (["--set", "train.data.prepared=elsewhere"], "is not elsewhere, which train.data.prepared"),
     ],
 )

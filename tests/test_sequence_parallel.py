@@ -213,12 +213,12 @@ def test_another_number_of_ranks_is_refused() -> None:
     assert rank_in(SEQUENCE, 1) == 0 and same_on_all(object(), SEQUENCE, 1)
     assert refused(find_group, SEQUENCE, 2) == (
         "ranks: the recipe is for 2, and 1 ran it; start torchrun --nproc-per-node 2 -m lltk …, "
-        "or take a recipe with no ulysses_stream in its passes"
+        "or take a recipe without ulysses_stream (balanced_sp or naive_sp where it trains)"
     )
     with alike(4):
         assert refused(rank_in, SEQUENCE, 1) == (
-            "ranks: the recipe is for 1, and 4 ran it; start one process, or take a recipe with "
-            "passes.ulysses_stream.size=4"
+            "ranks: the recipe is for 1, and 4 ran it; start one process, or take a recipe whose "
+            "ulysses_stream (balanced_sp or naive_sp where it trains) has size 4"
         )
 
 

@@ -170,6 +170,10 @@ def test_what_passes_convert_and_keep_is_printed(run: Run) -> None:
             "nvfp4_linear: scaled_mm runs on cuda, not on cpu; cpu has reference: set",
         ),
         (["tiny_train", "--set", "geometry.batch=3"], "the nearest that fit: 63 and 66"),
+        (["tiny_train", "--set", "train.data.frames=28"], "frames: 28 latent frames, but the"),
+        (["tiny_train", "--set", "train.data.frames=12"], "multiple of 3 that is at least 15"),
+        (["tiny_train", "--set", "train.data.shots=10"], "shots: 10 do not fit into a clip of 9"),
+        (["tiny_train", "--set", "train.betas=[0.9,1]"], "betas.1: Input should be less than 1"),
         (["tiny_vae", "--set", "vae.frames=6"], "the nearest that fit: 5 and 9"),
         (["tiny_vae", "--set", "vae.config=tiny_vea"], "did you mean 'tiny_vae'?"),
         (["tiny_vae", "--set", "train.compile=true"], "train.compile: is for transformers"),
@@ -219,5 +223,8 @@ def test_a_plan_says_what_would_fit(run: Run) -> None:
         assert sum(json.loads(out)["memory"].values()) <= 0.8 * needed, way
     _, out, _ = run(*base, "--device-memory", "1e-6")
     assert json.loads(out)["fits"]["ways"] == []
+    for endless in ("nan", "inf", "1e400"):
+        code, _, err = run(*base, "--device-memory", endless)
+        assert code == 2 and "is no finite number" in err
     code, _, err = run("train", "tiny_train", "-o", "x", "--device-memory", "80")
     assert code == 2 and "--dry-run" in err

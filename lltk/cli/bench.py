@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from lltk.cli.options import (
+    FiniteRange,
     NamedPath,
     device_option,
     download_option,
@@ -36,7 +37,7 @@ def command() -> None:
 @click.argument("recipe")
 @click.option("-o", "--output", type=NamedPath(), help="The record's path, without a suffix.")
 @click.option(
-    "--seconds", type=click.FloatRange(0, 3600, min_open=True), default=10.0, show_default=True,
+    "--seconds", type=FiniteRange(0, 3600, min_open=True), default=10.0, show_default=True,
     help="Seconds of video to measure in each run.",
 )  # fmt: skip
 @click.option(

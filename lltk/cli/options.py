@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ class NamedPath(click.ParamType[Path]):
         if path.name in ("", ".."):
             self.fail(f"{str(value)!r} does not end in a name; write one", param, ctx)
         return path
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range, which no bound keeps from being nan or infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number; write one", param, ctx)
+        return number
 
 
 overwrite_option = click.option(

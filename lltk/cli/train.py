@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lltk.cli.bars import Bars, shown_progress
 from lltk.cli.logs import LOG, logged
-from lltk.cli.options import download_option, overwrite_option
+from lltk.cli.options import FiniteRange, download_option, overwrite_option
 from lltk.cli.stopping import stopping
 from lltk.cli.tables import log_tables, memory_table
 from lltk.graph.recipe_files import find_recipe
@@ -49,7 +49,7 @@ _OPTIONS = (
     click.option("--device", help="Where it trains (default: a GPU if there is one)."),
     click.option("--dry-run", is_flag=True, help="Show the plan and its memory; train nothing."),
     click.option(
-        "--device-memory", type=click.FloatRange(min=0, min_open=True), metavar="GIB",
+        "--device-memory", type=FiniteRange(min=0, min_open=True), metavar="GIB",
         help="With --dry-run: what a device has (default: what this one has left).",
     ),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
@@ -150,6 +150,8 @@ def run(
                 click.echo(json.dumps({"steps": steps, "weights": str(weights)}, indent=2))
             console.print(f"{steps} steps; the weights are in {weights}")
             return
+        if ranks.rank == 0:
+            plan.check_clips()
         room = available(ranks.device) if device_memory is None else round(device_memory * 2**30)
         fits = total(plan.memory) <= room
         ways = [] if fits else list(plan.ways_to_fit(room))

@@ -65,14 +65,11 @@ def find_group(name: str, size: int) -> dist.ProcessGroup:
     found = 1 if group is None else group.size()
     if group is None or found != size:
         start = f"torchrun --nproc-per-node {size} -m lltk …" if size > 1 else "one process"
-        fit = (
-            f"passes.ulysses_stream.size={found}"
-            if found > 1
-            else "no ulysses_stream in its passes"
-        )
+        passes = "ulysses_stream (balanced_sp or naive_sp where it trains)"
+        fit = f"whose {passes} has size {found}" if found > 1 else f"without {passes}"
         raise ValueError(
             f"ranks: the recipe is for {size}, and {found} ran it; start {start}, or take a recipe "
-            f"with {fit}"
+            f"{fit}"
         )
     return group
 

@@ -181,7 +181,7 @@ def meshed(ranks: Ranks, sequence: int, shards: int) -> Iterator[Mesh]:
     """
     size = ranks.size
     for count, what, key in (
-        (sequence, "share a clip", "passes.balanced_sp.size"),
+        (sequence, "share a clip", "the size of balanced_sp or naive_sp"),
         (shards, "share the weights", "train.shards"),
     ):
         if size % count:

@@ -77,6 +77,9 @@ class AutoencoderPlan:
     def ways_to_fit(self, room: int) -> Sequence[str]:
         return ()
 
+    def check_clips(self) -> None:
+        """There is no prepared set of videos."""
+
     def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         return TinyVideos(self.recipe.vae.frames, 1, self.section.data.shots, self.device)
 

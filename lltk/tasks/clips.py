@@ -226,12 +226,38 @@ def clips_by_ranks(
     Arguments and errors as `encoded_clips`'.
     """
     data = section.data
-    if data.frames is not None:
-        geometry = geometry.model_copy(update={"frames": data.frames})
+    geometry = clip_geometry(section, geometry)
     if data.folder is None:
         return partial(TinyLatents, geometry, data.shots, encoder, device)
     samples = folder_samples(section, geometry, encoder.stride, note)
     return partial(FolderLatents, samples, encoder)
+
+
+def clip_geometry(section: TrainSection, geometry: Geometry) -> Geometry:
+    """The geometry of a clip, of which a sample may be an excerpt.
+
+    Args:
+        section: whose ``train.data.frames`` replaces the geometry's frames.
+        geometry: of the Program that trains.
+
+    Raises:
+        ValueError: the frames are no whole number of chunks, or fewer than the Program's; or the
+            tiny world's shots do not fit into them.
+    """
+    data, chunk, least = section.data, geometry.chunk, geometry.frames
+    frames = least if data.frames is None else data.frames
+    if frames < least or frames % chunk:
+        raise ValueError(
+            f"train.data.frames: {frames} latent frames, but the program is for {least}, in chunks "
+            f"of {chunk}; set it to a multiple of {chunk} that is at least {least}"
+        )
+    if data.folder is None and data.shots > frames // chunk:
+        raise ValueError(
+            f"train.data.shots: {data.shots} do not fit into a clip of {frames // chunk} chunks, "
+            f"as each shot has one at least; set it to {frames // chunk} or less, or set a larger "
+            "train.data.frames"
+        )
+    return geometry.model_copy(update={"frames": frames})
 
 
 def folder_samples(

@@ -22,7 +22,7 @@ from lltk.models.wan_vae import validate_config
 from lltk.parallel.mesh import ALONE, Mesh, meshed
 from lltk.parallel.ranks import Ranks
 from lltk.stream.text import encoder_digest, files_digest
-from lltk.tasks.clips import Clips, clips_by_ranks
+from lltk.tasks.clips import Clips, clip_geometry, clips_by_ranks
 from lltk.tasks.encoder import encoder_for, pipeline_of
 from lltk.train.clip_shards import REMEDY, Clip, Shard, write_shard
 from lltk.train.data import held_out
@@ -114,6 +114,7 @@ def plan_preparing(
             f"{where}: train.data.clips: does not say how many clips to encode; set it to a number"
         )
     pipeline_of(section.data)
+    clip_geometry(section, recipe.geometry)
     return PreparingPlan(recipe, section, torch.device(device))
 
 
@@ -263,5 +264,5 @@ def _checked(path: Path, part: Part, wanted: str | None) -> str:
 
 def _geometry(recipe: Recipe, section: TrainSection) -> dict[str, int]:
     """The sizes of a clip."""
-    sizes = recipe.geometry.model_dump(include={"height", "width", "chunk", "text_tokens"})
-    return sizes | {"frames": section.data.frames or recipe.geometry.frames}
+    geometry = clip_geometry(section, recipe.geometry)
+    return geometry.model_dump(include={"height", "width", "chunk", "text_tokens", "frames"})

@@ -26,7 +26,7 @@ from lltk.parallel.mesh import ALONE, Mesh
 from lltk.passes.lora import Adapters
 from lltk.stream.text import weight_bytes
 from lltk.stream.video import write_video
-from lltk.tasks.clips import encoded_clips
+from lltk.tasks.clips import clip_geometry, encoded_clips
 from lltk.tasks.encoder import PipelineEncoder, encoder_for
 from lltk.tasks.fitting import ways_to_fit
 from lltk.tasks.preparing import prepared_clips
@@ -119,8 +119,9 @@ class TransformerPlan:
         else:
             kept = self._wide(*_SAVED[self.program.dtype.itemsize])
             memory["activations"] = spec.layers * kept
-        for part in ("vae", "text_encoder"):
-            memory[part.replace("_", " ")] = self._encoder_bytes(part)
+        if self.section.data.prepared is None or self.section.sample_every is not None:
+            for part in ("vae", "text_encoder"):
+                memory[part.replace("_", " ")] = self._encoder_bytes(part)
         return memory
 
     def _kept_attention(self) -> int:
@@ -148,6 +149,10 @@ class TransformerPlan:
         if name is None:
             return 0
         return weight_bytes(find_pipeline(name, needed=False) / part, self.program.dtype)
+
+    def check_clips(self) -> None:
+        if self.section.data.prepared is not None:
+            prepared_clips(self.recipe, self.section)
 
     def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         # Encoding clips takes long, so what the device cannot run is refused before it.
@@ -243,6 +248,7 @@ def plan_transformer(data: Mapping[str, Any], device: torch.device, where: str) 
     recipe = parse_recipe(data, where)
     section = train_section(recipe.train, where)
     section.calls(recipe.geometry.batch)
+    clip_geometry(section, recipe.geometry)
     if recipe.model.checkpoint is None and not section.from_scratch:
         raise ValueError(
             f"{where}: model.checkpoint: names no weights to begin with; set "

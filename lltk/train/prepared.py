@@ -27,6 +27,7 @@ from lltk.files.writing import write_text
 from lltk.graph.recipe import validated
 from lltk.train.clip_shards import REMEDY, Shard, unpacked
 from lltk.train.data import in_epochs
+from lltk.train.read_ahead import ReadAhead
 from lltk.train.recipe import differences
 
 MANIFEST = Manifest(
@@ -91,7 +92,7 @@ class Part:
 
 
 class Prepared:
-    """A prepared set as a dataset. A sample is read from its shard when it is asked for.
+    """A prepared set as a dataset. A sample is read from its shard while the one before trains.
 
     Each epoch asks for each clip once; see `in_epochs`. Sample i of another seed is held-out clip
     i, and they begin again after the last.
@@ -115,19 +116,33 @@ class Prepared:
         for part in parts:
             if not (folder / part.name).is_file():
                 raise ValueError(f"{folder / part.name}: is missing; {REMEDY}")
-        self._shards = [Shard(folder / part.name) for part in parts]
-        self._seed = seed
-        self._text_tokens = self._facts.origin["geometry"]["text_tokens"]
+        shards = [Shard(folder / part.name) for part in parts]
+        self._clips = ReadAhead(_Clips(self._facts, shards, seed))
+
+    def ahead(self, seed: int, indices: range) -> None:
+        self._clips.ahead(seed, indices)
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
-        facts, trains = self._facts, seed == self._seed
-        if trains:
-            places = [divmod(n, facts.shard) for n in in_epochs(seed, facts.clips, indices)]
-            read = [self._shards[shard].clip(shard * facts.shard + n) for shard, n in places]
-        else:
-            read = [self._shards[-1].clip(index % facts.held_out) for index in indices]
-        clips = [unpacked(clip, self._text_tokens) for clip in read]
+        clips = [self._clips.sample(seed, index) for index in indices]
         return {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
+
+
+class _Clips:
+    """The samples of a set, of which the last shard holds those of other seeds than the run's."""
+
+    def __init__(self, facts: Facts, shards: list[Shard], seed: int) -> None:
+        self._facts = facts
+        self._shards = shards
+        self._seed = seed
+
+    def sample(self, seed: int, index: int) -> dict[str, Tensor]:
+        facts = self._facts
+        if seed == self._seed:
+            (number,) = in_epochs(seed, facts.clips, range(index, index + 1))
+            clip = self._shards[number // facts.shard].clip(number)
+        else:
+            clip = self._shards[-1].clip(index % facts.held_out)
+        return unpacked(clip, facts.origin["geometry"]["text_tokens"])
 
 
 def read_facts(folder: Path) -> Facts:

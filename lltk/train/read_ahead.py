@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
-
-from lltk.train.folder import Sample
+from typing import Generic, Protocol, TypeVar
 
 
-class Samples(Protocol):
-    """Numbered samples of a folder."""
+Sample = TypeVar("Sample", covariant=True)
+
+
+class Samples(Protocol[Sample]):
+    """Numbered samples on disk."""
 
     def sample(self, seed: int, index: int) -> Sample:
         """The sample of a number, which follows from the arguments and the files alone."""
 
 
-class ReadAhead:
+class ReadAhead(Generic[Sample]):
     """Samples of which some are read by a thread of its own before they are asked for.
 
     Args:
         samples: what reads them, which the thread and the caller use one at a time.
     """
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: Samples[Sample]) -> None:
         self._samples = samples
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._begun: dict[tuple[int, int], Future[Sample]] = {}

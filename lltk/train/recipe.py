@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lltk.graph.recipe import validated
+
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LongLiveSection(BaseModel):
@@ -186,7 +189,7 @@ class TrainSection(BaseModel):
         description="the learning rate after the warm-up; cosine falls to 0 at the last step",
     )
     warmup: int = Field(0, ge=0, description="steps in which the learning rate rises from 0")
-    betas: tuple[float, float] = Field((0.0, 0.999), description="AdamW's betas")
+    betas: tuple[_Beta, _Beta] = Field((0.0, 0.999), description="AdamW's betas")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     clip: float = Field(10.0, gt=0, description="largest norm of the gradient")
     ema_decay: float | None = Field(

@@ -189,6 +189,16 @@ def test_ranks_that_cannot_share_are_refused(frames: int, size: int, wanted: str
     assert message == f"balanced_sp: size: {wanted}"
 
 
+def test_one_prompt_for_the_clip_is_refused() -> None:
+    """Its text is [B, S, E], and ranks would divide S; one rank may have it."""
+    steps = [step for step in STEPS if step != "text_per_chunk"]
+    program = reached("train", *steps, frames=12, text_tokens=6)
+    message = refused(after, program, {"balanced_sp": {"size": 2}})
+    assert message.startswith("balanced_sp: needs a prompt a chunk")
+    assert "put text_per_chunk before teacher_forcing" in message
+    after(program, {"balanced_sp": {"size": 1}})
+
+
 def test_a_program_that_streams_is_refused() -> None:
     message = refused(after, reached("stream", *CANONICAL), "balanced_sp")
     assert message.startswith("balanced_sp: is for train programs, this one is for stream")
