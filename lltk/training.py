@@ -82,10 +82,12 @@ class TrainingPlan(Protocol):
         """
 
     def check_clips(self) -> None:
-        """Refuse a prepared set that `dataset` would refuse. Reads the encoders' files.
+        """Refuse a folder of clips, or a prepared set, that cannot be what ``train.data`` says.
+
+        Reads no clip, but of a prepared set its manifest and the encoders' files.
 
         Raises:
-            ValueError: as `lltk.tasks.preparing.prepared_clips`.
+            ValueError: it is not there, or was made from something else.
         """
 
     def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:

@@ -329,6 +329,7 @@ def test_the_command(run: Run, folder: Path, tmp_path: Path) -> None:
     [
         (["--set", "train.data.clips=null"], "train.data.clips: does not say how many"),
         (["--set", "train.data.pipeline=null"], "train.data.pipeline: names no folder"),
+        (["--dry-run", "--set", "train.data.folder=nowhere"], "nowhere: has no video/"),
         (["--dry-run", "--set", "train.data.frames=5"], "train.data.frames: 5 latent frames, but"),
         (["--set", "train.data.prepared=elsewhere"], "is not elsewhere, which train.data.prepared"),
     ],

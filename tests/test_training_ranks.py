@@ -269,7 +269,7 @@ def test_frames_that_count_follow_from_the_facts() -> None:
 
 @pytest.mark.parametrize(
     ("size", "sequence", "shards", "key"),
-    [(4, 3, 1, "the size of balanced_sp or naive_sp"), (2, 1, 4, "train.shards"), (1, 2, 1, "torchrun")],
+    [(4, 3, 1, "of balanced_sp or naive_sp"), (2, 1, 4, "train.shards"), (1, 2, 1, "torchrun")],
 )
 def test_a_mesh_that_is_not_the_ranks_is_refused(
     size: int, sequence: int, shards: int, key: str

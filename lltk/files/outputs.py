@@ -103,7 +103,8 @@ def _check_replaced(output: Output, overwrite: bool) -> None:
         return
     mode = path.stat().st_mode
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-        raise ValueError(f"{path}: is a device or a pipe; name a file")
+        wanted = "folder" if kind.folder else "file"
+        raise ValueError(f"{path}: is a device or a pipe; name a {wanted}")
     if kind.folder != stat.S_ISDIR(mode):
         found, wanted = ("file", "folder") if kind.folder else ("folder", "file")
         raise ValueError(f"{path}: cannot be written (it is a {found}); name a {wanted}")

@@ -78,7 +78,7 @@ class AutoencoderPlan:
         return ()
 
     def check_clips(self) -> None:
-        """There is no prepared set of videos."""
+        """The tiny world's need no files."""
 
     def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         return TinyVideos(self.recipe.vae.frames, 1, self.section.data.shots, self.device)

@@ -18,7 +18,7 @@ from lltk.stream.script import SCENE_CUT
 from lltk.tasks.encoder import PipelineEncoder
 from lltk.train.assembly import Rules
 from lltk.train.data import Dataset, Kept, first_samples, generator_at
-from lltk.train.folder import FolderClips
+from lltk.train.folder import FolderClips, Sample
 from lltk.train.longlive import LongLiveClips
 from lltk.train.progress import Note, silent
 from lltk.train.read_ahead import ReadAhead, Samples
@@ -147,7 +147,7 @@ class FolderLatents:
 
     block = 1
 
-    def __init__(self, clips: Samples, encoder: PipelineEncoder, ranks: int = 1) -> None:
+    def __init__(self, clips: Samples[Sample], encoder: PipelineEncoder, ranks: int = 1) -> None:
         self._clips = ReadAhead(clips)
         self._encoder = encoder
         self._ranks = ranks
@@ -262,7 +262,7 @@ def clip_geometry(section: TrainSection, geometry: Geometry) -> Geometry:
 
 def folder_samples(
     section: TrainSection, geometry: Geometry, stride: int, note: Note = silent
-) -> Samples:
+) -> Samples[Sample]:
     """The samples of the folder that ``train.data`` names, put together as it says.
 
     Args:

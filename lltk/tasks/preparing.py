@@ -24,6 +24,7 @@ from lltk.parallel.ranks import Ranks
 from lltk.stream.text import encoder_digest, files_digest
 from lltk.tasks.clips import Clips, clip_geometry, clips_by_ranks
 from lltk.tasks.encoder import encoder_for, pipeline_of
+from lltk.train.clip_files import check_clip_folder
 from lltk.train.clip_shards import REMEDY, Clip, Shard, write_shard
 from lltk.train.data import held_out
 from lltk.train.prepared import (
@@ -115,6 +116,8 @@ def plan_preparing(
         )
     pipeline_of(section.data)
     clip_geometry(section, recipe.geometry)
+    if section.data.folder is not None:
+        check_clip_folder(Path(section.data.folder))
     return PreparingPlan(recipe, section, torch.device(device))
 
 

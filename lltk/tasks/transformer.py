@@ -30,6 +30,7 @@ from lltk.tasks.clips import clip_geometry, encoded_clips
 from lltk.tasks.encoder import PipelineEncoder, encoder_for
 from lltk.tasks.fitting import ways_to_fit
 from lltk.tasks.preparing import prepared_clips
+from lltk.train.clip_files import check_clip_folder
 from lltk.train.data import Dataset
 from lltk.train.flow_matching import FlowMatching
 from lltk.train.objective import Objective
@@ -151,8 +152,11 @@ class TransformerPlan:
         return weight_bytes(find_pipeline(name, needed=False) / part, self.program.dtype)
 
     def check_clips(self) -> None:
-        if self.section.data.prepared is not None:
+        data = self.section.data
+        if data.prepared is not None:
             prepared_clips(self.recipe, self.section)
+        elif data.folder is not None:
+            check_clip_folder(Path(data.folder))
 
     def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
         # Encoding clips takes long, so what the device cannot run is refused before it.

@@ -24,6 +24,15 @@ class Take:
     caption: str
 
 
+def check_clip_folder(folder: Path) -> None:
+    """Refuse a folder without ``video``, by a ValueError that says how clips are laid out."""
+    if not (folder / "video").is_dir():
+        raise ValueError(
+            f"{folder}: has no video/; lay it out as video/<sample>/<number>.mp4 with "
+            "caption/<sample>/<number>.json"
+        )
+
+
 class ClipFiles:
     """Files under ``video`` and ``caption``.
 
@@ -35,11 +44,7 @@ class ClipFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "video").is_dir():
-            raise ValueError(
-                f"{folder}: has no video/; lay it out as video/<sample>/<number>.mp4 with "
-                "caption/<sample>/<number>.json"
-            )
+        check_clip_folder(folder)
         self._folder = folder
         self._captions = self._written()
         self.skipped: dict[Path, str] = {}

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from lltk.graph.recipe import validated
 
-
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
