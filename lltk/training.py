@@ -37,6 +37,7 @@ from lltk.train.metrics import Metrics
 from lltk.train.objective import Objective
 from lltk.train.progress import Note, silent
 from lltk.train.recipe import TrainSection
+from lltk.train.tensorboard import check_installed
 
 
 class TrainingPlan(Protocol):
@@ -156,6 +157,8 @@ def plan_training(
     }
     make = next((make for key, make in makes.items() if recipe.get(key)), plan_transformer)
     plan: TrainingPlan = make(recipe, chosen, where)
+    if plan.section.tensorboard:
+        check_installed()
     if plan.section.graphs and chosen.type != "cuda":
         raise ValueError(f"{where}: train.graphs: {chosen} has no CUDA graphs; set it to false")
     return plan

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import refused
 from tensorboardX.proto.event_pb2 import Event
 from toy import trainer
 
+from lltk.graph.recipe import read_recipe
+from lltk.graph.recipe_files import find_recipe
+from lltk.train import tensorboard
 from lltk.train.metrics import read_metrics
+from lltk.training import plan_training
 
 pytestmark = pytest.mark.cpu
 
@@ -51,3 +56,9 @@ def test_a_resumed_run_says_where_it_goes_on(tmp_path: Path) -> None:
     every = list(events(tmp_path / "tensorboard"))
     begun = [event.step for event in every if event.HasField("session_log")]
     assert begun == [1, 4] and [event.step for event in every[-2:]] == [4, 5]
+
+
+def test_what_writes_events_is_looked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
+    recipe = read_recipe(find_recipe("tiny_vae"), ["train.tensorboard=true"])
+    assert "pip install tensorboardX" in refused(plan_training, recipe)

@@ -181,6 +181,10 @@ def test_what_passes_convert_and_keep_is_printed(run: Run) -> None:
             ["tiny_vae", "--set", "train.data.clips=9"],
             "train.data.clips: an autoencoder trains on new",
         ),
+        (
+            ["tiny_vae", "--set", "train.data.encoding=whole"],
+            "train.data.encoding: an autoencoder trains on new",
+        ),
     ],
 )
 def test_bad_input_is_refused(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:

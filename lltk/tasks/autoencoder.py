@@ -23,7 +23,7 @@ from lltk.tasks.clips import TinyVideos
 from lltk.train.data import Batches, Dataset
 from lltk.train.objective import Objective
 from lltk.train.progress import Note, silent
-from lltk.train.recipe import TrainSection, VaeRecipe, vae_recipe
+from lltk.train.recipe import DataSection, TrainSection, VaeRecipe, vae_recipe
 from lltk.train.vae import Reconstruction, decode, latent_statistics
 
 _STATISTICS_CLIPS = 64
@@ -139,8 +139,9 @@ def plan_autoencoder(data: Mapping[str, Any], device: torch.device, where: str) 
     for option in ("compile", "recompute"):
         if getattr(section, option):
             raise ValueError(f"{where}: train.{option}: is for transformers; remove it")
-    for key in ("folder", "clips", "prepared"):
-        if getattr(section.data, key) is not None:
+    defaults = DataSection.model_validate({})
+    for key in ("folder", "clips", "prepared", "encoding"):
+        if getattr(section.data, key) != getattr(defaults, key):
             raise ValueError(
                 f"{where}: train.data.{key}: an autoencoder trains on new clips of the tiny world "
                 "at every step; remove it"

@@ -34,11 +34,7 @@ class Board:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        if find_spec("tensorboardX") is None:
-            raise ValueError(
-                "train.tensorboard: needs tensorboardX; install it by pip install tensorboardX, or "
-                "set it to false"
-            )
+        check_installed()
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
@@ -58,6 +54,15 @@ class Board:
 
         self._writer.write_event(Event(wall_time=time.time(), step=step, **what))
         self._writer.flush()
+
+
+def check_installed() -> None:
+    """Raise ValueError if what writes events is not installed."""
+    if find_spec("tensorboardX") is None:
+        raise ValueError(
+            "train.tensorboard: needs tensorboardX; install it by pip install tensorboardX, or set "
+            "it to false"
+        )
 
 
 def _numbers(metrics: Metrics) -> Iterator[tuple[str, float]]:
