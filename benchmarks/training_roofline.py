@@ -79,7 +79,7 @@ def _step(program: Program) -> None:
     """A forward and a backward pass without memory."""
     for name, weight in program.weights.items():
         program.weights[name] = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-    module = ProgramModule(program, torch.device("meta"), None)
+    module = ProgramModule(program, torch.device("meta"), None, {})
     module.recompute_blocks()
     inputs = {
         name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")

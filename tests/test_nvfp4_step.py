@@ -41,7 +41,7 @@ def on_two(architecture: int, exchange: str) -> dict[str, list[str]]:
     config = tiny_config(2, attention_head_dim=16)
     sizes = {"frames": 16, "text_tokens": 16}
     made = make_program(make_recipe("train", steps, config=config, dtype="bfloat16", **sizes))
-    module = ProgramModule(made, torch.device("cpu"), None)  # kernels would be refused on a CPU
+    module = ProgramModule(made, torch.device("cpu"), None, {})  # kernels would be refused on a CPU
     with alike(), compiling_for(architecture) as found:
         objective = FlowMatching(made, module)
         objective.weights_changed()
@@ -96,7 +96,7 @@ def of_5b(layers: int) -> Program:
 
 def meta_step(program: Program) -> tuple[ProgramModule, Counter[str]]:
     """A forward and a backward pass of a rank, and the ops that ran."""
-    module = ProgramModule(program, torch.device("meta"), None)
+    module = ProgramModule(program, torch.device("meta"), None, {})
     module.recompute_blocks()
     inputs = program.contract("train").inputs.items()
     with alike(RANKS), Seen() as seen:

@@ -92,6 +92,15 @@ LINES = {
         {**OVERWRITE, **DOWNLOAD, "--output": "the contexts",
          "--from-scratch": "test_train_cli.py"},
     ),
+    "distil": Line(
+        [["-o", "new", "--dry-run"]],
+        {},
+        dict.fromkeys(
+            ["--output", "--resume", "--set", "--download", "--overwrite", "--device", "--dry-run",
+             "--device-memory", "--json"],
+            "the line of train, whose command it runs",
+        ),
+    ),
     "prepare": Line(
         [["-o", "new"], ["-o", "new", "--dry-run"], ["-o", "set"], ["-o", "set", "--dry-run"]],
         {"--resume": [], "--set": ["train.data.clips=7"], "--device": ["cuda:99"], "--dry-run": [],
@@ -253,6 +262,7 @@ FIRST = {
     "transform": ["transform", "tiny_stream", *SMALL],
     "prepare": ["prepare", "tiny_train"],
     "train": ["train", "tiny_vae"],
+    "distil": ["distil", "tiny_distil"],
     "inspect": ["inspect", "in"],
     "bench": ["bench", "stream", "tiny_stream"],
     "compare": ["compare", "tiny_stream", "tiny_stream"],
