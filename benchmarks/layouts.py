@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lltk.bench.layouts import with_layout
 from lltk.bench.record import Record, markdown, write_record
 from lltk.bench.script import column, script_options, script_parser, script_record
 from lltk.compiler import transform
@@ -96,14 +97,7 @@ def program_of(layout: str, size: int, options: argparse.Namespace) -> Program:
     """A recipe's Program, divided among ranks; without weights."""
     changes = [f"geometry.frames={options.frames}", "geometry.batch=1", "model.checkpoint=null"]
     data = dict(read_recipe(find_recipe(options.recipe), changes))
-    steps = [
-        step
-        for step in data["passes"]
-        if (step if isinstance(step, str) else next(iter(step))) != "balanced_sp"
-    ]
-    place = steps.index("teacher_forcing")
-    after = place if layout == "naive_sp" else place + 1
-    data["passes"] = [*steps[:after], {layout: {"size": size}}, *steps[place + 1 :]]
+    data["passes"] = with_layout(data["passes"], layout, size)
     return transform(parse_recipe(data, options.recipe), weights=False)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lltk.bench.layouts import with_layout
 from lltk.bench.random_pipeline import UMT5_XXL, make_clips, make_pipeline
 from lltk.bench.record import Record, markdown, percentile, write_record
 from lltk.bench.script import column, script_options, script_parser, script_record
@@ -181,7 +182,7 @@ def measure(row: Row, options: argparse.Namespace, folder: Path, ranks: Ranks) -
     kept = [f"train.keep_attention={row.kept}", f"train.data.encoding={row.encoding}"]
     changes = [*_ALWAYS, *own, *_changes(options), *kept]
     data = dict(read_recipe(find_recipe(options.recipe), changes))
-    data["passes"] = list(_divided(data["passes"], row.layout, ranks.size))
+    data["passes"] = with_layout(data["passes"], row.layout, ranks.size)
     torch._dynamo.reset()
     gc.collect()  # the row before
     plan = plan_training(data, ranks.device, options.recipe)
@@ -223,17 +224,6 @@ def measure(row: Row, options: argparse.Namespace, folder: Path, ranks: Ranks) -
         "norms": [step.grad_norm for step in every],
         "every": gathered,
     }
-
-
-def _divided(steps: list[Any], layout: str | None, size: int) -> list[Any]:
-    """A recipe's passes, with that which divides a clip."""
-    names = [next(iter(step)) if isinstance(step, dict) else step for step in steps]
-    kept = [s for s, name in zip(steps, names, strict=True) if name != "balanced_sp"]
-    if layout is None:
-        return kept
-    place = kept.index("teacher_forcing")
-    own = {layout: {"size": size}}
-    return [*kept[: place + (layout == "balanced_sp")], own, *kept[place + 1 :]]
 
 
 def text(record: Record) -> str:
