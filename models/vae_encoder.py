@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lltk.graph.capture import capture
 from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.geometry import Geometry
 from lltk.graph.loading import LOADING
@@ -21,7 +20,7 @@ from lltk.graph.spec import EncoderSpec
 from lltk.graph.verify import verify
 from lltk.models.checkpoint import Checkpoint
 from lltk.models.family import Family
-from lltk.models.wan_vae import CONFIGS, build, load_vae, statistics, validate_config
+from lltk.models.wan_vae import CONFIGS, build, capture_call, load_vae, statistics, validate_config
 
 
 def spec(config: Mapping[str, Any]) -> EncoderSpec:
@@ -64,9 +63,7 @@ def captured(
     """
     model = spec(config)
     program = Program("encode", model, geometry, dtype, graphs={}, weights={})
-    outputs = (model.output, *model.cache_outputs)
     geometry.latent(model)  # refuses what is no whole number of latents
-    inputs: dict[str, TensorSpec] = {}
     graphs: list[tuple[str, type[_Encoder], int]] = [
         ("first", _First, 1),
         ("step", _Step, model.stride[0]),
@@ -75,13 +72,8 @@ def captured(
         graphs.append(("steps", _Step, latents * model.stride[0]))
     for name, module, frames in graphs:
         sizes = (geometry.batch, 3, frames, geometry.height, geometry.width)
-        inputs["video"] = TensorSpec(sizes, torch.float32, Role.VIDEO)
-        program.graphs[name], program.weights, _ = capture(
-            partial(module, config, dtype), inputs, outputs, lambda _name, _parameter: dtype
-        )
-        made = program.contract(name).outputs
-        for read, given in zip(model.cache_inputs, model.cache_outputs, strict=True):
-            inputs[read] = replace(made[given], role=Role.CACHE)
+        given = {"video": TensorSpec(sizes, torch.float32, Role.VIDEO)}
+        capture_call(program, name, partial(module, config, dtype), given)
     program.constants = statistics(config)
     verify(program)
     return program

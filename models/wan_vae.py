@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from lltk.graph.geometry import Geometry
 from lltk.graph.loading import LOADING
 from lltk.graph.program import Program
 from lltk.graph.recipe import ModelSection, Recipe
-from lltk.graph.spec import DecoderSpec
+from lltk.graph.spec import CachedSpec, DecoderSpec
 from lltk.graph.verify import verify
 from lltk.graph.weights import check_weights
 from lltk.models.checkpoint import Checkpoint, load_folder, save_folder
@@ -174,9 +174,7 @@ def captured(
     """
     model_spec = spec(config)
     program = Program("decode", model_spec, geometry, dtype, graphs={}, weights={})
-    outputs = (model_spec.output, *model_spec.cache_outputs)
     latent = (geometry.batch, model_spec.channels, 1, *geometry.latent(model_spec))
-    inputs: dict[str, TensorSpec] = {}
     if columns is not None and not 0 <= columns[0] < columns[1] <= latent[-1]:
         raise ValueError(
             f"model.columns: {columns[0]} to {columns[1]} are none of latents {latent[-1]} wide; "
@@ -188,16 +186,33 @@ def captured(
         graphs.append(("steps", _Step, latents))
     for name, module, count in graphs:
         sizes = (*latent[:2], count, *latent[3:])
-        inputs["latents"] = TensorSpec(sizes, torch.float32, Role.LATENTS)
-        program.graphs[name], program.weights, _ = capture(
-            partial(module, config, dtype, part), inputs, outputs, lambda _name, _parameter: dtype
-        )
-        made = program.contract(name).outputs
-        for read, given in zip(model_spec.cache_inputs, model_spec.cache_outputs, strict=True):
-            inputs[read] = replace(made[given], role=Role.CACHE)
+        given = {"latents": TensorSpec(sizes, torch.float32, Role.LATENTS)}
+        capture_call(program, name, partial(module, config, dtype, part), given)
     program.constants = statistics(config)
     verify(program)
     return program
+
+
+def capture_call(
+    program: Program, name: str, make: Callable[[], nn.Module], given: Mapping[str, TensorSpec]
+) -> None:
+    """Capture a graph of an autoencoder's half, which reads the caches of the graph before it.
+
+    Args:
+        program: gets the graph and its weights, which run in its dtype.
+        name: of the graph.
+        make: makes the module, which takes what is given and, but for the first graph, all caches.
+        given: what else the graph reads.
+    """
+    model, inputs = program.model, dict(given)
+    assert isinstance(model, CachedSpec)
+    for before in list(program.graphs)[-1:]:
+        made = program.contract(before).outputs
+        for read, left in zip(model.cache_inputs, model.cache_outputs, strict=True):
+            inputs[read] = replace(made[left], role=Role.CACHE)
+    program.graphs[name], program.weights, _ = capture(
+        make, inputs, (model.output, *model.cache_outputs), lambda _name, _parameter: program.dtype
+    )
 
 
 def statistics(config: Mapping[str, Any]) -> dict[str, Tensor]:
