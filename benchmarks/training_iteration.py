@@ -5,7 +5,7 @@
     python benchmarks/training_iteration.py --pipeline tiny --recipe tiny_train --frames 12
 
 A pipeline of the true sizes with random weights, and clips, are made first, unless --pipeline names
-a pipeline.
+a pipeline. With --folder they stay there, and the next command finds them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,17 +32,26 @@ from lltk.bench.script import column, script_options, script_parser, script_reco
 from lltk.graph.memory import readable, total
 from lltk.graph.recipe import read_recipe
 from lltk.graph.recipe_files import find_recipe
+from lltk.models.vae_frames import Way, encoded_frames
+from lltk.models.wan_vae import CONFIGS, validate_config
 from lltk.parallel.groups import SEQUENCE, regrouped
 from lltk.parallel.ranks import Ranks, joined
-from lltk.training import open_training, plan_training
+from lltk.streaming.traffic import sent_bytes
+from lltk.tasks.transformer import plan_transformer
+from lltk.training import open_training
 
 _METHOD = """\
 Whole steps of {recipe}, one clip for all ranks, through `open_training`: clips are read from
 H.264 files and encoded, and nothing is kept between steps but the embeddings of captions. Changed
 keys: {changes}. Seconds are medians of {runs} steps after one that warms up, of the slowest rank;
-parts are the first rank's. Peak memory is torch's, of the rank that needs most, beside the
-estimate of `lltk train --dry-run`. Losses are those of all steps; rows with equal clips have equal
-ones up to rounding. Weights and clips are random; sizes are the true ones."""
+parts are those of each rank, in order. Expected is a model: the one rank's forward and backward
+pass divided by the ranks, its data by the share of the frames that the busiest rank encodes, its
+update as it is, and the sent bytes twice (a backward pass sends as many) over {link:.0f} GB/s each
+way; nothing hides anything, and what fewer recomputed blocks save is not counted. Sent is counted
+from the graph, for a forward pass. Peak memory is torch's, of the rank that needs most, beside the
+estimate of `lltk train --dry-run`. Losses and gradient norms are those of all steps; rows with
+equal clips have equal ones up to rounding. Weights and clips are random; sizes are the true
+ones."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +68,22 @@ class Row:
     frames: int
     layout: str | None = None
     kept: int = 0
-    encoding: str = "shared"
+    encoding: Way = "shared"
 
 
 ROWS = {
     "16 s": Row(96, kept=20),
     "16 s, all recomputed": Row(96),
-    "21 s, all recomputed": Row(128),
+    "20 s, all recomputed": Row(120),
     "16 s, balanced, encoder handed on": Row(96, "balanced_sp", 30),
     "16 s, balanced, encoder looks back": Row(96, "balanced_sp", 30, "lookback"),
     "16 s, naive, whole encoder": Row(96, "naive_sp", 30, "whole"),
     "32 s, balanced, encoder looks back": Row(192, "balanced_sp", 0, "lookback"),
     "32 s, naive, whole encoder": Row(192, "naive_sp", 0, "whole"),
+    "4 s": Row(24, kept=30),
+    "4 s, balanced, encoder handed on": Row(24, "balanced_sp", 30),
+    "4 s, balanced, encoder looks back": Row(24, "balanced_sp", 30, "lookback"),
+    "4 s, naive, whole encoder": Row(24, "naive_sp", 30, "whole"),
 }
 _ALWAYS = (
     "train.steps=1000000",
@@ -81,7 +94,10 @@ _ALWAYS = (
     "train.sample_every=null",
     "train.data.shots=1",
     "train.data.clips=null",
+    "train.data.frames=null",
 )
+NVLINK = 450e9
+"""Bytes a second each way between two Hopper GPUs of a host, by their data sheet."""
 _PATIENCE = timedelta(minutes=20)
 """How long ranks wait for one that measures alone."""
 _LARGE = ("train.optimiser=adamw_8bit", "train.weights=compute", "train.ema_decay=null")
@@ -93,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     made = script_parser(__file__, __doc__, runs=3)
     made.add_argument("--recipe", default="wan22_5b_train_16s", help="(default: %(default)s)")
     made.add_argument("--pipeline", help="a pipeline to use instead of random weights")
+    made.add_argument("--folder", type=Path, help="where to make weights and clips, and find them")
     made.add_argument("--frames", type=int, help="latent frames of all rows, to try the script")
     made.add_argument("--rows", nargs="+", default=["16 s"], choices=list(ROWS), metavar="ROW")
     made.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
@@ -108,9 +125,10 @@ def main() -> None:
     """Measure, and write the record again after each row."""
     options = script_options(parser())
     results: list[dict[str, Any]] = []
-    with joined(options.device, _PATIENCE) as ranks, TemporaryDirectory() as made:
+    where = nullcontext(options.folder) if options.folder else TemporaryDirectory()
+    with joined(options.device, _PATIENCE) as ranks, where as made:
         folder = _shared(Path(made), ranks)
-        if ranks.rank == 0:
+        if ranks.rank == 0 and not (folder / "clips").exists():
             _make(options, folder, ranks.device)
         ranks.any(False)  # the first has made it
         for name in options.rows:
@@ -135,7 +153,9 @@ def _sharing(row: Row, ranks: Ranks) -> Iterator[Ranks | None]:
 
 def _write(options: argparse.Namespace, results: list[dict[str, Any]], ranks: Ranks) -> None:
     changes = ", ".join(_changes(options)) or "none"
-    method = _METHOD.format(recipe=options.recipe, changes=changes, runs=options.runs)
+    method = _METHOD.format(
+        recipe=options.recipe, changes=changes, runs=options.runs, link=NVLINK / 1e9
+    )
     record = script_record("training_iteration", method, results, ranks.size)
     write_record(options.output, record, text(record))
     print({k: v for k, v in results[-1].items() if k != "every"}, flush=True)
@@ -185,7 +205,7 @@ def measure(row: Row, options: argparse.Namespace, folder: Path, ranks: Ranks) -
     data["passes"] = with_layout(data["passes"], row.layout, ranks.size)
     torch._dynamo.reset()
     gc.collect()  # the row before
-    plan = plan_training(data, ranks.device, options.recipe)
+    plan = plan_transformer(data, ranks.device, options.recipe)
     cuda = ranks.device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
@@ -208,13 +228,16 @@ def measure(row: Row, options: argparse.Namespace, folder: Path, ranks: Ranks) -
         gathered = [None] * ranks.size
         dist.all_gather_object(gathered, mine)
     slowest = [max(each) for each in zip(*(one["seconds"] for one in gathered), strict=True)]
+    encoder = validate_config(CONFIGS["wan22_vae" if options.pipeline is None else "tiny_vae"])
+    encoded = encoded_frames(encoder, _frames(row, options), ranks.size, row.encoding)
     return {
+        "sent": sent_bytes(plan.program, "train"),
+        "encoded": list(encoded),
         "seconds": statistics.median(slowest),
         "p90": percentile(slowest, 0.9),
         "ranks": ranks.size,
         "frames": _frames(row, options),
         "kept": row.kept,
-        "parts": gathered[0]["parts"],
         "mfu": steps[-1].mfu,
         "tokens_per_second": steps[-1].tokens_per_second,
         "peak": max(one["peak"] for one in gathered),
@@ -226,11 +249,33 @@ def measure(row: Row, options: argparse.Namespace, folder: Path, ranks: Ranks) -
     }
 
 
+def expected(row: Mapping[str, Any], record: Record) -> float | None:
+    """The model's seconds of a row, from those of one rank's; None if there are none."""
+    alone = [
+        one
+        for one in record.results
+        if one["ranks"] == 1 and one["frames"] == row["frames"] and one["kept"] > 0
+    ]
+    if row["ranks"] == 1 or not alone:
+        return None
+    parts: Mapping[str, float] = alone[0]["every"][0]["parts"]
+    share = max(row["encoded"]) / sum(alone[0]["encoded"])
+    passes = (parts["forward"] + parts["backward"]) / row["ranks"]
+    return share * parts["data"] + passes + parts["optimiser"] + 2 * row["sent"] / NVLINK
+
+
 def text(record: Record) -> str:
     """The record as Markdown."""
 
     def parts(row: Mapping[str, Any]) -> str:
-        return ", ".join(f"{part} {seconds:.2f}" for part, seconds in row["parts"].items())
+        return "; ".join(
+            ", ".join(f"{part} {seconds:.2f}" for part, seconds in rank["parts"].items())
+            for rank in row["every"]
+        )
+
+    def model(row: Mapping[str, Any]) -> str:
+        seconds = expected(row, record)
+        return "–" if seconds is None else f"{seconds:.2f}"
 
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "row": lambda row: row["name"],
@@ -238,12 +283,16 @@ def text(record: Record) -> str:
         "ranks": column("ranks", "d"),
         "attention kept": lambda row: f"{row['kept']} blocks",
         "seconds (p90)": lambda row: f"{row['seconds']:.2f} ({row['p90']:.2f})",
+        "expected": model,
         "seconds by part": parts,
+        "frames encoded": lambda row: ", ".join(map(str, row["encoded"])),
+        "sent": lambda row: readable(row["sent"]),
         "MFU": lambda row: "–" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %",
         "tokens a second": lambda row: f"{row['tokens_per_second']:.0f}",
         "peak memory": lambda row: readable(row["peak"]) if row["peak"] else "–",
         "estimate": lambda row: readable(total(row["estimate"])),
         "losses": lambda row: ", ".join(f"{loss:.4f}" for loss in row["losses"]),
+        "gradient norms": lambda row: ", ".join(f"{norm:.4f}" for norm in row["norms"]),
     }
     return markdown(record, "Training steps of the 5B", columns)
 

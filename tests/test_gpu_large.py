@@ -1,7 +1,8 @@
-"""A model of the 5B's width learns, and goes on where it was killed."""
+"""A model of the 5B's width learns, and goes on where it was killed; on one GPU and on two."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import grouped
+from test_gpu_training import run_ranks
 from torch import Tensor
 
+from lltk.bench.layouts import with_layout
 from lltk.bench.random_weights import with_random_weights
 from lltk.compiler import transform
 from lltk.graph.module import instantiate
@@ -18,6 +22,8 @@ from lltk.graph.program import Program
 from lltk.graph.recipe import parse_recipe, read_recipe
 from lltk.graph.recipe_files import find_recipe
 from lltk.models.configs import named_config
+from lltk.parallel.mesh import ALONE, Mesh, meshed
+from lltk.parallel.ranks import Ranks
 from lltk.train.data import Batch
 from lltk.train.flow_matching import FlowMatching
 from lltk.train.loop import Trainer
@@ -29,6 +35,9 @@ pytestmark = pytest.mark.gpu
 LAYERS, FRAMES, STEPS, SAVED = 2, 32, 20, 12
 FACTOR = 0.8
 """The loss of the last step is below so much of the first one's."""
+
+BOUND = 0.01
+"""How near in bfloat16 the losses and gradients of two GPUs are to one's, relatively."""
 
 
 class OneSample:
@@ -55,26 +64,29 @@ class SameNoise(FlowMatching):
         return super().loss(replace(batch, indices=range(1)))
 
 
-def made(layers: int) -> Program:
+def made(ranks: int = 1) -> Program:
     changes = [f"geometry.frames={FRAMES}"]
     data: dict[str, Any] = dict(read_recipe(find_recipe("wan22_5b_train_16s"), changes))
-    config = dict(named_config("wan22_5b")) | {"num_layers": layers}
+    config = dict(named_config("wan22_5b")) | {"num_layers": LAYERS}
     data["model"] = dict(data["model"]) | {"checkpoint": None, "config": config}
+    layout = None if ranks == 1 else "balanced_sp"
+    data["passes"] = with_layout(data["passes"], layout, ranks)
     return with_random_weights(transform(parse_recipe(data, "large"), weights=False), "cuda")
 
 
-def trainer(program: Program, folder: Path, resume: bool = False) -> Trainer:
+def trainer(program: Program, folder: Path, resume: bool = False, mesh: Mesh = ALONE) -> Trainer:
     module = instantiate(program, "cuda")
     module.recompute_blocks(keep_attention=LAYERS)
     module.compile_blocks()
     settings = {"steps": STEPS, "lr": 3e-5, "ema_decay": None, "checkpoint_every": SAVED}
+    settings |= {"shards": mesh.shards}
     section = TrainSection.model_validate(settings)
     objective = SameNoise(program, module)
-    return Trainer(objective, OneSample(program), section, folder, {}, resume=resume)
+    return Trainer(objective, OneSample(program), section, folder, {}, resume=resume, mesh=mesh)
 
 
 def test_a_large_model_learns_and_goes_on(tmp_path: Path) -> None:
-    program, states = made(LAYERS), tmp_path / "checkpoints"
+    program, states = made(), tmp_path / "checkpoints"
     run, losses = trainer(program, tmp_path), list[float]()
     while not training_states(states) or len(losses) == SAVED:  # it is written meanwhile
         losses.append(next(run).loss)
@@ -91,3 +103,35 @@ def test_a_large_model_learns_and_goes_on(tmp_path: Path) -> None:
     again = [metrics.loss for metrics in resumed]
     assert again[0] == pytest.approx(losses[SAVED], rel=1e-3)
     assert again[-1] < FACTOR * losses[0]
+
+
+def save_losses(rank: int, size: int, port: int, folder: Path) -> None:
+    """Train on two GPUs until the step after a saved one; for a process of its own."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    ranks = Ranks(rank, size, device)
+    with grouped(rank, size, port, "cpu:gloo,cuda:nccl"), meshed(ranks, size, size) as mesh:
+        run = trainer(made(size), folder, mesh=mesh)
+        steps = [next(run) for _ in range(SAVED + 1)]
+        run.settle()
+    if rank == 0:
+        found = [[step.loss, step.grad_norm] for step in steps]
+        (folder / "losses.json").write_text(json.dumps(found))
+
+
+def test_two_gpus_train_what_one_does_and_one_goes_on(tmp_path: Path) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
+    two.mkdir()
+    run_ranks(save_losses, folder=two)
+    found = json.loads((two / "losses.json").read_text())
+    program = made()
+    alone = trainer(program, one)
+    for loss, norm in found[:10]:
+        step = next(alone)
+        assert loss == pytest.approx(step.loss, rel=BOUND)
+        assert norm == pytest.approx(step.grad_norm, rel=BOUND)
+    del alone
+    torch.cuda.empty_cache()
+    resumed = trainer(program, two, resume=True)
+    assert resumed.step == SAVED
+    assert next(resumed).loss == pytest.approx(found[SAVED][0], rel=1e-3)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from encoding_ranks import LATENTS, Odd, save_on, video
-from ranks import LIMIT, free_port
+from ranks import LIMIT, ended, free_port
 from safetensors.torch import load_file
+from test_train_resume import lines, train_shipped
 from test_training_ranks import BOUND, FAR, apart
 from test_vae_frames import vae
 from training_ranks import RUNS, file_of, save_on_gpu, trained
@@ -66,3 +69,17 @@ def test_ranks_encode_what_one_does(tmp_path: Path) -> None:
         for latents in LATENTS:
             assert float((made[str(latents)] - encode(vae(), video(latents))).abs().max()) < 1e-10
         assert all(torch.equal(made[name], value) for name, value in kept.items())
+
+
+def test_all_end_when_one_is_killed(tmp_path: Path) -> None:
+    """Within seconds; one that waits in an exchange too."""
+    if torch.cuda.device_count() < SIZE:
+        pytest.skip(f"needs {SIZE} GPUs")
+    ranks = train_shipped(tmp_path / "run", SIZE, "cuda")
+    deadline = time.monotonic() + LIMIT
+    while lines(tmp_path / "run") < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ranks[1].kill()
+    first, second = ended(ranks, limit=10)
+    assert second[0] == -signal.SIGKILL
+    assert first[0] > 0 and "Traceback" not in first[2]

@@ -276,11 +276,11 @@ SHIPPED: dict[int, tuple[str, ...]] = {
 """Shipped recipes with their models, on few and short clips, by the number of ranks."""
 
 
-def train_shipped(folder: Path, ranks: int) -> list[subprocess.Popen[str]]:
+def train_shipped(folder: Path, ranks: int, device: str = "cpu") -> list[subprocess.Popen[str]]:
     recipe, *changes = SHIPPED[ranks]
     settings = [word for change in (*CHANGES, *changes) for word in ("--set", change)]
     code = "import torch; torch.set_num_threads(1); from lltk.cli.main import main; main()"
-    words = ["train", recipe, *settings, "--device", "cpu", "-o", folder, "--resume"]
+    words = ["train", recipe, *settings, "--device", device, "-o", folder, "--resume"]
     return started(ranks, "-c", code, *words)
 
 
