@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -110,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--recipe", default="wan22_5b_train_16s", help="(default: %(default)s)")
     made.add_argument("--pipeline", help="a pipeline to use instead of random weights")
     made.add_argument("--folder", type=Path, help="where to make weights and clips, and find them")
+    made.add_argument("--alone", type=Path, help="a record with a row of one rank")
     made.add_argument("--frames", type=int, help="latent frames of all rows, to try the script")
     made.add_argument("--rows", nargs="+", default=["16 s"], choices=list(ROWS), metavar="ROW")
     made.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
@@ -125,6 +126,7 @@ def main() -> None:
     """Measure, and write the record again after each row."""
     options = script_options(parser())
     results: list[dict[str, Any]] = []
+    alone = Record.model_validate_json(options.alone.read_text()).results if options.alone else []
     where = nullcontext(options.folder) if options.folder else TemporaryDirectory()
     with joined(options.device, _PATIENCE) as ranks, where as made:
         folder = _shared(Path(made), ranks)
@@ -134,7 +136,8 @@ def main() -> None:
         for name in options.rows:
             with _sharing(ROWS[name], ranks) as own:
                 if own is not None:
-                    results.append({"name": name} | measure(ROWS[name], options, folder, own))
+                    row = {"name": name} | measure(ROWS[name], options, folder, own)
+                    results.append(row | expected(row, [*results, *alone]))
             if ranks.rank == 0:
                 _write(options, results, ranks)
         ranks.any(False)  # the first removes the folder last
@@ -249,19 +252,17 @@ def measure(row: Row, options: argparse.Namespace, folder: Path, ranks: Ranks) -
     }
 
 
-def expected(row: Mapping[str, Any], record: Record) -> float | None:
-    """The model's seconds of a row, from those of one rank's; None if there are none."""
-    alone = [
-        one
-        for one in record.results
-        if one["ranks"] == 1 and one["frames"] == row["frames"] and one["kept"] > 0
-    ]
+def expected(row: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The model's seconds of a row, if one rank's are among the others."""
+    sizes = (row["frames"], 1)
+    alone = [one for one in others if (one["frames"], one["ranks"]) == sizes and one["kept"] > 0]
     if row["ranks"] == 1 or not alone:
-        return None
+        return {}
     parts: Mapping[str, float] = alone[0]["every"][0]["parts"]
     share = max(row["encoded"]) / sum(alone[0]["encoded"])
     passes = (parts["forward"] + parts["backward"]) / row["ranks"]
-    return share * parts["data"] + passes + parts["optimiser"] + 2 * row["sent"] / NVLINK
+    sent = 2 * row["sent"] / NVLINK
+    return {"expected": share * parts["data"] + passes + parts["optimiser"] + sent}
 
 
 def text(record: Record) -> str:
@@ -273,17 +274,13 @@ def text(record: Record) -> str:
             for rank in row["every"]
         )
 
-    def model(row: Mapping[str, Any]) -> str:
-        seconds = expected(row, record)
-        return "–" if seconds is None else f"{seconds:.2f}"
-
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "row": lambda row: row["name"],
         "latent frames": column("frames", "d"),
         "ranks": column("ranks", "d"),
         "attention kept": lambda row: f"{row['kept']} blocks",
         "seconds (p90)": lambda row: f"{row['seconds']:.2f} ({row['p90']:.2f})",
-        "expected": model,
+        "expected": lambda row: f"{row['expected']:.2f}" if "expected" in row else "–",
         "seconds by part": parts,
         "frames encoded": lambda row: ", ".join(map(str, row["encoded"])),
         "sent": lambda row: readable(row["sent"]),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,21 @@ from test_folder import GEOMETRY, VAE, WHOLE, dataset_of
 from test_vae_frames import frames_seen, vae
 from torch import Tensor
 
+from lltk.compiler import with_weights
+from lltk.graph.geometry import Geometry
+from lltk.graph.module import instantiate
+from lltk.graph.passes import run_passes
 from lltk.models import vae_ranks
 from lltk.models.tiny.text import save_text_encoder
-from lltk.models.vae_ranks import encode_apart, encode_shared
+from lltk.models.vae_encoder import captured, encoder_weights
+from lltk.models.vae_frames import LONGEST
+from lltk.models.vae_ranks import Turn, encode_apart, encode_shared
 from lltk.models.wan_vae import build, encode, save_vae
 from lltk.parallel import groups
 from lltk.parallel.mesh import ALONE, Mesh, meshed
 from lltk.parallel.ranks import Ranks
+from lltk.passes import make_pass
+from lltk.stream.encoder import Encoder
 from lltk.train.data import Dataset, first_samples
 
 SIZES = (2, 4)
@@ -50,6 +57,29 @@ def video(latents: int) -> Tensor:
     return torch.randn(2, 3, frames, 48, 16, generator=generator, dtype=torch.float64)
 
 
+@cache
+def encoder(number: int, device: str = "cpu") -> Encoder:
+    """A VAE's encoder as a Program for these videos, fused as on a GPU."""
+    model, sizes = vae(number), {"batch": 2, "height": 48, "width": 16}
+    geometry = Geometry.model_validate(sizes)
+    program = captured(model.config, geometry, torch.float64, LONGEST)
+    passes = ("canonicalise", "fuse_norm_silu", "channels_last", "lower")
+    program = run_passes(program, [make_pass(name, {}) for name in passes])
+    program = with_weights(program, encoder_weights(model.state_dict()))
+    return Encoder(program, instantiate(program, device))
+
+
+def counting(encoder: Encoder) -> tuple[Callable[..., Tensor], list[int]]:
+    """What encodes parts, and how many frames each has."""
+    found: list[int] = []
+
+    def part(video: Tensor, turn: Turn) -> Tensor:
+        found.append(video.shape[2])
+        return encoder.encode_part(video, turn)
+
+    return part, found
+
+
 def without(name: str) -> Callable[[], AbstractContextManager[None]]:
     """A fault: a hook sees zeros in place of the frames of the rank before."""
 
@@ -59,7 +89,7 @@ def without(name: str) -> Callable[[], AbstractContextManager[None]]:
 
         def zeros(sent: Tensor | None, awaited: Tensor | None, *group: Any) -> None:
             hand_on(sent, awaited, *group)
-            if awaited is not None and awaited.shape[2] == (1 if name == "halving" else 2):
+            if awaited is not None and awaited.shape[1] == (1 if name == "halving" else 2):
                 awaited.zero_()
 
         with patch.object(vae_ranks, "hand_on", zeros):
@@ -122,8 +152,8 @@ def save_encoded(rank: int, size: int, port: int, folder: Path) -> None:
             with fault():
                 made = {}
                 for number, latents in FAULTY[1:] if name else RUNS:
-                    with frames_seen(vae(number)) as seen:
-                        encoded = encode_shared(vae(number), video(latents), size)
+                    part, seen = counting(encoder(number))
+                    encoded = encode_shared(part, vae(number).config, video(latents), size)
                     made[f"{number}, {latents}"] = encoded
                     if not name:
                         alone = partial(encode, vae(number))
@@ -155,10 +185,9 @@ def save_on(kind: str, rank: int, size: int, port: int, folder: Path) -> None:
     device = torch.device(kind, rank)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    model = copy.deepcopy(vae())
-    torch.nn.Module.to(model, device)
+    part, config = encoder(0, kind).encode_part, vae().config
     with grouped(rank, size, port, "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"):
-        made = {str(n): encode_shared(model, video(n), size) for n in LATENTS}
+        made = {str(n): encode_shared(part, config, video(n), size) for n in LATENTS}
         with meshed(Ranks(rank, size, device), size, 1) as mesh:
             made |= first_samples(Odd(kind), 7, 9, block=2, mesh=mesh)
         dist.barrier()  # the first to end takes its connections with it
@@ -177,7 +206,7 @@ def save_all(folder: Path) -> None:
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
     for number, _ in RUNS:
-        vae(number)
+        encoder(number)
     for size in SIZES:
         port = free_port()
         forked(save_encoded, [(rank, size, port, folder) for rank in range(size)])

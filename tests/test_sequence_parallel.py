@@ -256,6 +256,33 @@ def test_where_a_rank_fails_all_stop() -> None:
     assert "error:" not in said and "Traceback" not in said
 
 
+KILLED = """
+import os, signal, sys, torch
+import torch.distributed as dist
+from lltk.parallel.ranks import joined
+
+def run():
+    with joined("cpu") as ranks:
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(3))
+
+try:
+    run()
+except ValueError as error:
+    print("error:", error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def test_where_a_rank_is_killed_one_message_says_so() -> None:
+    """Also where torch's own exchange fails, such as FSDP2's."""
+    codes, _, errors = zip(*ended(started(3, "-c", KILLED)), strict=True)
+    assert codes[1] == -signal.SIGKILL and {codes[0], codes[2]} <= {1, 2}
+    said = "".join(errors)
+    assert said.count("has stopped") == 1 and "Traceback" not in said
+
+
 def test_what_all_refuse_one_says(tmp_path: Path) -> None:
     shots = ["--prompt", "x", "-o", tmp_path / "video.mp4", "--device", "cuda:99"]
     results = ended(started(2, "-m", "lltk", "stream", "tiny_stream", *shots))

@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lltk.parallel.devices import find_device
-from lltk.parallel.groups import FRAMES, SEQUENCE, registered
+from lltk.parallel.groups import FRAMES, SEQUENCE, lost, registered
 
 TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for another one; compiling blocks takes less."""
@@ -99,10 +99,12 @@ def joined(device: str | None, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
         with registered(SEQUENCE, group), registered(FRAMES, frames):
             yield ranks
         ranks.any(False)  # all are done
-    except BaseException:
+    except BaseException as error:
         _end_soon()
         if not _first_to_fail(store):
             raise SystemExit(1) from None
+        if isinstance(error, RuntimeError) and _any_ended(others, _POLL):  # an exchange failed
+            raise lost(error) from error
         raise
     finally:
         done.set()
@@ -143,7 +145,7 @@ def _watch(store: Store, others: Mapping[int, int], done: threading.Event) -> No
             failed = store.check([_FAILED])
         except RuntimeError:  # who kept it is gone
             failed = not done.is_set()
-        ended, _, _ = select.select([*others.values()], [], [], 0)
+        ended = _any_ended(others)
         if not failed and ended and not done.wait(_POLL):
             failed = True
             if _first_to_fail(store):
@@ -152,6 +154,15 @@ def _watch(store: Store, others: Mapping[int, int], done: threading.Event) -> No
         if failed:
             _end_soon()
             return
+
+
+def _any_ended(others: Mapping[int, int], wait: float = 0) -> list[int]:
+    """Of the other ranks' processes on this machine, the descriptors of those that have ended.
+
+    A process that is killed loses its connections a moment before it counts as ended.
+    """
+    ended, _, _ = select.select([*others.values()], [], [], wait)
+    return ended
 
 
 def _end_soon() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from lltk.graph.contract import Role
 from lltk.graph.spec import EncoderSpec
+from lltk.stream.handed_on import HandedOn, HandingOn, promptly
 from lltk.stream.lanes import Lane
 from lltk.stream.runtimes.cuda_graph import CudaGraphs
 
@@ -44,6 +45,8 @@ class Encoder:
         self._module = module
         self._device = next(module.parameters()).device
         self._graphs = CudaGraphs(Lane(self._device), "cuda_graphs") if cuda_graphs else None
+        self._prompt: dict[str, fx.Graph] = {}
+        """The graphs that hand caches on as soon as they are made, once they have run."""
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -76,9 +79,43 @@ class Encoder:
             latents.append(made)
         return torch.cat(latents, dim=2)
 
-    def parts(self, frames: int) -> list[tuple[str, int]]:
-        """The graphs that encode a video of so many frames in turn, and how many each reads."""
-        parts, left = [("first", 1)], frames - 1
+    @torch.no_grad()
+    def encode_part(self, video: Tensor, handed: HandedOn) -> Tensor:
+        """The latents of some consecutive frames of a video, whose caches other ranks have.
+
+        Args:
+            video: the frames of as many latents as one graph makes, [B, 3, n, H, W], on any device.
+                The part that the video begins with may have the first frame before them.
+            handed: where the caches before these frames come from, and those after them go to.
+
+        Returns:
+            As `encode` gives them.
+        """
+        caches: dict[str, Tensor] = {}
+        latents, parts = [], self.parts(video.shape[2], handed.begins)
+        *own, last = video.split([count for _, count in parts], dim=2)
+        for (graph, _), part in zip(parts, own, strict=False):
+            made, caches = self._encoded(graph, part, caches)
+            latents.append(made)
+        graph = parts[-1][0]
+        assert handed.begins or len(parts) == 1, "a part is what one graph encodes"
+        if graph not in self._prompt:
+            found = self._module.program.graphs[graph]
+            self._prompt[graph] = promptly(found, self._spec.cache_outputs)
+        contract = self._contracts[graph]
+        given = caches | contract.named({Role.VIDEO: last.to(self._device).contiguous()})
+        run = HandingOn(self._module, self._prompt[graph], given, contract.inputs, handed)
+        latents.append(run.run()[self._spec.output])
+        return torch.cat(latents, dim=2)
+
+    def parts(self, frames: int, begins: bool = True) -> list[tuple[str, int]]:
+        """The graphs that encode so many frames in turn, and how many each reads.
+
+        Args:
+            frames: of a video or a part of one.
+            begins: whether the video's first frame is among them.
+        """
+        parts, left = ([("first", 1)], frames - 1) if begins else ([], frames)
         for graph in ("steps", "step"):
             if graph in self._contracts:
                 size = self._contracts[graph].input(Role.VIDEO).shape[2]

@@ -16,7 +16,7 @@ from lltk.graph.module import instantiate
 from lltk.graph.passes import Pass, run_passes
 from lltk.models import vae_encoder
 from lltk.models.pipelines import find_pipeline
-from lltk.models.vae_frames import Way
+from lltk.models.vae_frames import LONGEST, Way
 from lltk.models.vae_ranks import encode_apart, encode_shared
 from lltk.models.wan_vae import check_video, decode, load_vae, make_vae
 from lltk.ops.implementations import find_implementation
@@ -25,8 +25,6 @@ from lltk.stream.encoder import Encoder
 from lltk.stream.text import TextEncoder
 from lltk.train.recipe import DataSection
 
-_LATENTS = 2
-"""Latents that a call of the encoder makes. More take more memory: 1.4 GiB each at 1280×704."""
 _CALLS = 16
 """Of how many calls the prompts' embeddings are kept."""
 
@@ -85,7 +83,7 @@ class PipelineEncoder:
         if size not in self._encoders:
             sizes = {"batch": batch, "height": height, "width": width}
             geometry = Geometry.model_validate(sizes)
-            captured = vae_encoder.captured(self._config, geometry, self._dtype, _LATENTS)
+            captured = vae_encoder.captured(self._config, geometry, self._dtype, LONGEST)
             program = run_passes(captured, encoder_passes(self._device, self._dtype))
             program = with_weights(program, vae_encoder.encoder_weights(self._weights))
             self._encoders[size] = Encoder(program, instantiate(program, self._device))
@@ -108,7 +106,8 @@ class PipelineEncoder:
             return self._encode(video)
         if self._way == "lookback":
             return encode_apart(self._encode, self._config, video, ranks)
-        return encode_shared(self._vae, video, ranks)
+        encoder = self._encoder(len(video), *video.shape[3:])
+        return encode_shared(encoder.encode_part, self._config, video, ranks)
 
     def _encode(self, video: Tensor) -> Tensor:
         check_video(self._config, video)

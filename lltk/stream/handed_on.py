@@ -1,0 +1,113 @@
+"""Running an encoder's graph whose caches come from another rank, and go to another, one by one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from lltk.graph.contract import TensorSpec
+from lltk.graph.spec import EncoderSpec
+
+if TYPE_CHECKING:
+    from lltk.graph.module import ProgramModule
+
+
+class HandedOn(Protocol):
+    """Where a part's caches come from and go to."""
+
+    @property
+    def begins(self) -> bool:
+        """Whether the video begins with this part. Then it has no caches before it."""
+
+    def before(self, index: int, spec: TensorSpec, device: torch.device) -> Tensor:
+        """The cache of this number that the part reads."""
+
+    def after(self, index: int, cache: Tensor) -> None:
+        """Take the cache of this number that the part leaves."""
+
+
+class HandingOn(fx.Interpreter):
+    """Runs a graph of an encode Program.
+
+    It asks for a cache when a node first reads it, and gives one away as soon as it is made. So
+    ranks that encode consecutive parts of a video run side by side, and wait for one another at
+    each convolution only.
+
+    Args:
+        module: the Program, runnable.
+        graph: one of its graphs, as `promptly` gives it.
+        given: its inputs by name: its frames, and in the video's first part the caches too.
+        specs: of all its inputs.
+        handed: where caches come from that are not given, and where all go to.
+    """
+
+    def __init__(
+        self,
+        module: ProgramModule,
+        graph: fx.Graph,
+        given: Mapping[str, Tensor],
+        specs: Mapping[str, TensorSpec],
+        handed: HandedOn,
+    ) -> None:
+        super().__init__(module, graph=graph)
+        spec = module.program.model
+        assert isinstance(spec, EncoderSpec)
+        self._given, self._specs, self._handed = given, specs, handed
+        self._device = next(module.parameters()).device
+        self.extra_traceback = False
+        self._reads = {name: index for index, name in enumerate(spec.cache_inputs)}
+        results = results_of(graph)
+        self._leaves: dict[fx.Node, int] = {
+            results[name]: index for index, name in enumerate(spec.cache_outputs)
+        }
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._given.get(target)
+
+    def run_node(self, n: fx.Node) -> Any:
+        for source in n.all_input_nodes:
+            if source.op == "placeholder" and self.env[source] is None:
+                name = str(source.target)
+                index, spec = self._reads[name], self._specs[name]
+                self.env[source] = self._handed.before(index, spec, self._device)
+        made = super().run_node(n)
+        if n in self._leaves:
+            self._handed.after(self._leaves[n], made)
+        return made
+
+
+def promptly(graph: fx.Graph, names: Collection[str]) -> fx.Graph:
+    """A copy of a graph that makes some of its results as early as it can.
+
+    Args:
+        graph: gives a dict.
+        names: of the results.
+    """
+    made = copy.deepcopy(graph)
+    (output,) = made.find_nodes(op="output")
+    others = {node for name, node in results_of(made).items() if name not in names}
+    tails: set[fx.Node] = set()
+    for node in reversed(made.nodes):
+        if node.op == "call_function" and node not in others and node.users.keys() <= {
+            output, *tails,
+        }:  # fmt: skip
+            tails.add(node)
+    place = {node: index for index, node in enumerate(made.nodes)}
+    for node in [node for node in made.nodes if node in tails]:
+        last = max(node.all_input_nodes, key=place.__getitem__)
+        if last.op != "placeholder":
+            last.append(node)
+            place[node] = place[last]
+    made.lint()
+    return made
+
+
+def results_of(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The nodes of a graph's results, by name."""
+    (output,) = graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    return dict(results)
