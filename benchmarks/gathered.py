@@ -131,7 +131,7 @@ def measure(recipe: str, options: argparse.Namespace, ranks: Ranks) -> dict[str,
     program = transform(parse_recipe(data, recipe), weights=False)
     program = with_random_weights(program, ranks.device)
     settings = {
-        "steps": 2,
+        "steps": 1000,
         "batch": ranks.size,
         "shards": ranks.size,
         "ema_decay": None,

@@ -54,7 +54,7 @@ def encode_shared(
     check_video(config, video)
     parts = turns(1 + (video.shape[2] - 1) // config["scale_factor_temporal"], size)
     longest = max(count for _, count in parts)
-    rank, kept = find_group(SEQUENCE, size).rank(), dict[tuple[int, int], Tensor]()
+    rank, kept = find_group(SEQUENCE, size).rank(), dict[int, Tensor]()
     made = []
     for number in range(rank, len(parts), size):
         frames = own_frames(config, parts[number])
@@ -100,12 +100,10 @@ class Turn:
         number: of the part.
         parts: how many there are.
         size: of the group ``sequence``, whose ranks take them in turn.
-        kept: at the first rank, what has arrived for its parts, by their numbers and the caches'.
+        kept: at the first rank, what has arrived for its next part, by cache.
     """
 
-    def __init__(
-        self, number: int, parts: int, size: int, kept: dict[tuple[int, int], Tensor]
-    ) -> None:
+    def __init__(self, number: int, parts: int, size: int, kept: dict[int, Tensor]) -> None:
         self._number, self._parts, self._size = number, parts, size
         self._kept = kept
 
@@ -127,7 +125,7 @@ class Turn:
             device: where it is wanted.
         """
         if self._on_first_rank:
-            return self._kept.pop((self._number, index))
+            return self._kept.pop(index)
         batch, channels, *sizes = spec.shape
         awaited = torch.empty(batch, *sizes, channels, dtype=spec.dtype, device=device)
         hand_on(None, awaited, SEQUENCE, self._size)
@@ -140,12 +138,13 @@ class Turn:
             index: of its cache.
             cache: [B, C, F, H, W].
         """
-        sent = _laid_out(cache) if self._number + 1 < self._parts else None
-        awaited = None
+        cache = _laid_out(cache)
+        if self._number + 1 < self._parts:
+            hand_on(cache, None, SEQUENCE, self._size)
         if self._on_first_rank and self._number + self._size < self._parts:
-            awaited = torch.empty_like(_laid_out(cache))
-            self._kept[self._number + self._size, index] = awaited.permute(_BACK)
-        hand_on(sent, awaited, SEQUENCE, self._size)
+            awaited = torch.empty_like(cache)
+            hand_on(None, awaited, SEQUENCE, self._size)
+            self._kept[index] = awaited.permute(_BACK)
 
 
 _BACK = (0, 4, 1, 2, 3)

@@ -33,9 +33,9 @@ class HandedOn(Protocol):
 class HandingOn(fx.Interpreter):
     """Runs a graph of an encode Program.
 
-    It asks for a cache when a node first reads it, and gives one away as soon as it is made. So
-    ranks that encode consecutive parts of a video run side by side, and wait for one another at
-    each convolution only.
+    It asks for a cache when a node first reads it, and gives one away as soon as it is made and
+    that of the same number has arrived. So ranks that encode consecutive parts of a video run side
+    by side, and wait for one another at each convolution only.
 
     Args:
         module: the Program, runnable.
@@ -59,10 +59,16 @@ class HandingOn(fx.Interpreter):
         self._given, self._specs, self._handed = given, specs, handed
         self._device = next(module.parameters()).device
         self.extra_traceback = False
-        self._reads = {name: index for index, name in enumerate(spec.cache_inputs)}
+        read = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+        self._awaited = {
+            read[name]: index
+            for index, name in enumerate(spec.cache_inputs)
+            if name in read and name not in given
+        }
         results = results_of(graph)
-        self._leaves: dict[fx.Node, int] = {
-            results[name]: index for index, name in enumerate(spec.cache_outputs)
+        names = zip(spec.cache_inputs, spec.cache_outputs, strict=True)
+        self._leaves = {
+            results[left]: (index, read.get(known)) for index, (known, left) in enumerate(names)
         }
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -70,14 +76,19 @@ class HandingOn(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         for source in n.all_input_nodes:
-            if source.op == "placeholder" and self.env[source] is None:
-                name = str(source.target)
-                index, spec = self._reads[name], self._specs[name]
-                self.env[source] = self._handed.before(index, spec, self._device)
+            self._arrive(source)
         made = super().run_node(n)
         if n in self._leaves:
-            self._handed.after(self._leaves[n], made)
+            index, before = self._leaves[n]
+            self._arrive(before)
+            self._handed.after(index, made)
         return made
+
+    def _arrive(self, node: fx.Node | None) -> None:
+        """Have the cache of a placeholder, if it has not arrived before."""
+        if node is not None and node in self._awaited:
+            index, spec = self._awaited.pop(node), self._specs[str(node.target)]
+            self.env[node] = self._handed.before(index, spec, self._device)
 
 
 def promptly(graph: fx.Graph, names: Collection[str]) -> fx.Graph:
