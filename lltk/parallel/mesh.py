@@ -217,3 +217,13 @@ def divided_like(value: Tensor, like: Tensor) -> Tensor:
     if isinstance(value, DTensor) or not isinstance(like, DTensor):
         return value
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def parted_like(own: Tensor, like: Tensor) -> Tensor:
+    """A tensor of which each rank has a part, as it has of another one; undoes `local_part`."""
+    if not isinstance(like, DTensor):
+        return own
+    return DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=like.shape,
+        stride=like.stride(),
+    )  # fmt: skip

@@ -49,8 +49,7 @@ def _sparing(plan: TransformerPlan) -> Iterator[tuple[str, int]]:
     changes: list[str] = []
     for key, value in _SAVES.items():
         section = plan.section
-        needless = getattr(section, key) == value
-        if needless or (section.shards > 1 and key in ("optimiser", "weights")):
+        if getattr(section, key) == value:
             continue
         plan = replace(plan, section=section.model_copy(update={key: value}))
         shown = value if isinstance(value, str) else json.dumps(value)
@@ -61,8 +60,6 @@ def _sparing(plan: TransformerPlan) -> Iterator[tuple[str, int]]:
 def _shared(plan: TransformerPlan) -> Iterator[tuple[str, int]]:
     """The same keys on ever more ranks, which share clips and weights."""
     program, section = plan.program, plan.section
-    if section.optimiser == "adamw_8bit":
-        section = section.model_copy(update={"optimiser": "adamw", "weights": "float32"})
     most = gcd(program.spec.heads, program.geometry.chunks)
     ranks = 2
     while ranks <= _MOST_RANKS:
@@ -70,9 +67,7 @@ def _shared(plan: TransformerPlan) -> Iterator[tuple[str, int]]:
         shared = replace(program, facts={**program.facts, Ranks: Ranks(sequence)})
         own = section.model_copy(update={"shards": ranks})
         if sequence >= plan.sequence and ranks > section.shards:
-            keys = [f"--set passes.balanced_sp.size={sequence}", f"--set train.shards={ranks}"]
-            if section is not plan.section:
-                keys += ["--set train.optimiser=adamw", "--set train.weights=float32"]
+            keys = f"--set passes.balanced_sp.size={sequence} --set train.shards={ranks}"
             needed = total(replace(plan, program=shared, section=own).memory)
-            yield f"{ranks} ranks, {' '.join(keys)}", needed
+            yield f"{ranks} ranks, {keys}", needed
         ranks *= 2

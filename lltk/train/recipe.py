@@ -266,11 +266,6 @@ class TrainSection(BaseModel):
                 "train.weights: compute needs updates that are rounded stochastically, which adamw "
                 "does not do; set train.optimiser=adamw_8bit, or train.weights=float32"
             )
-        if self.optimiser == "adamw_8bit" and self.shards > 1:
-            raise ValueError(
-                f"train.shards: {self.shards}, but adamw_8bit does not divide its moments; set "
-                "train.shards=1, or train.optimiser=adamw"
-            )
         return self
 
     @model_validator(mode="after")
