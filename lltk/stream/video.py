@@ -22,6 +22,7 @@ from lltk.stream.forms import FORMS, form_of
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
     from av.filter import Graph
+    from av.video.reformatter import VideoReformatter
     from typing_extensions import Buffer
 
 KEYFRAME_EVERY = 12
@@ -62,6 +63,35 @@ def levels(video: Tensor) -> Tensor:
     return (video.float() * 127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
+def check_sides(height: int, width: int) -> None:
+    """Raise ValueError where a side, in pixels, is odd or too small for 4:2:0."""
+    for name, size in (("height", height), ("width", width)):
+        if size < 2 or size % 2:
+            below = max(size // 2 * 2, 2)
+            raise ValueError(
+                f"video: {name} of {size} pixels: 4:2:0 needs an even number; "
+                f"the nearest that fit: {below} and {below + 2}"
+            )
+
+
+def tag_colours(stream: VideoStream) -> None:
+    """Say in a stream that its colours are those of `in_yuv`."""
+    stream.colorspace = stream.color_primaries = stream.color_trc = BT709
+    stream.color_range = LIMITED
+
+
+def in_yuv(reformatter: VideoReformatter, frame: VideoFrame) -> VideoFrame:
+    """A frame's pixels in 4:2:0, by BT.709."""
+    from av.video.reformatter import ColorRange, Colorspace
+
+    return reformatter.reformat(
+        frame,
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+    )
+
+
 class VideoWriter:
     """A video file in the form that its suffix names; see `lltk.stream.forms`.
 
@@ -87,13 +117,7 @@ class VideoWriter:
         form = form_of(path)
         if form is None:
             raise ValueError(f"{path}: names no form of video; add one of {', '.join(FORMS)}")
-        for name, size in (("height", height), ("width", width)):
-            if size < 2 or size % 2:
-                below = max(size // 2 * 2, 2)
-                raise ValueError(
-                    f"video: {name} of {size} pixels: 4:2:0 needs an even number; "
-                    f"the nearest that fit: {below} and {below + 2}"
-                )
+        check_sides(height, width)
         if not 1 <= fps <= form.fastest:
             raise ValueError(
                 f"video: {fps:g} frames a second: {path.name} takes from 1 to {form.fastest}"
@@ -131,9 +155,7 @@ class VideoWriter:
             self._stream.gop_size = KEYFRAME_EVERY
             self._stream.thread_count = threads
             if self._palette is None:
-                self._stream.colorspace = self._stream.color_primaries = BT709
-                self._stream.color_trc = BT709
-                self._stream.color_range = LIMITED
+                tag_colours(self._stream)
             self._file.start_encoding()
 
     @property
@@ -197,14 +219,7 @@ class VideoWriter:
         if self._palette is not None:
             self._palette.push(frame)
             return cast("VideoFrame", self._palette.pull())
-        from av.video.reformatter import ColorRange, Colorspace
-
-        return self._reformatter.reformat(
-            frame,
-            format=self._form.pixels,
-            dst_colorspace=Colorspace.ITU709,
-            dst_color_range=ColorRange.MPEG,
-        )
+        return in_yuv(self._reformatter, frame)
 
     def _encode(self, frame: VideoFrame | None) -> None:
         """Encode and write a frame, or what the encoder still holds."""
