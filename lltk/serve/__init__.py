@@ -1,0 +1,1 @@
+"""A server of live streams and of video jobs; `lltk serve` starts it."""
