@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from lltk.stream.script import Shot
+from lltk.stream.script import LONGEST_SHOT, Shot
 
 PROTOCOL = "lltk.v1"
 """The subprotocol that both sides speak."""
@@ -26,6 +26,8 @@ TOKEN = "lltk.token."
 """What precedes the token in its subprotocol."""
 LONGEST_PROMPT = 2000
 """Characters."""
+SHOT_SECONDS = 5.0
+"""Of a shot that has no length of its own; a stream's last shot goes on."""
 MOST_SHOTS = 64
 """Shots of a message."""
 LONGEST_TEXT = 1 << 16
@@ -143,12 +145,14 @@ class Event(Message):
     Attributes:
         prompt: what the video shows from here on.
         cut: whether a scene cut comes first; if not, only the prompt is switched.
+        seconds: with a cut, how long the new shot lasts if others follow; None for `SHOT_SECONDS`.
         recache: whether a switch renews the cache; None as the session's.
         append: shots that follow when all others are over.
     """
 
     prompt: Prompt | None = None
     cut: bool = False
+    seconds: float | None = Field(None, gt=0, le=LONGEST_SHOT)
     recache: bool | None = None
     append: Shots | None = None
 
@@ -158,6 +162,8 @@ class Event(Message):
             raise ValueError("event: give exactly one of prompt and append")
         if self.append is not None and (self.cut or self.recache is not None):
             raise ValueError("event: cut and recache are for a prompt; drop them")
+        if self.seconds is not None and not self.cut:
+            raise ValueError("event: seconds are for a cut; drop them")
         if self.cut and self.recache is not None:
             raise ValueError("event: recache is for a switch without a cut; drop it")
         return self

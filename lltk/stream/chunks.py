@@ -170,6 +170,19 @@ class Chunking:
             self.recache and first and not cut,
         )
 
+    def going_on(self, after: Chunk) -> Chunk:
+        """One more chunk of the same shot."""
+        index = after.index + 1
+        return replace(
+            after,
+            index=index,
+            prompt=after.prompt.removeprefix(self.scene_cut) if after.opens_shot else after.prompt,
+            opens_shot=False,
+            frames=self.frames(index),
+            recache=False,
+            receipts=(),
+        )
+
     def renumbered(self, chunks: Sequence[Chunk], after: Chunk) -> list[Chunk]:
         """Whole shots' chunks as they are where they follow another chunk.
 

@@ -91,6 +91,11 @@ class DecodePipeline:
         """Have the decoder warm up first; `submit` or `close` raises what that raised."""
         self._warming = self._decoding.submit(self._warm_up)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `wait_for_room` would not wait, or raise at once."""
+        return sum(not future.done() for future in self._pending) < self._ahead
+
     def wait_for_room(self) -> None:
         """Wait until `submit` will not; raises as it does.
 

@@ -77,6 +77,11 @@ class Delivery:
         """Seconds so far in the decoder's graphs, ``decode``, and in the sink, ``deliver``."""
         return self._pipeline.seconds
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `wait_for_room` would not wait."""
+        return self._pipeline.has_room
+
     def wait_for_room(self) -> None:
         """Wait until the decoder has room for more latents; raises as `submit`."""
         self._pipeline.wait_for_room()

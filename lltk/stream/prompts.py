@@ -109,6 +109,11 @@ class Prompts:
         for prompt in list(self._begun):
             self(prompt)
 
+    def done(self, prompts: Iterable[str]) -> bool:
+        """Whether asking for these prompts waits for nothing, or raises at once."""
+        with self._lock:
+            return all(prompt in self._begun and self._begun[prompt].done() for prompt in prompts)
+
     def __call__(self, prompt: str) -> Tensor:
         """The embedding, [1, S, E]; waits for it. After an error the next call encodes anew.
 

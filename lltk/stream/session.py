@@ -61,6 +61,7 @@ class Session:
         seed: of the noise; see `chunk_noise`.
         unconditional: a second runtime, if and only if there is guidance.
         image: normalised latent of the video's first frame, float32 [B, C, 1, h, w]; see `denoise`.
+        begun: called with each chunk when it begins, before the sink has any of its frames.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Session:
         seed: int = 0,
         unconditional: Runtime | None = None,
         image: Tensor | None = None,
+        begun: Callable[[Chunk], None] = lambda chunk: None,
     ) -> None:
         self.timeline = timeline
         """The chunks that are still to be made, and their events."""
@@ -85,6 +87,7 @@ class Session:
         self._negative_prompt = sampling.negative_prompt
         self._seed = seed
         self._image = image
+        self._begun = begun
         self._watch = Stopwatch(runtime.device)
         schedule = Schedule.make(sampling.steps, sampling.shift, runtime.device)
         self._denoiser = Denoiser(self._runtimes, schedule, sampling.guidance, self._watch)
@@ -135,6 +138,7 @@ class Session:
 
     def _make(self, chunk: Chunk) -> ChunkReport:
         begun = time.perf_counter()
+        self._begun(chunk)
         embeddings = self._embeddings(chunk.prompt)
         encoded = time.perf_counter()
         self.delivery.wait_for_room()

@@ -42,10 +42,14 @@ class Timeline:
     Args:
         chunking: how shots become chunks.
         script: the shots to begin with; there may be none yet.
+        endless: whether the last shot goes on until other shots follow.
     """
 
-    def __init__(self, chunking: Chunking, script: Sequence[Shot] = ()) -> None:
+    def __init__(
+        self, chunking: Chunking, script: Sequence[Shot] = (), endless: bool = False
+    ) -> None:
         self._chunking = chunking
+        self._endless = endless
         self._chunks = chunking.chunks(script)
         self._last: Chunk | None = None
         self._in_flight = False  # if so, it is the first of the chunks
@@ -56,7 +60,10 @@ class Timeline:
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
-        """The chunks that are still to be made, the one in flight included."""
+        """The chunks that are still to be made, the one in flight included.
+
+        An endless script's last shot has one more than these whenever they are made.
+        """
         with self._changed:
             return tuple(self._chunks)
 
@@ -68,7 +75,9 @@ class Timeline:
     @property
     def prompts(self) -> list[str]:
         """The different prompts of the chunks to come, in their order: what to encode next."""
-        return list(dict.fromkeys(chunk.prompt for chunk in self.chunks))
+        with self._changed:
+            every = [*self._chunks, *self._going_on()]
+        return list(dict.fromkeys(chunk.prompt for chunk in every))
 
     @property
     def state(self) -> TimelineState:
@@ -101,6 +110,8 @@ class Timeline:
         recache = self._chunking.recache if recache is None else recache
         with self._changed:
             rest, later = self._ahead()
+            if not later:
+                rest = rest or self._going_on()
             if not rest:
                 raise ValueError(
                     "switch: no chunk of the running shot is left that could show it; cut to a "
@@ -173,7 +184,9 @@ class Timeline:
                 raise ValueError(
                     "stream: another thread is making a chunk of it; iterate from one at a time"
                 )
-            ready = bool(self._chunks) and not self._paused
+            ready = not self._paused and self._has_next()
+            if ready and not self._chunks:
+                self._chunks = self._going_on()
             self._in_flight = ready
             chunk = _applied(self._chunks[0]) if ready else None
         made = False
@@ -190,8 +203,8 @@ class Timeline:
     def wait(self) -> bool:
         """Wait for the end of a pause; whether there is a chunk to be made."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._paused or not self._chunks or self._closed)
-            return bool(self._chunks) and not (self._paused and self._closed)
+            self._changed.wait_for(lambda: not self._paused or not self._has_next() or self._closed)
+            return self._has_next() and not (self._paused and self._closed)
 
     def close(self) -> None:
         """Let nobody wait for the end of a pause any more."""
@@ -200,6 +213,15 @@ class Timeline:
             self._changed.notify_all()
 
     # With the lock held
+
+    def _going_on(self) -> list[Chunk]:
+        """The chunk that an endless script has behind all others; none before the first."""
+        before = self._chunks[-1] if self._chunks else self._last
+        return [self._chunking.going_on(before)] if self._endless and before else []
+
+    def _has_next(self) -> bool:
+        """Whether there is a chunk to be made."""
+        return bool(self._chunks or self._going_on())
 
     def _ahead(self) -> tuple[list[Chunk], list[Chunk]]:
         """The chunks that have not begun: the running shot's, and those of later shots."""

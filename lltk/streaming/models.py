@@ -14,6 +14,7 @@ from torch import Tensor
 from lltk.graph.fingerprint import tensors_digest
 from lltk.graph.memory import readable, total
 from lltk.parallel.groups import SEQUENCE, same_on_all
+from lltk.stream.chunks import Chunk
 from lltk.stream.prompts import Embed, Prompts, PromptWorker, pipeline_worker
 from lltk.stream.script import Shot
 from lltk.stream.session import Session
@@ -93,6 +94,8 @@ class Models:
         image: Tensor | None = None,
         seed: int | None = None,
         resume: Path | None = None,
+        endless: bool = False,
+        begun: Callable[[Chunk], None] = lambda chunk: None,
     ) -> Stream:
         """Open a session.
 
@@ -107,6 +110,8 @@ class Models:
             image: the first frame, [B, 3, H, W] in [-1, 1].
             seed: of the noise; None for the recipe's.
             resume: a state that `Stream.save` wrote, which knows script, image and seed.
+            endless: whether the last shot goes on until other shots follow.
+            begun: called with each chunk when it begins, in the thread that makes it.
 
         Raises:
             ValueError: a file is damaged or does not fit, or there is no slot for the session.
@@ -117,7 +122,7 @@ class Models:
         if resume is not None and (script or image is not None or seed is not None):
             raise ValueError("resume: the state knows script, image and seed; give none of them")
         state = None if resume is None else self._state(resume)
-        timeline = Timeline(self.plan.chunking, script)
+        timeline = Timeline(self.plan.chunking, script, endless)
         if state is not None:
             timeline.restore(state.timeline)
         prompts = Prompts(self._worker, self._negative)
@@ -138,6 +143,7 @@ class Models:
                 self.plan.section.seed if seed is None else seed,
                 slot.runtimes[1] if self.plan.guided else None,
                 latent,
+                begun,
             )
             if state is not None:
                 session.restore(state)

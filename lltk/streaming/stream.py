@@ -55,6 +55,22 @@ class Stream:
         self._prompts.expect(self.session.timeline.prompts)
         return report
 
+    def make(self) -> ChunkReport | None:
+        """Make the next chunk without waiting for a pause to end; see `Session.make`."""
+        report = self.session.make()
+        if report is not None:
+            self._prompts.expect(self.session.timeline.prompts)
+        return report
+
+    @property
+    def ready(self) -> bool:
+        """Whether `make` would begin at once: the prompt is encoded, the decoder has room.
+
+        Ask in the thread that makes the chunks.
+        """
+        prompts = self.session.timeline.prompts[:1]
+        return self._prompts.done(prompts) and self.session.delivery.has_room
+
     def switch(self, prompt: str, recache: bool | None = None) -> Receipt:
         """Show something else for the rest of the running shot; see `Timeline.switch`."""
         return self._expecting(self.session.timeline.switch(prompt, recache))

@@ -1,0 +1,284 @@
+"""A live stream: its session, the encoded video that a client takes, and the events it sends."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from lltk.serve.messages import (
+    SHOT_SECONDS,
+    ChunkMetadata,
+    Event,
+    InteractionQueued,
+    Seconds,
+    VideoConfig,
+    VideoStart,
+)
+from lltk.serve.ring import Beginning, Part, Ring
+from lltk.serve.scheduling import Demand, Playhead
+from lltk.stream.chunks import Chunk, Receipt
+from lltk.stream.fragments import FragmentWriter
+from lltk.stream.report import ChunkReport
+from lltk.stream.timeline import Timeline
+from lltk.stream.video import pixels
+from lltk.streaming import Plan, Stream
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a session was begun with.
+
+    Attributes:
+        id: names it.
+        owner: the digest of the token that began it.
+        secret: the digest of its resume token.
+        seconds: of video that it may have.
+        recache: whether switches renew the cache; None as the recipe says.
+    """
+
+    id: str
+    owner: str
+    secret: str
+    seconds: float
+    recache: bool | None = None
+
+
+@dataclass
+class Progress:
+    """How far a session is, which its saved form keeps.
+
+    Attributes:
+        sequence: of the next part.
+        paused: whether it makes no chunk until it is told to.
+        events: the names that the client gave to events that are not visible yet, by receipt.
+    """
+
+    sequence: int = 0
+    paused: bool = False
+    events: dict[int, str] = field(default_factory=dict)
+
+
+class Live:
+    """A session that is made while it is watched.
+
+    The engine's thread calls `make`, the session's own threads `begun` and `deliver`, and the
+    connection the rest; `changed` is called from any of them, whenever there is something new.
+
+    Args:
+        terms: what it was begun with.
+        plan: of the stream.
+        ring: for its parts.
+        progress: how far it is.
+        changed: must not block.
+    """
+
+    def __init__(
+        self, terms: Terms, plan: Plan, ring: Ring, progress: Progress, changed: Callable[[], None]
+    ) -> None:
+        self.terms = terms
+        self.ring = ring
+        self.progress = progress
+        self.failure: Exception | None = None
+        self._plan = plan
+        self._changed = changed
+        self._limit = plan.section.fps * terms.seconds
+        self._lock = Lock()
+        self._chunks: deque[Chunk] = deque()
+        """Those that have begun and are not delivered."""
+        self._pictures: list[Tensor] = []
+        """Frames of the first of these."""
+        self._playhead = Playhead()
+        self._seconds = Seconds()
+        self._stream: Stream | None = None
+        self._timeline: Timeline | None = None
+        self._writer: FragmentWriter | None = None
+        self.beginning: Beginning | None = None
+        """What a player needs before the parts to come."""
+        self._fragments: list[bytes] = []
+
+    # For who opens and closes it
+
+    def enter(self, stream: Stream) -> None:
+        """Begin to work on an opened stream, whose sink is `deliver`."""
+        plan = self._plan
+        height, width = plan.size
+        writer = FragmentWriter(
+            self._fragments.append,
+            height=height,
+            width=width,
+            fps=plan.section.fps,
+            threads=plan.writer_threads,
+        )
+        config = VideoConfig(
+            width=width,
+            height=height,
+            fps=plan.section.fps,
+            chunk_frames=len(plan.chunking.frames(1)),
+            first_frame=stream.session.delivery.frame,
+        )
+        mime = f'video/mp4; codecs="{writer.codec_string}"'
+        message = VideoStart(request_id=self.terms.id, mime=mime, config=config)
+        self.beginning = Beginning(message, b"".join(self._fragments))
+        self._fragments.clear()
+        self._writer, self._stream = writer, stream
+        self._timeline = stream.session.timeline
+        stream.__enter__()
+
+    def leave(self) -> None:
+        """Wait for the last frames, and let another session have the memory."""
+        stream, writer = self.stream, self._writer
+        self._stream = None
+        assert writer is not None
+        failure = self.failure
+        try:
+            stream.__exit__(failure and type(failure), failure, None)
+        finally:
+            writer.close()
+
+    def save(self, path: Path) -> None:
+        """Write what goes on from here, bit for bit; see `Stream.save`."""
+        self.stream.save(path)
+
+    @property
+    def stream(self) -> Stream:
+        """The stream that it works on.
+
+        Raises:
+            ValueError: it has left its memory.
+        """
+        if self._stream is None:
+            raise ValueError("session: it is over; start another")
+        return self._stream
+
+    # For the engine
+
+    @property
+    def chunks(self) -> int:
+        """How many are made."""
+        assert self._timeline is not None
+        return self._timeline.index
+
+    @property
+    def remaining(self) -> float:
+        """Seconds of video that may still be made."""
+        return self.terms.seconds - self._made() / self._plan.section.fps
+
+    def _made(self) -> int:
+        """Frames that are made, or in the making."""
+        return self._plan.chunking.frames(self.chunks).start
+
+    @property
+    def over(self) -> bool:
+        """Whether it is as long as it may be."""
+        return self._made() >= self._limit
+
+    def demand(self) -> Demand | None:
+        """What it asks of the device; None if nothing, for now."""
+        if self.progress.paused or self.over:
+            return None
+        fps = self._plan.section.fps
+        chunk = len(self._plan.chunking.frames(self.chunks))
+        return Demand(self._made() / fps, chunk / fps, self._playhead)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `make` would begin at once."""
+        return self.stream.ready
+
+    def make(self) -> ChunkReport | None:
+        """Make a chunk; errors as `Session.__next__`'s."""
+        report = self.stream.make()
+        if report is not None:
+            graphs, decoding = report.graphs, report.decoding
+            self._seconds = Seconds(
+                step=graphs.get("step", 0.0),
+                commit=graphs.get("commit", 0.0),
+                text=report.text,
+                decode=decoding["decode"],
+                wait=report.waited,
+            )
+        return report
+
+    def fail(self, error: Exception) -> None:
+        """Have an error told to the client."""
+        self.failure = error
+        self._changed()
+
+    # For the session
+
+    def begun(self, chunk: Chunk) -> None:
+        """Take in which chunk is made, before any of its frames comes."""
+        self._chunks.append(chunk)
+
+    def deliver(self, video: Tensor) -> None:
+        """Encode video once a chunk's frames are there: [1, 3, F, H, W] in [-1, 1]."""
+        self._pictures.append(pixels(video))
+        chunk, frames = self._chunks[0], torch.cat(self._pictures)
+        if len(frames) < len(chunk.frames):
+            return
+        self._pictures.clear()
+        self._chunks.popleft()
+        assert self._writer is not None and self.beginning is not None
+        self._writer.write(frames)
+        data = b"".join(self._fragments)
+        self._fragments.clear()
+        with self._lock:
+            names = [self.progress.events.pop(r.number, None) for r in chunk.receipts]
+        message = ChunkMetadata(
+            sequence=self.progress.sequence,
+            generation_chunk_index=chunk.index,
+            first_frame=chunk.frames.start,
+            num_frames=len(chunk.frames),
+            keyframe=True,
+            byte_length=len(data),
+            started_event_ids=tuple(name for name in names if name is not None),
+            seconds=self._seconds,
+        )
+        self.progress.sequence += 1
+        self.ring.add(Part(self.beginning, message, data))
+        self._changed()
+
+    # For the connection
+
+    def played(self, position: float, buffered: float) -> None:
+        """Take in where the player is: it may not be beyond what was made."""
+        made = self._made() / self._plan.section.fps
+        position = min(position, made)
+        self._playhead = Playhead(position, min(buffered, made - position), time.monotonic())
+
+    def interact(self, name: str, event: Event) -> InteractionQueued:
+        """Change what is to come.
+
+        Raises:
+            ValueError: no chunk is left that could show it.
+        """
+        stream, terms = self.stream, self.terms
+        if self.over:
+            raise ValueError("event: the stream is as long as it may be; start another")
+        with self._lock:
+            if event.append is not None:
+                receipt = stream.append(event.append)
+            elif event.cut:
+                receipt = stream.cut(event.prompt or "", event.seconds or SHOT_SECONDS)
+            else:
+                recache = terms.recache if event.recache is None else event.recache
+                receipt = stream.switch(event.prompt or "", recache)
+            self.progress.events[receipt.number] = name
+        return _queued(name, receipt)
+
+    def hold(self, paused: bool, name: str | None) -> InteractionQueued | None:
+        """Pause, or play on; the receipt if it has a name."""
+        receipt = self.stream.pause() if paused else self.stream.play()
+        self.progress.paused = paused
+        return None if name is None else _queued(name, receipt)
+
+
+def _queued(name: str, receipt: Receipt) -> InteractionQueued:
+    return InteractionQueued(event_id=name, event=receipt.event, received=receipt.received)
