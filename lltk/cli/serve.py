@@ -2,49 +2,152 @@
 
 from __future__ import annotations
 
+import secrets
+import socket
 from pathlib import Path
 
 import click
+from rich.console import Console
 
-from lltk.cli.options import device_option, download_option, provider_option
+from lltk.cli.options import FiniteRange, device_option, download_option, provider_option
+from lltk.cli.plans import show_description, show_dry_run
+
+_File = click.Path(path_type=Path)
 
 
 @click.command("serve")
 @click.argument("recipe", default="tiny_stream")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
+    help="Port to listen at; 0 for any that is free.",
+)  # fmt: skip
+@click.option("--token", "tokens", multiple=True, help="What clients must send; repeatable.")
+@click.option("--token-file", type=_File, help="File of such tokens, one a line.")
+@click.option(
+    "--public-host", "names", multiple=True, metavar="NAME",
+    help="A name under which clients reach the server, as behind a reverse proxy; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--sessions", type=click.IntRange(1, 1000), default=4, show_default=True,
+    help="Live sessions at once, as far as there is time for them.",
+)  # fmt: skip
+@click.option(
+    "--per-token", type=click.IntRange(1), help="Of these, or waiting, of one token (default: all)."
+)
+@click.option(
+    "--queue", type=click.IntRange(0), default=8, show_default=True,
+    help="Sessions that may wait for room.",
+)  # fmt: skip
+@click.option(
+    "--limit", type=FiniteRange(1), default=600.0, show_default=True,
+    help="Seconds of video of a session, or of a job.",
+)  # fmt: skip
+@click.option(
+    "--folder", type=_File, default=Path("lltk-serve"), show_default=True,
+    help="Where sessions and videos are kept.",
+)  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 @download_option
 @device_option
 @provider_option
+@click.option("--dry-run", is_flag=True, help="Show the plan and its memory; serve nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, with --dry-run.")
 def command(
     recipe: str,
     host: str,
     port: int,
+    tokens: tuple[str, ...],
+    token_file: Path | None,
+    names: tuple[str, ...],
+    sessions: int,
+    per_token: int | None,
+    queue: int,
+    limit: float,
+    folder: Path,
     overrides: tuple[str, ...],
     download: bool,
     device: str | None,
     provider: str | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
-    """Serve live streams of a RECIPE with a stream section, or of a bundle.
+    """Serve live streams and video jobs of a RECIPE with a stream section, or of a bundle.
+
+    A page at the address that is printed shows a stream while it is made, and steers it. Programs
+    use WS /v1/realtime/video and /v1/videos. Ctrl-C, or a kill, keeps every session; the next start
+    goes on with it bit for bit.
 
     \b
     Example:
       lltk serve tiny_stream
+      lltk serve wan22_5b_stream_fp8 --host 0.0.0.0 --token-file tokens.txt --sessions 2
     """
-    import uvicorn
-
     from lltk.cli.inputs import find_source
+    from lltk.cli.logs import logged
     from lltk.cli.outputs import share_cores
+    from lltk.files.locks import held
     from lltk.parallel.devices import find_device
     from lltk.serve.app import create_app
+    from lltk.serve.running import run
+    from lltk.serve.security import is_loopback, read_tokens
     from lltk.serve.service import Service
     from lltk.serve.settings import Limits
+    from lltk.streaming import check_plan, check_sessions
 
+    if as_json and not dry_run:
+        raise ValueError("--json: is for --dry-run; drop it, or add that")
+    console = Console(quiet=as_json)
+    known = [*tokens, *(() if token_file is None else read_tokens(token_file))]
+    if not known and not is_loopback(host):
+        raise ValueError(
+            f"--host: {host} is reached by others, who need a token; add --token, such as "
+            f"--token {secrets.token_urlsafe(18)}"
+        )
+    if any(not token.isascii() or not token.isprintable() or " " in token for token in known):
+        raise ValueError("--token: write it in letters, digits, - and _")
+    limits = Limits(
+        sessions=sessions, queue=queue, per_token=per_token or sessions + queue, seconds=limit
+    )
     changes = ("stream.text.after=keep", *overrides)
-    source = find_source(recipe, changes, download, True, provider, device)
-    plan = source.plan(find_device(device), weights=True)
+    source = find_source(recipe, changes, download, not dry_run, provider, device)
+    with console.status("compiling"):
+        plan = source.plan(find_device(device), weights=not dry_run)
+    if plan.ranks > 1:
+        raise ValueError(f"{recipe}: is for {plan.ranks} ranks; serve a recipe for one")
+    if plan.section.text.after == "free":
+        raise ValueError(
+            "stream.text.after: free would load the encoder for each prompt; write keep or offload"
+        )
+    show_description(console, plan)
+    if dry_run:
+        facts = {"sessions": sessions, "queue": queue, "limit": limit, "folder": str(folder)}
+        if show_dry_run(console, plan, False, facts, as_json):
+            raise SystemExit(1)
+        return
     share_cores(plan.device)
-    service = Service(plan, source.path.stem, Limits(), Path("lltk-serve"))
-    app = create_app(service, (), ("127.0.0.1", "localhost"))
-    uvicorn.run(app, host=host, port=port, ws_max_size=1 << 16)
+    check_plan(plan)
+    check_sessions(plan, sessions + 1)  # jobs have one too
+    with held(folder), logged(console), listening(host, port) as listener:
+        public = () if known and not names else ("localhost", "127.0.0.1", "::1", *names)
+        service = Service(plan, source.path.stem, limits, folder)
+        at, own = listener.getsockname()[:2]
+        shown = f"[{at}]" if ":" in at else at
+        fragment = f"#token={known[0]}" if tokens else ""
+        console.print(f"http://{shown}:{own}/{fragment}", highlight=False, soft_wrap=True)
+        run(create_app(service, known, public), listener)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ValueError: the port is in use, or the host is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"--port: {host}:{port} cannot be listened at ({error.strerror}); name another --port"
+        ) from error

@@ -100,7 +100,9 @@ class Admission:
                 if place != told:
                     told = place
                     estimate = self.estimate(place[0])
-                    await tell(SessionQueued(position=place[0], length=place[1], estimate_s=estimate))
+                    await tell(
+                        SessionQueued(position=place[0], length=place[1], estimate_s=estimate)
+                    )
                 await moved.wait()
         finally:
             self._queue.remove(ticket)

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Response, WebSocket
+from fastapi import FastAPI, Request, Response, WebSocket
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lltk import __version__
+from lltk.serve.admission import Full
+from lltk.serve.answers import refusal
 from lltk.serve.messages import PROTOCOL, Close, Error
-from lltk.serve.realtime import Connection
+from lltk.serve.realtime import Connection, reasons
 from lltk.serve.security import Guard, Tokens, bearer, spoken
 from lltk.serve.service import Service
 from lltk.serve.sessions import digest
+from lltk.serve.sessions_api import sessions_api
+from lltk.serve.videos_api import videos_api
 
+_PAGE = Path(__file__).with_name("page")
 _OTHER = PROTOCOL.rpartition("v")[0] + "v"
 """What the names of all versions begin with."""
 
@@ -35,8 +46,38 @@ def create_app(service: Service, tokens: Sequence[str] = (), hosts: Sequence[str
         yield
         await service.close()
 
-    app = FastAPI(title="lltk serve", version=__version__, lifespan=lifespan)
-    app.add_middleware(Guard, hosts=hosts, largest=service.limits.image_bytes + (1 << 20))
+    app = FastAPI(
+        title="lltk serve",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # its page asks other hosts for scripts
+        redoc_url=None,
+    )
+    app.add_middleware(Guard, hosts=hosts, largest=2 * service.limits.image_bytes)
+    app.include_router(sessions_api(service, accepted))
+    app.include_router(videos_api(service, accepted))
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        detail: Any = error.detail
+        if not isinstance(detail, dict):
+            detail = {"code": "invalid_request", "message": str(detail)}
+        if error.status_code == 401:
+            service.metrics.rejected.labels("unauthorized").inc()
+        return JSONResponse({"error": detail}, error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return await refused(request, refusal(422, "invalid_request", reasons(error.errors())))
+
+    @app.exception_handler(Full)
+    async def full(request: Request, error: Full) -> JSONResponse:
+        service.metrics.rejected.labels("over_capacity").inc()
+        return await refused(request, refusal(429, "over_capacity", str(error), error.retry_after))
+
+    @app.exception_handler(ValueError)
+    async def wrong(request: Request, error: ValueError) -> JSONResponse:
+        return await refused(request, refusal(400, "refused", str(error)))
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -50,6 +91,13 @@ def create_app(service: Service, tokens: Sequence[str] = (), hosts: Sequence[str
             return {"status": "ready"}
         response.status_code = 503
         return {"status": "loading" if service.failure is None else "failed"}
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics(request: Request) -> Response:
+        """What Prometheus asks for."""
+        if not accepted.accepts(bearer(request.headers)):
+            raise refusal(401, "unauthorized", "token: is missing or wrong")
+        return Response(service.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.websocket("/v1/realtime/video")
     async def realtime(socket: WebSocket) -> None:
@@ -65,9 +113,11 @@ def create_app(service: Service, tokens: Sequence[str] = (), hosts: Sequence[str
         elif not accepted.accepts(token):
             error = {"code": "unauthorized", "message": "token: is missing or wrong"}
         if error is not None:
+            service.metrics.rejected.labels(error["code"]).inc()
             await socket.send_text(Error(**error).model_dump_json())
             await socket.close(close)
             return
         await Connection(service, socket, digest(token or "")).serve()
 
+    app.mount("/", StaticFiles(directory=_PAGE, html=True))
     return app

@@ -95,13 +95,14 @@ class Engine:
         """The work whose chunk is made next; waits for one. None in the end."""
         with self._changed:
             while not self._closed:
-                now, demands, blocked = time.monotonic(), {}, False
+                now, blocked = time.monotonic(), False
+                demands: list[tuple[Work, Demand]] = []
                 for work in self._works:
                     demand = work.demand()
                     if demand is None:
                         continue
                     if demand.due() > now or work.ready:
-                        demands[work] = demand
+                        demands.append((work, demand))
                     else:
                         blocked = True
                 chosen, wait = choose(demands, now)

@@ -21,6 +21,7 @@ from lltk.serve.messages import (
     VideoConfig,
     VideoStart,
 )
+from lltk.serve.metrics import Metrics
 from lltk.serve.ring import Beginning, Part, Ring
 from lltk.serve.scheduling import Demand, Playhead
 from lltk.stream.chunks import Chunk, Receipt
@@ -76,18 +77,30 @@ class Live:
         plan: of the stream.
         ring: for its parts.
         progress: how far it is.
+        metrics: are told what its viewer sees.
         changed: must not block.
     """
 
     def __init__(
-        self, terms: Terms, plan: Plan, ring: Ring, progress: Progress, changed: Callable[[], None]
+        self,
+        terms: Terms,
+        plan: Plan,
+        ring: Ring,
+        progress: Progress,
+        metrics: Metrics,
+        changed: Callable[[], object],
     ) -> None:
         self.terms = terms
         self.ring = ring
         self.progress = progress
         self.failure: Exception | None = None
         self._plan = plan
+        self._metrics = metrics
         self._changed = changed
+        self._asked: dict[str, float] = {}
+        """When events came that are not visible yet."""
+        self._shown: deque[tuple[int, float]] = deque()
+        """Frames from which events are visible that the viewer has not seen, and when they came."""
         self._limit = plan.section.fps * terms.seconds
         self._lock = Lock()
         self._chunks: deque[Chunk] = deque()
@@ -138,7 +151,7 @@ class Live:
         assert writer is not None
         failure = self.failure
         try:
-            stream.__exit__(failure and type(failure), failure, None)
+            stream.__exit__(None if failure is None else type(failure), failure, None)
         finally:
             writer.close()
 
@@ -230,7 +243,10 @@ class Live:
         data = b"".join(self._fragments)
         self._fragments.clear()
         with self._lock:
-            names = [self.progress.events.pop(r.number, None) for r in chunk.receipts]
+            given = [self.progress.events.pop(r.number, None) for r in chunk.receipts]
+            names = [name for name in given if name is not None]
+            asked = [self._asked.pop(name) for name in names if name in self._asked]
+            self._shown.extend((chunk.frames.start, when) for when in asked)
         message = ChunkMetadata(
             sequence=self.progress.sequence,
             generation_chunk_index=chunk.index,
@@ -238,7 +254,7 @@ class Live:
             num_frames=len(chunk.frames),
             keyframe=True,
             byte_length=len(data),
-            started_event_ids=tuple(name for name in names if name is not None),
+            started_event_ids=tuple(names),
             seconds=self._seconds,
         )
         self.progress.sequence += 1
@@ -251,7 +267,13 @@ class Live:
         """Take in where the player is: it may not be beyond what was made."""
         made = self._made() / self._plan.section.fps
         position = min(position, made)
-        self._playhead = Playhead(position, min(buffered, made - position), time.monotonic())
+        now = time.monotonic()
+        self._playhead = Playhead(position, min(buffered, made - position), now)
+        self._metrics.client_buffer_seconds.observe(buffered)
+        while self._shown and self._shown[0][0] / self._plan.section.fps <= position:
+            frame, asked = self._shown.popleft()
+            seen = now - (position - frame / self._plan.section.fps)
+            self._metrics.switch_visible_seconds.observe(max(seen - asked, 0.0))
 
     def interact(self, name: str, event: Event) -> InteractionQueued:
         """Change what is to come.
@@ -271,6 +293,7 @@ class Live:
                 recache = terms.recache if event.recache is None else event.recache
                 receipt = stream.switch(event.prompt or "", recache)
             self.progress.events[receipt.number] = name
+            self._asked[name] = time.monotonic()
         return _queued(name, receipt)
 
     def hold(self, paused: bool, name: str | None) -> InteractionQueued | None:

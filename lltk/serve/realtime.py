@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import WebSocket, WebSocketDisconnect
@@ -14,7 +14,6 @@ from lltk.serve.admission import Full
 from lltk.serve.messages import (
     FROM_CLIENT,
     LONGEST_TEXT,
-    SHOT_SECONDS,
     ClientPlayback,
     Close,
     Code,
@@ -30,10 +29,8 @@ from lltk.serve.messages import (
     SessionStart,
     SessionStop,
 )
-from lltk.serve.ring import Beginning
 from lltk.serve.service import Service
 from lltk.serve.sessions import Entry
-from lltk.stream.script import single_shot
 
 Opened = TypeVar("Opened")
 _FIRST = 30.0
@@ -193,7 +190,11 @@ class Connection:
         if isinstance(first, SessionStart):
             entry, token = await self._start(first)
         elif isinstance(first, SessionResume):
-            entry, token, sequence = await self._resume(first), first.resume_token, first.after_sequence
+            entry, token, sequence = (
+                await self._resume(first),
+                first.resume_token,
+                first.after_sequence,
+            )
         else:
             raise Refused(
                 Close.POLICY,
@@ -204,9 +205,7 @@ class Connection:
         entry.changed.set()  # tells another connection that it is no more the one
         terms = entry.live.terms
         expires = self._service.limits.expires
-        await self._send(
-            SessionCreated(session_id=terms.id, resume_token=token, expires_s=expires)
-        )
+        await self._send(SessionCreated(session_id=terms.id, resume_token=token, expires_s=expires))
         await self._send_parts(entry, sequence)
 
     async def _send_parts(self, entry: Entry, sequence: int) -> None:
@@ -237,25 +236,7 @@ class Connection:
         raise Refused(Close.POLICY, "taken_over", "session: another connection has resumed it")
 
     async def _start(self, message: SessionStart) -> tuple[Entry, str]:
-        service, plan = self._service, self._service.plan
-        height, width = plan.size
-        if message.model not in (None, service.name):
-            raise _refused(f"model: {message.model} is not served; name {service.name}, or none")
-        if message.size not in (None, f"{width}x{height}"):
-            raise _refused(f"size: the model makes {width}x{height}; ask for that, or for none")
-        if message.image_reference is not None:
-            raise _refused("image_reference: is not served yet")
-        shots = message.shots or single_shot(message.prompt or "", SHOT_SECONDS)
-        return await self._opened(
-            service.sessions.start(
-                self._owner,
-                shots,
-                self._send,
-                seed=message.seed,
-                recache=message.recache,
-                seconds=message.max_seconds,
-            )
-        )
+        return await self._opened(self._service.begin(self._owner, message, self._send))
 
     async def _resume(self, message: SessionResume) -> Entry:
         opening = self._service.sessions.resume(
@@ -308,8 +289,13 @@ def _refused(message: str) -> Refused:
 
 def explained(error: ValidationError) -> str:
     """What is wrong with a message, without the message itself."""
-    reasons = []
-    for each in error.errors(include_url=False, include_input=False, include_context=False):
+    return reasons(error.errors(include_url=False, include_input=False, include_context=False))
+
+
+def reasons(errors: Iterable[Mapping[str, Any]]) -> str:
+    """Pydantic's errors in words."""
+    said = []
+    for each in errors:
         where = ".".join(str(place) for place in each["loc"])
-        reasons.append(f"{where}: {each['msg']}" if where else each["msg"])
-    return "; ".join(reasons)[:_LONGEST_REASON]
+        said.append(f"{where}: {each['msg']}" if where else each["msg"])
+    return "; ".join(said)[:_LONGEST_REASON]

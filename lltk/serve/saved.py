@@ -8,6 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pydantic import TypeAdapter
 
@@ -89,6 +90,16 @@ class Saved:
             [_Part(beginnings.index(p.beginning), p.message, _text(p.data)) for p in parts],
         )
         write_text(place / _ABOUT, _FORM.dump_json(about).decode())  # last: it makes it whole
+
+    def state(self, live: Live) -> bytes:
+        """The state of a session that makes no chunk; nothing is kept.
+
+        Raises:
+            ValueError, OSError: as `Stream.save`.
+        """
+        with TemporaryDirectory(dir=self._folder) as place:
+            live.save(Path(place) / _STATE)
+            return (Path(place) / _STATE).read_bytes()
 
     def read(self, id: str) -> Kept | None:
         """A session that was kept; None if there is none.

@@ -8,8 +8,9 @@ ahead of him is not asked, so it costs nothing while its viewer is paused, slow 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TypeVar
 
 REPORT = 1.0
@@ -80,7 +81,7 @@ class Demand:
         return now + self.made - self.playhead.at(now)
 
 
-def choose(demands: Mapping[Key, Demand], now: float) -> tuple[Key | None, float]:
+def choose(demands: Sequence[tuple[Key, Demand]], now: float) -> tuple[Key | None, float]:
     """The one whose chunk is made next: of those that are due, the one with the earliest deadline.
 
     Args:
@@ -90,10 +91,10 @@ def choose(demands: Mapping[Key, Demand], now: float) -> tuple[Key | None, float
     Returns:
         Its key, or None and the seconds until one is due, inf if none will be by itself.
     """
-    due = [key for key, demand in demands.items() if demand.due() <= now]
+    due = [(demand.deadline(now), key) for key, demand in demands if demand.due() <= now]
     if due:
-        return min(due, key=lambda key: demands[key].deadline(now)), 0.0
-    return None, min((demand.due() - now for demand in demands.values()), default=math.inf)
+        return min(due, key=itemgetter(0))[1], 0.0
+    return None, min((demand.due() - now for _, demand in demands), default=math.inf)
 
 
 class Capacity:

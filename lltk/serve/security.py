@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lltk.files.reading import read_text
 from lltk.serve.messages import TOKEN
 
 _HEADERS = {
@@ -31,6 +34,18 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def read_tokens(path: Path) -> list[str]:
+    """The tokens of a file, one a line.
+
+    Raises:
+        ValueError: it has none, or cannot be read as text.
+    """
+    tokens = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not tokens:
+        raise ValueError(f"{path}: has no token; write one a line")
+    return tokens
+
+
 class Tokens:
     """The tokens that open a server; none where everybody may use it.
 
@@ -39,14 +54,18 @@ class Tokens:
     """
 
     def __init__(self, tokens: Iterable[str] = ()) -> None:
-        self._tokens = [token.encode() for token in tokens]
+        self._tokens = [_digest(token) for token in tokens]
 
     def accepts(self, given: str | None) -> bool:
         """Whether a token is one of them, in a time that does not depend on how wrong it is."""
         if not self._tokens:
             return True
-        known = (given or "").encode("utf-8", "replace")
-        return any([hmac.compare_digest(known, token) for token in self._tokens])
+        known = _digest(given or "")
+        return sum(hmac.compare_digest(known, token) for token in self._tokens) > 0
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
 
 
 def bearer(headers: Headers) -> str | None:

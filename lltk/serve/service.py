@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from lltk.serve.engine import Engine, Work
+from lltk.serve.images import Images
+from lltk.serve.jobs import Jobs
+from lltk.serve.messages import SHOT_SECONDS, ImageReference, SessionStart
+from lltk.serve.metrics import STATES, Metrics
 from lltk.serve.saved import Saved
 from lltk.serve.scheduling import Capacity
-from lltk.serve.sessions import Sessions
+from lltk.serve.sessions import Entry, Sessions, Tell
 from lltk.serve.settings import Limits
+from lltk.stream.fragments import FragmentWriter
 from lltk.stream.report import ChunkReport
 from lltk.stream.script import single_shot
 from lltk.streaming import Models, Plan, load_models
@@ -31,17 +40,28 @@ class Service:
         name: of the model, for clients.
         limits: of the server.
         folder: of this server alone, where it keeps sessions and videos.
+
+    Raises:
+        ValueError: there is no encoder for live video.
     """
 
     def __init__(self, plan: Plan, name: str, limits: Limits, folder: Path) -> None:
+        encode = FragmentWriter(lambda data: None, *plan.size, plan.section.fps)
+        encode.close()  # it raises where there is no encoder
         self.plan = plan
         self.name = name
+        self.started = int(time.time())
+        """Seconds since 1970."""
         self.limits = limits
         self.capacity = Capacity()
-        self.saved = Saved(folder / "sessions")
+        self.metrics = Metrics()
+        self.images = Images(limits, plan.size)
+        self._folder = folder
+        self._saved = Saved(folder / "sessions")
         self.failure: Exception | None = None
         """Why it will never be ready."""
         self._sessions: Sessions | None = None
+        self._jobs: Jobs | None = None
         self._engine: Engine | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -55,6 +75,12 @@ class Service:
         """The live sessions; ask when it is ready."""
         assert self._sessions is not None
         return self._sessions
+
+    @property
+    def jobs(self) -> Jobs:
+        """The video jobs; ask when it is ready."""
+        assert self._jobs is not None
+        return self._jobs
 
     @property
     def engine(self) -> Engine:
@@ -76,6 +102,42 @@ class Service:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
 
+    async def begin(self, owner: str, message: SessionStart, tell: Tell) -> tuple[Entry, str]:
+        """Open the session that a message asks for; see `Sessions.start`.
+
+        Raises:
+            Full: there is no room, and none to wait in.
+            ValueError: it asks for what is not served.
+        """
+        shots = message.shots or single_shot(message.prompt or "", SHOT_SECONDS)
+        image = await self.check(owner, message.model, message.size, message.image_reference)
+        return await self.sessions.start(
+            owner,
+            shots,
+            tell,
+            image=image,
+            seed=message.seed,
+            recache=message.recache,
+            seconds=message.max_seconds,
+        )
+
+    async def check(
+        self, owner: str, model: str | None, size: str | None, image: ImageReference | None
+    ) -> Tensor | None:
+        """The first frame of what an owner asks for: float32 [1, 3, H, W] in [-1, 1].
+
+        Raises:
+            ValueError: it is another model or another size than is served, or no image.
+        """
+        height, width = self.plan.size
+        if model not in (None, self.name):
+            raise ValueError(f"model: {model} is not served; name {self.name}, or none")
+        if size not in (None, f"{width}x{height}"):
+            raise ValueError(f"size: the model makes {width}x{height}; ask for that, or for none")
+        if image is None:
+            return None
+        return await asyncio.to_thread(self.images.find, owner, image)
+
     async def _load(self) -> None:
         try:
             models = await asyncio.to_thread(self._warm)
@@ -83,11 +145,15 @@ class Service:
             self.failure = error
             _log.exception("the models cannot be loaded")
             return
-        self._engine = Engine(self._made)
-        self._sessions = Sessions(models, self.limits, self._engine, self.capacity, self.saved)
+        self._engine = engine = Engine(self._made)
+        self._jobs = Jobs(models, self.name, self.limits, engine, self._folder / "videos")
+        self._sessions = sessions = Sessions(
+            models, self.limits, engine, self.capacity, self._saved, self.metrics
+        )
+        self._tasks.append(asyncio.create_task(self._jobs.run()))
         while True:
             await asyncio.sleep(_TICK)
-            await self._sessions.look_after()
+            await sessions.look_after()
 
     def _warm(self) -> Models:
         """Load the models, and make a few chunks, by which the capacity is first measured."""
@@ -108,4 +174,26 @@ class Service:
             self.capacity.measure(stages, len(report.chunk.frames))
 
     def _made(self, work: Work, report: ChunkReport) -> None:
+        """Count a chunk; in the engine's thread."""
         self._measure(report)
+        metrics = self.metrics
+        metrics.frames.inc(len(report.chunk.frames))
+        metrics.realtime_ratio.set(1 / self.capacity.share(self.plan.section.fps))
+        parts = {**report.graphs, **report.decoding, "text": report.text, "wait": report.waited}
+        for part, seconds in parts.items():
+            metrics.chunk_seconds.labels(part).observe(seconds)
+
+    def metrics_text(self) -> bytes:
+        """What Prometheus is told."""
+        states = dict.fromkeys(STATES, 0)
+        if self._sessions is not None and self._jobs is not None:
+            for entry in self._sessions.entries.values():
+                states[entry.state] += 1
+            states["waiting"] = len(self._sessions.admission)
+            self.metrics.jobs.set(len(self._jobs))
+        for state, count in states.items():
+            self.metrics.sessions.labels(state).set(count)
+        device = self.plan.device
+        if device.type == "cuda":
+            self.metrics.device_bytes.set(torch.cuda.memory_allocated(device))
+        return self.metrics.text()

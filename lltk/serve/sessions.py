@@ -18,6 +18,7 @@ from lltk.serve.admission import Admission
 from lltk.serve.engine import Engine
 from lltk.serve.live import Live, Progress, Terms
 from lltk.serve.messages import SessionDone, SessionQueued
+from lltk.serve.metrics import Metrics
 from lltk.serve.ring import Ring
 from lltk.serve.saved import Saved
 from lltk.serve.scheduling import Capacity
@@ -60,6 +61,13 @@ class Entry:
     done: SessionDone | None = None
     moving: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    @property
+    def state(self) -> Literal["playing", "paused", "ended"]:
+        """What it does."""
+        if not self.is_open:
+            return "ended"
+        return "paused" if self.live.progress.paused else "playing"
+
 
 class Sessions:
     """The live sessions of a server. For the event loop's thread.
@@ -70,10 +78,17 @@ class Sessions:
         engine: makes the chunks.
         capacity: measured by the engine's chunks.
         saved: where sessions go that leave their memory.
+        metrics: are told what clients see.
     """
 
     def __init__(
-        self, models: Models, limits: Limits, engine: Engine, capacity: Capacity, saved: Saved
+        self,
+        models: Models,
+        limits: Limits,
+        engine: Engine,
+        capacity: Capacity,
+        saved: Saved,
+        metrics: Metrics,
     ) -> None:
         self.limits = limits
         self.entries: dict[str, Entry] = {}
@@ -81,6 +96,7 @@ class Sessions:
         self._engine = engine
         self._capacity = capacity
         self._saved = saved
+        self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self.admission = Admission(limits, self._room, self._remaining)
 
@@ -138,7 +154,7 @@ class Sessions:
         try:
             changed = asyncio.Event()
             wake = partial(self._loop.call_soon_threadsafe, changed.set)
-            live = Live(terms, self._models.plan, ring, progress, wake)
+            live = Live(terms, self._models.plan, ring, progress, self._metrics, wake)
 
             def open_it() -> None:
                 stream = opening(live.deliver, endless=True, begun=live.begun)
@@ -219,6 +235,22 @@ class Sessions:
                 finally:
                     await self._leave(entry)
             del self.entries[live.terms.id]
+
+    async def state(self, entry: Entry) -> bytes:
+        """A session's state between two chunks; it then goes on.
+
+        Raises:
+            ValueError: it is over.
+        """
+        live = entry.live
+        async with entry.moving:
+            if not entry.is_open or live.failure is not None:
+                raise ValueError("session: it is over; ask for the state of one that goes on")
+            await asyncio.to_thread(self._engine.remove, live)
+            try:
+                return await asyncio.to_thread(self._saved.state, live)
+            finally:
+                self._engine.add(live)
 
     async def close(self) -> None:
         """Move every session to disk."""

@@ -34,4 +34,4 @@ class Limits:
     finished: int = 100
     image_bytes: int = 10 << 20
     image_pixels: int = 16 << 20
-    images: int = 64
+    images: int = 16

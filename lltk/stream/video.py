@@ -107,13 +107,22 @@ class VideoWriter:
         height, width: pixels, even.
         fps: frames a second.
         threads: of the encoder; fewer than the models leave free.
+        about: what the file says of itself, as its description.
 
     Raises:
         ValueError: odd sides, no frame rate, or a suffix of no form.
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, height: int, width: int, fps: float, threads: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path,
+        height: int,
+        width: int,
+        fps: float,
+        threads: int = 1,
+        about: str = "",
+    ) -> None:
         form = form_of(path)
         if form is None:
             raise ValueError(f"{path}: names no form of video; add one of {', '.join(FORMS)}")
@@ -148,6 +157,8 @@ class VideoWriter:
                 av.open(self._disk, "w", format=form.container, options=options)
             )
             self._file.metadata["comment"] = _VIDEO_MARK
+            if about:
+                self._file.metadata["description"] = about
             made = self._file.add_stream(form.encoder, self._rate, options=dict(form.options))
             self._stream = cast("VideoStream", made)
             self._stream.height, self._stream.width = height, width

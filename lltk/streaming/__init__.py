@@ -27,7 +27,7 @@ from lltk.streaming.bundle import BundlePlan, is_bundle, plan_bundle
 from lltk.streaming.checks import check_plan, refusal
 from lltk.streaming.description import describe
 from lltk.streaming.engines import open_decoder, open_runtime
-from lltk.streaming.memory import loading_memory, session_memory, stream_memory
+from lltk.streaming.memory import check_sessions, loading_memory, session_memory, stream_memory
 from lltk.streaming.models import Models, load_models
 from lltk.streaming.plan import Placed, Plan, StreamPlan, plan_stream
 from lltk.streaming.stream import Stream
@@ -40,6 +40,7 @@ __all__ = [
     "Stream",
     "StreamPlan",
     "check_plan",
+    "check_sessions",
     "describe",
     "is_bundle",
     "load_models",

@@ -171,6 +171,24 @@ def check_session_memory(plan: Plan, rank: int = 0) -> None:
             )
 
 
+def check_sessions(plan: Plan, sessions: int, rank: int = 0) -> None:
+    """Refuse more sessions at once than fit; other arguments as `stream_memory`'s.
+
+    Raises:
+        ValueError: says how many fit.
+    """
+    own = session_memory(plan, rank)
+    for name, owners in stream_memory(plan, rank).items():
+        each, free = total(own.get(name, {})), available(torch.device(name))
+        if each and total(owners) + (sessions - 1) * each > free:
+            fit = (free - total(owners)) // each + 1
+            raise ValueError(
+                f"memory: {sessions} sessions need {readable(total(owners))} on {name} for the "
+                f"models and the first, and {readable(each)} for each further one; "
+                f"{readable(free)} are free: {max(fit, 0)} fit"
+            )
+
+
 def _sum(device: str, owners: Mapping[str, int]) -> str:
     listed = ", ".join(f"{owner} {readable(size)}" for owner, size in owners.items())
     return f"{readable(total(owners))} on {device} ({listed})"
