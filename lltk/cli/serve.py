@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import socket
 from pathlib import Path
 
 import click
@@ -89,7 +88,7 @@ def command(
     from lltk.files.locks import held
     from lltk.parallel.devices import find_device
     from lltk.serve.app import create_app
-    from lltk.serve.running import run
+    from lltk.serve.running import listening, make_server
     from lltk.serve.security import is_loopback, read_tokens
     from lltk.serve.service import Service
     from lltk.serve.settings import Limits
@@ -135,19 +134,4 @@ def command(
         shown = f"[{at}]" if ":" in at else at
         fragment = f"#token={known[0]}" if tokens else ""
         console.print(f"http://{shown}:{own}/{fragment}", highlight=False, soft_wrap=True)
-        run(create_app(service, known, public), listener)
-
-
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        ValueError: the port is in use, or the host is none of this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise ValueError(
-            f"--port: {host}:{port} cannot be listened at ({error.strerror}); name another --port"
-        ) from error
+        make_server(create_app(service, known, public)).run(sockets=[listener])
