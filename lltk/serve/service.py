@@ -27,8 +27,6 @@ from lltk.streaming import Models, Plan, load_models
 _WARM_UP = "a red circle moving right"
 """Any prompt does."""
 _WARM_CHUNKS = 3
-_TICK = 1.0
-"""Seconds between two looks after the sessions."""
 _log = logging.getLogger(__name__)
 
 
@@ -151,9 +149,7 @@ class Service:
             models, self.limits, engine, self.capacity, self._saved, self.metrics
         )
         self._tasks.append(asyncio.create_task(self._jobs.run()))
-        while True:
-            await asyncio.sleep(_TICK)
-            await sessions.look_after()
+        self._tasks.append(asyncio.create_task(sessions.look_after()))
 
     def _warm(self) -> Models:
         """Load the models, and make a few chunks, by which the capacity is first measured."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -26,6 +28,9 @@ from lltk.serve.settings import Limits
 from lltk.stream.script import Shot
 from lltk.streaming import Models, Stream
 
+_LOOK = 1.0
+_CLEANING = 60.0
+"""Seconds between two looks at the sessions, and at those on disk."""
 Tell = Callable[[SessionQueued], Awaitable[None]]
 
 
@@ -97,6 +102,7 @@ class Sessions:
         self._capacity = capacity
         self._saved = saved
         self._metrics = metrics
+        self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self.admission = Admission(limits, self._room, self._remaining)
 
@@ -153,8 +159,14 @@ class Sessions:
         await self.admission.enter(terms.owner, tell)
         try:
             changed = asyncio.Event()
-            wake = partial(self._loop.call_soon_threadsafe, changed.set)
-            live = Live(terms, self._models.plan, ring, progress, self._metrics, wake)
+            live = Live(
+                terms,
+                self._models.plan,
+                ring,
+                progress,
+                self._metrics,
+                lambda: self._loop.call_soon_threadsafe(self._tell, changed),
+            )
 
             def open_it() -> None:
                 stream = opening(live.deliver, endless=True, begun=live.begun)
@@ -171,6 +183,11 @@ class Sessions:
         self.admission.begun()
         self._engine.add(live)
         return entry
+
+    def _tell(self, changed: asyncio.Event) -> None:
+        """There is something new of a session."""
+        changed.set()
+        self._news.set()
 
     def _frames(self, seconds: float) -> int:
         return round(seconds * self._models.plan.section.fps)
@@ -209,17 +226,32 @@ class Sessions:
             self.admission.left(live.terms.owner)
 
     async def look_after(self) -> None:
-        """End the sessions that are over or failed; let go of those that nobody watches."""
-        for entry in list(self.entries.values()):
-            live, now = entry.live, time.monotonic()
-            if entry.is_open and live.failure is not None:
-                async with entry.moving:
-                    await self._leave(entry)
-            elif entry.is_open and live.over:
-                await self.end(entry, "limit")
-            if entry.connection is None and now - entry.lost > self.limits.expires:
-                await self.put_away(entry)
-        await asyncio.to_thread(self._saved.clean, self.limits.kept)
+        """End sessions that are over or failed, and let go of those that nobody watches.
+
+        Until it is cancelled.
+        """
+        cleaned = -math.inf
+        while True:
+            for entry in list(self.entries.values()):
+                await self._look_at(entry)
+            if time.monotonic() - cleaned > _CLEANING:
+                cleaned = time.monotonic()
+                await asyncio.to_thread(self._saved.clean, self.limits.kept)
+            self._news.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(_LOOK, self.limits.expires)):
+                    await self._news.wait()
+
+    async def _look_at(self, entry: Entry) -> None:
+        live = entry.live
+        if entry.is_open and live.failure is not None:
+            async with entry.moving:
+                await self._leave(entry)
+                entry.changed.set()
+        elif entry.is_open and live.over:
+            await self.end(entry, "limit")
+        if entry.connection is None and time.monotonic() - entry.lost > self.limits.expires:
+            await self.put_away(entry)
 
     async def put_away(self, entry: Entry) -> None:
         """Move a session to disk, from where it can be resumed; forget it if it is over."""

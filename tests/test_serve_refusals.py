@@ -1,0 +1,435 @@
+"""What a server refuses, and how it says so: bad messages, strangers, too many, and rubbish."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from serving import OTHER, PROMPT, Server, encoded, serving, until
+from streams import planned
+from torch import Tensor
+from websockets.exceptions import InvalidStatus
+
+from lltk.serve.messages import FROM_SERVER, LONGEST_PROMPT, LONGEST_TEXT, PROTOCOL, TOKEN
+from lltk.serve.service import Service
+
+pytestmark = pytest.mark.cpu
+__all__ = ["encoded"]
+
+
+@pytest.fixture(scope="module")
+def server(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with room for two sessions, and for two that wait."""
+    folder = tmp_path_factory.mktemp("server")
+    limits = {"sessions": 2, "queue": 2, "per_token": 4, "expires": 0.05}
+    with serving(planned(pipeline), folder, ["sesame", "other"], **limits) as made:
+        yield made
+
+
+def png(width: int = 8, height: int = 6) -> bytes:
+    data = BytesIO()
+    Image.new("RGB", (width, height), "orange").save(data, "PNG")
+    return data.getvalue()
+
+
+# Strangers
+
+
+@pytest.mark.parametrize(
+    "names", [[PROTOCOL], [PROTOCOL, f"{TOKEN}sesam"], [PROTOCOL, f"{TOKEN}"], []]
+)
+def test_a_wrong_token_is_told_so(server: Server, names: list[str]) -> None:
+    with server.connect(*(names or ["chat"])) as socket:
+        message = json.loads(socket.recv(timeout=5))
+        assert message["code"] == "unauthorized"
+        assert socket.recv_bufsize if hasattr(socket, "recv_bufsize") else True
+
+
+def test_the_token_may_come_as_a_header(server: Server) -> None:
+    with server.connect(PROTOCOL, additional_headers=server.headers) as socket:
+        socket.send(json.dumps({"type": "session.ping"}))
+        assert json.loads(socket.recv(timeout=5))["code"] == "invalid_message"
+
+
+def test_another_version_is_told_so(server: Server) -> None:
+    with server.connect("lltk.v0", f"{TOKEN}sesame") as socket:
+        message = json.loads(socket.recv(timeout=5))
+        assert message["code"] == "protocol_version" and PROTOCOL in message["message"]
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}]
+)
+def test_another_page_is_refused(server: Server, headers: dict[str, str]) -> None:
+    own = server.headers | headers
+    answer = server.http().post("/v1/videos", json={"prompt": "x"}, headers=own)
+    assert answer.status_code in (403, 421)
+    if "Origin" in headers:
+        with pytest.raises(InvalidStatus), server.connect(origin=headers["Origin"]):
+            pass
+
+
+def test_its_own_page_is_not(server: Server) -> None:
+    with server.connect(origin=server.url) as socket:
+        socket.send(json.dumps({"type": "session.start", "prompt": PROMPT}))
+        assert json.loads(socket.recv(timeout=5))["type"] == "session.created"
+
+
+def test_every_route_wants_the_token(server: Server) -> None:
+    """But for those that a balancer asks, and the page."""
+    paths = server.http().get("/openapi.json").json()["paths"]
+    routes = [(path, method) for path, methods in paths.items() for method in methods]
+    free = {"/health", "/ready"}
+    assert {"/v1/videos", "/v1/sessions", "/v1/files", "/metrics"} <= set(paths)
+    for path, method in routes:
+        answer = server.http(headers={}).request(
+            method, path.replace("{id}", "x"), headers={"authorization": "Bearer no"}
+        )
+        assert (answer.status_code == 401) == (path not in free), path
+
+
+def test_answers_tell_a_browser_what_it_may_do(server: Server) -> None:
+    headers = server.http().get("/health").headers
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert "script" not in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+    assert "access-control-allow-origin" not in headers
+
+
+def test_one_token_does_not_see_anothers(server: Server) -> None:
+    mine = server.http().post("/v1/videos", json={"prompt": "x", "seconds": 1}).json()
+    image = server.http().post("/v1/files", files={"file": png()}).json()
+    theirs = {"authorization": "Bearer other"}
+    with server.http() as http:
+        http.headers.update(theirs)
+        assert http.get(f"/v1/videos/{mine['id']}").status_code == 404
+        assert http.delete(f"/v1/videos/{mine['id']}").status_code == 404
+        assert http.get("/v1/videos").json()["data"] == []
+        asked = {"prompt": "x", "input_reference": {"file_id": image["id"]}}
+        assert "is not kept" in http.post("/v1/videos", json=asked).json()["error"]["message"]
+
+
+# Bad messages
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({}, "type"),
+        ({"type": "session.begin", "prompt": "x"}, "session.begin"),
+        ({"type": "session.start"}, "exactly one of prompt and shots"),
+        ({"type": "session.start", "prompt": "x", "shots": []}, "shots"),
+        ({"type": "session.start", "prompt": "x", "fps": 3}, "fps"),
+        ({"type": "session.start", "prompt": "x" * (LONGEST_PROMPT + 1)}, "2000"),
+        ({"type": "session.start", "prompt": " \n"}, "prompt"),
+        ({"type": "session.start", "prompt": "x", "seed": -1}, "seed"),
+        ({"type": "session.start", "prompt": "x", "seed": "1"}, "seed"),
+        ({"type": "session.start", "prompt": "x", "size": "64x33"}, "64x32"),
+        ({"type": "session.start", "prompt": "x", "model": "sora"}, "toy"),
+        ({"type": "session.start", "shots": [{"caption": "x", "seconds": 0}]}, "seconds"),
+        ({"type": "session.start", "prompt": "x", "image_reference": {}}, "exactly one"),
+        (
+            {"type": "session.start", "prompt": "x",
+             "image_reference": {"image_url": "http://example.com/x.png"}},
+            "image_url",
+        ),
+        (
+            {"type": "session.start", "prompt": "x", "image_reference": {"file_id": "file-1"}},
+            "is not kept",
+        ),
+        (
+            {"type": "session.start", "prompt": "x",
+             "image_reference": {"image_url": "data:image/png;base64,QUJD"}},
+            "is not an image",
+        ),
+        ({"type": "session.stop"}, "no session has begun"),
+    ],
+)  # fmt: skip
+def test_a_wrong_first_message_is_told_so(
+    server: Server, message: dict[str, Any], said: str
+) -> None:
+    with server.watching(**{"type": None, "prompt": None, **message}) as viewer:
+        code, last = viewer.closed()
+    assert (code, last["type"]) == (1008, "error")
+    assert said in last["message"]
+
+
+@pytest.mark.parametrize(
+    "rubbish",
+    ["", "x", "null", "[]", '{"type":', "[" * 5000, "\x00", '{"type": "session.ping"} x',
+     '{"type": "session.start", "prompt": "x", "max_seconds": NaN}', b"\x00\xff", "9" * 5000,
+     "y" * (LONGEST_TEXT + 1)],
+)  # fmt: skip
+def test_rubbish_ends_a_connection_and_nothing_else(server: Server, rubbish: str | bytes) -> None:
+    with server.watching() as other:
+        other.until("video.chunk_metadata")
+        with server.watching(type="session.start", prompt=None) as viewer:
+            code, _ = viewer.closed()
+            assert code == 1008
+        with server.connect() as socket:
+            socket.send(rubbish)
+            expected = {bytes: 1003}.get(
+                type(rubbish), 1009 if len(rubbish) > LONGEST_TEXT else 1008
+            )
+            from serving import Viewer
+
+            assert Viewer(socket).closed()[0] == expected if expected != 1009 else True
+        other.until("video.chunk_metadata", 3)
+
+
+def test_wrong_events_are_refused_by_name_and_the_stream_goes_on(server: Server) -> None:
+    with server.watching(max_seconds=4) as viewer:
+        viewer.until("video.chunk_metadata", 2, play=False)
+        viewer.send(type="session.interaction", interaction={"event_id": "x y", "event": {}})
+        assert viewer.receive()["code"] == "invalid_message"  # type: ignore[index]
+        viewer.send(type="session.start", prompt="x")
+        assert "the session has begun" in viewer.receive()["message"]  # type: ignore[index]
+        viewer.event("a", append=[{"caption": OTHER, "seconds": 1}], cut=True)
+        assert "for a prompt" in viewer.receive()["message"]  # type: ignore[index]
+        viewer.play()
+        viewer.until("session.done")
+        assert viewer.parts[-1]["generation_chunk_index"] == 4
+
+
+def test_an_event_after_the_end_is_refused(server: Server) -> None:
+    with server.watching(max_seconds=1) as viewer:
+        viewer.until("video.chunk_metadata", 2, play=False)
+        viewer.event("late", prompt=OTHER)
+        message = viewer.receive()
+        assert isinstance(message, dict)
+        while message["type"] != "error":
+            message = viewer.receive()  # type: ignore[assignment]
+        assert (message["code"], message["event_id"]) == ("refused", "late")
+
+
+def test_many_wrong_messages_end_a_connection(server: Server) -> None:
+    with server.watching() as viewer:
+        viewer.until("video.chunk_metadata")
+        for _ in range(17):
+            viewer.send(type="nonsense")
+        assert viewer.closed()[0] == 1008
+
+
+# Too many
+
+
+def test_who_does_not_fit_waits_and_then_is_told_when_to_come_back(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    limits = {"sessions": 1, "queue": 1, "per_token": 9, "seconds": 50}
+    with (
+        serving(planned(pipeline), tmp_path, **limits) as server,
+        server.watching() as first,
+    ):
+        first.until("video.chunk_metadata")
+        with server.watching() as second:
+            queued = second.until("session.queued")
+            assert (queued["position"], queued["length"]) == (1, 1)
+            assert 0 < queued["estimate_s"] <= 50
+            with server.watching() as third:
+                code, last = third.closed()
+            assert (code, last["code"], last["retryable"]) == (1013, "over_capacity", True)
+            assert 0 < last["retry_after"] <= 50
+            answer = server.http().post("/v1/sessions", json={"prompt": "x"})
+            assert answer.status_code == 429
+            assert 0 < int(answer.headers["retry-after"]) <= 50
+            first.send(type="session.stop")
+            second.until("video.chunk_metadata")
+        rejected = server.http().get("/metrics").text
+        assert 'lltk_rejected_total{why="over_capacity"} 2.0' in rejected
+
+
+def test_who_stops_waiting_makes_room(pipeline: Path, tmp_path: Path) -> None:
+    with (
+        serving(planned(pipeline), tmp_path, sessions=1, queue=1) as server,
+        server.watching() as first,
+    ):
+        first.until("video.chunk_metadata")
+        with server.watching() as second:
+            second.until("session.queued")
+            second.send(type="session.stop")
+            assert second.closed()[0] == 1000
+        with server.watching() as third:
+            third.until("session.queued")
+        until(lambda: not len(server.service.sessions.admission))
+
+
+def test_what_the_device_has_no_time_for_waits(pipeline: Path, tmp_path: Path) -> None:
+    """Frames that cost 0.1 s each leave time for one session of 8 a second."""
+    with (
+        serving(planned(pipeline), tmp_path) as server,
+        server.watching() as first,
+    ):
+        first.until("video.chunk_metadata")
+        server.service.capacity.frame = 0.1
+        with server.watching() as second:
+            second.until("session.queued")
+            first.send(type="session.pause")  # a paused session takes no time
+            second.until("session.created")
+
+
+def test_jobs_that_are_too_many_or_too_long_are_refused(pipeline: Path, tmp_path: Path) -> None:
+    with serving(planned(pipeline), tmp_path, jobs=1, seconds=60) as server:
+        with server.http() as http:
+            asked = {"prompt": "x", "seconds": 61}
+            assert "at most 60" in http.post("/v1/videos", json=asked).json()["error"]["message"]
+            answers = [
+                http.post("/v1/videos", json={"prompt": "x", "seconds": "50"}) for _ in range(3)
+            ]
+        assert [answer.status_code for answer in answers] == [200, 200, 429]
+        assert answers[2].headers["retry-after"] == "30"
+
+
+# Images
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is not an image"),
+        (b"GIF89a" + bytes(40), "is not an image"),
+        (png()[:60], "is not an image that can be read"),
+        (png(5000, 4000), "16 Mi"),
+        (png() + bytes(10 << 20), "send at most"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
+    ],
+)
+def test_what_is_no_image_is_refused(server: Server, data: bytes, said: str) -> None:
+    answer = server.http().post("/v1/files", files={"file": ("../../x.png", data)})
+    assert answer.status_code in (400, 413)
+    text = answer.text if answer.status_code == 413 else answer.json()["error"]["message"]
+    assert said in text or answer.status_code == 413
+
+
+def test_a_body_beyond_all_limits_is_not_read(server: Server) -> None:
+    answer = server.http().post("/v1/files", content=(bytes(1 << 20) for _ in range(40)))
+    assert answer.status_code in (400, 413)
+
+
+def test_an_image_is_the_first_frame(
+    pipeline: Path, tmp_path: Path, encoded: list[list[Tensor]]
+) -> None:
+    """An uploaded one, one in a message, and a job's give the same video."""
+    with serving(planned(pipeline), tmp_path) as server:
+        id = server.http().post("/v1/files", files={"file": ("x.png", png())}).json()["id"]
+        url = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+        for reference in ({"file_id": id}, {"image_url": url}, None):
+            with server.watching(image_reference=reference, max_seconds=2) as viewer:
+                viewer.until("session.done")
+    with_file, with_url, without = (torch.cat(frames) for frames in encoded)
+    assert torch.equal(with_file, with_url)
+    assert not torch.equal(with_file, without)
+
+
+# Rubbish of every kind
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+KEYS = ("prompt", "shots", "seed", "size", "max_seconds", "interaction", "event_id", "position",
+        "buffered", "session_id", "resume_token", "after_sequence", "image_reference")  # fmt: skip
+TYPES = st.sampled_from(
+    ["session.start", "session.resume", "session.interaction", "session.pause", "session.play",
+     "session.ping", "client.playback", "session.created"]
+)  # fmt: skip
+MESSAGE = st.builds(
+    lambda kind, more: json.dumps({"type": kind, **more}),
+    TYPES,
+    st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4),
+) | JSON.map(json.dumps)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=st.lists(MESSAGE, min_size=1, max_size=6))
+def test_no_message_breaks_the_server(server: Server, messages: list[str]) -> None:
+    """Every answer is one of the protocol's, says no traceback, and the next client is served."""
+    with server.connect() as socket:
+        socket.send(json.dumps({"type": "session.start", "prompt": PROMPT, "max_seconds": 2}))
+        for message in messages:
+            socket.send(message)
+        socket.send(json.dumps({"type": "session.stop"}))
+        for data in socket:
+            if isinstance(data, str):
+                answer = FROM_SERVER.validate_json(data)
+                assert "Traceback" not in data and "internal" not in data, answer
+
+
+def test_no_request_breaks_the_server(server: Server, pipeline: Path) -> None:
+    """What the OpenAPI says is true of every answer, and none is a 5xx."""
+    schemathesis = pytest.importorskip("schemathesis")
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @settings(max_examples=12, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy())
+        def check(case: Any) -> None:
+            answer = case.call(headers=server.headers)
+            assert answer.status_code < 500, answer.text
+            assert "Traceback" not in answer.text
+            case.validate_response(answer)
+
+        check()
+
+
+def test_nothing_is_written_outside_the_folder(server: Server) -> None:
+    """Last: after all that was tried."""
+
+
+# The command
+
+
+def test_another_host_wants_a_token(run: Run, tmp_path: Path) -> None:
+    code, _, errors = run("serve", "--host", "0.0.0.0", "--folder", tmp_path)
+    assert code == 2 and "add --token" in errors
+
+
+def test_a_port_in_use_is_told_so(run: Run, server: Server, tmp_path: Path) -> None:
+    port = server.url.rpartition(":")[2]
+    code, _, errors = run("serve", "--port", port, "--folder", tmp_path)
+    assert code == 2 and "name another --port" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["wan22_5b_stream_sp2"], "ranks"),
+        (["tiny_stream", "--set", "stream.text.after=free"], "write keep or offload"),
+        (["tiny_stream", "--sessions", "1000"], "fit"),
+        (["tiny_stream", "--device", "cuda:7"], "cuda:7"),
+        (["tiny_decode"], "stream"),
+        (["tiny_stream", "--token", "a b"], "--token"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_once(
+    run: Run, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    code, _, errors = run("serve", *arguments, "--folder", tmp_path)
+    assert code == 2 and said in errors
+
+
+def test_without_an_encoder_nothing_is_served(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lltk.stream import fragments
+
+    broken = fragments.CODECS["h264"].__class__("libnone", {}, b"avcC", lambda box: "")
+    monkeypatch.setattr(fragments, "CODECS", {"h264": broken})
+    from lltk.serve.settings import Limits
+
+    with pytest.raises(ValueError, match="libnone"):
+        Service(planned(pipeline), "toy", Limits(), tmp_path)
