@@ -29,7 +29,7 @@ from lltk.serve.settings import Limits
 from lltk.stream.fragments import FragmentWriter
 from lltk.streaming import Plan
 
-WAIT = 30.0
+WAIT = 10.0
 """Seconds until a test gives up."""
 PROMPT = "a red circle moving left"
 OTHER = "a blue square moving up"

@@ -89,6 +89,7 @@ class Connection:
             await self._tell_last(Error(code="invalid_message", message="no message came"))
         except Refused as refusal:
             close = refusal.close
+            self._service.metrics.rejected.labels(refusal.error.code).inc()
             await self._tell_last(refusal.error)
         finally:
             self._forget()

@@ -79,6 +79,10 @@ def spoken(subprotocols: Sequence[str]) -> str | None:
     return next((name[len(TOKEN) :] for name in subprotocols if name.startswith(TOKEN)), None)
 
 
+class _TooLarge(Exception):
+    """A request's body is longer than it may be."""
+
+
 class Guard:
     """Refuses requests under another name of the host, or from another origin.
 
@@ -109,7 +113,11 @@ class Guard:
             else:
                 await PlainTextResponse(reason, status)(scope, receive, send)
             return
-        await self._app(scope, self._bounded(receive), _adding(send))
+        try:
+            await self._app(scope, self._bounded(receive), _adding(send))
+        except _TooLarge:  # routes read the body before they answer
+            answer = PlainTextResponse(f"body: more than {self._largest} bytes", 413)
+            await answer(scope, receive, send)
 
     def _refusal(self, headers: Headers) -> tuple[int, str]:
         host = headers.get("host", "").lower()
@@ -134,7 +142,7 @@ class Guard:
             if message["type"] == "http.request":
                 taken += len(message.get("body", b""))
                 if taken > self._largest:
-                    return {"type": "http.disconnect"}
+                    raise _TooLarge
             return message
 
         return bounded

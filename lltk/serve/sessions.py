@@ -174,7 +174,13 @@ class Sessions:
                     stream.pause()
                 live.enter(stream)
 
-            await asyncio.to_thread(open_it)
+            thread = asyncio.ensure_future(asyncio.to_thread(open_it))
+            try:
+                await asyncio.shield(thread)
+            except asyncio.CancelledError:  # the client is gone, and nobody knows of the session
+                await thread
+                await asyncio.to_thread(live.leave)
+                raise
         except BaseException:
             self.admission.begun()
             self.admission.left(terms.owner)
