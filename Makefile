@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check --constraint constraints.t
 FILES := $(shell find lltk passes models recipes -name __pycache__ -prune -o -type f -print | LC_ALL=C sort | cksum | tr ' ' -)
 INSTALLED := .venv/installed-$(FILES)
 
-.PHONY: help demo test clean
+.PHONY: help demo serve test clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -19,6 +19,9 @@ help: ## Show this list
 
 demo: $(INSTALLED) ## Install into .venv and run the demo
 	$(BIN)/lltk demo
+
+serve: $(INSTALLED) ## Install into .venv and serve the demo's model on this machine
+	$(BIN)/lltk serve tiny_stream
 
 test: $(INSTALLED) ## Install into .venv, then lint, type-check and test
 	$(BIN)/ruff check

@@ -39,6 +39,7 @@ ARROWS["compiler"] = {"files", "graph", "ops", "models", "passes"}
 ARROWS["artefact"] = ARROWS["compiler"] | {"compiler"}
 ARROWS["export"] = {"files", "graph", "ops", "stream"}
 ARROWS["streaming"] = ARROWS["compiler"] | {"compiler", "export", "parallel", "stream"}
+ARROWS["serve"] = {"files", "stream", "streaming"}
 ARROWS["exporting"] = ARROWS["streaming"] | {"streaming"}
 ARROWS["tasks"] = ARROWS["compiler"] | {"compiler", "artefact", "parallel", "stream", "train"}
 ARROWS["training"] = {"files", "parallel", "graph", "models", "train", "tasks"}

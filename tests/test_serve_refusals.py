@@ -29,6 +29,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from lltk.serve.messages import FROM_SERVER, LONGEST_PROMPT, LONGEST_TEXT, PROTOCOL, TOKEN
 from lltk.serve.service import Service
+from lltk.streaming import check_sessions
 
 pytestmark = pytest.mark.cpu
 __all__ = ["encoded"]
@@ -414,9 +415,7 @@ def test_a_port_in_use_is_told_so(run: Run, server: Server, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["wan22_5b_stream_sp2"], "ranks"),
         (["tiny_stream", "--set", "stream.text.after=free"], "write keep or offload"),
-        (["tiny_stream", "--sessions", "1000"], "fit"),
         (["tiny_stream", "--device", "cuda:7"], "cuda:7"),
         (["tiny_decode"], "stream"),
         (["tiny_stream", "--token", "a b"], "--token"),
@@ -427,6 +426,13 @@ def test_what_cannot_be_served_is_refused_at_once(
 ) -> None:
     code, _, errors = run("serve", *arguments, "--folder", tmp_path)
     assert code == 2 and said in errors
+
+
+def test_more_sessions_than_fit_are_refused(pipeline: Path) -> None:
+    plan = planned(pipeline)
+    check_sessions(plan, 2)
+    with pytest.raises(ValueError, match=r"free: [1-9]\d* fit"):
+        check_sessions(plan, 10**9)
 
 
 def test_without_an_encoder_nothing_is_served(

@@ -12,7 +12,7 @@ from lltk import __version__
 
 _COMMANDS = (
     "doctor", "recipes", "transform", "inspect", "prepare", "train", "distil", "export", "bundle",
-    "stream", "serve", "compare", "bench", "demo",
+    "stream", "serve", "watch", "compare", "bench", "demo",
 )  # fmt: skip
 
 
