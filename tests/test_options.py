@@ -76,6 +76,24 @@ LINES = {
          "--prompts": "test_stream_cli.py", "--seeds": "test_stream_cli.py",
          "--lora": "test_adapter_programs.py"},
     ),
+    "serve": Line(
+        [["--dry-run"], ["--dry-run", "--json"]],
+        {
+            "--sessions": ["3"], "--per-token": ["2"], "--queue": ["5"], "--limit": ["60"],
+            "--folder": ["kept"], "--set": ["stream.shift=3"], "--device": ["cuda:99"], "--json": [],
+        },
+        {**DOWNLOAD, **PROVIDER, "--dry-run": "the contexts", "--host": "test_serve_refusals.py",
+         "--port": "test_serve_refusals.py", "--token": "test_serve_refusals.py",
+         "--token-file": "test_serve_command.py", "--public-host": "test_serve_command.py"},
+    ),
+    "watch": Line(
+        [],
+        {},
+        dict.fromkeys(
+            ["--prompt", "--seconds", "--seed", "--token", "--output", "--overwrite"],
+            "test_serve_command.py",
+        ),
+    ),
     "transform": Line(
         [["--no-weights"], ["--dry-run"], ["--dry-run", "--json"]],
         {
@@ -259,6 +277,8 @@ def test_every_command_is_in_the_table() -> None:
 
 FIRST = {
     "stream": ["stream", "tiny_stream"],
+    "serve": ["serve", "tiny_stream"],
+    "watch": ["watch", "http://127.0.0.1:1"],
     "transform": ["transform", "tiny_stream", *SMALL],
     "prepare": ["prepare", "tiny_train"],
     "train": ["train", "tiny_vae"],

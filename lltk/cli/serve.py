@@ -120,7 +120,18 @@ def command(
         )
     show_description(console, plan)
     if dry_run:
-        facts = {"sessions": sessions, "queue": queue, "limit": limit, "folder": str(folder)}
+        console.print(
+            f"It would serve {sessions} sessions, of which a token may have {limits.per_token} with "
+            f"those that wait, {queue} at most; each of {limit:g} s; kept in {folder}",
+            highlight=False,
+        )
+        facts = {
+            "sessions": sessions,
+            "queue": queue,
+            "per_token": limits.per_token,
+            "limit": limit,
+            "folder": str(folder),
+        }
         if show_dry_run(console, plan, False, facts, as_json):
             raise SystemExit(1)
         return
