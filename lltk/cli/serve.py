@@ -121,8 +121,8 @@ def command(
     show_description(console, plan)
     if dry_run:
         console.print(
-            f"It would serve {sessions} sessions, of which a token may have {limits.per_token} with "
-            f"those that wait, {queue} at most; each of {limit:g} s; kept in {folder}",
+            f"It would serve {sessions} sessions of {limit:g} s, and let {queue} wait; of these "
+            f"{limits.per_token} of one token. It would keep them in {folder}",
             highlight=False,
         )
         facts = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -65,7 +66,8 @@ def watch(
     start = SessionStart(type="session.start", prompt=prompt, seed=seed, max_seconds=seconds)
     try:
         with connect(place, subprotocols=names, max_size=None) as socket:  # type: ignore[arg-type]
-            socket.send(start.model_dump_json(exclude_none=True))
+            with suppress(ConnectionClosed):  # what was said before is still to be read
+                socket.send(start.model_dump_json(exclude_none=True))
             config: VideoConfig | None = None
             metadata: ChunkMetadata | None = None
             begun, end = 0.0, 0.0
@@ -93,6 +95,7 @@ def watch(
                     report = ClientPlayback(
                         type="client.playback", position=position, buffered=end - position
                     )
-                    socket.send(report.model_dump_json())
+                    with suppress(ConnectionClosed):
+                        socket.send(report.model_dump_json())
     except (ConnectionClosed, InvalidStatus) as error:
         raise OSError(5, f"{url}: the connection is lost ({error})") from error
