@@ -29,7 +29,7 @@ from lltk.serve.settings import Limits
 from lltk.stream.fragments import FragmentWriter
 from lltk.streaming import Plan
 
-WAIT = 10.0
+WAIT = 30.0
 """Seconds until a test gives up."""
 PROMPT = "a red circle moving left"
 OTHER = "a blue square moving up"
@@ -186,12 +186,12 @@ def serving(
             assert not thread.is_alive()
 
 
-def until(true: Callable[[], bool], wait: float = WAIT) -> None:
+def until(true: Callable[[], bool], wait: float = WAIT, every: float = 0.005) -> None:
     """Wait until something is true."""
     end = time.monotonic() + wait
     while not true():
         assert time.monotonic() < end, "waited for too long"
-        time.sleep(0.005)
+        time.sleep(every)
 
 
 @pytest.fixture

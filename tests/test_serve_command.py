@@ -35,10 +35,8 @@ def running(folder: Path, *arguments: str) -> Iterator[tuple[Server, subprocess.
         assert process.stdout is not None
         url = next(found[1] for line in process.stdout if (found := re.match(r"(http:\S+)/", line)))
 
-        def ready() -> bool:
-            return httpx.get(f"{url}/ready").status_code == 200
-
-        until(ready, 60)
+        with httpx.Client() as http:
+            until(lambda: http.get(f"{url}/ready").status_code == 200, 60, 0.1)
         yield Server(url, None), process  # type: ignore[arg-type]
     finally:
         process.send_signal(signal.SIGTERM)
@@ -49,14 +47,8 @@ def test_a_terminated_server_goes_on_with_its_sessions(tmp_path: Path) -> None:
     """The frames of the second process follow those of the first, and nothing is traced back."""
     tokens = tmp_path / "tokens.txt"
     tokens.write_text("sesame\n")
-    arguments = [
-        "--token-file",
-        str(tokens),
-        "--public-host",
-        "video.test",
-        "--set",
-        "stream.fps=4",
-    ]
+    arguments = ["--token-file", str(tokens), "--public-host", "video.test"]
+    arguments += ["--set", "stream.fps=4"]
     with running(tmp_path, *arguments) as (server, process):
         server.token = "sesame"
         host = {"host": "video.test", **server.headers}
@@ -78,9 +70,10 @@ def test_a_terminated_server_goes_on_with_its_sessions(tmp_path: Path) -> None:
             second.send(type="client.playback", position=100, buffered=0)
             second.until("session.done")
         job = {"prompt": RED, "seed": 4, "seconds": 11}
-        id = server.http().post("/v1/videos", json=job).json()["id"]
-        until(lambda: server.http().get(f"/v1/videos/{id}").json()["status"] == "completed")
-        content = server.http().get(f"/v1/videos/{id}/content").content
+        with server.http() as http:
+            id = http.post("/v1/videos", json=job).json()["id"]
+            until(lambda: http.get(f"/v1/videos/{id}").json()["status"] == "completed", every=0.1)
+            content = http.get(f"/v1/videos/{id}/content").content
     parts = [*first.parts, *second.parts]
     assert [part["sequence"] for part in parts] == list(range(len(parts)))
     (tmp_path / "job.mp4").write_bytes(content)

@@ -108,11 +108,11 @@ class SessionStart(Message):
     """
 
     type: Literal["session.start"]
-    model: str | None = Field(None, max_length=256)
+    model: str | None = Field(default=None, max_length=256)
     prompt: Prompt | None = None
     shots: Shots | None = None
     seed: int | None = Field(None, ge=0, lt=1 << 63)
-    size: str | None = Field(None, pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")
+    size: str | None = Field(default=None, pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")
     image_reference: ImageReference | None = None
     recache: bool | None = None
     max_seconds: float | None = Field(None, gt=0)
