@@ -119,5 +119,6 @@ def create_app(service: Service, tokens: Sequence[str] = (), hosts: Sequence[str
             return
         await Connection(service, socket, digest(token or "")).serve()
 
-    app.mount("/", StaticFiles(directory=_PAGE, html=True))
+    # An editable installation has links for files.
+    app.mount("/", StaticFiles(directory=_PAGE, html=True, follow_symlink=True))
     return app
