@@ -16,6 +16,7 @@ import av
 import httpx
 import pytest
 import torch
+import uvicorn
 from torch import Tensor
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
@@ -41,6 +42,7 @@ class Server:
 
     url: str
     service: Service
+    uvicorn: uvicorn.Server
     token: str | None = None
 
     @property
@@ -167,19 +169,20 @@ def serving(
     folder: Path,
     tokens: Sequence[str] = (),
     hosts: Sequence[str] = ("127.0.0.1",),
+    port: int = 0,
     **limits: Any,
 ) -> Iterator[Server]:
     """A server over a real socket; leaving the block ends it as a signal would."""
     service = Service(plan, "toy", Limits(**limits), folder)
     server = make_server(create_app(service, tokens, hosts))
-    with listening("127.0.0.1", 0) as listener:
+    with listening("127.0.0.1", port) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             until(lambda: service.ready or service.failure is not None)
             assert service.failure is None, service.failure
-            yield Server(url, service, tokens[0] if tokens else None)
+            yield Server(url, service, server, tokens[0] if tokens else None)
         finally:
             server.should_exit = True
             thread.join(WAIT)
