@@ -1,4 +1,4 @@
-"""Teacher forcing on several ranks: they share a clip's frames, and in self-attention the heads."""
+"""Whole clips on several ranks: they share a clip's frames, and in self-attention the heads."""
 
 from __future__ import annotations
 
@@ -53,24 +53,24 @@ class Config(PassConfig):
 
 
 class BalancedSP(Pass[Config]):
-    """Give each rank the clean and the noisy latents of the same frames.
+    """Give each rank the same frames of a clip: in teacher forcing clean and noisy, else noisy ones.
 
     ::
 
         noisy: [B, C, F, h, w], …  →  [B, C, F/n, h, w]: consecutive chunks of the clip
-        block_causal_attention(q, k, v, chunk tokens, True)
+        block_causal_attention(q, k, v, chunk tokens, clean)
             →  q', k', v' = tokens_to_heads([q, k, v]): [B, L/n, H, D] → [B, L, H/n, D]
-               heads_to_tokens([block_causal_attention(q', k', v', chunk tokens, True, n)])
+               heads_to_tokens([block_causal_attention(q', k', v', chunk tokens, clean, n)])
         sample: [B, C, F, h, w]    →  [B, C, F/n, h, w]
 
     Every rank predicts for as many noisy tokens as the others. After an exchange the sequence is
-    [clean; noisy] of each rank in turn. The mask reads this order, so nothing is permuted.
+    [clean; noisy] of each rank in turn, or in a score program the clip's. The mask reads this order, so nothing is permuted.
     Positions are those of the rank's frames in the clip. The gradient of an exchange is its
     inverse. The layout is LongLive-2.0's Balanced SP over DeepSpeed-Ulysses. With another exchange
     than ``compute`` each is a `rounded_exchange`, which rounds what it sends, both ways. The pass
     needs a prompt a chunk.
 
-    Linears in NVFP4 round as on one rank::
+    Linears that train in NVFP4 round as on one rank::
 
         nvfp4_quantise(x, 1, rule)
             →  largest = all_max(nvfp4_largest(x, signs))
@@ -82,21 +82,23 @@ class BalancedSP(Pass[Config]):
 
     x's rows are this rank's in runs: of each clip the clean ones and the noisy ones, or those of
     its prompts. A run is whole blocks and transforms of the rows that one rank would have, so that
-    dW's operands are the same too. `nvfp4_linear` does with a gradient what is done with x.
+    dW's operands are the same too. `nvfp4_linear` does with a gradient what is done with x. Linears
+    of `nvfp4_infer` have a scale for a whole tensor, which is here that of this rank's tokens.
     """
 
     Config = Config
     reads = (Stage.CAUSAL, Stage.QUANTISED)
     leaves = Stage.PARTITIONED
-    kinds = ("train",)
+    kinds = ("train", "score")
     numerics = Numerics.CHANGING
 
     def requires(self, program: Program) -> None:
         heads, geometry, size = program.spec.heads, program.geometry, self.config.size
-        if size > 1 and len(shape(input_of(program.graphs["train"], Role.TEXT))) != 4:
+        graph = program.graphs[program.kind]
+        if size > 1 and len(shape(input_of(graph, Role.TEXT))) != 4:
             raise ValueError(
                 "needs a prompt a chunk, or ranks would divide the tokens of one; put "
-                "text_per_chunk before teacher_forcing in the recipe's passes"
+                "text_per_chunk before teacher_forcing or block_causal in the recipe's passes"
             )
         if heads % size:
             fit = [str(n) for n in range(2, heads + 1) if heads % n == 0]
@@ -115,7 +117,7 @@ class BalancedSP(Pass[Config]):
                 f"exchange: nvfp4 is for heads of whole blocks of {BLOCK}, and the model's are "
                 f"{width} wide; set fp8 or compute"
             )
-        for node in calls(program.graphs["train"], NVFP4_LINEAR) if size > 1 else []:
+        for node in calls(graph, NVFP4_LINEAR) if size > 1 else []:
             run, unit = self._run(program, node), padded(1, _signs(node))
             if run % unit:
                 step = size * geometry.chunk * (unit // gcd(unit, _rows_of_chunk(program, node)))
@@ -126,7 +128,7 @@ class BalancedSP(Pass[Config]):
                 )
 
     def apply(self, program: Program, report: Report) -> None:
-        graph = program.graphs["train"]
+        graph = program.graphs[program.kind]
         if self.config.size == 1:
             report.match("one rank")
             return
@@ -142,6 +144,10 @@ class BalancedSP(Pass[Config]):
         for node in calls(graph, BLOCK_CAUSAL_ATTENTION):
             exchange_heads(node, self._exchanged, self.config.size)
             report.match("self-attention")
+        for node in calls(graph, aten.reshape.default):
+            batch, *sizes = shape(node)
+            if program.kind == "score" and sizes[0] == program.geometry.frames:
+                node.update_arg(1, [batch, sizes[0] // self.config.size, *sizes[1:]])
         program.leave(Ranks(self.config.size))
 
     def _exchanged(self, build: Builder, op: Any, values: list[Any]) -> fx.Node:

@@ -133,7 +133,7 @@ def made(meta: Mapping[str, Any], data: Data, networks: Networks, phi: float) ->
     frames = clip.shape[0] * int((~scene.given()).sum())
     if critic:
         flow = networks.fake(noised, scene.text, scene.positions)
-        loss = critic_loss(flow, clip, data["score_noise"], scene) / frames
+        loss = critic_loss(flow, clip, data["score_noise"], scene).sum() / frames
         found |= {"fake.flow": flow.detach(), "fake.x0": noised.clean(flow).detach()}
         module, prefix = networks.fake.module, "critic_grad"
     else:
@@ -141,7 +141,7 @@ def made(meta: Mapping[str, Any], data: Data, networks: Networks, phi: float) ->
         negative = padded(data["negative_text"], meta)
         scores = Scores.of(networks.real, networks.fake, noised, scene, negative, scale)
         g, normaliser = direction(clip, scores, meta["frames"] // chunk)
-        loss = student_loss(clip, g, scene) / frames
+        loss = student_loss(clip, g, scene).sum() / frames
         (dx,) = torch.autograd.grad(loss, clip, retain_graph=True)
         found |= {
             "real_cond.x0": scores.conditional,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from lltk.models import wan22, wan_vae
 from lltk.models.adapters import load_adapter
 from lltk.models.checkpoint import save_checkpoint
 from lltk.models.tiny.text import save_text_encoder
-from lltk.parallel.mesh import ALONE
 from lltk.passes.lora import is_adapter
 from lltk.stream.rollout import Rollout
 from lltk.stream.sampler import Schedule
@@ -30,7 +30,9 @@ from lltk.tasks.distillation import DistillationPlan, plan_distillation
 from lltk.train.data import Batch, Batches, generator_at
 from lltk.train.distillation import Distillation
 from lltk.train.loop import Diverged
+from lltk.train.saving import save_training_state
 from lltk.train.simulation import Scene, simulate
+from lltk.train.state import load_training_state, training_states
 from lltk.training import open_training
 
 pytestmark = pytest.mark.cpu
@@ -49,14 +51,18 @@ SCORES = "canonicalise, per_frame_timesteps, frame_positions, text_per_chunk, bl
 class Prompts:
     """Random prompts and latents; the second chunk of every other sample opens a shot."""
 
+    def __init__(self, chunks: int = CHUNKS) -> None:
+        self._chunks = chunks
+
     def batch(self, seed: int, indices: range) -> Mapping[str, Tensor]:
         def drawn(*shape: int) -> Tensor:
             draws = [torch.randn(shape, generator=generator_at(seed, i, *shape)) for i in indices]
             return torch.stack(draws)
 
-        opens = torch.tensor([[True, bool(i % 2), False] for i in indices])
-        latents = drawn(AUTOENCODER["z_dim"], 2 * CHUNKS, 2, 4)
-        return {"text": drawn(CHUNKS, 12, 64), "latents": latents, "opens": opens}
+        opens = torch.zeros(len(indices), self._chunks, dtype=torch.bool)
+        opens[:, 0], opens[:, 1] = True, torch.tensor([bool(i % 2) for i in indices])
+        latents = drawn(AUTOENCODER["z_dim"], 2 * self._chunks, 2, 4)
+        return {"text": drawn(self._chunks, 12, 64), "latents": latents, "opens": opens}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +101,7 @@ def batch(objective: Distillation, seed: int = 0) -> Batch:
 
 def test_equal_weights_are_held_once(pipeline: Path, teacher: Path) -> None:
     objective = objective_of(planned(pipeline))
-    networks = [objective._real.module, objective.memory.score.module, objective.module]
+    networks = [objective._real.module, objective.critic.objective.module, objective.module]
     real, fake, student = (dict(network.named_parameters()) for network in networks)
     adapters = {name for name in student if is_adapter(name)}
     assert adapters and real.keys() == student.keys() - adapters == fake.keys() - adapters
@@ -107,7 +113,7 @@ def test_equal_weights_are_held_once(pipeline: Path, teacher: Path) -> None:
     other = planned(pipeline, f"distil.real.weights={teacher}")
     apart = objective_of(other)
     real = dict(apart._real.module.named_parameters())
-    fake = dict(apart.memory.score.module.named_parameters())
+    fake = dict(apart.critic.objective.module.named_parameters())
     student = dict(apart.module.named_parameters())
     assert not any(real[name] is student[name] for name in real)
     assert all(fake[name] is student[name] for name in real)
@@ -117,8 +123,8 @@ def test_equal_weights_are_held_once(pipeline: Path, teacher: Path) -> None:
 
 def test_both_losses_reach_their_own_adapters_alone(pipeline: Path) -> None:
     objective = objective_of(planned(pipeline))
-    given, critic = batch(objective), objective.memory
-    student, fake = objective.module, critic.score.module
+    given, critic = batch(objective), objective.critic.objective
+    student, fake = objective.module, critic.module
     for adapters in (student, fake):
         for name, parameter in adapters.named_parameters():
             if is_adapter(name):  # B begins at 0, where A has no gradient
@@ -166,14 +172,18 @@ def test_clips_depend_on_the_batch_and_the_purpose_alone(pipeline: Path) -> None
 
 
 def test_every_pass_may_be_the_last(pipeline: Path) -> None:
-    """Each number of passes, and each exit of it, is drawn equally often."""
+    """Each number of passes, and each exit of it, is drawn equally often, once an update."""
     objective = objective_of(planned(pipeline, "distil.steps=[4,2]"))
-    batches = (Batch(3, range(index, index + 1), {}) for index in range(400))
+    batches = (Batch(3, range(4 * update, 4 * update + 2), {}) for update in range(400))
     drawn = (objective.simulation.passes(each, "student") for each in batches)
     counts = [(schedule.steps, passes - 1) for schedule, passes in drawn]
     share = {pair: counts.count(pair) / 400 for pair in set(counts)}
     assert share.keys() == {(4, e) for e in range(4)} | {(2, e) for e in range(2)}
     assert all(abs(value - 1 / (2 * steps)) < 0.06 for (steps, _), value in share.items())
+    calls = [Batch(3, range(index, index + 2), {}) for index in range(0, 64, 2)]
+    drawn = (objective.simulation.passes(each, "student") for each in calls)
+    counts = [(schedule.steps, passes) for schedule, passes in drawn]
+    assert counts[::2] == counts[1::2] and len(set(counts)) > 3  # two calls an update
 
 
 def scene(program: Program, chunks: int) -> Scene:
@@ -242,10 +252,15 @@ def test_a_run_goes_on_bit_for_bit(pipeline: Path, tmp_path: Path) -> None:
     assert [(first.loss, first.losses["critic"], first.grad_norm), *losses[1]] == losses[0]
     assert same(run.trainer.weights, other.trainer.weights)
     assert same(run.trainer.ema, other.trainer.ema)
-    ours, theirs = (each.objective.memory for each in (run, other))
-    assert ours is not None and theirs is not None
-    assert same(dict(ours.state()), dict(theirs.state())) and ours.state()["updates"] == 6
-    assert same(run.trainer._optimiser.state(), other.trainer._optimiser.state())
+    ours, theirs = (
+        load_training_state(tmp_path / name / "checkpoints" / "step_00000003")
+        for name in ("whole", "parts")
+    )
+    assert same(dict(ours.critic.weights), dict(theirs.critic.weights)) and ours.critic.weights
+    assert same(dict(ours.critic.optimiser), dict(theirs.critic.optimiser))
+    assert same(dict(ours.optimiser), dict(theirs.optimiser))
+    counters = [t for name, t in ours.critic.optimiser.items() if name.startswith("step.")]
+    assert counters and all(counter == 6 for counter in counters)
 
     path = other.export()
     assert path == tmp_path / "parts" / "lora.safetensors"
@@ -257,25 +272,29 @@ def test_a_run_goes_on_bit_for_bit(pipeline: Path, tmp_path: Path) -> None:
     assert "critic" in (tmp_path / "parts" / "loss.svg").read_text()
 
 
-def test_a_state_stays_as_it_is(pipeline: Path) -> None:
-    critic = objective_of(planned(pipeline)).memory
-    critic.end_step(ALONE)
-    state = critic.state()
-    before = {name: tensor.clone() for name, tensor in state.items()}
-    critic.end_step(ALONE)
-    assert same(dict(state), before) and not same(dict(critic.state()), before)
+def test_a_state_without_its_critic_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    plan, prompts = planned(pipeline), Prompts()
+    with open_training(plan, tmp_path, dataset=prompts) as run:
+        next(iter(run))
+    states = tmp_path / "checkpoints"
+    state = load_training_state(training_states(states)[-1])
+    weights, moments = state.critic.weights, state.critic.optimiser
+    first, many = next(iter(weights)), next(n for n in moments if n.startswith("step."))
+    for critic, message in (
+        (replace(state.critic, weights={}), f"critic_weights: {first} is missing"),
+        (replace(state.critic, weights=dict(weights) | {"x": torch.ones(1)}), "x is one too many"),
+        (
+            replace(state.critic, optimiser=dict(moments) | {many: torch.tensor(3.0)}),
+            f"critic_optimiser: {many} has values that no run gives",
+        ),
+    ):
+        save_training_state(states, replace(state, critic=critic), keep=1)
 
+        def resumed() -> None:
+            with open_training(plan, tmp_path, dataset=prompts, resume=True):
+                pass
 
-def test_a_state_without_its_critic_is_refused(pipeline: Path) -> None:
-    critic = objective_of(planned(pipeline)).memory
-    critic.end_step(ALONE)
-    state = dict(critic.state())
-    critic.load(state)
-    first = next(name for name in state if name.startswith("optimiser.exp_avg."))
-    for other in ({n: t for n, t in state.items() if n != first}, state | {first: torch.ones(1)}):
-        assert refused(critic.load, other) == "memory: holds no critic of this recipe"
-    broken = state | {first: torch.full_like(state[first], torch.nan)}
-    assert refused(critic.load, broken) == "memory: the critic has values that no run gives"
+        assert message in refused(resumed)
 
 
 @pytest.mark.parametrize("network", ["_real", "fake"])
@@ -283,7 +302,8 @@ def test_what_is_not_finite_is_named(network: str, pipeline: Path, tmp_path: Pat
     with open_training(planned(pipeline), tmp_path, dataset=Prompts()) as run:
         objective = run.objective
         assert isinstance(objective, Distillation)
-        owner, name = (objective, "_real") if network == "_real" else (objective.memory, "score")
+        critic = objective.critic.objective
+        owner, name = (objective, "_real") if network == "_real" else (critic, "score")
         score = getattr(owner, name)
 
         def broken(*given: Any) -> Tensor:

@@ -98,7 +98,7 @@ def test_a_large_model_learns_and_goes_on(tmp_path: Path) -> None:
     assert resumed.step == SAVED
     for name, weight in resumed.weights.items():
         assert torch.equal(weight.cpu(), state.weights[name]), name
-    for name, value in resumed._optimiser.parts():
+    for name, value in resumed._updates.optimiser.parts():
         assert torch.equal(value.cpu(), state.optimiser[name]), name
     again = [metrics.loss for metrics in resumed]
     assert again[0] == pytest.approx(losses[SAVED], rel=1e-3)

@@ -78,7 +78,7 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     """With β₁ = β₂ = 0 and a large ε an update is lr/ε times the clipped gradient."""
     for clip in (1e9, 0.1):
         run = trainer(tmp_path / str(clip), steps=1, clip=clip, warmup=0, betas=[0.0, 0.0])
-        run._optimiser._adamw.param_groups[0]["eps"] = 1e3
+        run._updates.optimiser._adamw.param_groups[0]["eps"] = 1e3
         before = run.weights
         finish(run)
         (metrics,) = history(tmp_path / str(clip))

@@ -46,6 +46,7 @@ class Regression:
     """
 
     memory = None
+    critic = None
     work = None
 
     def __init__(

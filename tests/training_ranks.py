@@ -212,7 +212,7 @@ def quantised(ranks: Ranks) -> dict[str, Tensor]:
     with meshed(ranks, 1, ranks.size) as mesh, TemporaryDirectory() as folder:
         objective = FlowMatching(made, instantiate(made))
         run = Trainer(objective, Clips(made, CASES["nvfp4"]), section, Path(folder), {}, mesh=mesh)
-        run._masters.publish()
+        run._updates.masters.publish()
         with patch.object(exchange, "_begin", counted):
             objective.weights_changed()
         found = {name: bits(value) for name, value in objective._quantised.items()}

@@ -125,7 +125,7 @@ class Mesh:
         """Divide a module's parameters among the shards, block by block, by FSDP2.
 
         FSDP2 takes parameters of one dtype. Those of another than most, such as a model in bfloat16
-        keeps in float32, stay whole on every rank.
+        keeps in float32, stay whole on every rank, and so do scalars.
 
         A backward pass then gives the mean of all ranks' gradients, made in float32 or wider.
 
@@ -141,7 +141,7 @@ class Mesh:
         for parameter in parameters:
             sizes[parameter.dtype] += parameter.numel()
         ((most, _),) = sizes.most_common(1)
-        others = {parameter for parameter in parameters if parameter.dtype != most} | set(apart)
+        others = {p for p in parameters if p.dtype != most or not p.dim()} | set(apart)
         names = ("replicas", "shards")
         mesh = init_device_mesh(
             next(module.parameters()).device.type,

@@ -17,15 +17,14 @@ from lltk.graph.module import ProgramModule, instantiate, same_weights
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, parse_recipe
 from lltk.models.pipelines import find_pipeline
-from lltk.parallel.mesh import ALONE, Mesh
 from lltk.stream.recipe import StreamSection, stream_section
 from lltk.stream.rollout import Rollout
 from lltk.stream.sampler import Schedule
 from lltk.stream.video import write_video
 from lltk.tasks.transformer import TransformerPlan
-from lltk.train.data import Batch, Batches, Dataset
+from lltk.train.data import Batch, Dataset
 from lltk.train.distil_section import DistilSection, Passes, ScoreSection, distil_section
-from lltk.train.distillation import Critic, Distillation
+from lltk.train.distillation import Distillation, FakeScore
 from lltk.train.distribution_matching import Score
 from lltk.train.objective import Objective
 from lltk.train.progress import Note, silent
@@ -36,7 +35,7 @@ _SAMPLE_CLIPS = 4
 _SCORES = ("canonicalise", "per_frame_timesteps", "frame_positions", "text_per_chunk")
 _WITHOUT_GRADIENTS = ("nvfp4_infer", "fp8_infer")
 _NOT_FOR_IT = (
-    "from_scratch", "context_error", "context_noise", "error_recycling", "gap", "graphs", "shards",
+    "from_scratch", "context_error", "context_noise", "error_recycling", "gap", "graphs",
 )  # fmt: skip
 """Keys of the train section that distillation has no use for, or cannot do yet."""
 
@@ -78,14 +77,6 @@ class DistillationPlan(TransformerPlan):
             memory["float32 weights"] = both
         return {owner: size for owner, size in (memory | self._passes()).items() if size}
 
-    def ways_to_fit(self, room: int) -> Sequence[str]:
-        return [way for way in super().ways_to_fit(room) if " ranks, " not in way]
-
-    def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
-        if mesh.size > 1:
-            raise ValueError(f"{mesh.size} ranks: one process distils; start it without torchrun")
-        return super().dataset(note, mesh)
-
     def objective(self, dataset: Dataset) -> Objective:
         made = list[tuple[Program, ProgramModule]]()
         for program in (self.real, self.fake, self.program):
@@ -101,34 +92,37 @@ class DistillationPlan(TransformerPlan):
         for module in (real, fake, student) if self.section.compile else ():
             module.compile_blocks()
         offset, image = self.stream.shot_offset, self.section.image
+        batch, steps = self.section.batch, self.distil.steps
         simulation = Simulation(
-            self.program, student, self.distil.steps, self.stream.shift, offset, image
+            self.program, student, steps, self.stream.shift, offset, image, batch
         )
-        critic = Critic(
-            self.fake,
-            Score(self.fake, fake),
-            simulation,
-            Batches(dataset, self.section.seed, self.program.geometry.batch),
-            self.section.model_copy(update={"lr": self.distil.fake.lr}),
-            self.distil.fake.updates,
-        )
+        section = self.section.model_copy(update={"lr": self.distil.fake.lr})
         negative = self._encoder().text([self.stream.negative_prompt])[0]
         negative = negative.to(self.device, self.program.dtype)
-        guidance = self.distil.guidance
-        score = Score(self.real, real)
-        return Distillation(self.program, student, simulation, score, critic, negative, guidance)
+        return Distillation(
+            self.program,
+            student,
+            simulation,
+            Score(self.real, real),
+            FakeScore(self.fake, Score(self.fake, fake), simulation),
+            section,
+            self.distil.fake.updates,
+            negative,
+            self.distil.guidance,
+        )
 
     def write_samples(
         self, objective: Objective, dataset: Dataset, folder: Path | None, note: Note = silent
     ) -> None:
         """Write ``samples.mp4``: clips of held-out prompts in the fewest passes, side by side."""
-        assert isinstance(objective, Distillation) and folder is not None
+        assert isinstance(objective, Distillation)
         seed, clips = ~self.section.seed, range(objective.clips)
         scene = objective.simulation.scene(Batch(seed, clips, dataset.batch(seed, clips)), "sample")
-        steps, module = min(self.distil.steps), objective.module
-        assert isinstance(module, ProgramModule)
+        steps = min(self.distil.steps)
         schedule = Schedule.make(steps, self.stream.shift, self.device)
-        latents = simulate(Rollout(self.program, module), schedule, scene, steps)
+        latents = simulate(Rollout(self.program, objective.module), schedule, scene, steps)
+        if folder is None:
+            return
         video = self._encoder().video(latents[:_SAMPLE_CLIPS])
         write_video(folder / "samples.mp4", torch.cat(tuple(video), dim=-1), self.stream.fps)
 
@@ -183,10 +177,7 @@ def plan_distillation(
         recipe = recipe.model_copy(update={"model": model})
     student = transform(recipe)
     _check_trains(student, f"{where}: passes")
-    if student.fact(Ranks).count > 1:
-        raise ValueError(
-            f"{where}: passes: one process distils; remove the pass that shares chunks"
-        )
+    _check_exchange(recipe, where)
     lora = next(step["lora"] for step in student.recipe["passes"] if "lora" in step)
     real = _score(recipe, student, distil.real, [], "distil.real", where)
     fake = _score(recipe, student, distil.fake, [{"lora": lora}], "distil.fake", where)
@@ -199,7 +190,9 @@ def _score(
     recipe: Recipe, student: Program, own: ScoreSection, more: Passes, name: str, where: str
 ) -> Program:
     """A score network's Program, for the student's clips."""
-    passes: Passes = [*_SCORES, "block_causal", *more, "regionalise", "lower"]
+    ranks = student.fact(Ranks).count
+    shared: Passes = [{"balanced_sp": {"size": ranks}}] if ranks > 1 else []
+    passes: Passes = [*_SCORES, "block_causal", *more, *shared, "regionalise", "lower"]
     model = {
         "config": recipe.model.config,
         "checkpoint": own.weights or recipe.model.checkpoint,
@@ -218,7 +211,26 @@ def _score(
             f"{where}: {name}.weights: {model['checkpoint']} is of another shape than the student, "
             f"in {', '.join(differing)}; name weights of the same model"
         )
+    if (found := program.fact(Ranks).count) != ranks:
+        raise ValueError(
+            f"{where}: {name}.passes: {found} ranks share a clip here, and {ranks} the student's "
+            f"(ulysses_stream); set the size of balanced_sp to {ranks}"
+        )
     return program
+
+
+def _check_exchange(recipe: Recipe, where: str) -> None:
+    """Refuse exchanges that gradients do not flow through."""
+    for index, (name, options) in enumerate(recipe.steps()):
+        if name != "ulysses_stream":
+            continue
+        for key, default in (("exchange", "fp8"), ("exchange_queries", "compute")):
+            if options.get(key, default) != "compute":
+                raise ValueError(
+                    f"{where}: passes.{index}: ulysses_stream.{key}: no gradients flow through "
+                    "values that are rounded to be sent; set "
+                    f"passes.ulysses_stream.{key}=compute"
+                )
 
 
 def _check_trains(program: Program, where: str) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
-from lltk.parallel.mesh import Mesh
-from lltk.train.data import Batch, Batches
+from lltk.train.data import Batch
 from lltk.train.distribution_matching import (
     Noised,
     Score,
@@ -19,106 +18,71 @@ from lltk.train.distribution_matching import (
     direction,
     student_loss,
 )
-from lltk.train.gradients import by_place, clip, total_norm
-from lltk.train.loop import Diverged
-from lltk.train.masters import Masters
 from lltk.train.noise_levels import LEVELS, score_levels
-from lltk.train.optimiser import Optimiser
+from lltk.train.objective import Critic
 from lltk.train.recipe import TrainSection
+from lltk.train.share import Share
 from lltk.train.simulation import Scene, Simulation
 
 
-class Critic:
-    """The fake score's training. It follows each of the student's updates.
+class FakeScore:
+    """The critic's objective: to predict the velocity of clips that the student makes.
 
-    It predicts the velocity of clips that the student makes for it from the run's prompts, with
-    noise of their own. Its batches are as large as the student's.
+    It makes them from the run's prompts, with noise of their own. Its batches are as large as the
+    student's.
 
     Args:
         program: of the score, with adapters and weights.
         score: the same, runnable.
         simulation: makes the clips.
-        batches: the prompts.
-        section: of the run, with the critic's learning rate.
-        updates: for each of the student's.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        score: Score,
-        simulation: Simulation,
-        batches: Batches,
-        section: TrainSection,
-        updates: int,
-    ) -> None:
+    memory = None
+    critic = None
+    work = None
+
+    def __init__(self, program: Program, score: Score, simulation: Simulation) -> None:
+        self._program = program
         self.score = score
         self._simulation = simulation
-        self._batches = batches
-        self._section = section
-        self._updates = updates
-        self._calls = section.calls(program.geometry.batch)
-        own = section.weights == "float32"
-        self._masters = Masters(score.module, program.weights, lambda: None, own)
-        self._optimiser = Optimiser(self._masters.parameters, section)
-        self._done = 0
+        self._share = Share(program)
 
-    def end_step(self, mesh: Mesh) -> Mapping[str, float]:
-        """Update it as often as it is to be; gives its mean loss."""
-        losses = [self._update() for _ in range(self._updates)]
-        return {"critic": sum(losses) / len(losses)}
+    @property
+    def module(self) -> ProgramModule:
+        return self.score.module
 
-    def state(self) -> Mapping[str, Tensor]:
-        optimiser = {f"optimiser.{name}": t.clone() for name, t in self._optimiser.parts()}
-        weights = {f"weights.{name}": t for name, t in self._masters.copy().items()}
-        return weights | optimiser | {"updates": torch.tensor(self._done)}
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        return self._program.weights
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        wanted = {"updates": torch.Size()}
-        for name, master in self._masters.parameters.items():
-            moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), master.shape)
-            parts = moments | {"step": torch.Size()}
-            wanted |= {f"optimiser.{key}.{name}": shape for key, shape in parts.items()}
-            wanted[f"weights.{name}"] = master.shape
-        if {name: tensor.shape for name, tensor in state.items()} != wanted:
-            raise ValueError("memory: holds no critic of this recipe")
-        if not all(tensor.isfinite().all() for tensor in state.values()):
-            raise ValueError("memory: the critic has values that no run gives")
-        self._masters.load(_under("weights.", state))
-        self._optimiser.load(_under("optimiser.", state))
-        self._done = int(state["updates"])
-        self._batches.position = self._done * self._section.batch
+    @property
+    def clips(self) -> int:
+        return self._program.geometry.batch
+
+    def count(self, batch: Batch) -> int:
+        return _count(self._simulation, batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Its loss on clips made from a batch, summed over the frames that are not given."""
-        scene = self._simulation.scene(batch, "critic")
-        with torch.no_grad():
-            made = self._simulation.clips(batch, "critic", scene)
-        noise, noised = _noised(made, batch, "critic", scene)
+        made, noise, noised, scene = self._given(batch)
         velocity = self.score(noised, scene.text, scene.positions)
-        return critic_loss(velocity, made, noise, scene)
+        return self._share.counted(critic_loss(velocity, made, noise, scene), axis=1).sum()
 
-    def _update(self) -> float:
-        batches = [next(self._batches) for _ in range(self._calls)]
-        count = sum(_count(self._simulation, batch) for batch in batches)
-        total = 0.0
-        for batch in batches:
-            part = self.loss(batch) / max(1, count)
-            part.backward()
-            self._masters.collect()
-            total += float(part.detach())
-        groups = by_place(self._masters.parameters.values())
-        norm = total_norm(groups)
-        if not math.isfinite(total + float(norm)):
-            raise Diverged(
-                f"the critic's update {self._done + 1}: its loss is {total}, its gradient's norm "
-                f"{float(norm)}; lower distil.fake.lr or train.clip"
-            )
-        clip(groups, self._section.clip, norm)
-        self._optimiser.step(self._section.rate(self._done // self._updates))
-        self._masters.publish()
-        self._done += 1
-        return total
+    def weights_changed(self) -> None:
+        """Nothing follows from the adapters."""
+
+    @torch.no_grad()
+    def first_bad(self, batch: Batch) -> str | None:
+        made, _, noised, scene = self._given(batch)
+        velocity = self.score(noised, scene.text, scene.positions)
+        looked_at = (("the student's clip", made), ("the fake score", velocity))
+        return _first_bad(looked_at, self._program.geometry.chunks)
+
+    @torch.no_grad()
+    def _given(self, batch: Batch) -> tuple[Tensor, Tensor, Noised, Scene]:
+        """Clips made from a batch, their noise, what becomes of them, and their scene."""
+        scene = self._simulation.scene(batch, "critic")
+        made = self._simulation.clips(batch, "critic", scene)
+        return made, *_noised(made, batch, "critic", scene), scene
 
 
 class Distillation:
@@ -135,20 +99,25 @@ class Distillation:
         module: the same Program, runnable.
         simulation: makes the student's clips.
         real: the real score.
-        critic: the fake score, and its training.
+        fake: the fake score.
+        section: of the run, with the fake score's learning rate.
+        updates: of the fake score, for each of the student's.
         negative: the real score's negative prompt, [S, E].
         guidance: of the real score.
     """
 
+    memory = None
     work = None
 
     def __init__(
         self,
         program: Program,
-        module: nn.Module,
+        module: ProgramModule,
         simulation: Simulation,
         real: Score,
-        critic: Critic,
+        fake: FakeScore,
+        section: TrainSection,
+        updates: int,
         negative: Tensor,
         guidance: float,
     ) -> None:
@@ -156,7 +125,10 @@ class Distillation:
         self.module = module
         self.simulation = simulation
         self._real = real
-        self.memory = critic
+        self._fake = fake
+        own = section.model_copy(update={"ema_decay": None})
+        self.critic = Critic(fake, own, updates, (real.module,))
+        self._share = Share(program)
         self._negative = negative
         self._guidance = guidance
 
@@ -176,7 +148,7 @@ class Distillation:
         made = self.simulation.clips(batch, "student", scene)
         scores = self._scores(made, batch, scene)
         g, _ = direction(made, scores, self._program.geometry.chunks)
-        return student_loss(made, g, scene).float()
+        return self._share.counted(student_loss(made, g, scene), axis=1).sum().to(made.dtype)
 
     def weights_changed(self) -> None:
         """Nothing follows from the adapters."""
@@ -185,12 +157,8 @@ class Distillation:
     def first_bad(self, batch: Batch) -> str | None:
         scene = self.simulation.scene(batch, "student")
         made = self.simulation.clips(batch, "student", scene)
-        for network, values in self._looked_at(made, batch, scene):
-            chunks = values.unflatten(2, (self._program.geometry.chunks, -1))
-            finite = chunks.isfinite().all(dim=(0, 1, 3, 4, 5))
-            if not finite.all():
-                return f"{network}, chunk {int((~finite).nonzero()[0])}"
-        return None
+        looked_at = self._looked_at(made, batch, scene)
+        return _first_bad(looked_at, self._program.geometry.chunks)
 
     def _looked_at(self, made: Tensor, batch: Batch, scene: Scene) -> Iterator[tuple[str, Tensor]]:
         """What each network makes, in order."""
@@ -203,7 +171,7 @@ class Distillation:
 
     def _scores(self, made: Tensor, batch: Batch, scene: Scene) -> Scores:
         _, noised = _noised(made.detach(), batch, "student", scene)
-        fake = self.memory.score
+        fake = self._fake.score
         return Scores.of(self._real, fake, noised, scene, self._negative, self._guidance)
 
 
@@ -222,5 +190,11 @@ def _noised(made: Tensor, batch: Batch, purpose: str, scene: Scene) -> tuple[Ten
     return noise, Noised.make(made, noise, timestep, sigma, scene)
 
 
-def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+def _first_bad(looked_at: Iterable[tuple[str, Tensor]], chunks: int) -> str | None:
+    """The first network, of those that made these clips in turn, with a value that is not finite;
+    and the chunk."""
+    for network, values in looked_at:
+        finite = values.unflatten(2, (chunks, -1)).isfinite().all(dim=(0, 1, 3, 4, 5))
+        if not finite.all():
+            return f"{network}, chunk {int((~finite).nonzero()[0])}"
+    return None

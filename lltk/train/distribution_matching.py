@@ -21,6 +21,7 @@ from lltk.graph.contract import Role
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.stream.sampler import guided
+from lltk.train.share import Share
 from lltk.train.simulation import Scene
 
 LEAST_DISTANCE = 1e-6
@@ -65,6 +66,9 @@ class Noised:
 class Score:
     """A network that sees a whole noisy clip, causally by chunks.
 
+    Ranks that share clips each have all of a clip, and of the velocity; the network sees their
+    parts.
+
     Args:
         program: a score Program, causal or later.
         module: the same Program, runnable.
@@ -73,6 +77,7 @@ class Score:
     def __init__(self, program: Program, module: ProgramModule) -> None:
         self._contract = program.contract(program.kind)
         self._kind, self._output = program.kind, program.spec.output
+        self._share = Share(program)
         self.module = module
 
     def __call__(self, noised: Noised, text: Tensor, positions: Tensor) -> Tensor:
@@ -83,11 +88,11 @@ class Score:
             Role.TEXT: text,
             Role.POSITIONS: positions,
         }
-        inputs = {
-            name: value.to(self._contract.inputs[name].dtype)
-            for name, value in self._contract.named(values).items()
-        }
-        velocity = self.module(self._kind, inputs)[self._output]
+        inputs = {}
+        for name, value in self._contract.named(values).items():
+            like = self._contract.inputs[name]
+            inputs[name] = self._share.own(value, like.shape).to(like.dtype)
+        velocity = self._share.whole(self.module(self._kind, inputs)[self._output], axis=2)
         return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
 
@@ -148,22 +153,22 @@ def direction(clip: Tensor, scores: Scores, chunks: int) -> tuple[Tensor, Tensor
 
 
 def student_loss(clip: Tensor, g: Tensor, scene: Scene) -> Tensor:
-    """½·g², averaged over the values of each frame and summed over those not given; float64 [].
+    """½·g², averaged over the values of each frame, and 0 in a given one; float64 [B, F].
 
-    Its gradient in the clip is g, likewise.
+    The gradient of its sum in the clip is g, likewise.
     """
     wide = clip.double()
     target = wide.detach() - g.double()
-    return 0.5 * _summed((wide - target).square(), scene)
+    return 0.5 * _by_frame((wide - target).square(), scene)
 
 
 def critic_loss(velocity: Tensor, clip: Tensor, noise: Tensor, scene: Scene) -> Tensor:
-    """(v − (ε − x))², averaged over each frame's values and summed over frames not given; []."""
-    return _summed((velocity - (noise - clip)).square(), scene)
+    """(v − (ε − x))², averaged over each frame's values, and 0 in a given one; [B, F]."""
+    return _by_frame((velocity - (noise - clip)).square(), scene)
 
 
-def _summed(values: Tensor, scene: Scene) -> Tensor:
-    return values.mean(dim=(1, 3, 4))[:, ~scene.given()].sum()
+def _by_frame(values: Tensor, scene: Scene) -> Tensor:
+    return values.mean(dim=(1, 3, 4)) * ~scene.given()
 
 
 def _of_frames(values: Tensor) -> Tensor:

@@ -253,7 +253,7 @@ class ErrorRecycling:
         about = torch.stack([kept, given.level, *replaced], 2).double()
         self._found.append((chunks.contiguous(), about.to(flow.device)))
 
-    def end_step(self, mesh: Mesh = ALONE) -> Mapping[str, float]:
+    def end_step(self, mesh: Mesh = ALONE) -> None:
         """Keep the errors that were taken, clip for clip and chunk for chunk."""
         for own, about in self._found:
             of_groups = zip(mesh.of_groups(own), mesh.of_groups(about), strict=True)
@@ -264,7 +264,6 @@ class ErrorRecycling:
                         if kept:
                             self._buffers[kind].add(error, int(level), draw)
         self._found.clear()
-        return {}
 
     def state(self) -> dict[str, Tensor]:
         """All errors, [C, f, h, w] each, under names such as ``latent.49.0``."""

@@ -81,6 +81,8 @@ class FlowMatching:
             from noisy ones, which should carry errors of their predictions.
     """
 
+    critic = None
+
     def __init__(
         self,
         program: Program,

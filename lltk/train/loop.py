@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +17,10 @@ from torch import Tensor
 from lltk.files.outputs import Kind, Output
 from lltk.files.writing import remove_unfinished, sync, write_text
 from lltk.ops.hardware import bfloat16_flops
-from lltk.parallel.mesh import ALONE, Mesh, divided_like, local_part, whole
+from lltk.parallel.mesh import ALONE, Mesh, local_part, whole
 from lltk.stream.timing import Stopwatch
 from lltk.stream.video import VIDEO
-from lltk.train.data import Batch, Batches, Dataset, held_out
-from lltk.train.gradients import by_place, clip, total_norm
-from lltk.train.masters import Masters
+from lltk.train.data import Batches, Dataset, held_out
 from lltk.train.metrics import (
     METRICS_FILE,
     Metrics,
@@ -33,12 +30,11 @@ from lltk.train.metrics import (
     read_metrics,
 )
 from lltk.train.objective import Objective, mean_loss
-from lltk.train.optimiser import Optimiser
 from lltk.train.plot import SVG
 from lltk.train.progress import Note, noted, silent
 from lltk.train.recipe import TrainSection, changed_keys
 from lltk.train.saving import Parts, StateWriter
-from lltk.train.shards import divided
+from lltk.train.shards import Divided, divided
 from lltk.train.state import (
     STATES,
     check_training_state,
@@ -48,6 +44,7 @@ from lltk.train.state import (
     training_states,
 )
 from lltk.train.tensorboard import EVENTS, Board
+from lltk.train.updates import NotFinite, Updates
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.svg"
@@ -136,20 +133,19 @@ class Trainer:
         self._sample = sample
         self._note = note
         self._mesh = mesh
-        self._calls = section.calls(objective.clips * mesh.groups)
-        self._data = Batches(dataset, section.seed, objective.clips, mesh.group, mesh.groups)
-        wide = section.weights == "float32"
-        apart = divided(objective.module, mesh, wide) if mesh.shards > 1 else {}
-        self._masters = Masters(
-            objective.module, objective.weights, objective.weights_changed, wide, apart
-        )
-        self._optimiser = Optimiser(self._masters.parameters, section)
-        self._device = next(iter(self._masters.parameters.values())).device
+        self._device = next(objective.module.parameters()).device
         self._watch = Stopwatch(self._device)
+        shared: Divided = {}
+        self._updates = Updates(objective, dataset, section, mesh, self._watch, shared)
+        critic = objective.critic
+        self._critic = None
+        if critic is not None:
+            self._critic = Updates(
+                critic.objective, dataset, critic.section, mesh, self._watch, shared, "critic"
+            )
+            for module in critic.frozen if mesh.shards > 1 else ():
+                divided(module, mesh, wide=False, found=shared)
         self._memory_is_new = True
-        self.step = 0
-        """How many steps are done."""
-        self._ema: dict[str, Tensor] = {}
         self._writer = StateWriter(self._states, section.keep, mesh)
         found = newest_state(folder, resume)
         if not mesh.same(found):
@@ -170,7 +166,12 @@ class Trainer:
 
         All ranks must read it.
         """
-        return _whole(self._masters.copy())
+        return _whole(self._updates.masters.copy())
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return self._updates.done
 
     def __iter__(self) -> Iterator[Metrics]:
         return self
@@ -189,17 +190,18 @@ class Trainer:
         self.settle(wait=False)
         start = time.perf_counter()
         rate = section.rate(self.step)
-        loss, norm, losses = self._update(rate)
-        self.step += 1
-        with self._watch.measure("optimiser"):
-            self._average()
+        loss, norm = self._take(self._updates, rate, "train.lr")
+        memory = self._objective.memory
+        if memory is not None:
+            memory.end_step(self._mesh)
+        losses = self._follow()
         parts = self._watch.read()
         seconds = time.perf_counter() - start
-        memory = self._held() if self._memory_is_new else {}
+        held = self._held() if self._memory_is_new else {}
         self._memory_is_new = False
         metrics = Metrics(
             self.step, loss, norm, rate, seconds, section.batch / seconds, self._look(), parts,
-            *self._speed(seconds), memory, losses,
+            *self._speed(seconds), held, losses,
         )  # fmt: skip
         if self._mesh.rank == 0:
             append_metrics(self._folder / METRICS, metrics)
@@ -215,7 +217,7 @@ class Trainer:
 
         All ranks must read it.
         """
-        return _whole(self._ema)
+        return _whole(self._updates.averaged)
 
     def save(self, wait: bool = True) -> None:
         """Write a training state, and a plot of the loss so far. All ranks must call it.
@@ -231,13 +233,16 @@ class Trainer:
         if self._mesh.rank == 0 and (self._folder / METRICS).exists():
             sync(self._folder / METRICS)  # the state's history, whatever happens to the machine
         memory = self._objective.memory
+        own, critic = self._updates, self._critic
         parts: Parts = {
-            "weights": self._masters.parts(),
-            "ema": self._ema.items(),
-            "optimiser": chain(self._optimiser.parts(), random_state().items()),
+            "weights": own.masters.parts(),
+            "ema": own.averaged.items(),
+            "optimiser": chain(own.optimiser.parts(), random_state().items()),
             "memory": () if memory is None else memory.state().items(),
+            "critic_weights": () if critic is None else critic.masters.parts(),
+            "critic_optimiser": () if critic is None else critic.optimiser.parts(),
         }
-        self._writer.begin(self.step, self._data.position, self._about, parts)
+        self._writer.begin(self.step, own.position, self._about, parts)
         if wait:
             self.settle()
 
@@ -269,102 +274,71 @@ class Trainer:
     def _states(self) -> Path:
         return self._folder / _STATES
 
-    def _update(self, rate: float) -> tuple[float, float, Mapping[str, float]]:
-        """Update the weights once; give the loss, the gradient's norm before clipping, and further
-        losses."""
-        mesh, watch = self._mesh, self._watch
-        with watch.measure("data"):
-            batches = [next(self._data) for _ in range(self._calls)]
-        counts = torch.tensor(sum(self._objective.count(batch) for batch in batches))
-        count = max(1, int(mesh.total(counts)) // mesh.sequence)
-        parts = []
-        for batch in batches:
-            with watch.measure("forward"):
-                part = self._objective.loss(batch) / count
-            with watch.measure("backward"):
-                (part * mesh.factor).backward()
-                self._masters.collect()
-            parts.append(part.detach())
-        groups = by_place(self._masters.parameters.values())
-        with watch.measure("exchange"):
-            loss = float(mesh.total(torch.stack(parts).sum()))
-            mesh.add_up(master for group in groups for master in group)
-            norm = total_norm(groups)
-        if not math.isfinite(loss + float(norm)):
+    def _take(self, updates: Updates, rate: float, key: str, of: str = "") -> tuple[float, float]:
+        """Take an update of the network ``of`` the step, whose learning rate has a key."""
+        try:
+            return updates.take(rate)
+        except NotFinite as error:
             self.settle()
-            raise Diverged(self._divergence(loss, float(norm), batches))
-        with watch.measure("optimiser"):
-            clip(groups, self._section.clip, norm)
-            self._optimiser.step(rate)
-            self._masters.publish()
-        memory = self._objective.memory
-        return loss, float(norm), {} if memory is None else memory.end_step(mesh)
+            raise Diverged(
+                f"step {self.step + 1}{of}: {error}; {self.left()}; lower {key} or train.clip"
+            ) from error
+
+    def _follow(self) -> dict[str, float]:
+        """Update the critic, if there is one, as often as it is to be; its mean loss by name."""
+        critic, updates = self._objective.critic, self._critic
+        if critic is None or updates is None:
+            return {}
+        rate = critic.section.rate(self.step - 1)
+        losses = [
+            self._take(updates, rate, "the critic's lr", ", the critic")[0]
+            for _ in range(critic.updates)
+        ]
+        return {"critic": sum(losses) / len(losses)}
 
     def _speed(self, seconds: float) -> tuple[float | None, float | None]:
         """Tokens a second and MFU of a step that took so long."""
         work = self._objective.work
         if work is None:
             return None, None
-        calls = self._calls * self._mesh.groups
+        calls = self._updates.calls * self._mesh.groups
         most = bfloat16_flops(self._device)
         share = None if most is None else calls * work.flops / (seconds * most * self._mesh.size)
         return calls * work.tokens / seconds, share
 
     def _held(self) -> dict[str, int]:
         """Bytes on this rank's device by owner, and the most that were allocated on a GPU."""
-        parameters = list(self._objective.module.parameters())
-        masters = list(self._masters.parameters.values())
-        running = set(parameters)
+        critic = self._objective.critic
+        modules = [self._objective.module]
+        trained = [self._updates]
+        if critic is not None and self._critic is not None:
+            modules += [critic.objective.module, *critic.frozen]
+            trained.append(self._critic)
+        running = {each for module in modules for each in module.parameters()}
+        masters = [each for own in trained for each in own.masters.parameters.values()]
         owners = {
-            "weights": _bytes(parameters),
+            "weights": _bytes(running),
             "float32 weights": _bytes(each for each in masters if each not in running),
             "gradients": _bytes(masters),
-            "AdamW moments": _bytes(self._optimiser.held()),
-            "average": _bytes(self._ema.values()),
+            "AdamW moments": sum(_bytes(own.optimiser.held()) for own in trained),
+            "average": _bytes(self._updates.averaged.values()),
         }
         if self._device.type == "cuda":
             owners["peak"] = torch.cuda.max_memory_allocated(self._device)
         return {owner: size for owner, size in owners.items() if size}
 
-    def _divergence(self, loss: float, norm: float, batches: list[Batch]) -> str:
-        where: str | None = None
-        if self._mesh.size == 1:  # ranks that share a clip would have to look together
-            where = next((bad for b in batches if (bad := self._objective.first_bad(b))), None)
-        if where is None and math.isfinite(loss):
-            wrong = [
-                name
-                for name, master in self._masters.parameters.items()
-                if master.grad is not None and not _finite(master.grad)
-            ]
-            where = f"the gradient of {wrong[-1] if wrong else 'all parameters together'}"
-        return (
-            f"step {self.step + 1}: the loss is {loss}, its gradient's norm {norm}; first not "
-            f"finite: {where or 'the loss itself'}; {self.left()}; lower train.lr or train.clip"
-        )
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        decay = self._section.ema_decay
-        if decay is None or self.step < self._section.ema_start:
-            return
-        if not self._ema:
-            self._ema = self._masters.copy()
-            return
-        for name, master in self._masters.parameters.items():
-            self._ema[name].lerp_(master, 1 - decay)
-
     def _look(self) -> dict[str, float]:
         """Validate and write samples where they are due; give what validation found."""
         section, findings = self._section, {}
         if _due(section.validate_every, self.step):
-            with self._averaged():
+            with self._evaluating():
                 findings = {"loss": self._held_out_loss()}
         if self._sample is not None and _due(section.sample_every, self.step):
             folder = None
             if self._mesh.rank == 0:
                 folder = self._folder / _SAMPLES / f"step_{self.step:08d}"
                 folder.mkdir(parents=True, exist_ok=True)
-            with self._averaged():
+            with self._evaluating():
                 self._sample(folder)
         return findings
 
@@ -378,20 +352,19 @@ class Trainer:
         return float(self._mesh.total(loss)) / self._mesh.groups
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def _evaluating(self) -> Iterator[None]:
         """Let the module have the averaged weights for a while; restore torch's generators."""
         devices = list(range(torch.cuda.device_count()))
-        with torch.random.fork_rng(devices), torch.no_grad():
-            if not self._ema:
-                yield
-            else:
-                with self._masters.replaced(self._ema):
-                    yield
+        with torch.random.fork_rng(devices), torch.no_grad(), self._updates.using_averages():
+            yield
 
     def _resume(self, path: Path) -> None:
-        masters, mesh = self._masters.parameters, self._mesh
-        state = load_training_state(path, masters, mesh)
-        check_training_state(state, path, {n: tuple(m.shape) for n, m in masters.items()}, mesh)
+        mesh, own, critic = self._mesh, self._updates, self._critic
+        beside = {} if critic is None else critic.masters.parameters
+        follow = 0 if self._objective.critic is None else self._objective.critic.updates
+        state = load_training_state(path, own.masters.parameters, mesh, beside)
+        shapes = {} if critic is None else critic.shapes
+        check_training_state(state, path, own.shapes, mesh, shapes, follow)
         changed = changed_keys(state.about.get("recipe", {}), self._about.get("recipe", {}))
         if changed:
             raise ValueError(
@@ -410,12 +383,9 @@ class Trainer:
                 raise ValueError(
                     f"{path}: {error}; remove it to resume from the one before"
                 ) from error
-        self.step = state.step
-        self._data.position = state.position
-        weights = {n: divided_like(state.weights[n], master) for n, master in masters.items()}
-        self._masters.load(weights)
-        self._ema = {n: divided_like(tensor, masters[n]) for n, tensor in state.ema.items()}
-        self._optimiser.load(state.optimiser)
+        own.load(state, state.step)
+        if critic is not None:
+            critic.load(state.critic, state.step * follow)
         restore_random_state(state.optimiser)
         _log.info("resumed from %s", path)
 
@@ -426,10 +396,6 @@ def _whole(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(local_part(tensor).nbytes for tensor in tensors)
-
-
-def _finite(value: Tensor) -> bool:
-    return bool(whole(value).isfinite().all())
 
 
 def _due(every: int | None, step: int) -> bool:

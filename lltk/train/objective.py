@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lltk.parallel.mesh import Mesh
 from lltk.train.data import Batch
+from lltk.train.recipe import TrainSection
 
 
 class Memory(Protocol):
     """What an objective keeps from step to step besides weights. It is the same on all ranks."""
 
-    def end_step(self, mesh: Mesh) -> Mapping[str, float]:
-        """Called after each step, on all ranks; gives what else the step's metrics should note."""
+    def end_step(self, mesh: Mesh) -> None:
+        """Called after each step, on all ranks."""
 
     def state(self) -> Mapping[str, Tensor]:
         """All of it, by name. No later step changes these tensors."""
@@ -43,6 +44,23 @@ class Work:
     flops: int
 
 
+@dataclass(frozen=True)
+class Critic:
+    """A network that learns beside an objective's own, with which it shares its clips' prompts.
+
+    Attributes:
+        objective: what its updates minimise.
+        section: as the run's, with the critic's own learning rate, and without averaging.
+        updates: how many follow each update of the objective's network.
+        frozen: further modules that both ask and that do not train.
+    """
+
+    objective: Objective
+    section: TrainSection
+    updates: int
+    frozen: Sequence[nn.Module] = ()
+
+
 class Objective(Protocol):
     """What a step minimises: the sum of `loss` over its batches, divided by the sum of `count`."""
 
@@ -61,6 +79,10 @@ class Objective(Protocol):
     @property
     def memory(self) -> Memory | None:
         """What is kept from step to step; None if nothing is."""
+
+    @property
+    def critic(self) -> Critic | None:
+        """What learns beside it; None if nothing does."""
 
     @property
     def work(self) -> Work | None:

@@ -16,7 +16,6 @@ from lltk.parallel.mesh import ALONE, Mesh
 from lltk.train.pieces import Piece, own_piece, write_pieces
 from lltk.train.state import (
     CONSTANT,
-    PARTS,
     TrainingState,
     part_file,
     remove_old_states,
@@ -154,7 +153,7 @@ def save_training_state(folder: Path, state: TrainingState, keep: int) -> Path:
         OSError: it cannot be written. The states before it are left as they were.
     """
     writer = StateWriter(folder, keep)
-    parts = {name: getattr(state, name).items() for name in PARTS}
+    parts = {name: tensors.items() for name, tensors in state.parts().items()}
     writer.begin(state.step, state.position, state.about, parts)
     path = writer.settle(wait=True)
     assert path is not None

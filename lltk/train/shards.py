@@ -23,7 +23,13 @@ from lltk.parallel.mesh import Mesh, local_part
 NVFP4_QUANTISE = overload("nvfp4_quantise")
 
 
-def divided(module: nn.Module, mesh: Mesh, wide: bool) -> dict[str, nn.Parameter]:
+Divided = dict[nn.Parameter, nn.Parameter]
+"""By parameters of several modules that are whole, what stands for them where they are divided."""
+
+
+def divided(
+    module: nn.Module, mesh: Mesh, wide: bool, found: Divided | None = None
+) -> dict[str, nn.Parameter]:
     """Divide a module's parameters among the shards.
 
     FSDP2 divides most, and gathers them where they are used. What a module quantises for its graphs
@@ -37,6 +43,8 @@ def divided(module: nn.Module, mesh: Mesh, wide: bool) -> dict[str, nn.Parameter
         module: a Program's, or any other.
         mesh: with more shards than one.
         wide: whether the rows of weights that train are held in float32, or in the module's dtype.
+        found: the parameters of modules that were divided before; gets those of this one. What
+            modules share they share afterwards, too.
 
     Returns:
         Of the weights for which there are stand-ins and that train, the divided ones, by name.
@@ -45,9 +53,23 @@ def divided(module: nn.Module, mesh: Mesh, wide: bool) -> dict[str, nn.Parameter
         ValueError: a shard would end within a tile of 16 rows.
     """
     if not isinstance(module, ProgramModule) or WEIGHTS not in module.program.graphs:
+        before = dict(module.named_parameters())
         mesh.shard(module)
+        if found is not None:
+            _hold_once(module, before, found)
         return {}
     return _Quantised(module, mesh, wide).trained
+
+
+def _hold_once(module: nn.Module, before: Mapping[str, nn.Parameter], found: Divided) -> None:
+    """Let a module have the divided parameters of others, where it shared the whole ones.
+
+    FSDP2 takes over what was assigned, as after ``load_state_dict(assign=True)``.
+    """
+    for name, own in list(module.named_parameters()):
+        held = found.setdefault(before[name], own)
+        if held is not own:
+            _replace(module, name, held)
 
 
 class _Quantised:
@@ -149,12 +171,16 @@ def _check_rows(name: str, rows: int, shards: int) -> None:
 
 def _stand_in(module: nn.Module, name: str) -> nn.Parameter:
     """Put a parameter without memory in the place of another one."""
-    path, _, leaf = name.rpartition(".")
     weight = module.get_parameter(name)
     zero = weight.new_zeros(())
     made = nn.Parameter(zero.expand(weight.shape), requires_grad=weight.requires_grad)
-    setattr(module.get_submodule(path), leaf, made)
+    _replace(module, name, made)
     return made
+
+
+def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, parameter)
 
 
 def _divide(weight: nn.Parameter, mesh: DeviceMesh, wide: bool) -> nn.Parameter:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lltk.graph.contract import Role
 from lltk.graph.facts import Ranks
 from lltk.graph.program import Program
-from lltk.parallel.exchange import all_parts
+from lltk.parallel.exchange import all_parts, own_part
 from lltk.parallel.groups import SEQUENCE, rank_in
 
 
@@ -42,6 +42,13 @@ class Share:
                 assert size == own * self.ranks, f"{own} is no rank's part of {size}"
                 return whole.narrow(axis, self._rank * own, own)
         return whole
+
+    def counted(self, alike: Tensor, axis: int) -> Tensor:
+        """This rank's part of what all ranks have computed alike, for its share of a loss.
+
+        Gradients reach the whole tensor, on every rank. All ranks must call it.
+        """
+        return alike if self.ranks == 1 else own_part(alike, axis, self.ranks, SEQUENCE)
 
     def whole(self, own: Tensor, axis: int) -> Tensor:
         """The parts of all ranks along an axis. All ranks must call it."""

@@ -90,6 +90,7 @@ class Simulation:
         shift: the sampler's.
         offset: φ, by which positions shift at a cut.
         image: share of the calls whose clips' first frames are given.
+        batch: clips of an update.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Simulation:
         shift: float,
         offset: float,
         image: float,
+        batch: int,
     ) -> None:
         self._program = program
         self._module = module
@@ -107,6 +109,7 @@ class Simulation:
         self._schedules = [Schedule.make(count, shift, self._device) for count in steps]
         self._offset = offset
         self._image = image
+        self._batch = batch
 
     @property
     def frames(self) -> int:
@@ -139,15 +142,16 @@ class Simulation:
         )
 
     def clips(self, batch: Batch, purpose: str, scene: Scene) -> Tensor:
-        """The clips of a scene, float32 [B, C, F, h, w].
-
-        All their chunks have the same `passes`.
-        """
+        """The clips of a scene, float32 [B, C, F, h, w], by the `passes` of their update."""
         schedule, passes = self.passes(batch, purpose)
         return simulate(Rollout(self._program, self._module), schedule, scene, passes)
 
     def passes(self, batch: Batch, purpose: str) -> tuple[Schedule, int]:
-        """The schedule of a batch's chunks, and how many of its passes they get; both drawn."""
-        which = int(batch.integers(f"{purpose} steps", len(self._schedules))[0])
-        schedule = self._schedules[which]
-        return schedule, 1 + int(batch.integers(f"{purpose} exit", schedule.steps)[0])
+        """The schedule of a batch's chunks, and how many of its passes they get; both drawn.
+
+        They are the same for all clips of an update, on all ranks, which so make as many passes.
+        """
+        update = batch.indices.start // self._batch
+        drawn = Batch(batch.seed, range(update, update + 1), {})
+        schedule = self._schedules[int(drawn.integers(f"{purpose} steps", len(self._schedules)))]
+        return schedule, 1 + int(drawn.integers(f"{purpose} exit", schedule.steps))

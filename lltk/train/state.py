@@ -7,6 +7,8 @@ A state is a folder ``step_00000100``. It is written whole or not at all; see `l
     optimiser.safetensors  the optimiser's moments as "exp_avg.<name>", …, and the state of torch's
                            random generators as "rng.cpu", "rng.cuda.0", …
     memory.safetensors     what the objective keeps from step to step, such as errors, if it does
+    critic_weights.safetensors, critic_optimiser.safetensors
+                           the same of a critic, if one learns beside it
     checkpoint.json        the step, the number of samples seen, the recipe, passes and versions,
                            and the checksums of all files
 
@@ -18,8 +20,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,7 +43,9 @@ _MANIFEST = Manifest(
     remedy="remove it to resume from the one before",
 )
 _NAME = re.compile(r"step_\d{8,}")
-PARTS = ("weights", "ema", "optimiser", "memory")
+_OF_NETWORK = ("weights", "ema", "optimiser")
+_CRITICS = "critic_"
+PARTS = (*_OF_NETWORK, "memory", *(f"{_CRITICS}{part}" for part in _OF_NETWORK))
 CONSTANT = ("memory",)
 """Parts whose tensors no step changes: it takes others in their place."""
 STATES = Kind(
@@ -70,26 +75,44 @@ class _Facts(BaseModel):
 
 
 @dataclass(frozen=True)
-class TrainingState:
+class NetworkState:
+    """A network that trains.
+
+    Attributes:
+        weights: the weights that train, float32, by parameter name.
+        ema: their moving average; empty before there is one.
+        optimiser: the state of the optimiser.
+    """
+
+    weights: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    optimiser: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingState(NetworkState):
     """A run after ``step`` steps.
+
+    The optimiser's state has that of torch's random generators, too.
 
     Attributes:
         step: how many steps are done.
         position: how many samples the run has seen.
         about: the resolved ``recipe``, the pass ``log`` and the ``versions``, as plain data.
-        weights: the weights that train, float32, by parameter name.
-        ema: their moving average; empty before there is one.
-        optimiser: the state of the optimiser and of torch's random generators.
         memory: what the objective keeps from step to step.
+        critic: that learns beside the network; its parts are empty where there is none.
     """
 
     step: int
     position: int
     about: Mapping[str, Any]
-    weights: Mapping[str, Tensor]
-    ema: Mapping[str, Tensor]
-    optimiser: Mapping[str, Tensor]
     memory: Mapping[str, Tensor]
+    critic: NetworkState = field(default_factory=lambda: NetworkState({}, {}, {}))
+
+    def parts(self) -> dict[str, Mapping[str, Tensor]]:
+        """All tensors, by the names of their parts."""
+        parts = {part: getattr(self, part) for part in (*_OF_NETWORK, "memory")}
+        return parts | {f"{_CRITICS}{part}": getattr(self.critic, part) for part in _OF_NETWORK}
 
 
 def state_path(folder: Path, step: int) -> Path:
@@ -127,7 +150,10 @@ def training_states(folder: Path) -> list[Path]:
 
 
 def load_training_state(
-    path: Path, like: Mapping[str, Tensor] | None = None, mesh: Mesh = ALONE
+    path: Path,
+    like: Mapping[str, Tensor] | None = None,
+    mesh: Mesh = ALONE,
+    critic: Mapping[str, Tensor] | None = None,
 ) -> TrainingState:
     """Read a state's folder, written by however many ranks. All ranks must call it.
 
@@ -137,6 +163,7 @@ def load_training_state(
             its average and its moments; each rank reads its own parts alone. All else is read
             whole, to the CPU.
         mesh: the ranks, which divide the work of checking the files.
+        critic: the critic's weights that train, likewise.
 
     Raises:
         ValueError: a file is missing or was changed, or has a format that this lltk does not read.
@@ -152,16 +179,21 @@ def load_training_state(
     tensors = {}
     for part in PARTS:
         files = [path / name for name in names if name.partition(".")[0] == part]
+        weights = (critic if part.startswith(_CRITICS) else like) or {}
         try:
             with opened_pieces(files) as pieces:
                 tensors[part] = {
-                    name: pieces.read(name, (like or {}).get(_weight(part, name)))
+                    name: pieces.read(name, weights.get(_weight(part, name)))
                     for name in pieces.shapes
                 }
         except ValueError as error:
             raise ValueError(f"{path}: {part}: {error}; {_MANIFEST.remedy}") from error
     about = {"recipe": facts.recipe, "log": facts.log, "versions": facts.versions}
-    return TrainingState(facts.step, facts.position, about, **tensors)
+    own, others = (
+        [tensors[f"{prefix}{part}"] for part in _OF_NETWORK] for prefix in ("", _CRITICS)
+    )
+    memory, rival = tensors["memory"], NetworkState(*others)
+    return TrainingState(*own, facts.step, facts.position, about, memory, rival)
 
 
 def _damage(path: Path, files: Mapping[str, str]) -> str | None:
@@ -183,11 +215,16 @@ def _agree(mesh: Mesh, problem: str | None) -> None:
 
 def _weight(part: str, name: str) -> str:
     """The parameter that a tensor belongs to."""
-    return name.partition(".")[2] if part == "optimiser" else name
+    return name.partition(".")[2] if part.endswith("optimiser") else name
 
 
 def check_training_state(
-    state: TrainingState, path: Path, shapes: Mapping[str, Shape], mesh: Mesh = ALONE
+    state: TrainingState,
+    path: Path,
+    shapes: Mapping[str, Shape],
+    mesh: Mesh = ALONE,
+    critic: Mapping[str, Shape] = MappingProxyType({}),
+    critic_updates: int = 0,
 ) -> None:
     """Check a state before any of it is used. All ranks must call it.
 
@@ -196,23 +233,29 @@ def check_training_state(
         path: what errors call it.
         shapes: of the weights that train, by parameter name.
         mesh: the ranks, each of which checks the values that it has.
+        critic: the shapes of the critic's weights that train.
+        critic_updates: how often it is updated in a step.
 
     Raises:
         ValueError: a tensor is missing, is one too many, or has another shape, dtype or value than
             a run of these weights can have.
     """
-    _agree(mesh, _problem(state, path, shapes))
+    own, updates = _problem(state, "", path, shapes, state.step), state.step * critic_updates
+    others = _problem(state.critic, _CRITICS, path, critic, updates)
+    _agree(mesh, own or others or _bad_generator(state, path))
 
 
-def _problem(state: TrainingState, path: Path, shapes: Mapping[str, Shape]) -> str | None:
-    """What is wrong with a state, as far as this rank has it; see `check_training_state`."""
+def _problem(
+    state: NetworkState, prefix: str, path: Path, shapes: Mapping[str, Shape], done: int
+) -> str | None:
+    """What is wrong with a network after so many updates, as far as this rank has it."""
     moments = {f"{key}.{name}": shape for name, shape in shapes.items() for key in _MOMENTS}
     counters = dict.fromkeys((f"step.{name}" for name in shapes), ())
     optimiser = {n: t for n, t in state.optimiser.items() if not n.startswith("rng.")}
     for part, found, wanted in (
-        ("weights", state.weights, shapes),
-        ("ema", state.ema, shapes if state.ema else {}),
-        ("optimiser", optimiser, {**moments, **counters} if state.step else {}),
+        (f"{prefix}weights", state.weights, shapes),
+        (f"{prefix}ema", state.ema, shapes if state.ema else {}),
+        (f"{prefix}optimiser", optimiser, {**moments, **counters} if done else {}),
     ):
         other = sorted(found.keys() ^ wanted.keys())
         if other:
@@ -227,9 +270,14 @@ def _problem(state: TrainingState, path: Path, shapes: Mapping[str, Shape]) -> s
             own = local_part(tensor)
             if not own.isfinite().all() or (
                 (name.startswith("exp_avg_sq.") and bool((own < 0).any()))
-                or (name.startswith("step.") and not 1 <= float(own) <= state.step)
+                or (name.startswith("step.") and not 1 <= float(own) <= done)
             ):
                 return f"{path}: {part}: {name} has values that no run gives; {_MANIFEST.remedy}"
+    return None
+
+
+def _bad_generator(state: TrainingState, path: Path) -> str | None:
+    """What is wrong with the states of torch's generators."""
     generators = {n: t for n, t in state.optimiser.items() if n.startswith("rng.")}
     for name in sorted({"rng.cpu", *generators}):
         if not _is_generator(name, generators.get(name)):

@@ -41,6 +41,7 @@ class Reconstruction:
     """
 
     memory = None
+    critic = None
     work = None
 
     def __init__(
