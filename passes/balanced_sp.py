@@ -53,7 +53,7 @@ class Config(PassConfig):
 
 
 class BalancedSP(Pass[Config]):
-    """Give each rank the same frames of a clip: in teacher forcing clean and noisy, else noisy ones.
+    """Give each rank some frames of a clip; under teacher forcing the same ones clean and noisy.
 
     ::
 
@@ -64,11 +64,11 @@ class BalancedSP(Pass[Config]):
         sample: [B, C, F, h, w]    →  [B, C, F/n, h, w]
 
     Every rank predicts for as many noisy tokens as the others. After an exchange the sequence is
-    [clean; noisy] of each rank in turn, or in a score program the clip's. The mask reads this order, so nothing is permuted.
-    Positions are those of the rank's frames in the clip. The gradient of an exchange is its
-    inverse. The layout is LongLive-2.0's Balanced SP over DeepSpeed-Ulysses. With another exchange
-    than ``compute`` each is a `rounded_exchange`, which rounds what it sends, both ways. The pass
-    needs a prompt a chunk.
+    [clean; noisy] of each rank in turn, or in a score program the clip's. The mask reads this
+    order, so nothing is permuted. Positions are those of the rank's frames in the clip. The
+    gradient of an exchange is its inverse. The layout is LongLive-2.0's Balanced SP over
+    DeepSpeed-Ulysses. With another exchange than ``compute`` each is a `rounded_exchange`, which
+    rounds what it sends, both ways. The pass needs a prompt a chunk.
 
     Linears that train in NVFP4 round as on one rank::
 

@@ -34,8 +34,9 @@ from lltk.training import open_training
 CPU = torch.device("cpu")
 CHUNKS, STEPS = 4, 2
 SETTINGS = (
-    f"geometry.frames={2 * CHUNKS}", "distil.steps=[3,2]", "distil.guidance=3.0",
+    f"geometry.frames={2 * CHUNKS}", "distil.steps=[2]", "distil.guidance=3.0",
     "train.image=0.5", "train.seed=5", "train.recompute=true", "train.clip=0.02",
+    "distil.fake.updates=1",
 )  # fmt: skip
 """Gradients are clipped, and both with first frames that are given and without."""
 Run = tuple[int, int]
@@ -98,14 +99,16 @@ def noting(found: dict[str, Tensor]) -> Iterator[None]:
         yield
 
 
-def distilled(pipeline: Path, ranks: Ranks, run: Run = (1, 1)) -> dict[str, Tensor]:
+def distilled(
+    pipeline: Path, ranks: Ranks, run: Run = (1, 1), steps: int = STEPS
+) -> dict[str, Tensor]:
     """Losses, norms and gradients of both networks' updates, and the student's weights after."""
     found: dict[str, Tensor] = {}
     plan = wide(planned(pipeline, run))
     with widened(), noting(found), TemporaryDirectory() as folder:
         prompts = Prompts(CHUNKS)
         with open_training(plan, Path(folder), dataset=prompts, ranks=ranks) as training:
-            for number, metrics in zip(range(STEPS), training, strict=False):
+            for number, metrics in zip(range(steps), training, strict=False):
                 told = (metrics.loss, metrics.grad_norm, metrics.losses["critic"])
                 found[f"{number}.told"] = torch.tensor(told, dtype=torch.float64)
             weights = training.trainer.weights
@@ -114,7 +117,8 @@ def distilled(pipeline: Path, ranks: Ranks, run: Run = (1, 1)) -> dict[str, Tens
 
 def goes_on(pipeline: Path, ranks: Ranks, folder: Path, steps: int, run: Run) -> list[Any]:
     """Each step's losses and norm, of a run from where it was left up to a step."""
-    plan, prompts = planned(pipeline, run, f"train.steps={steps}"), Prompts(CHUNKS)
+    plan, prompts = planned(pipeline, run), Prompts(CHUNKS)
+    plan = replace(plan, section=plan.section.model_copy(update={"steps": steps}))
     with open_training(plan, folder, dataset=prompts, ranks=ranks, resume=True) as training:
         return [(m.loss, m.losses["critic"], m.grad_norm) for m in training]
 
@@ -142,13 +146,13 @@ def save_distilled(rank: int, size: int, port: int, pipeline: Path, folder: Path
         for run in RUNS:
             save_file(distilled(pipeline, ranks, run), folder / file_of(run, rank))
         with own_gradients():
-            save_file(distilled(pipeline, ranks, (2, 1)), folder / file_of(FAULT, rank))
-        whole = goes_on(pipeline, ranks, folder / "whole", 3, (2, 2))
-        goes_on(pipeline, ranks, folder / "half", 2, (2, 2))
+            save_file(distilled(pipeline, ranks, (2, 1), 1), folder / file_of(FAULT, rank))
+        whole = goes_on(pipeline, ranks, folder / "whole", 2, (2, 2))
+        goes_on(pipeline, ranks, folder / "half", 1, (2, 2))
         if rank == 0:
             shutil.copytree(folder / "half", folder / "other")
         dist.barrier()
-        rest = goes_on(pipeline, ranks, folder / "half", 3, (2, 2))
+        rest = goes_on(pipeline, ranks, folder / "half", 2, (2, 2))
         (folder / file_of("losses", rank)).write_text(json.dumps({"whole": whole, "rest": rest}))
 
 

@@ -43,7 +43,7 @@ def alone(pipeline: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("run", RUNS)
 def test_ranks_distil_what_one_does(folder: Path, run: Run, alone: dict[str, Tensor]) -> None:
     """Losses, norms and gradients of student and critic, and the student's weights."""
-    assert sum(name.endswith(".lora_B.weight") for name in alone) % 7 == 0
+    assert {name.split(".")[0] for name in alone} == {"0", "1", "2", "3", "weight"}
     for rank in range(2):
         found = load_file(folder / file_of(run, rank))
         changed = {name for name, value in alone.items() if value.any()}
@@ -52,22 +52,22 @@ def test_ranks_distil_what_one_does(folder: Path, run: Run, alone: dict[str, Ten
 
 
 def test_a_fault_is_seen(folder: Path, alone: dict[str, Tensor]) -> None:
-    changed = {name: value for name, value in alone.items() if value.any()}
+    first = {name: value for name, value in alone.items() if name[:2] == "0." and value.any()}
     for rank in range(2):
         found = load_file(folder / file_of(FAULT, rank))
-        assert apart({name: found[name] for name in changed}, changed) > FAR
+        assert apart({name: found[name] for name in first}, first) > FAR
 
 
 def test_a_run_over_ranks_goes_on(folder: Path, pipeline: Path) -> None:
     """Bit for bit on as many ranks; also with one process."""
     told = [json.loads((folder / file_of("losses", rank)).read_text()) for rank in range(2)]
-    assert told[0] == told[1] and len(told[0]["whole"]) == 3
-    assert told[0]["rest"] == told[0]["whole"][2:]
-    (state,) = (folder / "other" / "checkpoints").glob("step_00000002")
+    assert told[0] == told[1] and len(told[0]["whole"]) == 2
+    assert told[0]["rest"] == told[0]["whole"][1:]
+    (state,) = (folder / "other" / "checkpoints").glob("step_00000001")
     for part in ("critic_weights", "critic_optimiser", "weights"):
         assert len(list(state.glob(f"{part}.shard?of2.safetensors"))) == 2
-    alone = goes_on(pipeline, ALONE, folder / "other", 3, (1, 1))
-    assert alone[0] == pytest.approx(told[0]["whole"][2], rel=1e-3)
+    alone = goes_on(pipeline, ALONE, folder / "other", 2, (1, 1))
+    assert alone[0] == pytest.approx(told[0]["whole"][1], rel=1e-3)
 
 
 @pytest.mark.parametrize("key", ["exchange", "exchange_queries"])

@@ -316,8 +316,8 @@ MAY_CHANGE = (
     "shards", "recompute", "keep_attention", "data.encoding", "data.prepared", "tensorboard",
 )  # fmt: skip
 """Keys of the train section that a resumed run may change."""
-_OF_RANKS = "balanced_sp"
-"""The pass that a resumed run may have or not: it says how many ranks share a clip."""
+_OF_RANKS = ("balanced_sp", "ulysses_stream")
+"""Passes that a resumed run may have or not: they say how many ranks share a clip."""
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -331,11 +331,14 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _for_any_ranks(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without what says how many ranks share a clip."""
-    steps = recipe.get("passes", [])
-    names = [next(iter(step)) if isinstance(step, dict) else step for step in steps]
-    kept = [step for step, name in zip(steps, names, strict=True) if name != _OF_RANKS]
-    return {**recipe, "passes": kept}
+    """A recipe, or a section of one, without what says how many ranks share a clip."""
+    kept = {key: _for_any_ranks(v) if isinstance(v, dict) else v for key, v in recipe.items()}
+    if isinstance(steps := kept.get("passes"), list):
+        names = [next(iter(step)) if isinstance(step, dict) else step for step in steps]
+        kept["passes"] = [
+            step for step, name in zip(steps, names, strict=True) if name not in _OF_RANKS
+        ]
+    return kept
 
 
 def differences(

@@ -176,24 +176,22 @@ def load_training_state(
         if file.name not in facts.files:
             raise ValueError(f"{path}: {_MANIFEST.name} lists no {file.name}; {_MANIFEST.remedy}")
     _agree(mesh, _damage(path, {name: facts.files[name] for name in names[mesh.rank :: mesh.size]}))
-    tensors = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     for part in PARTS:
         files = [path / name for name in names if name.partition(".")[0] == part]
-        weights = (critic if part.startswith(_CRITICS) else like) or {}
+        of_network = (critic if part.startswith(_CRITICS) else like) or {}
         try:
             with opened_pieces(files) as pieces:
                 tensors[part] = {
-                    name: pieces.read(name, weights.get(_weight(part, name)))
+                    name: pieces.read(name, of_network.get(_weight(part, name)))
                     for name in pieces.shapes
                 }
         except ValueError as error:
             raise ValueError(f"{path}: {part}: {error}; {_MANIFEST.remedy}") from error
     about = {"recipe": facts.recipe, "log": facts.log, "versions": facts.versions}
-    own, others = (
-        [tensors[f"{prefix}{part}"] for part in _OF_NETWORK] for prefix in ("", _CRITICS)
-    )
-    memory, rival = tensors["memory"], NetworkState(*others)
-    return TrainingState(*own, facts.step, facts.position, about, memory, rival)
+    weights, ema, optimiser, memory = (tensors[part] for part in (*_OF_NETWORK, "memory"))
+    rival = NetworkState(**{part: tensors[f"{_CRITICS}{part}"] for part in _OF_NETWORK})
+    return TrainingState(weights, ema, optimiser, facts.step, facts.position, about, memory, rival)
 
 
 def _damage(path: Path, files: Mapping[str, str]) -> str | None:

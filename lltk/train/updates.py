@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -88,7 +88,7 @@ class Updates:
         Raises:
             NotFinite: one of them is not finite.
         """
-        mesh, watch, objective = self._mesh, self._watch, self._objective
+        mesh, objective = self._mesh, self._objective
         with self._measure("data"):
             batches = [next(self._batches) for _ in range(self.calls)]
         counts = torch.tensor(sum(objective.count(batch) for batch in batches))
