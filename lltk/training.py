@@ -24,13 +24,13 @@ from torch import Tensor
 from lltk.files.locks import held, lock_output
 from lltk.files.outputs import Output, check_outputs
 from lltk.graph.program import LogEntry
-from lltk.models.checkpoint import MODEL_FOLDER, WEIGHTS_FILE
+from lltk.models.checkpoint import LONGLIVE_LORA, MODEL_FOLDER, WEIGHTS_FILE
 from lltk.models.pipelines import PIPELINE
 from lltk.parallel.mesh import ALONE, Mesh, meshed
 from lltk.parallel.ranks import Ranks
 from lltk.tasks.autoencoder import plan_autoencoder
 from lltk.tasks.distillation import plan_distillation
-from lltk.tasks.transformer import plan_transformer
+from lltk.tasks.transformer import ADAPTERS, plan_transformer
 from lltk.train.data import Dataset
 from lltk.train.loop import Trainer, newest_state, run_outputs
 from lltk.train.metrics import Metrics
@@ -205,7 +205,7 @@ class Training:
         """Write the averaged weights, or the weights as they are where nothing is averaged.
 
         A transformer is written to ``transformer/`` in the run's folder, an autoencoder to
-        ``vae/``, both in diffusers' layout; adapters to ``lora.safetensors``.
+        ``vae/``, both in diffusers' layout; adapters to what ``train.adapter`` says.
 
         All ranks must call it; the first writes.
 
@@ -228,7 +228,9 @@ def training_outputs(folder: Path) -> list[Output]:
         Output(folder / "transformer", MODEL_FOLDER),
         Output(folder / "vae", MODEL_FOLDER),
         Output(folder / "pipeline", PIPELINE),
-        Output(folder / "lora.safetensors", WEIGHTS_FILE),
+        Output(folder / ADAPTERS["diffusers"], WEIGHTS_FILE),
+        Output(folder / ADAPTERS["peft"], MODEL_FOLDER),
+        Output(folder / ADAPTERS["longlive"], LONGLIVE_LORA),
     ]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lltk.files.manifest import Manifest
-from lltk.files.outputs import Kind, Output, check_outputs
+from lltk.files.outputs import Kind, Output, check_outputs, marked
 from lltk.files.tensors import is_sealed, save_tensors, write_tensors
 from lltk.files.writing import standing, whole_file, whole_folder
 from lltk.graph.packed import is_packed, plain_name
@@ -33,6 +33,8 @@ _MANIFEST = Manifest(
 )
 MODEL_FOLDER = Kind("a model's folder", _MANIFEST.recognises, folder=True)
 WEIGHTS_FILE = Kind("weights", is_sealed)
+_GENERATOR_LORA = "generator_lora"
+LONGLIVE_LORA = marked("LongLive's adapters", _GENERATOR_LORA)
 _HOLDERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training scripts save a state dict, beside an optimiser's and the like."""
 _TRANSFORMER = "model.diffusion_model."
@@ -234,16 +236,19 @@ def save_lora(
     weights: Mapping[str, Tensor],
     layout: str,
     config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write an adapter.
 
     Args:
-        path: a ``.pt`` file for the layout ``longlive``, else a ``.safetensors`` file.
+        path: a ``.safetensors`` file for the layout ``diffusers``, a folder for ``peft``, and a
+            ``.pt`` file for ``longlive``.
         weights: A [rank, in] as ``<module>.lora_A.weight`` and B [out, rank] as
             ``<module>.lora_B.weight``.
         layout: a name in `LORA_LAYOUTS`.
-        config: the PEFT configuration. It goes into the file's metadata, as diffusers writes it.
-            Files of ``longlive`` have no place for it: their scale is always 1.
+        config: the PEFT configuration. It goes into the file's metadata, as diffusers writes it,
+            or into the folder. Files of ``longlive`` have no place for it: their scale is always 1.
+        overwrite: whether a folder that lltk did not write may be replaced.
 
     Raises:
         ValueError: names, layout and path do not go together, or the scale is not 1 for
@@ -251,17 +256,24 @@ def save_lora(
     """
     path = Path(path)
     state = _state(weights, LORA_LAYOUTS, layout, path)
-    if layout != "longlive":
-        prefix = "transformer." if layout == "diffusers" else ""
-        notes = json.dumps({prefix + k: v for k, v in (config or {}).items()}, default=list)
+    if layout == "diffusers":
+        notes = json.dumps({f"transformer.{k}": v for k, v in (config or {}).items()}, default=list)
         _save_safetensors(state, path, {_LORA_CONFIG: notes} if config else {})
+    elif layout == "peft":
+        check_outputs([Output(path, MODEL_FOLDER)], [], overwrite)
+        with whole_folder(path) as folder:
+            with folder.file("adapter_model.safetensors") as file:
+                write_tensors(file, state, {"format": "pt"})
+            about = {"peft_type": "LORA", **(config or {})}
+            folder.write_text("adapter_config.json", json.dumps(about, indent=2, default=list))
+            _MANIFEST.write(folder, {"model": "LORA"})
     elif config and config.get("lora_alpha") != config.get("r"):
         raise ValueError(
             f"{path}: lora_alpha {config.get('lora_alpha')} is not r {config.get('r')}, but this "
             "layout means a scale of 1; multiply lora_B by lora_alpha / r, or use another layout"
         )
     else:
-        _save_pickle({"generator_lora": state}, path)
+        _save_pickle({_GENERATOR_LORA: state}, path)
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

@@ -457,7 +457,7 @@ def test_adapters_of_another_model_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["diffusers", "peft", "longlive"])
 def test_what_is_written_is_read(layout: str, tmp_path: Path) -> None:
-    path = tmp_path / ("a.pt" if layout == "longlive" else "a.safetensors")
+    path = tmp_path / {"longlive": "a.pt", "diffusers": "a.safetensors", "peft": "a"}[layout]
     config = None if layout == "longlive" else {"r": 4, "lora_alpha": 6.0, "target_modules": [Q]}
     save_lora(path, GOOD, layout, config)
     (change,) = load_adapter(path).changes.values()

@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import Run, randomise, refused, same, tiny_config
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from streams import AUTOENCODER, SIZES, TRANSFORMER, save_pipeline
 from test_train_cli import AUTOENCODER as WORLD_AUTOENCODER
 from torch import Tensor
 
+from lltk.compiler import transform
+from lltk.graph.low_rank import LowRank
 from lltk.graph.program import Program
-from lltk.graph.recipe import read_recipe
+from lltk.graph.recipe import open_recipe, read_recipe
 from lltk.graph.recipe_files import shipped
 from lltk.models import wan22, wan_vae
 from lltk.models.adapters import load_adapter
@@ -27,6 +32,7 @@ from lltk.passes.lora import is_adapter
 from lltk.stream.rollout import Rollout
 from lltk.stream.sampler import Schedule
 from lltk.tasks.distillation import DistillationPlan, plan_distillation
+from lltk.tasks.transformer import ADAPTERS
 from lltk.train.data import Batch, Batches, generator_at
 from lltk.train.distillation import Distillation
 from lltk.train.loop import Diverged
@@ -38,6 +44,7 @@ from lltk.training import open_training
 pytestmark = pytest.mark.cpu
 
 CHUNKS = 3
+RECORDED = Path(__file__).parent / "data" / "longlive"
 SMALL = [
     *SIZES, "geometry.frames=6", "geometry.batch=2", "train.batch=4", "train.steps=3",
     "train.checkpoint_every=1", "train.sample_every=null", "train.ema_start=1", "train.warmup=0",
@@ -63,6 +70,20 @@ class Prompts:
         opens[:, 0], opens[:, 1] = True, torch.tensor([bool(i % 2) for i in indices])
         latents = drawn(AUTOENCODER["z_dim"], 2 * self._chunks, 2, 4)
         return {"text": drawn(self._chunks, 12, 64), "latents": latents, "opens": opens}
+
+
+@pytest.fixture(scope="module")
+def distilled(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a run writes in each layout, and the run's own adapters."""
+    folder, plan = tmp_path_factory.mktemp("distilled"), planned(pipeline, "train.steps=2")
+    with open_training(plan, folder / "run", dataset=Prompts()) as run:
+        assert len(list(run)) == 2
+        trained = run.trainer.ema
+    for layout, name in ADAPTERS.items():
+        own = replace(plan, section=plan.section.model_copy(update={"adapter": layout}))
+        assert own.export(run.objective, Prompts(), trained, folder) == folder / name
+    save_file(trained, folder / "own.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +318,65 @@ def test_a_state_without_its_critic_is_refused(pipeline: Path, tmp_path: Path) -
         assert message in refused(resumed)
 
 
+@pytest.mark.parametrize("name", ADAPTERS.values())
+def test_an_adapter_is_what_was_trained(name: str, distilled: Path) -> None:
+    own = load_file(distilled / "own.safetensors")
+    changes = load_adapter(distilled / name).changes
+    assert {f"{n.removesuffix('.weight')}.lora_{x}.weight" for n in changes for x in "AB"} == (
+        own.keys()
+    )
+    for parameter, change in changes.items():
+        module = parameter.removesuffix(".weight")
+        assert isinstance(change, LowRank) and change.scale == 1
+        assert torch.equal(change.a, own[f"{module}.lora_A.weight"])
+        assert torch.equal(change.b, own[f"{module}.lora_B.weight"]) and change.b.any()
+
+
+def test_longlives_layout(distilled: Path) -> None:
+    """The names are those that LongLive's own code has for a model of as many blocks."""
+    found = torch.load(distilled / "lora.pt", weights_only=True)
+    assert found.keys() == {"generator_lora"}
+    with safe_open(RECORDED / "dmd_step_t2v.safetensors", "pt") as file:
+        names = {key.removeprefix("student_lora.") for key in file.keys()}  # noqa: SIM118
+    assert found["generator_lora"].keys() == {n for n in names if n.startswith("base_model.")}
+
+
+def test_peft_loads_it(distilled: Path) -> None:
+    model = wan22.build(TRANSFORMER)
+    own = load_file(distilled / "own.safetensors")
+    theirs = PeftModel.from_pretrained(model, str(distilled / "lora")).state_dict()
+    loaded = {
+        key.removeprefix("base_model.model.").replace(".default", ""): value
+        for key, value in theirs.items()
+        if ".lora_" in key
+    }
+    assert same(loaded, own)
+
+
+@pytest.mark.parametrize("passes", ["cached_step, commit", "cached_step, commit, nvfp4_infer"])
+def test_it_is_merged_alike_from_every_layout(passes: str, pipeline: Path, distilled: Path) -> None:
+    """Into weights in float32, and into those that are packed in NVFP4."""
+    steps = "canonicalise, per_frame_timesteps, frame_positions, hoist_text"
+    made = []
+    for name in (None, *ADAPTERS.values()):
+        lora = "null" if name is None else str(distilled / name)
+        changes = (f"passes=[{steps}, {passes}]", f"model.lora={lora}")
+        weights = f"model.checkpoint={pipeline}"
+        made.append(transform(open_recipe("tiny_stream", [*SIZES, weights, *changes])).weights)
+    plain, *merged = map(dict, made)
+    assert all(same(each, merged[0]) for each in merged) and not same(plain, merged[0])
+
+
+def test_a_run_goes_on_from_an_adapter(pipeline: Path, distilled: Path) -> None:
+    """The student begins with it; the scores are without."""
+    lora = f"model.lora={distilled / 'lora.pt'}"
+    plan, own = planned(pipeline, lora), load_file(distilled / "own.safetensors")
+    assert same({name: plan.program.weights[name] for name in own}, own)
+    assert not any(plan.fake.weights[name].any() for name in own if "lora_B" in name)
+    for other in ("passes.lora.include='.*to_q'", "passes.lora.rank=3"):
+        assert "remove that (model.lora_strength" in refused(planned, pipeline, lora, other)
+
+
 @pytest.mark.parametrize("network", ["_real", "fake"])
 def test_what_is_not_finite_is_named(network: str, pipeline: Path, tmp_path: Path) -> None:
     with open_training(planned(pipeline), tmp_path, dataset=Prompts()) as run:
@@ -325,6 +405,10 @@ def test_what_is_not_finite_is_named(network: str, pipeline: Path, tmp_path: Pat
         (["train.data.frames=12"], "test: train.data.frames: a clip has geometry.frames"),
         (["stream.shot_offset=8.0"], "clips of a call have cuts at different chunks, which "),
         (["geometry.window=6", "geometry.frames=10"], "which geometry.shot_sink has act on"),
+        (
+            ["train.adapter=longlive", "passes.lora.alpha=8"],
+            "longlive means a scale of 1, and lora has alpha 8 of rank 4; set passes.lora.alpha=4",
+        ),
         (["train.batch=3"], "train.batch: 3 clips a step are not a multiple of the 2"),
         (["distil.fake.passes=[canonicalise, block_causal]"], "passes: no adapters train; add"),
         ([f"distil.fake.passes=[{SCORES}, {{lora: {{rank: 2}}}}, fp8_infer]"], "test: distil.fake"),

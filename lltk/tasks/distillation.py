@@ -21,7 +21,7 @@ from lltk.stream.recipe import StreamSection, stream_section
 from lltk.stream.rollout import Rollout
 from lltk.stream.sampler import Schedule
 from lltk.stream.video import write_video
-from lltk.tasks.transformer import TransformerPlan
+from lltk.tasks.transformer import TransformerPlan, check_adapter
 from lltk.train.data import Batch, Dataset
 from lltk.train.distil_section import DistilSection, Passes, ScoreSection, distil_section
 from lltk.train.distillation import Distillation, FakeScore
@@ -177,6 +177,7 @@ def plan_distillation(
         recipe = recipe.model_copy(update={"model": model})
     student = transform(recipe)
     _check_trains(student, f"{where}: passes")
+    check_adapter(student, section, where)
     _check_exchange(recipe, where)
     lora = next(step["lora"] for step in student.recipe["passes"] if "lora" in step)
     real = _score(recipe, student, distil.real, [], "distil.real", where)

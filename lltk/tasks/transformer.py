@@ -48,6 +48,8 @@ measure it."""
 _SAVED = {2: (2, 40), 4: (2, 27)}
 """By the compute dtype's bytes: such tensors that a block keeps if it is not recomputed, as counted
 by ``torch.autograd.graph.saved_tensors_hooks``. Compiled blocks keep fewer."""
+ADAPTERS = {"diffusers": "lora.safetensors", "peft": "lora", "longlive": "lora.pt"}
+"""What adapters are written to, by layout."""
 _SAMPLE_CLIPS = 4
 _SAMPLE_STEPS = 4
 
@@ -196,20 +198,21 @@ class TransformerPlan:
         folder: Path,
         overwrite: bool = False,
     ) -> Path:
-        """Write ``lora.safetensors`` where adapters trained; else ``transformer/``.
+        """Write one of `ADAPTERS` where adapters trained; else ``transformer/``.
 
         ``pipeline/`` has links to it and to the other parts of the pipeline that it trained with.
         """
         own = {name: tensor.cpu() for name, tensor in trained.items()}
         if self.program.fact(Trainable).names is not None:
-            path = folder / "lora.safetensors"
+            layout = self.section.adapter
+            path = folder / ADAPTERS[layout]
             adapters = self.program.fact(Adapters)
             stated = {
                 "r": adapters.rank,
                 "lora_alpha": adapters.alpha,
                 "target_modules": adapters.modules,
             }
-            save_lora(path, own, "diffusers", stated)
+            save_lora(path, own, layout, stated, overwrite)
             return path
         weights = self.program.unmap_state({**objective.weights, **own})
         path = folder / "transformer"
@@ -263,4 +266,25 @@ def plan_transformer(data: Mapping[str, Any], device: torch.device, where: str) 
             f"{where}: model.lora: there are no weights to add it to; name them in model.checkpoint"
         )
     program = transform(recipe, weights=recipe.model.checkpoint is not None)
+    check_adapter(program, section, where)
     return TransformerPlan(recipe, section, program, device)
+
+
+def check_adapter(program: Program, section: TrainSection, where: str) -> None:
+    """Check that what trains can be written in the layout that ``train.adapter`` names.
+
+    Raises:
+        ValueError: it has no place for the scale, or no adapters train.
+    """
+    adapters = program.fact(Adapters)
+    if section.adapter != "diffusers" and not adapters.modules:
+        raise ValueError(
+            f"{where}: train.adapter: {section.adapter}, but no adapters train; remove it, or add "
+            "lora to the passes"
+        )
+    if section.adapter == "longlive" and adapters.alpha != adapters.rank:
+        raise ValueError(
+            f"{where}: train.adapter: longlive means a scale of 1, and lora has alpha "
+            f"{adapters.alpha:g} of rank {adapters.rank}; set "
+            f"passes.lora.alpha={adapters.rank}, or train.adapter=diffusers"
+        )

@@ -223,6 +223,11 @@ class TrainSection(BaseModel):
         description="a sample that skips chunks of its clip leaps in its positions; the leap is "
         "longer than in the clip by a random number of latent frames, below this one; 1 adds none",
     )
+    adapter: Literal["diffusers", "peft", "longlive"] = Field(
+        "diffusers",
+        description="how adapters are written at the end: as lora.safetensors for diffusers, as "
+        "the folder lora for PEFT, or as lora.pt for LongLive, whose scale is 1",
+    )
     seed: int = Field(
         0, ge=0, lt=1 << 63, description="seed of the first weights, the clips and the noise"
     )
@@ -314,6 +319,7 @@ class TrainSection(BaseModel):
 MAY_CHANGE = (
     "from_scratch", "steps", "checkpoint_every", "keep", "validate_every", "sample_every",
     "shards", "recompute", "keep_attention", "data.encoding", "data.prepared", "tensorboard",
+    "adapter",
 )  # fmt: skip
 """Keys of the train section that a resumed run may change."""
 _OF_RANKS = ("balanced_sp", "ulysses_stream")
