@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from lltk.graph.contract import TensorSpec
 from lltk.graph.edit import Builder, building, copy_graph, module_of, replace
-from lltk.graph.facts import HighSteps
+from lltk.graph.facts import HighSteps, Trainable
 from lltk.graph.linears import Linear, LinearChoice, Rule, chosen_linears
 from lltk.graph.packed import ENDINGS
 from lltk.graph.passes import Numerics, Pass, Report
@@ -24,6 +24,7 @@ from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.ops.nvfp4_quantise.reference import BLOCK, nvfp4_quantise
 
 aten = torch.ops.aten
+FROZEN_LINEAR = overload("nvfp4_frozen_linear")
 MATMUL = overload("nvfp4_matmul")
 QUANTISE = overload("nvfp4_quantise")
 
@@ -96,11 +97,13 @@ class Nvfp4Infer(Pass[Config]):
     ::
 
         linear(x, W, b)  →  nvfp4_matmul(*nvfp4_quantise(x), codes, scales, decode scale) + b
+        … adapters train →  nvfp4_frozen_linear(x, *nvfp4_quantise(detach(x)), codes, …) + b
 
     ``<module>.weight`` becomes ``<module>.weight_codes``, ``…_scales`` and ``…_decode_scale``. It
     is rounded as in training, in 16×16 tiles and from the dtype that it would run in, and K is
     padded to whole blocks. Linears that read the same x share its quantised values. Weights that
-    are stored in NVFP4 already are taken as they are.
+    are stored in NVFP4 already are taken as they are. Behind `lora`, gradients reach the adapters of
+    layers before.
 
     Denoising passes that keep high precision run the graph ``step_high``, which is the step before
     this rewrite. The weights that it reads, or that a commit in high precision reads, stay beside
@@ -136,19 +139,22 @@ class Nvfp4Infer(Pass[Config]):
         }
         kept = frozenset(plain & before.keys())
         program.change_weights(_Nvfp4Weights(before, kept, self.config.weight_rule))
+        trains = bool(program.fact(Trainable).names)
         for chosen in linears.values():
             quantised: dict[fx.Node, list[fx.Node]] = {}
             for linear in chosen:
                 if linear.x not in quantised:
                     with building(linear.node, module_of(linear.x)) as build:
-                        made = build(QUANTISE, linear.x, 1, self.config.activation_rule)
+                        x = build(aten.detach.default, linear.x) if trains else linear.x
+                        made = build(QUANTISE, x, 1, self.config.activation_rule)
                         quantised[linear.x] = [build(operator.getitem, made, i) for i in range(3)]
                 with building(linear.node) as build:
-                    replace(linear.node, _product(build, linear, quantised[linear.x]))
+                    replace(linear.node, _product(build, linear, quantised[linear.x], trains))
                 report.match(linear.kind(program))
 
 
-def _product(build: Builder, linear: Linear, x: list[fx.Node]) -> fx.Node:
+def _product(build: Builder, linear: Linear, x: list[fx.Node], trains: bool) -> fx.Node:
     weight = [build.attribute(linear.module + ending) for ending in ENDINGS]
-    y = build(MATMUL, *x, *weight, linear.node.meta["val"].dtype)
+    dtype = linear.node.meta["val"].dtype
+    y = build(*((FROZEN_LINEAR, linear.x) if trains else (MATMUL,)), *x, *weight, dtype)
     return y if linear.bias is None else build(aten.add.Tensor, y, linear.bias)

@@ -33,7 +33,6 @@ from lltk.train.simulation import Simulation, simulate
 
 _SAMPLE_CLIPS = 4
 _SCORES = ("canonicalise", "per_frame_timesteps", "frame_positions", "text_per_chunk")
-_WITHOUT_GRADIENTS = ("nvfp4_infer", "fp8_infer")
 _NOT_FOR_IT = (
     "from_scratch", "context_error", "context_noise", "error_recycling", "gap", "graphs",
 )  # fmt: skip
@@ -238,10 +237,10 @@ def _check_trains(program: Program, where: str) -> None:
     """Refuse a network that should train and cannot."""
     if not program.fact(Trainable).names:
         raise ValueError(f"{where}: no adapters train; add lora, before regionalise")
-    if without := [entry.name for entry in program.log if entry.name in _WITHOUT_GRADIENTS]:
+    if any(name not in program.weights for name in program.fact(Trainable).names or ()):
         raise ValueError(
-            f"{where}: {without[0]}: no gradients flow through it to the adapters; remove it "
-            "(distil.real.passes may have it)"
+            f"{where}: adapters are quantised, and so cannot train; leave them out of the include "
+            "of the pass that quantises"
         )
 
 

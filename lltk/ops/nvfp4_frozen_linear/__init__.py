@@ -1,0 +1,1 @@
+"""A linear over a weight in NVFP4 that does not train."""
