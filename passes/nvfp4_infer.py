@@ -102,8 +102,8 @@ class Nvfp4Infer(Pass[Config]):
     ``<module>.weight`` becomes ``<module>.weight_codes``, ``…_scales`` and ``…_decode_scale``. It
     is rounded as in training, in 16×16 tiles and from the dtype that it would run in, and K is
     padded to whole blocks. Linears that read the same x share its quantised values. Weights that
-    are stored in NVFP4 already are taken as they are. Behind `lora`, gradients reach the adapters of
-    layers before.
+    are stored in NVFP4 already are taken as they are. Behind `lora`, gradients reach the adapters
+    of layers before.
 
     Denoising passes that keep high precision run the graph ``step_high``, which is the step before
     this rewrite. The weights that it reads, or that a commit in high precision reads, stay beside

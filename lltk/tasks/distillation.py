@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from lltk.compiler import transform
 from lltk.graph.facts import Ranks, Trainable
-from lltk.graph.memory import estimate
+from lltk.graph.memory import estimate, total
 from lltk.graph.module import ProgramModule, instantiate, same_weights
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, parse_recipe
@@ -21,6 +21,7 @@ from lltk.stream.recipe import StreamSection, stream_section
 from lltk.stream.rollout import Rollout
 from lltk.stream.sampler import Schedule
 from lltk.stream.video import write_video
+from lltk.tasks.fitting import MOST_RANKS, first_that_fit, sparing
 from lltk.tasks.transformer import TransformerPlan, check_adapter
 from lltk.train.data import Batch, Dataset
 from lltk.train.distil_section import DistilSection, Passes, ScoreSection, distil_section
@@ -61,11 +62,8 @@ class DistillationPlan(TransformerPlan):
     def memory(self) -> Mapping[str, int]:
         student, both = self._adapters(self.program), self._adapters(self.program, self.fake)
         moments = 2 * both if self.section.optimiser == "adamw" else both // 2
-        cache = estimate(self.program)
         memory = {
             "weights": self._weights,
-            "cache pages": cache["cache pages"],
-            "cross-attention K/V": self.program.geometry.chunks * cache["cross-attention K/V"],
             "gradients": both,
             "AdamW moments": moments,
             "average": 0 if self.section.ema_decay is None else student,
@@ -74,7 +72,25 @@ class DistillationPlan(TransformerPlan):
             memory["gradients"] = both * self.program.dtype.itemsize // 4
         elif self.program.dtype != torch.float32:
             memory["float32 weights"] = both
+        memory = {owner: size // self.section.shards for owner, size in memory.items()}
+        cache, geometry = estimate(self.program), self.program.geometry
+        # A commit to a page that is in use leaves the old cache to the backward pass.
+        copies = 1 + max(0, geometry.chunks - geometry.pages)
+        memory["cache pages"] = copies * cache["cache pages"]
+        memory["cross-attention K/V"] = geometry.chunks * cache["cross-attention K/V"]
         return {owner: size for owner, size in (memory | self._passes()).items() if size}
+
+    def ways_to_fit(self, room: int) -> Sequence[str]:
+        return first_that_fit(room, sparing(self), self._divided())
+
+    def _divided(self) -> Iterator[tuple[str, int]]:
+        """The weights on ever more ranks."""
+        ranks = 2 * self.section.shards
+        while ranks <= MOST_RANKS and self.section.optimiser == "adamw":
+            section = self.section.model_copy(update={"shards": ranks})
+            needed = total(replace(self, section=section).memory)
+            yield f"{ranks} ranks, --set train.shards={ranks}", needed
+            ranks *= 2
 
     def objective(self, dataset: Dataset) -> Objective:
         made = list[tuple[Program, ProgramModule]]()
@@ -127,9 +143,10 @@ class DistillationPlan(TransformerPlan):
 
     @property
     def _tokens(self) -> int:
-        """Tokens of a clip, of which all exit passes are kept."""
+        """Tokens of a call on one rank: of all chunks' exit passes, or of the critic's clip."""
         geometry = self.program.geometry
-        return geometry.batch * geometry.frames * geometry.frame_tokens(self.program.spec)
+        frames = geometry.frames // self.sequence
+        return geometry.batch * frames * geometry.frame_tokens(self.program.spec)
 
     @cached_property
     def _weights(self) -> int:
@@ -155,9 +172,15 @@ class DistillationPlan(TransformerPlan):
 
 
 def plan_distillation(
-    data: Mapping[str, Any], device: torch.device, where: str
+    data: Mapping[str, Any], device: torch.device, where: str, weights: bool = True
 ) -> DistillationPlan:
     """The plan of a recipe's plain data; errors begin with ``where``.
+
+    Args:
+        data: the recipe.
+        device: where it will train.
+        where: what errors call the recipe.
+        weights: whether to load them. If not, the plan is there to be looked at.
 
     Raises:
         ValueError: the recipe, its sections, a checkpoint or the networks' shapes do not fit.
@@ -170,24 +193,30 @@ def plan_distillation(
     section.calls(recipe.geometry.batch)
     _check_section(section, where)
     _check_cuts(recipe, section, stream, where)
-    if recipe.model.checkpoint is None:
+    if recipe.model.checkpoint is None and weights:
         pipeline = str(find_pipeline(stream.pipeline))
         model = recipe.model.model_copy(update={"checkpoint": pipeline})
         recipe = recipe.model_copy(update={"model": model})
-    student = transform(recipe)
+    student = transform(recipe, weights=weights)
     _check_trains(student, f"{where}: passes")
     check_adapter(student, section, where)
     _check_exchange(recipe, where)
     lora = next(step["lora"] for step in student.recipe["passes"] if "lora" in step)
-    real = _score(recipe, student, distil.real, [], "distil.real", where)
-    fake = _score(recipe, student, distil.fake, [{"lora": lora}], "distil.fake", where)
+    real = _score(recipe, student, distil.real, [], "distil.real", where, weights)
+    fake = _score(recipe, student, distil.fake, [{"lora": lora}], "distil.fake", where, weights)
     _check_trains(fake, f"{where}: distil.fake.passes")
     real = replace(real, facts=real.facts | {Trainable: Trainable(frozenset())})
     return DistillationPlan(recipe, section, student, device, distil, stream, real, fake)
 
 
 def _score(
-    recipe: Recipe, student: Program, own: ScoreSection, more: Passes, name: str, where: str
+    recipe: Recipe,
+    student: Program,
+    own: ScoreSection,
+    more: Passes,
+    name: str,
+    where: str,
+    weights: bool,
 ) -> Program:
     """A score network's Program, for the student's clips."""
     ranks = student.fact(Ranks).count
@@ -204,7 +233,7 @@ def _score(
         "geometry": recipe.geometry.model_dump(),
         "passes": passes if own.passes is None else own.passes,
     }
-    program = transform(parse_recipe(data, f"{where}: {name}"), section=name)
+    program = transform(parse_recipe(data, f"{where}: {name}"), weights=weights, section=name)
     ours, theirs = (each.recipe["model"]["config"] for each in (student, program))
     if differing := sorted(key for key in ours if ours[key] != theirs[key]):
         raise ValueError(

@@ -22,7 +22,8 @@ _SAVES = {
     "weights": "compute",
 }
 """Values of ``train.…`` that save memory; those that cost least come first."""
-_MOST_RANKS = 64
+MOST_RANKS = 64
+"""No more are proposed."""
 
 
 def ways_to_fit(plan: TransformerPlan, room: int) -> list[str]:
@@ -36,15 +37,20 @@ def ways_to_fit(plan: TransformerPlan, room: int) -> list[str]:
         Changes of keys, and what is needed with them: on as many ranks, and on the fewest on which
         that is possible. Empty if there is none.
     """
+    return first_that_fit(room, sparing(plan), _shared(plan))
+
+
+def first_that_fit(room: int, *kinds: Iterator[tuple[str, int]]) -> list[str]:
+    """Of each kind of ways, with the bytes that they need, the first that fits, in words."""
     found = []
-    for ways in (_sparing(plan), _shared(plan)):
+    for ways in kinds:
         fits = ((way, size) for way, size in ways if size <= room)
         if (first := next(fits, None)) is not None:
             found.append(f"{first[0]}: {readable(first[1])}")
     return found
 
 
-def _sparing(plan: TransformerPlan) -> Iterator[tuple[str, int]]:
+def sparing(plan: TransformerPlan) -> Iterator[tuple[str, int]]:
     """Ever more keys that save memory, on the same ranks."""
     changes: list[str] = []
     for key, value in _SAVES.items():
@@ -62,7 +68,7 @@ def _shared(plan: TransformerPlan) -> Iterator[tuple[str, int]]:
     program, section = plan.program, plan.section
     most = gcd(program.spec.heads, program.geometry.chunks)
     ranks = 2
-    while ranks <= _MOST_RANKS:
+    while ranks <= MOST_RANKS:
         sequence = gcd(most, ranks)
         shared = replace(program, facts={**program.facts, Ranks: Ranks(sequence)})
         own = section.model_copy(update={"shards": ranks})

@@ -1,4 +1,4 @@
-"""A product with a weight in NVFP4 that gradients pass: kernels, and products by TransformerEngine."""
+"""A product with a weight in NVFP4 that gradients pass, by TransformerEngine."""
 
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.implementations import load_parts
