@@ -21,16 +21,19 @@ from torch import Tensor
 
 from lltk.compiler import transform
 from lltk.graph.low_rank import LowRank
+from lltk.graph.memory import total
 from lltk.graph.program import Program
 from lltk.graph.recipe import open_recipe, read_recipe
 from lltk.graph.recipe_files import shipped
 from lltk.models import wan22, wan_vae
 from lltk.models.adapters import load_adapter
 from lltk.models.checkpoint import save_checkpoint
+from lltk.models.configs import named_config
 from lltk.models.tiny.text import save_text_encoder
 from lltk.passes.lora import is_adapter
 from lltk.stream.rollout import Rollout
 from lltk.stream.sampler import Schedule
+from lltk.tasks.clips import encoded_clips
 from lltk.tasks.distillation import DistillationPlan, plan_distillation
 from lltk.tasks.transformer import ADAPTERS
 from lltk.train.data import Batch, Batches, generator_at
@@ -39,7 +42,7 @@ from lltk.train.loop import Diverged
 from lltk.train.saving import save_training_state
 from lltk.train.simulation import Scene, simulate
 from lltk.train.state import load_training_state, training_states
-from lltk.training import open_training
+from lltk.training import open_training, plan_training
 
 pytestmark = pytest.mark.cpu
 
@@ -100,9 +103,34 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+WORLD = [
+    "geometry.frames=6", "geometry.batch=2", "train.batch=2", "train.steps=2",
+    "train.data.clips=2", "train.data.shots=2", "train.sample_every=2", "model.config=null",
+    "distil.fake.updates=1",
+]  # fmt: skip
+"""Over clips of the tiny world."""
+
+
+def save_world_pipeline(folder: Path) -> Path:
+    """Random weights for clips of the tiny world."""
+    config = wan22.validate_config({
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16,
+        "text_dim": 64, "freq_dim": 16, "ffn_dim": 16, "num_layers": 1,
+    })  # fmt: skip
+    save_text_encoder(folder)
+    autoencoder = wan_vae.validate_config(WORLD_AUTOENCODER)
+    wan_vae.save_vae(folder / "vae", wan_vae.build(autoencoder).state_dict(), autoencoder)
+    weights = wan22.build(config).state_dict()
+    save_checkpoint(folder / "transformer", weights, "diffusers", config)
+    return folder
+
+
+def pipelines(folder: Path) -> list[str]:
+    return [f"stream.pipeline={folder}", f"train.data.pipeline={folder}"]
+
+
 def recipe(pipeline: Path, *changes: str) -> dict[str, Any]:
-    own = [f"stream.pipeline={pipeline}", f"train.data.pipeline={pipeline}"]
-    return read_recipe(shipped()["tiny_distil"], [*SMALL, *own, *changes])
+    return read_recipe(shipped()["tiny_distil"], [*SMALL, *pipelines(pipeline), *changes])
 
 
 @cache
@@ -211,6 +239,78 @@ def test_quantised_adapters_are_refused(pipeline: Path) -> None:
     passes = f"[{SCORES}, {{lora: {{rank: 16}}}}, {{nvfp4_infer: {{include: '.*lora_A'}}}}]"
     message = refused(planned, pipeline, f"distil.fake.passes={passes}")
     assert "distil.fake.passes: adapters are quantised, and so cannot train" in message
+
+
+@pytest.mark.parametrize("name", ["wan22_5b_distil", "wan22_5b_distil_fp8"])
+def test_the_5b_is_planned_without_weights(name: str) -> None:
+    """With one block of thirty. What shards divide they divide; other weights add up."""
+    config = json.dumps(named_config("wan22_5b", wan22.CONFIGS) | {"num_layers": 1})
+
+    def plan(*changes: str) -> DistillationPlan:
+        data = read_recipe(shipped()[name], [f"model.config={config}", *changes])
+        return plan_distillation(data, torch.device("cpu"), "test", weights=False)
+
+    alone, long = plan(), plan("geometry.frames=48")
+    owners = {
+        "weights", "gradients", "AdamW moments", "average", "float32 weights", "cache pages",
+        "cross-attention K/V", "block inputs", "inside a block",
+    }  # fmt: skip
+    assert alone.memory.keys() == owners
+    assert long.memory["block inputs"] == alone.memory["block inputs"] * 48 // 32
+    assert long.memory["cache pages"] == 3 * alone.memory["cache pages"]
+    section = alone.section.model_copy(update={"shards": 4})
+    divided = replace(alone, section=section).memory
+    for owner in ("weights", "gradients", "AdamW moments", "average", "float32 weights"):
+        assert divided[owner] == alone.memory[owner] // 4
+    assert alone.memory["AdamW moments"] == 2 * alone.memory["gradients"]
+    (less,) = alone.ways_to_fit(total(divided) + 1)
+    assert less.startswith("4 ranks, --set train.shards=4: ")
+    assert alone.ways_to_fit(1) == []
+
+
+@pytest.mark.parametrize("steps", [4, 3, 2, 1])
+def test_any_number_of_passes(steps: int, pipeline: Path) -> None:
+    plan = planned(pipeline)
+    distil = plan.distil.model_copy(update={"steps": (steps,)})
+    objective = objective_of(replace(plan, distil=distil))
+    drawn = {objective.simulation.passes(Batch(1, range(4 * n, 4 * n + 1), {}), "student")[1]
+             for n in range(60)}  # fmt: skip
+    assert drawn == set(range(1, steps + 1))
+
+
+def test_only_first_frames_are_encoded(tmp_path: Path) -> None:
+    pipeline = save_world_pipeline(tmp_path / "pipeline")
+    data = read_recipe(shipped()["tiny_distil"], [*WORLD, *pipelines(pipeline)])
+    plan = plan_distillation(data, torch.device("cpu"), "test")
+    first, section = plan.dataset(), plan.section
+    encoder, cpu = plan._encoder(), torch.device("cpu")
+    whole = encoded_clips(section, plan.recipe.geometry, encoder, cpu)
+    ours, theirs = (each.batch(section.seed, range(2)) for each in (first, whole))
+    assert ours["latents"].shape[2] == 1 < theirs["latents"].shape[2]
+    assert torch.allclose(ours["latents"], theirs["latents"][:, :, :1], atol=1e-5)
+    assert torch.equal(ours["opens"], theirs["opens"])
+
+
+def test_prompts_alone(pipeline: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    change = f"train.data.prompts={prompts}"
+    alone = ["train.data.shots=1", "train.data.clips=null", "train.image=0", change]
+    plan = planned(pipeline, *alone)
+    assert "there are no prompts; write a text file" in refused(plan.check_clips)
+    prompts.write_text("a red circle\na blue square\na green star\n")
+    data = plan.dataset()
+    seen = [data.batch(0, range(n, n + 1))["text"] for n in range(3)]
+    assert all(not torch.equal(seen[0], other) for other in seen[1:])
+    with open_training(plan, tmp_path / "run") as run:
+        assert next(iter(run)).losses["critic"] > 0
+    for changes, message in (
+        (["train.image=0.2", *alone[:2], change], "prompts have no first frames; name clips"),
+        (["train.image=0", change], "are instead of clips, and train.data.clips is about clips"),
+    ):
+        assert message in refused(planned, pipeline, *changes)
+    other = read_recipe(shipped()["tiny_train"], [change, "train.data.clips=null",
+                                                  "train.data.frames=null"])  # fmt: skip
+    assert "a model trains on clips; name them" in refused(plan_training, other)
 
 
 def test_equal_scores_leave_the_student_alone(pipeline: Path) -> None:
@@ -437,6 +537,8 @@ def test_what_is_not_finite_is_named(network: str, pipeline: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (["distil.steps=[0]"], "distil.steps: [0] are not different numbers of passes, from 1 to"),
+        (["distil.steps=[1001]"], "distil.steps: [1001] are not"),
         (["distil.steps=[2,2]"], "distil.steps: [2, 2] are not different numbers"),
         (["distil.stepps=[2]"], "unknown key 'stepps'; did you mean 'steps'?"),
         (["train.gap=3.0"], "test: train.gap: is not for distillation; remove it"),
@@ -464,23 +566,7 @@ def test_other_networks_are_refused(pipeline: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(run: Run, tmp_path: Path) -> None:
-    config = {
-        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16,
-        "text_dim": 64, "freq_dim": 16, "ffn_dim": 16, "num_layers": 1,
-    }  # fmt: skip
-    pipeline = tmp_path / "pipeline"
-    save_text_encoder(pipeline)
-    weights = wan_vae.build(wan_vae.validate_config(WORLD_AUTOENCODER)).state_dict()
-    wan_vae.save_vae(pipeline / "vae", weights, wan_vae.validate_config(WORLD_AUTOENCODER))
-    model = wan22.build(wan22.validate_config(config))
-    save_checkpoint(
-        pipeline / "transformer", model.state_dict(), "diffusers", wan22.validate_config(config)
-    )
-    changes = [
-        "geometry.frames=6", "geometry.batch=2", "train.batch=2", "train.steps=2",
-        "train.data.clips=2", "train.data.shots=2", "train.sample_every=2", "model.config=null",
-        "distil.fake.updates=1", f"stream.pipeline={pipeline}", f"train.data.pipeline={pipeline}",
-    ]  # fmt: skip
+    changes = [*WORLD, *pipelines(save_world_pipeline(tmp_path / "pipeline"))]
     options = [part for change in changes for part in ("--set", change)]
     code, out, err = run("distil", "tiny_distil", *options, "--dry-run", "--json")
     assert code == 0, err

@@ -17,10 +17,11 @@ from lltk.parallel.mesh import ALONE, Mesh
 from lltk.stream.script import SCENE_CUT
 from lltk.tasks.encoder import PipelineEncoder
 from lltk.train.assembly import Rules
-from lltk.train.data import Dataset, Kept, first_samples, generator_at
+from lltk.train.data import Dataset, Kept, first_samples, generator_at, in_epochs
 from lltk.train.folder import FolderClips, Sample
 from lltk.train.longlive import LongLiveClips
 from lltk.train.progress import Note, silent
+from lltk.train.prompts import PromptFiles
 from lltk.train.read_ahead import ReadAhead, Samples
 from lltk.train.recipe import TrainSection
 
@@ -90,6 +91,7 @@ class TinyLatents:
         device: where clips are rendered.
         ranks: how many of the group ``sequence`` encode each batch together. All must ask for the
             same batches.
+        first: whether only the first frames are encoded, each rank for itself; F is 1 then.
 
     Raises:
         ValueError: the geometry's height or width is not the world's.
@@ -104,6 +106,7 @@ class TinyLatents:
         encoder: PipelineEncoder,
         device: torch.device,
         ranks: int = 1,
+        first: bool = False,
     ) -> None:
         if (geometry.height, geometry.width) != (RESOLUTION, RESOLUTION):
             raise ValueError(
@@ -114,7 +117,8 @@ class TinyLatents:
         frames = STRIDE * (geometry.frames - 1) + 1
         self._videos = TinyVideos(frames, geometry.chunk, shots, device)
         self._encoder = encoder
-        self._ranks = ranks
+        self._ranks = 1 if first else ranks
+        self._first = first
 
     def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
         return self.described(seed, indices)[0]
@@ -126,7 +130,8 @@ class TinyLatents:
         prompts = [tuple(story.prompts(SCENE_CUT)) for story in stories]
         every = [prompt for each in prompts for prompt in each]
         text = self._encoder.text(every).unflatten(0, (len(stories), -1))
-        latents = self._encoder.latents(self._videos.videos(stories), self._ranks)
+        videos = self._videos.videos(stories)
+        latents = self._encoder.latents(videos[:, :, :1] if self._first else videos, self._ranks)
         chunks = range(text.shape[1])
         opens = torch.tensor([[chunk in story.opens for chunk in chunks] for story in stories])
         return {"latents": latents, "text": text, "opens": opens}, prompts
@@ -142,15 +147,22 @@ class FolderLatents:
     Args:
         clips: the folder's.
         encoder: makes latents and text.
-        ranks: as for `TinyLatents`.
+        ranks, first: as for `TinyLatents`.
     """
 
     block = 1
 
-    def __init__(self, clips: Samples[Sample], encoder: PipelineEncoder, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        clips: Samples[Sample],
+        encoder: PipelineEncoder,
+        ranks: int = 1,
+        first: bool = False,
+    ) -> None:
         self._clips = ReadAhead(clips)
         self._encoder = encoder
-        self._ranks = ranks
+        self._ranks = 1 if first else ranks
+        self._first = first
 
     def ahead(self, seed: int, indices: range) -> None:
         self._clips.ahead(seed, indices)
@@ -165,7 +177,7 @@ class FolderLatents:
         for index in indices:
             sample = self._clips.sample(seed, index)
             video = sample.video.to(self._encoder.device).permute(3, 0, 1, 2)[None]
-            video = video.float() / 127.5 - 1
+            video = (video[:, :, :1] if self._first else video).float() / 127.5 - 1
             latents.append(self._encoder.latents(video, self._ranks))
             prompts.append(sample.prompts)
             text.append(self._encoder.text(sample.prompts))
@@ -180,6 +192,32 @@ class FolderLatents:
         return batch | ({"valid": torch.stack(valid)} if valid else {}), prompts
 
 
+class PromptTexts:
+    """Prompts without clips. A batch holds ``text`` and ``opens``, as that of `TinyLatents`.
+
+    In each epoch every video's prompts are asked for once, in an order of its own. Held-out samples
+    are the videos in their order.
+
+    Args:
+        files: the prompts.
+        seed: of the samples that train.
+        encoder: makes text.
+    """
+
+    def __init__(self, files: PromptFiles, seed: int, encoder: PipelineEncoder) -> None:
+        self._files = files
+        self._seed = seed
+        self._encoder = encoder
+
+    def batch(self, seed: int, indices: range) -> dict[str, Tensor]:
+        count = len(self._files)
+        held_out = [index % count for index in indices]
+        numbers = in_epochs(seed, count, indices) if seed == self._seed else held_out
+        prompts, opens = zip(*map(self._files.video, numbers), strict=True)
+        text = self._encoder.text([prompt for each in prompts for prompt in each])
+        return {"text": text.unflatten(0, (len(numbers), -1)), "opens": torch.tensor(opens)}
+
+
 def encoded_clips(
     section: TrainSection,
     geometry: Geometry,
@@ -187,6 +225,7 @@ def encoded_clips(
     device: torch.device,
     note: Note = silent,
     mesh: Mesh = ALONE,
+    first: bool = False,
 ) -> Dataset:
     """The clips that ``train.data`` names, encoded.
 
@@ -201,11 +240,12 @@ def encoded_clips(
         note: told how many of a folder's samples are looked at, and of the clips that are kept,
             encoded.
         mesh: the ranks that train together, which all call this.
+        first: whether only the clips' first frames are encoded.
 
     Raises:
         ValueError: as `TinyLatents`, `FolderClips` and `LongLiveClips` raise it.
     """
-    encoded = clips_by_ranks(section, geometry, encoder, device, note)
+    encoded = clips_by_ranks(section, geometry, encoder, device, note, first)
     new, count = encoded(mesh.sequence), section.data.clips
     if count is None:
         return new
@@ -220,6 +260,7 @@ def clips_by_ranks(
     encoder: PipelineEncoder,
     device: torch.device,
     note: Note = silent,
+    first: bool = False,
 ) -> Callable[[int], Clips]:
     """Makes the clips that ``train.data`` names, given how many ranks encode each batch together.
 
@@ -228,9 +269,9 @@ def clips_by_ranks(
     data = section.data
     geometry = clip_geometry(section, geometry)
     if data.folder is None:
-        return partial(TinyLatents, geometry, data.shots, encoder, device)
+        return partial(TinyLatents, geometry, data.shots, encoder, device, first=first)
     samples = folder_samples(section, geometry, encoder.stride, note)
-    return partial(FolderLatents, samples, encoder)
+    return partial(FolderLatents, samples, encoder, first=first)
 
 
 def clip_geometry(section: TrainSection, geometry: Geometry) -> Geometry:

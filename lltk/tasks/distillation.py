@@ -17,10 +17,13 @@ from lltk.graph.module import ProgramModule, instantiate, same_weights
 from lltk.graph.program import Program
 from lltk.graph.recipe import Recipe, parse_recipe
 from lltk.models.pipelines import find_pipeline
+from lltk.ops.implementations import check_device
+from lltk.parallel.mesh import ALONE, Mesh
 from lltk.stream.recipe import StreamSection, stream_section
 from lltk.stream.rollout import Rollout
 from lltk.stream.sampler import Schedule
 from lltk.stream.video import write_video
+from lltk.tasks.clips import PromptTexts, encoded_clips
 from lltk.tasks.fitting import MOST_RANKS, first_that_fit, sparing
 from lltk.tasks.transformer import TransformerPlan, check_adapter
 from lltk.train.data import Batch, Dataset
@@ -29,6 +32,7 @@ from lltk.train.distillation import Distillation, FakeScore
 from lltk.train.distribution_matching import Score
 from lltk.train.objective import Objective
 from lltk.train.progress import Note, silent
+from lltk.train.prompts import PromptFiles
 from lltk.train.recipe import TrainSection, train_section
 from lltk.train.simulation import Simulation, simulate
 
@@ -79,6 +83,26 @@ class DistillationPlan(TransformerPlan):
         memory["cache pages"] = copies * cache["cache pages"]
         memory["cross-attention K/V"] = geometry.chunks * cache["cross-attention K/V"]
         return {owner: size for owner, size in (memory | self._passes()).items() if size}
+
+    def check_clips(self) -> None:
+        super().check_clips()
+        self._prompts()
+
+    def dataset(self, note: Note = silent, mesh: Mesh = ALONE) -> Dataset:
+        files, section = self._prompts(), self.section
+        if section.data.prepared is not None:
+            return super().dataset(note, mesh)
+        check_device(self.program.implementations, self.device)
+        encoder = self._encoder()
+        if files is not None:
+            return PromptTexts(files, section.seed, encoder)
+        geometry = self.recipe.geometry
+        return encoded_clips(section, geometry, encoder, self.device, note, mesh, first=True)
+
+    def _prompts(self) -> PromptFiles | None:
+        """The prompts that ``train.data`` names; None where it names clips."""
+        path = self.section.data.prompts
+        return None if path is None else PromptFiles(Path(path), self.program.geometry.chunks)
 
     def ways_to_fit(self, room: int) -> Sequence[str]:
         return first_that_fit(room, sparing(self), self._divided())
@@ -278,6 +302,11 @@ def _check_section(section: TrainSection, where: str) -> None:
     for key in _NOT_FOR_IT:
         if getattr(section, key) != TrainSection.model_fields[key].default:
             raise ValueError(f"{where}: train.{key}: is not for distillation; remove it")
+    if section.data.prompts is not None and section.image:
+        raise ValueError(
+            f"{where}: train.image: prompts have no first frames; name clips in train.data.folder "
+            "instead of train.data.prompts, or set train.image=0"
+        )
     if section.data.frames is not None:
         raise ValueError(
             f"{where}: train.data.frames: a clip has geometry.frames in distillation; remove it"
@@ -287,7 +316,7 @@ def _check_section(section: TrainSection, where: str) -> None:
 def _check_cuts(recipe: Recipe, section: TrainSection, stream: StreamSection, where: str) -> None:
     """Refuse calls of several clips whose cuts would have to be at the same chunks."""
     geometry, data = recipe.geometry, section.data
-    has_cuts = data.shots > 1 or data.longlive is not None
+    has_cuts = data.shots > 1 or data.longlive is not None or data.prompts is not None
     evicts = geometry.shot_sink and geometry.sink > 0 and geometry.frames > geometry.window
     if geometry.batch > 1 and has_cuts and (stream.shot_offset or evicts):
         reason = "stream.shot_offset" if stream.shot_offset else "geometry.shot_sink"

@@ -255,6 +255,11 @@ def plan_transformer(data: Mapping[str, Any], device: torch.device, where: str) 
     recipe = parse_recipe(data, where)
     section = train_section(recipe.train, where)
     section.calls(recipe.geometry.batch)
+    if section.data.prompts is not None:
+        raise ValueError(
+            f"{where}: train.data.prompts: a model trains on clips; name them in "
+            "train.data.folder, or distil it with a distil section"
+        )
     clip_geometry(section, recipe.geometry)
     if recipe.model.checkpoint is None and not section.from_scratch:
         raise ValueError(

@@ -59,6 +59,11 @@ class DataSection(BaseModel):
     fps: float = Field(
         24.0, gt=0, description="video frames a second at which the folder's clips are read"
     )
+    prompts: str | None = Field(
+        None,
+        description="distil from these prompts, without clips: a text file of a line a prompt, or "
+        "a folder with caption/<sample>/<number>.json, whose captions are the shots of a video",
+    )
     longlive: LongLiveSection | None = Field(
         None,
         description="read the folder as LongLive-2.0 does, each folder in it as one sample; {} for "
@@ -99,6 +104,16 @@ class DataSection(BaseModel):
         "what the encoder looks back to; lookback, each its own part and, again, the frames that "
         "the encoder looks back to; whole, each all of it",
     )
+
+    @model_validator(mode="after")
+    def _prompts_alone(self) -> DataSection:
+        others = ("folder", "clips", "prepared", "frames")
+        if self.prompts is not None and (named := [k for k in others if getattr(self, k)]):
+            raise ValueError(
+                f"train.data.prompts: are instead of clips, and train.data.{named[0]} is about "
+                "clips; remove one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _longlive_reads_a_folder(self) -> DataSection:
