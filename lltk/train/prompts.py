@@ -39,10 +39,10 @@ class PromptFiles:
 
     def __init__(self, path: Path, chunks: int) -> None:
         if path.is_dir():
-            found = {sample: _shots(sample, chunks) for sample in _samples(path)}
+            found = [_shots(sample, chunks) for sample in _samples(path)]
         elif path.is_file():
-            lines = [line.strip() for line in read_text(path).splitlines()]
-            found = {line: [(line, chunks)] for line in lines if line}
+            lines = (line.strip() for line in read_text(path).splitlines())
+            found = [[(line, chunks)] for line in lines if line]
         else:
             raise ValueError(
                 f"{path}: there are no prompts; write a text file of a line a prompt, or a folder "
@@ -50,7 +50,7 @@ class PromptFiles:
             )
         if not found:
             raise ValueError(f"{path}: holds no prompts; write one a line")
-        self._videos = [_by_chunk(shots, chunks) for shots in found.values()]
+        self._videos = [_by_chunk(shots, chunks) for shots in found]
 
     def __len__(self) -> int:
         return len(self._videos)
