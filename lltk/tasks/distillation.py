@@ -110,7 +110,7 @@ class DistillationPlan(TransformerPlan):
     def _divided(self) -> Iterator[tuple[str, int]]:
         """The weights on ever more ranks."""
         ranks = 2 * self.section.shards
-        while ranks <= MOST_RANKS and self.section.optimiser == "adamw":
+        while ranks <= MOST_RANKS:
             section = self.section.model_copy(update={"shards": ranks})
             needed = total(replace(self, section=section).memory)
             yield f"{ranks} ranks, --set train.shards={ranks}", needed
