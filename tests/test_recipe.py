@@ -92,6 +92,8 @@ def test_every_size_ships_every_kind() -> None:
         ),
         "tiny_stream_w4a4",
         "tiny_distil",
+        "wan22_5b_distil",
+        "wan22_5b_distil_fp8",
         "wan22_5b_stream_nvfp4_cache_sp2",
         "wan22_5b_stream_sp2",
         "tiny_train_sp2",

@@ -291,7 +291,7 @@ class Trainer:
             return {}
         rate = critic.section.rate(self.step - 1)
         losses = [
-            self._take(updates, rate, "the critic's lr", ", the critic")[0]
+            self._take(updates, rate, "distil.fake.lr", ", the critic")[0]
             for _ in range(critic.updates)
         ]
         return {"critic": sum(losses) / len(losses)}
