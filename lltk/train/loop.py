@@ -79,7 +79,7 @@ def newest_state(folder: Path, resume: bool) -> Path | None:
 
 
 class Diverged(ArithmeticError):
-    """The loss or a gradient is not finite. The weights are those before the step."""
+    """The loss or a gradient is not finite. The weights are those before that update."""
 
 
 class Trainer:
@@ -190,7 +190,7 @@ class Trainer:
         self.settle(wait=False)
         start = time.perf_counter()
         rate = section.rate(self.step)
-        loss, norm = self._take(self._updates, rate, "train.lr")
+        loss, norm = self._take(self._updates, rate, "train.lr", f"step {self.step + 1}")
         memory = self._objective.memory
         if memory is not None:
             memory.end_step(self._mesh)
@@ -274,15 +274,13 @@ class Trainer:
     def _states(self) -> Path:
         return self._folder / _STATES
 
-    def _take(self, updates: Updates, rate: float, key: str, of: str = "") -> tuple[float, float]:
-        """Take an update of the network ``of`` the step, whose learning rate has a key."""
+    def _take(self, updates: Updates, rate: float, key: str, when: str) -> tuple[float, float]:
+        """Take an update with a learning rate that has a key."""
         try:
             return updates.take(rate)
         except NotFinite as error:
             self.settle()
-            raise Diverged(
-                f"step {self.step + 1}{of}: {error}; {self.left()}; lower {key} or train.clip"
-            ) from error
+            raise Diverged(f"{when}: {error}; {self.left()}; lower {key} or train.clip") from error
 
     def _follow(self) -> dict[str, float]:
         """Update the critic, if there is one, as often as it is to be; its mean loss by name."""
@@ -291,7 +289,7 @@ class Trainer:
             return {}
         rate = critic.section.rate(self.step - 1)
         losses = [
-            self._take(updates, rate, "distil.fake.lr", ", the critic")[0]
+            self._take(updates, rate, "distil.fake.lr", f"step {self.step}, the critic")[0]
             for _ in range(critic.updates)
         ]
         return {"critic": sum(losses) / len(losses)}
