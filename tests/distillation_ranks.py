@@ -22,11 +22,12 @@ from torch import Tensor
 from training_ranks import in_float64
 
 from lltk.graph.module import instantiate
-from lltk.parallel.mesh import whole
+from lltk.parallel.mesh import local_part, whole
 from lltk.parallel.ranks import Ranks
 from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.tasks import distillation
 from lltk.tasks.distillation import DistillationPlan, plan_distillation
+from lltk.train.objective import Objective
 from lltk.train.optimiser import Optimiser
 from lltk.train.share import Share
 from lltk.training import open_training
@@ -112,7 +113,29 @@ def distilled(
                 told = (metrics.loss, metrics.grad_norm, metrics.losses["critic"])
                 found[f"{number}.told"] = torch.tensor(told, dtype=torch.float64)
             weights = training.trainer.weights
+            found["once"] = torch.tensor(held_once(training.objective), dtype=torch.float64)
     return found | {f"weight.{name}": value for name, value in weights.items()}
+
+
+def held_once(objective: Objective) -> int:
+    """How many of the real score's weights are the very memory of the student's and the critic's.
+
+    That is all of them.
+    """
+    assert objective.critic is not None
+    student, fake, real = (
+        {name: local_part(parameter) for name, parameter in module.named_parameters()}
+        for module in (
+            objective.module, objective.critic.objective.module, *objective.critic.frozen
+        )
+    )  # fmt: skip
+    same = [
+        name
+        for name, own in real.items()
+        if own.data_ptr() == student[name].data_ptr() == fake[name].data_ptr()
+    ]
+    assert len(same) == len(real)
+    return len(same)
 
 
 def goes_on(pipeline: Path, ranks: Ranks, folder: Path, steps: int, run: Run) -> list[Any]:
