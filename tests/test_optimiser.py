@@ -14,7 +14,7 @@ from helpers import refused, same
 from ranks import forked, free_port, grouped
 from safetensors.torch import load_file, save_file
 from torch import nn
-from toy import trainer
+from toy import Regression, trainer
 
 from lltk.parallel.mesh import divided_like, meshed, whole
 from lltk.parallel.ranks import Ranks
@@ -66,6 +66,46 @@ def test_weights_without_masters_are_the_modules_own() -> None:
     masters.load({name: 2 * value for name, value in copies.items()})
     assert torch.equal(module.weight.float(), 2 * copies["weight"])
     assert told == [1]
+
+
+@cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_in_main_memory_is_the_same(tmp_path: Path, dtype: torch.dtype) -> None:
+    """The module has copies of all weights then, of those in float32 too."""
+    runs = []
+    for offload in (False, True):
+        objective = Regression(dtype=dtype)
+        run = trainer(tmp_path / str(offload), objective, offload=offload, steps=12)
+        runs.append([(step.loss, step.grad_norm) for step in run])
+        own = set(objective.module.parameters())
+        apart = [m not in own for m in run._updates.masters.parameters.values()]
+        assert set(apart) == {offload or dtype == torch.bfloat16}
+    assert runs[0] == runs[1] and runs[0][0] != runs[0][-1]
+
+
+@pytest.mark.gpu
+def test_masters_are_in_main_memory() -> None:
+    module = nn.Linear(3, 2).cuda().bfloat16()
+    start = {name: torch.randn(p.shape) for name, p in module.named_parameters()}
+    masters = Masters(module, start, lambda: None, offload=True)
+    module(torch.ones(1, 3, device="cuda").bfloat16()).sum().backward()
+    masters.collect()
+    for name, master in masters.parameters.items():
+        assert master.device.type == "cpu" and master.dtype == torch.float32
+        assert torch.equal(master, start[name])
+        assert master.grad is not None and torch.equal(master.grad, torch.ones_like(master))
+    masters.publish()
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.cpu(), start[name].bfloat16())
+
+
+@cpu
+@pytest.mark.parametrize("change", [{"optimiser": "adamw_8bit"}, {"shards": 2}])
+def test_what_does_not_go_with_main_memory_is_refused(change: dict[str, object]) -> None:
+    section = {"steps": 1, "lr": 1.0, "offload": True} | change
+    (key,) = change
+    wanted = {"optimiser": "adamw", "shards": 1}[key]
+    assert f"set train.{key}={wanted}, or" in refused(train_section, section, "my.yaml")
 
 
 @manual

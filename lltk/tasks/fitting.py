@@ -22,6 +22,8 @@ _SAVES = {
     "weights": "compute",
 }
 """Values of ``train.…`` that save memory; those that cost least come first."""
+_NOT_OFFLOADED = ("optimiser", "weights")
+"""Keys whose values do not go with ``train.offload``."""
 MOST_RANKS = 64
 """No more are proposed."""
 
@@ -37,7 +39,7 @@ def ways_to_fit(plan: TransformerPlan, room: int) -> list[str]:
         Changes of keys, and what is needed with them: on as many ranks, and on the fewest on which
         that is possible. Empty if there is none.
     """
-    return first_that_fit(room, sparing(plan), _shared(plan))
+    return first_that_fit(room, sparing(plan), _offloading(plan), _shared(plan))
 
 
 def first_that_fit(room: int, *kinds: Iterator[tuple[str, int]]) -> list[str]:
@@ -55,12 +57,23 @@ def sparing(plan: TransformerPlan) -> Iterator[tuple[str, int]]:
     changes: list[str] = []
     for key, value in _SAVES.items():
         section = plan.section
-        if getattr(section, key) == value:
+        if getattr(section, key) == value or (section.offload and key in _NOT_OFFLOADED):
             continue
         plan = replace(plan, section=section.model_copy(update={key: value}))
         shown = value if isinstance(value, str) else json.dumps(value)
         changes.append(f"--set train.{key}={shown}")
         yield " ".join(changes), total(plan.memory)
+
+
+def _offloading(plan: TransformerPlan) -> Iterator[tuple[str, int]]:
+    """Weights in float32 and moments in main memory, and no more kept of blocks than need be."""
+    section = plan.section
+    if section.offload or section.shards > 1 or section.optimiser != "adamw":
+        return
+    moved = replace(plan, section=section.model_copy(update={"offload": True}))
+    yield "--set train.offload=true", total(moved.memory)
+    for keys, size in sparing(moved):
+        yield f"--set train.offload=true {keys}", size
 
 
 def _shared(plan: TransformerPlan) -> Iterator[tuple[str, int]]:

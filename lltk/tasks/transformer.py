@@ -99,11 +99,13 @@ class TransformerPlan:
         float32 = memory.get("gradients", 0)
         if self.section.optimiser == "adamw_8bit":
             memory["AdamW moments"] //= 4
-        if self.section.weights == "compute":
+        if self.section.weights == "compute" or self.section.offload:
             memory["gradients"] = float32 * self.program.dtype.itemsize // 4
         elif self.program.dtype != torch.float32:
             memory["float32 weights"] = float32
-        if self.section.ema_decay is not None:
+        if self.section.offload:
+            memory.pop("AdamW moments", None)
+        elif self.section.ema_decay is not None:
             memory["average"] = float32
         for owner in memory.keys() - {_WHOLE}:
             memory[owner] //= self.section.shards

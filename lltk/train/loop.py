@@ -305,7 +305,10 @@ class Trainer:
         return calls * work.tokens / seconds, share
 
     def _held(self) -> dict[str, int]:
-        """Bytes on this rank's device by owner, and the most that were allocated on a GPU."""
+        """Bytes on this rank's device by owner, and the most that were allocated on a GPU.
+
+        What is in main memory beside a GPU is not counted.
+        """
         critic = self._objective.critic
         modules = [self._objective.module]
         trained = [self._updates]
@@ -314,16 +317,22 @@ class Trainer:
             trained.append(self._critic)
         running = {each for module in modules for each in module.parameters()}
         masters = [each for own in trained for each in own.masters.parameters.values()]
-        owners = {
-            "weights": _bytes(running),
-            "float32 weights": _bytes(each for each in masters if each not in running),
-            "gradients": _bytes(masters),
-            "AdamW moments": sum(_bytes(own.optimiser.held()) for own in trained),
-            "average": _bytes(self._updates.averaged.values()),
+        owners: dict[str, Iterable[Tensor]] = {
+            "weights": running,
+            "float32 weights": [each for each in masters if each not in running],
+            "gradients": masters,
+            "AdamW moments": [each for own in trained for each in own.optimiser.held()],
+            "average": self._updates.averaged.values(),
         }
+        held = {owner: self._bytes(tensors) for owner, tensors in owners.items()}
         if self._device.type == "cuda":
-            owners["peak"] = torch.cuda.max_memory_allocated(self._device)
-        return {owner: size for owner, size in owners.items() if size}
+            held["peak"] = torch.cuda.max_memory_allocated(self._device)
+        return {owner: size for owner, size in held.items() if size}
+
+    def _bytes(self, tensors: Iterable[Tensor]) -> int:
+        """Of this rank's parts of those that are on its device."""
+        own = (local_part(tensor) for tensor in tensors)
+        return sum(each.nbytes for each in own if each.device.type == self._device.type)
 
     def _look(self) -> dict[str, float]:
         """Validate and write samples where they are due; give what validation found."""
@@ -390,10 +399,6 @@ class Trainer:
 
 def _whole(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(value) for name, value in values.items()}
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(local_part(tensor).nbytes for tensor in tensors)
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lltk.parallel.mesh import divided_like
+from lltk.parallel.transfer import download, upload
 
 
 def _wide(parameter: Tensor) -> torch.dtype:
@@ -20,8 +21,8 @@ class Masters:
     """The weights that train, in float32, and their gradients, added up in float32.
 
     The optimiser updates the masters. A parameter of lower precision has a master of its own, and
-    `publish` rounds it back into the module. A float32 parameter, or a wider one, is its own; so is
-    every one if masters are not to be had.
+    `publish` rounds it back into the module. A float32 parameter, or a wider one, is its own,
+    unless masters are in main memory. So is every one if masters are not to be had.
 
     Args:
         module: its parameters that require gradients train. From here on they share no memory with
@@ -31,6 +32,7 @@ class Masters:
         changed: called whenever the module has got other weights.
         own: whether parameters of lower precision have masters. Without them their gradients are
             added up in their own precision.
+        offload: whether all parameters have masters, which are in main memory.
         apart: masters of parameters that the module has only stand-ins for, by name. They get
             their gradients without the module's, and are not published to it.
 
@@ -44,6 +46,7 @@ class Masters:
         weights: Mapping[str, Tensor],
         changed: Callable[[], None],
         own: bool = True,
+        offload: bool = False,
         apart: Mapping[str, nn.Parameter] = MappingProxyType({}),
     ) -> None:
         self._changed = changed
@@ -54,10 +57,11 @@ class Masters:
         }
         if not self._running and not apart:
             raise ValueError("nothing trains: no parameter requires a gradient")
+        place = torch.device("cpu") if offload else None
         self.parameters = {
             name: parameter
-            if not own or parameter.dtype == _wide(parameter)
-            else nn.Parameter(parameter.detach().float())
+            if not (offload or (own and parameter.dtype != _wide(parameter)))
+            else nn.Parameter(parameter.detach().to(place, _wide(parameter), copy=True))
             for name, parameter in self._running.items()
         } | dict(apart)
         """The masters, by parameter name."""
@@ -71,7 +75,10 @@ class Masters:
             master = self.parameters[name]
             if master is parameter or parameter.grad is None:
                 continue
-            gradient = parameter.grad.float()
+            gradient = parameter.grad
+            if gradient.device != master.device:
+                gradient = download(gradient)
+            gradient = gradient.to(master.dtype)
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
 
@@ -79,8 +86,11 @@ class Masters:
     def publish(self) -> None:
         """Give the module the masters' values."""
         for name, parameter in self._running.items():
-            if self.parameters[name] is not parameter:
-                parameter.copy_(self.parameters[name])
+            master: Tensor = self.parameters[name]
+            if master.device != parameter.device:
+                master = upload(master.to(parameter.dtype), parameter.device)
+            if master is not parameter:
+                parameter.copy_(master)
         self._changed()
 
     @torch.no_grad()

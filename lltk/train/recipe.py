@@ -197,6 +197,11 @@ class TrainSection(BaseModel):
         "in its compute dtype; or the model's own, which saves memory. Those in bfloat16 are then "
         "rounded stochastically, which takes adamw_8bit",
     )
+    offload: bool = Field(
+        False,
+        description="keep the weights in float32, their gradients, AdamW's moments and the average "
+        "in main memory, and update them there; the model has copies in its compute dtype",
+    )
     lr: float = Field(gt=0, description="AdamW's learning rate, after the warm-up")
     schedule: Literal["constant", "cosine"] = Field(
         "constant",
@@ -289,6 +294,17 @@ class TrainSection(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _offload_fits(self) -> TrainSection:
+        kept = {"optimiser": "adamw", "weights": "float32", "shards": 1}
+        wrong = [key for key, value in kept.items() if getattr(self, key) != value]
+        if self.offload and wrong:
+            raise ValueError(
+                f"train.offload: keeps whole weights in float32 and AdamW's moments as torch has "
+                f"them; set train.{wrong[0]}={kept[wrong[0]]}, or train.offload=false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _errors_of_one_kind(self) -> TrainSection:
         if self.error_recycling is not None and self.context_error:
             raise ValueError(
@@ -333,8 +349,8 @@ class TrainSection(BaseModel):
 
 MAY_CHANGE = (
     "from_scratch", "steps", "checkpoint_every", "keep", "validate_every", "sample_every",
-    "shards", "recompute", "keep_attention", "data.encoding", "data.prepared", "tensorboard",
-    "adapter",
+    "shards", "offload", "recompute", "keep_attention", "data.encoding", "data.prepared",
+    "tensorboard", "adapter",
 )  # fmt: skip
 """Keys of the train section that a resumed run may change."""
 _OF_RANKS = ("balanced_sp", "ulysses_stream")

@@ -65,8 +65,9 @@ class Updates:
         wide = section.weights == "float32"
         apart = divided(objective.module, mesh, wide, found) if mesh.shards > 1 else {}
         self.masters = Masters(
-            objective.module, objective.weights, objective.weights_changed, wide, apart
-        )
+            objective.module, objective.weights, objective.weights_changed, wide, section.offload,
+            apart,
+        )  # fmt: skip
         self.optimiser = Optimiser(self.masters.parameters, section)
         self.averaged: dict[str, Tensor] = {}
         """The averaged weights, float32 by name, in this rank's parts; empty before there are any.
