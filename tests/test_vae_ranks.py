@@ -7,18 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoding_ranks import (
-    FAULTS,
-    FAULTY,
-    RUNS,
-    SIZES,
-    Odd,
-    batches,
-    datasets,
-    encoder,
-    save_all,
-    video,
-)
+from encoding_ranks import FAULTS, FAULTY, RUNS, SIZES, Odd, batches, datasets, save_all, video
 from helpers import refused
 from prepared_sets import contents, prepared
 from ranks import saved
@@ -76,7 +65,7 @@ def test_frames_that_are_not_handed_on_are_missed(folder: Path, fault: str) -> N
 
 
 def test_ranks_that_are_not_there_are_refused() -> None:
-    message = refused(encode_shared, encoder(0).encode_part, vae().config, video(4), 2)
+    message = refused(encode_shared, pytest.fail, vae().config, video(4), 2)
     assert "the recipe is for 2" in message and "1 ran it" in message
 
 
