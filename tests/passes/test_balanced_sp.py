@@ -201,4 +201,4 @@ def test_one_prompt_for_the_clip_is_refused() -> None:
 
 def test_a_program_that_streams_is_refused() -> None:
     message = refused(after, reached("stream", *CANONICAL), "balanced_sp")
-    assert message.startswith("balanced_sp: is for train programs, this one is for stream")
+    assert message.startswith("balanced_sp: is for train and score programs, this one")
