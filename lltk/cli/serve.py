@@ -46,6 +46,10 @@ _File = click.Path(path_type=Path)
     "--folder", type=_File, default=Path("lltk-serve"), show_default=True,
     help="Where sessions and videos are kept.",
 )  # fmt: skip
+@click.option(
+    "--codec", type=click.Choice(["h264", "vp9", "av1"]), default="h264", show_default=True,
+    help="How live video is encoded; jobs are H.264.",
+)  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 @download_option
 @device_option
@@ -64,6 +68,7 @@ def command(
     queue: int,
     limit: float,
     folder: Path,
+    codec: str,
     overrides: tuple[str, ...],
     download: bool,
     device: str | None,
@@ -89,7 +94,7 @@ def command(
     from lltk.parallel.devices import find_device
     from lltk.serve.app import create_app
     from lltk.serve.running import listening, make_server
-    from lltk.serve.security import is_loopback, read_tokens
+    from lltk.serve.security import check_tokens, is_loopback, read_tokens
     from lltk.serve.service import Service
     from lltk.serve.settings import Limits
     from lltk.streaming import check_plan, check_sessions
@@ -103,8 +108,7 @@ def command(
             f"--host: {host} is reached by others, who need a token; add --token, such as "
             f"--token {secrets.token_urlsafe(18)}"
         )
-    if any(not token.isascii() or not token.isprintable() or " " in token for token in known):
-        raise ValueError("--token: write it in letters, digits, - and _")
+    check_tokens(known)
     limits = Limits(
         sessions=sessions, queue=queue, per_token=per_token or sessions + queue, seconds=limit
     )
@@ -122,7 +126,8 @@ def command(
     if dry_run:
         console.print(
             f"It would serve {sessions} sessions of {limit:g} s, and let {queue} wait; of these "
-            f"{limits.per_token} of one token. It would keep them in {folder}",
+            f"{limits.per_token} of one token. It would encode them as {codec}, and keep them in "
+            f"{folder}",
             highlight=False,
         )
         facts = {
@@ -130,6 +135,7 @@ def command(
             "queue": queue,
             "per_token": limits.per_token,
             "limit": limit,
+            "codec": codec,
             "folder": str(folder),
         }
         if show_dry_run(console, plan, False, facts, as_json):
@@ -140,7 +146,7 @@ def command(
     check_sessions(plan, sessions + 1)  # jobs have one too
     with held(folder), logged(console), listening(host, port) as listener:
         public = () if known and not names else ("localhost", "127.0.0.1", "::1", *names)
-        service = Service(plan, source.path.stem, limits, folder)
+        service = Service(plan, source.path.stem, limits, folder, codec)
         at, own = listener.getsockname()[:2]
         shown = f"[{at}]" if ":" in at else at
         fragment = f"#token={known[0]}" if tokens else ""

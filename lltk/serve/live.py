@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -32,6 +33,10 @@ from lltk.stream.video import pixels
 from lltk.streaming import Plan, Stream
 
 
+_REMEMBERED = 1000
+"""Events of a session that are known again."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a session was begun with.
@@ -51,6 +56,19 @@ class Terms:
     recache: bool | None = None
 
 
+@dataclass(frozen=True)
+class Answered:
+    """An event that was acknowledged.
+
+    Attributes:
+        asked: a digest of what it asked.
+        answer: that it got.
+    """
+
+    asked: str
+    answer: InteractionQueued
+
+
 @dataclass
 class Progress:
     """How far a session is, which its saved form keeps.
@@ -59,11 +77,13 @@ class Progress:
         sequence: of the next part.
         paused: whether it makes no chunk until it is told to.
         events: the names that the client gave to events that are not visible yet, by receipt.
+        answered: the newest events, by name, oldest first.
     """
 
     sequence: int = 0
     paused: bool = False
     events: dict[int, str] = field(default_factory=dict)
+    answered: dict[str, Answered] = field(default_factory=dict)
 
 
 class Live:
@@ -79,6 +99,7 @@ class Live:
         progress: how far it is.
         metrics: are told what its viewer sees.
         changed: must not block.
+        codec: of the encoded video; see `FragmentWriter`.
     """
 
     def __init__(
@@ -89,14 +110,18 @@ class Live:
         progress: Progress,
         metrics: Metrics,
         changed: Callable[[], object],
+        codec: str = "h264",
     ) -> None:
         self.terms = terms
         self.ring = ring
         self.progress = progress
+        self.paused_at = time.monotonic()
+        """When it was paused, if it is."""
         self.failure: Exception | None = None
         self._plan = plan
         self._metrics = metrics
         self._changed = changed
+        self._codec = codec
         self._asked: dict[str, float] = {}
         """When events came that are not visible yet."""
         self._shown: deque[tuple[int, float]] = deque()
@@ -127,6 +152,7 @@ class Live:
             height=height,
             width=width,
             fps=plan.section.fps,
+            codec=self._codec,
             threads=plan.writer_threads,
         )
         config = VideoConfig(
@@ -276,11 +302,14 @@ class Live:
             self._metrics.switch_visible_seconds.observe(max(seen - asked, 0.0))
 
     def interact(self, name: str, event: Event) -> InteractionQueued:
-        """Change what is to come.
+        """Change what is to come. What comes again is answered as before, and changes nothing.
 
         Raises:
-            ValueError: no chunk is left that could show it.
+            ValueError: no chunk is left that could show it, or its name was another event's.
         """
+        return self._once(name, event.model_dump_json(), lambda: self._change(name, event))
+
+    def _change(self, name: str, event: Event) -> InteractionQueued:
         stream, terms = self.stream, self.terms
         if self.over:
             raise ValueError("event: the stream is as long as it may be; start another")
@@ -297,10 +326,29 @@ class Live:
         return _queued(name, receipt)
 
     def hold(self, paused: bool, name: str | None) -> InteractionQueued | None:
-        """Pause, or play on; the receipt if it has a name."""
+        """Pause, or play on; answered if it has a name, as `interact`."""
+        if name is not None:
+            return self._once(name, f"paused: {paused}", lambda: _queued(name, self._hold(paused)))
+        self._hold(paused)
+        return None
+
+    def _hold(self, paused: bool) -> Receipt:
         receipt = self.stream.pause() if paused else self.stream.play()
         self.progress.paused = paused
-        return None if name is None else _queued(name, receipt)
+        self.paused_at = time.monotonic()
+        return receipt
+
+    def _once(
+        self, name: str, asked: str, act: Callable[[], InteractionQueued]
+    ) -> InteractionQueued:
+        answered, digest = self.progress.answered, hashlib.sha256(asked.encode()).hexdigest()
+        if name not in answered:
+            answered[name] = Answered(digest, act())
+            if len(answered) > _REMEMBERED:
+                del answered[next(iter(answered))]
+        elif answered[name].asked != digest:
+            raise ValueError(f"event_id: {name} was another event's; give each its own")
+        return answered[name].answer
 
 
 def _queued(name: str, receipt: Receipt) -> InteractionQueued:

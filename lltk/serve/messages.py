@@ -177,7 +177,11 @@ class Interaction(Message):
 
 
 class SessionInteraction(Message):
-    """Change the stream; acknowledged by `InteractionQueued`, or refused by an `Error`."""
+    """Change the stream; acknowledged by `InteractionQueued`, or refused by an `Error`.
+
+    A client that has not heard of it sends it again, with the same `event_id`: it is acknowledged
+    again and applied once.
+    """
 
     type: Literal["session.interaction"]
     interaction: Interaction

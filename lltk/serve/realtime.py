@@ -35,6 +35,8 @@ from lltk.serve.sessions import Entry
 Opened = TypeVar("Opened")
 _FIRST = 30.0
 """Seconds within which the first message comes."""
+_COME_BACK = 5.0
+"""Seconds after which a client whose session was put away may wait for room again."""
 _MOST_WRONG = 16
 """Messages of one connection that may be wrong."""
 _LONGEST_REASON = 400
@@ -234,6 +236,14 @@ class Connection:
                 return
             else:
                 await entry.changed.wait()
+        if entry.connection is None:
+            raise Refused(
+                Close.LATER,
+                "over_capacity",
+                "session: it was paused while others wait, and is kept; resume it to play on",
+                retryable=True,
+                retry_after=_COME_BACK,
+            )
         raise Refused(Close.POLICY, "taken_over", "session: another connection has resumed it")
 
     async def _start(self, message: SessionStart) -> tuple[Entry, str]:

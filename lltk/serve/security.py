@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lltk.files.reading import read_text
 from lltk.serve.messages import TOKEN
 
+_TOKEN = re.compile(r"[A-Za-z0-9._~-]+")
+"""What a subprotocol (RFC 6455) and a URL's fragment may hold as it is."""
 _HEADERS = {
     "content-security-policy": "default-src 'self'; media-src 'self' blob:; img-src 'self' blob: "
     "data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -46,14 +49,28 @@ def read_tokens(path: Path) -> list[str]:
     return tokens
 
 
+def check_tokens(tokens: Iterable[str]) -> None:
+    """Check that browsers can send tokens.
+
+    Raises:
+        ValueError: one is empty, or has a sign that no subprotocol may have.
+    """
+    if not all(_TOKEN.fullmatch(token) for token in tokens):
+        raise ValueError("token: write it in letters, digits and - . _ ~, at least one of them")
+
+
 class Tokens:
     """The tokens that open a server; none where everybody may use it.
 
     Args:
         tokens: as clients send them.
+
+    Raises:
+        ValueError: as `check_tokens`.
     """
 
-    def __init__(self, tokens: Iterable[str] = ()) -> None:
+    def __init__(self, tokens: Sequence[str] = ()) -> None:
+        check_tokens(tokens)
         self._tokens = [_digest(token) for token in tokens]
 
     def accepts(self, given: str | None) -> bool:

@@ -38,13 +38,16 @@ class Service:
         name: of the model, for clients.
         limits: of the server.
         folder: of this server alone, where it keeps sessions and videos.
+        codec: of live video; see `FragmentWriter`.
 
     Raises:
         ValueError: there is no encoder for live video.
     """
 
-    def __init__(self, plan: Plan, name: str, limits: Limits, folder: Path) -> None:
-        encode = FragmentWriter(lambda data: None, *plan.size, plan.section.fps)
+    def __init__(
+        self, plan: Plan, name: str, limits: Limits, folder: Path, codec: str = "h264"
+    ) -> None:
+        encode = FragmentWriter(lambda data: None, *plan.size, plan.section.fps, codec)
         encode.close()  # it raises where there is no encoder
         self.plan = plan
         self.name = name
@@ -55,6 +58,7 @@ class Service:
         self.metrics = Metrics()
         self.images = Images(limits, plan.size)
         self._folder = folder
+        self._codec = codec
         self._saved = Saved(folder / "sessions")
         self.failure: Exception | None = None
         """Why it will never be ready."""
@@ -146,7 +150,7 @@ class Service:
         self._engine = engine = Engine(self._made)
         self._jobs = Jobs(models, self.name, self.limits, engine, self._folder / "videos")
         self._sessions = sessions = Sessions(
-            models, self.limits, engine, self.capacity, self._saved, self.metrics
+            models, self.limits, engine, self.capacity, self._saved, self.metrics, self._codec
         )
         self._tasks.append(asyncio.create_task(self._jobs.run()))
         self._tasks.append(asyncio.create_task(sessions.look_after()))

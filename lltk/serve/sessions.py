@@ -84,6 +84,7 @@ class Sessions:
         capacity: measured by the engine's chunks.
         saved: where sessions go that leave their memory.
         metrics: are told what clients see.
+        codec: of the encoded video; see `FragmentWriter`.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Sessions:
         capacity: Capacity,
         saved: Saved,
         metrics: Metrics,
+        codec: str,
     ) -> None:
         self.limits = limits
         self.entries: dict[str, Entry] = {}
@@ -102,6 +104,7 @@ class Sessions:
         self._capacity = capacity
         self._saved = saved
         self._metrics = metrics
+        self._codec = codec
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self.admission = Admission(limits, self._room, self._remaining)
@@ -166,6 +169,7 @@ class Sessions:
                 progress,
                 self._metrics,
                 lambda: self._loop.call_soon_threadsafe(self._tell, changed),
+                self._codec,
             )
 
             def open_it() -> None:
@@ -234,6 +238,8 @@ class Sessions:
     async def look_after(self) -> None:
         """End sessions that are over or failed, and let go of those that nobody watches.
 
+        Nobody watches a session that is paused while others wait for its memory.
+
         Until it is cancelled.
         """
         cleaned = -math.inf
@@ -256,8 +262,19 @@ class Sessions:
                 entry.changed.set()
         elif entry.is_open and live.over:
             await self.end(entry, "limit")
-        if entry.connection is None and time.monotonic() - entry.lost > self.limits.expires:
-            await self.put_away(entry)
+        now = time.monotonic()
+        if entry.connection is None:
+            if now - entry.lost > self.limits.expires:
+                await self.put_away(entry)
+        elif self._is_in_the_way(entry) and now - live.paused_at > self.limits.expires:
+            entry.connection, entry.lost = None, -math.inf
+            entry.changed.set()
+
+    def _is_in_the_way(self, entry: Entry) -> bool:
+        """Whether a session is paused and has memory that another one waits for."""
+        taken = sum(each.is_open for each in self.entries.values())
+        waited_for = len(self.admission) > 0 and taken >= self.limits.sessions
+        return entry.state == "paused" and waited_for
 
     async def put_away(self, entry: Entry) -> None:
         """Move a session to disk, from where it can be resumed; forget it if it is over."""

@@ -14,7 +14,8 @@ class Limits:
         queue: sessions that may wait for room.
         per_token: sessions of one token, open or waiting.
         seconds: of video of a live session, or of a job.
-        expires: seconds for which a session without a connection keeps its memory.
+        expires: seconds for which a session without a connection keeps its memory, and a paused one
+            that others wait for.
         kept: seconds for which a session that left its memory can be resumed from disk.
         ring: seconds of video that are kept for a client that comes back.
         jobs: that may wait.

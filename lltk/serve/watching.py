@@ -23,6 +23,7 @@ from lltk.serve.messages import (
     VideoConfig,
     VideoStart,
 )
+from lltk.serve.security import check_tokens
 
 _REPORT = 0.25
 """Seconds between two reports of where the player would be."""
@@ -54,12 +55,13 @@ def watch(
         prompt, seed, seconds: of the stream; see `SessionStart`.
 
     Raises:
-        ValueError: the server refuses it.
+        ValueError: the server refuses it, or the token is none.
         OSError: it cannot be reached, or the connection is lost.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
         raise ValueError(f"url: {url} is no server's; write it as http://HOST:PORT")
+    check_tokens([] if token is None else [token])
     secure = "s" if parts.scheme == "https" else ""
     place = f"ws{secure}://{parts.netloc}{parts.path.rstrip('/')}/v1/realtime/video"
     names = [PROTOCOL] if token is None else [PROTOCOL, TOKEN + token]

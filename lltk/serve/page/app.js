@@ -75,7 +75,7 @@ const HEARD = {
     const { id, token } = live.kept;
     store.write({ session: { id, token } });
     clearProblem();
-    sendWritten();
+    sendShots(["written", "sent"]); // those that were on their way may be lost; no shot is applied twice
     if (player.isOpen) showRunning();
     else showPhase("opening", "The first frames are being made.");
   },
@@ -198,13 +198,13 @@ function write(kind) {
   $("prompt").value = "";
   showShots();
   $("shots").scrollTop = $("shots").scrollHeight;
-  sendWritten();
+  sendShots(["written"]);
 }
 
-// Send every shot that is written, if there is a session.
-function sendWritten() {
+// Send every shot in one of these states, if there is a session.
+function sendShots(states) {
   if (!live?.kept) return;
-  for (const written of shots.filter(({ state }) => state === "written")) {
+  for (const written of shots.filter(({ kind, state }) => kind !== "start" && states.includes(state))) {
     const { id, kind, caption, seconds } = written;
     const event = {
       append: { append: [shot(written)] },
@@ -212,7 +212,7 @@ function sendWritten() {
       switch: { prompt: caption },
     }[kind];
     const isSent = live.send({ type: "session.interaction", interaction: { event_id: id, event } });
-    if (isSent) change(id, { state: "sent", sent: Date.now() });
+    if (isSent) change(id, { state: "sent", sent: written.sent ?? Date.now() });
   }
 }
 

@@ -56,6 +56,7 @@ export class Player {
     this.fps = fps;
     const offset = () => this.#do(() => (this.#buffer.timestampOffset = first / fps));
     if (this.#source) {
+      this.#do(() => this.#buffer.changeType(mime)); // a server that was restarted may have another codec
       offset();
       return;
     }
