@@ -6,13 +6,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
 import torch
 from playwright.sync_api import Browser, sync_playwright
 from serving import Server
 
 from lltk.graph.recipe import open_recipe
-from lltk.serve.scheduling import Capacity
 from lltk.streaming import StreamPlan, plan_stream
 
 CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
@@ -23,15 +21,6 @@ def tiny_plan() -> StreamPlan:
     """The plan of the recipe that is served by default, with its trained weights."""
     recipe = open_recipe("tiny_stream", ["stream.text.after=keep"])
     return plan_stream(recipe, torch.device("cpu"))
-
-
-@contextmanager
-def time_enough() -> Iterator[None]:
-    """Let a server have time for any number of sessions, however slow the machine is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Capacity, "measure", lambda self, stages, frames: None)
-        patch.setattr(Capacity, "share", lambda self, fps: 1e-3)
-        yield
 
 
 def cut_connections(server: Server) -> None:

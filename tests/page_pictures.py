@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from browsing import chromium, time_enough, tiny_plan
+from browsing import chromium, tiny_plan
 from PIL import Image
 from playwright.sync_api import Page, expect
 from serving import serving

@@ -21,13 +21,15 @@ from torch import Tensor
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from lltk.serve import live
+from lltk.serve import jobs, live
 from lltk.serve.app import create_app
 from lltk.serve.messages import PROTOCOL, TOKEN
 from lltk.serve.running import listening, make_server
+from lltk.serve.scheduling import Capacity
 from lltk.serve.service import Service
 from lltk.serve.settings import Limits
 from lltk.stream.fragments import FragmentWriter
+from lltk.stream.video import VideoWriter
 from lltk.streaming import Plan
 
 WAIT = 30.0
@@ -170,10 +172,11 @@ def serving(
     tokens: Sequence[str] = (),
     hosts: Sequence[str] = ("127.0.0.1",),
     port: int = 0,
+    codec: str = "h264",
     **limits: Any,
 ) -> Iterator[Server]:
     """A server over a real socket; leaving the block ends it as a signal would."""
-    service = Service(plan, "toy", Limits(**limits), folder)
+    service = Service(plan, "toy", Limits(**limits), folder, codec)
     server = make_server(create_app(service, tokens, hosts))
     with listening("127.0.0.1", port) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -195,6 +198,29 @@ def until(true: Callable[[], bool], wait: float = WAIT, every: float = 0.005) ->
     while not true():
         assert time.monotonic() < end, "waited for too long"
         time.sleep(every)
+
+
+@contextmanager
+def time_enough() -> Iterator[None]:
+    """Let a server have time for any number of sessions, however slow the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Capacity, "measure", lambda self, stages, frames: None)
+        patch.setattr(Capacity, "share", lambda self, fps: 1e-3)
+        yield
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The frames that jobs write, a tensor for each write."""
+    made: list[Tensor] = []
+
+    class Recorder(VideoWriter):
+        def write(self, frames: Tensor) -> None:
+            made.append(frames.clone())
+            super().write(frames)
+
+    monkeypatch.setattr(jobs, "VideoWriter", Recorder)
+    return made
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 pytest.importorskip("playwright", reason="playwright is not installed; install lltk[dev]")
-from browsing import CHROMIUM, NEEDED, chromium, cut_connections, time_enough, tiny_plan
+from browsing import CHROMIUM, NEEDED, chromium, cut_connections, tiny_plan
 from playwright.sync_api import Browser, Page, Request, TimeoutError, expect
-from serving import Server, serving
+from serving import Server, serving, time_enough
 
 from lltk.bench.scorer import agreement, read
 from lltk.models.tiny.world import draw_story, render

@@ -10,15 +10,12 @@ import av
 import httpx
 import pytest
 import torch
-from serving import OTHER, PROMPT, encoded, serving, until
+from serving import OTHER, PROMPT, encoded, serving, until, written
 from streams import planned
 from torch import Tensor
 
-from lltk.serve import jobs
-from lltk.stream.video import VideoWriter
-
 pytestmark = pytest.mark.cpu
-__all__ = ["encoded"]
+__all__ = ["encoded", "written"]
 
 SHOTS = [{"caption": PROMPT, "seconds": 2}, {"caption": OTHER, "seconds": 3, "cut": False}]
 
@@ -31,16 +28,8 @@ def completed(http: httpx.Client, id: str) -> dict[str, Any]:
 
 
 def test_a_job_has_the_frames_of_a_live_stream(
-    pipeline: Path, tmp_path: Path, encoded: list[list[Tensor]], monkeypatch: pytest.MonkeyPatch
+    pipeline: Path, tmp_path: Path, encoded: list[list[Tensor]], written: list[Tensor]
 ) -> None:
-    written: list[Tensor] = []
-
-    class Recorder(VideoWriter):
-        def write(self, frames: Tensor) -> None:
-            written.append(frames.clone())
-            super().write(frames)
-
-    monkeypatch.setattr(jobs, "VideoWriter", Recorder)
     with serving(planned(pipeline), tmp_path) as server, server.http() as http:
         asked = {"shots": SHOTS, "seed": 7, "size": "64x32"}
         job = completed(http, http.post("/v1/videos", json=asked).json()["id"])

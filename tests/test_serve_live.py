@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from serving import OTHER, PROMPT, encoded, serving, until
 from streams import planned, streamed
 from torch import Tensor
 
+from lltk.stream.fragments import CODECS
 from lltk.stream.script import Shot
 from lltk.stream.video import pixels
 from lltk.streaming import Stream
@@ -142,6 +145,41 @@ def test_a_lost_connection_is_resumed_where_it_was_lost(
             assert third.until("session.done")["chunks"] == CHUNKS + 1
             assert not third.parts
     assert torch.equal(torch.cat(encoded[0]), alone(pipeline)[: 5 + 8 * CHUNKS])
+
+
+def test_a_state_goes_on_in_a_plain_stream(pipeline: Path, tmp_path: Path) -> None:
+    """What `GET …/state` gives; the session itself goes on."""
+    with serving(planned(pipeline), tmp_path / "served") as server, server.watching() as viewer:
+        id = viewer.until("session.created")["session_id"]
+        viewer.until("video.chunk_metadata", 2, play=False)
+        answer = server.http().get(f"/v1/sessions/{id}/state")
+        assert answer.headers["content-type"] == "application/octet-stream"
+        viewer.play()
+        viewer.until("video.chunk_metadata")
+        viewer.send(type="session.stop")
+        viewer.until("session.done")
+        over = server.http().get(f"/v1/sessions/{id}/state")
+        assert (over.status_code, over.json()["error"]["code"]) == (400, "refused")
+    (tmp_path / "state").write_bytes(answer.content)
+    _, video = streamed(planned(pipeline), (), resume=tmp_path / "state")
+    wanted = alone(pipeline, [Shot(caption=PROMPT, seconds=5)])
+    assert torch.equal(pixels(video), wanted[13:]) and len(wanted) > 30
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_codec_is_served(pipeline: Path, tmp_path: Path, codec: str) -> None:
+    names = {"h264": "avc1.", "vp9": "vp09.", "av1": "av01."}
+    plan = planned(pipeline)
+    with (
+        serving(plan, tmp_path, codec=codec) as server,
+        server.watching(max_seconds=2) as viewer,
+    ):
+        start = viewer.until("video.start")
+        viewer.until("session.done")
+    assert start["mime"].startswith(f'video/mp4; codecs="{names[codec]}')
+    assert viewer.video.shape == (21, 32, 64, 3)
+    with av.open(BytesIO(b"".join(viewer.data))) as file:
+        assert file.streams.video[0].codec_context.codec.canonical_name == codec
 
 
 def test_a_second_connection_takes_a_session_over(pipeline: Path, tmp_path: Path) -> None:

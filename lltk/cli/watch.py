@@ -36,7 +36,7 @@ def command(
     Example:
       lltk watch http://127.0.0.1:8000 --prompt "a red circle moving right" --seconds 10 -o red.mp4
     """
-    from contextlib import nullcontext
+    from contextlib import ExitStack
 
     from lltk.serve.watching import watch
 
@@ -44,9 +44,11 @@ def command(
         raise ValueError(f"-o: {output} exists; name a new file, or replace it with --overwrite")
     console = Console()
     begun = time.monotonic()
-    with nullcontext() if output is None else open(output, "wb") as file:
+    with ExitStack() as stack:
+        file = None
         for chunk in watch(url, token, prompt, seed, seconds):
-            if file is not None:
+            if output is not None:
+                file = file or stack.enter_context(open(output, "wb"))
                 file.write(chunk.data)
             made = chunk.metadata
             if made is not None:
