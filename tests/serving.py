@@ -145,13 +145,13 @@ class Viewer:
         }
 
     def closed(self) -> tuple[int, dict[str, Any]]:
-        """The number that the server closes with, and its last message."""
+        """The number that the server closes with, and its last message, if any."""
         try:
             while True:
                 self.receive()
         except ConnectionClosed as error:
             assert error.rcvd is not None
-            return error.rcvd.code, self.messages[-1]
+            return error.rcvd.code, self.messages[-1] if self.messages else {}
 
     @property
     def video(self) -> Tensor:
