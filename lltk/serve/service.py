@@ -95,7 +95,7 @@ class Service:
         self._tasks.append(asyncio.create_task(self._load()))
 
     async def close(self) -> None:
-        """Keep every session on disk, and end."""
+        """Keep every session on disk, and let go of the models."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -103,6 +103,8 @@ class Service:
             await self._sessions.close()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
+        self._tasks.clear()
+        self._sessions = self._jobs = self._engine = None  # FastAPI remembers routes for ever
 
     async def begin(self, owner: str, message: SessionStart, tell: Tell) -> tuple[Entry, str]:
         """Open the session that a message asks for; see `Sessions.start`.
