@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from browsing import chromium, tiny_plan
 from PIL import Image
 from playwright.sync_api import Page, expect
-from serving import serving
+from serving import serving, time_enough
 
 FOLDER = Path(__file__).parents[1] / "docs"
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}

@@ -237,7 +237,7 @@ def test_a_lost_connection_goes_on(opened: Callable[..., Page], server: Server) 
 def test_a_restarted_server_goes_on(
     opened: Callable[..., Page], plan: StreamPlan, tmp_path: Path
 ) -> None:
-    """The page joins the session that was kept, and its video, by itself."""
+    """The page joins the session that was kept, and its video, by itself, in another codec."""
     with serving(plan, tmp_path, [TOKEN]) as server:
         page = opened(url=server.url)
         typed(page, RED)
@@ -245,7 +245,8 @@ def test_a_restarted_server_goes_on(
         begun = session(page)
         page.context.set_offline(True)
     expect(page.locator("#problem")).to_contain_text("Trying again")
-    with serving(plan, tmp_path, [TOKEN], port=int(server.url.rpartition(":")[2])):
+    port = int(server.url.rpartition(":")[2])
+    with serving(plan, tmp_path, [TOKEN], port=port, codec="vp9"):
         reconnect(page)
         expect(page.locator("#status")).to_have_text("Live")
         until(page, 45)

@@ -83,11 +83,13 @@ def test_a_terminated_server_goes_on_with_its_sessions(
         said = process.stdout.read()
         assert "Traceback" not in said and "sesame" not in said
     plan = planned(pipeline, "stream.seed=4", "stream.text.after=keep")
-    with serving(plan, tmp_path / "kept", ["sesame"]) as server:
-        with server.watching(**first.resuming()) as second:
-            second.until("session.created")
-            second.send(type="client.playback", position=100, buffered=0)
-            second.until("session.done")
+    with (
+        serving(plan, tmp_path / "kept", ["sesame"]) as server,
+        server.watching(**first.resuming()) as second,
+    ):
+        second.until("session.created")
+        second.send(type="client.playback", position=100, buffered=0)
+        second.until("session.done")
     parts = [*first.parts, *second.parts]
     assert [part["sequence"] for part in parts] == list(range(len(parts)))
     _, video = streamed(plan, [Shot(caption=RED, seconds=7)])

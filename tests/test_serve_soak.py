@@ -58,7 +58,9 @@ class Soak:
     def check(self, seed: int, video: Tensor) -> None:
         """Each frame is its own video's, and no other's."""
         for number, frame in enumerate(video.float()):
-            distance = {own: (frame - made[number]).abs().mean() for own, made in self.videos.items()}
+            distance = {
+                own: (frame - made[number]).abs().mean() for own, made in self.videos.items()
+            }
             assert min(distance, key=lambda own: distance[own]) == seed, (seed, number)
 
     def watch(self, seed: int, seconds: float) -> None:

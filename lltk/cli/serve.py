@@ -21,18 +21,22 @@ _File = click.Path(path_type=Path)
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
     help="Port to listen at; 0 for any that is free.",
 )  # fmt: skip
-@click.option("--token", "tokens", multiple=True, help="What clients must send; repeatable.")
-@click.option("--token-file", type=_File, help="File of such tokens, one a line.")
+@click.option(
+    "--token", "tokens", multiple=True, help="A secret that clients must send; repeatable."
+)
+@click.option("--token-file", type=_File, help="File of such secrets, one a line.")
 @click.option(
     "--public-host", "names", multiple=True, metavar="NAME",
     help="A name under which clients reach the server, as behind a reverse proxy; repeatable.",
 )  # fmt: skip
 @click.option(
     "--sessions", type=click.IntRange(1, 1000), default=4, show_default=True,
-    help="Live sessions at once, as far as there is time for them.",
+    help="Live sessions at once, if the device has time for them.",
 )  # fmt: skip
 @click.option(
-    "--per-token", type=click.IntRange(1), help="Of these, or waiting, of one token (default: all)."
+    "--per-token",
+    type=click.IntRange(1),
+    help="Sessions of one token, waiting ones included (default: all).",
 )
 @click.option(
     "--queue", type=click.IntRange(0), default=8, show_default=True,
@@ -40,11 +44,11 @@ _File = click.Path(path_type=Path)
 )  # fmt: skip
 @click.option(
     "--limit", type=FiniteRange(1), default=600.0, show_default=True,
-    help="Seconds of video of a session, or of a job.",
+    help="Seconds of video that a session, or a job, may have.",
 )  # fmt: skip
 @click.option(
     "--folder", type=_File, default=Path("lltk-serve"), show_default=True,
-    help="Where sessions and videos are kept.",
+    help="Where sessions and videos are kept; the next start goes on with them.",
 )  # fmt: skip
 @click.option(
     "--codec", type=click.Choice(["h264", "vp9", "av1"]), default="h264", show_default=True,

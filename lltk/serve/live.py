@@ -32,7 +32,6 @@ from lltk.stream.timeline import Timeline
 from lltk.stream.video import pixels
 from lltk.streaming import Plan, Stream
 
-
 _REMEMBERED = 1000
 """Events of a session that are known again."""
 
