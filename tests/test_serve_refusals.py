@@ -519,7 +519,8 @@ def files_changed() -> Iterator[set[Path]]:
     def hear(event: str, arguments: tuple[Any, ...]) -> None:
         writes = event == "open" and arguments[2] & WRITING
         if listening and (writes or (event in CHANGES and arguments[-1] in NO_FOLDER)):
-            changed.update(Path(os.fsdecode(p)) for p in arguments if isinstance(p, str | bytes))
+            paths = arguments[:1] if writes else arguments
+            changed.update(Path(os.fsdecode(p)) for p in paths if isinstance(p, str | bytes))
 
     sys.addaudithook(hear)  # it stays, and is deaf after the block
     try:
