@@ -409,6 +409,7 @@ def test_jobs_that_are_too_many_or_too_long_are_refused(pipeline: Path, tmp_path
         (png() + bytes(20 << 20), "more than 20971520 bytes"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
     ],
+    ids=["nothing", "gif", "cut short", "pixels", "bytes", "body", "svg"],
 )
 def test_what_is_no_image_is_refused(server: Server, data: bytes, said: str) -> None:
     answer = server.http().post("/v1/files", files={"file": ("../../x.png", data)})
