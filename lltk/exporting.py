@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 
 from lltk.compiler import configured_passes, transform, with_weights
-from lltk.export.bundle import Difference, emit, write_bundle
-from lltk.export.facts import TOKENIZER, TextFacts
+from lltk.export.bundle import Findings, dialect_of, emit, write_bundle
+from lltk.export.engines import EngineOrder, check_formats, check_gpu
+from lltk.export.facts import ORT, TENSORRT_RTX, TOKENIZER, TextFacts
 from lltk.export.golden import plain_cases, transformer_cases
 from lltk.graph.geometry import Geometry
 from lltk.graph.passes import run_passes
@@ -47,6 +48,7 @@ class ExportPlan:
         decoder: the decoder's Program.
         text: the text encoder's, or None if the bundle does not hold it.
         folder: the pipeline's.
+        engines: those to build; None for a bundle that ONNX Runtime runs.
     """
 
     recipe: Recipe
@@ -55,6 +57,12 @@ class ExportPlan:
     decoder: Program
     text: Program | None
     folder: Path
+    engines: EngineOrder | None = None
+
+    @property
+    def target(self) -> str:
+        """What is to run the bundle."""
+        return TENSORRT_RTX if self.engines else ORT
 
     @property
     def stages(self) -> dict[str, Program]:
@@ -69,6 +77,7 @@ def plan_export(
     weights: bool = True,
     text: Text = "bundle",
     program: Program | None = None,
+    engines: EngineOrder | None = None,
 ) -> ExportPlan:
     """Make the Programs of a bundle.
 
@@ -82,12 +91,15 @@ def plan_export(
         text: whether the bundle is to hold the text encoder.
         program: what the recipe makes, with the weights that the bundle is to have; by default
             those that the recipe names.
+        engines: those to build, for TensorRT for RTX; by default the bundle is for ONNX Runtime.
 
     Raises:
         ValueError: the recipe, its checkpoint or its pipeline does not fit, or is of a kind that
-            this version does not export.
+            this version does not export; or there are no such engines.
     """
-    _check(recipe)
+    if engines:
+        check_gpu(engines.sm)
+    _check(recipe, "bfloat16" if engines else "float32")
     section = stream_section(recipe.stream, "recipe")
     folder = find_pipeline(section.pipeline, needed=weights)
     held = text == "bundle" and (weights or folder.is_dir())
@@ -115,7 +127,9 @@ def plan_export(
     )
     encoder = _text(folder, transformer.geometry, weights) if held else None
     decoder = plan.decoders[0].program
-    return ExportPlan(recipe, reference, transformer, decoder, encoder, folder)
+    if engines:
+        check_formats((transformer, decoder), engines.sm)
+    return ExportPlan(recipe, reference, transformer, decoder, encoder, folder, engines)
 
 
 def _check_text(folder: Path) -> None:
@@ -142,7 +156,7 @@ def export(
     path: Path,
     overwrite: bool = False,
     note: Callable[[str], None] = lambda what: None,
-) -> list[Difference]:
+) -> Findings:
     """Write a bundle; arguments, result and errors as `write_bundle`'s."""
     program = plan.transformer
     recipe = plan.recipe.resolved()
@@ -174,6 +188,7 @@ def export(
         text,
         overwrite,
         note,
+        plan.engines,
     )
 
 
@@ -186,18 +201,23 @@ def emitted(plan: ExportPlan) -> dict[str, int]:
     return {
         f"{stage}/{name}": len(model.graph.node)
         for stage, program in plan.stages.items()
-        for name, model in emit(program)[1].items()
+        for name, model in emit(program, dialect_of(stage, plan.target))[1].items()
     }
 
 
-def _check(recipe: Recipe) -> None:
-    """Refuse what this version does not export."""
+def _check(recipe: Recipe, dtype: str) -> None:
+    """Refuse what this version does not export.
+
+    Args:
+        recipe: to export.
+        dtype: what the target computes in.
+    """
     if recipe.program != "stream":
         raise ValueError(f"program: {recipe.program} has no bundle; name a stream recipe")
-    if recipe.model.dtype != "float32":
+    if recipe.model.dtype != dtype:
         raise ValueError(
-            f"model.dtype: is {recipe.model.dtype}, and this version exports float32 alone; set "
-            "model.dtype=float32"
+            f"model.dtype: is {recipe.model.dtype}, and for this target lltk exports {dtype} "
+            f"alone; set model.dtype={dtype}"
         )
     if recipe.geometry.batch != 1:
         raise ValueError(
@@ -205,10 +225,10 @@ def _check(recipe: Recipe) -> None:
             "set geometry.batch=1"
         )
     decoder = stream_section(recipe.stream, "recipe").decoder
-    if decoder.dtype != "float32":
+    if decoder.dtype != dtype:
         raise ValueError(
-            f"stream.decoder.dtype: is {decoder.dtype}, and this version exports float32 alone; "
-            "set stream.decoder.dtype=float32"
+            f"stream.decoder.dtype: is {decoder.dtype}, and for this target lltk exports {dtype} "
+            f"alone; set stream.decoder.dtype={dtype}"
         )
     if isinstance(decoder.device, tuple) and len(decoder.device) > 1:
         raise ValueError(

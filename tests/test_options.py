@@ -19,7 +19,7 @@ from toy import finish, trainer
 
 from lltk.artefact import save_program
 from lltk.compiler import transform
-from lltk.export.bundle import Difference
+from lltk.export.bundle import Difference, Findings
 from lltk.export.facts import Facts
 from lltk.exporting import ExportPlan
 from lltk.graph.program import Program
@@ -153,10 +153,11 @@ LINES = {
     "export": Line(
         [["-o", "new"], ["-o", "new", "--dry-run"], ["-o", "new", "--dry-run", "--json"]],
         {"--set": ["geometry.window=9"], "--text": ["reference"], "--dry-run": [], "--json": []},
-        {**OVERWRITE, **DOWNLOAD, "--output": "the contexts", "--target": "there is one"},
+        {**OVERWRITE, **DOWNLOAD, "--output": "the contexts", "--target": "test_engine_facts",
+         "--sm": "test_engine_facts", "--waive": "test_engine_facts"},
     ),
     "bundle show": Line([[]], {"--json": []}),
-    "bundle verify": Line([[]], {"--json": []}),
+    "bundle verify": Line([[]], {"--json": [], "--run": []}),
     "doctor": Line([[]], {"--json": []}),
     "recipes": Line([[]], {"--json": []}),
 }  # fmt: skip
@@ -224,13 +225,15 @@ def place(
     monkeypatch.setattr("lltk.streaming.plan_stream", make_plan)
     monkeypatch.setattr("lltk.compiler.transform", transformed)
     monkeypatch.setattr("lltk.artefact.load_program", lambda directory: made)
-    near = [Difference(0, "transformer/step", "sample", 1e-6, 1e-5)]
+    near = Findings([Difference(0, "transformer/step", "sample", 1e-6, 1e-5)])
     facts = Facts(
         target="ort", opset=23, versions={}, recipe={}, rotary={}, sampler=[], stages={}, text=None,
         golden=[], files={"a": "b"},
     )  # fmt: skip
     monkeypatch.setattr("lltk.export.bundle.read_bundle", lambda path: facts)
-    monkeypatch.setattr("lltk.export.bundle.verify_bundle", lambda path: near)
+    monkeypatch.setattr(
+        "lltk.export.bundle.verify_bundle", lambda path, run: click.echo(str(run)) or near
+    )
     monkeypatch.setattr("lltk.exporting.plan_export", plan_export)
     monkeypatch.setattr("lltk.exporting.emitted", lambda plan: {str(plan.recipe.geometry): 1})
     monkeypatch.setattr("lltk.exporting.export", lambda plan, *given: tell(plan.recipe) and near)

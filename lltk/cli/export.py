@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
+from lltk.cli.engines import NOT_RUN, print_engines
 from lltk.cli.options import download_option, overwrite_option
 from lltk.cli.tables import memory_table, row_table
 from lltk.graph.recipe_files import find_recipe
@@ -21,8 +22,16 @@ if TYPE_CHECKING:
 @click.command("export")
 @click.argument("source", metavar="RECIPE|PROGRAM")
 @click.option(
-    "--target", required=True, type=click.Choice(["ort"]),
-    help="What is to run the graphs: ort is ONNX Runtime.",
+    "--target", required=True, type=click.Choice(["ort", "tensorrt-rtx"]),
+    help="What is to run the graphs: ONNX Runtime, or TensorRT for RTX, which has engines.",
+)  # fmt: skip
+@click.option(
+    "--sm", type=int,
+    help="The compute capability that engines are for, without its point: 120 is 12.0.",
+)  # fmt: skip
+@click.option(
+    "--waive", multiple=True, metavar="MODULE",
+    help="A module that may run slower than it is meant to in an engine; may be repeated.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle."
@@ -42,6 +51,8 @@ if TYPE_CHECKING:
 def command(
     source: str,
     target: str,
+    sm: int | None,
+    waive: tuple[str, ...],
     output: Path,
     overrides: tuple[str, ...],
     text: Text,
@@ -57,11 +68,16 @@ def command(
 
     A bundle holds the transformer's and the decoder's graphs, their weights, and golden values:
     inputs of each graph, and what torch makes of them. It is written once ONNX Runtime gives the
-    same; `lltk stream` then plays it. This version exports float32.
+    same; `lltk stream` then plays it. For ONNX Runtime lltk exports float32.
+
+    For TensorRT for RTX it exports bfloat16, and builds an engine of each graph for one kind of
+    GPU. This needs no GPU. Nothing runs the engines here: their layers are looked at, and a product
+    in FP4 or FP8 or an attention without a fast kernel is an error.
 
     \b
     Example:
       lltk export tiny_stream --target ort -o bundle
+      lltk export wan22_5b_stream_nvfp4 --target tensorrt-rtx --sm 120 --text reference -o engines
       lltk transform tiny_stream -o program; lltk export program --target ort -o bundle
       lltk bundle verify bundle
       lltk stream bundle --prompt "a red circle moving right" -o red.mp4
@@ -69,13 +85,22 @@ def command(
     console = Console(quiet=as_json)
     from lltk.artefact import PROGRAM, load_program
     from lltk.cli.inputs import inputs_of, located
-    from lltk.export.facts import BUNDLE
+    from lltk.export.engines import EngineOrder
+    from lltk.export.facts import BUNDLE, TENSORRT_RTX
     from lltk.exporting import emitted, export, plan_export
     from lltk.files.outputs import Output, check_outputs
     from lltk.graph.memory import estimate
     from lltk.graph.recipe import parse_recipe
-    from lltk.stream.runtimes.onnx_graph import check_installed
+    from lltk.stream.runtimes import onnx_graph, tensorrt
 
+    order = None
+    if target == TENSORRT_RTX:
+        if sm is None:
+            raise ValueError("--sm: engines are for one kind of GPU; name it, such as --sm 120")
+        order = EngineOrder(sm, waive)
+    elif sm is not None or waive:
+        option = "--waive" if sm is None else "--sm"
+        raise ValueError(f"{option}: is for engines; drop it, or use --target {TENSORRT_RTX}")
     program = None
     if PROGRAM.recognises(Path(source)):
         if overrides:
@@ -87,11 +112,13 @@ def command(
     else:
         path = find_recipe(source)
         resolved = located(path, overrides, download, not dry_run)
-    check_installed()
+    onnx_graph.check_installed()
+    if order and not dry_run:
+        tensorrt.check_installed()
     check_outputs([Output(output, BUNDLE)], inputs_of(path, resolved.resolved()), overwrite)
     start = time.perf_counter()
     with console.status("making the Programs") as status:
-        plan = plan_export(resolved, weights=not dry_run, text=text, program=program)
+        plan = plan_export(resolved, weights=not dry_run, text=text, program=program, engines=order)
         if dry_run:
             graphs = emitted(plan)
         else:
@@ -108,7 +135,13 @@ def command(
         return
     seconds = time.perf_counter() - start
     if as_json:
-        cases = [each.plain() for each in found]
-        click.echo(json.dumps({"output": str(output), "seconds": seconds, "golden": cases}))
-    console.print(row_table("Golden values", [each.row() for each in found], 2))
+        cases = [each.plain() for each in found.golden]
+        engines = found.engines and found.engines.model_dump(mode="json")
+        told = {"output": str(output), "seconds": seconds, "golden": cases, "engines": engines}
+        click.echo(json.dumps(told))
+    if found.engines:
+        print_engines(console, found.engines)
+        console.print(f"{NOT_RUN} On the GPU that they are for: lltk bundle verify {output} --run")
+    if found.golden:
+        console.print(row_table("Golden values", [each.row() for each in found.golden], 2))
     console.print(f"A bundle for {target} in {seconds:.1f} s, written to {output}")

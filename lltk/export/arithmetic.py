@@ -19,7 +19,14 @@ def _binary(kind: str) -> None:
     def rule(to: Emitter, node: fx.Node, a: Any, b: Any, alpha: float = 1) -> str:
         assert alpha == 1, f"{node.name} has alpha {alpha}"
         dtype = like(node).dtype
-        return to.op(_BINARY[kind], to.tensor(a, dtype), to.tensor(b, dtype))
+
+        def operand(index: int, value: Any) -> str:
+            given = node.args[index]
+            if isinstance(given, fx.Node) and like(given).dtype != dtype:
+                return to.op("Cast", value, to=TYPES[dtype])
+            return to.tensor(value, dtype)
+
+        return to.op(_BINARY[kind], operand(0, a), operand(1, b))
 
 
 for _kind in _BINARY:

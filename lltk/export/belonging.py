@@ -15,13 +15,24 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from lltk.export.facts import GOLDEN, MANIFEST, TEXT, TOKENIZER, WEIGHTS, Facts
+from lltk.export.facts import (
+    GOLDEN,
+    MANIFEST,
+    ORT,
+    TENSORRT_RTX,
+    TEXT,
+    TOKENIZER,
+    WEIGHTS,
+    Facts,
+)
 from lltk.export.streams import contradictions, spec_text
 from lltk.files.tensors import Place, tensor_places
 from lltk.graph.contract import Contract, TensorSpec
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+    from lltk.export.emitter import Dialect
 
 
 def check_files(folder: Path, facts: Facts) -> None:
@@ -35,6 +46,8 @@ def check_files(folder: Path, facts: Facts) -> None:
         wanted |= {f"{stage}/{graph}.onnx" for graph in each.graphs} | {f"{stage}/{WEIGHTS}"}
     if facts.text is None:
         wanted.add(f"{TEXT}/{TOKENIZER}")
+    for engine in facts.engines.built if facts.engines else ():
+        wanted |= {engine.file, engine.table}
     if missing := sorted(wanted - facts.files.keys()):
         _refuse(folder, f"has no {missing[0]}")
     here = {str(each.relative_to(folder)) for each in folder.rglob("*") if not each.is_dir()}
@@ -56,11 +69,14 @@ def check_bundle(folder: Path, facts: Facts) -> None:
         ValueError: a model reads a file but its weights, has a part that no export writes, or is
             not what the manifest says; or the manifest contradicts itself.
     """
-    from lltk.export.emitter import OPSET
+    from lltk.export.emitter import OPSET, Dialect
 
     where = folder / MANIFEST.name
-    if facts.target != "ort":
-        raise ValueError(f"{where}: is for {facts.target}, this lltk plays ort; use a newer lltk")
+    if facts.target not in (ORT, TENSORRT_RTX):
+        raise ValueError(
+            f"{where}: is for {facts.target}, this lltk plays {ORT} and {TENSORRT_RTX}; use a "
+            "newer lltk"
+        )
     if facts.opset != OPSET:
         raise ValueError(
             f"{where}: is of opset {facts.opset}, this lltk reads {OPSET}; export the recipe "
@@ -70,9 +86,11 @@ def check_bundle(folder: Path, facts: Facts) -> None:
         _refuse(where, wrong)
     for stage, each in facts.stages.items():
         places = tensor_places(folder / stage / WEIGHTS)
+        compiled = facts.target == TENSORRT_RTX and stage != TEXT
+        dialect = Dialect.TENSORRT if compiled else Dialect.ORT
         for graph, described in each.graphs.items():
             path = folder / stage / f"{graph}.onnx"
-            if wrong := next(_wrong(_model(path), described.contract, places), None):
+            if wrong := next(_wrong(_model(path), described.contract, places, dialect), None):
                 _refuse(path, wrong)
 
 
@@ -127,20 +145,29 @@ def _model(path: Path) -> ModelProto:
         _refuse(path, "is no model in ONNX")
 
 
-def _wrong(model: ModelProto, contract: Contract, places: Mapping[str, Place]) -> Iterator[str]:
+def _wrong(
+    model: ModelProto, contract: Contract, places: Mapping[str, Place], dialect: Dialect
+) -> Iterator[str]:
     """What is in a model that no export writes."""
-    from lltk.export.emitter import IR_VERSION, OPSET
+    from lltk.export.emitter import IR_VERSION, OPSET, Dialect, described
+    from lltk.export.tensorrt import DOMAIN, QUANTISE
 
     if not all(isinstance(name, str) for name in _names(model)):
         yield "has names that are no text"
     opsets = {each.domain: each.version for each in model.opset_import}
-    if opsets != {"": OPSET} or model.ir_version > IR_VERSION:
+    extra, own = {}, set[tuple[str, str]]()
+    if dialect is Dialect.TENSORRT:
+        extra, own = {DOMAIN: 1}, {(DOMAIN, QUANTISE)}
+    if (
+        not {"": OPSET}.items() <= opsets.items() <= {"": OPSET, **extra}.items()
+        or model.ir_version > IR_VERSION
+    ):
         yield f"has opsets {opsets} and version {model.ir_version} of ONNX's format"
     graph = model.graph
     if model.functions or model.training_info or graph.sparse_initializer:
         yield "holds more than a graph"
     for node in graph.node:
-        if not _is_plain(node):
+        if (node.domain, node.op_type) not in own and not _is_plain(node):
             yield f"node {node.name} ({node.op_type}) is no plain op of ONNX"
     for tensor in graph.initializer:
         if tensor.data_location or tensor.external_data:
@@ -150,7 +177,7 @@ def _wrong(model: ModelProto, contract: Contract, places: Mapping[str, Place]) -
         if list(found) != list(specs):
             yield f"has {', '.join(found)}, and not {', '.join(specs)} as the manifest says"
         for name, spec in specs.items():
-            if found[name] != (spec.dtype, spec.shape):
+            if found[name] != _described(described(name, spec, dialect)):
                 yield f"{name} is not {spec_text(spec)} as the manifest says"
 
 
@@ -184,7 +211,7 @@ def _is_plain(node: NodeProto) -> bool:
 
 def _misplaced(tensor: TensorProto, place: Place | None) -> Iterator[str]:
     """What is wrong with where a model says that a parameter is."""
-    from lltk.export.emitter import TYPES
+    from lltk.export.emitter import TYPES, unpacked
 
     entries = [(each.key, each.value) for each in tensor.external_data]
     for key, value in entries:
@@ -196,14 +223,14 @@ def _misplaced(tensor: TensorProto, place: Place | None) -> Iterator[str]:
         size = place.end - place.start
         rest = {"location": WEIGHTS, "offset": str(place.start), "length": str(size)}
         kind = tensor.data_type, tuple(tensor.dims)
-        if sorted(entries) != sorted(rest.items()) or kind != (TYPES.get(place.dtype), place.shape):
+        held: list[tuple[int | None, tuple[int, ...]]] = [(TYPES.get(place.dtype), place.shape)]
+        if place.dtype is torch.uint8 and place.shape:
+            held.append(unpacked(place.shape))
+        if sorted(entries) != sorted(rest.items()) or kind not in held:
             yield f"reads {tensor.name} otherwise than {WEIGHTS} has it"
 
 
-def _described(value: ValueInfoProto) -> tuple[torch.dtype | None, tuple[int, ...]]:
-    """Dtype and shape of a model's input or output; a size that is not fixed is 0."""
-    from lltk.export.emitter import TYPES
-
-    dtypes = {int(number): dtype for dtype, number in TYPES.items()}
+def _described(value: ValueInfoProto) -> tuple[int, tuple[int, ...]]:
+    """Type and shape of a model's input or output; a size that is not fixed is 0."""
     kind = value.type.tensor_type
-    return dtypes.get(kind.elem_type), tuple(each.dim_value for each in kind.shape.dim)
+    return kind.elem_type, tuple(each.dim_value for each in kind.shape.dim)

@@ -1,14 +1,16 @@
 """A Program's graphs as ONNX: a walk over their nodes, with a function for each op.
 
-The functions are in the modules beside this one, a module a family of ops. Blocks' regions are
-written out for every layer. Parameters are not in the graphs: they name them in a `WeightPool`.
+The functions are in the modules beside this one, a module a family of ops. An op that TensorRT
+takes in another form has a second function, in the module ``tensorrt``. Blocks' regions are written
+out for every layer. Parameters are not in the graphs: they name them in a `WeightPool`.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from importlib import import_module
 from typing import Any
 
@@ -18,13 +20,16 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from torch import Tensor, fx
 
 from lltk.export.weights import WeightPool
+from lltk.graph.contract import TensorSpec
 from lltk.graph.edit import module_of, op_of, output, results_of
 from lltk.graph.program import Program
 
 OPSET = 23
 IR_VERSION = 11
 """The oldest that has this opset; newer ones are refused by older runtimes."""
-_FAMILIES = ("arithmetic", "attention", "images", "linears", "nvfp4", "rows", "shapes")
+_FAMILIES = (
+    "arithmetic", "attention", "images", "linears", "nvfp4", "rows", "shapes", "tensorrt",
+)  # fmt: skip
 TYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.bfloat16: TensorProto.BFLOAT16,
@@ -38,16 +43,30 @@ TYPES = {
 Value = Any
 """The name of a tensor in the graph, or a list of those; in arguments, also plain data."""
 Rule = Callable[..., Value]
-_RULES: dict[object, Rule] = {}
 
 
-def emits(*ops: object) -> Callable[[Rule], Rule]:
-    """Register what emits some ops: a function of the emitter, the node and its arguments."""
+class Dialect(StrEnum):
+    """For which runtime's parser a graph is written."""
+
+    ORT = "ort"
+    TENSORRT = "tensorrt"
+
+
+_RULES: dict[tuple[object, Dialect | None], Rule] = {}
+
+
+def emits(*ops: object, dialect: Dialect | None = None) -> Callable[[Rule], Rule]:
+    """Register what emits some ops: a function of the emitter, the node and its arguments.
+
+    Args:
+        ops: of torch or lltk.
+        dialect: for which alone; by default for all that have no function of their own.
+    """
 
     def register(rule: Rule) -> Rule:
         for op in ops:
-            assert op not in _RULES, f"{op} has a rule"
-            _RULES[op] = rule
+            assert (op, dialect) not in _RULES, f"{op} has a rule"
+            _RULES[op, dialect] = rule
         return rule
 
     return register
@@ -59,17 +78,23 @@ class Emitter:
     Args:
         program: whose graph it is.
         weights: takes the parameters that the graph reads.
+        dialect: of ONNX.
     """
 
-    def __init__(self, program: Program, weights: WeightPool) -> None:
+    def __init__(
+        self, program: Program, weights: WeightPool, dialect: Dialect = Dialect.ORT
+    ) -> None:
         for family in _FAMILIES:
             import_module(f"{__package__}.{family}")
         self._program, self._weights = program, weights
+        self.dialect = dialect
+        """Of the graph."""
         self._nodes: list[NodeProto] = []
         self._constants: dict[tuple[Any, ...], TensorProto] = {}
         self._read: dict[str, TensorProto] = {}
         self._taken: Counter[str] = Counter()
-        self._scope = ""
+        self.scope = ""
+        """Path of the module whose node is emitted."""
 
     def emit(self, name: str) -> ModelProto:
         """The model of a named graph; its parameters are described, and lie in the pool's file.
@@ -78,7 +103,8 @@ class Emitter:
             ValueError: an op has no form in ONNX here; names it with its node and module.
         """
         graph, contract = self._program.graphs[name], self._program.contract(name)
-        if (dtype := self._program.dtype) != torch.float32:
+        dtype = self._program.dtype
+        if self.dialect is Dialect.ORT and dtype != torch.float32:
             raise ValueError(
                 f"{name}: computes in {dtype}, for which ONNX Runtime has no kernels on a CPU; set "
                 "model.dtype=float32"
@@ -92,11 +118,12 @@ class Emitter:
         found = helper.make_graph(
             self._nodes,
             name,
-            [_described(each, spec.shape, spec.dtype) for each, spec in contract.inputs.items()],
-            [_described(each, spec.shape, spec.dtype) for each, spec in contract.outputs.items()],
+            [described(each, spec, self.dialect) for each, spec in contract.inputs.items()],
+            [described(each, spec, self.dialect) for each, spec in contract.outputs.items()],
             [*self._read.values(), *self._constants.values()],
         )
-        opset = [helper.make_opsetid("", OPSET)]
+        domains = {node.domain: 1 for node in self._nodes} | {"": OPSET}
+        opset = [helper.make_opsetid(*each) for each in domains.items()]
         return helper.make_model(
             found, opset_imports=opset, ir_version=IR_VERSION, producer_name="lltk"
         )
@@ -121,14 +148,15 @@ class Emitter:
                 values, index = _plain(node.args, made)
                 made[node] = values[index]
             else:
-                rule = _RULES.get(op_of(node))
+                op = op_of(node)
+                rule = _RULES.get((op, self.dialect)) or _RULES.get((op, None))
                 path = ".".join(part for part in (owner, module_of(node)) if part) or "root"
                 if rule is None:
                     raise ValueError(
-                        f"{name}: {node.name} ({path}): {op_of(node)} has no form in ONNX in this "
+                        f"{name}: {node.name} ({path}): {op} has no form in ONNX in this "
                         "version; remove the pass that made it from the recipe"
                     )
-                self._scope = path
+                self.scope = path
                 args, kwargs = _plain(node.args, made), _plain(node.kwargs, made)
                 made[node] = rule(self, node, *args, **kwargs)
 
@@ -155,7 +183,7 @@ class Emitter:
         for each in given:
             if each in self._program.weights or each in self._program.constants:
                 self.parameter(each)
-        name = self._fresh(f"{self._scope}/{kind}")
+        name = self._fresh(f"{self.scope}/{kind}")
         results = [name] if count == 1 else [f"{name}:{index}" for index in range(count)]
         self._nodes.append(helper.make_node(kind, given, results, name=name, **attributes))
         return results
@@ -172,10 +200,15 @@ class Emitter:
         """The name of a list of integers."""
         return self.constant([int(value) for value in values], torch.int64)
 
-    def parameter(self, name: str, transposed: bool = False) -> str:
+    def parameter(self, name: str, transposed: bool = False, packed: bool = False) -> str:
         """The name of a parameter or constant of the Program, or of its transpose.
 
         A node that reads a parameter as it is needs no call.
+
+        Args:
+            name: the Program's.
+            transposed: whether its two axes are swapped.
+            packed: whether its bytes are pairs of E2M1 numbers, [..., K/2] for [..., K].
         """
         program = self._program
         own = program.weights.get(name)
@@ -184,9 +217,10 @@ class Emitter:
         known, value = self._weights.add(name, tensor, dtype, transposed)
         if known not in self._read:
             self._taken[known] += 1
-            self._read[known] = TensorProto(
-                name=known, data_type=_type(known, dtype), dims=list(value.shape)
-            )
+            kind, shape = _type(known, dtype), tuple(value.shape)
+            if packed:
+                kind, shape = unpacked(shape)
+            self._read[known] = TensorProto(name=known, data_type=kind, dims=shape)
         return known
 
     def tensor(self, value: Value, dtype: torch.dtype) -> str:
@@ -227,8 +261,17 @@ def _plain(argument: Any, made: dict[fx.Node, Value]) -> Any:
     return argument
 
 
-def _described(name: str, shape: Iterable[int], dtype: torch.dtype) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, _type(name, dtype), list(shape))
+def unpacked(shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """ONNX's type and shape of what lltk holds as pairs of E2M1 numbers in bytes of this shape."""
+    return TensorProto.FLOAT4E2M1, (*shape[:-1], 2 * shape[-1])
+
+
+def described(name: str, spec: TensorSpec, dialect: Dialect) -> ValueInfoProto:
+    """An input or output of a graph; TensorRT's have E2M1 numbers where lltk has bytes."""
+    kind, shape = _type(name, spec.dtype), spec.shape
+    if dialect is Dialect.TENSORRT and spec.dtype is torch.uint8:
+        kind, shape = unpacked(shape)
+    return helper.make_tensor_value_info(name, kind, shape)
 
 
 def _type(name: str, dtype: torch.dtype) -> int:

@@ -31,7 +31,11 @@ BUNDLE = Kind("a bundle", MANIFEST.recognises, folder=True)
 GOLDEN = "golden.safetensors"
 WEIGHTS = "weights.safetensors"
 """The file in a stage's folder that holds the parameters of its graphs."""
+ORT, TENSORRT_RTX = "ort", "tensorrt-rtx"
+"""What runs a bundle."""
 TOKENIZER = "tokenizer.json"
+ENGINES = "engines"
+"""The folder of engines."""
 
 
 def _entry(data: Any) -> Any:
@@ -121,6 +125,53 @@ class GoldenFacts(BaseModel):
     bounds: dict[str, PositiveFloat]
 
 
+class EngineFacts(BaseModel):
+    """A graph that TensorRT for RTX has compiled.
+
+    Attributes:
+        stage, graph: which.
+        seconds: that the build took.
+        peak_bytes: the most memory that the build held.
+        layers: how many layers do what.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: str
+    graph: str
+    seconds: PositiveFloat
+    peak_bytes: NonNegativeInt
+    layers: dict[str, NonNegativeInt]
+
+    @property
+    def file(self) -> str:
+        """The engine's file in the bundle."""
+        return f"{ENGINES}/{self.stage}.{self.graph}.engine"
+
+    @property
+    def table(self) -> str:
+        """The file that lists its layers."""
+        return f"{ENGINES}/{self.stage}.{self.graph}.layers.json"
+
+
+class EnginesFacts(BaseModel):
+    """The engines of a bundle.
+
+    Attributes:
+        version: of TensorRT for RTX; no other loads them.
+        sm: the compute capability that they are for, 120 for 12.0.
+        waived: paths of modules whose layers may be slow ones.
+        built: the engines.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    sm: NonNegativeInt
+    waived: tuple[str, ...]
+    built: tuple[EngineFacts, ...]
+
+
 class TextFacts(BaseModel):
     """The text encoder that a bundle needs and does not hold.
 
@@ -149,6 +200,7 @@ class Facts(BaseModel):
         stages: ``transformer``, ``decoder`` and, if the bundle holds it, ``text``.
         text: the text encoder, if the bundle does not hold it.
         golden: the golden cases.
+        engines: of a bundle for TensorRT for RTX.
         files: SHA-256 by name.
     """
 
@@ -163,4 +215,5 @@ class Facts(BaseModel):
     stages: dict[str, StageFacts]
     text: TextFacts | None
     golden: list[GoldenFacts]
+    engines: EnginesFacts | None = None
     files: dict[str, str]

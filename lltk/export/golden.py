@@ -30,6 +30,8 @@ _SAMPLE = 1 << 16
 """How many elements of a large output are held, at most."""
 _DRAWS, _NOISE = 2, 1e-6
 """How often torch runs each case with other noise on its latents, and its size beside them."""
+_BFLOAT16_NOISE = 2**-8
+"""That size where every step is rounded to bfloat16: the distance of its neighbours beside 1."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Case:
         outputs: samples of its outputs; see `sample`.
         spread: how far torch's own outputs of each dtype differ at most where its latents are not
             quite the same, as `distance` has it. It is there if the graph rounds activations to few
-            bits, where what one rounding does spreads.
+            bits, where what one rounding does spreads, or computes in bfloat16.
     """
 
     stage: str
@@ -66,14 +68,24 @@ def sample(value: Tensor) -> Tensor:
     return value if every == 1 else value.reshape(-1)[:: every | 1].clone()
 
 
-def distance(made: Tensor, held: Tensor) -> float:
+def distance(made: Tensor, held: Tensor, norms: bool = False) -> float:
     """How far an output is from the `sample` of another.
 
     In float32, the largest difference relative to the largest value; NaN or infinity where a value
     is not finite. In narrower dtypes, the share of the elements that differ.
+
+    Args:
+        made: the output.
+        held: the sample.
+        norms: whether in float32 and bfloat16 it is the difference's norm relative to the sample's,
+            as for runtimes that round every step to bfloat16.
     """
     ours = made.reshape(-1)[:: -(-made.numel() // held.numel())]
     theirs = held.reshape(-1)
+    if norms and held.dtype in (torch.float32, torch.bfloat16):
+        apart = torch.linalg.vector_norm(ours.float() - theirs.float())
+        whole = torch.linalg.vector_norm(theirs.float())
+        return float(apart / whole) if apart else 0.0
     if held.dtype != torch.float32:
         return float((_bits(ours) != _bits(theirs)).float().mean())
     largest_difference = float((ours - theirs).abs().max())
@@ -112,7 +124,7 @@ def transformer_cases(program: Program, external: Program) -> Iterator[Case]:
         program: a stream Program, with weights.
         external: the same after the pass externalise.
     """
-    module, draw = instantiate(program), _Draw(program.model)
+    module, draw = instantiate(program), _Draw(program)
     last = program.geometry.pages - 1
     moments = (((), 0), ((0,), 1), (tuple(reversed(range(1, last))), 2), (tuple(range(last)), LATE))
     for graph in program.graphs:
@@ -124,7 +136,7 @@ def transformer_cases(program: Program, external: Program) -> Iterator[Case]:
             here = places(program, table, last, chunk)
             held = draw.inputs(contract, here)
             made = run(given(held, contract), here)
-            if _rounds(program):
+            if _is_rough(program):
                 found = _spread(partial(run, here=here), held, made, contract, draw)
                 spread = {dtype: max(far, spread.get(dtype, 0)) for dtype, far in found.items()}
             outputs = {name: sample(made[name]) for name in contract.outputs}
@@ -135,20 +147,26 @@ def transformer_cases(program: Program, external: Program) -> Iterator[Case]:
 @torch.no_grad()
 def plain_cases(stage: str, program: Program) -> Iterator[Case]:
     """A case of each graph of a decoder or a text encoder, which is the stage."""
-    module, draw = instantiate(program), _Draw(program.model)
+    module, draw = instantiate(program), _Draw(program)
     for graph in program.graphs:
         contract = program.contract(graph)
         held = draw.inputs(contract, {})
-        made = module(graph, given(held, contract))
+        run = partial(module, graph)
+        made = run(given(held, contract))
         outputs = {name: sample(value) for name, value in made.items()}
-        yield Case(stage, graph, held, outputs)
+        rough = _is_rough(program)
+        spread = _spread(run, held, made, contract, draw) if rough else {}
+        yield Case(stage, graph, held, outputs, spread)
 
 
 class _Draw:
     """Draws a model's inputs; pages, prompts and caches are the same in every case."""
 
-    def __init__(self, model: Spec) -> None:
-        self._model = model
+    def __init__(self, program: Program) -> None:
+        self._model: Spec = program.model
+        self.norms = program.dtype is torch.bfloat16
+        """Whether distances are those of norms."""
+        self._noise = _BFLOAT16_NOISE if self.norms else _NOISE
         self._generator = torch.Generator().manual_seed(0)
         self._known: dict[str, Tensor] = {}
 
@@ -166,7 +184,8 @@ class _Draw:
 
     def noisy(self, value: Tensor) -> Tensor:
         """A value with a little noise."""
-        return value * (1 + _NOISE * torch.randn(value.shape, generator=self._generator))
+        noise = torch.randn(value.shape, generator=self._generator)
+        return (value * (1 + self._noise * noise)).to(value.dtype)
 
     def _new(self, spec: TensorSpec) -> Tensor:
         count = torch.Size(spec.shape).numel()
@@ -237,8 +256,10 @@ def run_external(
     return made
 
 
-def _rounds(program: Program) -> bool:
-    """Whether activations are rounded to few bits."""
+def _is_rough(program: Program) -> bool:
+    """Whether activations are rounded to few bits, or all is to bfloat16."""
+    if program.dtype is torch.bfloat16:
+        return True
     ops = overload("nvfp4_quantise"), overload("row_pipeline")
     return any(
         op_of(node) == ops[0]
@@ -262,6 +283,6 @@ def _spread(
         noisy = {**held, **{name: draw.noisy(held[name]) for name in changed}}
         other = run(given(noisy, contract))
         for name, spec in contract.outputs.items():
-            far = distance(other[name], sample(made[name]))
+            far = distance(other[name], sample(made[name]), draw.norms)
             spread[spec.dtype] = max(far, spread[spec.dtype])
     return spread

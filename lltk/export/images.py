@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from lltk.export.emitter import Emitter, emits, like, source
+from lltk.export.emitter import Dialect, Emitter, emits, like, source
 
 aten = torch.ops.aten
 
@@ -30,7 +30,8 @@ def _conv(
     )
     alike = strides[0] == dilations[0] == groups == 1 and pads[0] == 0
     kernel = source(node, 1).shape[2:]
-    if axes == 3 and alike and len(source(node)) == 1 and kernel[1:] != (1, 1):
+    by_frames = to.dialect is Dialect.ORT and axes == 3
+    if by_frames and alike and len(source(node)) == 1 and kernel[1:] != (1, 1):
         return _conv_by_frames(to, node, x, weight, bias, strides, pads, dilations)
     return to.op(
         "Conv", x, weight, bias or "",

@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 
-from lltk.export.facts import DECODER, TEXT, TRANSFORMER, Facts
+from lltk.export.facts import DECODER, ORT, TEXT, TRANSFORMER, Facts
 from lltk.graph.contract import Contract, Role, TensorSpec, page_output
 from lltk.graph.geometry import Geometry
 from lltk.graph.recipe import parse_recipe
@@ -61,7 +61,11 @@ def contradictions(facts: Facts) -> Iterator[str]:
         for stage, each in stages.items()
         for name, graph in each.graphs.items()
     }
-    parts = [_transformer(contracts, geometry, model), _decoder(contracts, geometry, decoder)]
+    dtype = torch.float32 if facts.target == ORT else torch.bfloat16
+    parts = [
+        _transformer(contracts, geometry, model, dtype),
+        _decoder(contracts, geometry, decoder, dtype),
+    ]
     parts += [_text(contracts)] if TEXT in stages else []
     for graph, contract in chain.from_iterable(parts):
         yield from _differences(graph, contracts[graph], contract)
@@ -94,7 +98,7 @@ def _sampler(facts: Facts, section: StreamSection) -> Iterator[str]:
 
 
 def _transformer(
-    contracts: Mapping[str, Contract], geometry: Geometry, model: ModelSpec
+    contracts: Mapping[str, Contract], geometry: Geometry, model: ModelSpec, dtype: torch.dtype
 ) -> Iterator[tuple[str, Contract]]:
     """What the transformer's graphs take and give, from what ``step`` says of prompts and pages."""
     step = contracts[f"{TRANSFORMER}/step"]
@@ -103,7 +107,7 @@ def _transformer(
     size = 1, model.channels, geometry.chunk, *geometry.latent(model)
     table = 1, tokens, 1, sum(model.rope_split)
     moving = {
-        Role.LATENTS: TensorSpec(size, _FLOAT),
+        Role.LATENTS: TensorSpec(size, dtype),
         Role.TIME: TensorSpec((1, geometry.chunk), _FLOAT),
         Role.ROTARY_COS: TensorSpec(table, _FLOAT),
         Role.ROTARY_SIN: TensorSpec(table, _FLOAT),
@@ -117,7 +121,7 @@ def _transformer(
     given = {name: TensorSpec(spec.shape, spec.dtype) for name, spec in prompt.items()}
     inputs = {**_having(step, moving), **prompt, **pages}
     latents = {model.output: moving[Role.LATENTS]}
-    text = {Role.TEXT: TensorSpec((1, geometry.text_tokens, model.text_dim), _FLOAT)}
+    text = {Role.TEXT: TensorSpec((1, geometry.text_tokens, model.text_dim), dtype)}
     yield f"{TRANSFORMER}/step", Contract(inputs, latents)
     yield f"{TRANSFORMER}/prologue", Contract(_having(prologue, text), given)
     made = {
@@ -130,7 +134,7 @@ def _transformer(
 
 
 def _decoder(
-    contracts: Mapping[str, Contract], geometry: Geometry, decoder: DecoderSpec
+    contracts: Mapping[str, Contract], geometry: Geometry, decoder: DecoderSpec, dtype: torch.dtype
 ) -> Iterator[tuple[str, Contract]]:
     """What the decoder's graphs take and give, from what ``step`` says of its caches."""
     step = contracts[f"{DECODER}/step"]
@@ -146,7 +150,7 @@ def _decoder(
         count = given[0].shape[2] if graph == "steps" and given and len(given[0].shape) > 2 else 1
         size = 1, decoder.channels, count, *geometry.latent(decoder)
         frames = 1 if graph == "first" else count * decoder.stride[0]
-        video = TensorSpec((1, 3, frames, geometry.height, geometry.width), _FLOAT)
+        video = TensorSpec((1, 3, frames, geometry.height, geometry.width), dtype)
         inputs = _having(own, {Role.LATENTS: TensorSpec(size, _FLOAT)})
         inputs |= {} if graph == "first" else held
         yield name, Contract(inputs, {decoder.output: video, **kept})
@@ -161,7 +165,7 @@ def _text(contracts: Mapping[str, Contract]) -> Iterator[tuple[str, Contract]]:
         for role, dtype in ((Role.TOKENS, torch.int64), (Role.TOKEN_MASK, torch.bool))
     }
     output = next(iter(own.outputs), "embedding")
-    made = TensorSpec(text.shape, text.dtype)
+    made = TensorSpec(text.shape, _FLOAT)
     yield name, Contract(_having(own, tokens), {output: made})
 
 

@@ -26,6 +26,7 @@ from lltk.models.pipelines import find_pipeline
 from lltk.stream.bundle_text import BundleTextEncoder
 from lltk.stream.recipe import stream_section
 from lltk.stream.runtimes.onnx_graph import CPU, check_installed, provider_device
+from lltk.stream.runtimes.tensorrt import check_device
 from lltk.stream.text import Encoder, TextEncoder
 from lltk.streaming.plan import Plan, check_high_steps
 
@@ -47,12 +48,12 @@ _TORCHS = frozenset(
 
 @dataclass(frozen=True)
 class BundlePlan(Plan):
-    """A stream that ONNX Runtime runs.
+    """A stream that ONNX Runtime runs, or TensorRT for RTX.
 
     Attributes:
         path: the bundle's folder.
         facts: what its manifest says.
-        provider: ONNX Runtime's execution provider.
+        provider: ONNX Runtime's execution provider; no engine has one.
         transformer_spec, decoder_spec: of the models.
     """
 
@@ -98,7 +99,7 @@ class BundlePlan(Plan):
 
     @property
     def implementations(self) -> Mapping[str, str]:
-        return {}  # ONNX Runtime chooses its own
+        return {}  # what runs the graphs chooses its own
 
     @property
     def ranks(self) -> int:
@@ -159,22 +160,26 @@ def plan_bundle(
     Args:
         path: the bundle.
         overrides: keys of its recipe to change, each ``stream.KEY=VALUE``.
-        provider: ONNX Runtime's execution provider.
+        provider: ONNX Runtime's execution provider; a bundle of engines has none.
         download: whether a pipeline on the Hugging Face hub, which encodes prompts, is downloaded.
 
     Raises:
         ValueError: it is no bundle that this lltk reads, a file is missing or was changed, a key is
-            built into its graphs, or ONNX Runtime has no such provider.
+            built into its graphs, ONNX Runtime has no such provider, or there is no GPU that its
+            engines are for.
     """
     check_installed()
     facts = read_bundle(path)
     check_bundle(standing(path), facts)
+    engines = facts.engines
+    if engines and provider != CPU:
+        raise ValueError(f"--provider: {path} has engines of {facts.target}; drop the option")
     overrides = list(overrides)
     for override in overrides:
         key = override.partition("=")[0].strip()
         part, _, own = key.partition(".")
         if part == "stream" and own in _TORCHS:
-            raise ValueError(f"{key}: is for torch, and ONNX Runtime plays {path}; drop the key")
+            raise ValueError(f"{key}: is for torch, and {facts.target} plays {path}; drop the key")
         if part != "stream" or own.partition(".")[0] not in _FREE:
             raise ValueError(
                 f"{key}: is built into {path}, where only keys of stream can change: "
@@ -199,7 +204,7 @@ def plan_bundle(
         recipe,
         section,
         find_pipeline(section.pipeline, needed=False),
-        provider_device(provider),
+        check_device(engines.sm) if engines else provider_device(provider),
         standing(path),
         facts,
         provider,

@@ -1,15 +1,16 @@
-"""Models that ONNX Runtime runs."""
+"""Models that ONNX Runtime or TensorRT for RTX runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lltk.export.bundle import open_engine
 from lltk.export.facts import DECODER, TRANSFORMER
 from lltk.stream.decoder import LatentDecoder
 from lltk.stream.lanes import Lane
 from lltk.stream.runtimes import Runtime
 from lltk.stream.runtimes.onnx_graph import OnnxGraph
-from lltk.stream.runtimes.ort import OrtDecoder, OrtRuntime
+from lltk.stream.runtimes.ort import Graph, OrtDecoder, OrtRuntime
 from lltk.streaming.bundle import BundlePlan
 from lltk.streaming.slots import Slot
 
@@ -21,7 +22,7 @@ class OrtEngine:
         plan: of the bundle.
 
     Raises:
-        ValueError: ONNX Runtime does not load a graph.
+        ValueError: what is to run a graph does not load it.
     """
 
     def __init__(self, plan: BundlePlan) -> None:
@@ -51,12 +52,15 @@ def make_decoder(plan: BundlePlan) -> LatentDecoder:
     return OrtDecoder(_graphs(plan, DECODER), plan.decoder_spec, Lane(plan.device))
 
 
-def _runtime(plan: BundlePlan, graphs: Mapping[str, OnnxGraph], lane: Lane) -> Runtime:
+def _runtime(plan: BundlePlan, graphs: Mapping[str, Graph], lane: Lane) -> Runtime:
     return OrtRuntime(graphs, plan.geometry, plan.spec, lane, plan.high_steps)
 
 
-def _graphs(plan: BundlePlan, stage: str) -> dict[str, OnnxGraph]:
+def _graphs(plan: BundlePlan, stage: str) -> dict[str, Graph]:
     """The graphs of a stage, loaded."""
+    if plan.facts.engines:
+        graphs = plan.facts.stages[stage].graphs
+        return {name: open_engine(plan.path, plan.facts, stage, name) for name in graphs}
     return {
         name: OnnxGraph(plan.path / stage / f"{name}.onnx", graph.contract, plan.provider)
         for name, graph in plan.facts.stages[stage].graphs.items()

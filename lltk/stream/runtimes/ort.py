@@ -1,21 +1,34 @@
-"""The runtime over graphs in ONNX, and the decoder over such graphs, by ONNX Runtime."""
+"""The runtime over graphs in ONNX or engines, and the decoder over such graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lltk.graph.contract import Role, page_output
+from lltk.graph.contract import Contract, Role, page_output
 from lltk.graph.geometry import Geometry
 from lltk.graph.spec import DecoderSpec, ModelSpec
 from lltk.graph.verify import STEP_HIGH
 from lltk.ops.rope_table.reference import rope_table
 from lltk.stream.decoder import GraphDecoder
 from lltk.stream.lanes import Lane
-from lltk.stream.runtimes.onnx_graph import OnnxGraph
 from lltk.stream.runtimes.paged import PagedRuntime, check_indices, largest, zeros
+
+
+class Graph(Protocol):
+    """A graph that is loaded, as `lltk.stream.runtimes.onnx_graph.OnnxGraph`."""
+
+    @property
+    def contract(self) -> Contract:
+        """Inputs and outputs."""
+
+    def __call__(
+        self, given: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The outputs of a call, some of them put where ``into`` says."""
 
 
 class OrtRuntime(PagedRuntime):
@@ -34,7 +47,7 @@ class OrtRuntime(PagedRuntime):
 
     def __init__(
         self,
-        graphs: Mapping[str, OnnxGraph],
+        graphs: Mapping[str, Graph],
         geometry: Geometry,
         spec: ModelSpec,
         lane: Lane,
@@ -49,6 +62,7 @@ class OrtRuntime(PagedRuntime):
 
     def set_prompt(self, text: Tensor) -> None:
         graph = self._graphs["prologue"]
+        text = text.to(graph.contract.input(Role.TEXT).dtype)
         graph(graph.contract.named({Role.TEXT: text}), self._text)
 
     def step(
@@ -98,7 +112,7 @@ class OrtRuntime(PagedRuntime):
 
     def _given(
         self,
-        graph: OnnxGraph,
+        graph: Graph,
         common: Mapping[Role, Tensor],
         positions: Tensor,
         table: Sequence[int],
@@ -131,7 +145,7 @@ class OrtDecoder(GraphDecoder):
         lane: where the calls take turns.
     """
 
-    def __init__(self, graphs: Mapping[str, OnnxGraph], spec: DecoderSpec, lane: Lane) -> None:
+    def __init__(self, graphs: Mapping[str, Graph], spec: DecoderSpec, lane: Lane) -> None:
         super().__init__(spec, {name: each.contract for name, each in graphs.items()}, lane)
         self._graphs = graphs
 

@@ -1,0 +1,186 @@
+"""Engines of TensorRT for RTX over tensors of torch, where they lie.
+
+Written against the documented API. No engine was run: the project has no GPU that these engines
+are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lltk.graph.contract import Contract, TensorSpec
+
+BINDINGS = "tensorrt_rtx_bindings"
+"""The Python module of TensorRT for RTX."""
+PACKAGES = ("tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu13_bindings")
+"""What to install for it."""
+_DTYPES = {
+    torch.float32: "FLOAT",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "FP8",
+    torch.int64: "INT64",
+    torch.bool: "BOOL",
+    torch.uint8: "FP4",
+}
+"""TensorRT's names; what lltk holds as bytes are pairs of E2M1 numbers there."""
+
+
+def check_installed() -> None:
+    """Check that TensorRT for RTX is installed.
+
+    Raises:
+        ValueError: it is not; says how to install it.
+    """
+    if find_spec(BINDINGS) is None:
+        raise ValueError("TensorRT for RTX is not installed; run: pip install 'lltk[tensorrt-rtx]'")
+
+
+def library_version() -> str:
+    """The version of TensorRT for RTX, which must be installed."""
+    version: str = import_module(BINDINGS).__version__
+    return version
+
+
+def check_device(sm: int) -> torch.device:
+    """The GPU that engines for a compute capability run on.
+
+    Args:
+        sm: the capability, 120 for 12.0.
+
+    Raises:
+        ValueError: there is none.
+    """
+    wanted = f"{sm // 10}.{sm % 10}"
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"the engines run on a GPU of compute capability {wanted}, and torch sees none; export "
+            "the recipe with --target ort for a CPU"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor != sm:
+        raise ValueError(
+            f"the engines are for compute capability {wanted}, and "
+            f"{torch.cuda.get_device_name()} has {major}.{minor}; export the recipe again with "
+            f"--sm {10 * major + minor}"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+class EngineGraph:
+    """A graph as an engine, loaded. Threads take turns.
+
+    An engine is code. Load one only from a bundle whose files were checked.
+
+    Args:
+        path: of the engine.
+        contract: the graph's inputs and outputs.
+        device: where they are; see `check_device`.
+
+    Raises:
+        ValueError: TensorRT does not load it, or it has other inputs or outputs.
+    """
+
+    def __init__(self, path: Path, contract: Contract, device: torch.device) -> None:
+        self.contract, self._path, self._device = contract, path, device
+        self._turn = Lock()
+        trt = import_module(BINDINGS)
+        self._said = _logger(trt)
+        self._runtime = trt.Runtime(self._said)
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise ValueError(
+                f"{path}: TensorRT for RTX {trt.__version__} does not load it "
+                f"({'; '.join(self._said.errors)}); export the recipe again on this version"
+            )
+        self._check(trt)
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise ValueError(
+                f"{path}: the GPU has no memory for it ({'; '.join(self._said.errors)}); end what "
+                "else uses the GPU, or export a smaller geometry"
+            )
+
+    def _check(self, trt: Any) -> None:
+        """Hold the engine's tensors against the contract."""
+        engine = self._engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        for mode, specs in (
+            (trt.TensorIOMode.INPUT, self.contract.inputs),
+            (trt.TensorIOMode.OUTPUT, self.contract.outputs),
+        ):
+            own = {name for name in names if engine.get_tensor_mode(name) == mode}
+            if odd := sorted(own ^ specs.keys()):
+                raise ValueError(
+                    f"{self._path}: {odd[0]} is in the engine or in the manifest alone; export the "
+                    "recipe again"
+                )
+            for name, spec in specs.items():
+                found = engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))
+                if found != (getattr(trt.DataType, _DTYPES[spec.dtype]), _shape(spec)):
+                    raise ValueError(
+                        f"{self._path}: {name} is {found[0]} {found[1]}, and not {spec} as the "
+                        "manifest says; export the recipe again"
+                    )
+
+    def __call__(
+        self, given: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The outputs of a call, which is launched on torch's current stream.
+
+        Args:
+            given: every input, as the contract says and on the graph's device.
+            into: where outputs are put, contiguous and as the contract says; the others are
+                new tensors.
+
+        Raises:
+            ValueError: TensorRT does not launch it; says why.
+        """
+        put = dict(into or {})
+        for name, spec in self.contract.outputs.items():
+            if name not in put:
+                put[name] = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+        inputs = {name: given[name].contiguous() for name in self.contract.inputs}
+        with self._turn:
+            for tensors, specs in (inputs, self.contract.inputs), (put, self.contract.outputs):
+                for name, tensor in tensors.items():
+                    assert TensorSpec.of(tensor) == specs[name], f"{name} is {tensor.shape}"
+                    assert tensor.is_contiguous() and tensor.device == self._device, name
+                    self._context.set_tensor_address(name, tensor.data_ptr())
+            self._said.errors.clear()
+            stream = torch.cuda.current_stream(self._device)
+            if not self._context.execute_async_v3(stream.cuda_stream):
+                raise ValueError(
+                    f"{self._path}: fails in TensorRT ({'; '.join(self._said.errors)}); export the "
+                    "recipe again"
+                )
+        return put
+
+
+def _shape(spec: TensorSpec) -> tuple[int, ...]:
+    """A tensor's shape as TensorRT counts its elements."""
+    if spec.dtype is torch.uint8:
+        return (*spec.shape[:-1], 2 * spec.shape[-1])
+    return spec.shape
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that keeps errors."""
+
+    class Errors(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Errors()
