@@ -302,7 +302,7 @@ def test_export_command(run: Run, exported: Exported, copy: Path) -> None:
     code, _, err = run(*line)
     assert code == 2 and "did not write it as a bundle" in err
     code, _, err = run("export", "tiny_stream", "--target", "tensorrt", "-o", "x")
-    assert code == 2 and "'tensorrt' is not 'ort'" in err
+    assert code == 2 and "'tensorrt' is not one of 'ort', 'tensorrt-rtx'" in err
 
 
 def graphs_of(facts: Facts) -> list[tuple[str, str]]:

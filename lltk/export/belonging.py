@@ -18,7 +18,7 @@ from torch import Tensor
 from lltk.export.facts import (
     GOLDEN,
     MANIFEST,
-    ORT,
+    TARGETS,
     TENSORRT_RTX,
     TEXT,
     TOKENIZER,
@@ -72,10 +72,10 @@ def check_bundle(folder: Path, facts: Facts) -> None:
     from lltk.export.emitter import OPSET, Dialect
 
     where = folder / MANIFEST.name
-    if facts.target not in (ORT, TENSORRT_RTX):
+    if facts.target not in TARGETS:
+        known = ", ".join(TARGETS)
         raise ValueError(
-            f"{where}: is for {facts.target}, this lltk plays {ORT} and {TENSORRT_RTX}; use a "
-            "newer lltk"
+            f"{where}: is for {facts.target}, this lltk plays {known}; use a newer lltk"
         )
     if facts.opset != OPSET:
         raise ValueError(

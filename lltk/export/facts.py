@@ -32,6 +32,7 @@ GOLDEN = "golden.safetensors"
 WEIGHTS = "weights.safetensors"
 """The file in a stage's folder that holds the parameters of its graphs."""
 ORT, TENSORRT_RTX = "ort", "tensorrt-rtx"
+TARGETS = {ORT: "ONNX Runtime", TENSORRT_RTX: "TensorRT for RTX"}
 """What runs a bundle."""
 TOKENIZER = "tokenizer.json"
 ENGINES = "engines"

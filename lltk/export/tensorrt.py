@@ -2,8 +2,8 @@
 
 TensorRT makes a product in FP4 or FP8 only of forms that it knows. For activations that is one in
 which the scale of the whole tensor is a constant. So x is divided by its scale s, quantised with a
-constant 1, multiplied, and the product is multiplied by s. The implementations ``tensorrt`` of the
-ops do the same in torch.
+constant 1, multiplied, and the product is multiplied by s. The ops' implementations
+``tensorrt_arithmetic`` do the same in torch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from lltk.export.emitter import TYPES, Dialect, Emitter, emits, like, source
 from lltk.ops.floats import E2M1_MAX, E4M3_MAX
 from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_quantise.reference import BLOCK
+from lltk.ops.tensorrt_blocks import TINY
 
 aten = torch.ops.aten
 DOMAIN, QUANTISE = "trt", "TRT_FP4DynamicQuantize"
 """The one op of TensorRT's own; it quantises blocks as they come."""
-TINY = 1e-30
-"""A scale below it stands for zeros."""
 _FLOAT, _ONE = torch.float32, 1.0
 _HEADS_FIRST = [0, 2, 1, 3]
 _TRT = Dialect.TENSORRT

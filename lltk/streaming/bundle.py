@@ -13,7 +13,7 @@ import torch
 
 from lltk.export.belonging import check_bundle
 from lltk.export.bundle import read_bundle
-from lltk.export.facts import DECODER, MANIFEST, TEXT, TRANSFORMER, Facts
+from lltk.export.facts import DECODER, MANIFEST, TARGETS, TEXT, TRANSFORMER, Facts
 from lltk.files.writing import standing
 from lltk.graph.contract import Contract, Role, TensorSpec
 from lltk.graph.geometry import Geometry
@@ -173,13 +173,17 @@ def plan_bundle(
     check_bundle(standing(path), facts)
     engines = facts.engines
     if engines and provider != CPU:
-        raise ValueError(f"--provider: {path} has engines of {facts.target}; drop the option")
+        raise ValueError(
+            f"--provider: {path} has engines of {TARGETS[facts.target]}; drop the option"
+        )
     overrides = list(overrides)
     for override in overrides:
         key = override.partition("=")[0].strip()
         part, _, own = key.partition(".")
         if part == "stream" and own in _TORCHS:
-            raise ValueError(f"{key}: is for torch, and {facts.target} plays {path}; drop the key")
+            raise ValueError(
+                f"{key}: is for torch, and {TARGETS[facts.target]} plays {path}; drop the key"
+            )
         if part != "stream" or own.partition(".")[0] not in _FREE:
             raise ValueError(
                 f"{key}: is built into {path}, where only keys of stream can change: "
