@@ -33,6 +33,7 @@ from lltk.stream.sampler import Schedule
 from lltk.stream.text import encoder_digest, read_encoder
 from lltk.streaming import plan_stream
 
+_FUSIONS = ("fuse_attention_quantise", "fuse_norm_rope", "fuse_rows")
 Text = Literal["bundle", "reference"]
 """Whether a bundle holds the text encoder, or says which one it needs."""
 
@@ -82,7 +83,7 @@ def plan_export(
     """Make the Programs of a bundle.
 
     The recipe's pass lower is left out, and so are the decoder's passes: the kernels that they
-    choose are torch's.
+    choose are torch's. TensorRT fuses by itself, so engines are of graphs without lltk's fusions.
 
     Args:
         recipe: of a stream.
@@ -105,7 +106,8 @@ def plan_export(
     held = text == "bundle" and (weights or folder.is_dir())
     if held:
         _check_text(folder)
-    plain = [entry for entry in recipe.passes if _name(entry) != "lower"]
+    out = {"lower", *(_FUSIONS if engines else ())}
+    plain = [entry for entry in recipe.passes if _name(entry) not in out]
     own = (recipe.stream or {}).get("decoder") or {}
     stream = {**(recipe.stream or {}), "decoder": {**own, "passes": ["canonicalise"]}}
     names = list(map(_name, plain))
