@@ -410,7 +410,7 @@ def _engine(folder: Path, facts: Facts, stage: str, graph: str, contract: Contra
     engine = open_engine(folder, facts, stage, graph)
 
     def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        made = engine({name: value.cuda() for name, value in given.items()})
+        made = engine({name: value.to(engine.device) for name, value in given.items()})
         return {name: value.cpu() for name, value in made.items()}
 
     return run

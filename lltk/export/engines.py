@@ -220,8 +220,10 @@ def build_engine(model: Path, engine: Path, sm: int) -> Built:
             ],
             env=_environment(folder), capture_output=True, text=True, check=False,
         )  # fmt: skip
-        told: dict[str, Any] = {"errors": [_ended(run)]}
-        if run.returncode == 0:
+        told: dict[str, Any] = {}
+        if run.returncode:
+            told["errors"] = [_ended(run)]
+        else:
             told = json.loads(run.stdout)
         if errors := told["errors"]:
             raise ValueError(

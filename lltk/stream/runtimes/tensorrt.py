@@ -89,7 +89,7 @@ class EngineGraph:
     """
 
     def __init__(self, path: Path, contract: Contract, device: torch.device) -> None:
-        self.contract, self._path, self._device = contract, path, device
+        self.contract, self.device, self._path = contract, device, path
         self._turn = Lock()
         trt = import_module(BINDINGS)
         self._said = _logger(trt)
@@ -146,16 +146,16 @@ class EngineGraph:
         put = dict(into or {})
         for name, spec in self.contract.outputs.items():
             if name not in put:
-                put[name] = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+                put[name] = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
         inputs = {name: given[name].contiguous() for name in self.contract.inputs}
         with self._turn:
             for tensors, specs in (inputs, self.contract.inputs), (put, self.contract.outputs):
                 for name, tensor in tensors.items():
                     assert TensorSpec.of(tensor) == specs[name], f"{name} is {tensor.shape}"
-                    assert tensor.is_contiguous() and tensor.device == self._device, name
+                    assert tensor.is_contiguous() and tensor.device == self.device, name
                     self._context.set_tensor_address(name, tensor.data_ptr())
             self._said.errors.clear()
-            stream = torch.cuda.current_stream(self._device)
+            stream = torch.cuda.current_stream(self.device)
             if not self._context.execute_async_v3(stream.cuda_stream):
                 raise ValueError(
                     f"{self._path}: fails in TensorRT ({'; '.join(self._said.errors)}); export the "

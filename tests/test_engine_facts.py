@@ -1,0 +1,498 @@
+"""Engines without TensorRT: layers, refusals, the builder's process, bundles and their runtime.
+
+What stands for an engine here is its graph, run by the reference of ONNX.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from shutil import copytree, rmtree
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from bundles import resealed
+from dialect import Reference
+from helpers import PASSES, Run, after, reached, refused
+from streams import SHOTS, SIZES, save_pipeline, streamed
+
+from lltk.export import engines as building
+from lltk.export.bundle import open_engine, read_bundle, verify_bundle
+from lltk.export.engines import Built, EngineOrder, build_engine, check_formats, check_gpu
+from lltk.export.facts import Facts
+from lltk.export.layers import Fast, Layer, lint, meant, read_layers, summary
+from lltk.exporting import export, plan_export
+from lltk.graph.contract import Contract, TensorSpec
+from lltk.graph.recipe import open_recipe, parse_recipe
+from lltk.stream.runtimes import tensorrt
+from lltk.streaming import plan_bundle
+
+pytestmark = pytest.mark.cpu
+
+# Layers
+
+GEMM = (
+    "Name: blocks.0.to_v/MatMul_U1+blocks.0.to_k/MatMul_U2_myl0_8, LayerType: gemm, Inputs: "
+    "[ {{ Name: a, Dimensions: [1,48,256], Datatype: {0}, Format: (Linear) Row major }}], "
+    "Constants: [ {{ Name: b, Dimensions: [1,256,512], Datatype: {1}, Format: (Linear) }}, "
+    "{{ Name: alpha, Dimensions: [1], Datatype: Float, Format: (Linear) }}], Outputs: "
+    "[ {{ Name: c, Dimensions: [1,48,512], Datatype: BFloat16, Format: (Linear) }}], "
+    "TacticName: t, StreamId: 0, Metadata: [ONNX Layer: blocks.0.to_k/MatMul]"
+    "[ONNX Layer: blocks.0.to_v/MatMul][ONNX Layer: blocks.0.to_k/Transpose]"
+)
+MHA = (
+    "Name: _gemm_mha_v2_myl0_19, LayerType: kgen, Inputs: [ { Name: q, Datatype: BFloat16 }], "
+    "Constants: [], Outputs: [ { Name: o, Datatype: BFloat16 }], TacticName: t, StreamId: 0, "
+    "Metadata: [ONNX Layer: blocks.0.attn1/Attention]"
+)
+MOVE = MHA.replace("_gemm_mha_v2_myl0_19", "__myl_Move_myl0_3")
+WANTED = {
+    "blocks.0.to_k/MatMul": Fast.FP4,
+    "blocks.0.to_v/MatMul": Fast.FP4,
+    "blocks.0.attn1/Attention": Fast.ATTENTION,
+}
+
+
+def layers(*lines: str) -> list[Layer]:
+    return read_layers(["[I] something else", *lines, "Name: no layer"])
+
+
+def test_layers_are_read() -> None:
+    gemm, mha = layers(GEMM.format("FP4E2M1", "FP4E2M1"), MHA)
+    assert gemm.kind == "gemm" and gemm.inputs == ("FP4E2M1", "FP4E2M1", "Float")
+    assert gemm.outputs == ("BFloat16",)
+    assert gemm.nodes == tuple(
+        f"blocks.0.{n}" for n in ("to_k/MatMul", "to_v/MatMul", "to_k/Transpose")
+    )
+    assert mha.does == "fused attention"
+    assert summary([gemm, mha, mha]) == {"a product of FP4 operands": 1, "fused attention": 2}
+
+
+def test_fast_layers_pass() -> None:
+    """Merged products too; layers that only move an attention's operands do not count."""
+    assert not list(lint(WANTED, layers(GEMM.format("FP4E2M1", "FP4E2M1"), MHA, MOVE)))
+
+
+@pytest.mark.parametrize(
+    ("lines", "slow"),
+    [
+        ((GEMM.format("BFloat16", "FP4E2M1"), MHA), ["to_k", "to_v"]),
+        ((GEMM.format("FP8", "FP8"), MHA), ["to_k", "to_v"]),
+        ((GEMM.format("FP4E2M1", "FP4E2M1"), MOVE), ["attn1"]),
+        ((GEMM.format("FP4E2M1", "FP4E2M1").replace("/MatMul]", "/Mul]"), MHA), ["to_k", "to_v"]),
+        ((MHA,), ["to_k", "to_v"]),
+    ],
+)
+def test_slow_layers_are_told(lines: tuple[str, ...], slow: list[str]) -> None:
+    found = list(lint(WANTED, layers(*lines)))
+    assert [line.partition(":")[0] for line in found] == [f"blocks.0.{name}" for name in slow]
+    waived = [f"blocks.0.{name}" for name in slow]
+    assert not list(lint(WANTED, layers(*lines), waived))
+    assert len(list(lint(WANTED, layers(*lines), waived[:1]))) == len(slow) - 1
+
+
+# What is refused before anything is built
+
+
+@pytest.mark.parametrize("sm", [75, 90, 100])
+def test_a_gpu_that_nothing_is_built_for(sm: int) -> None:
+    said = refused(check_gpu, sm)
+    assert f"no engines for {sm}, only for 80 (A100)" in said and "--target ort" in said
+    check_gpu(120)
+
+
+@pytest.mark.parametrize(
+    ("steps", "least", "message"),
+    [
+        (["nvfp4_infer"], 120, "FP4 products, which need compute capability 12.0"),
+        ([{"nvfp4_cache": {}}], 120, "over a cache without nvfp4_cache"),
+        (["fp8_infer"], 89, "FP8 products, which need compute capability 8.9"),
+        ([], 80, ""),
+    ],
+)
+def test_formats_that_a_gpu_does_not_know(steps: list[Any], least: int, message: str) -> None:
+    base = reached("stream", *PASSES["stream"][:6], head_dim=16)
+    program = after(base, *steps, "externalise", "regionalise")
+    for sm in building.GPUS:
+        if sm >= least:
+            check_formats([program], sm)
+        else:
+            said = refused(check_formats, [program], sm)
+            assert message in said and f"this is for {sm // 10}.{sm % 10}" in said
+            assert ("fp8_infer in the place" in said) is (least == 120 and sm == 89)
+
+
+def test_the_command_refuses(run: Run, tmp_path: Path) -> None:
+    line = ("export", "tiny_stream", "-o", tmp_path / "new", "--dry-run")
+    for more, message in (
+        (("--target", "tensorrt-rtx"), "--sm: engines are for one kind of GPU"),
+        (("--target", "ort", "--sm", "120"), "--sm: is for engines"),
+        (("--target", "ort", "--waive", "a"), "--waive: is for engines"),
+        (("--target", "tensorrt-rtx", "--sm", "90"), "no engines for 90"),
+        (("--target", "tensorrt-rtx", "--sm", "120"), "set model.dtype=bfloat16"),
+    ):
+        code, _, err = run(*line, *more)
+        assert code == 2 and message in err, err
+    halves = ("--set", "model.dtype=bfloat16", "--target", "tensorrt-rtx", "--sm", "120")
+    assert "set stream.decoder.dtype=bfloat16" in run(*line, *halves)[2]
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
+    assert "pip install 'lltk[tensorrt-rtx]'" in refused(tensorrt.check_installed)
+
+
+# The builder's process
+
+
+@pytest.fixture
+def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Says what the builder's process does, as a shell script."""
+    script = tmp_path / "python"
+
+    def does(body: str) -> None:
+        script.write_text(f"#!/bin/sh\n{body}\n")
+        script.chmod(0o755)
+
+    monkeypatch.setattr(sys, "executable", str(script))
+    return does
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "echo cannot open library >&2; kill -ABRT $$",
+            "was ended by SIGABRT: cannot open library",
+        ),
+        ("kill -KILL $$", "was killed, as one is that takes more memory than there is"),
+        ("echo no >&2; exit 3", "ended with 3: no"),
+        (
+            """echo '{"errors": ["too wide", "too deep"]}'""",
+            "builds no engine of it: too wide; too",
+        ),
+    ],
+)
+def test_a_build_that_fails(
+    builder: Callable[[str], None], tmp_path: Path, body: str, message: str
+) -> None:
+    builder(body)
+    said = refused(build_engine, tmp_path / "stage" / "step.onnx", tmp_path / "engine", 120)
+    assert said.startswith("stage/step.onnx: ") and message in said
+
+
+def test_a_build(builder: Callable[[str], None], tmp_path: Path) -> None:
+    module = "-P -m lltk.export.engine_builder"
+    builder(f"""[ "$1 $2 $3 $4" = "{module} {tmp_path}/step.onnx" ] || exit 9
+echo '{MHA}' > "$6"; echo "$7" > "$5"; echo '{{"errors": [], "peak_bytes": 12}}'""")
+    made = build_engine(tmp_path / "step.onnx", tmp_path / "engine", 89)
+    assert (tmp_path / "engine").read_text() == "89\n"
+    assert [each.does for each in made.layers] == ["fused attention"] and made.peak_bytes == 12
+
+
+def test_the_library_has_its_plain_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser opens it by that for plugins, and aborts where it is not."""
+    wheel, folder = tmp_path / "wheel", tmp_path / "own"
+    wheel.mkdir()
+    folder.mkdir()
+    (wheel / "libtensorrt_rtx.so.1").write_text("library")
+    found = ModuleSpec("tensorrt_rtx_libs", None, is_package=True)
+    found.submodule_search_locations = [str(wheel)]
+    monkeypatch.setattr(building, "find_spec", lambda name: found)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/elsewhere")
+    paths = building._environment(folder)["LD_LIBRARY_PATH"].split(os.pathsep)
+    assert paths == [str(folder), "/elsewhere", str(wheel)]
+    assert (folder / "libtensorrt_rtx.so").read_text() == "library"
+
+
+# Bundles
+
+
+def fake_build(model: Path, engine: Path, sm: int) -> Built:
+    """An engine in which every layer is as it was meant."""
+    import onnx
+
+    engine.write_text(f"{model.name} for {sm}")
+    kinds = {Fast.FP4: ("gemm", "FP4E2M1"), Fast.FP8: ("gemm", "FP8"), Fast.ATTENTION: ("mha", "")}
+    found = []
+    for node, fast in meant(onnx.load(model, load_external_data=False)).items():
+        kind, dtype = kinds[fast]
+        found.append(Layer(name=kind, kind=kind, inputs=(dtype,) * 2, outputs=(), nodes=(node,)))
+    return Built(found, 1.5, 3 << 30)
+
+
+OVERRIDES = (*SIZES, "model.dtype=bfloat16", "stream.decoder.dtype=bfloat16")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pipeline, a recipe and a bundle of engines that nobody built."""
+    folder = tmp_path_factory.mktemp("engines")
+    save_pipeline(folder / "pipeline")
+    recipe = open_recipe("tiny_stream", (*OVERRIDES, f"stream.pipeline={folder / 'pipeline'}"))
+    steps = [*recipe.passes[:6], {"nvfp4_cache": {"rule": "none"}}, "regionalise", "lower"]
+    recipe = parse_recipe({**recipe.resolved(), "passes": steps}, "test")
+    (folder / "small.yaml").write_text(yaml.safe_dump(recipe.resolved()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "build_engine", fake_build)
+        patch.setattr(building, "library_version", lambda: "1.2.3")
+        notes: list[str] = []
+        plan = plan_export(recipe, engines=EngineOrder(120, ("blocks.0.attn1",)))
+        found = export(plan, folder / "bundle", note=notes.append)
+    assert found.engines and len(found.engines.built) == 5 and found.engines.sm == 120
+    assert [each.graph for each in found.golden] == ["text/encode"]
+    assert any(
+        "engine 2 of 5, transformer/step, with weights of 0.00 GiB, in about 0.5" in n
+        for n in notes
+    )
+    return folder
+
+
+@pytest.fixture
+def bundle(made: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle."""
+    return Path(copytree(made / "bundle", tmp_path / "bundle"))
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are run by the reference of ONNX."""
+
+    def opened(folder: Path, facts: Facts, stage: str, graph: str) -> Reference:
+        contract = facts.stages[stage].graphs[graph].contract
+        return Reference(folder / stage / f"{graph}.onnx", contract)
+
+    for place in ("lltk.export.bundle", "lltk.streaming.ort_engine"):
+        monkeypatch.setattr(f"{place}.open_engine", opened)
+    monkeypatch.setattr("lltk.streaming.bundle.check_device", lambda sm: torch.device("cpu"))
+    monkeypatch.setattr(tensorrt, "check_installed", lambda: None)
+
+
+def without(bundle: Path, *names: str) -> None:
+    """Leave files out of a bundle's manifest, and seal it as whoever made it would."""
+    path = bundle / "manifest.json"
+    content = json.loads(path.read_text())
+    for name in names:
+        del content["files"][name]
+    path.write_text(json.dumps(content))
+    resealed(bundle)
+
+
+def test_a_bundle_of_engines(made: Path, run: Run) -> None:
+    facts = read_bundle(made / "bundle")
+    assert facts.target == "tensorrt-rtx" and facts.engines
+    (step,) = [
+        each for each in facts.engines.built if each.graph == "step" and each.stage != "decoder"
+    ]
+    assert (made / "bundle" / step.file).read_text() == "step.onnx for 120"
+    table = json.loads((made / "bundle" / step.table).read_text())
+    assert {each["kind"] for each in table} == {"mha"} and step.layers == {"fused attention": 4}
+    _, out, _ = run("bundle", "show", made / "bundle")
+    assert "Engines for compute capability 12.0, by TensorRT for RTX 1.2.3" in out
+    assert "4 × fused attention" in out and "Not held to be fast: blocks.0.attn1" in out
+    code, out, _ = run("bundle", "verify", made / "bundle")
+    assert code == 0 and "They were not run" in " ".join(out.split())
+    assert json.loads(run("bundle", "verify", made / "bundle", "--json")[1])["engines_run"] is False
+
+
+@pytest.mark.parametrize("name", ["transformer.step.engine", "decoder.first.layers.json"])
+def test_another_engine_is_refused(bundle: Path, name: str) -> None:
+    path = bundle / "engines" / name
+    path.write_text(path.read_text() + " ")
+    message = refused(verify_bundle, bundle)
+    assert str(path) in message and refused(plan_bundle, bundle) == message
+    path.unlink()
+    assert "is missing" in refused(verify_bundle, bundle)
+    without(bundle, f"engines/{name}")
+    assert f"has no engines/{name}" in refused(verify_bundle, bundle)
+
+
+def test_a_stray_engine_is_refused(bundle: Path) -> None:
+    (bundle / "engines" / "other.engine").write_text("code")
+    assert "engines/other.engine is no file of a bundle" in refused(verify_bundle, bundle)
+
+
+def test_engines_run_on_their_gpu_alone(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = read_bundle(made / "bundle")
+    load = (open_engine, made / "bundle", facts, "transformer", "step")
+    monkeypatch.setattr(tensorrt, "check_installed", lambda: None)
+    monkeypatch.setattr(tensorrt, "library_version", lambda: "1.2.4")
+    said = refused(*load)
+    assert "for TensorRT for RTX 1.2.3, and 1.2.4 is installed" in said
+    assert "tensorrt_rtx_cu13_libs==1.2.3 tensorrt_rtx_cu13_bindings==1.2.3" in said
+    monkeypatch.setattr(tensorrt, "library_version", lambda: "1.2.3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "compute capability 12.0, and torch sees none" in refused(*load)
+    assert "compute capability 12.0, and torch sees none" in refused(plan_bundle, made / "bundle")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    assert "H100 has 9.0; export the recipe again with --sm 90" in refused(*load)
+
+
+def test_a_plain_bundle_has_no_engines_to_run(made: Path, bundle: Path) -> None:
+    said = refused(plan_bundle, made / "bundle", provider="CUDAExecutionProvider")
+    assert "--provider: " in said and "has engines of TensorRT for RTX" in said
+    said = refused(plan_bundle, made / "bundle", ["stream.compile=true"])
+    assert "TensorRT for RTX plays" in said
+
+    without(bundle, *(f"engines/{each.name}" for each in (bundle / "engines").iterdir()))
+    rmtree(bundle / "engines")
+    resealed(bundle, lambda content: content.update(engines=None))
+    assert "--run: " in refused(verify_bundle, bundle, True)
+
+
+@pytest.mark.usefixtures("played")
+def test_golden_values_of_engines(made: Path, bundle: Path) -> None:
+    """All are compared with --run, and a small change of a weight is seen."""
+    found = verify_bundle(made / "bundle", run=True).golden
+    assert len(found) == 1 + 1 + 4 + 4 + 2 and max(each.relative for each in found) < 0.5
+    from safetensors.torch import load_file
+
+    from lltk.files.tensors import save_tensors
+
+    path = bundle / "transformer" / "weights.safetensors"
+    tensors = load_file(path)
+    tensors["proj_out.bias"][0] += 1
+    save_tensors(path, tensors, {})
+    resealed(bundle)
+    assert "transformer/step (golden case 1): output sample" in refused(verify_bundle, bundle, True)
+
+
+@pytest.mark.usefixtures("played")
+def test_a_stream_over_engines(made: Path) -> None:
+    """Session, cache and decoder are those of every runtime."""
+    from lltk.streaming import plan_stream
+
+    latents, video = streamed(plan_bundle(made / "bundle"), SHOTS[:1])
+    torchs, torchs_video = streamed(plan_stream(open_recipe(str(made / "small.yaml"))), SHOTS[:1])
+    assert video.shape == torchs_video.shape
+    assert (latents.float() - torchs.float()).norm() < 0.15 * torchs.float().norm()
+
+
+# The runtime, over a fake of TensorRT
+
+
+class FakeEngine:
+    """An engine as TensorRT tells of it: tensors, and a run that copies x to y."""
+
+    def __init__(self, tensors: dict[str, tuple[str, str, list[int]]], works: bool = True) -> None:
+        self.tensors, self.works = tensors, works
+        self.num_io_tensors = len(tensors)
+        self.bound: dict[str, int] = {}
+        self.streams: list[int] = []
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.tensors)[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return self.tensors[name][0]
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return self.tensors[name][1]
+
+    def get_tensor_shape(self, name: str) -> list[int]:
+        return self.tensors[name][2]
+
+    def create_execution_context(self) -> FakeEngine:
+        return self
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.bound[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.streams.append(stream)
+        ctypes.memmove(self.bound["y"], self.bound["x"], 8)
+        return self.works
+
+
+TENSORS = {
+    "x": ("input", "FP4", [2, 8]),
+    "scale": ("input", "BF16", [3]),
+    "y": ("output", "FP4", [2, 8]),
+}
+CONTRACT = Contract(
+    {"x": TensorSpec((2, 4), torch.uint8), "scale": TensorSpec((3,), torch.bfloat16)},
+    {"y": TensorSpec((2, 4), torch.uint8)},
+)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeEngine | None], None]:
+    """Says what TensorRT makes of an engine's bytes."""
+
+    class Logger:
+        ERROR, INTERNAL_ERROR = "error", "internal error"
+
+    def gives(engine: FakeEngine | None) -> None:
+        class Runtime:
+            def __init__(self, logger: Any) -> None:
+                self.logger = logger
+
+            def deserialize_cuda_engine(self, data: bytes) -> FakeEngine | None:
+                assert data == b"engine"
+                self.logger.log(None, "a note")
+                self.logger.log("error", "another device")
+                return engine
+
+        module = ModuleType(tensorrt.BINDINGS)
+        module.__dict__.update(
+            ILogger=Logger, Runtime=Runtime, __version__="1.2.3",
+            TensorIOMode=SimpleNamespace(INPUT="input", OUTPUT="output"),
+            DataType=SimpleNamespace(FP4="FP4", BF16="BF16", FLOAT="FLOAT"),
+        )  # fmt: skip
+        monkeypatch.setitem(sys.modules, tensorrt.BINDINGS, module)
+
+    stream = SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    return gives
+
+
+def loaded(folder: Path) -> tensorrt.EngineGraph:
+    (folder / "step.engine").write_bytes(b"engine")
+    return tensorrt.EngineGraph(folder / "step.engine", CONTRACT, torch.device("cpu"))
+
+
+def test_an_engine_takes_and_gives_bytes(library: Any, tmp_path: Path) -> None:
+    library(engine := FakeEngine(TENSORS))
+    graph = loaded(tmp_path)
+    x = torch.arange(8, dtype=torch.uint8).view(2, 4)
+    given = {"x": x.t().contiguous().t(), "scale": torch.ones(3).bfloat16()}
+    assert torch.equal(graph(given)["y"], x) and engine.streams == [77]
+    into = torch.zeros(2, 4, dtype=torch.uint8)
+    assert graph({**given, "x": x + 1}, {"y": into})["y"] is into and torch.equal(into, x + 1)
+    assert engine.bound["y"] == into.data_ptr() and engine.bound.keys() == TENSORS.keys()
+    with pytest.raises(AssertionError, match="scale"):
+        graph({**given, "scale": torch.ones(3)})
+    engine.works = False
+    assert "fails in TensorRT" in refused(graph, given)
+
+
+def test_an_engine_that_is_not_loaded(library: Any, tmp_path: Path) -> None:
+    library(None)
+    said = refused(loaded, tmp_path)
+    assert "TensorRT for RTX 1.2.3 does not load it (another device)" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": ("input", "FP4", [2, 4])}, "x is FP4 (2, 4)"),
+        ({"scale": ("input", "FLOAT", [3])}, "scale is FLOAT (3,)"),
+        ({"z": ("output", "FP4", [2, 8])}, "z is in the engine or in the manifest alone"),
+        ({"y": ("input", "FP4", [2, 8])}, "y is in the engine or in the manifest alone"),
+    ],
+)
+def test_an_engine_of_another_contract(
+    library: Any, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    library(FakeEngine({**TENSORS, **change}))
+    assert message in refused(loaded, tmp_path)
