@@ -11,11 +11,11 @@ PIP := $(BIN)/pip install --disable-pip-version-check --constraint constraints.t
 FILES := $(shell find lltk passes models recipes -name __pycache__ -prune -o -type f -print | LC_ALL=C sort | cksum | tr ' ' -)
 INSTALLED := .venv/installed-$(FILES)
 
-.PHONY: help demo serve test clean
+.PHONY: help demo serve test test-engines clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 demo: $(INSTALLED) ## Install into .venv and run the demo
 	$(BIN)/lltk demo
@@ -28,6 +28,10 @@ test: $(INSTALLED) ## Install into .venv, then lint, type-check and test
 	$(BIN)/ruff format --check
 	cd .venv && bin/mypy --config-file ../pyproject.toml --package lltk
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-engines: $(INSTALLED) ## Install TensorRT for RTX where it can be had, and test building engines
+	-$(PIP) --quiet --no-deps tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings
+	$(BIN)/pytest -rs -m engines tests/test_engines.py
 
 clean: ## Remove .venv and everything that was built
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -24,12 +24,12 @@ settings.load_profile("lltk")
 # Several workers share the cores.
 torch.set_num_threads(1)
 
-KINDS = ("cpu", "gpu", "manual")
+KINDS = ("cpu", "gpu", "engines", "manual")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pycollect_makeitem() -> Generator[None, object, object]:
-    """Hold every test to exactly one of the markers cpu, gpu and manual."""
+    """Hold every test to exactly one of the markers cpu, gpu, engines and manual."""
     made = yield
     for item in made if isinstance(made, list) else []:
         kinds = [kind for kind in KINDS if item.get_closest_marker(kind)]
