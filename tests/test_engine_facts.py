@@ -113,7 +113,7 @@ def test_a_gpu_that_nothing_is_built_for(sm: int) -> None:
     ("steps", "least", "message"),
     [
         (["nvfp4_infer"], 120, "FP4 products, which need compute capability 12.0"),
-        ([{"nvfp4_cache": {}}], 120, "over a cache without nvfp4_cache"),
+        ([{"nvfp4_cache": {}}], 120, "FP4 pages, which need compute capability 12.0"),
         (["fp8_infer"], 89, "FP8 products, which need compute capability 8.9"),
         ([], 80, ""),
     ],
@@ -127,7 +127,9 @@ def test_formats_that_a_gpu_does_not_know(steps: list[Any], least: int, message:
         else:
             said = refused(check_formats, [program], sm)
             assert message in said and f"this is for {sm // 10}.{sm % 10}" in said
-            assert ("fp8_infer in the place" in said) is (least == 120 and sm == 89)
+            (made_by,) = [each if isinstance(each, str) else next(iter(each)) for each in steps]
+            assert f"without {made_by}, in bfloat16; or for --sm {least}" in said
+            assert ("fp8_infer in the place" in said) is (made_by == "nvfp4_infer" and sm == 89)
 
 
 def test_the_command_refuses(run: Run, tmp_path: Path) -> None:

@@ -41,11 +41,12 @@ GPUS = {
 _FP8, _FP4 = 89, 120
 """The least compute capabilities whose tensor cores know these."""
 _FORMATS = {
-    "nvfp4_matmul": ("FP4 products", _FP4),
-    "nvfp4_decode_pages": ("an FP4 cache", _FP4),
-    "nvfp4_quantise_page": ("an FP4 cache", _FP4),
-    "fp8_matmul": ("FP8 products", _FP8),
+    "nvfp4_matmul": ("FP4 products", _FP4, "nvfp4_infer"),
+    "nvfp4_decode_pages": ("FP4 pages", _FP4, "nvfp4_cache"),
+    "nvfp4_quantise_page": ("FP4 pages", _FP4, "nvfp4_cache"),
+    "fp8_matmul": ("FP8 products", _FP8, "fp8_infer"),
 }
+"""What an op's form is, the least compute capability that knows it, and the pass that makes it."""
 _MEMORY, _BASE = 5, 1 << 29
 """A builder's memory: so many times the model's weights, and so much beside."""
 _LIBRARY = "libtensorrt_rtx.so"
@@ -109,17 +110,15 @@ def check_formats(programs: Iterable[Program], sm: int) -> None:
             for node in graph.nodes:
                 if node.op != "call_function":
                     continue
-                what, least = of_ops.get(op_of(node), ("", 0))
+                what, least, made_by = of_ops.get(op_of(node), ("", 0, ""))
                 if sm < least:
-                    instead = "bfloat16 (without fp8_infer)"
-                    if least == _FP4:
-                        eight = "FP8 linears (the pass fp8_infer in the place of nvfp4_infer) or "
-                        instead = f"{eight if sm >= _FP8 else ''}bfloat16 (without nvfp4_infer)"
-                        instead += ", over a cache without nvfp4_cache"
+                    instead = f"without {made_by}, in bfloat16"
+                    if made_by == "nvfp4_infer" and sm >= _FP8:
+                        instead = f"with fp8_infer in the place of {made_by}, or {instead}"
                     raise ValueError(
                         f"--sm: the recipe has {what}, which need compute capability "
                         f"{least // 10}.{least % 10}, and this is for {sm // 10}.{sm % 10}; export "
-                        f"it in {instead}, or for --sm {least}"
+                        f"it {instead}; or for --sm {least}"
                     )
 
 
