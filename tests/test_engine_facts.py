@@ -25,11 +25,12 @@ from helpers import PASSES, Run, after, reached, refused
 from streams import SHOTS, SIZES, save_pipeline, streamed
 
 from lltk.export import engines as building
-from lltk.export.bundle import open_engine, read_bundle, verify_bundle
+from lltk.export.bundle import bound_of, open_engine, read_bundle, verify_bundle
 from lltk.export.engines import Built, EngineOrder, build_engine, check_formats, check_gpu
 from lltk.export.facts import Facts
+from lltk.export.golden import distance
 from lltk.export.layers import Fast, Layer, lint, meant, read_layers, summary
-from lltk.exporting import export, plan_export
+from lltk.exporting import emitted, export, plan_export
 from lltk.graph.contract import Contract, TensorSpec
 from lltk.graph.recipe import open_recipe, parse_recipe
 from lltk.stream.runtimes import tensorrt
@@ -276,6 +277,27 @@ def played(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{place}.open_engine", opened)
     monkeypatch.setattr("lltk.streaming.bundle.check_device", lambda sm: torch.device("cpu"))
     monkeypatch.setattr(tensorrt, "check_installed", lambda: None)
+
+
+def test_fusions_are_left_to_tensorrt(made: Path) -> None:
+    recipe = open_recipe(str(made / "small.yaml"))
+    fused = ["merge_qkv", "fuse_norm_rope", "fp8_infer", "fuse_rows"]
+    steps = [*recipe.passes[:6], *fused, "regionalise", "lower"]
+    recipe = parse_recipe({**recipe.resolved(), "passes": steps}, "test")
+    plan = plan_export(recipe, text="reference", engines=EngineOrder(89))
+    names = [entry.name for entry in plan.transformer.log]
+    assert names[-4:] == ["merge_qkv", "fp8_infer", "externalise", "regionalise"]
+    assert set(emitted(plan)) >= {"transformer/step", "decoder/first"}
+
+
+def test_bounds_of_engines() -> None:
+    """Norms may be apart by more than the whole; of codes never all may differ."""
+    half = torch.ones(4).bfloat16()
+    assert bound_of(half, 0.8, norms=True) == 1.6 and bound_of(half, 0.001, norms=True) == 0.002
+    assert bound_of(half, 0.8) == 0.9 and bound_of(half.byte(), 0.8, norms=True) == 0.9
+    other = torch.tensor([1, 1, 1, 1.5]).bfloat16()
+    assert distance(other, half, norms=True) == 0.25 == distance(other, half)
+    assert distance(3 * half, half, norms=True) == 2 and distance(3 * half, half) == 1
 
 
 def without(bundle: Path, *names: str) -> None:

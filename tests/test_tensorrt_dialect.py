@@ -31,7 +31,8 @@ from lltk.export.layers import Fast, meant
 from lltk.export.weights import WeightPool
 from lltk.graph.geometry import Geometry
 from lltk.graph.program import Program
-from lltk.ops.implementations import overload
+from lltk.ops.fp8_rows import fp8_quantise
+from lltk.ops.implementations import find_implementation, overload
 from lltk.ops.nvfp4_paged_attention.reference import empty_pages
 from lltk.ops.nvfp4_quantise.reference import nvfp4_quantise
 from lltk.ops.nvfp4_quantise.tensorrt_arithmetic import nvfp4_quantise as quantise_as_engine
@@ -275,6 +276,38 @@ def test_activations_in_the_engines_arithmetic() -> None:
     padded = quantise_as_engine(x[:, :152])
     assert padded[0].shape == ours[0].shape
     assert not padded[0][:, 76:].any(), "what is padded is 0"
+
+
+@pytest.mark.parametrize("op", ["nvfp4_matmul", "fp8_matmul"])
+def test_products_are_rounded_before_their_scales(op: str) -> None:
+    """And are near lltk's own."""
+    drawn = torch.Generator().manual_seed(4)
+    x, w = torch.randn(5, 64, generator=drawn), torch.randn(7, 64, generator=drawn)
+    operands: list[Any] = [*nvfp4_quantise(x), *nvfp4_quantise(w, 16), torch.float32]
+    operands[2] = torch.tensor(2.0**-9)  # so that dividing by it is exact
+    if op == "fp8_matmul":
+        (a, scales), b = fp8_quantise(x), fp8_quantise(w)
+        sizes = [2.0 ** -torch.arange(rows, 2 * rows).view(-1, 1).float() for rows in (5, 7)]
+        operands = [a, sizes[0], b[0], sizes[1], None, torch.float32]
+        assert scales.shape == sizes[0].shape
+    found = {
+        name: find_implementation(op, name).load()(*operands)
+        for name in ("reference", "tensorrt_arithmetic")
+    }
+    assert distance(found["tensorrt_arithmetic"], found["reference"]) < 0.004
+    for name, made in found.items():
+        bare = made * 512
+        if op == "fp8_matmul":
+            bare = made / operands[1] / operands[3].t()
+        assert torch.equal(bare, bare.bfloat16().float()) is (name != "reference")
+
+
+def test_a_bias_is_added_to_what_is_rounded() -> None:
+    (a, a_scales), (b, b_scales) = fp8_quantise(torch.ones(1, 16)), fp8_quantise(torch.ones(2, 16))
+    bias = torch.tensor([0.03, 0.05]).bfloat16()
+    run = find_implementation("fp8_matmul", "tensorrt_arithmetic").load()
+    made = run(a, a_scales, b, b_scales, bias, torch.bfloat16)
+    assert torch.equal(made, torch.tensor([[16.0, 16.0]]).bfloat16() + bias)
 
 
 def test_zeros_and_what_is_not_finite() -> None:
