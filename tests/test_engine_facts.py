@@ -34,7 +34,9 @@ from lltk.exporting import emitted, export, plan_export
 from lltk.graph.contract import Contract, TensorSpec
 from lltk.graph.recipe import open_recipe, parse_recipe
 from lltk.stream.runtimes import tensorrt
-from lltk.streaming import plan_bundle
+from lltk.streaming import plan_bundle, plan_stream
+from lltk.streaming.description import describe
+from lltk.streaming.memory import stream_memory
 
 pytestmark = pytest.mark.cpu
 
@@ -363,8 +365,9 @@ def test_engines_run_on_their_gpu_alone(made: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_plain_bundle_has_no_engines_to_run(made: Path, bundle: Path) -> None:
-    said = refused(plan_bundle, made / "bundle", provider="CUDAExecutionProvider")
-    assert "--provider: " in said and "has engines of TensorRT for RTX" in said
+    for provider in ("CPUExecutionProvider", "CUDAExecutionProvider"):
+        said = refused(plan_bundle, made / "bundle", provider=provider)
+        assert "--provider: " in said and "has engines of TensorRT for RTX" in said
     said = refused(plan_bundle, made / "bundle", ["stream.compile=true"])
     assert "TensorRT for RTX plays" in said
 
@@ -394,9 +397,14 @@ def test_golden_values_of_engines(made: Path, bundle: Path) -> None:
 @pytest.mark.usefixtures("played")
 def test_a_stream_over_engines(made: Path) -> None:
     """Session, cache and decoder are those of every runtime."""
-    from lltk.streaming import plan_stream
-
-    latents, video = streamed(plan_bundle(made / "bundle"), SHOTS[:1])
+    plan = plan_bundle(made / "bundle")
+    assert plan.facts.engines
+    built = plan.facts.engines.built
+    held = {each.file: (made / "bundle" / each.file).stat().st_size for each in built}
+    own = sum(size for name, size in held.items() if "/transformer." in name)
+    assert stream_memory(plan)["cpu"]["weights"] == own
+    assert "engines of TensorRT for RTX 1.2.3" in str(describe(plan))
+    latents, video = streamed(plan, SHOTS[:1])
     torchs, torchs_video = streamed(plan_stream(open_recipe(str(made / "small.yaml"))), SHOTS[:1])
     assert video.shape == torchs_video.shape
     assert (latents.float() - torchs.float()).norm() < 0.15 * torchs.float().norm()

@@ -84,7 +84,7 @@ def find_source(
     Raises:
         ValueError: as by `load_recipe`, `on_disk` and `plan_bundle`; or an option is for the other.
     """
-    from lltk.stream.runtimes.onnx_graph import CPU, CUDA
+    from lltk.stream.runtimes.onnx_graph import CUDA
     from lltk.streaming import is_bundle, plan_bundle
 
     if not is_bundle(name):
@@ -94,7 +94,7 @@ def find_source(
         return Source(path, located(path, overrides, download, needed), None)
     if device is not None:
         raise ValueError(f"--device: {name} is a bundle; use --provider, such as {CUDA}")
-    plan = plan_bundle(Path(name), overrides, provider or CPU, download=download)
+    plan = plan_bundle(Path(name), overrides, provider, download=download)
     return Source(plan.path, plan.recipe, plan)
 
 

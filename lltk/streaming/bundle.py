@@ -151,7 +151,7 @@ def is_bundle(name: str) -> bool:
 def plan_bundle(
     path: Path,
     overrides: Iterable[str] = (),
-    provider: str = CPU,
+    provider: str | None = None,
     *,
     download: bool = False,
 ) -> BundlePlan:
@@ -160,7 +160,7 @@ def plan_bundle(
     Args:
         path: the bundle.
         overrides: keys of its recipe to change, each ``stream.KEY=VALUE``.
-        provider: ONNX Runtime's execution provider; a bundle of engines has none.
+        provider: ONNX Runtime's execution provider, by default the CPU's; engines have none.
         download: whether a pipeline on the Hugging Face hub, which encodes prompts, is downloaded.
 
     Raises:
@@ -172,7 +172,7 @@ def plan_bundle(
     facts = read_bundle(path)
     check_bundle(standing(path), facts)
     engines = facts.engines
-    if engines and provider != CPU:
+    if engines and provider is not None:
         raise ValueError(
             f"--provider: {path} has engines of {TARGETS[facts.target]}; drop the option"
         )
@@ -208,10 +208,10 @@ def plan_bundle(
         recipe,
         section,
         find_pipeline(section.pipeline, needed=False),
-        check_device(engines.sm) if engines else provider_device(provider),
+        check_device(engines.sm) if engines else provider_device(provider or CPU),
         standing(path),
         facts,
-        provider,
+        provider or CPU,
         stage.model,
         decoder_spec,
     )

@@ -36,7 +36,10 @@ def describe(plan: Plan) -> dict[str, str]:
 
 def _graphs(plan: BundlePlan) -> dict[str, str]:
     """A bundle's models."""
-    how = f"{plan.device}, ONNX Runtime's {plan.provider}"
+    by = f"ONNX Runtime's {plan.provider}"
+    if engines := plan.facts.engines:
+        by = f"engines of TensorRT for RTX {engines.version}"
+    how = f"{plan.device}, {by}"
     stages = {TRANSFORMER: plan.dtype, DECODER: plan.video_dtype}
     return {
         "bundle": str(plan.path),

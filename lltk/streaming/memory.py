@@ -78,9 +78,13 @@ def _decoders(plan: Plan, rank: int) -> Iterator[tuple[torch.device, dict[str, i
 def _of_bundle(plan: BundlePlan, stage: str) -> dict[str, int]:
     """Bytes of a stage: ONNX Runtime packs the weights for each graph, but for the small prologue.
 
-    The file itself is mapped, and the system may drop it.
+    The file itself is mapped, and the system may drop it. Every engine has its own weights inside.
     """
     facts = plan.facts.stages[stage]
+    if engines := plan.facts.engines:
+        files = [plan.path / each.file for each in engines.built if each.stage == stage]
+        held = sum(file.stat().st_size for file in files)
+        return {"weights": held, "activations": facts.activations}
     size = sum(file.stat().st_size for file in (plan.path / stage).glob("*.safetensors"))
     graphs = len(facts.graphs.keys() - {"prologue"})
     return {"weights": graphs * size, "activations": facts.activations}
