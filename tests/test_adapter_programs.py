@@ -42,6 +42,7 @@ from lltk.ops.nvfp4_quantise.reference import BLOCK, nvfp4_quantise
 from lltk.passes.lora import Adapters, is_adapter
 from lltk.stream.video import read_video
 from lltk.tasks.transformer import TransformerPlan, plan_transformer
+from lltk.train.recipe import TrainSection
 
 pytestmark = pytest.mark.cpu
 
@@ -257,7 +258,8 @@ def exported(tmp_path: Path) -> tuple[Program, Path]:
     program = after(bare, {"lora": {"rank": 2, "alpha": 8.0, "include": r"blocks\.\d\.attn1.*"}})
     learned = randomise({n: t for n, t in program.weights.items() if is_adapter(n)}, seed=3)
     program = with_weights(program, program.weights | learned)
-    plan = TransformerPlan(cast(Any, None), cast(Any, None), program, torch.device("cpu"))
+    section = TrainSection.model_validate({"steps": 1, "lr": 1.0})
+    plan = TransformerPlan(cast(Any, None), section, program, torch.device("cpu"))
     return program, plan.export(cast(Any, None), cast(Any, None), learned, tmp_path)
 
 

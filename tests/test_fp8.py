@@ -312,7 +312,9 @@ def test_implementations_are_found_by_name() -> None:
     assert find_implementation("row_pipeline", "torch").load() is row_formula
     assert find_implementation("fp8_matmul", "reference").load() is overload("fp8_matmul")
     assert find_implementation("fp8_matmul", "scaled_mm").load() is scaled_mm.fp8_matmul
-    with pytest.raises(ValueError, match=r"reference, scaled_mm\); did you mean 'scaled_mm'"):
+    with pytest.raises(
+        ValueError, match=r"scaled_mm, tensorrt_arithmetic\); did you mean 'scaled_mm'"
+    ):
         find_implementation("fp8_matmul", "scaled_m")
 
 

@@ -273,8 +273,8 @@ def test_two_tabs_see_their_own_videos_and_a_third_waits(opened: Callable[..., P
         assert colours(canvas(page, 0, 30)) == {caption.split()[1]}
     assert session(first) != session(second)
     first.click("#stop")
-    until(third, 12)
-    assert shows(canvas(third, 0, 12), GREEN)
+    until(third, 30)  # a busy machine shows some of them alone
+    assert shows(canvas(third, 0, 30), GREEN)
 
 
 def test_a_bad_token_is_told_so(opened: Callable[..., Page]) -> None:

@@ -52,6 +52,8 @@ class Declaration:
             look inside. It has no gradient then. Its file is imported when it first runs.
         default: whether it runs the op where a recipe does not choose.
         in_place: whether it copies none of the pages that it attends to, however many there are.
+        simulates: whether it has the arithmetic of another runtime, to judge that beforehand.
+            Nobody is advised to run it in place of one that a device lacks.
         parts: implementations of other ops that it is made of, by op. It needs what they need.
     """
 
@@ -63,6 +65,7 @@ class Declaration:
     opaque: bool = False
     default: bool = False
     in_place: bool = False
+    simulates: bool = False
     parts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 

@@ -215,7 +215,11 @@ def check_device(
     for op, name in chosen.items():
         reason = find_implementation(op, name).missing(device)
         if reason is not None:
-            able = [n for n, each in implementations(op).items() if not each.missing(device)]
+            able = [
+                other
+                for other, each in implementations(op).items()
+                if not (each.declared.simulates or each.missing(device))
+            ]
             slow = f", or leave out the pass that makes {op}" if able == ["reference"] else ""
             raise ValueError(
                 f"{op}: {name} {reason}; {device.type} has {' and '.join(able) or 'none'}: set "

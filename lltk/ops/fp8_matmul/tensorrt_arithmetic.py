@@ -8,7 +8,9 @@ from torch import Tensor
 from lltk.ops.declaration import Declaration, Exactness
 
 DECLARATION = Declaration(
-    Exactness.ROUNDING, "torch, rounded where an exported engine rounds, to judge it beforehand"
+    Exactness.ROUNDING,
+    "torch, rounded where an exported engine rounds, to judge it beforehand",
+    simulates=True,
 )
 
 

@@ -9,7 +9,9 @@ from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.nvfp4_matmul import reference
 
 DECLARATION = Declaration(
-    Exactness.ROUNDING, "torch, rounded where an exported engine rounds, to judge it beforehand"
+    Exactness.ROUNDING,
+    "torch, rounded where an exported engine rounds, to judge it beforehand",
+    simulates=True,
 )
 
 
