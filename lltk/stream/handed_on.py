@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from lltk.graph.contract import TensorSpec
+from lltk.graph.edit import output, results_of
 from lltk.graph.spec import EncoderSpec
 
 if TYPE_CHECKING:
@@ -99,12 +100,12 @@ def promptly(graph: fx.Graph, names: Collection[str]) -> fx.Graph:
         names: of the results.
     """
     made = copy.deepcopy(graph)
-    (output,) = made.find_nodes(op="output")
+    end = output(made)
     others = {node for name, node in results_of(made).items() if name not in names}
     tails: set[fx.Node] = set()
     for node in reversed(made.nodes):
         if node.op == "call_function" and node not in others and node.users.keys() <= {
-            output, *tails,
+            end, *tails,
         }:  # fmt: skip
             tails.add(node)
     place = {node: index for index, node in enumerate(made.nodes)}
@@ -115,10 +116,3 @@ def promptly(graph: fx.Graph, names: Collection[str]) -> fx.Graph:
             place[node] = place[last]
     made.lint()
     return made
-
-
-def results_of(graph: fx.Graph) -> dict[str, fx.Node]:
-    """The nodes of a graph's results, by name."""
-    (output,) = graph.find_nodes(op="output")
-    results: Any = output.args[0]
-    return dict(results)
