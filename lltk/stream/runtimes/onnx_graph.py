@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lltk.graph.contract import Contract, TensorSpec
+from lltk.stream.runtimes.operands import operands
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -126,19 +127,10 @@ class OnnxGraph:
         Raises:
             ValueError: ONNX Runtime fails in it; says why.
         """
-        put = dict(into or {})
-        for name, spec in self.contract.outputs.items():
-            if name not in put:
-                put[name] = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+        inputs, put = operands(self.contract, given, into, self._device)
         binding = self._session.io_binding()
-        inputs = {name: given[name].contiguous() for name in self.contract.inputs}
-        for bind, tensors, specs in (
-            (binding.bind_input, inputs, self.contract.inputs),
-            (binding.bind_output, put, self.contract.outputs),
-        ):
+        for bind, tensors in (binding.bind_input, inputs), (binding.bind_output, put):
             for name, tensor in tensors.items():
-                assert TensorSpec.of(tensor) == specs[name], f"{name} is {TensorSpec.of(tensor)}"
-                assert tensor.is_contiguous() and tensor.device.type == self._device.type, name
                 where = tensor.device.type, tensor.device.index or 0
                 bind(name, *where, _TYPES[tensor.dtype][0], list(tensor.shape), tensor.data_ptr())
         if self._device.type == "cuda":

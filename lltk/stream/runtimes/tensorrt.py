@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lltk.graph.contract import Contract, TensorSpec
+from lltk.stream.runtimes.operands import operands
 
 BINDINGS = "tensorrt_rtx_bindings"
 """The Python module of TensorRT for RTX."""
@@ -143,16 +144,11 @@ class EngineGraph:
         Raises:
             ValueError: TensorRT does not launch it; says why.
         """
-        put = dict(into or {})
-        for name, spec in self.contract.outputs.items():
-            if name not in put:
-                put[name] = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
-        inputs = {name: given[name].contiguous() for name in self.contract.inputs}
+        inputs, put = operands(self.contract, given, into, self.device)
         with self._turn:
-            for tensors, specs in (inputs, self.contract.inputs), (put, self.contract.outputs):
+            for tensors in inputs, put:
                 for name, tensor in tensors.items():
-                    assert TensorSpec.of(tensor) == specs[name], f"{name} is {tensor.shape}"
-                    assert tensor.is_contiguous() and tensor.device == self.device, name
+                    assert tensor.device == self.device, name
                     self._context.set_tensor_address(name, tensor.data_ptr())
             self._said.errors.clear()
             stream = torch.cuda.current_stream(self.device)
