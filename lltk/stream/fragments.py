@@ -13,10 +13,9 @@ from io import BytesIO
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
-import torch
 from torch import Tensor
 
-from lltk.stream.video import check_sides, in_yuv, tag_colours
+from lltk.stream.video import check_frames, check_sides, in_yuv, tag_colours
 
 if TYPE_CHECKING:
     from av import VideoStream
@@ -165,11 +164,7 @@ class FragmentWriter:
             ValueError: another shape or dtype, or no frame.
         """
         assert not self._closed, "the writer is closed"
-        if frames.dtype != torch.uint8 or tuple(frames.shape[1:]) != self._shape or not len(frames):
-            raise ValueError(
-                f"video: frames are {frames.dtype} {list(frames.shape)}; uint8 "
-                f"[F, {', '.join(map(str, self._shape))}] is required"
-            )
+        check_frames(frames, self._shape, "video", least=1)
         import av
 
         made = BytesIO()

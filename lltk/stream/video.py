@@ -74,6 +74,16 @@ def check_sides(height: int, width: int) -> None:
             )
 
 
+def check_frames(frames: Tensor, shape: tuple[int, int, int], where: str, least: int = 0) -> None:
+    """Raise ValueError where frames are not uint8 [F, *shape], or fewer than so many."""
+    fits = frames.dtype == torch.uint8 and tuple(frames.shape[1:]) == shape
+    if not fits or len(frames) < least:
+        raise ValueError(
+            f"{where}: frames are {frames.dtype} {list(frames.shape)}; uint8 "
+            f"[F, {', '.join(map(str, shape))}] is required"
+        )
+
+
 def tag_colours(stream: VideoStream) -> None:
     """Say in a stream that its colours are those of `in_yuv`."""
     stream.colorspace = stream.color_primaries = stream.color_trc = BT709
@@ -185,11 +195,7 @@ class VideoWriter:
             OSError: the file cannot be written further; the message says how much of it plays.
                 The writer is closed.
         """
-        if frames.dtype != torch.uint8 or tuple(frames.shape[1:]) != self._shape:
-            raise ValueError(
-                f"video: {self._path}: frames are {frames.dtype} {list(frames.shape)}; uint8 "
-                f"[F, {', '.join(map(str, self._shape))}] is required"
-            )
+        check_frames(frames, self._shape, f"video: {self._path}")
         import av
 
         with self._writing():
