@@ -120,7 +120,6 @@ class Clips:
 def measure(recipe: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """What a recipe's step exchanges, and its loss."""
     changes = [f"geometry.frames={options.frames}", "geometry.batch=1"]
-    changes += ["passes.balanced_sp.size=1"] if "nvfp4" in recipe else []
     if options.small:
         changes += ["geometry.height=64", "geometry.width=64", "geometry.text_tokens=16"]
     data: dict[str, Any] = dict(read_recipe(find_recipe(recipe), changes))
