@@ -24,7 +24,7 @@ from lltk.graph.contract import TensorSpec
 from lltk.models.vae_frames import own_frames, shares, turns, window
 from lltk.models.wan_vae import check_video
 from lltk.parallel.exchange import all_parts
-from lltk.parallel.groups import SEQUENCE, find_group, hand_on
+from lltk.parallel.groups import SEQUENCE, find_group, hand_on, receive
 
 
 @torch.no_grad()
@@ -128,7 +128,7 @@ class Turn:
             return self._kept.pop(index)
         batch, channels, *sizes = spec.shape
         awaited = torch.empty(batch, *sizes, channels, dtype=spec.dtype, device=device)
-        hand_on(None, awaited, SEQUENCE, self._size)
+        receive(awaited, SEQUENCE, self._size)
         return awaited.permute(_BACK)
 
     def after(self, index: int, cache: Tensor) -> None:
@@ -140,10 +140,10 @@ class Turn:
         """
         cache = _laid_out(cache)
         if self._number + 1 < self._parts:
-            hand_on(cache, None, SEQUENCE, self._size)
+            hand_on(cache, SEQUENCE, self._size)
         if self._on_first_rank and self._number + self._size < self._parts:
             awaited = torch.empty_like(cache)
-            hand_on(None, awaited, SEQUENCE, self._size)
+            receive(awaited, SEQUENCE, self._size)
             self._kept[index] = awaited.permute(_BACK)
 
 

@@ -81,18 +81,18 @@ def counting(encoder: Encoder) -> tuple[Callable[..., Tensor], list[int]]:
 
 
 def without(name: str) -> Callable[[], AbstractContextManager[None]]:
-    """A fault: a hook sees zeros in place of the frames of the rank before."""
+    """A fault: a convolution sees zeros in place of the frames of the rank before."""
 
     @contextmanager
     def faulty() -> Iterator[None]:
-        hand_on = groups.hand_on
+        receive = groups.receive
 
-        def zeros(sent: Tensor | None, awaited: Tensor | None, *group: Any) -> None:
-            hand_on(sent, awaited, *group)
-            if awaited is not None and awaited.shape[1] == (1 if name == "halving" else 2):
+        def zeros(awaited: Tensor, *group: Any) -> None:
+            receive(awaited, *group)
+            if awaited.shape[1] == (1 if name == "halving" else 2):
                 awaited.zero_()
 
-        with patch.object(vae_ranks, "hand_on", zeros):
+        with patch.object(vae_ranks, "receive", zeros):
             yield
 
     return faulty

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,32 +106,31 @@ def gathered(own: Tensor, shapes: Sequence[Sequence[int]], name: str) -> list[Te
     return parts
 
 
-def hand_on(sent: Tensor | None, awaited: Tensor | None, name: str, size: int) -> None:
-    """Send a tensor to the next rank of a group while one arrives from the rank before.
+def hand_on(sent: Tensor, name: str, size: int) -> None:
+    """Send a contiguous tensor to the next rank of a group, which takes it by `receive`.
 
-    The first rank is the next one of the last.
-
-    Args:
-        sent: contiguous; None to send none.
-        awaited: contiguous; gets what arrives. None to await none.
-        name: of the group.
-        size: how many ranks it has.
+    The first rank is the next one of the last. A rank sends and receives in turns, since NCCL
+    connects two ranks in an exchange that both begin in the same way.
 
     Raises:
         LostRank: another rank has stopped.
     """
+    _move(dist.isend, sent, 1, name, size)
+
+
+def receive(awaited: Tensor, name: str, size: int) -> None:
+    """Put what the rank before hands on into a contiguous tensor; errors as `hand_on`'s."""
+    _move(dist.irecv, awaited, -1, name, size)
+
+
+def _move(move: Callable[..., Any], x: Tensor, step: int, name: str, size: int) -> None:
+    """Exchange a tensor with the rank that is so many steps on."""
     group = find_group(name, size)
-    exchanges = [(dist.isend, sent, 1), (dist.irecv, awaited, -1)]
+    other = (group.rank() + step) % size
     # As bytes, since a backend may not know the dtype.
-    operations = [
-        dist.P2POp(move, x.view(torch.uint8), group=group, group_peer=(group.rank() + step) % size)
-        for move, x, step in exchanges
-        if x is not None
-    ]
-    if not operations:
-        return
+    operation = dist.P2POp(move, x.view(torch.uint8), group=group, group_peer=other)
     try:
-        for work in dist.batch_isend_irecv(operations):
+        for work in dist.batch_isend_irecv([operation]):
             work.wait()
     except RuntimeError as error:
         raise lost(error) from error
