@@ -103,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--random-weights", action="store_true", help="of Wan2.2-TI2V-5B, in place of its files"
     )
+    made.add_argument("--folder", type=Path, help="where to make the weights, and find them")
     made.add_argument(
         "--viewers", nargs="+", choices=VIEWERS, default=list(VIEWERS), help="(default: both)"
     )
@@ -317,9 +318,10 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         overrides = [*options.overrides]
         if options.random_weights:
-            pipeline = Path(folder) / "pipeline"
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            make_pipeline(pipeline, "wan22_5b", "wan22_vae", UMT5_XXL, device)
+            pipeline = (options.folder or Path(folder)) / "pipeline"
+            if not pipeline.exists():
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                make_pipeline(pipeline, "wan22_5b", "wan22_vae", UMT5_XXL, device)
             overrides.append(f"stream.pipeline={pipeline}")
         recipe = open_recipe(options.recipe, options.overrides)
         with serving(options.recipe, overrides, Path(folder) / "serve") as url:
