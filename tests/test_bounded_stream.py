@@ -242,6 +242,29 @@ def test_a_rollout_counts_its_positions(pipeline: Path) -> None:
     assert made[("bounded_positions",)] == [list(range(count)) for count in counts]
 
 
+@torch.no_grad()
+def test_positions_go_to_the_pages_that_the_table_lists() -> None:
+    """The table's order is not the pages'; a page that is not listed has any position."""
+    steps = (*_CAUSAL, "bounded_positions", "regionalise", "lower")
+    program, module = runnable(make_recipe("stream", steps))
+    runtime = TorchRuntime(program, module)
+    for page in runtime.pages.values():
+        page.copy_(torch.randn(page.shape))
+    latents, time = torch.randn(1, 4, 2, 4, 4), torch.full((1, 2), 500.0)
+    runtime.set_prompt(torch.randn(1, 5, 16))
+    places = torch.tensor([0, 1, 5.5, 6.5, 9, 10], dtype=torch.float64)
+    made = runtime.step(latents, time, places, (2, 0))
+    given = runtime._given("step", runtime._moving("step", {
+        Role.LATENTS: latents, Role.TIME: time, Role.POSITIONS: places,
+    }, (2, 0)))  # fmt: skip
+    by_slot = [5.5, 6.5, 77, 78, 0, 1, 77, 78]
+    given["page_positions"] = torch.tensor(by_slot, dtype=torch.float64)
+    given["positions"] = places[4:]
+    assert torch.equal(module("step", dict(given))["sample"], made)
+    given["page_positions"] = given["page_positions"].roll(4)
+    assert not torch.allclose(module("step", given)["sample"], made, atol=1e-3)
+
+
 def test_positions_that_do_not_fit_the_table_are_a_defect() -> None:
     steps = (*_CAUSAL, "bounded_positions", "regionalise", "lower")
     run = Rollout(*runnable(make_recipe("stream", steps)))
