@@ -226,8 +226,8 @@ def test_a_plan_says_how_positions_are_counted(pipeline: Path) -> None:
 # Runs of single passes
 
 
-def test_a_rollout_counts_its_positions(pipeline: Path) -> None:
-    made = {}
+def test_a_rollout_counts_its_positions() -> None:
+    made: dict[tuple[str, ...], list[list[float]]] = {}
     for passes in (("bounded_positions",), ()):
         steps = (*_CAUSAL, *passes, "regionalise", "lower")
         run = Rollout(*runnable(make_recipe("stream", steps)))

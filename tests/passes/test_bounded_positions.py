@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lltk.graph.contract import Role
 from lltk.graph.edit import calls
+from lltk.graph.module import instantiate
 from lltk.graph.program import Program
 from lltk.ops.nvfp4_decode_pages.reference import nvfp4_decode_pages
 from lltk.ops.rope_table.reference import rope_table
@@ -89,7 +90,7 @@ def test_pages_in_nvfp4_are_decoded_and_then_turned(smoothing: bool) -> None:
 
 @pytest.mark.parametrize("before", [(), ("merge_qkv",), ("fp8_infer",), ("lora",)])
 def test_it_fits_the_other_passes(before: tuple[str, ...]) -> None:
-    """Norms and rotations are fused after it: of both in three blocks, none in the commit's last."""
+    """Norms and rotations are fused after it, in all blocks but the commit's last."""
     program = reached("stream", *STREAM, *before, "bounded_positions", head_dim=16)
     assert program.log[-1].matches == {"self-attention": 3, "pages of keys": 2}
     fused = after(program, "fuse_norm_rope")
@@ -98,6 +99,26 @@ def test_it_fits_the_other_passes(before: tuple[str, ...]) -> None:
     for graph in ("step", "commit"):
         given = inputs(program, graph)
         assert difference(run(lowered, graph, given), run(program, graph, given)) < 1e-5
+
+
+def test_pages_are_read_in_place() -> None:
+    """What puts the chunk in flight in the free page puts its keys in the turned copy."""
+    program = reached("stream", *STREAM, "bounded_positions", "regionalise")
+    given = inputs(program, "step")
+    arena = run(after(program, {"lower": {"paged_attention": "arena"}}), "step", given)
+    assert {name for name in arena if "pages" in name} == {"v_pages_0", "v_pages_1"}
+    wanted = run(after(program, "lower"), "step", given)
+    assert difference({"sample": arena["sample"]}, wanted) < 1e-5
+
+
+@torch.no_grad()
+def test_blocks_compile() -> None:
+    program = reached("stream", *STREAM, "bounded_positions", "regionalise", "lower")
+    given = inputs(program, "step")
+    wanted = run(program, "step", given)["sample"]
+    module = instantiate(program)
+    module.compile_blocks(backend="aot_eager")
+    assert torch.equal(module("step", dict(given))["sample"], wanted)
 
 
 def test_the_contract_has_the_pages_positions() -> None:
