@@ -4,29 +4,33 @@
     python benchmarks/inference.py --only BF16 --only "2 steps" --seconds 16
     torchrun --nproc-per-node 2 benchmarks/inference.py
 
-Weights and prompts are random and have the true shapes. A run measures the rows that its processes
-and GPUs suffice for: the first command above measures rows of one process, the last those of two.
+Weights and prompts are random and have the true shapes. The first command measures every row that
+the GPUs suffice for, and starts the processes that rows of several ranks need. The last one, which
+it uses for that, measures the rows of two ranks alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from lltk.bench.random_weights import random_prompts, with_random_models
-from lltk.bench.record import Record, markdown, write_record
+from lltk.bench.record import Record, markdown, record_files, write_record
 from lltk.bench.script import script_options, script_parser, script_record
-from lltk.bench.stream import METHOD, measure
+from lltk.bench.stream import METHOD, latency, measure
 from lltk.graph.memory import readable
 from lltk.graph.recipe import load_recipe
 from lltk.graph.recipe_files import find_recipe
-from lltk.parallel.ranks import joined
+from lltk.parallel.ranks import Ranks, joined, launched
 from lltk.stream.recipe import stream_section
 from lltk.streaming import StreamPlan, plan_stream
 
@@ -112,31 +116,76 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def rows(options: argparse.Namespace, gpus: int, ranks: int = 1) -> list[str]:
-    """The names of the rows that a command makes on a machine with that many GPUs."""
+def rows(options: argparse.Namespace, gpus: int, ranks: int | None = None) -> list[str]:
+    """The names of the rows that a command makes on a machine with that many GPUs.
+
+    Args:
+        options: the command's.
+        gpus: how many there are.
+        ranks: how many processes torchrun started; None if it started none.
+    """
     wanted = options.only or ROWS
-    return [n for n, row in ROWS.items() if n in wanted and row.gpus <= gpus and row.ranks == ranks]
+    return [
+        name
+        for name, row in ROWS.items()
+        if name in wanted and row.gpus <= gpus and ranks in (None, row.ranks)
+    ]
 
 
 def main() -> None:
     """Measure, and write the record again after each row."""
     options = script_options(parser())
     gpus = len(ROWS) if options.device == "cpu" else torch.cuda.device_count()
-    results: list[dict[str, Any]] = []
     with joined(options.device) as ranks:
-        planned = _Planned(options, ranks.device)
-        names = rows(options, gpus, ranks.size)
+        names = rows(options, gpus, ranks.size if launched() else None)
         if missing := set(options.only or names) - set(names):
-            parser().error(
-                f"--only: {', '.join(missing)}: not made by {ranks.size} ranks, {gpus} GPUs"
-            )
-        for name in names:
-            result = planned.measured(ROWS[name])
+            parser().error(f"--only: {', '.join(missing)}: not made by this command on {gpus} GPUs")
+        results: list[dict[str, Any]] = []
+        for result in _results(options, names, ranks):
             if ranks.rank == 0:
-                results.append({"name": name, "gpus": ROWS[name].gpus, **result})
-                print(name, result["e2e_seconds"], result["dit_fps"], flush=True)
+                results.append(result)
+                print(result["name"], result["e2e_seconds"], result["dit_fps"], flush=True)
                 record = script_record("inference", f"{METHOD} {_METHOD}", results, ranks.size)
                 write_record(options.output, record, text(record))
+
+
+def _results(
+    options: argparse.Namespace, names: Sequence[str], ranks: Ranks
+) -> Iterator[dict[str, Any]]:
+    """The rows' results: those of this process's ranks, then those that need more."""
+    planned = _Planned(options, ranks.device)
+    for name in names:
+        if ROWS[name].ranks == ranks.size:
+            yield {"name": name, "gpus": ROWS[name].gpus, **planned.measured(ROWS[name])}
+    del planned
+    _free()
+    for size in sorted({ROWS[name].ranks for name in names} - {ranks.size}):
+        yield from _started(size, [name for name in names if ROWS[name].ranks == size])
+
+
+def _started(size: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Results of rows that so many processes measure, which torchrun starts."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    only = [word for name in names for word in ("--only", name)]
+    with TemporaryDirectory() as folder:
+        made = Path(folder) / "made"
+        words = [*_without_rows(sys.argv), *only, "-o", str(made)]
+        if subprocess.run([*torchrun, "--nproc-per-node", str(size), *words]).returncode:
+            raise SystemExit(f"the rows of {size} ranks failed; their messages are above")
+        yield from Record.model_validate_json(record_files(made)[0].read_text()).results
+
+
+def _without_rows(words: Sequence[str]) -> list[str]:
+    """A command's words without the rows that it names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--only", action="append")
+    return parser.parse_known_args(words)[1]
+
+
+def _free() -> None:
+    """Leave the GPUs to other processes, as far as this one can."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 class _Planned:
@@ -150,8 +199,7 @@ class _Planned:
     def measured(self, row: Row) -> dict[str, Any]:
         """A row's result."""
         options, plan = self._options, self._plan(row)
-        gc.collect()
-        torch.cuda.empty_cache()
+        _free()
         for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
             torch.cuda.reset_peak_memory_stats(index)
         prompts = random_prompts(plan)
@@ -188,11 +236,21 @@ def text(record: Record) -> str:
         "E2E FPS": lambda row: f"{row['e2e_fps']:.1f}",
         **{f"{n} s": seconds(n) for n in (16, 32, 64)},
         "first frame s": lambda row: f"{row['first_frame_seconds']:.1f}",
+        "latency s": latency,
+        "switch to frame s": _switched,
         "peak memory": lambda row: _peaks(row["memory"]["peak"]),
         "planned": lambda row: _owners(row["memory"]["planned"]),
         "ran": lambda row: row["ran"]["transformer"] + "; decoder " + row["ran"]["decoder"],
     }
     return markdown(record, "Inference", columns)
+
+
+def _switched(row: Mapping[str, Any]) -> str:
+    """From a switch at the end of a chunk, and from one at its beginning."""
+    if "latency_seconds" not in row:
+        return "–"
+    soonest = row["latency_seconds"]["p50"]
+    return f"{soonest:.2f} to {soonest + row['chunk_seconds']['p50']:.2f}"
 
 
 def _peaks(peak: Mapping[str, int]) -> str:

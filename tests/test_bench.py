@@ -133,7 +133,8 @@ def timings(**changes: Any) -> Timings:
         "every": 60,
         "decoding": 2.0,
         "reports": [report(4), report(5), report(6, 4.0)],
-        "marks": [(-8, 104.0), (8, 106.0), (16, 108.0), (24, 112.0)],
+        "marks": [(-8, 104.0), (4, 105.5), (8, 106.0), (16, 108.0), (24, 112.0)],
+        "starts": [104.0, 105.0, 107.5],
     }
     return Timings(**(values | changes))
 
@@ -148,6 +149,7 @@ def test_numbers_mean_what_their_words_say() -> None:
     assert found["all_fps"] == pytest.approx(60 / (3 + 12))
     assert found["first_frame_seconds"] == pytest.approx(1.5)
     assert found["chunk_seconds"] == {"p50": 2.0, "p90": 4.0}
+    assert found["latency_seconds"] == {"p50": 3.0, "p90": 4.5}
     parts = {"text": 0.1, "prologue": 0.25, "step": 0.75, "commit": 0.25, "waiting": 0.5}
     parts |= {"outside": (8 - 3 * (0.1 + 1.25 + 0.5)) / 3, "decode": 0.4, "deliver": 0.1}
     assert found["chunk_parts"] == pytest.approx(parts)
@@ -155,7 +157,8 @@ def test_numbers_mean_what_their_words_say() -> None:
 
 
 def test_rates_are_medians_and_percentiles_are_over_all_runs() -> None:
-    runs = [timings(), timings(ended=108.0), timings(ended=124.0, reports=[report(4, 9.0)])]
+    last = timings(ended=124.0, reports=[report(4, 9.0)], starts=[104.0])
+    runs = [timings(), timings(ended=108.0), last]
     found = summary(runs, 1)
     assert found["e2e_fps"] == pytest.approx(24 / 8) and found["e2e_seconds"] == {}
     assert found["chunks"] == 7
@@ -178,8 +181,8 @@ def test_a_stream_record_reads_whole() -> None:
         },
     }
     read = text(make_record("stream", "lltk bench stream tiny_stream", METHOD, [result]))
-    row = "| tiny_stream | 8.0 | 20.0 | 3.0 | 1.50 | 2.000 | 4.000 | 34.4% | process 5.0 GiB |"
-    assert row in read
+    numbers = "8.0 | 20.0 | 3.0 | 1.50 | 2.000 | 4.000 | 3.00 | 34.4%"
+    assert f"| tiny_stream | {numbers} | process 5.0 GiB |" in read
     for said in (
         "4 chunks of warm-up", "text encoded on cpu, before the stream, not counted",
         "paged_attention sdpa", "| cpu | cache pages | 1.0 MiB |", "0123456789ab",

@@ -72,7 +72,7 @@ def named(record: Record) -> list[Any] | None:
         return None
     if record.benchmark == "inference":
         ranks = re.match(r"torchrun --nproc-per-node (\d+) ", record.command)
-        return found["rows"](options, len(record.hardware.gpus), int(ranks[1]) if ranks else 1)
+        return found["rows"](options, len(record.hardware.gpus), ranks and int(ranks[1]))
     return found["rows"](options)
 
 

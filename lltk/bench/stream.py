@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +30,9 @@ METHOD = (
     "frames over seconds in the step and commit graphs. Decode FPS: frames over seconds in the "
     "decoder's graphs, which overlap with the next chunk. E2E FPS: frames over wall time, from the "
     "end of the warm-up, whose last frames may still be in the making, to the file's end. E2E "
-    "seconds: until so many seconds of video are written. Outside: the share of a chunk's time "
+    "seconds: until so many seconds of video are written. Latency: from the beginning of a chunk "
+    "until its first frame is written; a prompt that is switched is seen after that time at the "
+    "soonest, and a chunk's seconds later at the latest. Outside: the share of a chunk's time "
     "that the session's thread spends neither in the model's graphs nor in the text encoder nor "
     "waiting for the decoder, plus what another thread takes to write the frames. A chunk's "
     "seconds by part are means; those of other threads, decode and deliver, overlap with the "
@@ -57,6 +60,7 @@ class Timings:
         decoding: the time in the decoder's graphs from ``warm`` to ``ended``.
         reports: reports of the chunks after the warm-up, without their latents.
         marks: pairs: how many frames of these chunks were written by when.
+        starts: when each of these chunks began.
     """
 
     loading: float
@@ -69,6 +73,16 @@ class Timings:
     decoding: float
     reports: Sequence[ChunkReport]
     marks: Sequence[tuple[int, float]]
+    starts: Sequence[float]
+
+    @property
+    def latencies(self) -> list[float]:
+        """For each chunk, the seconds from its beginning until its first frame was written."""
+        before = accumulate((len(report.chunk.frames) for report in self.reports), initial=0)
+        return [
+            next(at for count, at in self.marks if count > frames) - start
+            for start, frames in zip(self.starts, before, strict=False)
+        ]
 
 
 def measure(
@@ -136,6 +150,7 @@ def summary(timings: Sequence[Timings], fps: float) -> dict[str, Any]:
     long = [seconds for seconds in _LENGTHS if seconds * fps <= min(map(frames, timings))]
     reports = [report for each in timings for report in each.reports]
     taken = [report.seconds for report in reports]
+    latencies = [latency for each in timings for latency in each.latencies]
     return {
         "chunks": len(reports),
         "frames": sum(map(frames, timings)),
@@ -149,10 +164,15 @@ def summary(timings: Sequence[Timings], fps: float) -> dict[str, Any]:
             each.every / (each.loading + each.ended - each.begun) for each in timings
         ),
         "first_frame_seconds": median(each.first - each.begun for each in timings),
-        "chunk_seconds": {"p50": percentile(taken, 0.5), "p90": percentile(taken, 0.9)},
+        "chunk_seconds": _percentiles(taken),
+        "latency_seconds": _percentiles(latencies),
         "chunk_parts": _parts(reports),
         "outside_share": sum(r.outside + r.decoding["deliver"] for r in reports) / sum(taken),
     }
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    return {"p50": percentile(values, 0.5), "p90": percentile(values, 0.9)}
 
 
 def _parts(reports: Sequence[ChunkReport]) -> dict[str, float]:
@@ -179,6 +199,7 @@ def text(record: Record) -> str:
                 "first frame s": lambda result: f"{result['first_frame_seconds']:.2f}",
                 "chunk p50 s": lambda result: f"{result['chunk_seconds']['p50']:.3f}",
                 "chunk p90 s": lambda result: f"{result['chunk_seconds']['p90']:.3f}",
+                "latency p50 s": latency,
                 "outside": lambda result: f"{result['outside_share']:.1%}",
                 "peak memory": lambda result: ", ".join(
                     f"{owner} {readable(size)}" for owner, size in result["memory"]["peak"].items()
@@ -189,6 +210,12 @@ def text(record: Record) -> str:
     for result in record.results:
         lines += [f"## {result['name']}", "", *_details(result), ""]
     return "\n".join(lines)
+
+
+def latency(result: Mapping[str, Any]) -> str:
+    """The median of a result's latencies in seconds; a dash where a record has none."""
+    found = result.get("latency_seconds")
+    return f"{found['p50']:.2f}" if found else "–"
 
 
 def _details(result: Mapping[str, Any]) -> list[str]:
@@ -254,6 +281,7 @@ def _timed(
     ):
         begun = warm = time.perf_counter()
         warmed, before, decoded = 0, 0, 0.0
+        starts = [begun]
         for index, report in enumerate(stream, 1):
             if in_turn:
                 stream.session.delivery.rest()
@@ -264,11 +292,15 @@ def _timed(
             if index == warm_up:
                 before, warm = written, time.perf_counter()
                 decoded = stream.session.delivery.seconds["decode"]
+            starts.append(time.perf_counter())
     ended = time.perf_counter()
     decoding = stream.session.delivery.seconds["decode"] - decoded
     loading, frames = begun - start, written - before
     first, marks = marks[0][1], [(count - warmed, at) for count, at in marks]
-    return Timings(loading, begun, first, warm, ended, frames, written, decoding, reports, marks)
+    return Timings(
+        loading, begun, first, warm, ended, frames, written, decoding, reports, marks,
+        starts[warm_up:-1],
+    )  # fmt: skip
 
 
 def _peak() -> dict[str, int]:

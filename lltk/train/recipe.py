@@ -342,7 +342,8 @@ class TrainSection(BaseModel):
         if self.graphs and calls > 1:
             raise ValueError(
                 f"train.graphs: replays one call a step, but a batch of {self.batch} takes "
-                f"{calls} calls of {clips} clips; set train.batch={clips} or train.graphs=false"
+                f"{calls} calls of {clips} clips; let a call have as many by geometry.batch, or "
+                f"set train.batch={clips} or train.graphs=false"
             )
         return calls
 
