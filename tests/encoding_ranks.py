@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from multiprocessing import get_context
@@ -26,7 +27,8 @@ from lltk.compiler import with_weights
 from lltk.graph.geometry import Geometry
 from lltk.graph.module import instantiate
 from lltk.graph.passes import run_passes
-from lltk.models import vae_ranks
+from lltk.graph.program import Program
+from lltk.models import vae_encoder, vae_ranks
 from lltk.models.tiny.text import save_text_encoder
 from lltk.models.vae_encoder import captured, encoder_weights
 from lltk.models.vae_frames import LONGEST
@@ -37,6 +39,7 @@ from lltk.parallel.mesh import ALONE, Mesh, meshed
 from lltk.parallel.ranks import Ranks
 from lltk.passes import make_pass
 from lltk.stream.encoder import Encoder
+from lltk.tasks.encoder import PipelineEncoder
 from lltk.train.data import Dataset, first_samples
 
 SIZES = (2, 4)
@@ -114,8 +117,9 @@ def datasets(folder: Path, mesh: Mesh = ALONE) -> dict[str, Dataset]:
 
 def batches(dataset: Dataset, group: int) -> dict[str, Tensor]:
     """What a group of ranks sees of a dataset: samples of the seed of kept ones, and held out."""
-    other = {f"other {name}": value for name, value in dataset.batch(4, range(1)).items()}
-    return {**dataset.batch(3, range(group, group + 2)), **other}
+    other = {f"other {name}": value for name, value in dataset.batch(4, range(2)).items()}
+    found = {**dataset.batch(3, range(group, group + 2)), **other}
+    return {name: value.contiguous() for name, value in found.items()}
 
 
 def save_clips(folder: Path) -> None:
@@ -124,6 +128,26 @@ def save_clips(folder: Path) -> None:
     save_vae(folder / "vae", build(VAE).state_dict(), VAE)
     save_text_encoder(folder)
     write_clip(folder, "a", 0, numbered(0, WHOLE + 8), "a red square")
+
+
+@cache
+def _captured(config: str, geometry: Geometry, dtype: torch.dtype, latents: int) -> Program:
+    return captured(json.loads(config), geometry, dtype, latents)
+
+
+def captured_once(
+    config: Mapping[str, Any], geometry: Geometry, dtype: torch.dtype, latents: int
+) -> Program:
+    """What `captured` gives, which forks inherit."""
+    return _captured(json.dumps(config, sort_keys=True), geometry, dtype, latents)
+
+
+def save_alone(folder: Path) -> None:
+    """Write what one process makes of the clips, for a process of its own."""
+    for name, dataset in datasets(folder).items():
+        for group in range(2):
+            save_file(batches(dataset, group), folder / f"{name} alone, {group}")
+    prepared(folder / "clips", folder / "prepared alone")
 
 
 class Odd:
@@ -198,14 +222,19 @@ def save_all(folder: Path) -> None:
     torch.set_num_threads(1)
     save_clips(folder)
     prepared_sets.save_clips(folder / "clips")
-    killed = get_context("fork").Process(
-        target=dies_preparing, args=(folder / "clips", folder / "killed")
-    )
-    killed.start()
-    killed.join()
-    assert killed.exitcode == -signal.SIGKILL
     for number, _ in RUNS:
         encoder(number)
-    for size in SIZES:
-        port = free_port()
-        forked(save_encoded, [(rank, size, port, folder) for rank in range(size)])
+    with patch.object(vae_encoder, "captured", captured_once):
+        pipeline = PipelineEncoder(folder, 16, torch.device("cpu"), torch.float32)
+        for sizes in ((1, GEOMETRY.height, GEOMETRY.width), (2, 128, 128)):
+            pipeline._encoder(*sizes)
+        killed = get_context("fork").Process(
+            target=dies_preparing, args=(folder / "clips", folder / "killed")
+        )
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+        forked(save_alone, [(folder,)])
+        for size in SIZES:
+            port = free_port()
+            forked(save_encoded, [(rank, size, port, folder) for rank in range(size)])

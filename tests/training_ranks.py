@@ -115,9 +115,13 @@ class Clips:
         return {name: torch.stack(parts) for name, parts in made.items()}
 
 
-@cache
 def program(name: str, sequence: int, dtype: str = "float32") -> Program:
     """A case's Program, for so many ranks a clip, with weights of its own seed."""
+    return _program(name, sequence, dtype)
+
+
+@cache
+def _program(name: str, sequence: int, dtype: str) -> Program:
     case = CASES[name]
     steps: list[Any] = list(PASSES["train"])
     place = steps.index("teacher_forcing")
@@ -439,8 +443,7 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
                 with fault():
                     save_file(trained(run[2], ranks, *run[1]), folder / f"{name}, {rank}")
             with meshed(ranks, size, 1):
-                recipe, meta = recorded(RECORDED)
-                made = replay_sp.program_of(recipe, replay_sp.weights_beside(RECORDED))
+                made, meta = recorded_program()
                 own = replay_sp.call(made, meta, load_file(RECORDED), rank)
                 save_file(own, folder / f"recorded, {rank}")
 
@@ -472,13 +475,22 @@ def recorded(file: Path) -> tuple[Recipe, dict[str, Any]]:
     return replay_longlive.recipe(meta, "train"), meta
 
 
+@cache
+def recorded_program() -> tuple[Program, dict[str, Any]]:
+    """The Program of the recorded call, with its weights, and the facts of the call."""
+    recipe, meta = recorded(RECORDED)
+    return replay_sp.program_of(recipe, replay_sp.weights_beside(RECORDED)), meta
+
+
 def save_all(folder: Path) -> None:
     """Run every case on every mesh; for a new process, of which the ranks are forks."""
     torch.set_num_threads(1)
     for _, (sequence, _), case in [*RUNS, *ROUNDED]:
         program(case, sequence)
+    program("text", 4)
     program("text", 2, "bfloat16")
     program("nvfp4", 1, "bfloat16")
+    recorded_program()
     port = free_port()
     codes = ends(save_until_killed, [(rank, 2, port, folder) for rank in range(2)])
     assert codes[1] == -signal.SIGKILL and codes[0]
