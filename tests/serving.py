@@ -22,7 +22,6 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from lltk.serve import jobs, live
-from lltk.serve.app import create_app
 from lltk.serve.messages import PROTOCOL, TOKEN
 from lltk.serve.running import listening, make_server
 from lltk.serve.scheduling import Capacity
@@ -172,12 +171,11 @@ def serving(
     tokens: Sequence[str] = (),
     hosts: Sequence[str] = ("127.0.0.1",),
     port: int = 0,
-    codec: str = "h264",
     **limits: Any,
 ) -> Iterator[Server]:
     """A server over a real socket; leaving the block ends it as a signal would."""
-    service = Service(plan, "toy", Limits(**limits), folder, codec)
-    server = make_server(create_app(service, tokens, hosts))
+    service = Service(plan, "toy", Limits(**limits), folder)
+    server = make_server(service, tokens, hosts)
     with listening("127.0.0.1", port) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -198,6 +196,13 @@ def until(true: Callable[[], bool], wait: float = WAIT, every: float = 0.005) ->
     while not true():
         assert time.monotonic() < end, "waited for too long"
         time.sleep(every)
+
+
+def completed(http: httpx.Client, id: str) -> dict[str, Any]:
+    """A job once it is over."""
+    until(lambda: http.get(f"/v1/videos/{id}").json()["status"] in ("completed", "failed"))
+    job: dict[str, Any] = http.get(f"/v1/videos/{id}").json()
+    return job
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import base64
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -246,7 +247,9 @@ def test_a_restarted_server_goes_on(
         page.context.set_offline(True)
     expect(page.locator("#problem")).to_contain_text("Trying again")
     port = int(server.url.rpartition(":")[2])
-    with serving(plan, tmp_path, [TOKEN], port=port, codec="vp9"):
+    serve = plan.section.serve.model_copy(update={"codec": "vp9"})
+    other = replace(plan, section=plan.section.model_copy(update={"serve": serve}))
+    with serving(other, tmp_path, [TOKEN], port=port):
         reconnect(page)
         expect(page.locator("#status")).to_have_text("Live")
         until(page, 45)

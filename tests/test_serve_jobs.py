@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import av
-import httpx
 import pytest
 import torch
-from serving import OTHER, PROMPT, encoded, serving, until, written
+from serving import OTHER, PROMPT, completed, encoded, serving, until, written
 from streams import planned
 from torch import Tensor
 
@@ -18,13 +16,6 @@ pytestmark = pytest.mark.cpu
 __all__ = ["encoded", "written"]
 
 SHOTS = [{"caption": PROMPT, "seconds": 2}, {"caption": OTHER, "seconds": 3, "cut": False}]
-
-
-def completed(http: httpx.Client, id: str) -> dict[str, Any]:
-    """A job once it is over."""
-    until(lambda: http.get(f"/v1/videos/{id}").json()["status"] in ("completed", "failed"))
-    job: dict[str, Any] = http.get(f"/v1/videos/{id}").json()
-    return job
 
 
 def test_a_job_has_the_frames_of_a_live_stream(

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import signal
+import threading
+import weakref
 from io import BytesIO
 from pathlib import Path
 
 import av
 import pytest
 import torch
-from serving import OTHER, PROMPT, encoded, serving, until
+from serving import OTHER, PROMPT, WAIT, Server, completed, encoded, serving, until
 from streams import planned, streamed
 from torch import Tensor
 
+from lltk.serve.running import listening, make_server, serve
+from lltk.serve.service import Service
+from lltk.serve.settings import Limits
 from lltk.stream.fragments import CODECS
 from lltk.stream.script import Shot
-from lltk.stream.video import pixels
+from lltk.stream.video import pixels, read_video
 from lltk.streaming import Stream
 
 pytestmark = pytest.mark.cpu
@@ -168,18 +175,101 @@ def test_a_state_goes_on_in_a_plain_stream(pipeline: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_codec_is_served(pipeline: Path, tmp_path: Path, codec: str) -> None:
+    """Live and in the file of a job, as the recipe says."""
     names = {"h264": "avc1.", "vp9": "vp09.", "av1": "av01."}
-    plan = planned(pipeline)
-    with (
-        serving(plan, tmp_path, codec=codec) as server,
-        server.watching(max_seconds=2) as viewer,
-    ):
-        start = viewer.until("video.start")
-        viewer.until("session.done")
+    plan = planned(pipeline, f"stream.serve.codec={codec}")
+    with serving(plan, tmp_path) as server, server.http() as http:
+        with server.watching(max_seconds=2) as viewer:
+            start = viewer.until("video.start")
+            viewer.until("session.done")
+        job = http.post("/v1/videos", json={"prompt": PROMPT, "seconds": 3}).json()
+        job = completed(http, job["id"])
+        content = http.get(f"/v1/videos/{job['id']}/content").content
     assert start["mime"].startswith(f'video/mp4; codecs="{names[codec]}')
     assert viewer.video.shape == (21, 32, 64, 3)
-    with av.open(BytesIO(b"".join(viewer.data))) as file:
-        assert file.streams.video[0].codec_context.codec.canonical_name == codec
+    (tmp_path / "job.mp4").write_bytes(content)
+    frames = read_video(tmp_path / "job.mp4")
+    assert frames.shape == (21, 32, 64, 3)
+    distance = [
+        (frames.float() - made.float()).abs().mean() for made in (viewer.video, viewer.video.flip(0))
+    ]
+    assert distance[0] < distance[1] / 2, "the same video"
+    for data in (b"".join(viewer.data), content):
+        with av.open(BytesIO(data)) as file:
+            assert file.streams.video[0].codec_context.codec.canonical_name == codec
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["ended", "lost"])
+def test_a_session_s_memory_goes_with_it(pipeline: Path, tmp_path: Path, ends: bool) -> None:
+    """It does not wait for Python's collector of cycles, which comes rarely."""
+    with serving(planned(pipeline), tmp_path, expires=0.05) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            with server.watching(max_seconds=2 if ends else 60) as viewer:
+                viewer.until("video.chunk_metadata", 2, play=False)
+                (entry,) = server.service.sessions.entries.values()
+                kept = weakref.ref(entry.live)
+                del entry
+                if ends:
+                    viewer.play()
+                    viewer.until("session.done")
+            until(lambda: kept() is None)
+        finally:
+            gc.enable()
+
+
+def test_a_session_that_fails_ends_alone(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(planned(pipeline), tmp_path) as server, server.watching() as first:
+        first.until("video.chunk_metadata")
+        with server.watching() as second:
+            id = second.until("session.created")["session_id"]
+            stream = server.service.sessions.entries[id].live.stream
+
+            def broken() -> None:
+                raise ValueError("latents are not finite")
+
+            monkeypatch.setattr(stream, "make", broken)
+            second.send(type="client.playback", position=100, buffered=0)
+            code, last = second.closed()
+        assert (code, last["code"]) == (1011, "internal") and "not finite" not in last["message"]
+        first.until("video.chunk_metadata", 2)
+
+
+def test_a_device_that_fails_ends_the_server(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients are told to come back, and whoever runs the server gets the error."""
+
+    def broken(stream: Stream) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    service = Service(planned(pipeline), "toy", Limits(), tmp_path)
+    server = make_server(service)
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            serve(server, service, listener)
+        except RuntimeError as error:
+            raised.append(error)
+
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # is for the main thread
+    with listening("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=run)
+        thread.start()
+        until(lambda: service.ready)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with Server(url, service, server).watching() as viewer:
+            viewer.until("video.chunk_metadata", 2, play=False)
+            monkeypatch.setattr(Stream, "make", broken)
+            viewer.play()
+            assert viewer.closed()[0] == 1012
+        thread.join(WAIT)
+    assert not thread.is_alive() and "illegal memory access" in str(raised)
+    assert not [*(tmp_path / "sessions").iterdir()]
 
 
 def test_a_second_connection_takes_a_session_over(pipeline: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -50,10 +52,6 @@ _File = click.Path(path_type=Path)
     "--folder", type=_File, default=Path("lltk-serve"), show_default=True,
     help="Where sessions and videos are kept; the next start goes on with them.",
 )  # fmt: skip
-@click.option(
-    "--codec", type=click.Choice(["h264", "vp9", "av1"]), default="h264", show_default=True,
-    help="How live video is encoded; jobs are H.264.",
-)  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 @download_option
 @device_option
@@ -72,7 +70,6 @@ def command(
     queue: int,
     limit: float,
     folder: Path,
-    codec: str,
     overrides: tuple[str, ...],
     download: bool,
     device: str | None,
@@ -90,22 +87,22 @@ def command(
     Example:
       lltk serve tiny_stream
       lltk serve wan22_5b_stream_fp8 --host 0.0.0.0 --token-file tokens.txt --sessions 2
+      torchrun --nproc-per-node 2 -m lltk serve wan22_5b_stream_sp2
     """
     from lltk.cli.inputs import find_source
     from lltk.cli.logs import logged
     from lltk.cli.outputs import share_cores
+    from lltk.cli.stopping import stopping
     from lltk.files.locks import held
-    from lltk.parallel.devices import find_device
-    from lltk.serve.app import create_app
-    from lltk.serve.running import listening, make_server
+    from lltk.parallel.ranks import joined
+    from lltk.serve.running import listening, make_server, serve
     from lltk.serve.security import check_tokens, is_loopback, read_tokens
     from lltk.serve.service import Service
     from lltk.serve.settings import Limits
-    from lltk.streaming import check_plan, check_sessions
+    from lltk.streaming import Orders, check_plan, check_sessions, follow, load_models
 
     if as_json and not dry_run:
         raise ValueError("--json: is for --dry-run; drop it, or add that")
-    console = Console(quiet=as_json)
     known = [*tokens, *(() if token_file is None else read_tokens(token_file))]
     if not known and not is_loopback(host):
         raise ValueError(
@@ -117,42 +114,58 @@ def command(
         sessions=sessions, queue=queue, per_token=per_token or sessions + queue, seconds=limit
     )
     changes = ("stream.text.after=keep", *overrides)
-    source = find_source(recipe, changes, download, not dry_run, provider, device)
-    with console.status("compiling"):
-        plan = source.plan(find_device(device), weights=not dry_run)
-    if plan.ranks > 1:
-        raise ValueError(f"{recipe}: is for {plan.ranks} ranks; serve a recipe for one")
-    if plan.section.text.after == "free":
-        raise ValueError(
-            "stream.text.after: free would load the encoder for each prompt; write keep or offload"
-        )
-    show_description(console, plan)
-    if dry_run:
-        console.print(
-            f"It would serve {sessions} sessions of {limit:g} s, and let {queue} wait; of these "
-            f"{limits.per_token} of one token. It would encode them as {codec}, and keep them in "
-            f"{folder}",
-            highlight=False,
-        )
-        facts = {
-            "sessions": sessions,
-            "queue": queue,
-            "per_token": limits.per_token,
-            "limit": limit,
-            "codec": codec,
-            "folder": str(folder),
-        }
-        if show_dry_run(console, plan, False, facts, as_json):
-            raise SystemExit(1)
-        return
-    share_cores(plan.device)
-    check_plan(plan)
-    check_sessions(plan, sessions + 1)  # jobs have one too
-    with held(folder), logged(console), listening(host, port) as listener:
-        public = () if known and not names else ("localhost", "127.0.0.1", "::1", *names)
-        service = Service(plan, source.path.stem, limits, folder, codec)
-        at, own = listener.getsockname()[:2]
-        shown = f"[{at}]" if ":" in at else at
-        fragment = f"#token={known[0]}" if tokens else ""
-        console.print(f"http://{shown}:{own}/{fragment}", highlight=False, soft_wrap=True)
-        make_server(create_app(service, known, public)).run(sockets=[listener])
+    with joined(device) as ranks:
+        console = Console(quiet=as_json or ranks.rank > 0)
+        source = find_source(recipe, changes, download, not dry_run, provider, device)
+        with console.status("compiling"):
+            plan = source.plan(ranks.device, weights=not dry_run)
+        codec = plan.section.serve.codec
+        if plan.section.text.after == "free":
+            raise ValueError(
+                "stream.text.after: free would load the encoder for each prompt; write keep or "
+                "offload"
+            )
+        show_description(console, plan)
+        if dry_run:
+            console.print(
+                f"It would serve {sessions} sessions of {limit:g} s, and let {queue} wait; of "
+                f"these {limits.per_token} of one token. It would encode them as {codec}, and keep "
+                f"them in {folder}",
+                highlight=False,
+            )
+            facts = {
+                "sessions": sessions,
+                "queue": queue,
+                "per_token": limits.per_token,
+                "limit": limit,
+                "codec": codec,
+                "folder": str(folder),
+            }
+            if show_dry_run(console, plan, False, facts, as_json and ranks.rank == 0):
+                raise SystemExit(1)
+            return
+        share_cores(plan.device)
+        check_plan(plan)
+        check_sessions(plan, sessions + 1, ranks.rank)  # jobs have one too
+        with ExitStack() as stack:
+            orders = None
+            if ranks.size > 1:
+                orders = Orders(ranks.size)
+                stack.enter_context(stopping())  # all get a signal, and rank 0 tells when to end
+            if orders is not None and ranks.rank > 0:
+                logging.disable(logging.WARNING)  # rank 0 shows them
+                follow(load_models(plan, sessions=sessions + 1), orders)
+                return
+            stack.enter_context(held(folder))
+            stack.enter_context(logged(console))
+            listener = stack.enter_context(listening(host, port))
+            public = () if known and not names else ("localhost", "127.0.0.1", "::1", *names)
+            service = Service(plan, source.path.stem, limits, folder, orders)
+            server = make_server(service, known, public)
+            at, own = listener.getsockname()[:2]
+            shown = f"[{at}]" if ":" in at else at
+            fragment = f"#token={known[0]}" if tokens else ""
+            console.print(f"http://{shown}:{own}/{fragment}", highlight=False, soft_wrap=True)
+            serve(server, service, listener)
+            if orders is not None:
+                orders.give(None)

@@ -90,7 +90,7 @@ def create_app(service: Service, tokens: Sequence[str] = (), hosts: Sequence[str
         if service.ready:
             return {"status": "ready"}
         response.status_code = 503
-        return {"status": "loading" if service.failure is None else "failed"}
+        return {"status": "loading"}
 
     @app.get("/metrics", response_class=Response)
     async def metrics(request: Request) -> Response:

@@ -28,6 +28,7 @@ from lltk.serve.messages import Message
 from lltk.serve.scheduling import Demand
 from lltk.serve.settings import Limits
 from lltk.serve.videos import Video, VideoError
+from lltk.stream.forms import MP4S
 from lltk.stream.image import read_image
 from lltk.stream.report import ChunkReport
 from lltk.stream.script import Shot
@@ -252,6 +253,7 @@ class Jobs:
             plan.section.fps,
             plan.writer_threads,
             json.dumps(about, ensure_ascii=False),
+            MP4S[plan.section.serve.codec],
         )
         try:
             image = None

@@ -98,7 +98,6 @@ class Live:
         progress: how far it is.
         metrics: are told what its viewer sees.
         changed: must not block.
-        codec: of the encoded video; see `FragmentWriter`.
     """
 
     def __init__(
@@ -109,7 +108,6 @@ class Live:
         progress: Progress,
         metrics: Metrics,
         changed: Callable[[], object],
-        codec: str = "h264",
     ) -> None:
         self.terms = terms
         self.ring = ring
@@ -120,7 +118,6 @@ class Live:
         self._plan = plan
         self._metrics = metrics
         self._changed = changed
-        self._codec = codec
         self._asked: dict[str, float] = {}
         """When events came that are not visible yet."""
         self._shown: deque[tuple[int, float]] = deque()
@@ -151,7 +148,7 @@ class Live:
             height=height,
             width=width,
             fps=plan.section.fps,
-            codec=self._codec,
+            codec=plan.section.serve.codec,
             threads=plan.writer_threads,
         )
         config = VideoConfig(

@@ -290,8 +290,11 @@ async def _first_done(*coroutines: Coroutine[Any, Any, None]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()
+    try:
+        for task in done:
+            task.result()
+    finally:
+        del tasks, done, task  # what they raise holds this frame, and so a whole session
 
 
 def _refused(message: str) -> Refused:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
-from fastapi import FastAPI
 
+from lltk.serve.app import create_app
 from lltk.serve.messages import LONGEST_TEXT
+from lltk.serve.service import Service
 
 _PING = 20.0
 """Seconds between two pings, and until a client that answers none is taken for gone."""
@@ -17,11 +19,16 @@ _GRACE = 5
 """Seconds that requests have to end before the sessions are kept."""
 
 
-def make_server(app: FastAPI) -> uvicorn.Server:
-    """A server of an application; its `run` serves until a signal, or until it `should_exit`."""
-    return uvicorn.Server(
+def make_server(
+    service: Service, tokens: Sequence[str] = (), hosts: Sequence[str] = ()
+) -> uvicorn.Server:
+    """A server of a service; its `run` serves until a signal, or until it `should_exit`.
+
+    It ends too where the service fails. Arguments as `create_app`'s.
+    """
+    server = uvicorn.Server(
         uvicorn.Config(
-            app,
+            create_app(service, tokens, hosts),
             ws="websockets-sansio",
             ws_max_size=LONGEST_TEXT,
             ws_ping_interval=_PING,
@@ -31,6 +38,28 @@ def make_server(app: FastAPI) -> uvicorn.Server:
             log_level="warning",
         )
     )
+
+    def end() -> None:
+        server.should_exit = True
+
+    service.failed = end
+    return server
+
+
+def serve(server: uvicorn.Server, service: Service, listener: socket.socket) -> None:
+    """Serve until a signal; for the main thread.
+
+    Raises:
+        BaseException: the service's failure.
+    """
+    before = signal.signal(signal.SIGHUP, server.handle_exit)  # the other two uvicorn handles
+    try:
+        server.run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        service.stop()
+    if service.failure is not None:
+        raise service.failure
 
 
 @contextmanager

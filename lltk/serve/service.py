@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,11 @@ from lltk.serve.settings import Limits
 from lltk.stream.fragments import FragmentWriter
 from lltk.stream.report import ChunkReport
 from lltk.stream.script import single_shot
-from lltk.streaming import Models, Plan, load_models
+from lltk.streaming import LeadingModels, Models, Orders, Plan, load_models
 
 _WARM_UP = "a red circle moving right"
 """Any prompt does."""
 _WARM_CHUNKS = 3
-_log = logging.getLogger(__name__)
 
 
 class Service:
@@ -38,15 +38,16 @@ class Service:
         name: of the model, for clients.
         limits: of the server.
         folder: of this server alone, where it keeps sessions and videos.
-        codec: of live video; see `FragmentWriter`.
+        orders: to the other ranks, where several run the models.
 
     Raises:
-        ValueError: there is no encoder for live video.
+        ValueError: there is no encoder for the video.
     """
 
     def __init__(
-        self, plan: Plan, name: str, limits: Limits, folder: Path, codec: str = "h264"
+        self, plan: Plan, name: str, limits: Limits, folder: Path, orders: Orders | None = None
     ) -> None:
+        codec = plan.section.serve.codec
         encode = FragmentWriter(lambda data: None, *plan.size, plan.section.fps, codec)
         encode.close()  # it raises where there is no encoder
         self.plan = plan
@@ -58,10 +59,12 @@ class Service:
         self.metrics = Metrics()
         self.images = Images(limits, plan.size)
         self._folder = folder
-        self._codec = codec
+        self._orders = orders
         self._saved = Saved(folder / "sessions")
-        self.failure: Exception | None = None
-        """Why it will never be ready."""
+        self.failure: BaseException | None = None
+        """Why it can make nothing: the models cannot be loaded, or the device has failed."""
+        self.failed: Callable[[], object] = lambda: None
+        """Called, in any thread, once there is a failure."""
         self._sessions: Sessions | None = None
         self._jobs: Jobs | None = None
         self._engine: Engine | None = None
@@ -92,19 +95,41 @@ class Service:
 
     async def start(self) -> None:
         """Begin to load the models."""
-        self._tasks.append(asyncio.create_task(self._load()))
+        self._begin_task(self._load())
 
     async def close(self) -> None:
-        """Keep every session on disk, and let go of the models."""
+        """Keep every session on disk, and let go of the models.
+
+        After a failure no session is kept: nobody knows what the device holds.
+        """
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._sessions is not None:
+        if self._sessions is not None and self.failure is None:
             await self._sessions.close()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
         self._tasks.clear()
         self._sessions = self._jobs = self._engine = None  # FastAPI remembers routes for ever
+
+    def stop(self) -> None:
+        """Make no more chunks; for a server that ends without `close`."""
+        if self._engine is not None:
+            self._engine.stop()
+
+    def _begin_task(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it until the server ends; what it raises ends the server."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._task_ended)
+        self._tasks.append(task)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        self.failed()
 
     async def begin(self, owner: str, message: SessionStart, tell: Tell) -> tuple[Entry, str]:
         """Open the session that a message asks for; see `Sessions.start`.
@@ -143,27 +168,27 @@ class Service:
         return await asyncio.to_thread(self.images.find, owner, image)
 
     async def _load(self) -> None:
-        try:
-            models = await asyncio.to_thread(self._warm)
-        except (ValueError, OSError, RuntimeError) as error:
-            self.failure = error
-            _log.exception("the models cannot be loaded")
-            return
-        self._engine = engine = Engine(self._made)
+        models = await asyncio.to_thread(self._warm)
+        self._engine = engine = Engine(self._made, self._fail)
         self._jobs = Jobs(models, self.name, self.limits, engine, self._folder / "videos")
         self._sessions = sessions = Sessions(
-            models, self.limits, engine, self.capacity, self._saved, self.metrics, self._codec
+            models, self.limits, engine, self.capacity, self._saved, self.metrics
         )
-        self._tasks.append(asyncio.create_task(self._jobs.run()))
-        self._tasks.append(asyncio.create_task(sessions.look_after()))
+        self._begin_task(self._jobs.run())
+        self._begin_task(sessions.look_after())
 
     def _warm(self) -> Models:
         """Load the models, and make a few chunks, by which the capacity is first measured."""
-        models = load_models(self.plan, sessions=self.limits.sessions + 1)
+        sessions = self.limits.sessions + 1  # jobs have one too
+        if self._orders is None:
+            models = load_models(self.plan, sessions=sessions)
+        else:
+            models = LeadingModels(self.plan, self._orders, sessions)
+            models.load()
         chunk = len(self.plan.chunking.frames(1)) / self.plan.section.fps
         shots = single_shot(_WARM_UP, _WARM_CHUNKS * chunk)
         with models.open(lambda video: None, shots) as stream:
-            for report in stream:
+            while report := stream.make():
                 self._measure(report)
         _ = models.identity  # which reads every weight: not when there is a hurry to save
         return models

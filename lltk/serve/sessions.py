@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import math
 import secrets
 import time
@@ -17,7 +18,7 @@ from typing import Literal
 from torch import Tensor
 
 from lltk.serve.admission import Admission
-from lltk.serve.engine import Engine
+from lltk.serve.engine import SESSION_ERRORS, Engine
 from lltk.serve.live import Live, Progress, Terms
 from lltk.serve.messages import SessionDone, SessionQueued
 from lltk.serve.metrics import Metrics
@@ -31,6 +32,7 @@ from lltk.streaming import Models, Stream
 _LOOK = 1.0
 _CLEANING = 60.0
 """Seconds between two looks at the sessions, and at those on disk."""
+_log = logging.getLogger(__name__)
 Tell = Callable[[SessionQueued], Awaitable[None]]
 
 
@@ -84,7 +86,6 @@ class Sessions:
         capacity: measured by the engine's chunks.
         saved: where sessions go that leave their memory.
         metrics: are told what clients see.
-        codec: of the encoded video; see `FragmentWriter`.
     """
 
     def __init__(
@@ -95,7 +96,6 @@ class Sessions:
         capacity: Capacity,
         saved: Saved,
         metrics: Metrics,
-        codec: str,
     ) -> None:
         self.limits = limits
         self.entries: dict[str, Entry] = {}
@@ -104,7 +104,6 @@ class Sessions:
         self._capacity = capacity
         self._saved = saved
         self._metrics = metrics
-        self._codec = codec
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self.admission = Admission(limits, self._room, self._remaining)
@@ -169,7 +168,6 @@ class Sessions:
                 progress,
                 self._metrics,
                 lambda: self._loop.call_soon_threadsafe(self._tell, changed),
-                self._codec,
             )
 
             def open_it() -> None:
@@ -222,7 +220,8 @@ class Sessions:
         async with entry.moving:
             if entry.is_open:
                 await self._leave(entry)
-                entry.done = SessionDone(chunks=entry.live.chunks, reason=reason)
+                if entry.live.failure is None:
+                    entry.done = SessionDone(chunks=entry.live.chunks, reason=reason)
                 entry.changed.set()
 
     async def _leave(self, entry: Entry) -> None:
@@ -231,6 +230,9 @@ class Sessions:
         await asyncio.to_thread(self._engine.remove, live)
         try:
             await asyncio.to_thread(live.leave)
+        except SESSION_ERRORS as error:
+            _log.exception("a session's last frames cannot be made")
+            live.failure = error
         finally:
             entry.is_open = False
             self.admission.left(live.terms.owner)
@@ -244,8 +246,7 @@ class Sessions:
         """
         cleaned = -math.inf
         while True:
-            for entry in list(self.entries.values()):
-                await self._look_at(entry)
+            await self._look_at_all()
             if time.monotonic() - cleaned > _CLEANING:
                 cleaned = time.monotonic()
                 await asyncio.to_thread(self._saved.clean, self.limits.kept)
@@ -253,6 +254,10 @@ class Sessions:
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(_LOOK, self.limits.expires)):
                     await self._news.wait()
+
+    async def _look_at_all(self) -> None:
+        for entry in list(self.entries.values()):
+            await self._look_at(entry)
 
     async def _look_at(self, entry: Entry) -> None:
         live = entry.live
@@ -287,6 +292,8 @@ class Sessions:
                 try:
                     if live.failure is None:
                         await asyncio.to_thread(self._saved.write, live)
+                except SESSION_ERRORS:
+                    _log.exception("a session cannot be kept")
                 finally:
                     await self._leave(entry)
             del self.entries[live.terms.id]
@@ -295,9 +302,13 @@ class Sessions:
         """A session's state between two chunks; it then goes on.
 
         Raises:
-            ValueError: it is over.
+            ValueError: it is over, or each of several ranks has a part of its state.
         """
         live = entry.live
+        if self._models.plan.ranks > 1:
+            raise ValueError(
+                "state: each of the server's ranks has a part of it; ask a server of one rank"
+            )
         async with entry.moving:
             if not entry.is_open or live.failure is not None:
                 raise ValueError("session: it is over; ask for the state of one that goes on")

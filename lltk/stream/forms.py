@@ -30,7 +30,7 @@ class Form:
     Attributes:
         container, encoder: its names for them.
         pixels: its name for the encoder's pixels. Those in YUV are in BT.709, 4:2:0.
-        options: of the encoder.
+        options: of the encoder; ``%d`` stands for its number of threads.
         container_options: of the container.
         fastest: the most frames a second that it can show.
         any_cut: whether it can be cut off before any frame, not just before keyframes.
@@ -49,6 +49,8 @@ class Form:
 
 _H264 = {"crf": "18", "preset": "veryfast", "tune": "zerolatency", "sc_threshold": "0"}
 _VP9 = {"crf": "24", "b": "0", "deadline": "realtime", "cpu-used": "6", "lag-in-frames": "0"}
+_AV1 = {"crf": "18", "preset": "10", "svtav1-params": "rtc=1:lp=%d"}
+"""This encoder takes its number of threads from nowhere else."""
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 _CLUSTERS = {"cluster_size_limit": "1"}
 """A cluster a frame, so that a file that was cut off holds every frame before the last."""
@@ -75,6 +77,13 @@ FORMS: Mapping[str, Form] = {
     ),
 }
 """By suffix, in lower case."""
+
+MP4S: Mapping[str, Form] = {
+    "h264": FORMS[".mp4"],
+    "vp9": Form("mp4", "libvpx-vp9", options=_VP9, container_options=_FRAGMENTS),
+    "av1": Form("mp4", "libsvtav1", options=_AV1, container_options=_FRAGMENTS),
+}
+"""How an MP4 is written with a codec."""
 
 
 def form_of(path: Path) -> Form | None:

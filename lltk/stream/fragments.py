@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
-from lltk.stream.video import check_frames, check_sides, in_yuv, tag_colours
+from lltk.stream.video import check_frames, check_sides, in_yuv, tag_colours, threaded
 
 if TYPE_CHECKING:
     from av import VideoStream
@@ -62,7 +62,7 @@ _H264 = {
 }
 _VP9 = {"crf": "28", "b": "0", "deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0"}
 _AV1 = {"crf": "20", "preset": "10", "svtav1-params": "rtc=1:lp=%d"}
-"""``%d`` is the number of threads, which this encoder takes from nowhere else."""
+"""``%d`` stands for the number of threads, which this encoder takes from nowhere else."""
 
 CODECS: Mapping[str, Codec] = {
     "h264": Codec("libx264", _H264, b"avcC", _avc),
@@ -133,7 +133,7 @@ class FragmentWriter:
         header = BytesIO()
         # It is never muxed into: it writes the init segment and owns the encoder.
         self._file = av.open(header, "w", format="mp4", options=_HEADER)
-        options = {name: value.replace("%d", str(threads)) for name, value in made.options.items()}
+        options = threaded(made.options, threads)
         stream = self._file.add_stream(made.encoder, self._rate, options=options)
         self._stream = cast("VideoStream", stream)
         self._stream.height, self._stream.width = height, width

@@ -74,6 +74,16 @@ class DecoderSection(BaseModel):
     )
 
 
+class ServeSection(BaseModel):
+    """What ``lltk serve`` makes of a stream."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    codec: Literal["h264", "vp9", "av1"] = Field(
+        "h264", description="how live video and the videos of jobs are encoded"
+    )
+
+
 class StreamSection(BaseModel):
     """The ``stream`` section of a recipe."""
 
@@ -108,6 +118,7 @@ class StreamSection(BaseModel):
     )
     text: TextSection = Field(TextSection.model_validate({}), description="prompts")
     decoder: DecoderSection = Field(DecoderSection.model_validate({}), description="frames")
+    serve: ServeSection = Field(ServeSection.model_validate({}), description="for lltk serve")
 
 
 def stream_section(data: Mapping[str, Any] | None, where: str) -> StreamSection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from io import FileIO
@@ -17,7 +17,7 @@ from torch import Tensor
 from lltk.files.outputs import marked
 from lltk.files.writing import claimed, explained, prepared, sync, sync_folder, whole_file
 from lltk.parallel.transfer import download
-from lltk.stream.forms import FORMS, form_of
+from lltk.stream.forms import FORMS, Form, form_of
 
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
@@ -84,6 +84,11 @@ def check_frames(frames: Tensor, shape: tuple[int, int, int], where: str, least:
         )
 
 
+def threaded(options: Mapping[str, str], threads: int) -> dict[str, str]:
+    """An encoder's options, with its number of threads in place of ``%d``."""
+    return {name: value.replace("%d", str(threads)) for name, value in options.items()}
+
+
 def tag_colours(stream: VideoStream) -> None:
     """Say in a stream that its colours are those of `in_yuv`."""
     stream.colorspace = stream.color_primaries = stream.color_trc = BT709
@@ -118,6 +123,7 @@ class VideoWriter:
         fps: frames a second.
         threads: of the encoder; fewer than the models leave free.
         about: what the file says of itself, as its description.
+        form: None for the one that the suffix names.
 
     Raises:
         ValueError: odd sides, no frame rate, or a suffix of no form.
@@ -132,8 +138,9 @@ class VideoWriter:
         fps: float,
         threads: int = 1,
         about: str = "",
+        form: Form | None = None,
     ) -> None:
-        form = form_of(path)
+        form = form or form_of(path)
         if form is None:
             raise ValueError(f"{path}: names no form of video; add one of {', '.join(FORMS)}")
         check_sides(height, width)
@@ -169,7 +176,8 @@ class VideoWriter:
             self._file.metadata["comment"] = _VIDEO_MARK
             if about:
                 self._file.metadata["description"] = about
-            made = self._file.add_stream(form.encoder, self._rate, options=dict(form.options))
+            options = threaded(form.options, threads)
+            made = self._file.add_stream(form.encoder, self._rate, options=options)
             self._stream = cast("VideoStream", made)
             self._stream.height, self._stream.width = height, width
             self._stream.pix_fmt = form.pixels

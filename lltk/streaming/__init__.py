@@ -21,12 +21,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lltk.parallel.groups import LostRank
+from lltk.parallel.orders import Orders
 from lltk.stream.prompts import Embed
 from lltk.stream.script import Shot
 from lltk.streaming.bundle import BundlePlan, is_bundle, plan_bundle
 from lltk.streaming.checks import check_plan, refusal
 from lltk.streaming.description import describe
 from lltk.streaming.engines import open_decoder, open_runtime
+from lltk.streaming.leading import LeadingModels, follow
 from lltk.streaming.memory import check_sessions, loading_memory, session_memory, stream_memory
 from lltk.streaming.models import Models, load_models
 from lltk.streaming.plan import Placed, Plan, StreamPlan, plan_stream
@@ -34,7 +37,10 @@ from lltk.streaming.stream import Stream
 
 __all__ = [
     "BundlePlan",
+    "LeadingModels",
+    "LostRank",
     "Models",
+    "Orders",
     "Placed",
     "Plan",
     "Stream",
@@ -42,6 +48,7 @@ __all__ = [
     "check_plan",
     "check_sessions",
     "describe",
+    "follow",
     "is_bundle",
     "load_models",
     "loading_memory",

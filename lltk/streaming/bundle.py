@@ -33,7 +33,7 @@ from lltk.streaming.plan import Plan, check_high_steps
 _FREE = frozenset(
     {
         "pipeline", "fps", "steps", "shift", "guidance", "negative_prompt", "scene_cut",
-        "shot_offset", "recache", "seed", "text",
+        "shot_offset", "recache", "seed", "text", "serve",
     }
 )  # fmt: skip
 """Keys of a recipe's stream section that no graph depends on."""

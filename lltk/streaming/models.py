@@ -116,6 +116,20 @@ class Models:
         Raises:
             ValueError: a file is damaged or does not fit, or there is no slot for the session.
         """
+        opened = self._opened(sink, script, image, seed, resume, endless, begun)
+        return Stream(self, *opened)
+
+    def _opened(
+        self,
+        sink: Callable[[Tensor], None] | None,
+        script: Sequence[Shot],
+        image: Tensor | None,
+        seed: int | None,
+        resume: Path | None,
+        endless: bool,
+        begun: Callable[[Chunk], None],
+    ) -> tuple[Session, Prompts, Callable[[], None]]:
+        """A session that is ready to run, its prompts, and what is called when it is over."""
         if (sink is None) == (self._rank == 0):
             given = "None" if self._rank else "a sink"
             raise ValueError(f"sink: rank 0 has the video; give rank {self._rank} {given}")
@@ -150,18 +164,22 @@ class Models:
         except BaseException:
             self._slots.give_back(slot)
             raise
-        return Stream(self, session, prompts, lambda: self._slots.give_back(slot))
+        return session, prompts, lambda: self._slots.give_back(slot)
 
     def _state(self, path: Path) -> SessionState:
         own = own_file(path, self._rank)
-        state = load_state(own, self.identity)
-        check_state(own, state, self.plan)
-        latents = {str(held.chunk.index): held.clean for held in state.cache.held}
-        if state.image is not None:
-            latents["image"] = state.image
-        made = tensors_digest(latents)  # every rank has made the same
-        video = state.seed, state.prompt, state.timeline, state.cache.table, made
-        if not same_on_all(video, SEQUENCE, self.plan.ranks):
+        video: tuple[Any, ...] | None = None
+        try:
+            state = load_state(own, self.identity)
+            check_state(own, state, self.plan)
+            latents = {str(held.chunk.index): held.clean for held in state.cache.held}
+            if state.image is not None:
+                latents["image"] = state.image
+            made = tensors_digest(latents)  # every rank has made the same
+            video = state.seed, state.prompt, state.timeline, state.cache.table, made
+        finally:  # the others wait for it, whatever is wrong with this one's
+            alike = same_on_all(video, SEQUENCE, self.plan.ranks)
+        if not alike:
             raise ValueError(
                 f"{path}: its ranks' files are of different videos or chunks; resume another"
             )
