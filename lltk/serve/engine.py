@@ -20,7 +20,7 @@ from lltk.streaming import LostRank
 _BLOCKED = 0.01
 """Seconds until a session is asked again whose prompt or decoder is not ready."""
 SESSION_ERRORS = (ValueError, OSError, FFmpegError, OutOfMemoryError)
-"""What fails with a session's values, files, encoder or memory, and leaves the others' as they are."""
+"""What is raised where a session's values, files, encoder or memory fail; the others go on."""
 _log = logging.getLogger(__name__)
 
 
