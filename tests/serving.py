@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from streams import save_pipeline
 from torch import Tensor
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
@@ -212,6 +214,17 @@ def time_enough() -> Iterator[None]:
         patch.setattr(Capacity, "measure", lambda self, stages, frames: None)
         patch.setattr(Capacity, "share", lambda self, fps: 1e-3)
         yield
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline of random weights, which all tests of serving share, with its plans."""
+    return _pipeline(tmp_path_factory.getbasetemp())
+
+
+@cache
+def _pipeline(folder: Path) -> Path:
+    return save_pipeline(folder / "served_pipeline")
 
 
 @pytest.fixture

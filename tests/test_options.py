@@ -80,7 +80,7 @@ LINES = {
         [["--dry-run"], ["--dry-run", "--json"]],
         {
             "--sessions": ["3"], "--per-token": ["2"], "--queue": ["5"], "--limit": ["60"],
-            "--folder": ["kept"], "--codec": ["vp9"], "--set": ["stream.shift=3"],
+            "--folder": ["kept"], "--set": ["stream.shift=3"],
             "--device": ["cuda:99"], "--json": [],
         },
         {**DOWNLOAD, **PROVIDER, "--dry-run": "the contexts", "--host": "test_serve_refusals.py",

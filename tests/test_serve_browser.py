@@ -17,14 +17,20 @@ from torch import Tensor
 
 pytest.importorskip("playwright", reason="playwright is not installed; install lltk[dev]")
 from browsing import CHROMIUM, NEEDED, chromium, cut_connections, tiny_plan
+from fastapi import WebSocketDisconnect
 from playwright.sync_api import Browser, Page, Request, TimeoutError, expect
+from pydantic import BaseModel
 from serving import Server, serving, time_enough
 
 from lltk.bench.scorer import agreement, read
 from lltk.models.tiny.world import draw_story, render
+from lltk.serve.messages import FromClient, InteractionQueued, SessionInteraction
+from lltk.serve.realtime import Connection
+from lltk.serve.sessions import Entry
+from lltk.stream.chunks import Receipt
 from lltk.stream.fragments import CODECS, FragmentWriter
 from lltk.stream.video import levels, read_video
-from lltk.streaming import StreamPlan
+from lltk.streaming import Stream, StreamPlan
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(CHROMIUM is None, reason=NEEDED)]
 
@@ -233,6 +239,45 @@ def test_a_lost_connection_goes_on(opened: Callable[..., Page], server: Server) 
     assert page.evaluate("document.getElementById('video').buffered.length") == 1, "no gap"
     shown = sorted(canvas(page, 20, 60))
     assert max(b - a for a, b in pairwise(shown)) < 6
+
+
+def test_what_is_lost_with_a_connection_is_sent_again(
+    opened: Callable[..., Page], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the event is lost, and once its receipt: it is applied, and once."""
+    came: list[str] = []
+    applied: list[str] = []
+    act, send, switch = Connection._act, Connection._send, Stream.switch
+
+    async def acting(self: Connection, entry: Entry, message: FromClient) -> None:
+        if isinstance(message, SessionInteraction):
+            came.append(message.interaction.event_id)
+            if len(came) == 1:
+                cut_connections(server)
+                return
+        await act(self, entry, message)
+
+    async def sending(self: Connection, message: BaseModel, data: bytes | None = None) -> None:
+        if isinstance(message, InteractionQueued) and len(came) == 2:
+            cut_connections(server)
+            raise WebSocketDisconnect
+        await send(self, message, data)
+
+    def switching(self: Stream, prompt: str, recache: bool | None = None) -> Receipt:
+        applied.append(prompt)
+        return switch(self, prompt, recache)
+
+    monkeypatch.setattr(Connection, "_act", acting)
+    monkeypatch.setattr(Connection, "_send", sending)
+    monkeypatch.setattr(Stream, "switch", switching)
+    page = opened()
+    typed(page, RED)
+    until(page, 5)
+    typed(page, GREEN)
+    switched = first_frame(page, GREEN)
+    assert came == came[:1] * 3 and applied == [GREEN]
+    until(page, switched + 14)
+    assert colours(canvas(page, switched + 1, switched + 14)) == {"green"}
 
 
 def test_a_restarted_server_goes_on(

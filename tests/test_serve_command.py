@@ -16,15 +16,16 @@ import pytest
 import torch
 from bundles import Exported
 from helpers import Run
-from serving import Server, encoded, serving, until
-from streams import SIZES, planned, streamed
+from serving import Server, encoded, pipeline, serving, until
+from streams import planned, streamed
 from torch import Tensor
 
 from lltk.stream.script import Shot
 from lltk.stream.video import pixels, read_video
+from lltk.streaming import plan_bundle
 
 pytestmark = pytest.mark.cpu
-__all__ = ["encoded"]
+__all__ = ["encoded", "pipeline"]
 
 RED = "a red circle moving right on a dark background"
 DOCS = Path(__file__).parents[1] / "docs" / "serving.md"
@@ -61,15 +62,30 @@ def running(
         process.wait(30)
 
 
-def test_a_terminated_server_goes_on_with_its_sessions(
-    pipeline: Path, tmp_path: Path, encoded: list[list[Tensor]]
+def test_a_bundle_is_served_until_a_signal_and_goes_on(
+    exported: Exported, tmp_path: Path, encoded: list[list[Tensor]]
 ) -> None:
-    """The next server makes the frames that an undisturbed stream has; nothing is traced back."""
+    """The client of the docs watches it, run as it stands there but for port, token and length.
+
+    The next server makes the frames that an undisturbed stream has; nothing is traced back.
+    """
+    (client,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    changes = {'"max_seconds": 20': '"max_seconds": 4', '["sequence"] == 4': '["sequence"] == 1'}
+    changes['NAMES = ["lltk.v1"]'] = 'NAMES = ["lltk.v1", "lltk.token.sesame"]'
     (tmp_path / "tokens.txt").write_text("sesame\n")
-    changes = (*SIZES, f"stream.pipeline={pipeline}", "stream.seed=4")
     arguments = ["--token-file", "tokens.txt", "--public-host", "video.test", "--folder", "kept"]
-    arguments += [word for change in changes for word in ("--set", change)]
-    with running(tmp_path, "tiny_stream", *arguments, token="sesame") as (server, process):
+    arguments += ["--set", "stream.seed=4"]
+    with running(tmp_path, exported.bundle, *arguments, token="sesame") as (server, process):
+        changes[":8000"] = f":{server.url.rpartition(':')[2]}"
+        for old, new in changes.items():
+            assert client.count(old) == 1
+            client = client.replace(old, new)
+        done = subprocess.run(
+            [sys.executable, "-c", client], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "['cut']" in done.stdout and done.stdout.startswith("0 []\n1 []\n")
+        assert len(read_video(tmp_path / "live.mp4")) == 37
         host = {"host": "video.test", **server.headers}
         assert httpx.get(f"{server.url}/v1/models", headers=host).status_code == 200
         host["host"] = "evil.test"
@@ -82,7 +98,7 @@ def test_a_terminated_server_goes_on_with_its_sessions(
         assert process.stdout is not None
         said = process.stdout.read()
         assert "Traceback" not in said and "sesame" not in said
-    plan = planned(pipeline, "stream.seed=4", "stream.text.after=keep")
+    plan = plan_bundle(exported.bundle, ["stream.seed=4", "stream.text.after=keep"])
     with (
         serving(plan, tmp_path / "kept", ["sesame"]) as server,
         server.watching(**first.resuming()) as second,
@@ -97,21 +113,6 @@ def test_a_terminated_server_goes_on_with_its_sessions(
     start = second.config["first_frame"]
     assert start >= 13 and len(made) >= 12
     assert torch.equal(made, pixels(video)[start : start + len(made)])
-
-
-def test_the_client_of_the_docs_watches_a_bundle(exported: Exported, tmp_path: Path) -> None:
-    """It is run as it stands there, but for the port and the length."""
-    (client,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert client.count(":8000") == client.count('"max_seconds": 20') == 1
-    client = client.replace('"max_seconds": 20', '"max_seconds": 7')
-    with running(tmp_path, exported.bundle) as (server, _):
-        client = client.replace(":8000", f":{server.url.rpartition(':')[2]}")
-        done = subprocess.run(
-            [sys.executable, "-c", client], cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "['cut']" in done.stdout and done.stdout.startswith("0 []\n1 []\n")
-    assert len(read_video(tmp_path / "live.mp4")) == 61
 
 
 def test_watch_writes_what_it_sees(run: Run, pipeline: Path, tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from serving import OTHER, PROMPT, completed, encoded, serving, until, written
+from serving import OTHER, PROMPT, completed, encoded, pipeline, serving, until, written
 from streams import planned
 from torch import Tensor
 
 pytestmark = pytest.mark.cpu
-__all__ = ["encoded", "written"]
+__all__ = ["encoded", "pipeline", "written"]
 
 SHOTS = [{"caption": PROMPT, "seconds": 2}, {"caption": OTHER, "seconds": 3, "cut": False}]
 

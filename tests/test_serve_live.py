@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from serving import OTHER, PROMPT, WAIT, Server, completed, encoded, serving, until
+from serving import OTHER, PROMPT, WAIT, Server, completed, encoded, pipeline, serving, until
 from streams import planned, streamed
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from lltk.stream.video import pixels, read_video
 from lltk.streaming import Stream
 
 pytestmark = pytest.mark.cpu
-__all__ = ["encoded"]
+__all__ = ["encoded", "pipeline"]
 
 CHUNKS = 7
 LONG = [Shot(caption=PROMPT, seconds=CHUNKS + 1)]

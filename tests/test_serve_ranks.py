@@ -18,9 +18,10 @@ from unittest.mock import patch
 import httpx
 import pytest
 import torch
+from helpers import Run
 from ranks import LIMIT, alike, free_port
 from safetensors.torch import load_file, save_file
-from serving import OTHER, PROMPT, Server, time_enough, until
+from serving import OTHER, PROMPT, Server, pipeline, time_enough, until
 from streams import SHOTS, SIZES, planned, streamed
 from torch import Tensor
 from websockets.exceptions import ConnectionClosed
@@ -37,6 +38,7 @@ from lltk.stream.video import pixels
 from lltk.streaming import LeadingModels, Stream, StreamPlan, plan_stream
 
 pytestmark = pytest.mark.cpu
+__all__ = ["pipeline"]
 
 SIZE = 2
 WIDE = "geometry.width=128"
@@ -198,7 +200,8 @@ def test_ranks_serve_what_one_process_does(
         for seed, wanted in by_seed.items()
     }
     assert all(nearly(own[seed], by_seed[seed]) for seed in own)
-    assert len(own[1]) == 5 + 8 * 6 and not nearly(own[1], alone(pipeline, 1))
+    assert len(own[1]) == 5 + 8 * 6 and len(own[2]) >= 5 + 8 * 3
+    assert not nearly(own[2], by_seed[1])
     states = [*(tmp_path / "state" / "sessions").glob("*/state*")]
     assert len(states) == SIZE
 
@@ -221,6 +224,15 @@ def test_ranks_serve_what_one_process_does(
     assert codes[0] in (1, 2) and codes[1] == -signal.SIGKILL
     told = said(tmp_path, "two")
     assert told.count("has stopped") == 1 and "Traceback" not in told
+
+
+def test_one_process_serves_no_recipe_for_two(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: StreamPlan
+) -> None:
+    monkeypatch.setattr(streaming, "plan_stream", lambda *given, **options: plan)
+    code, _, errors = run("serve", "--port", 0, "--folder", tmp_path / "state", "--device", "cpu")
+    assert code == 2 and "the recipe is for 2, and 1 ran it; start torchrun" in errors
+    assert not (tmp_path / "state").exists()
 
 
 class Noted(Orders):

@@ -28,7 +28,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from serving import OTHER, PROMPT, Server, Viewer, encoded, serving, until, written
+from serving import OTHER, PROMPT, Server, Viewer, encoded, pipeline, serving, until, written
 from streams import planned
 from torch import Tensor
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -39,7 +39,7 @@ from lltk.serve.service import Service
 from lltk.streaming import check_sessions
 
 pytestmark = pytest.mark.cpu
-__all__ = ["encoded", "written"]
+__all__ = ["encoded", "pipeline", "written"]
 
 
 @pytest.fixture(scope="module")
@@ -580,20 +580,12 @@ def test_a_port_in_use_is_told_so(run: Run, server: Server, tmp_path: Path) -> N
     assert code == 2 and "name another --port" in errors
 
 
-SHARED = ["canonicalise", "per_frame_timesteps", "frame_positions", "hoist_text", "cached_step",
-          "commit", {"ulysses_stream": {"size": 2}}, "regionalise", "lower"]  # fmt: skip
-CHANGES_FOR_TWO = ("geometry.chunk=2", "geometry.window=8", "geometry.sink=2",
-                   f"passes={json.dumps(SHARED)}")  # fmt: skip
-TWO_RANKS = [word for change in CHANGES_FOR_TWO for word in ("--set", change)]
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["tiny_stream", "--set", "stream.text.after=free"], "write keep or offload"),
         (["tiny_stream", "--device", "cuda:7"], "cuda:7"),
         (["tiny_decode"], "stream"),
-        (["tiny_stream", *TWO_RANKS], "the recipe is for 2, and 1 ran it; start torchrun"),
         (["tiny_stream", "--token", "a b"], "token: write it in"),
         (["tiny_stream", "--host", "0.0.0.0", "--token", ""], "token: write it in"),
         (["tiny_stream", "--token", "a/b=="], "token: write it in"),

@@ -99,6 +99,7 @@ def command(
     from lltk.serve.security import check_tokens, is_loopback, read_tokens
     from lltk.serve.service import Service
     from lltk.serve.settings import Limits
+    from lltk.stream.recipe import stream_section
     from lltk.streaming import Orders, check_plan, check_sessions, follow, load_models
 
     if as_json and not dry_run:
@@ -114,23 +115,25 @@ def command(
         sessions=sessions, queue=queue, per_token=per_token or sessions + queue, seconds=limit
     )
     changes = ("stream.text.after=keep", *overrides)
-    with joined(device) as ranks:
+    with ExitStack() as stack:
+        ranks = stack.enter_context(joined(device))
         console = Console(quiet=as_json or ranks.rank > 0)
         source = find_source(recipe, changes, download, not dry_run, provider, device)
-        with console.status("compiling"):
-            plan = source.plan(ranks.device, weights=not dry_run)
-        codec = plan.section.serve.codec
-        if plan.section.text.after == "free":
+        if stream_section(source.recipe.stream, str(source.path)).text.after == "free":
             raise ValueError(
                 "stream.text.after: free would load the encoder for each prompt; write keep or "
                 "offload"
             )
+        if ranks.rank == 0 and not dry_run:
+            listener = stack.enter_context(listening(host, port))
+        with console.status("compiling"):
+            plan = source.plan(ranks.device, weights=not dry_run)
         show_description(console, plan)
         if dry_run:
             console.print(
                 f"It would serve {sessions} sessions of {limit:g} s, and let {queue} wait; of "
-                f"these {limits.per_token} of one token. It would encode them as {codec}, and keep "
-                f"them in {folder}",
+                f"these {limits.per_token} of one token. It would encode them as "
+                f"{plan.section.serve.codec}, and keep them in {folder}",
                 highlight=False,
             )
             facts = {
@@ -138,7 +141,7 @@ def command(
                 "queue": queue,
                 "per_token": limits.per_token,
                 "limit": limit,
-                "codec": codec,
+                "codec": plan.section.serve.codec,
                 "folder": str(folder),
             }
             if show_dry_run(console, plan, False, facts, as_json and ranks.rank == 0):
@@ -147,25 +150,22 @@ def command(
         share_cores(plan.device)
         check_plan(plan)
         check_sessions(plan, sessions + 1, ranks.rank)  # jobs have one too
-        with ExitStack() as stack:
-            orders = None
-            if ranks.size > 1:
-                orders = Orders(ranks.size)
-                stack.enter_context(stopping())  # all get a signal, and rank 0 tells when to end
-            if orders is not None and ranks.rank > 0:
-                logging.disable(logging.WARNING)  # rank 0 shows them
-                follow(load_models(plan, sessions=sessions + 1), orders)
-                return
-            stack.enter_context(held(folder))
-            stack.enter_context(logged(console))
-            listener = stack.enter_context(listening(host, port))
-            public = () if known and not names else ("localhost", "127.0.0.1", "::1", *names)
-            service = Service(plan, source.path.stem, limits, folder, orders)
-            server = make_server(service, known, public)
-            at, own = listener.getsockname()[:2]
-            shown = f"[{at}]" if ":" in at else at
-            fragment = f"#token={known[0]}" if tokens else ""
-            console.print(f"http://{shown}:{own}/{fragment}", highlight=False, soft_wrap=True)
-            serve(server, service, listener)
-            if orders is not None:
-                orders.give(None)
+        orders = None
+        if ranks.size > 1:
+            orders = Orders(ranks.size)
+            stack.enter_context(stopping())  # all get a signal, and rank 0 tells when to end
+        if orders is not None and ranks.rank > 0:
+            logging.disable(logging.WARNING)  # rank 0 shows them
+            follow(load_models(plan, sessions=sessions + 1), orders)
+            return
+        stack.enter_context(held(folder))
+        stack.enter_context(logged(console))
+        public = () if known and not names else ("localhost", "127.0.0.1", "::1", *names)
+        service = Service(plan, source.path.stem, limits, folder, orders)
+        at, own = listener.getsockname()[:2]
+        shown = f"[{at}]" if ":" in at else at
+        fragment = f"#token={known[0]}" if tokens else ""
+        console.print(f"http://{shown}:{own}/{fragment}", highlight=False, soft_wrap=True)
+        serve(make_server(service, known, public), service, listener)
+        if orders is not None:
+            orders.give(None)

@@ -58,8 +58,9 @@ def serve(server: uvicorn.Server, service: Service, listener: socket.socket) -> 
     finally:
         signal.signal(signal.SIGHUP, before)
         service.stop()
-    if service.failure is not None:
-        raise service.failure
+    failure, service.failure = service.failure, None  # whose frames hold all that was served
+    if failure is not None:
+        raise failure
 
 
 @contextmanager
