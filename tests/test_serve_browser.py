@@ -187,7 +187,7 @@ def test_a_switch_and_a_cut_are_seen_from_the_frame_that_their_receipts_name(
     page = opened()
     assert TOKEN not in page.url, "nobody reads it over the user's shoulder"
     typed(page, RED)
-    until(page, 20)
+    until(page, 8)
     typed(page, GREEN)
     switched = first_frame(page, GREEN)
     until(page, switched + 14)
@@ -206,10 +206,10 @@ def test_a_switch_and_a_cut_are_seen_from_the_frame_that_their_receipts_name(
 def test_a_reload_goes_on(opened: Callable[..., Page]) -> None:
     page = opened()
     typed(page, RED)
-    until(page, 30)
+    until(page, 16)
     begun, before = session(page), canvas(page, 0, 1000)
     page.reload()
-    until(page, max(before) + 20)
+    until(page, max(before) + 12)
     after = canvas(page, 0, 1000)
     assert session(page) == begun
     assert max(before) - 24 < min(after) <= max(before) + 3, "it goes on where it was"
@@ -234,10 +234,10 @@ def test_a_lost_connection_goes_on(opened: Callable[..., Page], server: Server) 
     expect(page.locator("#status")).to_have_text("Live")
     expect(page.locator("#alert")).to_be_hidden()
     expect(page.locator("#shots li").last).to_have_attribute("data-state", "queued")
-    until(page, 60)
+    until(page, 45)
     assert session(page) == begun
     assert page.evaluate("document.getElementById('video').buffered.length") == 1, "no gap"
-    shown = sorted(canvas(page, 20, 60))
+    shown = sorted(canvas(page, 20, 45))
     assert max(b - a for a, b in pairwise(shown)) < 6
 
 
@@ -297,10 +297,10 @@ def test_a_restarted_server_goes_on(
     with serving(other, tmp_path, [TOKEN], port=port):
         reconnect(page)
         expect(page.locator("#status")).to_have_text("Live")
-        until(page, 45)
+        until(page, 36)
         assert session(page) == begun
         assert page.evaluate("document.getElementById('video').buffered.length") == 1, "no gap"
-        assert colours(canvas(page, 0, 45)) == {"red"}
+        assert colours(canvas(page, 0, 36)) == {"red"}
         page.click("#stop")
         expect(page.locator("#status")).to_have_text("Over")
 
@@ -314,15 +314,15 @@ def test_two_tabs_see_their_own_videos_and_a_third_waits(opened: Callable[..., P
     typed(third, GREEN)
     expect(third.locator("#status")).to_have_text("Waiting for room")
     expect(third.locator("#veil")).to_contain_text("Place 1 of 1")
-    until(first, 30)
-    until(second, 30)
+    until(first, 20)
+    until(second, 20)
     for page, caption in ((first, RED), (second, BLUE)):
-        assert shows(canvas(page, 12, 30), caption)
-        assert colours(canvas(page, 0, 30)) == {caption.split()[1]}
+        assert shows(canvas(page, 4, 20), caption)
+        assert colours(canvas(page, 0, 20)) == {caption.split()[1]}
     assert session(first) != session(second)
     first.click("#stop")
-    until(third, 30)  # a busy machine shows some of them alone
-    assert shows(canvas(third, 0, 30), GREEN)
+    until(third, 20)  # a busy machine shows some of them alone
+    assert shows(canvas(third, 0, 20), GREEN)
 
 
 def test_a_bad_token_is_told_so(opened: Callable[..., Page]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import socket
@@ -189,5 +190,7 @@ def test_ten_minutes_of_good_and_bad_clients(pipeline: Path, tmp_path: Path) -> 
     before = left(pipeline, tmp_path)
     used = soak(pipeline, tmp_path, seconds=600, video=30, pace=1)
     assert left(pipeline, tmp_path) == before
+    by_minute = [max(used[k : k + 60]) // MEBIBYTE for k in range(0, len(used), 60)]
+    logging.getLogger("soak").info("MiB by minute: %s", by_minute)  # shown by --log-cli-level=INFO
     first, last = max(used[30:60]), max(used[-60:])
     assert last < first + 64 * MEBIBYTE, f"{(last - first) / MEBIBYTE:.0f} MiB more"
