@@ -6,13 +6,26 @@ import gc
 import signal
 import threading
 import weakref
+from collections.abc import Iterator, Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
 import av
 import pytest
 import torch
-from serving import OTHER, PROMPT, WAIT, Server, completed, encoded, pipeline, serving, until
+from serving import (
+    OTHER,
+    PROMPT,
+    WAIT,
+    Server,
+    completed,
+    encoded,
+    pipeline,
+    serving,
+    time_enough,
+    until,
+)
 from streams import planned, streamed
 from torch import Tensor
 
@@ -28,11 +41,12 @@ pytestmark = pytest.mark.cpu
 __all__ = ["encoded", "pipeline"]
 
 CHUNKS = 7
-LONG = [Shot(caption=PROMPT, seconds=CHUNKS + 1)]
+LONG = (Shot(caption=PROMPT, seconds=CHUNKS + 1),)
 """At the tests' sizes a chunk is a second."""
 
 
-def alone(pipeline: Path, script: list[Shot] = LONG, seed: int = 0) -> Tensor:
+@cache
+def alone(pipeline: Path, script: Sequence[Shot] = LONG, seed: int = 0) -> Tensor:
     """The frames of a plain stream."""
     return pixels(streamed(planned(pipeline, f"stream.seed={seed}"), script)[1])
 
@@ -49,7 +63,7 @@ def test_a_stream_goes_on_until_its_limit(
         done = viewer.until("session.done")
         code, _ = viewer.closed()
     assert (code, done["chunks"], done["reason"]) == (1000, CHUNKS + 1, "limit")
-    wanted = alone(pipeline, [Shot(caption=PROMPT, seconds=CHUNKS + 1)], seed=3)
+    wanted = alone(pipeline, seed=3)
     assert torch.equal(torch.cat(encoded[0]), wanted)
     assert viewer.video.shape == wanted.shape
     starts = [part["first_frame"] for part in viewer.parts]
@@ -61,11 +75,19 @@ def test_a_stream_goes_on_until_its_limit(
     }  # fmt: skip
 
 
-def test_nothing_is_made_beyond_a_chunk_ahead_of_the_viewer(pipeline: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def server(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server for tests that look at none of its files and frames."""
+    folder, limits = tmp_path_factory.mktemp("server"), {"sessions": 9, "per_token": 9}
+    with time_enough(), serving(planned(pipeline), folder, **limits) as made:
+        yield made
+
+
+def test_nothing_is_made_beyond_a_chunk_ahead_of_the_viewer(server: Server) -> None:
     """Without a report the first two chunks are made; each chunk that plays lets one more in."""
-    with serving(planned(pipeline), tmp_path) as server, server.watching() as viewer:
+    with server.watching() as viewer:
         viewer.until("video.chunk_metadata", 2, play=False)
-        live = next(iter(server.service.sessions.entries.values())).live
+        live = server.service.sessions.entries[viewer.created["session_id"]].live
         with pytest.raises(TimeoutError):
             viewer.receive(wait=0.3)
         assert live.chunks == 2
@@ -122,8 +144,8 @@ def test_events_act_from_the_chunk_that_their_receipts_name(
     assert torch.equal(torch.cat(encoded[0]), pixels(video))
 
 
-def test_a_paused_session_makes_nothing(pipeline: Path, tmp_path: Path) -> None:
-    with serving(planned(pipeline), tmp_path) as server, server.watching() as viewer:
+def test_a_paused_session_makes_nothing(server: Server) -> None:
+    with server.watching() as viewer:
         viewer.until("video.chunk_metadata", 2, play=False)
         viewer.send(type="session.pause", event_id="p")
         assert viewer.until("session.interaction.queued")["event"] == "pause"
@@ -169,7 +191,7 @@ def test_a_state_goes_on_in_a_plain_stream(pipeline: Path, tmp_path: Path) -> No
         assert (over.status_code, over.json()["error"]["code"]) == (400, "refused")
     (tmp_path / "state").write_bytes(answer.content)
     _, video = streamed(planned(pipeline), (), resume=tmp_path / "state")
-    wanted = alone(pipeline, [Shot(caption=PROMPT, seconds=5)])
+    wanted = alone(pipeline, (Shot(caption=PROMPT, seconds=5),))
     assert torch.equal(pixels(video), wanted[13:]) and len(wanted) > 30
 
 
@@ -273,8 +295,8 @@ def test_a_device_that_fails_ends_the_server(
     assert not [*(tmp_path / "sessions").iterdir()]
 
 
-def test_a_second_connection_takes_a_session_over(pipeline: Path, tmp_path: Path) -> None:
-    with serving(planned(pipeline), tmp_path) as server, server.watching() as first:
+def test_a_second_connection_takes_a_session_over(server: Server) -> None:
+    with server.watching() as first:
         first.until("video.chunk_metadata")
         with server.watching(**first.resuming()) as second:
             code, last = first.closed()
@@ -284,8 +306,8 @@ def test_a_second_connection_takes_a_session_over(pipeline: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("wrong", ["session_id", "resume_token", "after_sequence"])
-def test_only_its_client_resumes_a_session(pipeline: Path, tmp_path: Path, wrong: str) -> None:
-    with serving(planned(pipeline), tmp_path) as server, server.watching() as viewer:
+def test_only_its_client_resumes_a_session(server: Server, wrong: str) -> None:
+    with server.watching() as viewer:
         viewer.until("video.chunk_metadata", 2)
         other = {"session_id": "../sessions", "resume_token": "x" * 43, "after_sequence": 99}
         given = {**viewer.resuming(), wrong: other[wrong]}
@@ -322,7 +344,7 @@ def test_a_session_that_is_left_goes_to_disk_and_comes_back(
             second.until("session.done")
         assert second.config["first_frame"] == 13
         assert not list((tmp_path / "sessions").iterdir())
-    script = [Shot(caption=PROMPT, seconds=5), Shot(caption=OTHER, seconds=3)]
+    script = Shot(caption=PROMPT, seconds=5), Shot(caption=OTHER, seconds=3)
     frames = torch.cat([*encoded[0], *encoded[2]])
     assert torch.equal(frames, alone(pipeline, script)[: len(frames)])
     assert len(frames) == 5 + 8 * CHUNKS
