@@ -30,7 +30,7 @@ from lltk.bench.agreement import (
     summarise,
     videos,
 )
-from lltk.bench.quality import PARTS, STRETCH, ShotScore, draw_stories
+from lltk.bench.quality import DISTANCES, PARTS, STRETCH, ShotScore, draw_stories
 from lltk.bench.record import Record, markdown, markdown_table, write_record
 from lltk.bench.script import beside_record, script_options, script_parser, script_record
 from lltk.compiler import transform
@@ -46,7 +46,10 @@ _METHOD = """\
 Captions are drawn with a fixed seed; no model was trained on them. Agreement is the share of
 shots whose shape, colour, motion and background are all as the caption has them, with Wilson's 95
 % interval. Identity compares the size, the dot's colour and the background's tint of a shot's
-last two seconds with its first two: the mean in per cent, with its 95 % interval."""
+last two seconds with its first two: the mean in per cent, with its 95 % interval. The frame
+distance is the root of the mean square of the difference between a frame and the world's own
+drawing of what the scorer reads of its shot, in per cent of a channel's range: the mean over shots
+of their first frames, and of the others."""
 PLOT = "_identity.svg"
 SEED = 20_000
 SHOTS = 3
@@ -112,6 +115,11 @@ def text(record: Record) -> str:
             "agreement %, after a cut": lambda row: interval(row["after_cut"]),
             **{f"{part} %": partial(_part, part) for part in PARTS},
             "identity %": lambda row: interval(row["identity"]),
+            **{
+                heading: lambda row, key=key: interval(row[key])
+                for key, heading in DISTANCES.items()
+                if all(key in row for row in cells)
+            },
         },
     )
     headings = ["60 s", "steps", "shots", "identity % at 2 s", "at 60 s", "change"]

@@ -77,7 +77,7 @@ def test_errors_of_the_first_layer_reach_the_next_chunk(program: Program) -> Non
 
 
 def score(index: int, right: bool, kept: float) -> ShotScore:
-    return ShotScore(index, (True, True, True, right), kept)
+    return ShotScore(index, (True, True, True, right), kept, 2.0 + index, 4.0 - index)
 
 
 def test_shots_are_summarised() -> None:
@@ -87,6 +87,8 @@ def test_shots_are_summarised() -> None:
     assert found.after_cut is not None and found.identity is not None
     assert found.agreement[0] == pytest.approx(200 / 3)
     assert found.after_cut[0] == 50 and found.identity[0] == 90
+    assert found.first_frame[0] == pytest.approx(8 / 3)
+    assert found.other_frames[0] == pytest.approx(10 / 3)
     assert found.parts["background"] == found.agreement and found.parts["shape"][0] == 100
     assert summarise(scores[:1]).after_cut is None
     assert summarise([score(0, True, math.nan)]).identity is None

@@ -94,6 +94,20 @@ def test_truth_scores_full_and_other_captions_do_not() -> None:
     assert not any(all(shot.right) for shot in wrong)
 
 
+def test_the_distance_of_first_frames_is_apart() -> None:
+    (story,) = draw_stories(seed=4, count=1, shots=2, chunks=3, chunk=3)
+    video = shown(story)
+    own = score_video(video, story)
+    assert max(score.first for score in own) < 2 > max(score.rest for score in own)
+    opening = story.starts[1]
+    video[opening] = 255 - video[opening]
+    first, spoilt = score_video(video, story)
+    assert (first.first, first.rest) == (own[0].first, own[0].rest)
+    assert spoilt.first > 20 and spoilt.rest < 2
+    video[opening + 1 : opening + 9] = 255 - video[opening + 1 : opening + 9]
+    assert score_video(video, story)[1].rest > 20
+
+
 def test_identity_of_short_shots_is_unknown() -> None:
     (story,) = draw_stories(seed=1, count=1, shots=2, chunks=3, chunk=3)
     assert all(math.isnan(shot.kept) for shot in score_video(shown(story), story))

@@ -26,6 +26,7 @@ SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks" / "records").glob("*.json"))
 KEYS = {
     "bundle": ("name", "threads"),
+    "distillation": ("precision", "model", "steps"),
     "export": ("recipe",),
     "export_spread": ("recipe",),
     "quality": ("model", "steps"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lltk.bench.intervals import wilson
-from lltk.bench.scorer import Reading, agreement, identity, read
+from lltk.bench.scorer import Read, Reading, agreement, distances, identity, read
 from lltk.models.tiny import world
 from lltk.models.tiny.world import Shot, Story
 
@@ -147,6 +147,38 @@ def test_motion_is_read_from_order_and_pace(motion: str) -> None:
     opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
     assert back == opposite.get(motion, motion)
     assert read(video[:7]).motion.value is None
+
+
+def test_frames_are_as_far_as_they_differ() -> None:
+    """In per cent of a channel's range: 100 between black and white."""
+    shot, video = one_shot(3, "pulsing", 24)
+    own = distances(video, read(video))
+    assert own.shape == (24,) and float(own.max()) < 2
+    worse = video.clone()
+    worse[5] += 0.2
+    worse[6, :, :64] = -worse[6, :, :64]
+    far = distances(worse.clamp(-1, 1), read(video))
+    assert float(far[5]) == pytest.approx(10, abs=0.5) and float(far[6]) > 20
+    same = torch.ones(24, dtype=torch.bool)
+    same[5:7] = False
+    assert torch.equal(far[same], own[same])
+    seen = read(video)
+    others = (replace(seen, shape=Read(name, 1.0)) for name in world.SHAPES)
+    nearest = min(others, key=lambda wrong: float(distances(video, wrong).mean()))
+    assert nearest.shape.value == shot.scene.shape
+
+
+def test_what_is_not_read_is_not_drawn() -> None:
+    _, video = one_shot(3, "up", 9)
+    shown = read(video)
+    bare = [replace(shown, shape=Read(None, 0.0)), replace(shown, colour=Read(None, 0.0))]
+    assert torch.equal(*(distances(video, each) for each in bare))
+    whole, dotless = (
+        distances(video, each) for each in (shown, replace(shown, accent=Read(None, 0.0)))
+    )
+    assert bool((whole < dotless).all() and (dotless < distances(video, bare[0])).all())
+    ground = torch.full_like(video, -1)
+    assert bool(distances(ground, read(ground)).isfinite().all())
 
 
 def test_nothing_is_read_from_nothing() -> None:

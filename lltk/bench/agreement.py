@@ -43,6 +43,9 @@ class Agreement:
         parts: share of shots that show the caption's shape, its colour, and so on.
         identity: how much of the first two seconds' identity the last two keep; None if every shot
             is shorter than four seconds.
+        first_frame: how far shots' first frames are from the world's drawing of what the shots
+            show: the root of the mean square of the difference, in per cent of a channel's range.
+        other_frames: the same of their other frames.
     """
 
     shots: int
@@ -51,6 +54,8 @@ class Agreement:
     after_cut: Interval | None
     parts: dict[str, Interval]
     identity: Interval | None
+    first_frame: Interval
+    other_frames: Interval
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ def summarise(scores: Sequence[ShotScore]) -> Agreement:
         share([all(score.right) for score in later]) if later else None,
         {part: share([score.right[i] for score in scores]) for i, part in enumerate(PARTS)},
         mean(kept) if kept else None,
+        mean([score.first for score in scores]),
+        mean([score.rest for score in scores]),
     )
 
 

@@ -23,7 +23,7 @@ from lltk.bench.agreement import (
     videos,
 )
 from lltk.bench.layer_errors import OUTPUT, Model, layer_errors
-from lltk.bench.quality import draw_stories
+from lltk.bench.quality import DISTANCES, draw_stories
 from lltk.bench.record import Record, markdown
 from lltk.graph.geometry import Geometry
 from lltk.graph.module import instantiate
@@ -211,6 +211,7 @@ def quality_row(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, st
         "agreement %": interval(row["agreement"]),
         "after a cut %": interval(row["after_cut"]),
         "identity %": interval(row["identity"]),
+        **{heading: interval(row[key]) for key, heading in DISTANCES.items() if key in row},
         "as the first": "yes" if overlap(row["agreement"], base["agreement"]) else "no",
     }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lltk.bench.scorer import Reading, agreement, identity, read
+from lltk.bench.scorer import Reading, agreement, distances, identity, read
 from lltk.models.tiny.world import FPS, STRIDE, Story, draw_shot
 from lltk.stream.denoise import denoise
 from lltk.stream.rollout import RuntimeRollout
@@ -17,6 +17,11 @@ from lltk.stream.sampler import Schedule
 
 PARTS = ("shape", "colour", "motion", "background")
 """The parts of a caption."""
+DISTANCES = {
+    "first_frame": "first frames' distance",
+    "other_frames": "other frames' distance",
+}
+"""What a table calls the distances of `lltk.bench.agreement.Agreement`."""
 STRETCH = 2 * FPS
 """Frames from which identity is read: two seconds, which is longer than a pulse."""
 
@@ -87,11 +92,16 @@ class ShotScore:
         right: for each of `PARTS`, whether the frames show it as the caption says.
         kept: how much of its first two seconds' identity its last two keep, in per cent; NaN if the
             shot is shorter than four seconds.
+        first: how far its first frame is from the world's drawing of what the shot shows, as
+            `distances` has it.
+        rest: the same of its other frames, the root of their mean square.
     """
 
     index: int
     right: tuple[bool, ...]
     kept: float
+    first: float
+    rest: float
 
 
 def score_video(video: Tensor, story: Story) -> list[ShotScore]:
@@ -104,11 +114,15 @@ def score_video(video: Tensor, story: Story) -> list[ShotScore]:
     scores = []
     for index, (shot, span) in enumerate(zip(story.shots, story.spans, strict=True)):
         frames = video[span].float() / 127.5 - 1
-        right = agreement(read(frames), shot.caption)
+        shown = read(frames)
+        right = agreement(shown, shot.caption)
+        off = distances(frames, shown)
         kept = float("nan")
         if len(frames) >= 2 * STRETCH - STRIDE:
             kept = identity(read(frames[:STRETCH]), read(frames[-STRETCH:])).score
-        scores.append(ShotScore(index, tuple(getattr(right, part) for part in PARTS), kept))
+        parts = tuple(getattr(right, part) for part in PARTS)
+        rest = float(off[1:].square().mean().sqrt())
+        scores.append(ShotScore(index, parts, kept, float(off[0]), rest))
     return scores
 
 

@@ -28,6 +28,7 @@ from lltk.models.tiny.world import (
     RESOLUTION,
     SHAPES,
     Scene,
+    paint,
     parse_caption,
     signed_distance,
     stripes,
@@ -45,6 +46,8 @@ _FAINT = 0.15
 """More chroma than any background has; the world's colours have at least three times as much."""
 _FARTHEST = 60.0
 """Pixels from a shape's centre; what lies farther away is background in every frame."""
+_UNSEEN = 1e-3
+"""A size in pixels at which nothing is to be seen of a shape."""
 _SMALLEST = 6.0
 """The smallest size that counts as a shape, in pixels."""
 _BLURS = (0.05, 0.12, 0.2, 0.3)
@@ -77,7 +80,7 @@ class Read:
 _NOTHING = Read(None, 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reading:
     """What the frames of a shot show.
 
@@ -87,6 +90,8 @@ class Reading:
         size: the shape's size in pixels, as `Shot` has it; NaN if no shape was seen.
         tint: the hue of the background, as a fraction of a full turn.
         seen: the share of the frames that show a shape.
+        poses: the shape's x, y and size in pixels in each frame, [F, 3]; a frame that shows none
+            has a size at which nothing is to be seen.
     """
 
     shape: Read
@@ -97,6 +102,7 @@ class Reading:
     size: float
     tint: float
     seen: float
+    poses: Tensor
 
 
 @dataclass(frozen=True)
@@ -189,11 +195,15 @@ def read(frames: Tensor) -> Reading:
     found = size > _SMALLEST
     seen = float(found.float().mean())
     background, tint = _ground(image, x, y, size)
+    poses = x.new_tensor([0.0, 0.0, _UNSEEN]).repeat(len(x), 1)
     if not seen:
-        return Reading(_NOTHING, _NOTHING, _NOTHING, background, _NOTHING, math.nan, tint, seen)
+        return Reading(
+            _NOTHING, _NOTHING, _NOTHING, background, _NOTHING, math.nan, tint, seen, poses
+        )
     x, y, size = x[found], y[found], size[found]
     shape, outline, scale = _shape(_posed(cover[found, None], x, y, size))
     posed = _posed(image[found], x, y, size)
+    poses[found] = torch.stack([x, y, size / scale], 1)
     distance, radius = (part.to(frames.device) for part in _distance(outline, scale))
     return Reading(
         shape=shape,
@@ -204,7 +214,32 @@ def read(frames: Tensor) -> Reading:
         size=_mean_size(size) / scale,
         tint=tint,
         seen=seen,
+        poses=poses,
     )
+
+
+def distances(frames: Tensor, shown: Reading) -> Tensor:
+    """How far frames are from the world's own drawing of what they show.
+
+    What was not read is not drawn: no shape if it or its colour was not, and no dot if its colour
+    was not.
+
+    Args:
+        frames: as `read` takes them.
+        shown: what was read of them.
+
+    Returns:
+        The root of the mean square of each frame's difference, in per cent of a channel's range:
+        float32 [F].
+    """
+    shape, colour, poses = shown.shape.value, shown.colour.value, shown.poses.clone()
+    if shape is None or colour is None:
+        poses[:, 2] = _UNSEEN
+        shape, colour = next(iter(SHAPES)), next(iter(COLOURS))
+    background = shown.background.value
+    assert background is not None  # one is always the nearest
+    drawn = paint(poses, shape, colour, shown.accent.value or colour, background, shown.tint)
+    return 50 * (frames.float().clamp(-1, 1) - drawn).square().mean((1, 2, 3)).sqrt()
 
 
 def _chroma(colour: Tensor) -> Tensor:
@@ -231,7 +266,7 @@ def _cover(chroma: Tensor) -> Tensor:
     smooth = F.avg_pool2d(F.pad(chroma - ground[:, None, None], (1, 1, 1, 1), "circular"), 3, 1)
     far = torch.hypot(*smooth.unbind(1))
     peak = torch.quantile(far.flatten(1), 0.99, dim=1).median()
-    inside = far > 0.4 * peak
+    inside = far >= 0.4 * peak
     full = far[inside].median().clamp(min=_FAINT)
     return _ramp(far / full)
 

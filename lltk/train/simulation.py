@@ -67,7 +67,8 @@ def simulate(rollout: Rollout, schedule: Schedule, scene: Scene, passes: int) ->
         velocity = partial(_last_with_gradients, rollout.velocity(positions), passes - 1)
         image = scene.image if number == 0 else None
         made.append(denoise(schedule, scene.noise[:, :, frames], velocity, image, passes))
-        rollout.commit(made[-1].detach().to(rollout.dtype), positions, opens)
+        if frames.stop < len(scene.positions):  # nothing attends to the last chunk
+            rollout.commit(made[-1].detach().to(rollout.dtype), positions, opens)
     return torch.cat(made, dim=2)
 
 

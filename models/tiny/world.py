@@ -388,12 +388,26 @@ def _timeline(story: Story) -> list[tuple[Shot, slice]]:
     return list(zip(story.shots, story.spans, strict=True))
 
 
+def paint(
+    poses: Tensor, shape: str, colour: str, accent: str, background: str, tint: float
+) -> Tensor:
+    """Frames of one look.
+
+    Args:
+        poses: the shape's x, y and size in pixels, float32 [F, 3].
+        shape, colour, accent, background, tint: as `Scene` and `Shot` have them.
+
+    Returns:
+        float32 [F, 3, H, W] in [-1, 1].
+    """
+    look = poses.new_tensor(_look(shape, colour, accent, background, tint))
+    return _paint(torch.cat([poses, look.expand(len(poses), -1)], 1))
+
+
 def _row(shot: Shot) -> list[float]:
     """A shot in numbers: what `_pose` reads (9), then what `_paint` reads (19)."""
     scene = shot.scene
     step = DIRECTIONS.get(scene.motion, (0, 0))
-    outline = SHAPES[scene.shape]
-    wave = [math.cos(2 * math.pi * (shot.tint - third / 3)) for third in range(3)]
     return [
         *shot.centre,
         *(shot.rate * part for part in step),
@@ -402,11 +416,20 @@ def _row(shot: Shot) -> list[float]:
         PULSE_DEPTH * (scene.motion == "pulsing"),
         shot.rate,
         shot.phase,
+        *_look(scene.shape, scene.colour, shot.accent, scene.background, shot.tint),
+    ]
+
+
+def _look(shape: str, colour: str, accent: str, background: str, tint: float) -> list[float]:
+    """A look in numbers: outline (8), colours (6), ground (5)."""
+    outline = SHAPES[shape]
+    wave = [math.cos(2 * math.pi * (tint - third / 3)) for third in range(3)]
+    return [
         *(outline.fold, outline.turn, *outline.lines[0], *outline.lines[1]),
-        *COLOURS[scene.colour],
-        *COLOURS[shot.accent],
+        *COLOURS[colour],
+        *COLOURS[accent],
         *(TINT * part for part in wave),
-        *BACKGROUNDS[scene.background],
+        *BACKGROUNDS[background],
     ]
 
 
