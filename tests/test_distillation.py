@@ -31,7 +31,8 @@ from lltk.models.checkpoint import save_checkpoint
 from lltk.models.configs import named_config
 from lltk.models.tiny.text import save_text_encoder
 from lltk.passes.lora import is_adapter
-from lltk.stream.rollout import Rollout
+from lltk.stream.rollout import Rollout, RuntimeRollout
+from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.sampler import Schedule
 from lltk.tasks.clips import encoded_clips
 from lltk.tasks.distillation import DistillationPlan, plan_distillation
@@ -380,6 +381,19 @@ class Kept(Rollout):
         super().commit(*given)
 
 
+def test_a_cache_serves_one_clip_after_another(pipeline: Path) -> None:
+    """What is in the pages before does not matter."""
+    objective = objective_of(planned(pipeline, "geometry.window=6"))
+    program, module = objective._program, objective.module
+    runtime = TorchRuntime(program, module)
+    schedule = Schedule.make(2)
+    with torch.no_grad():
+        for chunks in (5, 3):
+            given = scene(program, chunks)
+            made = simulate(RuntimeRollout(runtime), schedule, given, 2)
+            assert torch.equal(made, simulate(Rollout(program, module), schedule, given, 2))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_past_the_window(recompute: bool, pipeline: Path) -> None:
     """Chunks that were evicted before the backward pass count as they did when they were read."""
@@ -576,6 +590,7 @@ def test_a_critic_that_is_not_finite_is_named(
             ["train.adapter=longlive", "passes.lora.alpha=8"],
             "longlive means a scale of 1, and lora has alpha 8 of rank 4; set passes.lora.alpha=4",
         ),
+        (["train.graphs=true", "train.shards=2", "train.batch=2"], "train.graphs: ranks exchange"),
         (["train.batch=3"], "train.batch: 3 clips a step are not a multiple of the 2"),
         (["distil.fake.passes=[canonicalise, block_causal]"], "passes: no adapters train; add"),
     ],

@@ -225,6 +225,30 @@ def test_cuda_graphs_change_nothing(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, streamed(*keys), strict=True)), keys
 
 
+def test_cuda_graphs_make_the_same_clips(tmp_path: Path) -> None:
+    """The critic's, over two updates: the second replays what the first has recorded."""
+    import streams
+    import test_distillation as distillation
+
+    from lltk.tasks.distillation import plan_distillation
+    from lltk.train.data import Batches
+
+    pipeline = streams.save_pipeline(tmp_path / "pipeline")
+
+    def clips(*changes: str) -> list[Tensor]:
+        recipe = distillation.recipe(pipeline, "train.batch=2", *changes)
+        plan = plan_distillation(recipe, torch.device("cuda"), "test")
+        simulation = distillation.objective_of(plan).simulation
+        batches, made = Batches(distillation.Prompts(), 0, plan.program.geometry.batch), []
+        for _ in range(4):
+            given = next(batches)
+            with torch.no_grad():
+                made.append(simulation.clips(given, "critic", simulation.scene(given, "critic")))
+        return made
+
+    assert all(map(torch.equal, clips(), clips("train.graphs=true")))
+
+
 def test_a_second_session_records_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the slot of the first with its CUDA graphs, and is as if it were alone."""
     import streams

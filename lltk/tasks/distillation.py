@@ -39,9 +39,9 @@ from lltk.train.simulation import Simulation, simulate
 _SAMPLE_CLIPS = 4
 _SCORES = ("canonicalise", "per_frame_timesteps", "frame_positions", "text_per_chunk")
 _NOT_FOR_IT = (
-    "from_scratch", "context_error", "context_noise", "error_recycling", "gap", "graphs",
+    "from_scratch", "context_error", "context_noise", "error_recycling", "gap",
 )  # fmt: skip
-"""Keys of the train section that distillation has no use for, or cannot do yet."""
+"""Keys of the train section that distillation has no use for."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class DistillationPlan(TransformerPlan):
         memory = {owner: size // self.section.shards for owner, size in memory.items()}
         cache, geometry = estimate(self.program), self.program.geometry
         # A commit to a page that is in use leaves the old cache to the backward pass.
-        copies = 1 + max(0, geometry.chunks - geometry.pages)
+        copies = 1 + max(0, geometry.chunks - geometry.pages) + self.section.graphs
         memory["cache pages"] = copies * cache["cache pages"]
         memory["cross-attention K/V"] = geometry.chunks * cache["cross-attention K/V"]
         return {owner: size for owner, size in (memory | self._passes()).items() if size}
@@ -133,8 +133,9 @@ class DistillationPlan(TransformerPlan):
         offset, image = self.stream.shot_offset, self.section.image
         batch, steps = self.section.batch, self.distil.steps
         simulation = Simulation(
-            self.program, student, steps, self.stream.shift, offset, image, batch
-        )
+            self.program, student, steps, self.stream.shift, offset, image, batch,
+            self.section.graphs,
+        )  # fmt: skip
         section = self.section.model_copy(update={"lr": self.distil.fake.lr})
         negative = self._encoder().text([self.stream.negative_prompt])[0]
         negative = negative.to(self.device, self.program.dtype)
@@ -230,6 +231,11 @@ def plan_distillation(
         )
     check_adapter(student, section, where)
     _check_exchange(recipe, where)
+    if section.graphs and (section.shards > 1 or student.fact(Ranks).count > 1):
+        raise ValueError(
+            f"{where}: train.graphs: ranks exchange tensors in the calls that it would record; set "
+            "it to false"
+        )
     lora = next(step["lora"] for step in student.recipe["passes"] if "lora" in step)
     real = _score(recipe, student, distil.real, [], "distil.real", where, weights)
     fake = _score(recipe, student, distil.fake, [{"lora": lora}], "distil.fake", where, weights)

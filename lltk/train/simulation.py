@@ -13,7 +13,8 @@ from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.stream.denoise import Velocity, denoise
 from lltk.stream.positions import frame_positions
-from lltk.stream.rollout import Rollout
+from lltk.stream.rollout import Rollout, RuntimeRollout
+from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.sampler import Schedule
 from lltk.train.data import Batch
 
@@ -42,7 +43,7 @@ class Scene:
         return frames < (0 if self.image is None else 1)
 
 
-def simulate(rollout: Rollout, schedule: Schedule, scene: Scene, passes: int) -> Tensor:
+def simulate(rollout: RuntimeRollout, schedule: Schedule, scene: Scene, passes: int) -> Tensor:
     """A clip, chunk by chunk through the deployment's sampler and cache.
 
     Each chunk gets so many passes of the schedule. What the last of them predicts is the chunk: it
@@ -50,7 +51,7 @@ def simulate(rollout: Rollout, schedule: Schedule, scene: Scene, passes: int) ->
     committed is a constant.
 
     Args:
-        rollout: over the student's stream graphs, with an empty cache.
+        rollout: over the student's stream graphs, with no chunk in its table.
         schedule: the deployment's, on the noise's device.
         scene: of the clip.
         passes: 1 to the schedule's steps.
@@ -92,6 +93,8 @@ class Simulation:
         offset: φ, by which positions shift at a cut.
         image: share of the calls whose clips' first frames are given.
         batch: clips of an update.
+        graphs: whether clips without gradients, such as the critic's, are made by CUDA graphs. One
+            cache is kept for them all.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Simulation:
         offset: float,
         image: float,
         batch: int,
+        graphs: bool = False,
     ) -> None:
         self._program = program
         self._module = module
@@ -111,6 +115,7 @@ class Simulation:
         self._offset = offset
         self._image = image
         self._batch = batch
+        self._graphed = TorchRuntime(program, module, cuda_graphs=True) if graphs else None
 
     @property
     def frames(self) -> int:
@@ -145,7 +150,9 @@ class Simulation:
     def clips(self, batch: Batch, purpose: str, scene: Scene) -> Tensor:
         """The clips of a scene, float32 [B, C, F, h, w], by the `passes` of their update."""
         schedule, passes = self.passes(batch, purpose)
-        return simulate(Rollout(self._program, self._module), schedule, scene, passes)
+        if self._graphed is None or torch.is_grad_enabled():
+            return simulate(Rollout(self._program, self._module), schedule, scene, passes)
+        return simulate(RuntimeRollout(self._graphed), schedule, scene, passes)
 
     def passes(self, batch: Batch, purpose: str) -> tuple[Schedule, int]:
         """The schedule of a batch's chunks, and how many of its passes they get; both drawn.
