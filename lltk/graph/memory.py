@@ -53,7 +53,7 @@ def estimate(program: Program) -> dict[str, int]:
         return owners
     frames = geometry.captured_frames(program.kind) // program.fact(Ranks).count
     owners["block inputs"] = spec.layers * frames * frame
-    if program.kind in ("train", "reference"):
+    if program.kind in ("train", "reference", "score"):
         trains = program.fact(Trainable).names or program.weights.keys()
         count = sum(program.weights[name].numel() for name in trains)
         owners["gradients"] = count * torch.float32.itemsize

@@ -94,10 +94,10 @@ class FlowMatching:
         graphs: bool = False,
         error_recycling: ErrorRecyclingSection | None = None,
     ) -> None:
-        if program.kind not in ("train", "reference"):
+        if program.kind not in ("train", "reference", "score"):
             raise ValueError(
                 f"a {program.kind} program has no flow-matching objective; set the recipe's "
-                "program to train or reference"
+                "program to train, reference or score"
             )
         if program.kind == "reference" and (context_error or context_noise or error_recycling):
             raise ValueError(
