@@ -28,7 +28,7 @@ import torch
 from lltk.bench.agreement import interval, one_ahead, scored, summarise, videos
 from lltk.bench.quality import DISTANCES, draw_stories
 from lltk.bench.record import Record, markdown, markdown_table, write_record
-from lltk.bench.script import beside_record, script_options, script_parser, script_record
+from lltk.bench.script import beside_record, column, script_options, script_parser, script_record
 from lltk.files.writing import write_text
 from lltk.graph.recipe import open_recipe
 from lltk.streaming import StreamPlan, plan_stream
@@ -42,8 +42,10 @@ that show their caption's shape, colour, motion and background, with Wilson's 95
 Identity compares a shot's last two seconds with its first two: the mean in per cent. The frame
 distance is the root of the mean square of the difference between a frame and the world's own
 drawing of what the scorer reads of its shot, in per cent of a channel's range: the mean over shots
-of their first frames, and of the others. Means have 95 % intervals. Runs are named by their
-folders, and their averaged adapters are merged."""
+of their first frames, and of the others. Means have 95 % intervals. The spread of tints, which no
+caption tells, is 1 − |mean exp(2πi·hue)| of the backgrounds: near 100 % if all hues are as
+frequent, as in the world, and less if a model prefers some. Runs are named by their folders, and
+their averaged adapters are merged."""
 PLOT = ".svg"
 BEFORE = "before"
 HIGH, LOW = "bfloat16", "W4A4, NVFP4 cache"
@@ -206,6 +208,7 @@ def text(record: Record) -> str:
                 heading: lambda row, key=key: interval(row[key])
                 for key, heading in DISTANCES.items()
             },
+            "tint spread %": column("tint_spread", ".0f"),
         },
     )
     found = {(row["precision"], row["model"], row["steps"]): row for row in record.results}

@@ -77,7 +77,7 @@ def test_errors_of_the_first_layer_reach_the_next_chunk(program: Program) -> Non
 
 
 def score(index: int, right: bool, kept: float) -> ShotScore:
-    return ShotScore(index, (True, True, True, right), kept, 2.0 + index, 4.0 - index)
+    return ShotScore(index, (True, True, True, right), kept, 2.0 + index, 4.0 - index, index / 4)
 
 
 def test_shots_are_summarised() -> None:
@@ -89,6 +89,7 @@ def test_shots_are_summarised() -> None:
     assert found.after_cut[0] == 50 and found.identity[0] == 90
     assert found.first_frame[0] == pytest.approx(8 / 3)
     assert found.other_frames[0] == pytest.approx(10 / 3)
+    assert found.tint_spread == pytest.approx(100 * (1 - math.sqrt(5) / 3))
     assert found.parts["background"] == found.agreement and found.parts["shape"][0] == 100
     assert summarise(scores[:1]).after_cut is None
     assert summarise([score(0, True, math.nan)]).identity is None

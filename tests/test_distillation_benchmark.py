@@ -57,7 +57,9 @@ def called(
 
     def scored(_pool: Any, films: tuple[str, int], _stories: Any) -> Callable[[], list[ShotScore]]:
         off, right = OFF.get(films, 7.0), films[0] != "worse"
-        scores = [ShotScore(i % 3, (True, True, True, right), 90.0, off, 4.0) for i in range(60)]
+        scores = [
+            ShotScore(i % 3, (True, True, True, right), 90.0, off, 4.0, i / 60) for i in range(60)
+        ]
         return lambda: scores
 
     monkeypatch.setattr("lltk.bench.agreement.videos", videos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -46,6 +47,8 @@ class Agreement:
         first_frame: how far shots' first frames are from the world's drawing of what the shots
             show: the root of the mean square of the difference, in per cent of a channel's range.
         other_frames: the same of their other frames.
+        tint_spread: how far the hues of backgrounds are spread, which no caption tells: 0 if all
+            are one, and near 100 if all are as frequent.
     """
 
     shots: int
@@ -56,6 +59,7 @@ class Agreement:
     identity: Interval | None
     first_frame: Interval
     other_frames: Interval
+    tint_spread: float
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def summarise(scores: Sequence[ShotScore]) -> Agreement:
     """What the scores of shots say together; there is at least one."""
     later = [score for score in scores if score.index]
     kept = [score.kept for score in scores if not math.isnan(score.kept)]
+    hues = [cmath.rect(1, 2 * math.pi * score.tint) for score in scores]
     return Agreement(
         len(scores),
         share([all(score.right) for score in scores]),
@@ -88,6 +93,7 @@ def summarise(scores: Sequence[ShotScore]) -> Agreement:
         mean(kept) if kept else None,
         mean([score.first for score in scores]),
         mean([score.rest for score in scores]),
+        100 * (1 - abs(sum(hues) / len(hues))),
     )
 
 

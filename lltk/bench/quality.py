@@ -95,6 +95,7 @@ class ShotScore:
         first: how far its first frame is from the world's drawing of what the shot shows, as
             `distances` has it.
         rest: the same of its other frames, the root of their mean square.
+        tint: the hue of its background, in turns; no caption tells it.
     """
 
     index: int
@@ -102,6 +103,7 @@ class ShotScore:
     kept: float
     first: float
     rest: float
+    tint: float
 
 
 def score_video(video: Tensor, story: Story) -> list[ShotScore]:
@@ -122,7 +124,7 @@ def score_video(video: Tensor, story: Story) -> list[ShotScore]:
             kept = identity(read(frames[:STRETCH]), read(frames[-STRETCH:])).score
         parts = tuple(getattr(right, part) for part in PARTS)
         rest = float(off[1:].square().mean().sqrt())
-        scores.append(ShotScore(index, parts, kept, float(off[0]), rest))
+        scores.append(ShotScore(index, parts, kept, float(off[0]), rest, shown.tint))
     return scores
 
 
