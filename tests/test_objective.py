@@ -93,7 +93,7 @@ def test_grid_and_weights_are_longlives() -> None:
 
 def test_levels_are_one_a_chunk_or_one_a_clip() -> None:
     grid = noise_grid()
-    for kind, levels in (("train", 3), ("reference", 1)):
+    for kind, levels in (("train", 3), ("reference", 1), ("score", 1)):
         module, _, _ = recorded(kind)
         timestep = module.given["timestep"]
         assert timestep.dtype == torch.float32
@@ -409,8 +409,8 @@ def test_low_precision_programs_have_a_float32_loss() -> None:
 
 
 def test_other_programs_have_no_objective() -> None:
-    message = refused(FlowMatching, captured("score", layers=1), nn.Module())
-    assert message.endswith("set the recipe's program to train or reference")
+    message = refused(FlowMatching, captured("stream", layers=1), nn.Module())
+    assert message.endswith("set the recipe's program to train, reference or score")
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,11 @@ While streaming, the errors of consecutive chunks add up.
 
 
 class FlowMatching:
-    """Flow matching through a train or a reference Program.
+    """Flow matching through a train, a reference or a score Program.
 
     A train program sees a clip twice, clean and noisy, and each chunk has a noise level of its own.
-    A reference program sees the noisy clip, which has one noise level. Levels are drawn uniformly
-    from `noise_grid`. The squared error is averaged over each latent frame, weighted by
+    A reference and a score program see the noisy clip, which has one noise level. Levels are drawn
+    uniformly from `noise_grid`. The squared error is averaged over each latent frame, weighted by
     `level_weights`, and summed over the frames that count.
 
     While it streams, a causal model sees chunks that it made itself. So that it learns this, the
@@ -76,7 +76,7 @@ class FlowMatching:
         error_recycling: which errors of earlier steps are added; None for none.
 
     Raises:
-        ValueError: the program neither trains nor is a reference; or it is a reference, which sees
+        ValueError: the program is of another kind; or it is a reference or a score, which see
             no clean chunks, and they should carry errors or noise; or ranks have clean chunks apart
             from noisy ones, which should carry errors of their predictions.
     """
@@ -99,10 +99,11 @@ class FlowMatching:
                 f"a {program.kind} program has no flow-matching objective; set the recipe's "
                 "program to train, reference or score"
             )
-        if program.kind == "reference" and (context_error or context_noise or error_recycling):
+        if program.kind != "train" and (context_error or context_noise or error_recycling):
             raise ValueError(
-                "train.context_error, train.context_noise and train.error_recycling: a reference "
-                "program sees no clean chunks; remove them, or set the recipe's program to train"
+                "train.context_error, train.context_noise and train.error_recycling: a "
+                f"{program.kind} program sees no clean chunks; remove them, or set the recipe's "
+                "program to train"
             )
         self._program = program
         self._contract = program.contract(program.kind)
