@@ -46,21 +46,19 @@ from lltk.export.facts import (
     EnginesFacts,
     Facts,
     GoldenFacts,
-    GraphFacts,
     StageFacts,
-    TensorFacts,
     TextFacts,
 )
 from lltk.files.outputs import Output, check_outputs
 from lltk.files.tensors import read_tensors, write_tensors
 from lltk.files.writing import NewFolder, standing, whole_folder
-from lltk.graph.contract import Contract, TensorSpec
+from lltk.graph.contract import Contract
+from lltk.graph.contract_facts import GraphFacts
 from lltk.graph.facts import HighSteps
 from lltk.graph.fingerprint import fingerprint
 from lltk.graph.memory import activations
 from lltk.graph.recipe import validated
 from lltk.graph.spec import DecoderSpec, ModelSpec, TextSpec
-from lltk.graph.text import dtype_name
 from lltk.stream.bundle_text import read_tokenizer
 from lltk.stream.runtimes import tensorrt
 from lltk.stream.runtimes.onnx_graph import OnnxGraph, check_installed
@@ -313,11 +311,7 @@ def _write_stage(folder: NewFolder, stage: str, program: Program, dialect: Diale
     pool, models = emit(program, dialect)
     pool.write(folder, stage, models)
     assert isinstance(program.model, ModelSpec | DecoderSpec | TextSpec)
-    contracts = {name: program.contract(name) for name in program.graphs}
-    graphs = {
-        name: GraphFacts(inputs=_facts(each.inputs), outputs=_facts(each.outputs))
-        for name, each in contracts.items()
-    }
+    graphs = {name: GraphFacts.of(program.contract(name)) for name in program.graphs}
     return StageFacts(
         fingerprint=fingerprint(program),
         model=program.model,
@@ -326,13 +320,6 @@ def _write_stage(folder: NewFolder, stage: str, program: Program, dialect: Diale
         log=list(program.log),
         graphs=graphs,
     )
-
-
-def _facts(specs: Mapping[str, TensorSpec]) -> dict[str, TensorFacts]:
-    return {
-        name: TensorFacts(shape=spec.shape, dtype=dtype_name(spec.dtype), role=spec.role)
-        for name, spec in specs.items()
-    }
 
 
 def _write_golden(folder: NewFolder, cases: Iterable[Case], target: str) -> list[GoldenFacts]:
