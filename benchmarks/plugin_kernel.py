@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--heads", type=int, default=24)
     made.add_argument("--head-width", type=int, default=128)
     made.add_argument("--sm", type=int, default=90, help="what to compile for (default: 90)")
-    made.add_argument("--tiles", action="append", help="M,N,WARPS,STAGES; may be repeated")
+    made.add_argument(
+        "--tiles", action="append", help="M,N,WARPS,STAGES and 1,0 or 1,1 for Hopper's; repeatable"
+    )
     made.add_argument("--compile", type=Path, metavar="FOLDER", help="compile into it, and end")
     made.add_argument("--kernels", type=Path, metavar="FOLDER", help="measure those of a folder")
     return made
@@ -88,6 +90,7 @@ def _compile(options: argparse.Namespace, sizes: Sizes, folder: Path) -> None:
     wanted = [Tiles(*map(int, each.split(","))) for each in options.tiles or ()]
     for tiles in wanted or [TILES[options.sm]]:
         name = f"{tiles.m}x{tiles.n}-{tiles.warps}-warps-{tiles.stages}-stages"
+        name += ("-hopper" if tiles.hopper else "") + ("-turns" if tiles.turns else "")
         with whole_folder(folder / name) as new:
             write_kernels(new, sizes, options.sm, tiles)
 

@@ -133,7 +133,7 @@ def interpret() -> None:
                 )
             out = torch.full_like(own[0], torch.nan)
             attend_listed_kernel[(-(-sizes.tokens // 16), 6)](
-                *own, *held, listed, out, **counts, QUERIES=sizes.tokens, M=16, N=16
+                *own, *held, listed, out, **counts, M=16, N=16
             )
             for name, shown in ("right", table), ("wrong", [1] if table != [1] else []):
                 wanted = nvfp4_paged_attention(
@@ -177,9 +177,9 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sm: int, prod
     assert product in texts[-1] and f".target sm_{sm}" in texts[-1]
     assert not any("e2m1" in text or "mxf4" in text for text in texts)
     assert facts.sm == sm and facts.tensors.contract == WIDE.contract
-    assert [each.entry for each in facts.launches] == [
-        "decode_listed_kernel", "decode_listed_kernel", "attend_listed_kernel",
-    ]  # fmt: skip
+    attend = "attend_listed_hopper_kernel" if sm == 90 else "attend_listed_kernel"
+    entries = [each.entry for each in facts.launches]
+    assert entries == ["decode_listed_kernel", "decode_listed_kernel", attend]
     assert facts.launches[0].grid == (-(-200 * 3 // 32), 4, 2)
     assert facts.launches[2].grid == (-(-200 // kernels.TILES[sm].m), 6, 1)
     for launch, text in zip(facts.launches, texts, strict=True):
@@ -289,7 +289,7 @@ def test_what_a_driver_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with faked(monkeypatch, Driver(), (12, 0)):
         said = refused(Kernels, folder, torch.device("cpu"))
     assert "are for compute capability 9.0, and A GPU has 12.0" in said
-    with faked(monkeypatch, Driver("attend_listed_kernel"), (9, 0)):
+    with faked(monkeypatch, Driver("attend_listed_hopper_kernel"), (9, 0)):
         said = refused(Kernels, folder, torch.device("cpu"))
     assert "cuModuleGetFunction: named symbol not found" in said
 

@@ -71,16 +71,20 @@ class Tiles:
         m, n: queries and keys of a tile.
         warps: of a block.
         stages: tiles of keys and values that are loaded ahead.
+        hopper: whether the kernel for Hopper runs, of which a block has 128 queries and 12 warps.
+        turns: whether its groups of warps take turns.
     """
 
     m: int
     n: int
     warps: int
     stages: int
+    hopper: bool = False
+    turns: bool = False
 
 
 TILES = {
-    90: Tiles(128, 128, 8, 2),
+    90: Tiles(128, 128, 4, 2, hopper=True, turns=True),
     100: Tiles(128, 128, 4, 2),
     120: Tiles(128, 64, 8, 2),
 }
@@ -118,6 +122,7 @@ def write_kernels(folder: NewFolder, sizes: Sizes, sm: int, tiles: Tiles | None 
     """
     check_kernels(sizes, sm)
     from lltk.ops.nvfp4_paged_attention.listed import attend_listed_kernel, decode_listed_kernel
+    from lltk.ops.nvfp4_paged_attention.listed_hopper import attend_listed_hopper_kernel
 
     tiles = tiles or TILES[sm]
     held = sizes.batch * sizes.pages * sizes.tokens * sizes.heads * sizes.width
@@ -136,11 +141,17 @@ def write_kernels(folder: NewFolder, sizes: Sizes, sm: int, tiles: Tiles | None 
         )  # fmt: skip
         grid = -(-sizes.tokens * sizes.heads // _ROWS), sizes.pages, sizes.batch
         launches.append(_written(folder, f"decode_{name}", made, grid, tensors))
-    made = _compiled(
-        attend_listed_kernel, sm,
-        {**counts, "QUERIES": sizes.tokens, "M": tiles.m, "N": tiles.n},
-        {"num_warps": tiles.warps, "num_stages": tiles.stages},
-    )  # fmt: skip
+    if tiles.hopper:
+        made = _compiled(
+            attend_listed_hopper_kernel, sm,
+            {**counts, "N": tiles.n, "STAGES": tiles.stages, "TURNS": tiles.turns},
+            {"num_warps": tiles.warps},
+        )  # fmt: skip
+    else:
+        made = _compiled(
+            attend_listed_kernel, sm, {**counts, "M": tiles.m, "N": tiles.n},
+            {"num_warps": tiles.warps, "num_stages": tiles.stages},
+        )  # fmt: skip
     grid = -(-sizes.tokens // tiles.m), sizes.batch * sizes.heads, 1
     workspaces["scratch"] = made.metadata.global_scratch_size * grid[0] * grid[1]
     own = {name: name for name in ("q", "k", "v", "k_held", "v_held", "listed", "out", "scratch")}
@@ -170,6 +181,7 @@ def _compiled(kernel: Any, sm: int, constants: Mapping[str, Any], options: dict[
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     names = kernel.arg_names
     signature = {
@@ -180,7 +192,8 @@ def _compiled(kernel: Any, sm: int, constants: Mapping[str, Any], options: dict[
         for index, name in enumerate(names)
         if name not in constants
     }
-    source = ASTSource(kernel, signature, dict(constants), aligned)
+    make = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = make(kernel, signature, dict(constants), aligned)
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 

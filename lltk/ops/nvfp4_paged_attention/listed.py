@@ -56,8 +56,8 @@ def decode_listed_kernel(
 @triton.jit
 def attend_listed_kernel(
     q, k, v, k_held, v_held, listed, out,
-    PAGES: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
-    WIDTH: tl.constexpr, SLOTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    PAGES: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """M queries of one head over the chunk's own keys and over those that are held.
 
@@ -65,6 +65,7 @@ def attend_listed_kernel(
         q, k, v, out: [B, L, H, D].
         k_held, v_held: [B, P * T, H, D], what `decode_listed_kernel` made.
         listed: bool [P].
+        TOKENS: L, which is T too.
         SLOTS: a power of two, P or more.
         M, N: queries and keys of a tile.
     """
@@ -73,16 +74,16 @@ def attend_listed_kernel(
     slots = tl.arange(0, SLOTS)
     seen = tl.load(listed + slots, mask=slots < PAGES, other=0) != 0
     held = tl.sum(seen.to(tl.int32), 0) * TOKENS
-    own, kept = batch * QUERIES * HEADS * WIDTH, batch * PAGES * TOKENS * HEADS * WIDTH
+    own, kept = batch * TOKENS * HEADS * WIDTH, batch * PAGES * TOKENS * HEADS * WIDTH
     queries = tl.make_tensor_descriptor(
-        q + own, [QUERIES, HEADS * WIDTH], [HEADS * WIDTH, 1], [M, WIDTH]
+        q + own, [TOKENS, HEADS * WIDTH], [HEADS * WIDTH, 1], [M, WIDTH]
     )
     asked = queries.load([tile * M, head * WIDTH])
     best = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, WIDTH), tl.float32)
     acc, total, best = _over(
-        asked, acc, total, best, k + own, v + own, QUERIES, head, HEADS, WIDTH, N
+        asked, acc, total, best, k + own, v + own, TOKENS, head, HEADS, WIDTH, N
     )
     acc, total, best = _over(
         asked, acc, total, best, k_held + kept, v_held + kept, held, head, HEADS, WIDTH, N
@@ -90,7 +91,7 @@ def attend_listed_kernel(
     query, channel = tile * M + tl.arange(0, M), tl.arange(0, WIDTH)
     places = own + query[:, None] * (HEADS * WIDTH) + head * WIDTH + channel[None, :]
     result = (acc / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + places, result, mask=(query < QUERIES)[:, None])
+    tl.store(out + places, result, mask=(query < TOKENS)[:, None])
 
 
 @triton.jit
@@ -99,8 +100,9 @@ def _over(
     HEADS: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over ``count`` keys, which may be 0."""
-    keys = tl.make_tensor_descriptor(k, [count, HEADS * WIDTH], [HEADS * WIDTH, 1], [N, WIDTH])
-    values = tl.make_tensor_descriptor(v, [count, HEADS * WIDTH], [HEADS * WIDTH, 1], [N, WIDTH])
+    rows = tl.maximum(count, 1)  # a descriptor of no rows is invalid
+    keys = tl.make_tensor_descriptor(k, [rows, HEADS * WIDTH], [HEADS * WIDTH, 1], [N, WIDTH])
+    values = tl.make_tensor_descriptor(v, [rows, HEADS * WIDTH], [HEADS * WIDTH, 1], [N, WIDTH])
     whole = count // N * N
     for start in tl.range(0, whole, N):
         acc, total, best = _tile(
