@@ -141,6 +141,7 @@ def test_the_command_refuses(run: Run, tmp_path: Path) -> None:
         (("--target", "tensorrt-rtx"), "--sm: engines are for one kind of GPU"),
         (("--target", "ort", "--sm", "120"), "--sm: is for engines"),
         (("--target", "ort", "--waive", "a"), "--waive: is for engines"),
+        (("--target", "ort", "--attention", "plugin"), "--attention: is for engines"),
         (("--target", "tensorrt-rtx", "--sm", "90"), "no engines for 90"),
         (("--target", "tensorrt-rtx", "--sm", "120"), "set model.dtype=bfloat16"),
     ):
@@ -148,6 +149,9 @@ def test_the_command_refuses(run: Run, tmp_path: Path) -> None:
         assert code == 2 and message in err, err
     halves = ("--set", "model.dtype=bfloat16", "--target", "tensorrt-rtx", "--sm", "120")
     assert "set stream.decoder.dtype=bfloat16" in run(*line, *halves)[2]
+    plugin = ("--set", "stream.decoder.dtype=bfloat16", "--attention", "plugin")
+    said = " ".join(run(*line, *halves, *plugin)[2].split())
+    assert "--attention plugin: is for pages in NVFP4, and the recipe has none" in said
 
 
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +225,7 @@ def test_the_library_has_its_plain_name(tmp_path: Path, monkeypatch: pytest.Monk
 # Bundles
 
 
-def fake_build(model: Path, engine: Path, sm: int) -> Built:
+def fake_build(model: Path, engine: Path, sm: int, kernels: Path | None) -> Built:
     """An engine in which every layer is as it was meant."""
     import onnx
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,9 @@ from lltk.export.kernels import Sizes, write_kernels
 from lltk.files.writing import whole_folder
 from lltk.ops.nvfp4_paged_attention.op import nvfp4_paged_attention
 from lltk.ops.nvfp4_paged_attention.reference import Pages
-from lltk.stream.runtimes import cubin
+from lltk.stream.runtimes import cubin, tensorrt_plugin
 from lltk.stream.runtimes.cubin import FACTS, Kernels, read_kernels
+from lltk.stream.runtimes.tensorrt_types import DTYPES, tensor_shape
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 cpu, gpu = pytest.mark.cpu, pytest.mark.gpu
@@ -292,6 +294,77 @@ def test_what_a_driver_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with faked(monkeypatch, Driver("attend_listed_hopper_kernel"), (9, 0)):
         said = refused(Kernels, folder, torch.device("cpu"))
     assert "cuModuleGetFunction: named symbol not found" in said
+
+
+# The plugin, over a fake of TensorRT
+
+
+def bindings(monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[Any]]:
+    """A module that stands for TensorRT's, by its name, and the creators that it is given."""
+    given: list[Any] = []
+
+    class Registry:
+        def register_creator(self, creator: Any, namespace: str) -> bool:
+            given.append((creator, namespace))
+            return True
+
+    kinds = ("", "OneCore", "OneBuild", "OneRuntime")
+    bases = {f"IPluginV3{kind}": type(f"IPluginV3{kind}", (), {}) for kind in kinds}
+    module = ModuleType("tensorrt_of_tests")
+    module.__dict__.update(
+        bases, IPluginCreatorV3One=type("Creator", (), {}), PluginFieldCollection=list,
+        DimsExprs=tuple, get_plugin_registry=Registry,
+        TensorFormat=SimpleNamespace(LINEAR="linear"),
+        DataType=SimpleNamespace(**{name: name for name in DTYPES.values()}),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    tensorrt_plugin._registered.cache_clear()
+    return module.__name__, given
+
+
+@cpu
+def test_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs the kernels that are offered for its shapes, with a place for each workspace."""
+    module, given = bindings(monkeypatch)
+    launched: list[tuple[dict[str, int], int]] = []
+    for sizes in (SMALL, WIDE):
+        facts = read_kernels(made(tmp_path / str(sizes.width), sizes, 120))
+        kernels = SimpleNamespace(launch=lambda *given: launched.append(given))
+        tensorrt_plugin.offer(module, facts, kernels)  # type: ignore[arg-type]
+    ((creator, namespace),) = given
+    assert (creator.name, creator.plugin_version, namespace) == ("LltkListedAttention", "1", "lltk")
+    contract = SMALL.contract
+    described = [
+        SimpleNamespace(
+            dims=tensor_shape(spec), type=DTYPES[spec.dtype], format="linear",
+        )
+        for spec in (*contract.inputs.values(), *contract.outputs.values())
+    ]  # fmt: skip
+    inputs = len(contract.inputs)
+    plugin = creator.create_plugin("a", [], None).clone()
+    building = [SimpleNamespace(desc=each) for each in described]
+    assert all(
+        plugin.supports_format_combination(place, building, inputs)
+        for place in range(len(described))
+    )
+    described[3].type = "FP8"
+    assert not plugin.supports_format_combination(3, building, inputs)
+    assert plugin.get_output_shapes([each.dims for each in described], [], None) == [(2, 20, 3, 32)]
+    assert plugin.get_output_data_types(["BF16"]) == ["BF16"]
+    facts = read_kernels(tmp_path / str(SMALL.width))
+    memory = plugin.get_workspace_size(building[:inputs], building[inputs:])
+    assert 0 <= memory - sum(facts.workspaces.values()) < 256 * len(facts.workspaces)
+    addresses = [100 * place for place in range(inputs)]
+    plugin.enqueue(described[:inputs], described[inputs:], addresses, [7], 1 << 20, 77)
+    ((found, stream),) = launched
+    assert stream == 77 and found["out"] == 7
+    assert [found[name] for name in contract.inputs] == addresses
+    ends = [found[name] + size for name, size in facts.workspaces.items()]
+    starts = [found[name] for name in facts.workspaces]
+    assert starts[0] == 1 << 20 and all(each % 256 == 0 for each in starts)
+    assert all(
+        end <= start for end, start in zip(ends, [*starts[1:], starts[0] + memory], strict=True)
+    )
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from lltk.export.engines import EngineOrder, write_engines
 from lltk.export.facts import (
     BUNDLE,
     GOLDEN,
+    KERNELS,
     MANIFEST,
     ORT,
     TENSORRT_RTX,
@@ -49,6 +50,7 @@ from lltk.export.facts import (
     StageFacts,
     TextFacts,
 )
+from lltk.export.kernels import kernel_sizes
 from lltk.files.outputs import Output, check_outputs
 from lltk.files.tensors import read_tensors, write_tensors
 from lltk.files.writing import NewFolder, standing, whole_folder
@@ -60,7 +62,8 @@ from lltk.graph.memory import activations
 from lltk.graph.recipe import validated
 from lltk.graph.spec import DecoderSpec, ModelSpec, TextSpec
 from lltk.stream.bundle_text import read_tokenizer
-from lltk.stream.runtimes import tensorrt
+from lltk.stream.runtimes import tensorrt, tensorrt_plugin
+from lltk.stream.runtimes.cubin import Kernels
 from lltk.stream.runtimes.onnx_graph import OnnxGraph, check_installed
 
 if TYPE_CHECKING:
@@ -174,7 +177,8 @@ def write_bundle(
         if isinstance(text, str):
             folder.write_text(f"text/{TOKENIZER}", text)
         compiled = [(s, g) for s in stages if s != TEXT for g in stages[s].graphs]
-        built = write_engines(folder, compiled, engines, note) if engines else None
+        sizes = next(filter(None, map(kernel_sizes, programs.values())), None)
+        built = write_engines(folder, compiled, engines, note, sizes) if engines else None
         note("computing golden values")
         golden = _write_golden(folder, cases, target)
         note("comparing golden values")
@@ -271,6 +275,9 @@ def open_engine(folder: Path, facts: Facts, stage: str, graph: str) -> tensorrt.
             f"installed; run: pip install {packages}, or export the recipe again"
         )
     device = tensorrt.check_device(engines.sm)
+    if engines.kernels:
+        kernels = Kernels(folder / KERNELS, device)
+        tensorrt_plugin.offer(tensorrt.BINDINGS, kernels.facts, kernels)
     file = next(each.file for each in engines.built if (each.stage, each.graph) == (stage, graph))
     contract = facts.stages[stage].graphs[graph].contract
     return tensorrt.EngineGraph(folder / file, contract, device)

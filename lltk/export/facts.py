@@ -35,6 +35,8 @@ TARGETS = {ORT: "ONNX Runtime", TENSORRT_RTX: "TensorRT for RTX"}
 TOKENIZER = "tokenizer.json"
 ENGINES = "engines"
 """The folder of engines."""
+KERNELS = "kernels"
+"""The folder of a plugin's kernels."""
 
 
 def _entry(data: Any) -> Any:
@@ -126,6 +128,7 @@ class EnginesFacts(BaseModel):
         sm: the compute capability that they are for, 120 for 12.0.
         waived: paths of modules whose layers may be slow ones.
         built: the engines.
+        kernels: files of the kernels that their plugin runs; none without a plugin.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -134,6 +137,7 @@ class EnginesFacts(BaseModel):
     sm: NonNegativeInt
     waived: tuple[str, ...]
     built: tuple[EngineFacts, ...]
+    kernels: tuple[str, ...] = ()
 
 
 class TextFacts(BaseModel):

@@ -10,15 +10,21 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lltk.files.writing import NewFolder
 from lltk.graph.contract import Contract, TensorSpec
 from lltk.graph.contract_facts import GraphFacts
+from lltk.graph.edit import calls
+from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_quantise.reference import BLOCK
 from lltk.stream.runtimes.cubin import FACTS, KernelFacts, Launch
+
+if TYPE_CHECKING:
+    from lltk.graph.program import Program
 
 Grid = tuple[int, int, int]
 
@@ -108,7 +114,39 @@ def check_kernels(sizes: Sizes, sm: int) -> None:
         )
 
 
-def write_kernels(folder: NewFolder, sizes: Sizes, sm: int, tiles: Tiles | None = None) -> None:
+def kernel_sizes(program: Program) -> Sizes | None:
+    """What a Program's graphs need the kernels for; None if they attend without them.
+
+    Raises:
+        ValueError: layers differ in what they need.
+    """
+    found = {
+        _sizes(*node.args)
+        for _, graph in program.every_graph()
+        for node in calls(graph, overload("nvfp4_listed_attention"))
+    }
+    if len(found) > 1:
+        raise ValueError(
+            "the attention kernels are of one kind, and layers have pages of several; export the "
+            "recipe with --attention native"
+        )
+    return next(iter(found), None)
+
+
+def _sizes(*operands: Any) -> Sizes:
+    """Of a node's operands."""
+    q, codes = (operands[index].meta["val"] for index in (0, 3))
+    batch, tokens, heads, width = q.shape
+    assert codes.shape[2] == tokens, "a page holds a chunk"
+    return Sizes(
+        batch, tokens, codes.shape[1], heads, width, operands[6] is not None,
+        operands[10] is not None,
+    )  # fmt: skip
+
+
+def write_kernels(
+    folder: NewFolder, sizes: Sizes, sm: int, tiles: Tiles | None = None, under: str = "."
+) -> KernelFacts:
     """Compile the kernels into a folder that is being written.
 
     Args:
@@ -116,6 +154,7 @@ def write_kernels(folder: NewFolder, sizes: Sizes, sm: int, tiles: Tiles | None 
         sizes: of what they read.
         sm: compute capability, 90 for 9.0.
         tiles: of attention; by default those of `TILES`.
+        under: a folder in the folder, for all files.
 
     Raises:
         ValueError: they are for other sizes or GPUs.
@@ -140,7 +179,7 @@ def write_kernels(folder: NewFolder, sizes: Sizes, sm: int, tiles: Tiles | None 
             {"num_warps": 4, "enable_fp_fusion": False},
         )  # fmt: skip
         grid = -(-sizes.tokens * sizes.heads // _ROWS), sizes.pages, sizes.batch
-        launches.append(_written(folder, f"decode_{name}", made, grid, tensors))
+        launches.append(_written(folder, under, f"decode_{name}", made, grid, tensors))
     if tiles.hopper:
         made = _compiled(
             attend_listed_hopper_kernel, sm,
@@ -155,7 +194,7 @@ def write_kernels(folder: NewFolder, sizes: Sizes, sm: int, tiles: Tiles | None 
     grid = -(-sizes.tokens // tiles.m), sizes.batch * sizes.heads, 1
     workspaces["scratch"] = made.metadata.global_scratch_size * grid[0] * grid[1]
     own = {name: name for name in ("q", "k", "v", "k_held", "v_held", "listed", "out", "scratch")}
-    launches.append(_written(folder, "attend", made, grid, own))
+    launches.append(_written(folder, under, "attend", made, grid, own))
     facts = KernelFacts(
         sm=sm,
         made_by={"triton": version("triton")},
@@ -163,7 +202,8 @@ def write_kernels(folder: NewFolder, sizes: Sizes, sm: int, tiles: Tiles | None 
         workspaces=workspaces,
         launches=tuple(launches),
     )
-    folder.write_text(FACTS, facts.model_dump_json(indent=1) + "\n")
+    folder.write_text(str(PurePosixPath(under, FACTS)), facts.model_dump_json(indent=1) + "\n")
+    return facts
 
 
 _TYPES = {
@@ -198,7 +238,12 @@ def _compiled(kernel: Any, sm: int, constants: Mapping[str, Any], options: dict[
 
 
 def _written(
-    folder: NewFolder, name: str, made: Any, grid: Grid, tensors: Mapping[str, str | None]
+    folder: NewFolder,
+    under: str,
+    name: str,
+    made: Any,
+    grid: Grid,
+    tensors: Mapping[str, str | None],
 ) -> Launch:
     """Write a kernel's code and make the launch of it.
 
@@ -207,12 +252,11 @@ def _written(
     """
     names = [each for each in made.src.fn.arg_names if each in tensors]
     file, code = f"{name}.cubin", made.asm["cubin"]
-    (folder.path / file).write_bytes(code)
-    digest = hashlib.sha256(code).hexdigest()
-    folder.checksums[file] = digest
+    with folder.file(str(PurePosixPath(under, file))) as new:
+        new.write(code)
     return Launch(
         file=file,
-        sha256=digest,
+        sha256=hashlib.sha256(code).hexdigest(),
         entry=made.metadata.name,
         grid=grid,
         threads=32 * made.metadata.num_warps,

@@ -19,10 +19,13 @@ from lltk.ops.floats import E2M1_MAX, E4M3_MAX
 from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_quantise.reference import BLOCK
 from lltk.ops.tensorrt_blocks import TINY
+from lltk.stream.runtimes.tensorrt_plugin import NAME, NAMESPACE, VERSION
 
 aten = torch.ops.aten
 DOMAIN, QUANTISE = "trt", "TRT_FP4DynamicQuantize"
 """The one op of TensorRT's own; it quantises blocks as they come."""
+PLUGIN_DOMAIN = "lltk"
+"""Of the op that a plugin of ours serves; see `lltk.stream.runtimes.tensorrt_plugin`."""
 _FLOAT, _ONE = torch.float32, 1.0
 _HEADS_FIRST = [0, 2, 1, 3]
 _TRT = Dialect.TENSORRT
@@ -74,6 +77,15 @@ def _listed_attention(
     ]
     made = _attend(to, operands, mask, heads, dtype, width**-0.5)
     return to.op("Transpose", made, perm=_HEADS_FIRST)
+
+
+@emits(overload("nvfp4_listed_attention"), dialect=_TRT)
+def _nvfp4_listed_attention(to: Emitter, node: fx.Node, *operands: str | None) -> str:
+    """The plugin reads what is there, in the op's order."""
+    given = [each for each in operands if each is not None]
+    return to.op(
+        NAME, *given, domain=PLUGIN_DOMAIN, plugin_namespace=NAMESPACE, plugin_version=VERSION
+    )
 
 
 def _attend(
