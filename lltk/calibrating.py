@@ -45,7 +45,7 @@ def record_scales(
 
     Args:
         recipe: of a stream, with the pass nvfp4_infer.
-        script: what it shows.
+        script: what it shows. Its shots are streamed once.
         device: where it runs.
         note: is told of each chunk.
 
@@ -54,15 +54,17 @@ def record_scales(
     """
     if PASS not in dict(recipe.steps()):
         raise ValueError(f"passes: have no {PASS}, which scales are for; name a recipe with it")
-    dynamic = recipe.model_copy(update={"passes": _with_options(recipe.passes, _DYNAMIC)})
-    program = transform(dynamic, weights=False)
-    wanted = [
-        name.removesuffix(ENDINGS[0]) for name in program.weights if name.endswith(ENDINGS[0])
+    passes = [
+        "lower" if _name(entry) == "lower" else entry  # what it prefers may not be there
+        for entry in recipe.passes
+        if _name(entry) != PASS
     ]
-    passes = [entry for entry in recipe.passes if _name(entry) != PASS]
     stream = {**(recipe.stream or {}), "compile": False, "cuda_graphs": False}
-    plain = recipe.model_copy(update={"passes": passes, "stream": stream})
-    with open_stream(plan_stream(plain, device=device), lambda video: None, script) as running:
+    plan = plan_stream(
+        recipe.model_copy(update={"passes": passes, "stream": stream}), device=device
+    )
+    wanted = _quantised(recipe, plan.transformer.recipe["model"]["config"])
+    with open_stream(plan, lambda video: None, script) as running:
         engine = running.models.engine
         assert isinstance(engine, TorchEngine)
         found = _Largest(engine.parameters, wanted)
@@ -70,6 +72,15 @@ def record_scales(
             for report in running:
                 note(report)
     return found.scales()
+
+
+def _quantised(recipe: Recipe, config: Any) -> list[str]:
+    """The linears that a recipe makes NVFP4, of a model that is configured."""
+    model = recipe.model.model_copy(update={"config": config})
+    passes = _with_options(recipe.passes, _DYNAMIC)
+    program = transform(recipe.model_copy(update={"model": model, "passes": passes}), weights=False)
+    ending = ENDINGS[0]
+    return [name.removesuffix(ending) for name in program.weights if name.endswith(ending)]
 
 
 class _Largest(TorchDispatchMode):
