@@ -1,0 +1,28 @@
+"""Large Programs with random weights that take little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lltk.graph.program import Program
+
+
+def with_views(program: Program) -> Program:
+    """The Program with random weights, views of one tensor a dtype."""
+    most = max(weight.numel() for weight in program.weights.values())
+    normal = 0.02 * torch.randn(most, generator=torch.Generator().manual_seed(0))
+    codes = (normal * 1e4).to(torch.int32).to(torch.uint8)
+    drawn: Mapping[torch.dtype, Tensor] = {
+        torch.float32: normal,
+        torch.uint8: codes,
+        torch.float8_e4m3fn: (codes % 64 + 32).view(torch.float8_e4m3fn),
+    }
+    weights = {
+        name: drawn[like.dtype][: like.numel()].view(like.shape)
+        for name, like in program.weights.items()
+    }
+    return replace(program, weights=weights)
