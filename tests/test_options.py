@@ -152,7 +152,7 @@ LINES = {
     ),
     "calibrate": Line(
         [["-o", "new", "--script", "s.yaml"], ["-o", "new", "--script", "s.yaml", "--json"]],
-        {"--set": ["stream.shift=3"], "--device": ["cuda:99"], "--dry-run": [], "--json": []},
+        {"--set": ["stream.steps=2"], "--device": ["cuda:99"], "--dry-run": [], "--json": []},
         {**OVERWRITE, **DOWNLOAD, "--output": "the contexts", "--script": "test_calibrating.py",
          "--checkpoint": "test_calibrating.py"},
     ),

@@ -64,6 +64,7 @@ def command(
     from lltk.files.writing import write_text
     from lltk.models.checkpoint import load_checkpoint
     from lltk.parallel.devices import find_device
+    from lltk.stream.recipe import stream_section
     from lltk.stream.script import load_script
 
     console = Console(quiet=as_json)
@@ -75,8 +76,15 @@ def command(
     check_outputs([Output(output, marked("a calibrated recipe", _MARK))], inputs, overwrite)
     if script is not None:
         shots, place = load_script(script), find_device(device)
+        steps = stream_section(resolved.stream, str(path)).steps
         if dry_run:
-            console.print(f"It would stream {len(shots)} shots on {place}, and write {output}")
+            said = {"output": str(output), "shots": len(shots), "steps": steps}
+            if as_json:
+                click.echo(json.dumps(said | {"device": str(place)}))
+            console.print(
+                f"It would stream {len(shots)} shots in {steps} passes a chunk on {place}, and "
+                f"write {output}"
+            )
             return
         with console.status("streaming") as status:
             scales = record_scales(
@@ -93,6 +101,8 @@ def command(
                 "it, or record scales with --script"
             )
         if dry_run:
+            if as_json:
+                click.echo(json.dumps({"output": str(output), "scales": len(scales)}))
             console.print(f"It would write {len(scales)} scales to {output}")
             return
     text = yaml.safe_dump(calibrated(resolved.resolved(), scales), sort_keys=False)
