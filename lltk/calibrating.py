@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -93,28 +94,28 @@ class _Largest(TorchDispatchMode):
 
     def __init__(self, parameters: Mapping[str, Tensor], modules: Iterable[str]) -> None:
         super().__init__()
-        self._of_weight = {
-            parameters[f"{module}.weight"].data_ptr(): torch.zeros((), device=each.device)
-            for module in modules
-            for each in [parameters[f"{module}.weight"]]
+        weights = {module: parameters[f"{module}.weight"] for module in modules}
+        self._modules = {weight.data_ptr(): module for module, weight in weights.items()}
+        self._largest = {
+            module: torch.zeros((), device=weight.device) for module, weight in weights.items()
         }
-        self._modules = {parameters[f"{each}.weight"].data_ptr(): each for each in modules}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _OPERANDS:
             x, weight = (args[index] for index in _OPERANDS[func])
-            if (largest := self._of_weight.get(weight.data_ptr())) is not None:
+            if (module := self._modules.get(weight.data_ptr())) is not None:
+                largest = self._largest[module]
                 torch.maximum(largest, x.abs().amax().float(), out=largest)
         return func(*args, **(kwargs or {}))
 
     def scales(self) -> dict[str, float]:
         """Of each linear."""
         made = {}
-        for pointer, module in self._modules.items():
-            largest = float(self._of_weight[pointer])
-            if not 0 < largest < float("inf"):
+        for module, noted in self._largest.items():
+            largest = float(noted)
+            if not 0 < largest < math.inf:
                 raise ValueError(
                     f"{module}: reads nothing but zeros, or what is not finite; record another "
                     "script, or exclude the module from nvfp4_infer"

@@ -12,7 +12,7 @@ from lltk.graph.program import Program
 
 
 def with_views(program: Program) -> Program:
-    """The Program with random weights, views of one tensor a dtype."""
+    """The Program with random weights, views of one tensor a dtype; its scales are positive."""
     most = max(weight.numel() for weight in program.weights.values())
     normal = 0.02 * torch.randn(most, generator=torch.Generator().manual_seed(0))
     codes = (normal * 1e4).to(torch.int32).to(torch.uint8)
@@ -22,7 +22,7 @@ def with_views(program: Program) -> Program:
         torch.float8_e4m3fn: (codes % 64 + 32).view(torch.float8_e4m3fn),
     }
     weights = {
-        name: drawn[like.dtype][: like.numel()].view(like.shape)
+        name: drawn[like.dtype][: like.numel()].view(like.shape) if like.dim() else normal[0].abs()
         for name, like in program.weights.items()
     }
     return replace(program, weights=weights)
