@@ -87,6 +87,11 @@ class Externalise(Pass[Config]):
     numerics = Numerics.ROUNDING
 
     def requires(self, program: Program) -> None:
+        if program.turns_pages:
+            raise ValueError(
+                "exported graphs are given the positions of the chunk in flight alone, not those "
+                "of pages; remove bounded_positions from the recipe's passes"
+            )
         if (ranks := program.fact(Ranks).count) > 1:
             raise ValueError(f"is for one process, the program is for {ranks}; remove what cuts it")
 

@@ -63,6 +63,13 @@ class Nvfp4Cache(Pass[Config]):
     kinds = ("stream",)
     numerics = Numerics.CHANGING
 
+    def requires(self, program: Program) -> None:
+        if program.turns_pages:
+            raise ValueError(
+                "pages are turned before attention reads them; move bounded_positions behind it in "
+                "the recipe"
+            )
+
     def apply(self, program: Program, report: Report) -> None:
         for graph in program.graphs.values():
             parts: dict[fx.Node, list[fx.Node | None]] = {}

@@ -167,7 +167,7 @@ class UlyssesStream(Pass[Config]):
         for target, position in _WRITTEN.items():
             for node in calls(graph, target):
                 value = node.args[position]
-                if value not in arrived:  # of the commit's last block, which does not attend
+                if value not in arrived:  # of a block that does not attend, or a key before RoPE
                     with building(node) as build:
                         arrived[value] = self._sent(build, exchange, TOKENS_TO_HEADS, value)
                 node.update_arg(position, arrived[value])

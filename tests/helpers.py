@@ -184,7 +184,7 @@ def inputs(program: Program, graph: str, seed: int = 0) -> dict[str, Tensor]:
 
 
 def _value(program: Program, spec: TensorSpec, generator: torch.Generator) -> Tensor:
-    if spec.role in (Role.POSITIONS, Role.TABLE):
+    if spec.role in (Role.POSITIONS, Role.PAGE_POSITIONS, Role.TABLE):
         return torch.arange(spec.shape[0], dtype=spec.dtype)
     if spec.role is Role.SLOT:
         return torch.tensor([program.geometry.pages - 1])

@@ -64,6 +64,7 @@ CASES: dict[str, tuple[Sequence[str], Mapping[str, str]]] = {
     "plain in fp8": ((), {"exchange": "fp8"}),
     "plain in nvfp4": ((), {"exchange": "nvfp4"}),
     "queries in fp8": ((), {"exchange": "compute", "exchange_queries": "fp8"}),
+    "bounded": (("bounded_positions",), _EXACT),
     "nvfp4 pages": (("nvfp4_cache",), _EXACT),
     "nvfp4 pages in nvfp4": (
         ("nvfp4_cache",),
@@ -89,6 +90,7 @@ RECORDABLE: dict[str, dict[str, Any]] = {
     "plain in fp8": _TORCH,
     "plain in nvfp4": _TORCH,
     "queries in fp8": _TORCH,
+    "bounded": {"paged_attention": "sdpa"},
     "nvfp4 pages": _DECODED,
     "nvfp4 pages in nvfp4": _DECODED,
     "all": {**_DECODED, "fp8_matmul": "scaled_mm"},
@@ -148,8 +150,7 @@ def rolled(made: Program, device: str = "cpu", how: str = "eager") -> dict[str, 
     samples = []
     for chunk in range(CHUNKS):
         latents = torch.randn(shape, generator=generator).to(device)
-        positions = torch.arange(geometry.chunk, dtype=torch.float64) + chunk * geometry.chunk
-        positions = positions.to(device)
+        positions = run.positions()
         level = torch.linspace(900, 100, geometry.chunk, device=device)[None]
         samples.append(run.step(latents, level, positions))
         run.commit(latents, positions, opens_shot=chunk == 3)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Run, randomise, refused, same, tiny_config
+from helpers import PASSES, Run, randomise, refused, same, tiny_config
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -239,6 +239,12 @@ def test_quantised_adapters_are_refused(pipeline: Path) -> None:
     passes = f"[{SCORES}, {{lora: {{rank: 16}}}}, {{nvfp4_infer: {{include: '.*lora_A'}}}}]"
     message = refused(planned, pipeline, f"distil.fake.passes={passes}")
     assert "distil.fake.passes: adapters are quantised, and so cannot train" in message
+
+
+def test_a_student_has_absolute_positions(pipeline: Path) -> None:
+    steps = [*PASSES["stream"][:6], "bounded_positions", "lora", "regionalise", "lower"]
+    message = refused(planned, pipeline, f"passes=[{', '.join(steps)}]")
+    assert message.startswith("test: passes: bounded_positions is for streaming")
 
 
 @pytest.mark.parametrize("name", ["wan22_5b_distil", "wan22_5b_distil_fp8"])

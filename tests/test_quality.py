@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from streams import opened, planned, save_pipeline
+from test_bounded_stream import BOUNDED
 from torch import Tensor
 
 from lltk.bench.quality import (
@@ -43,9 +44,12 @@ def test_stories_and_their_prompts() -> None:
     assert len({story.captions for story in stories}) == 4
 
 
-def test_streamed_chunks_are_a_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("passes", [(), (BOUNDED,)], ids=["absolute", "bounded"])
+def test_streamed_chunks_are_a_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: tuple[str, ...]
+) -> None:
     """Noise is equal. They go over a cut, until the window has let chunks go."""
-    plan = planned(save_pipeline(tmp_path))
+    plan = planned(save_pipeline(tmp_path), *passes)
     script = (
         Shot(caption="a red circle moving left", seconds=3),
         Shot(caption="a blue square moving up", seconds=5),

@@ -91,6 +91,7 @@ def test_every_size_ships_every_kind() -> None:
             for use in ("stream_fp8", "stream_nvfp4", "stream_nvfp4_cache", "train_nvfp4")
         ),
         "tiny_stream_w4a4",
+        "tiny_stream_bounded",
         "tiny_distil",
         "wan22_5b_distil",
         "wan22_5b_distil_fp8",

@@ -45,7 +45,7 @@ from lltk.train.optimiser import Optimiser
 from lltk.train.pieces import Pieces
 from lltk.train.recipe import ErrorRecyclingSection, TrainSection
 
-BATCH, STEPS = 4, 2
+BATCH, STEPS = 2, 2
 CPU = torch.device("cpu")
 
 
@@ -203,7 +203,7 @@ def quantised(ranks: Ranks) -> dict[str, Tensor]:
     """The 4-bit values of weights in bfloat16, which all ranks share, and the bytes received."""
     made = program("nvfp4", 1, "bfloat16")
     section = TrainSection.model_validate(
-        {"steps": 1, "batch": BATCH, "lr": 0.1, "shards": ranks.size}
+        {"steps": 1, "batch": ranks.size, "lr": 0.1, "shards": ranks.size}
     )
     received = 0
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lltk.graph.module import ProgramModule
 from lltk.stream.denoise import Velocity, denoise, not_finite
-from lltk.stream.positions import frame_positions
 from lltk.stream.rollout import RuntimeRollout
 from lltk.stream.runtimes import Runtime
 from lltk.stream.sampler import Schedule
@@ -98,9 +97,9 @@ def layer_errors(
     errors = Errors()
     with watched(base.module) as wanted, watched(other.module) as found:
 
-        def compared(chunk: int, positions: Tensor) -> Velocity:
+        def compared(chunk: int) -> Velocity:
             """The base model's velocity; on the way it is compared with the other's."""
-            both = [rollout.velocity(positions) for rollout in rollouts]
+            both = [rollout.velocity(rollout.positions()) for rollout in rollouts]
 
             def velocity(latents: Tensor, timestep: Tensor, index: int) -> Tensor:
                 ours, other = (each(latents, timestep, index).float() for each in both)
@@ -115,11 +114,10 @@ def layer_errors(
             return velocity
 
         for chunk in range(text.shape[1]):
-            positions = frame_positions([0], geometry.chunk, first=chunk).to(device)
             for rollout, runtime in zip(rollouts, runtimes, strict=True):
                 rollout.set_text(text[:, chunk].contiguous().to(runtime.dtype))
             noise = torch.randn(shape, generator=generator, device=device)
-            clean = denoise(schedule, noise, compared(chunk, positions))
+            clean = denoise(schedule, noise, compared(chunk))
             for rollout, runtime in zip(rollouts, runtimes, strict=True):
-                rollout.commit(clean.to(runtime.dtype), positions)
+                rollout.commit(clean.to(runtime.dtype), rollout.positions())
     return errors.relative()

@@ -11,7 +11,6 @@ from torch import Tensor
 from lltk.bench.scorer import Reading, agreement, identity, read
 from lltk.models.tiny.world import FPS, STRIDE, Story, draw_shot
 from lltk.stream.denoise import denoise
-from lltk.stream.positions import frame_positions
 from lltk.stream.rollout import RuntimeRollout
 from lltk.stream.runtimes import Runtime
 from lltk.stream.sampler import Schedule
@@ -68,7 +67,7 @@ def streamed(
     shape = (geometry.batch, spec.channels, geometry.chunk, *geometry.latent(spec))
     for chunk in range(text.shape[1]):
         rollout.set_text(text[:, chunk].contiguous().to(runtime.dtype))
-        positions = frame_positions([0], geometry.chunk, first=chunk).to(device)
+        positions = rollout.positions()
         noise = torch.randn(shape, generator=generator, device=device)
         clean = denoise(schedule, noise, rollout.velocity(positions))
         if not bool(clean.isfinite().all()):

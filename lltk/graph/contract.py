@@ -31,6 +31,8 @@ class Role(StrEnum):
     """Timesteps, float32 [B, F] once they are per frame; 0 for clean latents, 1000 for noise."""
     POSITIONS = "positions"
     """Positions of the frames in the video, float64 [F]."""
+    PAGE_POSITIONS = "page_positions"
+    """Positions of the frames of all pages, float64 [P · F], where keys are cached before RoPE."""
     TEXT = "text"
     """Embedded prompts, [B, S, E], or [B, N, S, E] where every chunk has its own."""
     TOKENS = "tokens"

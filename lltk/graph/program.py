@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, fx
 
-from lltk.graph.contract import Contract, TensorSpec
+from lltk.graph.contract import Contract, Role, TensorSpec
 from lltk.graph.facts import ChannelsLastWeights
 from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.packed import DECODE_SCALE, INPUT_SCALE, ROW_SCALES
@@ -188,6 +188,11 @@ class Program:
     def pages(self) -> dict[str, TensorSpec]:
         """A stream's cache: the step's inputs that are parts of it, with axes [B, P, …]."""
         return self.contract("step").pages if "step" in self.graphs else {}
+
+    @property
+    def turns_pages(self) -> bool:
+        """Whether a stream's pages hold keys before RoPE, which are turned when they are read."""
+        return "step" in self.graphs and bool(self.contract("step").having(Role.PAGE_POSITIONS))
 
     def map_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This Program's state dict, from one of the captured model."""

@@ -13,7 +13,7 @@ from lltk.parallel.transfer import upload
 from lltk.stream.chunks import Chunk
 from lltk.stream.denoise import not_finite
 from lltk.stream.pages import PageTable
-from lltk.stream.positions import frame_positions
+from lltk.stream.positions import bounded_positions, frame_positions
 from lltk.stream.runtimes import Runtime
 from lltk.stream.timing import Stopwatch
 
@@ -67,7 +67,8 @@ class Cache:
     Args:
         runtimes: the prompt's; with guidance, then the negative prompt's. Both hold the same
             chunks in the same pages.
-        shot_offset: see `frame_positions`.
+        shot_offset: see `frame_positions`, or `bounded_positions` where pages are turned when they
+            are read.
         watch: measures what writes a page, as ``commit`` and ``recache``.
     """
 
@@ -93,10 +94,18 @@ class Cache:
         self.table.restore(state.table)
 
     def positions(self, chunk: Chunk) -> Tensor:
-        """The RoPE positions of a chunk's frames: float64 [F], on the runtimes' device."""
-        runtime = self._runtimes[0]
+        """The RoPE positions that a chunk's passes take, on the runtimes' device.
+
+        They are float64 [F], or [N * F + F] where pages are turned when they are read; see
+        `Runtime.step`.
+        """
+        runtime, offset = self._runtimes[0], self._shot_offset
         size = runtime.geometry.chunk
-        positions = frame_positions([chunk.cuts], size, self._shot_offset, chunk.index)
+        if runtime.turns_pages:
+            older = [held.chunk.cuts for i, held in self._held.items() if i < chunk.index]
+            positions = bounded_positions([*older, chunk.cuts], size, offset)
+        else:
+            positions = frame_positions([chunk.cuts], size, offset, chunk.index)
         return upload(positions, runtime.device)
 
     def commit(self, chunk: Chunk, clean: Tensor) -> None:

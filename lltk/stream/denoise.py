@@ -116,7 +116,7 @@ class Denoiser:
 
         Args:
             noise, image: see `denoise`.
-            positions: float64 [F], the frames' RoPE positions.
+            positions: RoPE positions, as `Runtime.step` takes them.
             table: committed pages to attend to.
         """
         velocity = partial(self._velocity, positions, table)

@@ -9,6 +9,7 @@ from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.stream.denoise import Velocity
 from lltk.stream.pages import PageTable
+from lltk.stream.positions import bounded_positions, frame_positions
 from lltk.stream.runtimes import Runtime
 from lltk.stream.runtimes.torch import TorchRuntime
 
@@ -39,13 +40,22 @@ class RuntimeRollout:
         """Encode a prompt, [B, S, E], for the chunks that follow."""
         self._runtime.set_prompt(text)
 
+    def positions(self) -> Tensor:
+        """The chunk in flight's, as `step` takes them, where cuts move none (φ = 0)."""
+        pages, size = self._table.next_pages(), self._runtime.geometry.chunk
+        if self._runtime.turns_pages:
+            made = bounded_positions([0] * (len(pages.table) + 1), size)
+        else:
+            made = frame_positions([0], size, first=pages.chunk)
+        return made.to(self._runtime.device)
+
     def step(self, latents: Tensor, timestep: Tensor, positions: Tensor, index: int = 0) -> Tensor:
         """One denoising pass of the chunk in flight.
 
         Args:
             latents: [B, C, F, h, w], noisy.
             timestep: float32 [B, F].
-            positions: float64 [F], the frames' RoPE positions.
+            positions: RoPE positions, as `Runtime.step` takes them.
             index: which of the chunk's passes it is.
 
         Returns:

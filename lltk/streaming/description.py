@@ -8,6 +8,7 @@ from lltk.export.facts import DECODER, TRANSFORMER
 from lltk.graph.memory import readable
 from lltk.graph.program import Program
 from lltk.graph.text import dtype_name
+from lltk.stream.positions import largest_position
 from lltk.streaming.bundle import BundlePlan
 from lltk.streaming.memory import text_bytes
 from lltk.streaming.plan import Plan, StreamPlan
@@ -21,6 +22,11 @@ def describe(plan: Plan) -> dict[str, str]:
     text = text_bytes(plan)
     assert isinstance(plan, BundlePlan | StreamPlan)
     models = _graphs(plan) if isinstance(plan, BundlePlan) else _programs(plan)
+    if isinstance(plan, StreamPlan) and plan.transformer.turns_pages:
+        largest = largest_position(geometry, section.shot_offset)
+        counted = f"counted within the window, up to {largest:g} latent frames"
+    else:
+        counted = "absolute"
     return {
         "pipeline": section.pipeline,
         **models,
@@ -31,6 +37,7 @@ def describe(plan: Plan) -> dict[str, str]:
         **({"ranks": _ranks(plan)} if isinstance(plan, StreamPlan) and plan.ranks > 1 else {}),
         "cache": f"{geometry.window} latent frames in pages of {geometry.chunk}, "
         f"sinks of {geometry.sink}{' (global and shot)' if geometry.shot_sink else ''}",
+        "positions": counted,
     }
 
 

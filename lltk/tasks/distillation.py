@@ -223,6 +223,11 @@ def plan_distillation(
         recipe = recipe.model_copy(update={"model": model})
     student = transform(recipe, weights=weights)
     _check_trains(student, f"{where}: passes")
+    if student.turns_pages:
+        raise ValueError(
+            f"{where}: passes: bounded_positions is for streaming, and a student's clips are short "
+            "and have absolute positions; remove it"
+        )
     check_adapter(student, section, where)
     _check_exchange(recipe, where)
     lora = next(step["lora"] for step in student.recipe["passes"] if "lora" in step)

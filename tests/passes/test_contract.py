@@ -88,6 +88,7 @@ CASES = [
     Case("hoist_text", "stream", "bitwise", CANON, CANONICAL),
     Case("cached_step", "stream", "changing", CANON, STREAM[:4]),
     Case("commit", "stream", "bitwise", CAUSAL, STREAM[:5]),
+    Case("bounded_positions", "stream", "changing", CAUSAL, STREAM[:6]),
     Case("nvfp4_cache", "stream", "changing", Stage.QUANTISED, STREAM[:6], head_dim=16),
     Case("nvfp4_infer", "stream", "changing", Stage.QUANTISED, STREAM[:6], 16, lossy=True),
     Case("fp8_infer", "stream", "changing", Stage.QUANTISED, STREAM[:6], 16, lossy=True),

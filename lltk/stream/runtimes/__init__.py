@@ -42,6 +42,10 @@ class Runtime(Protocol):
         """Where runtimes over the same weights take turns: a chunk is made within one turn."""
 
     @property
+    def turns_pages(self) -> bool:
+        """Whether pages hold keys before RoPE, so that calls take the pages' positions too."""
+
+    @property
     def pages(self) -> dict[str, Tensor]:
         """The cache, by input name: [B, P, …] each; not copies."""
 
@@ -64,8 +68,9 @@ class Runtime(Protocol):
         Args:
             latents: [B, C, F, h, w], noisy.
             timestep: float32 [B, F].
-            positions: float64 [F], the frames' RoPE positions.
-            table: committed pages to attend to.
+            positions: float64 [F], the frames' RoPE positions. With `turns_pages` [N * F + F]:
+                those of the listed pages' frames, in the table's order, and then the chunk's.
+            table: N committed pages to attend to.
             index: which of the chunk's passes it is. A Program may run some in high precision.
 
         Returns:

@@ -59,6 +59,10 @@ class PagedRuntime:
         return self._lane
 
     @property
+    def turns_pages(self) -> bool:
+        return False
+
+    @property
     def pages(self) -> dict[str, Tensor]:
         return self._pages
 

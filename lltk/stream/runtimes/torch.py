@@ -49,10 +49,15 @@ class TorchRuntime(PagedRuntime):
         self._high_steps = program.fact(HighSteps).indices
         self._ranks = program.fact(Ranks).count
         self._contracts = {name: program.contract(name) for name in program.graphs}
+        self._turns_pages = program.turns_pages
         self._slots = torch.arange(program.geometry.pages, device=lane.device)
         self._listed: tuple[tuple[int, ...], Tensor] | None = None
         self._text: dict[str, Tensor] = {}
         self._graphs = CudaGraphs(lane) if cuda_graphs else None
+
+    @property
+    def turns_pages(self) -> bool:
+        return self._turns_pages
 
     def set_prompt(self, text: Tensor) -> None:
         made = self._module("prologue", self._contracts["prologue"].named({Role.TEXT: text}))
@@ -142,7 +147,19 @@ class TorchRuntime(PagedRuntime):
     ) -> dict[str, Tensor]:
         """The inputs of a graph that change from call to call, by name."""
         listed = self._indices(tuple(table))
+        if self._turns_pages:
+            inputs = {**inputs, **self._placed(inputs[Role.POSITIONS], listed)}
         return self._contracts[graph].named({**inputs, Role.TABLE: listed})
+
+    def _placed(self, positions: Tensor, listed: Tensor) -> dict[Role, Tensor]:
+        """The positions of the chunk in flight, and of all pages: 0 where a page is not listed."""
+        own, count = self._geometry.chunk, len(listed)
+        assert len(positions) == (count + 1) * own, (
+            "positions are not the listed pages' and its own"
+        )
+        pages = positions.new_zeros(self._geometry.pages, own)
+        pages[listed] = positions[:-own].view(count, own)
+        return {Role.POSITIONS: positions[-own:], Role.PAGE_POSITIONS: pages.flatten()}
 
     def _given(self, graph: str, moving: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All inputs of a graph by name: prompt and cache too."""
