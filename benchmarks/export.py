@@ -13,23 +13,20 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
-import torch
-from torch import Tensor
 
 from lltk.bench.record import Record, markdown, write_record
 from lltk.bench.script import column, script_options, script_parser, script_record
+from lltk.bench.views import with_views
 from lltk.export.bundle import emit
 from lltk.exporting import plan_export
 from lltk.files.writing import whole_folder
 from lltk.graph.memory import readable
-from lltk.graph.program import Program
 from lltk.graph.recipe import open_recipe
 
 RECIPES = ("wan22_5b_stream", "wan22_5b_stream_nvfp4")
@@ -65,23 +62,6 @@ def measure(recipe: str, folder: Path) -> dict[str, Any]:
         "check_s": checked - written,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-
-
-def with_views(program: Program) -> Program:
-    """The Program with random weights, views of one tensor a dtype."""
-    most = max(weight.numel() for weight in program.weights.values())
-    normal = 0.02 * torch.randn(most, generator=torch.Generator().manual_seed(0))
-    codes = (normal * 1e4).to(torch.int32).to(torch.uint8)
-    drawn: Mapping[torch.dtype, Tensor] = {
-        torch.float32: normal,
-        torch.uint8: codes,
-        torch.float8_e4m3fn: (codes % 64 + 32).view(torch.float8_e4m3fn),
-    }
-    weights = {
-        name: drawn[like.dtype][: like.numel()].view(like.shape)
-        for name, like in program.weights.items()
-    }
-    return replace(program, weights=weights)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ from lltk.export.bundle import Findings, dialect_of, emit, write_bundle
 from lltk.export.engines import EngineOrder, check_formats, check_gpu
 from lltk.export.facts import ORT, TENSORRT_RTX, TOKENIZER, TextFacts
 from lltk.export.golden import plain_cases, transformer_cases
+from lltk.export.kernels import check_kernels, kernel_sizes
 from lltk.graph.geometry import Geometry
 from lltk.graph.passes import run_passes
 from lltk.graph.program import Program
@@ -122,7 +123,8 @@ def plan_export(
             f"passes: cut the stream for {plan.ranks} processes, and a bundle runs in one; export "
             "the recipe without the pass that does it, such as ulysses_stream"
         )
-    after = plain[place:], ["externalise", *plain[place:]]
+    attending = {"pages": "stored" if engines and engines.plugin else "decoded"}
+    after = plain[place:], [{"externalise": attending}, *plain[place:]]
     reference, transformer = (
         run_passes(plan.transformer, configured_passes(recipe.model_copy(update={"passes": each})))
         for each in after
@@ -131,7 +133,20 @@ def plan_export(
     decoder = plan.decoders[0].program
     if engines:
         check_formats((transformer, decoder), engines.sm)
+        if engines.plugin:
+            _check_kernels(transformer, engines.sm)
     return ExportPlan(recipe, reference, transformer, decoder, encoder, folder, engines)
+
+
+def _check_kernels(program: Program, sm: int) -> None:
+    """Refuse a plugin for what has nothing to run it for, or cannot be compiled."""
+    sizes = kernel_sizes(program)
+    if sizes is None:
+        raise ValueError(
+            "--attention plugin: is for pages in NVFP4, and the recipe has none; add nvfp4_cache, "
+            "or use --attention native"
+        )
+    check_kernels(sizes, sm)
 
 
 def _check_text(folder: Path) -> None:

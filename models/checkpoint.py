@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -53,11 +53,14 @@ class Checkpoint:
             NVFP4 weights are in lltk's form; see `nvfp4_layouts`.
         config: the checked diffusers configuration; None where the file has none.
         layout: the file's layout, a name in `WEIGHT_LAYOUTS` or `CONVENTIONS`.
+        input_scales: calibrated scales of what quantised linears read, by module; for
+            ``input_scales`` of the pass nvfp4_infer.
     """
 
     weights: dict[str, Tensor]
     config: dict[str, Any] | None
     layout: str
+    input_scales: dict[str, float] = field(default_factory=dict)
 
 
 def load_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
@@ -97,13 +100,16 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     if packed is None:
         found = weight_layout(state, str(path))
         return Checkpoint(_renamed(state, found, str(path)), config, found.name)
-    entries, layout = packed
+    entries, layout, inputs = packed
     plain = {key: plain_name(key) for key in entries}
     names = WEIGHT_LAYOUTS["diffusers"].read(set(plain.values()), str(path))
     weights = {
         names[plain[key]] + key.removeprefix(plain[key]): value for key, value in entries.items()
     }
-    return Checkpoint(weights, config, layout)
+    scales = {
+        names[f"{module}.weight"].removesuffix(".weight"): scale for module, scale in inputs.items()
+    }
+    return Checkpoint(weights, config, layout, scales)
 
 
 def save_checkpoint(

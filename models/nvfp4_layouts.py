@@ -5,6 +5,7 @@ A file must say which convention it follows. A file that could be read in two wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -28,12 +29,12 @@ from lltk.ops.scale_layout import swizzle, unswizzle
 
 def read_packed(
     state: Mapping[str, Tensor], description: Description, where: str
-) -> tuple[dict[str, Tensor], str] | None:
-    """The entries of a file, with NVFP4 weights in lltk's form, and the name of its convention.
+) -> tuple[dict[str, Tensor], str, dict[str, float]] | None:
+    """The entries of a file, with NVFP4 weights in lltk's form; its convention; input scales.
 
     Codes and block scales are taken bit by bit. Where the convention divides by a tensor's scale,
-    the decode scale is the float32 nearest to its reciprocal. Scales of activations are left out,
-    as lltk computes them when it runs.
+    the decode scale is the float32 nearest to its reciprocal. Calibrated scales of activations,
+    which multiply in lltk, are returned apart, by module.
 
     Args:
         state: entries under the file's names.
@@ -68,14 +69,25 @@ def read_packed(
             f"{where}: says that it is of {name}, but holds no NVFP4 weight; remove its "
             "quantization_config, or download it again"
         )
-    entries = dict(state)
+    entries, inputs = dict(state), {}
     for module in modules:
+        if (scale := state.get(module + convention.activation)) is not None:
+            inputs[module] = _input_scale(convention, scale, f"{where}: {module}")
         order = convention.order(description, module, where)
         weight = _decode(convention, state, module, order, where)
         for ending in (*convention.endings, convention.activation):
             entries.pop(module + ending, None)
         entries |= {module + end: part for end, part in zip(ENDINGS, weight, strict=True)}
-    return entries, name
+    return entries, name, inputs
+
+
+def _input_scale(convention: Convention, scale: Tensor, subject: str) -> float:
+    """An activation's scale as lltk has it, largest magnitude / 2688."""
+    if scale.numel() != 1 or not 0 < float(scale) < math.inf:
+        raise ValueError(
+            f"{subject}{convention.activation} is no number above 0; calibrate the model again"
+        )
+    return 1 / float(scale) if convention.divides else float(scale)
 
 
 def write_packed(

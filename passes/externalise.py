@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, fx
 
 from lltk.graph.contract import Role, page_output
@@ -33,6 +35,7 @@ aten = torch.ops.aten
 DECODE_PAGES = overload("nvfp4_decode_pages")
 FP8_QUANTISE_ATTENTION = overload("fp8_quantise_attention")
 LISTED_ATTENTION = overload("listed_attention")
+NVFP4_LISTED_ATTENTION = overload("nvfp4_listed_attention")
 NVFP4_PAGED_ATTENTION = overload("nvfp4_paged_attention")
 NVFP4_WRITE_PAGE = overload("nvfp4_write_page")
 PAGED_ATTENTION = overload("paged_attention")
@@ -43,7 +46,13 @@ WRITE_PAGE = overload("write_page")
 
 
 class Config(PassConfig):
-    """Nothing to configure."""
+    """What attention reads of pages in NVFP4."""
+
+    pages: Literal["decoded", "stored"] = Field(
+        "decoded",
+        description="whether attention reads NVFP4 pages decoded, or as they are stored, which is "
+        "for a kernel that decodes those that it reads",
+    )
 
 
 class Externalise(Pass[Config]):
@@ -62,6 +71,10 @@ class Externalise(Pass[Config]):
         fp8_quantise_attention(…)  →  row_pipeline(flatten(the same, 2, 3), to='fp8')
         nvfp4_write_page(k_pages_codes_i, …, k, slot, rule)
             →  outputs new_k_pages_codes_i, …: the parts of nvfp4_quantise_page(k, …)
+
+    Where attention is to read them as they are stored, that is one op::
+
+        nvfp4_paged_attention(q, k, v, …, table)  →  nvfp4_listed_attention(q, k, v, …, listed)
 
     ``listed`` is bool [P], so that no shape depends on how many pages are listed. Whoever runs the
     graphs computes the rotary tables, in float64, and puts a commit's outputs into their page.
@@ -85,7 +98,7 @@ class Externalise(Pass[Config]):
     def apply(self, program: Program, report: Report) -> None:
         for name, graph in program.graphs.items():
             _tables(graph, report)
-            _list(graph, program.geometry.pages, report)
+            _list(graph, program.geometry.pages, self.config.pages == "stored", report)
             _writes(graph, report)
             prune(graph)
             if name != "prologue":
@@ -112,27 +125,30 @@ def _tables(graph: fx.Graph, report: Report) -> None:
         report.match("rotary tables")
 
 
-def _list(graph: fx.Graph, pages: int, report: Report) -> None:
+def _list(graph: fx.Graph, pages: int, stored: bool, report: Report) -> None:
     """Attend to all pages with a mask instead of to those of a table."""
     for table in inputs_of(graph, Role.TABLE):
         like: Tensor = torch.empty(pages, dtype=torch.bool, device="meta")
         listed = add_input(graph, "listed", like, Role.LISTED)
         for node in list(table.users):
             with building(node) as build:
-                made = _attention(build, node, listed)
+                made = _attention(build, node, listed, stored)
             replace(node, made)
             report.match("attention")
 
 
-def _attention(build: Builder, node: fx.Node, listed: fx.Node) -> fx.Node:
+def _attention(build: Builder, node: fx.Node, listed: fx.Node, stored: bool) -> fx.Node:
     """What attends as a node does, to the pages of a mask."""
     if node.target is PAGED_ATTENTION:
         return build(LISTED_ATTENTION, *node.args[:-1], listed)
     if node.target not in (NVFP4_PAGED_ATTENTION, FP8_QUANTISE_ATTENTION):
         raise ValueError(_refusal(node, "reads the table of pages"))
-    q, k, v, *arenas, _ = node.args
-    keys, values = build(DECODE_PAGES, *arenas[:4]), build(DECODE_PAGES, *arenas[4:])
-    made = build(LISTED_ATTENTION, q, k, v, keys, values, listed)
+    if stored:
+        made = build(NVFP4_LISTED_ATTENTION, *node.args[:-1], listed)
+    else:
+        q, k, v, *arenas, _ = node.args
+        keys, values = build(DECODE_PAGES, *arenas[:4]), build(DECODE_PAGES, *arenas[4:])
+        made = build(LISTED_ATTENTION, q, k, v, keys, values, listed)
     if node.target is NVFP4_PAGED_ATTENTION:
         return made
     return build(ROW_PIPELINE, build(aten.flatten.using_ints, made, 2, 3), to="fp8")

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import copytree, rmtree
 from types import ModuleType, SimpleNamespace
@@ -34,6 +35,7 @@ from lltk.exporting import emitted, export, plan_export
 from lltk.graph.contract import Contract, TensorSpec
 from lltk.graph.recipe import open_recipe, parse_recipe
 from lltk.stream.runtimes import tensorrt
+from lltk.stream.runtimes.cubin import read_kernels
 from lltk.streaming import plan_bundle, plan_stream
 from lltk.streaming.description import describe
 from lltk.streaming.memory import stream_memory
@@ -141,6 +143,7 @@ def test_the_command_refuses(run: Run, tmp_path: Path) -> None:
         (("--target", "tensorrt-rtx"), "--sm: engines are for one kind of GPU"),
         (("--target", "ort", "--sm", "120"), "--sm: is for engines"),
         (("--target", "ort", "--waive", "a"), "--waive: is for engines"),
+        (("--target", "ort", "--attention", "plugin"), "--attention: is for engines"),
         (("--target", "tensorrt-rtx", "--sm", "90"), "no engines for 90"),
         (("--target", "tensorrt-rtx", "--sm", "120"), "set model.dtype=bfloat16"),
     ):
@@ -148,6 +151,9 @@ def test_the_command_refuses(run: Run, tmp_path: Path) -> None:
         assert code == 2 and message in err, err
     halves = ("--set", "model.dtype=bfloat16", "--target", "tensorrt-rtx", "--sm", "120")
     assert "set stream.decoder.dtype=bfloat16" in run(*line, *halves)[2]
+    plugin = ("--set", "stream.decoder.dtype=bfloat16", "--attention", "plugin")
+    said = " ".join(run(*line, *halves, *plugin)[2].split())
+    assert "--attention plugin: is for pages in NVFP4, and the recipe has none" in said
 
 
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +227,7 @@ def test_the_library_has_its_plain_name(tmp_path: Path, monkeypatch: pytest.Monk
 # Bundles
 
 
-def fake_build(model: Path, engine: Path, sm: int) -> Built:
+def fake_build(model: Path, engine: Path, sm: int, kernels: Path | None) -> Built:
     """An engine in which every layer is as it was meant."""
     import onnx
 
@@ -259,6 +265,31 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in notes
     )
     return folder
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_a_plugins_kernels_are_in_the_bundle(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are files of it as others are, and models may have the plugin's op."""
+    monkeypatch.setattr(building, "build_engine", fake_build)
+    monkeypatch.setattr(building, "library_version", lambda: "1.2.3")
+    recipe = open_recipe(str(made / "small.yaml"))
+    plan = plan_export(recipe, text="reference", engines=EngineOrder(120, plugin=True))
+    place = tmp_path / "bundle"
+    found = export(plan, place)
+    files = ("kernels.json", "decode_k.cubin", "decode_v.cubin", "attend.cubin")
+    assert found.engines and found.engines.kernels == tuple(f"kernels/{name}" for name in files)
+    verify_bundle(place)
+    sizes = read_kernels(place / "kernels").tensors.contract
+    arena = plan.transformer.pages["k_pages_codes_0"]
+    assert sizes.inputs["k_codes"] == arena and sizes.inputs["listed"].dtype is torch.bool
+    (place / "kernels" / "other.cubin").write_bytes(b"")
+    assert "kernels/other.cubin is no file of a bundle" in refused(read_bundle, place)
+    (place / "kernels" / "other.cubin").unlink()
+    with (place / "kernels" / "attend.cubin").open("r+b") as file:
+        file.write(b"\0")
+    assert "kernels/attend.cubin" in refused(read_bundle, place)
 
 
 @pytest.fixture

@@ -16,12 +16,17 @@ import yaml
 from helpers import Run, refused
 from onnx import TensorProto, helper, numpy_helper
 
-from lltk.export.bundle import read_bundle
-from lltk.export.emitter import IR_VERSION, OPSET
-from lltk.export.engines import build_engine
+from lltk.calibrating import calibrated
+from lltk.export.bundle import emit, read_bundle
+from lltk.export.emitter import IR_VERSION, OPSET, Dialect
+from lltk.export.engines import EngineOrder, build_engine
+from lltk.export.kernels import kernel_sizes, write_kernels
 from lltk.export.layers import Fast, Layer, lint, meant
+from lltk.exporting import plan_export
+from lltk.files.writing import whole_folder
 from lltk.graph.recipe import open_recipe
-from lltk.stream.runtimes.tensorrt import _DTYPES, BINDINGS, _shape, library_version
+from lltk.stream.runtimes.tensorrt import BINDINGS, library_version
+from lltk.stream.runtimes.tensorrt_types import DTYPES, tensor_shape
 
 pytestmark = [
     pytest.mark.engines,
@@ -89,8 +94,49 @@ def test_a_bundle(
         tensors = parsed(path)
         specs = facts.stages["transformer"].graphs[graph].contract
         for name, spec in {**specs.inputs, **specs.outputs}.items():
-            assert tensors[name] == (_DTYPES[spec.dtype], _shape(spec)), name
+            assert tensors[name] == (DTYPES[spec.dtype], tensor_shape(spec)), name
         assert set(tensors) == {*specs.inputs, *specs.outputs}
+
+
+def step_layers(path: Path, folder: Path, plugin: bool) -> list[Layer]:
+    """The layers of the step's engine alone, each of which is as it was meant."""
+    plan = plan_export(
+        open_recipe(str(path)), text="reference", engines=EngineOrder(120, plugin=plugin)
+    )
+    pool, models = emit(plan.transformer, Dialect.TENSORRT)
+    with whole_folder(folder) as new:
+        pool.write(new, "transformer", models)
+        if sizes := kernel_sizes(plan.transformer):
+            write_kernels(new, sizes, 120, under="kernels")
+    model = folder / "transformer" / "step.onnx"
+    kernels = folder / "kernels" if plugin else None
+    made = build_engine(model, folder / "engine", 120, kernels)
+    wanted = meant(onnx.load(model, load_external_data=False))
+    assert not list(lint(wanted, made.layers))
+    return made.layers
+
+
+def test_a_plugin(tmp_path: Path) -> None:
+    """It attends in every block's self-attention, and nothing else decodes pages."""
+    found = step_layers(recipe("cache", tmp_path), tmp_path / "made", True)
+    attending = [each for each in found if each.kind == "custom_layer"]
+    assert len(attending) == 8 and {each.does for each in attending} == {Fast.ATTENTION}
+    assert all(each.inputs.count("FP4E2M1") == 2 for each in attending)
+    assert not any("attn1/DequantizeLinear" in node for each in found for node in each.nodes)
+
+
+def test_calibrated_scales(tmp_path: Path) -> None:
+    """Products are of FP4 operands, with fewer layers around them."""
+    path = recipe("w4a4", tmp_path)
+    base = yaml.safe_load(path.read_text())
+    program = plan_export(open_recipe(str(path)), text="reference", engines=EngineOrder(120))
+    weights = program.transformer.weights
+    names = [n.removesuffix("_codes") for n in weights if n.endswith(".weight_codes")]
+    scales = {name.removesuffix(".weight"): 0.002 for name in names}
+    path.write_text(yaml.safe_dump(calibrated(base, scales)))
+    found = step_layers(path, tmp_path / "made", False)
+    assert sum(each.is_fast(Fast.FP4) for each in found) > 60
+    assert not any("/Div" in node for each in found for node in each.nodes)
 
 
 def parsed(model: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -46,6 +46,7 @@ from lltk.ops.fp8_rows import fp8_quantise
 from lltk.ops.implementations import find_implementation
 from lltk.ops.nvfp4_decode_pages.op import nvfp4_decode_pages
 from lltk.ops.nvfp4_gather_fp8.op import nvfp4_gather_fp8
+from lltk.ops.nvfp4_listed_attention.op import nvfp4_listed_attention
 from lltk.ops.nvfp4_paged_attention.fp8 import centre
 from lltk.ops.nvfp4_paged_attention.fp8_decode_torch import nvfp4_paged_attention as fp8_decode
 from lltk.ops.nvfp4_paged_attention.op import (
@@ -416,6 +417,8 @@ def op_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         found[f"write {name}"] = (nvfp4_write_page, (*pages[:4], own[0], slot, "mse"))
         found[f"make {name}"] = (nvfp4_quantise_page, (own[0], smooth, "mse"))
         found[f"decode {name}"] = (nvfp4_decode_pages, tuple(pages[:4]))
+        listed = torch.tensor([True, False, True, False])
+        found[f"listed {name}"] = (nvfp4_listed_attention, (*own[:3], *pages, listed))
         for listed in TABLES:
             table = torch.tensor(listed, dtype=torch.int64)
             found[f"{name} {listed}"] = (nvfp4_paged_attention, (*trained, *pages, table))

@@ -150,11 +150,18 @@ LINES = {
         {"--output": ["other.mp4"], "--seed": ["5"], "--dry-run": [], "--json": []},
         OVERWRITE,
     ),
+    "calibrate": Line(
+        [["-o", "new", "--script", "s.yaml"], ["-o", "new", "--script", "s.yaml", "--json"]],
+        {"--set": ["stream.steps=2"], "--device": ["cuda:99"], "--dry-run": [], "--json": []},
+        {**OVERWRITE, **DOWNLOAD, "--output": "the contexts", "--script": "test_calibrating.py",
+         "--checkpoint": "test_calibrating.py"},
+    ),
     "export": Line(
         [["-o", "new"], ["-o", "new", "--dry-run"], ["-o", "new", "--dry-run", "--json"]],
         {"--set": ["geometry.window=9"], "--text": ["reference"], "--dry-run": [], "--json": []},
         {**OVERWRITE, **DOWNLOAD, "--output": "the contexts", "--target": "test_engine_facts",
-         "--sm": "test_engine_facts", "--waive": "test_engine_facts"},
+         "--sm": "test_engine_facts", "--waive": "test_engine_facts",
+         "--attention": "test_engine_facts"},
     ),
     "bundle show": Line([[]], {"--json": []}),
     "bundle verify": Line([[]], {"--json": [], "--run": []}),
@@ -234,6 +241,7 @@ def place(
     monkeypatch.setattr(
         "lltk.export.bundle.verify_bundle", lambda path, run: click.echo(str(run)) or near
     )
+    monkeypatch.setattr("lltk.calibrating.record_scales", lambda *given: tell(given[:3]) and {})
     monkeypatch.setattr("lltk.exporting.plan_export", plan_export)
     monkeypatch.setattr("lltk.exporting.emitted", lambda plan: {str(plan.recipe.geometry): 1})
     monkeypatch.setattr("lltk.exporting.export", lambda plan, *given: tell(plan.recipe) and near)
@@ -290,6 +298,7 @@ FIRST = {
     "inspect": ["inspect", "in"],
     "bench": ["bench", "stream", "tiny_stream"],
     "compare": ["compare", "tiny_stream", "tiny_stream"],
+    "calibrate": ["calibrate", "tiny_stream_w4a4"],
     "export": ["export", "tiny_stream", "--target", "ort"],
     "bundle show": ["bundle", "show", "bundle"],
     "bundle verify": ["bundle", "verify", "bundle"],

@@ -41,6 +41,7 @@ ARROWS["export"] = {"files", "graph", "ops", "stream"}
 ARROWS["streaming"] = ARROWS["compiler"] | {"compiler", "export", "parallel", "stream"}
 ARROWS["serve"] = {"files", "stream", "streaming"}
 ARROWS["exporting"] = ARROWS["streaming"] | {"streaming"}
+ARROWS["calibrating"] = ARROWS["exporting"]
 ARROWS["tasks"] = ARROWS["compiler"] | {"compiler", "artefact", "parallel", "stream", "train"}
 ARROWS["training"] = {"files", "parallel", "graph", "models", "train", "tasks"}
 ARROWS["bench"] = set(ARROWS)

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     help="A module that may run slower than it is meant to in an engine; may be repeated.",
 )  # fmt: skip
 @click.option(
+    "--attention", type=click.Choice(["native", "plugin"]),
+    help="What attends in engines: TensorRT (the default), which decodes all pages in NVFP4; or a "
+    "plugin, which decodes those that are listed.",
+)  # fmt: skip
+@click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle."
 )
 @click.option(
@@ -53,6 +58,7 @@ def command(
     target: str,
     sm: int | None,
     waive: tuple[str, ...],
+    attention: str | None,
     output: Path,
     overrides: tuple[str, ...],
     text: Text,
@@ -97,9 +103,13 @@ def command(
     if target == TENSORRT_RTX:
         if sm is None:
             raise ValueError("--sm: engines are for one kind of GPU; name it, such as --sm 120")
-        order = EngineOrder(sm, waive)
-    elif sm is not None or waive:
-        option = "--waive" if sm is None else "--sm"
+        order = EngineOrder(sm, waive, attention == "plugin")
+    elif given := [
+        name
+        for name, value in (("--sm", sm), ("--waive", waive), ("--attention", attention))
+        if value
+    ]:
+        option = given[0]
         raise ValueError(f"{option}: is for engines; drop it, or use --target {TENSORRT_RTX}")
     program = None
     if PROGRAM.recognises(Path(source)):

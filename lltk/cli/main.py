@@ -11,8 +11,8 @@ from rich.console import Console
 from lltk import __version__
 
 _COMMANDS = (
-    "doctor", "recipes", "transform", "inspect", "prepare", "train", "distil", "export", "bundle",
-    "stream", "serve", "watch", "compare", "bench", "demo",
+    "doctor", "recipes", "transform", "inspect", "prepare", "train", "distil", "calibrate",
+    "export", "bundle", "stream", "serve", "watch", "compare", "bench", "demo",
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from lltk.export.facts import (
 from lltk.export.streams import contradictions, spec_text
 from lltk.files.tensors import Place, tensor_places
 from lltk.graph.contract import Contract, TensorSpec
+from lltk.stream.runtimes.tensorrt_plugin import NAME
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
@@ -48,6 +49,7 @@ def check_files(folder: Path, facts: Facts) -> None:
         wanted.add(f"{TEXT}/{TOKENIZER}")
     for engine in facts.engines.built if facts.engines else ():
         wanted |= {engine.file, engine.table}
+    wanted |= set(facts.engines.kernels if facts.engines else ())
     if missing := sorted(wanted - facts.files.keys()):
         _refuse(folder, f"has no {missing[0]}")
     here = {str(each.relative_to(folder)) for each in folder.rglob("*") if not each.is_dir()}
@@ -88,9 +90,12 @@ def check_bundle(folder: Path, facts: Facts) -> None:
         places = tensor_places(folder / stage / WEIGHTS)
         compiled = facts.target == TENSORRT_RTX and stage != TEXT
         dialect = Dialect.TENSORRT if compiled else Dialect.ORT
+        plugin = compiled and bool(facts.engines and facts.engines.kernels)
         for graph, described in each.graphs.items():
             path = folder / stage / f"{graph}.onnx"
-            if wrong := next(_wrong(_model(path), described.contract, places, dialect), None):
+            if wrong := next(
+                _wrong(_model(path), described.contract, places, dialect, plugin), None
+            ):
                 _refuse(path, wrong)
 
 
@@ -146,11 +151,15 @@ def _model(path: Path) -> ModelProto:
 
 
 def _wrong(
-    model: ModelProto, contract: Contract, places: Mapping[str, Place], dialect: Dialect
+    model: ModelProto,
+    contract: Contract,
+    places: Mapping[str, Place],
+    dialect: Dialect,
+    plugin: bool,
 ) -> Iterator[str]:
     """What is in a model that no export writes."""
     from lltk.export.emitter import IR_VERSION, OPSET, Dialect, described
-    from lltk.export.tensorrt import DOMAIN, QUANTISE
+    from lltk.export.tensorrt import DOMAIN, PLUGIN_DOMAIN, QUANTISE
 
     if not all(isinstance(name, str) for name in _names(model)):
         yield "has names that are no text"
@@ -158,6 +167,8 @@ def _wrong(
     extra, own = {}, set[tuple[str, str]]()
     if dialect is Dialect.TENSORRT:
         extra, own = {DOMAIN: 1}, {(DOMAIN, QUANTISE)}
+    if plugin:
+        extra, own = {**extra, PLUGIN_DOMAIN: 1}, own | {(PLUGIN_DOMAIN, NAME)}
     if (
         not {"": OPSET}.items() <= opsets.items() <= {"": OPSET, **extra}.items()
         or model.ir_version > IR_VERSION

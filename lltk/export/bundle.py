@@ -38,6 +38,7 @@ from lltk.export.engines import EngineOrder, write_engines
 from lltk.export.facts import (
     BUNDLE,
     GOLDEN,
+    KERNELS,
     MANIFEST,
     ORT,
     TENSORRT_RTX,
@@ -46,23 +47,23 @@ from lltk.export.facts import (
     EnginesFacts,
     Facts,
     GoldenFacts,
-    GraphFacts,
     StageFacts,
-    TensorFacts,
     TextFacts,
 )
+from lltk.export.kernels import kernel_sizes
 from lltk.files.outputs import Output, check_outputs
 from lltk.files.tensors import read_tensors, write_tensors
 from lltk.files.writing import NewFolder, standing, whole_folder
-from lltk.graph.contract import Contract, TensorSpec
+from lltk.graph.contract import Contract
+from lltk.graph.contract_facts import GraphFacts
 from lltk.graph.facts import HighSteps
 from lltk.graph.fingerprint import fingerprint
 from lltk.graph.memory import activations
 from lltk.graph.recipe import validated
 from lltk.graph.spec import DecoderSpec, ModelSpec, TextSpec
-from lltk.graph.text import dtype_name
 from lltk.stream.bundle_text import read_tokenizer
-from lltk.stream.runtimes import tensorrt
+from lltk.stream.runtimes import tensorrt, tensorrt_plugin
+from lltk.stream.runtimes.cubin import Kernels
 from lltk.stream.runtimes.onnx_graph import OnnxGraph, check_installed
 
 if TYPE_CHECKING:
@@ -176,7 +177,8 @@ def write_bundle(
         if isinstance(text, str):
             folder.write_text(f"text/{TOKENIZER}", text)
         compiled = [(s, g) for s in stages if s != TEXT for g in stages[s].graphs]
-        built = write_engines(folder, compiled, engines, note) if engines else None
+        sizes = next(filter(None, map(kernel_sizes, programs.values())), None)
+        built = write_engines(folder, compiled, engines, note, sizes) if engines else None
         note("computing golden values")
         golden = _write_golden(folder, cases, target)
         note("comparing golden values")
@@ -273,6 +275,9 @@ def open_engine(folder: Path, facts: Facts, stage: str, graph: str) -> tensorrt.
             f"installed; run: pip install {packages}, or export the recipe again"
         )
     device = tensorrt.check_device(engines.sm)
+    if engines.kernels:
+        kernels = Kernels(folder / KERNELS, device)
+        tensorrt_plugin.offer(tensorrt.BINDINGS, kernels.facts, kernels)
     file = next(each.file for each in engines.built if (each.stage, each.graph) == (stage, graph))
     contract = facts.stages[stage].graphs[graph].contract
     return tensorrt.EngineGraph(folder / file, contract, device)
@@ -313,11 +318,7 @@ def _write_stage(folder: NewFolder, stage: str, program: Program, dialect: Diale
     pool, models = emit(program, dialect)
     pool.write(folder, stage, models)
     assert isinstance(program.model, ModelSpec | DecoderSpec | TextSpec)
-    contracts = {name: program.contract(name) for name in program.graphs}
-    graphs = {
-        name: GraphFacts(inputs=_facts(each.inputs), outputs=_facts(each.outputs))
-        for name, each in contracts.items()
-    }
+    graphs = {name: GraphFacts.of(program.contract(name)) for name in program.graphs}
     return StageFacts(
         fingerprint=fingerprint(program),
         model=program.model,
@@ -326,13 +327,6 @@ def _write_stage(folder: NewFolder, stage: str, program: Program, dialect: Diale
         log=list(program.log),
         graphs=graphs,
     )
-
-
-def _facts(specs: Mapping[str, TensorSpec]) -> dict[str, TensorFacts]:
-    return {
-        name: TensorFacts(shape=spec.shape, dtype=dtype_name(spec.dtype), role=spec.role)
-        for name, spec in specs.items()
-    }
 
 
 def _write_golden(folder: NewFolder, cases: Iterable[Case], target: str) -> list[GoldenFacts]:

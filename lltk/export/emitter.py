@@ -223,6 +223,10 @@ class Emitter:
             self._read[known] = TensorProto(name=known, data_type=kind, dims=shape)
         return known
 
+    def is_parameter(self, name: str) -> bool:
+        """Whether a name is that of a parameter of the Program."""
+        return name in self._program.weights
+
     def tensor(self, value: Value, dtype: torch.dtype) -> str:
         """An operand: the name of a tensor as it is, or a number as a constant."""
         return value if isinstance(value, str) else self.constant(value, dtype)

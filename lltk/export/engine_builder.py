@@ -2,7 +2,7 @@
 
 ::
 
-    python -m lltk.export.engine_builder MODEL ENGINE LOG SM
+    python -m lltk.export.engine_builder MODEL ENGINE LOG SM [KERNELS]
 
 It writes the engine, and to the log a line for each layer of the builder's plan, and prints what
 happened as JSON. The runtime's inspector could tell the layers too, but needs a GPU.
@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import tensorrt_rtx_bindings as trt
+
+from lltk.stream.runtimes.cubin import read_kernels
+from lltk.stream.runtimes.tensorrt_plugin import offer
 
 
 class _Log(trt.ILogger):
@@ -65,7 +68,9 @@ def build(model: Path, engine: Path, plan: IO[str], sm: int) -> dict[str, Any]:
 
 def main() -> None:
     """Build what the command line names."""
-    model, engine, log, sm = sys.argv[1:]
+    model, engine, log, sm, *kernels = sys.argv[1:]
+    for folder in kernels:
+        offer(trt.__name__, read_kernels(Path(folder)))
     with Path(log).open("w", encoding="utf-8", buffering=1) as plan:
         sys.stdout.write(json.dumps(build(Path(model), Path(engine), plan, int(sm))))
 

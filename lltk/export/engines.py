@@ -18,13 +18,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lltk.export.facts import ENGINES, EngineFacts, EnginesFacts
+from lltk.export.facts import ENGINES, KERNELS, EngineFacts, EnginesFacts
+from lltk.export.kernels import Sizes, write_kernels
 from lltk.export.layers import Layer, lint, meant, read_layers, summary
 from lltk.files.tensors import checksum
 from lltk.files.writing import NewFolder
 from lltk.graph.edit import op_of
 from lltk.graph.program import Program
 from lltk.ops.implementations import overload
+from lltk.stream.runtimes.cubin import FACTS
 from lltk.stream.runtimes.tensorrt import library_version
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ _FP8, _FP4 = 89, 120
 _FORMATS = {
     "nvfp4_matmul": ("FP4 products", _FP4, "nvfp4_infer"),
     "nvfp4_decode_pages": ("FP4 pages", _FP4, "nvfp4_cache"),
+    "nvfp4_listed_attention": ("FP4 pages", _FP4, "nvfp4_cache"),
     "nvfp4_quantise_page": ("FP4 pages", _FP4, "nvfp4_cache"),
     "fp8_matmul": ("FP8 products", _FP8, "fp8_infer"),
 }
@@ -59,10 +62,12 @@ class EngineOrder:
     Attributes:
         sm: the compute capability that they are for, 120 for 12.0.
         waived: paths of modules whose layers may be slow ones.
+        plugin: whether a plugin attends to pages in NVFP4.
     """
 
     sm: int
     waived: tuple[str, ...] = ()
+    plugin: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,7 @@ def write_engines(
     graphs: Sequence[tuple[str, str]],
     order: EngineOrder,
     note: Callable[[str], None],
+    sizes: Sizes | None = None,
 ) -> EnginesFacts:
     """Build the engines of a bundle that is being written, and look at their layers.
 
@@ -144,6 +150,7 @@ def write_engines(
         graphs: stage and graph of each.
         order: what to build.
         note: is told what is being done.
+        sizes: of the kernels that the plugin runs; None without one.
 
     Raises:
         ValueError: TensorRT builds none of a graph, a layer is a slow one, or a module that is
@@ -163,6 +170,12 @@ def write_engines(
             f"have one are {', '.join(modules)}"
         )
     (folder.path / ENGINES).mkdir()
+    kernels: tuple[str, ...] = ()
+    if sizes:
+        note("compiling kernels")
+        facts = write_kernels(folder, sizes, order.sm, under=KERNELS)
+        names = dict.fromkeys((FACTS, *(launch.file for launch in facts.launches)))
+        kernels = tuple(f"{KERNELS}/{name}" for name in names)
     built = []
     for number, (stage, graph) in enumerate(graphs, 1):
         weights = _weights(models[stage, graph])
@@ -172,7 +185,10 @@ def write_engines(
         )
         engine = EngineFacts(stage=stage, graph=graph, seconds=1, peak_bytes=0, layers={})
         made = build_engine(
-            folder.path / stage / f"{graph}.onnx", folder.path / engine.file, order.sm
+            folder.path / stage / f"{graph}.onnx",
+            folder.path / engine.file,
+            order.sm,
+            folder.path / KERNELS if sizes else None,
         )
         if slow := list(lint(wanted[stage, graph], made.layers, order.waived)):
             more = f" (and {len(slow) - 1} more)" if len(slow) > 1 else ""
@@ -187,7 +203,11 @@ def write_engines(
         told = {"seconds": made.seconds, "peak_bytes": made.peak_bytes}
         built.append(engine.model_copy(update={**told, "layers": summary(made.layers)}))
     return EnginesFacts(
-        version=library_version(), sm=order.sm, waived=order.waived, built=tuple(built)
+        version=library_version(),
+        sm=order.sm,
+        waived=order.waived,
+        built=tuple(built),
+        kernels=kernels,
     )
 
 
@@ -197,13 +217,14 @@ def _weights(model: ModelProto) -> int:
     return sum(int(entry.value) for entry in entries if entry.key == "length")
 
 
-def build_engine(model: Path, engine: Path, sm: int) -> Built:
+def build_engine(model: Path, engine: Path, sm: int, kernels: Path | None = None) -> Built:
     """Build an engine in a process of its own.
 
     Args:
         model: in ONNX, in TensorRT's dialect; its weights beside it.
         engine: the file to write, in a folder that is there.
         sm: compute capability.
+        kernels: the folder of those that the model's plugin runs.
 
     Raises:
         ValueError: TensorRT refuses the model, or its process ended.
@@ -215,7 +236,7 @@ def build_engine(model: Path, engine: Path, sm: int) -> Built:
         run = subprocess.run(
             [
                 sys.executable, "-P", "-m", "lltk.export.engine_builder",
-                str(model), str(engine), str(log), str(sm),
+                str(model), str(engine), str(log), str(sm), *([str(kernels)] if kernels else []),
             ],
             env=_environment(folder), capture_output=True, text=True, check=False,
         )  # fmt: skip

@@ -11,16 +11,14 @@ from pydantic import (
     NonNegativeInt,
     PlainSerializer,
     PositiveFloat,
-    field_validator,
 )
 
 from lltk.files.manifest import Manifest
 from lltk.files.outputs import Kind
-from lltk.graph.contract import Contract, Role, TensorSpec
+from lltk.graph.contract_facts import GraphFacts
 from lltk.graph.program import LogEntry
 from lltk.graph.spec import DecoderSpec, ModelSpec, TextSpec
 from lltk.graph.stages import Stage
-from lltk.graph.text import dtype_named
 
 TRANSFORMER, DECODER, TEXT = "transformer", "decoder", "text"
 """Stages of a bundle, which are folders in it."""
@@ -37,6 +35,8 @@ TARGETS = {ORT: "ONNX Runtime", TENSORRT_RTX: "TensorRT for RTX"}
 TOKENIZER = "tokenizer.json"
 ENGINES = "engines"
 """The folder of engines."""
+KERNELS = "kernels"
+"""The folder of a plugin's kernels."""
 
 
 def _entry(data: Any) -> Any:
@@ -48,41 +48,6 @@ def _entry(data: Any) -> Any:
 
 Entry = Annotated[LogEntry, BeforeValidator(_entry), PlainSerializer(LogEntry.plain)]
 """What a pass did, which JSON holds as `LogEntry.plain` has it."""
-
-
-class TensorFacts(BaseModel):
-    """An input or output of a graph."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    shape: tuple[NonNegativeInt, ...]
-    dtype: str
-    role: Role | None = None
-
-    @field_validator("dtype")
-    @classmethod
-    def _is_known(cls, short: str) -> str:
-        dtype_named(short)
-        return short
-
-    @property
-    def spec(self) -> TensorSpec:
-        """The same as code has it."""
-        return TensorSpec(self.shape, dtype_named(self.dtype), self.role)
-
-
-class GraphFacts(BaseModel):
-    """Inputs and outputs of a graph, by name and in order."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    inputs: dict[str, TensorFacts]
-    outputs: dict[str, TensorFacts]
-
-    @property
-    def contract(self) -> Contract:
-        """The graph's contract."""
-        return Contract(*({n: t.spec for n, t in s.items()} for s in (self.inputs, self.outputs)))
 
 
 class StageFacts(BaseModel):
@@ -163,6 +128,7 @@ class EnginesFacts(BaseModel):
         sm: the compute capability that they are for, 120 for 12.0.
         waived: paths of modules whose layers may be slow ones.
         built: the engines.
+        kernels: files of the kernels that their plugin runs; none without a plugin.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -171,6 +137,7 @@ class EnginesFacts(BaseModel):
     sm: NonNegativeInt
     waived: tuple[str, ...]
     built: tuple[EngineFacts, ...]
+    kernels: tuple[str, ...] = ()
 
 
 class TextFacts(BaseModel):

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from lltk.stream.runtimes.tensorrt_plugin import NAME
+
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
@@ -22,6 +24,8 @@ _DTYPE = re.compile(r"Datatype: (\w+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _PRODUCTS = ("gemm", "runtime_fusion")
 """Kinds of layers that multiply matrices, with more around it or not."""
+_PLUGIN = "custom_layer"
+"""The kind of layers that plugins are."""
 _FLOAT8E4M3FN, _FLOAT4E2M1 = 17, 23
 
 
@@ -66,7 +70,7 @@ class Layer(BaseModel):
     def is_fast(self, fast: Fast) -> bool:
         """Whether it is of a kind."""
         if fast is Fast.ATTENTION:
-            return "mha" in self.name
+            return "mha" in self.name or (self.kind == _PLUGIN and NAME in self.name)
         return self.kind in _PRODUCTS and self.inputs.count(_OPERANDS[fast]) >= 2
 
 
@@ -92,7 +96,7 @@ def meant(model: ModelProto) -> dict[str, Fast]:
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     found: dict[str, Fast] = {}
     for node in model.graph.node:
-        if node.op_type == "Attention":
+        if node.op_type in ("Attention", NAME):
             found[node.name] = Fast.ATTENTION
         if node.op_type == "MatMul" and (kind := _weight_type(node, makers, types)):
             found[node.name] = kind

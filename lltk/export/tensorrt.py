@@ -1,9 +1,9 @@
 """What TensorRT takes in another form than ONNX Runtime: products in FP4 and FP8, attention, pages.
 
 TensorRT makes a product in FP4 or FP8 only of forms that it knows. For activations that is one in
-which the scale of the whole tensor is a constant. So x is divided by its scale s, quantised with a
-constant 1, multiplied, and the product is multiplied by s. The ops' implementations
-``tensorrt_arithmetic`` do the same in torch.
+which the scale of the whole tensor is a constant. A calibrated scale is one. Otherwise x is divided
+by its scale s, quantised with a constant 1, multiplied, and the product is multiplied by s. The
+ops' implementations ``tensorrt_arithmetic`` do the same in torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from lltk.ops.floats import E2M1_MAX, E4M3_MAX
 from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_quantise.reference import BLOCK
 from lltk.ops.tensorrt_blocks import TINY
+from lltk.stream.runtimes.tensorrt_plugin import NAME, NAMESPACE, VERSION
 
 aten = torch.ops.aten
 DOMAIN, QUANTISE = "trt", "TRT_FP4DynamicQuantize"
 """The one op of TensorRT's own; it quantises blocks as they come."""
+PLUGIN_DOMAIN = "lltk"
+"""Of the op that a plugin of ours serves; see `lltk.stream.runtimes.tensorrt_plugin`."""
 _FLOAT, _ONE = torch.float32, 1.0
 _HEADS_FIRST = [0, 2, 1, 3]
 _TRT = Dialect.TENSORRT
@@ -76,6 +79,15 @@ def _listed_attention(
     return to.op("Transpose", made, perm=_HEADS_FIRST)
 
 
+@emits(overload("nvfp4_listed_attention"), dialect=_TRT)
+def _nvfp4_listed_attention(to: Emitter, node: fx.Node, *operands: str | None) -> str:
+    """The plugin reads what is there, in the op's order."""
+    given = [each for each in operands if each is not None]
+    return to.op(
+        NAME, *given, domain=PLUGIN_DOMAIN, plugin_namespace=NAMESPACE, plugin_version=VERSION
+    )
+
+
 def _attend(
     to: Emitter,
     operands: Sequence[str],
@@ -105,15 +117,16 @@ def _nvfp4_quantise(
             f"{node.name} ({to.scope}): activations are rounded by the rule {rule}, which TensorRT "
             "has no form for; set nvfp4_infer.activation_rule=none in the recipe's passes"
         )
-    before, shape = source(node).dtype, source(node).shape
-    x = _cast(to, x, before, _FLOAT)
-    if odd := -shape[-1] % BLOCK:
-        places = [0] * (2 * len(shape) - 1)
-        x = to.op("Pad", x, to.ints(*places, odd), to.constant(0, _FLOAT))
+    x = _padded(to, node, x)
     largest = to.op("ReduceMax", to.op("Abs", x), keepdims=0)
     scale = _tensor_scale(to, largest)
     codes, scales = _block_quantised(to, to.op("Div", x, scale))
     return [codes, scales, scale]
+
+
+@emits(overload("nvfp4_quantise_calibrated"), dialect=_TRT)
+def _nvfp4_quantise_calibrated(to: Emitter, node: fx.Node, x: str, scale: str) -> list[str]:
+    return _block_quantised(to, _padded(to, node, x), scale)
 
 
 def _tensor_scale(to: Emitter, largest: str) -> str:
@@ -126,10 +139,25 @@ def _tensor_scale(to: Emitter, largest: str) -> str:
     return to.op("Where", tiny, to.constant(1, _FLOAT), scale)
 
 
-def _block_quantised(to: Emitter, x: str) -> list[str]:
-    """Codes and block scales along the last axis of [R, K] or [B, R, K], for a scale of 1."""
+def _padded(to: Emitter, node: fx.Node, x: str) -> str:
+    """Rows of whole blocks in float32."""
+    before, shape = source(node).dtype, source(node).shape
+    x = _cast(to, x, before, _FLOAT)
+    if odd := -shape[-1] % BLOCK:
+        places = [0] * (2 * len(shape) - 1)
+        x = to.op("Pad", x, to.ints(*places, odd), to.constant(0, _FLOAT))
+    return x
+
+
+def _block_quantised(to: Emitter, x: str, scale: str | None = None) -> list[str]:
+    """Codes and block scales along the last axis of [R, K] or [B, R, K].
+
+    Args:
+        x: in float32.
+        scale: a parameter's name; by default the scale is 1.
+    """
     return to.ops(
-        QUANTISE, 2, x, to.constant(_ONE, _FLOAT),
+        QUANTISE, 2, x, scale or to.constant(_ONE, _FLOAT),
         domain=DOMAIN, axis=-1, block_size=BLOCK, scale_type=int(TensorProto.FLOAT8E4M3FN),
     )  # fmt: skip
 
@@ -153,10 +181,14 @@ def _nvfp4_matmul(
     scale: str,
     dtype: torch.dtype,
 ) -> str:
-    left = _decoded(to, a, a_scales, to.constant(_ONE, _FLOAT), torch.bfloat16)
+    constant = to.is_parameter(a_scale)  # as it is where activations are calibrated
+    scale_of_a = a_scale if constant else to.constant(_ONE, _FLOAT)
+    left = _decoded(to, a, a_scales, scale_of_a, torch.bfloat16)
     packed = to.parameter(codes, packed=True)
     right = _decoded(to, packed, scales, scale, torch.bfloat16)
     made = to.op("MatMul", left, to.op("Transpose", right, perm=[1, 0]))
+    if constant:
+        return _cast(to, made, torch.bfloat16, dtype)
     made = to.op("Mul", _cast(to, made, torch.bfloat16, _FLOAT), a_scale)
     return _cast(to, made, _FLOAT, dtype)
 

@@ -33,6 +33,8 @@ from lltk.ops.nvfp4_quantise.reference import BLOCK, Quantised
 DECODE_SCALE = "weight_decode_scale"
 ENDINGS = (".weight_codes", ".weight_scales", f".{DECODE_SCALE}")
 """What follows the module's path in the entries of a weight in NVFP4: codes first."""
+INPUT_SCALE = "input_scale"
+"""The last part of the name of an activation's calibrated scale, float32 []: largest / 2688."""
 ROW_SCALES = "weight_row_scales"
 FP8_ENDINGS = (".weight_values", f".{ROW_SCALES}")
 """What follows the module's path in the entries of a weight in FP8: values first."""

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from lltk.graph.contract import Contract, Role, TensorSpec
 from lltk.graph.facts import ChannelsLastWeights
 from lltk.graph.geometry import Geometry, Kind
-from lltk.graph.packed import DECODE_SCALE, ROW_SCALES
+from lltk.graph.packed import DECODE_SCALE, INPUT_SCALE, ROW_SCALES
 from lltk.graph.spec import ModelSpec, Spec
 from lltk.graph.stages import Stage
 
@@ -146,7 +146,7 @@ class Program:
     def run_dtype(self, name: str) -> torch.dtype:
         """The dtype that a parameter is cast to for running; ``weights`` keeps its own."""
         stored = self.weights[name].dtype
-        packed = stored.itemsize == 1 or name.endswith((DECODE_SCALE, ROW_SCALES))
+        packed = stored.itemsize == 1 or name.endswith((DECODE_SCALE, INPUT_SCALE, ROW_SCALES))
         if packed or not stored.is_floating_point:
             return stored
         parts = name.split(".")

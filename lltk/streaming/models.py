@@ -82,6 +82,11 @@ class Models:
             if self._engine is None:
                 self._engine = load_engine(self.plan, self._rank)
 
+    @property
+    def engine(self) -> Engine:
+        """What all sessions share, which is loaded by now."""
+        return self._loaded()
+
     def _loaded(self) -> Engine:
         assert self._engine is not None
         return self._engine

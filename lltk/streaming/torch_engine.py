@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lltk.graph.module import instantiate
 from lltk.stream.decoder import DecodedElsewhere
 from lltk.stream.lanes import Lane
@@ -30,6 +32,11 @@ class TorchEngine:
         if plan.section.compile:
             self._module.compile_blocks()
         self._lane = Lane(next(self._module.parameters()).device)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The transformer's parameters, as they run, by name."""
+        return dict(self._module.named_parameters())
 
     @property
     def decoder_lane(self) -> Lane | None:

@@ -110,11 +110,17 @@ def test_shapes_do_not_depend_on_the_table() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [False, True])
-def test_pages_in_nvfp4(smoothing: bool) -> None:
-    """They are decoded before attention, and given part by part."""
+@pytest.mark.parametrize("pages", ["decoded", "stored"])
+def test_pages_in_nvfp4(smoothing: bool, pages: str) -> None:
+    """They are decoded before attention or by it, and given part by part."""
     cache = {"nvfp4_cache": {"smoothing": smoothing}}
     old = after(reached("stream", *BEFORE, head_dim=16, **SIZES), cache)
-    new = after(old, "externalise")
+    new = after(old, {"externalise": {"pages": pages}})
+    names = [str(op_of(node)) for node in new.graphs["step"].nodes if node.op == "call_function"]
+    attending = [name for name in names if name.startswith("lltk.") and "attention" in name]
+    op = "listed_attention" if pages == "decoded" else "nvfp4_listed_attention"
+    assert attending == [f"lltk.{op}.default"] * 3
+    assert ("lltk.nvfp4_decode_pages.default" in names) is (pages == "decoded")
     step = given(old, "step", (2, 0))
     outside = {**translated(new, "step", step)}
     for name, spec in new.contract("step").pages.items():

@@ -16,22 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lltk.graph.contract import Contract, TensorSpec
+from lltk.graph.contract import Contract
 from lltk.stream.runtimes.operands import operands
+from lltk.stream.runtimes.tensorrt_types import DTYPES, tensor_shape
 
 BINDINGS = "tensorrt_rtx_bindings"
 """The Python module of TensorRT for RTX."""
 PACKAGES = ("tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu13_bindings")
 """What to install for it."""
-_DTYPES = {
-    torch.float32: "FLOAT",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "FP8",
-    torch.int64: "INT64",
-    torch.bool: "BOOL",
-    torch.uint8: "FP4",
-}
-"""TensorRT's names; what lltk holds as bytes are pairs of E2M1 numbers there."""
 
 
 def check_installed() -> None:
@@ -125,7 +117,7 @@ class EngineGraph:
                 )
             for name, spec in specs.items():
                 found = engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))
-                if found != (getattr(trt.DataType, _DTYPES[spec.dtype]), _shape(spec)):
+                if found != (getattr(trt.DataType, DTYPES[spec.dtype]), tensor_shape(spec)):
                     raise ValueError(
                         f"{self._path}: {name} is {found[0]} {found[1]}, and not {spec} as the "
                         "manifest says; export the recipe again"
@@ -158,13 +150,6 @@ class EngineGraph:
                     "recipe again"
                 )
         return put
-
-
-def _shape(spec: TensorSpec) -> tuple[int, ...]:
-    """A tensor's shape as TensorRT counts its elements."""
-    if spec.dtype is torch.uint8:
-        return (*spec.shape[:-1], 2 * spec.shape[-1])
-    return spec.shape
 
 
 def _logger(trt: Any) -> Any:

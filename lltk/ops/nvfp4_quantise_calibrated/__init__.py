@@ -1,0 +1,1 @@
+"""NVFP4 quantisation by a scale that is known beforehand."""
