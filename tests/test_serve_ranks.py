@@ -21,7 +21,7 @@ import torch
 from helpers import Run
 from ranks import LIMIT, alike, free_port
 from safetensors.torch import load_file, save_file
-from serving import OTHER, PROMPT, Server, pipeline, time_enough, until
+from serving import OTHER, PROMPT, WAIT, Server, pipeline, time_enough, until
 from streams import SHOTS, SIZES, planned, streamed
 from torch import Tensor
 from websockets.exceptions import ConnectionClosed
@@ -121,7 +121,7 @@ def serving(plan: StreamPlan, folder: Path, run: str) -> Iterator[tuple[Server, 
             out = folder / f"{run}.out0"
             if not place and out.exists():
                 place.extend(re.findall(r"^(http:\S+)/$", out.read_text(), re.MULTILINE))
-            return bool(place) and httpx.get(f"{place[0]}/ready").status_code == 200
+            return bool(place) and httpx.get(f"{place[0]}/ready", timeout=WAIT).is_success
 
         until(is_ready, 60, 0.1)
         yield Server(place[0], None, None), ranks  # type: ignore[arg-type]
