@@ -131,5 +131,8 @@ def test_watch_writes_what_it_sees(run: Run, pipeline: Path, tmp_path: Path) -> 
         made = [entry.live.chunks for entry in server.service.sessions.entries.values()]
         assert made == [2, 2]
     assert read_video(file).shape == (13, 32, 64, 3)
+    webm = tmp_path / "seen.webm"
+    code, _, errors = run("watch", server.url, "--prompt", RED, "-o", webm)
+    assert code == 2 and "name it .mp4" in " ".join(errors.split()) and not webm.exists()
     code, _, errors = run("watch", "http://127.0.0.1:1", "--prompt", "x")
     assert code == 2

@@ -40,6 +40,8 @@ def command(
 
     from lltk.serve.watching import watch
 
+    if output is not None and output.suffix.lower() != ".mp4":
+        raise ValueError(f"-o: {output}: a server sends MP4, whatever the codec; name it .mp4")
     if output is not None and output.exists() and not overwrite:
         raise ValueError(f"-o: {output} exists; name a new file, or replace it with --overwrite")
     console = Console()
