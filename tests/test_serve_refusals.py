@@ -211,6 +211,20 @@ def test_a_wrong_first_message_is_told_so(
 
 
 @pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"prompt": "x", "seconds": -2}, "seconds: write more than 0 and at most 3600"),
+        ({"seconds": 2}, "video: give exactly one of prompt and shots"),
+        ({"prompt": "x", "fps": 3}, "fps: Extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_job_is_told_so(server: Server, asked: dict[str, Any], said: str) -> None:
+    """In one sentence, which names the key once."""
+    answer = server.http().post("/v1/videos", json=asked)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (422, said)
+
+
+@pytest.mark.parametrize(
     "rubbish",
     ["", "x", "null", "[]", '{"type":', "[" * 5000, "\x00", '{"type": "session.ping"} x',
      '{"type": "session.start", "prompt": "x", "max_seconds": NaN}', b"\x00\xff", "9" * 5000,

@@ -311,5 +311,8 @@ def reasons(errors: Iterable[Mapping[str, Any]]) -> str:
     said = []
     for each in errors:
         where = ".".join(str(place) for place in each["loc"])
-        said.append(f"{where}: {each['msg']}" if where else each["msg"])
+        message = each["msg"].removeprefix("Value error, ")
+        if each["loc"]:
+            message = f"{where}: " + message.removeprefix(f"{each['loc'][-1]}: ")
+        said.append(message)
     return "; ".join(said)[:_LONGEST_REASON]
