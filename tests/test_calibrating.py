@@ -180,7 +180,7 @@ def test_scales_of_modelopt() -> None:
 
 def test_the_command(run: Run, tmp_path: Path, pipeline: Path) -> None:
     base = tmp_path / "base.yaml"
-    base.write_text(yaml.safe_dump(recipe_of(pipeline).resolved()))
+    base.write_text(yaml.safe_dump(recipe_of(pipeline, activation_rule="mse").resolved()))
     script = tmp_path / "shots.yaml"
     script.write_text("- caption: a red circle moving left\n  seconds: 2\n")
     made = tmp_path / "made.yaml"
@@ -190,6 +190,7 @@ def test_the_command(run: Run, tmp_path: Path, pipeline: Path) -> None:
     options = dict(open_recipe(str(made)).steps())["nvfp4_infer"]
     assert options["input_scales"] == pytest.approx(scales) and len(scales) > 10
     assert options["activation_scale"] == "calibrated"
+    assert options["activation_rule"] == "none"
     code, _, err = run("calibrate", base, "--checkpoint", DATA / "modelopt", "-o", made)
     assert code == 0, err
     options = dict(open_recipe(str(made)).steps())["nvfp4_infer"]

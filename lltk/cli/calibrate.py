@@ -48,7 +48,8 @@ def command(
 
     The stream runs without quantised linears, and the largest magnitude that each of them reads
     gives its scale. The recipe that is written is the same with these scales, in place of scales
-    that follow from the values as they come; an engine has less to compute with them.
+    that follow from the values as they come; an engine has less to compute with them. Activations
+    are rounded plainly in it (activation_rule: none), as calibrated scales need it.
 
     \b
     Example:
@@ -109,4 +110,7 @@ def command(
     write_text(output, f"{_MARK}, from {recipe}.\n{text}")
     if as_json:
         click.echo(json.dumps({"output": str(output), "input_scales": scales}))
-    console.print(f"{len(scales)} scales, written to {output}")
+    console.print(
+        f"{len(scales)} scales, written to {output}; activations are rounded plainly there "
+        "(activation_rule: none)"
+    )
