@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=NamedPath(), help="The record's path, without a suffix.")
 @click.option(
     "--shots", type=click.IntRange(0, 1_000_000), default=30, show_default=True,
-    help="Shots of the tiny world to score for each recipe.",
+    help="Shots of the tiny world to score for each recipe; rounded up to videos of 3.",
 )  # fmt: skip
 @click.option(
     "--minutes", type=click.IntRange(0, 10_000), default=0, show_default=True,
