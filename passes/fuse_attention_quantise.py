@@ -39,6 +39,13 @@ class FuseAttentionQuantise(Pass[Config]):
     kinds = ("stream",)
     numerics = Numerics.ROUNDING
 
+    def requires(self, program: Program) -> None:
+        if program.turns_pages:
+            raise ValueError(
+                "pages are turned before attention reads them, so no kernel reads them in NVFP4; "
+                "remove it, or bounded_positions, from the recipe's passes"
+            )
+
     def apply(self, program: Program, report: Report) -> None:
         for graph in program.graphs.values():
             for node in calls(graph, ATTENTION):
