@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -625,6 +626,14 @@ def test_other_networks_are_refused(pipeline: Path, tmp_path: Path) -> None:
     save_checkpoint(folder, wan22.build(config).state_dict(), "diffusers", config)
     message = refused(planned, pipeline, f"distil.real.weights={folder}")
     assert message.startswith("test: distil.real.weights:") and "num_layers" in message
+
+
+def test_the_weights_of_all_networks_are_told(pipeline: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    copytree(pipeline / "transformer", folder)
+    plan = planned(pipeline, f"distil.real.weights={folder}")
+    student = plan.recipe.model.checkpoint
+    assert plan.origin == (f"{student} (student), {folder} (real score), {student} (fake score)")
 
 
 def test_the_command(run: Run, tmp_path: Path) -> None:

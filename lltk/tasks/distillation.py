@@ -63,6 +63,12 @@ class DistillationPlan(TransformerPlan):
     fake: Program
 
     @property
+    def origin(self) -> str:
+        same = self.recipe.model.checkpoint
+        real, fake = (each.weights or same for each in (self.distil.real, self.distil.fake))
+        return f"{super().origin} (student), {real} (real score), {fake} (fake score)"
+
+    @property
     def memory(self) -> Mapping[str, int]:
         student, both = self._adapters(self.program), self._adapters(self.program, self.fake)
         moments = 2 * both if self.section.optimiser == "adamw" else both // 2
