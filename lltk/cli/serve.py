@@ -150,10 +150,8 @@ def command(
         share_cores(plan.device)
         check_plan(plan)
         check_sessions(plan, sessions + 1, ranks.rank)  # jobs have one too
-        orders = None
-        if ranks.size > 1:
-            orders = Orders(ranks.size)
-            stack.enter_context(stopping())  # all get a signal, and rank 0 tells when to end
+        orders = Orders(ranks.size) if ranks.size > 1 else None
+        stop = stack.enter_context(stopping())  # ranks all get a signal; rank 0 tells when to end
         if orders is not None and ranks.rank > 0:
             logging.disable(logging.WARNING)  # rank 0 shows them
             follow(load_models(plan, sessions=sessions + 1), orders)
@@ -169,3 +167,5 @@ def command(
         serve(make_server(service, known, public), service, listener)
         if orders is not None:
             orders.give(None)
+        if stop.asked:
+            console.print(f"Stopped. The next start goes on with the sessions in {folder}.")
