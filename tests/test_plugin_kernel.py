@@ -211,8 +211,22 @@ def test_damaged_folders(tmp_path: Path) -> None:
         return refused(read_kernels, folder)
 
     assert "sm: " in said(sm="ninety")
-    away = [{**facts["launches"][0], "file": "../decode_k.cubin"}]
-    assert "lies in another folder" in said(launches=away)
+
+    def launched(**changed: Any) -> str:
+        return said(launches=[{**facts["launches"][0], **changed}])
+
+    for name in ("../decode_k.cubin", "..", "", "/etc/passwd", "a\0b"):
+        assert "lies in another folder" in launched(file=name), name
+    (folder / "link.cubin").symlink_to(tmp_path / "link.cubin")
+    (tmp_path / "link.cubin").write_bytes((folder / "decode_k.cubin").read_bytes())
+    assert "'link.cubin' lies in another folder" in launched(file="link.cubin")
+    assert "'absent.cubin' is not there; compile" in launched(file="absent.cubin")
+    for grid in ([1 << 31, 1, 1], [1, 1 << 16, 1], [1, 1, 1 << 16], [0, 1, 1]):
+        assert "launches.0.grid." in launched(grid=grid), grid
+    assert "launches.0.threads" in launched(threads=1025)
+    assert "launches.0.shared" in launched(shared=1 << 31)
+    assert "takes k_other, which is not there" in launched(arguments=["k_codes", "k_other"])
+    assert "q is there twice" in said(workspaces={"q": 4})
     (folder / FACTS).write_text(json.dumps(facts))
     with (folder / "attend.cubin").open("r+b") as file:
         file.seek(100)

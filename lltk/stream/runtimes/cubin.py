@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor
 
 from lltk.files.reading import read_json
@@ -25,6 +26,11 @@ _SHARED = 48 << 10
 """Shared memory that a block may have without asking for it, in bytes."""
 _MAX_DYNAMIC_SHARED = 8
 """The driver's number for how much a kernel may ask for."""
+
+
+_Columns = Annotated[int, Field(ge=1, lt=1 << 31)]
+_Rows = Annotated[int, Field(ge=1, lt=1 << 16)]
+"""Blocks that CUDA launches in x, and in y or z."""
 
 
 class Launch(BaseModel):
@@ -46,9 +52,9 @@ class Launch(BaseModel):
     file: str
     sha256: str
     entry: str
-    grid: tuple[PositiveInt, PositiveInt, PositiveInt]
-    threads: PositiveInt
-    shared: NonNegativeInt
+    grid: tuple[_Columns, _Rows, _Rows]
+    threads: Annotated[int, Field(ge=1, le=1024)]
+    shared: Annotated[int, Field(ge=0, lt=1 << 31)]
     arguments: tuple[str | None, ...]
 
 
@@ -76,7 +82,8 @@ def read_kernels(folder: Path) -> KernelFacts:
     """What a folder's kernels are, with every file's checksum compared.
 
     Raises:
-        ValueError: a file is missing or another than it was.
+        ValueError: a file is missing or another than it was, lies elsewhere, or is launched with
+            what the kernels do not have.
     """
     path = folder / FACTS
     try:
@@ -85,9 +92,21 @@ def read_kernels(folder: Path) -> KernelFacts:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path}: {where}: {first['msg']}; compile the kernels again") from None
+    tensors = facts.tensors.inputs.keys() | facts.tensors.outputs.keys()
+    if twice := sorted(tensors & facts.workspaces.keys()):
+        raise ValueError(f"{path}: {twice[0]} is there twice; compile the kernels again")
+    known = tensors | facts.workspaces.keys() | {None}
+    whole = folder.resolve()
     for launch in facts.launches:
-        if Path(launch.file).name != launch.file:
-            raise ValueError(f"{path}: {launch.file} lies in another folder; compile them again")
+        if odd := [name for name in launch.arguments if name not in known]:
+            raise ValueError(
+                f"{path}: {launch.entry} takes {odd[0]}, which is not there; compile the kernels "
+                "again"
+            )
+        if "\0" in launch.file or (folder / launch.file).resolve().parent != whole:
+            raise ValueError(f"{path}: {launch.file!r} lies in another folder; compile them again")
+        if not (folder / launch.file).is_file():
+            raise ValueError(f"{path}: {launch.file!r} is not there; compile the kernels again")
         if not is_unchanged(folder / launch.file, launch.sha256):
             raise ValueError(
                 f"{folder / launch.file}: is not the file that was compiled; compile the kernels "
