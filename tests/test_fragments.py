@@ -133,6 +133,9 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         made(fps=0)
     with pytest.raises(ValueError, match="'hevc' is unknown; choose one of h264, vp9, av1"):
         made(codec="hevc")
+    for odd in ({"fps": 1000}, {"height": 2, "width": 2}):
+        with pytest.raises(ValueError, match=r"codec: av1 is not encoded in .* choose another of"):
+            made(codec="av1", **odd)  # type: ignore[arg-type]
     with (
         FragmentWriter(lambda data: None, 64, 64, 16) as writer,
         pytest.raises(ValueError, match=r"uint8 \[F, 64, 64, 3\] is required"),

@@ -98,7 +98,8 @@ class FragmentWriter:
         threads: of the encoder.
 
     Raises:
-        ValueError: odd sides, no frame rate, an unknown codec, or one without an encoder here.
+        ValueError: odd sides, no frame rate, an unknown codec, one without an encoder here, or
+            sides or a frame rate that the encoder does not take.
     """
 
     def __init__(
@@ -141,7 +142,14 @@ class FragmentWriter:
         self._stream.gop_size = _FOREVER
         self._stream.thread_count = threads
         tag_colours(self._stream)
-        self._file.start_encoding()
+        try:
+            self._file.start_encoding()
+        except av.error.FFmpegError as error:
+            raise ValueError(
+                f"codec: {codec} is not encoded in {width}x{height} at {fps:g} frames a second "
+                f"({error.strerror}); choose another of {', '.join(CODECS)}, or another size or "
+                "rate"
+            ) from error
         self.init_segment = header.getvalue()
         """What a decoder needs before any fragment."""
         self.codec_string = made.name(_content(self.init_segment, made.box))
