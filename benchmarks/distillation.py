@@ -109,6 +109,9 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
 def main() -> None:
     """Measure the rows that are not there yet; write the record when all are."""
     options = script_options(parser(), PLOT)
+    names = [BEFORE, *(run.name for run in options.runs)]
+    if same := [name for name in names if names.count(name) > 1]:
+        sys.exit(f"{same[0]}: names two models; rename the folder of a run")
     losses = {run.name: read_metrics(run / METRICS) for run in options.runs}
     if absent := [run for run in options.runs if not (run / "lora.safetensors").is_file()]:
         sys.exit(f"{absent[0]}: has no lora.safetensors; finish the run with lltk distil --resume")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,15 @@ def test_it_goes_on_and_says_what_was_reached(
     assert f"| {PRECISIONS[0]} | worse | no | yes | no (1.75) | yes (1.00) |" in text
     plot = (tmp_path / "record.svg").read_text()
     assert plot.count(">student<") == plot.count(">critic<") == 1
+
+
+@pytest.mark.parametrize("name", ["a", "before"])
+def test_models_of_one_name_are_refused(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Neither is left out."""
+    other = shutil.copytree(runs[0], tmp_path / "other" / name)
+    assert called(monkeypatch, [runs[0], other], tmp_path) == ([], 1)
 
 
 def test_another_adapter_is_measured_anew(
