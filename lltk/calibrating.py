@@ -33,6 +33,16 @@ _OPERANDS = {aten.linear.default: (0, 1), aten.addmm.default: (1, 2), aten.mm.de
 """Where products have their activation and their weight."""
 
 
+def check_calibratable(recipe: Recipe) -> None:
+    """Check that a recipe has linears whose scales can be calibrated.
+
+    Raises:
+        ValueError: it has no pass nvfp4_infer.
+    """
+    if PASS not in dict(recipe.steps()):
+        raise ValueError(f"passes: have no {PASS}, which scales are for; name a recipe with it")
+
+
 def record_scales(
     recipe: Recipe,
     script: Sequence[Shot],
@@ -51,10 +61,10 @@ def record_scales(
         note: is told of each chunk.
 
     Raises:
-        ValueError: the recipe has no such pass, or its linears' inputs are all zeros or not finite.
+        ValueError: the recipe has no such pass, its linears' inputs are all zeros or not finite, or
+            another pass changes one of them where this pass does not.
     """
-    if PASS not in dict(recipe.steps()):
-        raise ValueError(f"passes: have no {PASS}, which scales are for; name a recipe with it")
+    check_calibratable(recipe)
     passes = [
         "lower" if _name(entry) == "lower" else entry  # what it prefers may not be there
         for entry in recipe.passes
@@ -90,10 +100,19 @@ class _Largest(TorchDispatchMode):
     Args:
         parameters: as they run, by name.
         modules: the paths of the linears to look at.
+
+    Raises:
+        ValueError: a linear's weight does not run.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], modules: Iterable[str]) -> None:
         super().__init__()
+        modules = list(modules)
+        if odd := [module for module in modules if f"{module}.weight" not in parameters]:
+            raise ValueError(
+                f"{odd[0]}: another pass changes it while the stream runs without {PASS}; exclude "
+                "it from that pass, such as fp8_infer"
+            )
         weights = {module: parameters[f"{module}.weight"] for module in modules}
         self._modules = {weight.data_ptr(): module for module, weight in weights.items()}
         self._largest = {

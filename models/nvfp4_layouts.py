@@ -83,11 +83,16 @@ def read_packed(
 
 def _input_scale(convention: Convention, scale: Tensor, subject: str) -> float:
     """An activation's scale as lltk has it, largest magnitude / 2688."""
-    if scale.numel() != 1 or not 0 < float(scale) < math.inf:
+    made = float(scale) if scale.numel() == 1 and scale.is_floating_point() else math.nan
+    if convention.divides and made:
+        made = 1 / made
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny <= made <= limits.max:
         raise ValueError(
-            f"{subject}{convention.activation} is no number above 0; calibrate the model again"
+            f"{subject}{convention.activation} is no number above 0 that float32 holds; calibrate "
+            "the model again"
         )
-    return 1 / float(scale) if convention.divides else float(scale)
+    return made
 
 
 def write_packed(

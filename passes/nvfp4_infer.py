@@ -5,10 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from torch import Tensor, fx
 
 from lltk.graph.contract import TensorSpec
@@ -30,6 +30,11 @@ MATMUL = overload("nvfp4_matmul")
 QUANTISE = overload("nvfp4_quantise")
 QUANTISE_CALIBRATED = overload("nvfp4_quantise_calibrated")
 
+InputScale = Annotated[
+    float, Field(ge=torch.finfo(torch.float32).tiny, le=torch.finfo(torch.float32).max)
+]
+"""A scale that float32 holds."""
+
 
 class Config(LinearChoice):
     """Which linears, and how their operands are rounded."""
@@ -40,7 +45,7 @@ class Config(LinearChoice):
         description="whether an activation's scale follows from its largest magnitude as it comes, "
         "or is a constant of input_scales, as `lltk calibrate` finds them",
     )
-    input_scales: dict[str, PositiveFloat] = Field(
+    input_scales: dict[str, InputScale] = Field(
         {}, description="calibrated scales, by the path of the module: largest magnitude / 2688"
     )
     weight_rule: Rule = Field("none", description="Four Over Six rule of weights, as in training")
@@ -216,8 +221,13 @@ class Nvfp4Infer(Pass[Config]):
                     known += [module for module in group if module not in known]
         wanted = {module for group in groups.values() for module in group}
         if odd := sorted(wanted ^ self.config.input_scales.keys()):
-            have = "has no scale" if odd[0] in wanted else "is no linear that becomes NVFP4"
-            raise ValueError(f"input_scales: {odd[0]} {have}; find them again with lltk calibrate")
+            raise ValueError(
+                f"input_scales: {odd[0]} has no scale; exclude it, or find scales of this recipe "
+                "with lltk calibrate --script"
+                if odd[0] in wanted
+                else f"input_scales: {odd[0]} is no linear that becomes NVFP4; remove its scale, "
+                "or find scales of this recipe with lltk calibrate --script"
+            )
         return groups
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,7 @@ def test_graphs_read_constant_scales() -> None:
         ({"input_scales": {"blocks.0.attn1.to_q": 0.1}}, "or remove both"),
         (
             {"activation_scale": "calibrated", "input_scales": {"blocks.0.attn1.to_q": 0.1}},
-            "has no scale; find them again",
+            "has no scale; exclude it, or find scales of this recipe",
         ),
         (
             {
@@ -104,7 +106,16 @@ def test_a_scale_of_no_linear_is_refused() -> None:
     base = reached("stream", *PASSES["stream"][:6], head_dim=16)
     options = {"activation_scale": "calibrated", "input_scales": {**scales_of(base), "head": 1.0}}
     said = refused(after, base, {"nvfp4_infer": options})
-    assert "head is no linear that becomes NVFP4" in said
+    assert "head is no linear that becomes NVFP4; remove its scale" in said
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-60, 1e300, math.inf, math.nan])
+def test_a_scale_that_float32_does_not_hold_is_refused(scale: float) -> None:
+    base = reached("stream", *PASSES["stream"][:6], head_dim=16)
+    scales = {**scales_of(base), "blocks.0.attn1.to_q": scale}
+    options = {"activation_scale": "calibrated", "input_scales": scales}
+    said = refused(after, base, {"nvfp4_infer": options})
+    assert "input_scales.blocks.0.attn1.to_q: Input should be " in said
 
 
 # Recording
@@ -125,6 +136,8 @@ def test_largest_magnitudes_are_noted_by_weight() -> None:
     with _Largest(weights, ["a"]) as found:
         pass
     assert "a: reads nothing but zeros" in refused(found.scales)
+    said = refused(_Largest, weights, ["a", "d"])
+    assert "d: another pass changes it while the stream runs without nvfp4_infer" in said
 
 
 def recipe_of(pipeline: Path, **options: Any) -> Recipe:
@@ -178,6 +191,31 @@ def test_scales_of_modelopt() -> None:
     assert load_checkpoint(DATA / "modelopt_w4a16").input_scales == {}
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [
+        torch.tensor(0.0),
+        torch.tensor(math.nan),
+        torch.tensor(math.inf),
+        torch.tensor(-1.0),
+        torch.tensor(1e-60, dtype=torch.float64),
+        torch.tensor(1e300, dtype=torch.float64),
+        torch.tensor(1, dtype=torch.int8),
+        torch.ones(2),
+        torch.ones(0),
+    ],
+    ids=str,
+)
+def test_scales_that_are_none(tmp_path: Path, scale: torch.Tensor) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(DATA / "modelopt", tmp_path / "made")
+    (file,) = folder.glob("*.safetensors")
+    save_file({**load_file(file), "blocks.0.attn1.to_k.input_scale": scale}, file)
+    said = refused(load_checkpoint, folder)
+    assert "blocks.0.attn1.to_k.input_scale is no number above 0 that float32 holds" in said
+
+
 def test_the_command(run: Run, tmp_path: Path, pipeline: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump(recipe_of(pipeline, activation_rule="mse").resolved()))
@@ -203,3 +241,8 @@ def test_the_command(run: Run, tmp_path: Path, pipeline: Path) -> None:
     ):
         code, _, err = run("calibrate", base, "-o", made, *more)
         assert code == 2 and message in " ".join(err.split()), err
+    without = tmp_path / "without.yaml"
+    for more in (("--checkpoint", DATA / "modelopt"), ("--script", script, "--dry-run")):
+        code, _, err = run("calibrate", "tiny_stream", "-o", without, *more)
+        assert code == 2 and "passes: have no nvfp4_infer" in " ".join(err.split()), err
+    assert not without.exists()

@@ -59,7 +59,7 @@ def command(
     """
     import yaml
 
-    from lltk.calibrating import calibrated, record_scales
+    from lltk.calibrating import calibrated, check_calibratable, record_scales
     from lltk.cli.inputs import inputs_of, located
     from lltk.files.outputs import Output, check_outputs, marked
     from lltk.files.writing import write_text
@@ -73,6 +73,7 @@ def command(
         raise ValueError("name where scales come from: one of --script and --checkpoint")
     path = find_recipe(recipe)
     resolved = located(path, overrides, download, not dry_run)
+    check_calibratable(resolved)
     inputs = [*inputs_of(path, resolved.resolved()), *filter(None, (script, checkpoint))]
     check_outputs([Output(output, marked("a calibrated recipe", _MARK))], inputs, overwrite)
     if script is not None:
