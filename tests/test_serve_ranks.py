@@ -18,12 +18,14 @@ from unittest.mock import patch
 import httpx
 import pytest
 import torch
+import torch.distributed as dist
+from av.error import ExternalError
 from helpers import Run
 from ranks import LIMIT, alike, free_port
 from safetensors.torch import load_file, save_file
 from serving import OTHER, PROMPT, WAIT, Server, pipeline, time_enough, until
 from streams import SHOTS, SIZES, planned, streamed
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 from websockets.exceptions import ConnectionClosed
 
 from lltk import streaming
@@ -286,6 +288,23 @@ def test_the_others_are_told_each_event_before_the_chunk_that_it_acts_from(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("error", [ValueError, OSError, OutOfMemoryError])
+def test_what_rank_0_cannot_do_the_others_are_told(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """It meets them, also where it only knows what kind of failure it was."""
+    told: list[str] = []
+
+    def gathered(said: list[str], own: str, group: Any) -> None:
+        told.append(own)
+
+    monkeypatch.setattr(dist, "new_group", lambda **options: None)
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
+    with pytest.raises(error), Orders(SIZE).together():
+        raise error
+    assert told == [error.__name__]
+
+
 def test_what_one_rank_cannot_open_none_has(shared: StreamPlan) -> None:
     with alike():
         models = LeadingModels(shared, Noted("no room"), sessions=1)
@@ -295,17 +314,22 @@ def test_what_one_rank_cannot_open_none_has(shared: StreamPlan) -> None:
                 models.open(lambda video: None, SHOTS)
 
 
-def test_a_sink_that_fails_ends_its_session_between_two_chunks(shared: StreamPlan) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(28, "no space left"), ExternalError(1, "no space left")], ids=str
+)
+def test_a_sink_that_fails_ends_its_session_between_two_chunks(
+    shared: StreamPlan, error: Exception
+) -> None:
     """The others never wait within a chunk of it."""
     orders = Noted()
 
     def broken(video: Tensor) -> None:
-        raise OSError(28, "no space left")
+        raise error
 
     with alike():
         models = LeadingModels(shared, orders)
         models.load()
-        with pytest.raises(OSError, match="no space"), models.open(broken, SHOTS) as stream:
+        with pytest.raises(type(error), match="no space"), models.open(broken, SHOTS) as stream:
             stream.make()
             stream.session.delivery.rest()
             stream.make()
@@ -314,8 +338,9 @@ def test_a_sink_that_fails_ends_its_session_between_two_chunks(shared: StreamPla
     assert orders.calls.count(["make"]) == 2
 
 
+@pytest.mark.parametrize("kind", [ValueError, OutOfMemoryError])
 def test_a_chunk_that_fails_on_rank_0_alone_ends_all(
-    shared: StreamPlan, monkeypatch: pytest.MonkeyPatch
+    shared: StreamPlan, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     orders = Noted()
     with alike():
@@ -325,7 +350,7 @@ def test_a_chunk_that_fails_on_rank_0_alone_ends_all(
         stream = models.open(lambda video: None, SHOTS)
 
         def unreadable(prompt: str) -> Tensor:
-            raise ValueError("text_encoder: is damaged")
+            raise kind("text_encoder: is damaged")
 
         monkeypatch.setattr(stream.session, "_encode", unreadable)
         with pytest.raises(LostRank, match=r"failed on rank 0 \(text_encoder: is damaged\)"):

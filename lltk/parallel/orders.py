@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch import OutOfMemoryError
 
 from lltk.parallel.groups import LostRank, lost
 
+FAILURES = (ValueError, OSError, OutOfMemoryError)
+"""What is raised where a rank cannot do something, and then goes on."""
 _EVER = timedelta(days=10_000)
 """How long a rank waits for an order: nothing has to happen for days."""
 
@@ -61,20 +64,21 @@ class Orders:
         """Let all ranks do a block, or know that one of them could not. All ranks must enter it.
 
         Raises:
-            ValueError, OSError: what this rank's block raised; else ValueError, where another's
-                raised either.
+            ValueError, OSError, OutOfMemoryError: what this rank's block raised; else ValueError,
+                where another's raised any of these.
             LostRank: another rank has stopped.
         """
-        failure: ValueError | OSError | None = None
+        failure: ValueError | OSError | OutOfMemoryError | None = None
         try:
             yield
         except LostRank:
             raise
-        except (ValueError, OSError) as error:
+        except FAILURES as error:
             failure = error
         said: list[str] = [""] * self._size
+        own = "" if failure is None else str(failure) or type(failure).__name__
         try:
-            dist.all_gather_object(said, "" if failure is None else str(failure), self._group)
+            dist.all_gather_object(said, own, self._group)
         except RuntimeError as error:
             raise lost(error) from error
         if failure is not None:

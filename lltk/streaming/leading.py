@@ -26,10 +26,11 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
+from av.error import FFmpegError
 from torch import Tensor
 
 from lltk.parallel.groups import LostRank
-from lltk.parallel.orders import Orders
+from lltk.parallel.orders import FAILURES, Orders
 from lltk.stream.chunks import Chunk, Receipt
 from lltk.stream.prompts import Prompts
 from lltk.stream.recipe import EVERY_RANK
@@ -75,13 +76,13 @@ class _Sink:
 
     def __init__(self, sink: Callable[[Tensor], None]) -> None:
         self._sink = sink
-        self._failure: ValueError | OSError | None = None
+        self._failure: ValueError | OSError | FFmpegError | None = None
 
     def __call__(self, video: Tensor) -> None:
         if self._failure is None:
             try:
                 self._sink(video)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, FFmpegError) as error:
                 self._failure = error
 
     def check(self) -> None:
@@ -145,7 +146,7 @@ class LeadingModels(Models):
         """Open a session on every rank; see `Models.open`.
 
         Raises:
-            ValueError, OSError: a rank cannot open it. Then none has.
+            ValueError, OSError, OutOfMemoryError: a rank cannot open it. Then none has.
         """
         number, events = next(self._numbers), _Events()
         kept = None if sink is None else _Sink(sink)
@@ -213,14 +214,14 @@ class LeadingStream(Stream):
         """Make the next chunk, on all ranks; see `Stream.make`.
 
         Raises:
-            ValueError, OSError: what the sink raised for earlier chunks.
+            ValueError, OSError, FFmpegError: what the sink raised for earlier chunks.
             LostRank: another rank has stopped, or the chunk failed.
         """
         with self._leading.turn(self):
             self._check_sink()
             try:
                 return super().make()
-            except (ValueError, OSError) as error:
+            except (*FAILURES, FFmpegError) as error:
                 self._leading.orders.break_off()
                 if isinstance(error, LostRank):
                     raise
@@ -323,7 +324,7 @@ def _told_by_rank_0() -> Iterator[None]:
         yield
     except LostRank:
         raise
-    except (ValueError, OSError):
+    except FAILURES:
         return
 
 
@@ -333,7 +334,7 @@ def _opened_together(opening: Callable[[], Stream], orders: Orders) -> Stream:
     try:
         with orders.together():
             stream = opening()
-    except (ValueError, OSError):
+    except FAILURES:
         if stream is not None:
             Stream.__exit__(stream, None, None, None)
         raise
