@@ -241,6 +241,12 @@ def test_the_command(run: Run, tmp_path: Path, pipeline: Path) -> None:
     ):
         code, _, err = run("calibrate", base, "-o", made, *more)
         assert code == 2 and message in " ".join(err.split()), err
+    folder = shutil.copytree(DATA / "modelopt", tmp_path / "checkpoint")
+    config = folder / "config.json"
+    given = "--checkpoint", folder, "-o", config, "--overwrite"
+    code, _, err = run("calibrate", base, *given)
+    assert code == 2 and "config.json, which is read; name another" in " ".join(err.split()), err
+    assert config.read_bytes() == (DATA / "modelopt" / "config.json").read_bytes()
     without = tmp_path / "without.yaml"
     for more in (("--checkpoint", DATA / "modelopt"), ("--script", script, "--dry-run")):
         code, _, err = run("calibrate", "tiny_stream", "-o", without, *more)

@@ -75,6 +75,8 @@ def command(
     resolved = located(path, overrides, download, not dry_run)
     check_calibratable(resolved)
     inputs = [*inputs_of(path, resolved.resolved()), *filter(None, (script, checkpoint))]
+    if checkpoint is not None:
+        inputs += checkpoint.glob("*")
     check_outputs([Output(output, marked("a calibrated recipe", _MARK))], inputs, overwrite)
     if script is not None:
         shots, place = load_script(script), find_device(device)
