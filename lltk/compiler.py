@@ -162,7 +162,8 @@ def _decoded(
     if is_packed(weights) and not {"nvfp4_infer", "fp8_infer"} & passes.keys():
         raise ValueError(
             f"model.checkpoint: {recipe.model.checkpoint} holds weights in NVFP4; add "
-            "nvfp4_infer, or fp8_infer, to the recipe's passes"
+            "nvfp4_infer, or fp8_infer, to the recipe's passes, or name weights that are not "
+            "quantised"
         )
     plain = dict(weights)
     for module, weight in packed_weights(weights, "weights").items():

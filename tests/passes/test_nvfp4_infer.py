@@ -216,7 +216,9 @@ def test_a_packed_checkpoint_is_taken_as_it_is(layout: str, tmp_path: Path) -> N
     else:
         assert same(run(loaded, "step", given), run(program, "step", given))
     plain = recipe.model_copy(update={"model": model, "passes": list(PASSES["stream"])})
-    assert "holds weights in NVFP4; add nvfp4_infer" in refused(transform, plain)
+    said = refused(transform, plain)
+    assert "holds weights in NVFP4; add nvfp4_infer" in said
+    assert said.endswith("or name weights that are not quantised")
 
 
 def test_a_packed_checkpoint_infers_in_fp8(tmp_path: Path) -> None:
