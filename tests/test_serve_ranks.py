@@ -185,7 +185,8 @@ def test_ranks_serve_what_one_process_does(
             with pytest.raises(ConnectionClosed):
                 while True:
                     second.receive()
-        assert ended(ranks) == [0, 0] and said(tmp_path, "one") == ""
+        kept = f"Stopped. The next start goes on with the sessions in {tmp_path / 'state'}.\n"
+        assert ended(ranks) == [0, 0] and said(tmp_path, "one") == kept
     started = {part["generation_chunk_index"]: part["started_event_ids"] for part in first.parts}
     assert {k: ids for k, ids in started.items() if ids} == {2: ["switch"], 3: ["cut"]}
 

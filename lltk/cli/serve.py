@@ -168,4 +168,5 @@ def command(
         if orders is not None:
             orders.give(None)
         if stop.asked:
-            console.print(f"Stopped. The next start goes on with the sessions in {folder}.")
+            kept = f"Stopped. The next start goes on with the sessions in {folder}."
+            console.print(kept, highlight=False, soft_wrap=True)
