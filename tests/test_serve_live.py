@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -35,7 +36,7 @@ from lltk.serve.settings import Limits
 from lltk.stream.fragments import CODECS
 from lltk.stream.script import Shot
 from lltk.stream.video import pixels, read_video
-from lltk.streaming import Stream
+from lltk.streaming import Models, Stream
 
 pytestmark = pytest.mark.cpu
 __all__ = ["encoded", "pipeline"]
@@ -259,6 +260,21 @@ def test_a_session_that_fails_ends_alone(
             code, last = second.closed()
         assert (code, last["code"]) == (1011, "internal") and "not finite" not in last["message"]
         first.until("video.chunk_metadata", 2)
+
+
+def test_a_session_that_cannot_be_opened_is_told_so(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **options: Any) -> Stream:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with serving(planned(pipeline), tmp_path) as server:
+        with monkeypatch.context() as patched, server.watching() as viewer:
+            patched.setattr(Models, "open", full)
+            code, last = viewer.closed()
+        assert (code, last["code"]) == (1011, "internal") and "CUDA" not in last["message"]
+        with server.watching() as viewer:
+            viewer.until("video.chunk_metadata")
 
 
 def test_a_device_that_fails_ends_the_server(

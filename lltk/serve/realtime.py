@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ValidationError
 
 from lltk.serve.admission import Full
+from lltk.serve.engine import SESSION_ERRORS
 from lltk.serve.messages import (
     FROM_CLIENT,
     LONGEST_TEXT,
@@ -33,6 +35,7 @@ from lltk.serve.service import Service
 from lltk.serve.sessions import Entry
 
 Opened = TypeVar("Opened")
+_log = logging.getLogger(__name__)
 _FIRST = 30.0
 """Seconds within which the first message comes."""
 _COME_BACK = 5.0
@@ -279,6 +282,10 @@ class Connection:
             ) from full
         except ValueError as error:
             raise _refused(str(error)) from error
+        except SESSION_ERRORS as error:
+            _log.exception("a session could not be opened")
+            message = "session: it could not be opened; the server's log says why"
+            raise Refused(Close.INTERNAL, "internal", message) from error
 
 
 async def _first_done(*coroutines: Coroutine[Any, Any, None]) -> None:
