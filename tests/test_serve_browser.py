@@ -101,7 +101,7 @@ def opened(browser: Browser, server: Server) -> Iterator[Callable[..., Page]]:
 
     def open_page(token: str = TOKEN, seed: int = 2, url: str = "") -> Page:
         page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", asked)

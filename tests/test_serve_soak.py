@@ -9,7 +9,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -167,29 +167,37 @@ def soak(pipeline: Path, folder: Path, seconds: float, video: float, pace: float
     return used
 
 
-def left(pipeline: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """Threads and open files once a server has ended, by their names."""
+def left(
+    pipeline: Path, folder: Path, known: Collection[threading.Thread]
+) -> tuple[list[str], list[str]]:
+    """Threads but known ones, and open files, once a server has ended, by their names."""
     with serving(planned(pipeline), folder):
         pass
     gc.collect()
-    until(lambda: not any(each.name == "text_0" for each in threading.enumerate()))
-    return sorted(each.name for each in threading.enumerate()), files()
+
+    def threads() -> list[str]:
+        return sorted(each.name for each in threading.enumerate() if each not in known)
+
+    until(lambda: "text_0" not in threads())
+    return threads(), files()
 
 
 @pytest.mark.cpu
 def test_good_and_bad_clients_at_once(pipeline: Path, tmp_path: Path) -> None:
     """Those that stall, vanish or send rubbish keep no other from its frames, and leave nothing."""
-    before = left(pipeline, tmp_path)  # with what is loaded once, and stays
+    known = threading.enumerate()  # of other tests
+    before = left(pipeline, tmp_path, known)  # with what is loaded once, and stays
     soak(pipeline, tmp_path, seconds=1, video=4, pace=100)
-    assert left(pipeline, tmp_path) == before
+    assert left(pipeline, tmp_path, known) == before
 
 
 @pytest.mark.manual
 def test_ten_minutes_of_good_and_bad_clients(pipeline: Path, tmp_path: Path) -> None:
     """The same at the pace at which videos play; memory is flat after the first minute."""
-    before = left(pipeline, tmp_path)
+    known = threading.enumerate()
+    before = left(pipeline, tmp_path, known)
     used = soak(pipeline, tmp_path, seconds=600, video=30, pace=1)
-    assert left(pipeline, tmp_path) == before
+    assert left(pipeline, tmp_path, known) == before
     by_minute = [max(used[k : k + 60]) // MEBIBYTE for k in range(0, len(used), 60)]
     logging.getLogger("soak").info("MiB by minute: %s", by_minute)  # shown by --log-cli-level=INFO
     first, last = max(used[30:60]), max(used[-60:])
