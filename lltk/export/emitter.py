@@ -237,6 +237,11 @@ class Emitter:
         return stem if count == 1 else self._fresh(f"{stem}_{count}")
 
 
+def cast(to: Emitter, value: str, before: torch.dtype, dtype: torch.dtype) -> str:
+    """A value in another dtype; itself where it has it."""
+    return value if before == dtype else to.op("Cast", value, to=TYPES[dtype])
+
+
 def like(node: fx.Node) -> Tensor:
     """Shape and dtype of what a node gives."""
     value: Tensor = node.meta["val"]

@@ -14,7 +14,8 @@ import torch
 from onnx import TensorProto
 from torch import fx
 
-from lltk.export.emitter import TYPES, Dialect, Emitter, emits, like, source
+from lltk.export.attention import HEADS_FIRST, listed_operands
+from lltk.export.emitter import Dialect, Emitter, cast, emits, like, source
 from lltk.ops.floats import E2M1_MAX, E4M3_MAX
 from lltk.ops.implementations import overload
 from lltk.ops.nvfp4_quantise.reference import BLOCK
@@ -27,12 +28,7 @@ DOMAIN, QUANTISE = "trt", "TRT_FP4DynamicQuantize"
 PLUGIN_DOMAIN = "lltk"
 """Of the op that a plugin of ours serves; see `lltk.stream.runtimes.tensorrt_plugin`."""
 _FLOAT, _ONE = torch.float32, 1.0
-_HEADS_FIRST = [0, 2, 1, 3]
 _TRT = Dialect.TENSORRT
-
-
-def _cast(to: Emitter, value: str, before: torch.dtype, dtype: torch.dtype) -> str:
-    return value if before == dtype else to.op("Cast", value, to=TYPES[dtype])
 
 
 @emits(aten.scaled_dot_product_attention.default, dialect=_TRT)
@@ -57,26 +53,10 @@ def _attention(
 def _listed_attention(
     to: Emitter, node: fx.Node, q: str, k: str, v: str, k_pages: str, v_pages: str, listed: str
 ) -> str:
-    """Pages that are not listed are read as zeros, for a NaN under the mask would be seen."""
-    _, pages, tokens, heads, width = source(node, 3).shape
-    dtype, length = like(node).dtype, source(node, 1).shape[1]
-    by_page = to.op("Reshape", listed, to.ints(1, pages, 1, 1, 1))
-
-    def joined(own: str, arena: str, index: int) -> str:
-        before = source(node, index).dtype
-        finite = to.op("Where", by_page, arena, to.constant(0, before))
-        held = to.op("Reshape", finite, to.ints(1, pages * tokens, heads, width))
-        return to.op("Concat", _cast(to, held, before, dtype), own, axis=1)
-
-    by_key = to.op("Expand", to.op("Reshape", listed, to.ints(pages, 1)), to.ints(pages, tokens))
-    of_pages = to.op("Reshape", by_key, to.ints(1, 1, 1, pages * tokens))
-    mask = to.op("Concat", of_pages, to.constant([[[[True] * length]]], torch.bool), axis=3)
-    operands = [
-        to.op("Transpose", each, perm=_HEADS_FIRST)
-        for each in (q, joined(k, k_pages, 3), joined(v, v_pages, 4))
-    ]
-    made = _attend(to, operands, mask, heads, dtype, width**-0.5)
-    return to.op("Transpose", made, perm=_HEADS_FIRST)
+    operands, mask = listed_operands(to, node, q, k, v, k_pages, v_pages, listed)
+    _, _, heads, width = like(node).shape
+    made = _attend(to, operands, mask, heads, like(node).dtype, width**-0.5)
+    return to.op("Transpose", made, perm=HEADS_FIRST)
 
 
 @emits(overload("nvfp4_listed_attention"), dialect=_TRT)
@@ -142,7 +122,7 @@ def _tensor_scale(to: Emitter, largest: str) -> str:
 def _padded(to: Emitter, node: fx.Node, x: str) -> str:
     """Rows of whole blocks in float32."""
     before, shape = source(node).dtype, source(node).shape
-    x = _cast(to, x, before, _FLOAT)
+    x = cast(to, x, before, _FLOAT)
     if odd := -shape[-1] % BLOCK:
         places = [0] * (2 * len(shape) - 1)
         x = to.op("Pad", x, to.ints(*places, odd), to.constant(0, _FLOAT))
@@ -166,7 +146,7 @@ def _decoded(to: Emitter, codes: str, scales: str, scale: str, dtype: torch.dtyp
     """code · block scale · scale."""
     wide = to.op("DequantizeLinear", scales, scale)
     values = to.op("DequantizeLinear", codes, wide, axis=-1, block_size=BLOCK)
-    return _cast(to, values, _FLOAT, dtype)
+    return cast(to, values, _FLOAT, dtype)
 
 
 @emits(overload("nvfp4_matmul"), dialect=_TRT)
@@ -188,9 +168,9 @@ def _nvfp4_matmul(
     right = _decoded(to, packed, scales, scale, torch.bfloat16)
     made = to.op("MatMul", left, to.op("Transpose", right, perm=[1, 0]))
     if constant:
-        return _cast(to, made, torch.bfloat16, dtype)
-    made = to.op("Mul", _cast(to, made, torch.bfloat16, _FLOAT), a_scale)
-    return _cast(to, made, _FLOAT, dtype)
+        return cast(to, made, torch.bfloat16, dtype)
+    made = to.op("Mul", cast(to, made, torch.bfloat16, _FLOAT), a_scale)
+    return cast(to, made, _FLOAT, dtype)
 
 
 @emits(overload("row_pipeline"), dialect=_TRT)
@@ -200,7 +180,7 @@ def _row_pipeline(
     """Rows in FP8 and their scales; TensorRT fuses other steps by itself."""
     asked = [each for each in (*rest, *more.values()) if each not in (None, False, "none")]
     assert to == "fp8" and not asked, f"{node.name} is fused, which TensorRT does by itself"
-    x = _cast(emitter, x, source(node).dtype, _FLOAT)
+    x = cast(emitter, x, source(node).dtype, _FLOAT)
     peak = emitter.op("ReduceMax", emitter.op("Abs", x), emitter.ints(-1), keepdims=1)
     scales = emitter.op("Div", peak, emitter.constant(E4M3_MAX, _FLOAT))
     tiny = emitter.op("Less", scales, emitter.constant(TINY, _FLOAT))
@@ -229,9 +209,9 @@ def _fp8_matmul(
         for each in (a, b)
     )
     made = to.op("MatMul", left, to.op("Transpose", right, perm=[1, 0]))
-    made = to.op("Mul", _cast(to, made, torch.bfloat16, _FLOAT), a_scales)
+    made = to.op("Mul", cast(to, made, torch.bfloat16, _FLOAT), a_scales)
     made = to.op("Mul", made, to.op("Reshape", b_scales, to.ints(-1)))
-    made = _cast(to, made, _FLOAT, dtype)
+    made = cast(to, made, _FLOAT, dtype)
     return made if bias is None else to.op("Add", made, bias)
 
 
@@ -263,7 +243,7 @@ def _quantise_page(
             "no form for; set nvfp4_cache.rule=none in the recipe's passes"
         )
     batch, tokens, heads, width = source(node).shape
-    value = _cast(to, value, source(node).dtype, _FLOAT)
+    value = cast(to, value, source(node).dtype, _FLOAT)
     means = []
     if smoothing:
         mean = to.op("ReduceMean", value, to.ints(1), keepdims=1)
