@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lltk.bench.random_pipeline import UMT5_XXL, make_pipeline
+from lltk.bench.random_pipeline import wan22_5b_pipeline
 from lltk.bench.record import Record, markdown, percentile, write_record
 from lltk.bench.script import column, script_options, script_parser, script_record
 from lltk.graph.memory import readable, total
@@ -80,14 +80,12 @@ def main() -> None:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A row's seconds, memory and losses."""
     device = torch.device(options.device)
-    pipeline = options.pipeline or str(folder / "pipeline")
-    if options.pipeline is None and not Path(pipeline).exists():
-        make_pipeline(Path(pipeline), "wan22_5b", "wan22_vae", UMT5_XXL, device)
+    pipeline = options.pipeline or wan22_5b_pipeline(folder, device)
     changes = [*_ALWAYS, f"train.data.pipeline={pipeline}", f"stream.pipeline={pipeline}"]
     if options.pipeline is None:
         prompts = folder / "prompts.txt"
         prompts.write_text("a red circle moving left\na green square moving up\n")
-        weights = Path(pipeline) / "transformer"
+        weights = pipeline / "transformer"
         changes += [f"train.data.prompts={prompts}", f"model.checkpoint={weights}"]
         changes.append(f"distil.real.weights={weights}")
     data = read_recipe(find_recipe(options.recipe), [*changes, *options.changes])

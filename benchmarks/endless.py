@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lltk.bench.agreement import Interval, encoded, interval, mean
 from lltk.bench.quality import STRETCH, draw_stories, streamed
-from lltk.bench.record import Record, markdown, markdown_table, write_record
+from lltk.bench.record import Record, markdown, markdown_table, percentile, write_record
 from lltk.bench.scorer import Reading, agreement, identity, read
 from lltk.bench.script import script_options, script_parser, script_record
 from lltk.graph.recipe import open_recipe
@@ -101,13 +101,13 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             print(f"chunk {index} of {chunks}", flush=True)
     for recipe, plan, maker in zip(options.recipes, plans, makers, strict=True):
         bounded = largest_position(plan.geometry) if plan.transformer.turns_pages else None
-        late = sorted(maker.seconds[60 * FPS // (STRIDE * chunk) :] or maker.seconds)
+        late = maker.seconds[60 * FPS // (STRIDE * chunk) :] or maker.seconds
         yield {
             "name": recipe,
             "videos": options.videos,
             "largest_position": chunks * chunk - 1 if bounded is None else bounded,
             "seconds": median(late),
-            "seconds_p90": late[int(0.9 * (len(late) - 1))],
+            "seconds_p90": percentile(late, 0.9),
             "agreement": by_minute([watcher.shown for watcher in maker.watchers]),
             "identity": by_minute([watcher.kept for watcher in maker.watchers]),
         }

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from lltk.bench.random_pipeline import UMT5_XXL, make_pipeline
+from lltk.bench.random_pipeline import wan22_5b_pipeline
 from lltk.bench.record import Record, digest, markdown, percentile, write_record
 from lltk.bench.script import script_options, script_parser, script_record
 from lltk.graph.recipe import open_recipe
@@ -318,10 +318,8 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         overrides = [*options.overrides]
         if options.random_weights:
-            pipeline = (options.folder or Path(folder)) / "pipeline"
-            if not pipeline.exists():
-                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-                make_pipeline(pipeline, "wan22_5b", "wan22_vae", UMT5_XXL, device)
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            pipeline = wan22_5b_pipeline(options.folder or Path(folder), device)
             overrides.append(f"stream.pipeline={pipeline}")
         recipe = open_recipe(options.recipe, options.overrides)
         with serving(options.recipe, overrides, Path(folder) / "serve") as url:

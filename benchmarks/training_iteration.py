@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from lltk.bench.layouts import with_layout
-from lltk.bench.random_pipeline import UMT5_XXL, make_clips, make_pipeline
+from lltk.bench.random_pipeline import make_clips, wan22_5b_pipeline
 from lltk.bench.record import Record, markdown, percentile, write_record
 from lltk.bench.script import column, script_options, script_parser, script_record
 from lltk.graph.memory import readable, total
@@ -193,7 +193,7 @@ def _make(options: argparse.Namespace, folder: Path, device: torch.device) -> No
     with ThreadPoolExecutor(1) as thread:
         clips = thread.submit(make_clips, folder / "clips", 1, frames, size, 24.0)
         if options.pipeline is None:
-            make_pipeline(folder / "pipeline", "wan22_5b", "wan22_vae", UMT5_XXL, device)
+            wan22_5b_pipeline(folder, device)
         clips.result()
 
 

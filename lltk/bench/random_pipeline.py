@@ -73,6 +73,14 @@ def make_pipeline(
     shutil.copytree(find_pipeline("tiny") / "tokenizer", folder / "tokenizer")
 
 
+def wan22_5b_pipeline(folder: Path, device: torch.device) -> Path:
+    """``pipeline`` in a folder, of the 5B's sizes with random weights; made unless it is there."""
+    path = folder / "pipeline"
+    if not path.exists():
+        make_pipeline(path, "wan22_5b", "wan22_vae", UMT5_XXL, device)
+    return path
+
+
 def make_clips(folder: Path, count: int, frames: int, size: tuple[int, int], fps: float) -> None:
     """Write captioned clips of drifting colours, as ``train.data.folder`` reads them.
 
