@@ -252,9 +252,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
             made.append(self.own)
             super().__init__(*arguments, **named)
 
-        def write(self, frames: Tensor) -> None:
+        def write(self, frames: Tensor, keyframe: bool = True) -> None:
             self.own.append(frames.clone())
-            super().write(frames)
+            super().write(frames, keyframe)
 
     monkeypatch.setattr(live, "FragmentWriter", Recorder)
     return made

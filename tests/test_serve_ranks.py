@@ -85,9 +85,9 @@ def run_rank(rank: int, port: int, plan: StreamPlan, folder: Path, run: str) -> 
             self.own = made[-1]
             super().__init__(*arguments, **named)
 
-        def write(self, frames: Tensor) -> None:
+        def write(self, frames: Tensor, keyframe: bool = True) -> None:
             self.own.append(frames.clone())
-            super().write(frames)
+            super().write(frames, keyframe)
 
     given = ["serve", "tiny_stream", "--port", "0", "--folder", str(folder / "state")]
     with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from lltk.serve.admission import Admission, Full
 from lltk.serve.messages import ChunkMetadata, SessionQueued, VideoConfig, VideoStart
 from lltk.serve.ring import Beginning, Part, Ring
-from lltk.serve.scheduling import Capacity, Demand, Playhead, choose
+from lltk.serve.scheduling import Capacity, Demand, Playhead, ahead, choose
 from lltk.serve.settings import Limits
 
 pytestmark = pytest.mark.cpu
@@ -36,6 +37,15 @@ def test_a_session_is_due_when_less_than_a_chunk_is_ahead() -> None:
     assert Demand(6.5, 1.25, None).due() == -math.inf
 
 
+def test_a_player_that_never_reported_has_not_begun() -> None:
+    assert Playhead(buffered=5.0).at(1e9) == 0.0
+    assert Demand(2.5, 1.25, Playhead(buffered=2.5)).due() == math.inf
+
+
+def test_a_slow_chunk_begins_earlier() -> None:
+    assert ahead(1.25, 0.5) == 1.25 and ahead(1.25, 2.0) == 2.5
+
+
 def test_the_chunk_that_is_needed_first_is_made_first() -> None:
     """Not that of who asked first; jobs, which nobody waits for, come last."""
     job, late, soon = (
@@ -52,6 +62,28 @@ def test_the_chunk_that_is_needed_first_is_made_first() -> None:
     soon_due = Demand(2.5, 1.0, Playhead(1.0, 0.75, 3.0))
     assert choose([works[3], ("x", soon_due)], 3.125) == (None, 0.375)
     assert choose([], 3.0) == (None, math.inf)
+
+
+@pytest.mark.parametrize(("seconds", "stalls"), [(1.9, False), (2.1, True)])
+def test_what_is_slow_to_make_still_plays(seconds: float, stalls: bool) -> None:
+    """A simulation: half of a chunk's making goes on beside the next one's; 2 s of video a chunk."""
+    chunk, made, sent, seen, waited, now, free = 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    coming: list[float] = []
+    making, head = 0.0, Playhead()
+    while now < 120:
+        if coming and coming[0] <= now:
+            making, sent = 2 * seconds, sent + chunk
+            head = replace(head, buffered=sent - head.position)
+            coming.pop(0)
+        if now % 1 < 0.01 and sent:
+            head = Playhead(seen, sent - seen, now)
+        if now >= free and Demand(made, ahead(chunk, making), head).due() <= now:
+            made, free = made + chunk, now + seconds
+            coming.append(now + 2 * seconds)
+        step = min(0.01, sent - seen)
+        seen, now = seen + step, now + 0.01
+        waited += (0.01 - step) * (now > 20)
+    assert (waited > 1) == stalls
 
 
 @given(

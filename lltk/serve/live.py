@@ -6,11 +6,10 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
-import torch
 from torch import Tensor
 
 from lltk.serve.messages import (
@@ -24,7 +23,7 @@ from lltk.serve.messages import (
 )
 from lltk.serve.metrics import Metrics
 from lltk.serve.ring import Beginning, Part, Ring
-from lltk.serve.scheduling import Demand, Playhead
+from lltk.serve.scheduling import Demand, Playhead, ahead
 from lltk.stream.chunks import Chunk, Receipt
 from lltk.stream.fragments import FragmentWriter
 from lltk.stream.report import ChunkReport
@@ -124,10 +123,12 @@ class Live:
         """Frames from which events are visible that the viewer has not seen, and when they came."""
         self._limit = plan.section.fps * terms.seconds
         self._lock = Lock()
-        self._chunks: deque[Chunk] = deque()
-        """Those that have begun and are not delivered."""
-        self._pictures: list[Tensor] = []
-        """Frames of the first of these."""
+        self._chunks: deque[tuple[Chunk, float]] = deque()
+        """Those that are not delivered, and when they began."""
+        self._encoded = 0
+        """How many frames of the first of these are encoded."""
+        self._making = 0.0
+        """Seconds from when the newest chunk began until it was delivered."""
         self._playhead = Playhead()
         self._seconds = Seconds()
         self._stream: Stream | None = None
@@ -220,7 +221,7 @@ class Live:
             return None
         fps = self._plan.section.fps
         chunk = len(self._plan.chunking.frames(self.chunks))
-        return Demand(self._made() / fps, chunk / fps, self._playhead)
+        return Demand(self._made() / fps, ahead(chunk / fps, self._making), self._playhead)
 
     @property
     def ready(self) -> bool:
@@ -250,18 +251,19 @@ class Live:
 
     def begun(self, chunk: Chunk) -> None:
         """Take in which chunk is made, before any of its frames comes."""
-        self._chunks.append(chunk)
+        self._chunks.append((chunk, time.monotonic()))
 
     def deliver(self, video: Tensor) -> None:
-        """Encode video once a chunk's frames are there: [1, 3, F, H, W] in [-1, 1]."""
-        self._pictures.append(pixels(video))
-        chunk, frames = self._chunks[0], torch.cat(self._pictures)
-        if len(frames) < len(chunk.frames):
-            return
-        self._pictures.clear()
-        self._chunks.popleft()
+        """Encode a part of a chunk's video, [1, 3, F, H, W] in [-1, 1]; send it with the last."""
+        (chunk, began), frames = self._chunks[0], pixels(video)
         assert self._writer is not None and self.beginning is not None
-        self._writer.write(frames)
+        self._writer.write(frames, keyframe=self._encoded == 0)
+        self._encoded += len(frames)
+        if self._encoded < len(chunk.frames):
+            return
+        self._encoded = 0
+        self._chunks.popleft()
+        self._making = time.monotonic() - began
         data = b"".join(self._fragments)
         self._fragments.clear()
         with self._lock:
@@ -269,6 +271,9 @@ class Live:
             names = [name for name in given if name is not None]
             asked = [self._asked.pop(name) for name in names if name in self._asked]
             self._shown.extend((chunk.frames.start, when) for when in asked)
+            sent = chunk.frames.stop / self._plan.section.fps
+            buffered = max(sent - self._playhead.position, 0.0)
+            self._playhead = replace(self._playhead, buffered=buffered)
         message = ChunkMetadata(
             sequence=self.progress.sequence,
             generation_chunk_index=chunk.index,
@@ -290,7 +295,8 @@ class Live:
         made = self._made() / self._plan.section.fps
         position = min(position, made)
         now = time.monotonic()
-        self._playhead = Playhead(position, min(buffered, made - position), now)
+        with self._lock:
+            self._playhead = Playhead(position, min(buffered, made - position), now)
         self._metrics.client_buffer_seconds.observe(buffered)
         while self._shown and self._shown[0][0] / self._plan.section.fps <= position:
             frame, asked = self._shown.popleft()

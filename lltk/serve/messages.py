@@ -216,6 +216,8 @@ class SessionPing(Message):
 class ClientPlayback(Message):
     """Where the player is, each second: a session is made at most one chunk ahead of it.
 
+    Where a chunk takes longer to make than to play, it is made that much ahead instead.
+
     Attributes:
         position: seconds of the video that have played.
         buffered: seconds of video that the player has beyond them.

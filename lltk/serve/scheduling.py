@@ -2,7 +2,8 @@
 
 A device makes whole chunks, one at a time. The chunk that is needed first is made first: that of
 the session whose viewer runs out of video soonest. A session whose viewer has more than a chunk
-ahead of him is not asked, so it costs nothing while its viewer is paused, slow or away.
+ahead of him is not asked, so it costs nothing while its viewer is paused, slow or away. Where a
+chunk takes longer to make than to play, its viewer has that much ahead of him instead.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TypeVar
 
 REPORT = 1.0
 """Seconds between two reports of a player."""
+_SPARE = 1.25
+"""How much longer than the newest chunk the next one may take, without its viewer waiting."""
 _NEWEST = 0.2
 """How much the newest chunk weighs in what frames cost."""
 Key = TypeVar("Key")
@@ -24,18 +27,18 @@ Key = TypeVar("Key")
 class Playhead:
     """Where a player was when it last said so.
 
-    Between two reports it is taken to play on, through what it had buffered. A player that reports
+    Between two reports it is taken to play on, through what it has buffered. A player that reports
     no more is taken to have stopped.
 
     Attributes:
         position: seconds of the video that had played.
-        buffered: seconds that it had beyond them.
-        reported: when, in seconds of a monotonic clock.
+        buffered: seconds that it has beyond them, with those that came since.
+        reported: when, in seconds of a monotonic clock; inf if never.
     """
 
     position: float = 0.0
     buffered: float = 0.0
-    reported: float = 0.0
+    reported: float = math.inf
 
     @property
     def _farthest(self) -> float:
@@ -60,25 +63,35 @@ class Demand:
 
     Attributes:
         made: seconds of video that are made.
-        chunk: seconds of a chunk: how far it may be ahead of its playhead.
+        ahead: seconds of video that its viewer may have ahead of him as a chunk begins.
         playhead: its viewer's; None for a job, which nobody watches.
     """
 
     made: float
-    chunk: float
+    ahead: float
     playhead: Playhead | None = None
 
     def due(self) -> float:
         """When its next chunk may begin; inf if only another report can tell."""
         if self.playhead is None:
             return -math.inf
-        return self.playhead.reaches(self.made - self.chunk)
+        return self.playhead.reaches(self.made - self.ahead)
 
     def deadline(self, now: float) -> float:
         """When its viewer has seen all that is made; inf for a job."""
         if self.playhead is None:
             return math.inf
         return now + self.made - self.playhead.at(now)
+
+
+def ahead(chunk: float, making: float) -> float:
+    """See `Demand.ahead`: a chunk, or what plays while one is made, whichever is more.
+
+    Args:
+        chunk: seconds of video of a chunk.
+        making: seconds from when the newest chunk began until it was sent.
+    """
+    return max(chunk, _SPARE * making)
 
 
 def choose(demands: Sequence[tuple[Key, Demand]], now: float) -> tuple[Key | None, float]:

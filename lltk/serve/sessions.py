@@ -196,6 +196,7 @@ class Sessions:
         """There is something new of a session."""
         changed.set()
         self._news.set()
+        self._engine.poke()  # what was sent is played, so that more may be due
 
     def _frames(self, seconds: float) -> int:
         return round(seconds * self._models.plan.section.fps)

@@ -1,7 +1,7 @@
 """Live video: fragmented MP4, given to a sink as frames are made.
 
 A browser's media source takes an init segment and then fragments. Each fragment here is a frame,
-and each write begins with a frame that a decoder can start at.
+and a write may begin with a frame that a decoder can start at.
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ class FragmentWriter:
 
     The sink gets the init segment while the writer is made, and each fragment whole, in a call of
     its own. When `write` returns, all its frames have been given away: no encoder and no muxer
-    holds one back. The first frame of each write is a keyframe that needs nothing before it but the
-    init segment. Colours are as `VideoWriter` has them.
+    holds one back. Colours are as `VideoWriter` has them.
 
     Args:
         sink: takes the bytes, in the thread that writes. What it raises, `write` raises.
@@ -162,11 +161,13 @@ class FragmentWriter:
         """Frames written so far."""
         return self._frames
 
-    def write(self, frames: Tensor) -> None:
+    def write(self, frames: Tensor, keyframe: bool = True) -> None:
         """Encode frames and give all of them to the sink.
 
         Args:
             frames: uint8 [F, H, W, 3], RGB, on the CPU.
+            keyframe: whether the first of them needs nothing before it but the init segment. The
+                first of all always is such a frame.
 
         Raises:
             ValueError: another shape or dtype, or no frame.
@@ -185,7 +186,7 @@ class FragmentWriter:
                 picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 frame = in_yuv(self._reformatter, picture)
                 frame.pts, frame.time_base = self._frames, 1 / self._rate
-                if k == 0:
+                if keyframe and k == 0:
                     frame.pict_type = av.video.frame.PictureType.I
                 for packet in self._stream.encode(frame):
                     packet.stream = target
