@@ -66,7 +66,7 @@ def test_the_chunk_that_is_needed_first_is_made_first() -> None:
 
 @pytest.mark.parametrize(("seconds", "stalls"), [(1.9, False), (2.1, True)])
 def test_what_is_slow_to_make_still_plays(seconds: float, stalls: bool) -> None:
-    """A simulation: half of a chunk's making goes on beside the next one's; 2 s of video a chunk."""
+    """A simulation: half of the making goes on beside the next chunk; 2 s of video a chunk."""
     chunk, made, sent, seen, waited, now, free = 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     coming: list[float] = []
     making, head = 0.0, Playhead()

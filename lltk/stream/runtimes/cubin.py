@@ -144,6 +144,7 @@ class Kernels:
         modules: dict[str, ctypes.c_void_p] = {}
         self._functions = []
         with torch.cuda.device(device):
+            torch.cuda.synchronize()  # torch makes its context, into which the driver loads
             for launch in self.facts.launches:
                 if launch.file not in modules:
                     modules[launch.file] = module = ctypes.c_void_p()
