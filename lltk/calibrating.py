@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lltk.compiler import transform
 from lltk.graph.packed import ENDINGS
 from lltk.graph.recipe import Recipe
+from lltk.graph.weights import few
+from lltk.models.checkpoint import Checkpoint
 from lltk.ops.floats import E2M1_MAX, E4M3_MAX
 from lltk.stream.report import ChunkReport
 from lltk.stream.script import Shot
@@ -41,6 +43,31 @@ def check_calibratable(recipe: Recipe) -> None:
     """
     if PASS not in dict(recipe.steps()):
         raise ValueError(f"passes: have no {PASS}, which scales are for; name a recipe with it")
+
+
+def check_scales(recipe: Recipe, checkpoint: Checkpoint, where: str) -> None:
+    """Check that a checkpoint's scales are those of the linears that a recipe makes NVFP4.
+
+    Args:
+        recipe: of a stream, with the pass nvfp4_infer.
+        checkpoint: has the scales, and the model's configuration where the recipe names none.
+        where: what errors call the checkpoint.
+
+    Raises:
+        ValueError: a linear has no scale, or a scale has no linear; names them.
+    """
+    wanted = set(_quantised(recipe, recipe.model.config or checkpoint.config))
+    found = checkpoint.input_scales.keys()
+    said = []
+    if lacking := sorted(wanted - found):
+        said.append(f"has no scale of {few(lacking)}, which {PASS} makes NVFP4")
+    if odd := sorted(found - wanted):
+        said.append(f"has scales of {few(odd)}, which {PASS} does not make NVFP4")
+    if said:
+        raise ValueError(
+            f"{where}: {', and '.join(said)}; change include or exclude of {PASS}, or record "
+            "scales of this recipe with --script"
+        )
 
 
 def record_scales(

@@ -216,6 +216,36 @@ def test_scales_that_are_none(tmp_path: Path, scale: torch.Tensor) -> None:
     assert "blocks.0.attn1.to_k.input_scale is no number above 0 that float32 holds" in said
 
 
+def test_scales_of_a_checkpoint(run: Run, tmp_path: Path, pipeline: Path) -> None:
+    """They are taken if they are of the very linears that the recipe makes NVFP4."""
+    path, made = tmp_path / "base.yaml", tmp_path / "made.yaml"
+    line = ["calibrate", path, "--checkpoint", DATA / "modelopt", "-o", made]
+
+    def base(config: Any, **options: Any) -> None:
+        data = recipe_of(pipeline, **options).resolved()
+        path.write_text(yaml.safe_dump({**data, "model": {**data["model"], "config": config}}))
+
+    base(None)  # the checkpoint's own
+    code, _, err = run(*line)
+    assert code == 0, err
+    options = dict(open_recipe(str(made)).steps())["nvfp4_infer"]
+    scales = options["input_scales"]
+    assert scales == load_checkpoint(DATA / "modelopt").input_scales
+    made.unlink()
+    linears = ", ".join(f"blocks.0.attn1.to_{part}" for part in ("k", "out.0", "q"))
+    base(None, exclude=[".*attn1.*"])
+    code, _, err = run(*line, "--dry-run")
+    said = " ".join(err.split())
+    assert code == 2 and f"has scales of {linears}, …, which nvfp4_infer does not make" in said
+    config = load_checkpoint(DATA / "modelopt").config
+    assert config is not None and config["num_layers"] == 1
+    base({**config, "num_layers": 2})
+    code, _, err = run(*line)
+    said = " ".join(err.split())
+    assert code == 2 and f"has no scale of {linears.replace('.0.a', '.1.a')}, …, which" in said
+    assert "change include or exclude of nvfp4_infer" in said and not made.exists()
+
+
 def test_the_command(run: Run, tmp_path: Path, pipeline: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump(recipe_of(pipeline, activation_rule="mse").resolved()))
@@ -229,10 +259,6 @@ def test_the_command(run: Run, tmp_path: Path, pipeline: Path) -> None:
     assert options["input_scales"] == pytest.approx(scales) and len(scales) > 10
     assert options["activation_scale"] == "calibrated"
     assert options["activation_rule"] == "none"
-    code, _, err = run("calibrate", base, "--checkpoint", DATA / "modelopt", "-o", made)
-    assert code == 0, err
-    options = dict(open_recipe(str(made)).steps())["nvfp4_infer"]
-    assert options["input_scales"] == load_checkpoint(DATA / "modelopt").input_scales
     for more, message in (
         ((), "one of --script and --checkpoint"),
         (("--script", script, "--checkpoint", DATA / "modelopt"), "one of --script and"),

@@ -59,7 +59,7 @@ def command(
     """
     import yaml
 
-    from lltk.calibrating import calibrated, check_calibratable, record_scales
+    from lltk.calibrating import calibrated, check_calibratable, check_scales, record_scales
     from lltk.cli.inputs import inputs_of, located
     from lltk.files.outputs import Output, check_outputs, marked
     from lltk.files.writing import write_text
@@ -98,12 +98,14 @@ def command(
         assert checkpoint is not None
         if device is not None:
             raise ValueError("--device: a checkpoint's scales are only read; drop it")
-        scales = load_checkpoint(checkpoint).input_scales
+        found = load_checkpoint(checkpoint)
+        scales = found.input_scales
         if not scales:
             raise ValueError(
                 f"{checkpoint}: has no calibrated scales; calibrate it with the library that made "
                 "it, or record scales with --script"
             )
+        check_scales(resolved, found, str(checkpoint))
         if dry_run:
             if as_json:
                 click.echo(json.dumps({"output": str(output), "scales": len(scales)}))
