@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -31,8 +32,14 @@ def _conv(
     alike = strides[0] == dilations[0] == groups == 1 and pads[0] == 0
     kernel = source(node, 1).shape[2:]
     by_frames = to.dialect is Dialect.ORT and axes == 3
+    spared = _spared(node) if axes == 3 and alike else 0
     if by_frames and alike and len(source(node)) == 1 and kernel[1:] != (1, 1):
-        return _conv_by_frames(to, node, x, weight, bias, strides, pads, dilations)
+        return _conv_by_frames(to, node, x, weight, bias, strides, pads, dilations, spared)
+    if spared:
+        x, weight = (
+            to.op("Slice", each, to.ints(spared), to.ints(end), to.ints(2))
+            for each, end in ((x, source(node).shape[2]), (weight, kernel[0]))
+        )
     return to.op(
         "Conv", x, weight, bias or "",
         strides=strides, pads=pads * 2, dilations=dilations, group=groups,
@@ -48,6 +55,7 @@ def _conv_by_frames(
     strides: Sequence[int],
     pads: Sequence[int],
     dilations: Sequence[int],
+    spared: int,
 ) -> str:
     """A convolution of a video as a sum of convolutions of its frames, one a frame of the kernel.
 
@@ -55,7 +63,7 @@ def _conv_by_frames(
     """
     frames = to.op("Transpose", to.op("Squeeze", x, to.ints(0)), perm=[1, 0, 2, 3])
     made, count = "", like(node).shape[2]
-    for index in range(source(node, 1).shape[2]):
+    for index in range(spared, source(node, 1).shape[2]):
         own = to.op("Slice", frames, to.ints(index), to.ints(index + count), to.ints(0))
         kernel = to.op("Gather", weight, to.constant(index, torch.int64), axis=2)
         each = to.op(
@@ -64,6 +72,21 @@ def _conv_by_frames(
         )  # fmt: skip
         made = to.op("Add", made, each) if made else each
     return to.op("Unsqueeze", to.op("Transpose", made, perm=[1, 0, 2, 3]), to.ints(0))
+
+
+def _spared(node: fx.Node) -> int:
+    """How many of a kernel's first frames meet zeros alone, which were put before a video.
+
+    Of a video's first latent that is all but the kernel's last frame: what leaves them out does a
+    third of the work, and an engine of it holds a third of the weight.
+    """
+    video = node.args[0]
+    assert isinstance(video, fx.Node)
+    if video.target is not aten.pad.default or len(video.args) != 2 or video.kwargs:
+        return 0
+    put: Any = video.args[1]  # before and after each axis, from the last on
+    before: int = put[4] if len(put) > 4 else 0
+    return max(0, before - like(node).shape[2] + 1)
 
 
 @emits(aten.pad.default)
