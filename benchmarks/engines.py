@@ -1,10 +1,10 @@
 """Build every engine of the 5B, look at its layers, and measure time, memory and size.
 
-Weights are random. It needs TensorRT for RTX and no GPU, and runs no engine. The files, 20 GB and
-more, are deleted again.
+Weights are random. It needs TensorRT for RTX and no GPU, and runs no engine. Its files, 10 GB, are
+temporary ones, which lie where TMPDIR says.
 
 python benchmarks/engines.py
-python benchmarks/engines.py --attention plugin --folder /scratch
+python benchmarks/engines.py --attention plugin
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ def parser() -> argparse.ArgumentParser:
     made = script_parser(__file__, __doc__, device=False)
     made.add_argument("--sm", type=int, default=120, help="compute capability (default: 120)")
     made.add_argument("--attention", choices=["native", "plugin"], default="native")
-    made.add_argument("--folder", type=Path, help="where to write (default: for temporary files)")
     return made
 
 
 def main() -> None:
     """Build and write the record."""
     options = script_options(parser())
-    with TemporaryDirectory(dir=options.folder) as place:
+    with TemporaryDirectory() as place:
         results = list(_built(Path(place), options.sm, options.attention == "plugin"))
     method = f"""
         Engines of {RECIPE} in its own geometry, for compute capability {options.sm / 10}, with
@@ -96,7 +95,9 @@ def text(record: Record) -> str:
         "layers": lambda row: ", ".join(f"{n} × {does}" for does, n in row["layers"].items()),
         "slow": column("slow", "d"),
     }
-    return markdown(record, "Engines of 5 billion parameters", columns)
+    table = markdown(record, "Engines of 5 billion parameters", columns)
+    size = sum(row["engine_bytes"] for row in record.results)
+    return f"{table}\nTogether they have {size / 1e9:.2f} GB ({readable(size)}).\n"
 
 
 if __name__ == "__main__":
