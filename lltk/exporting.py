@@ -84,7 +84,8 @@ def plan_export(
     """Make the Programs of a bundle.
 
     The recipe's pass lower is left out, and so are the decoder's passes: the kernels that they
-    choose are torch's. TensorRT fuses by itself, so engines are of graphs without lltk's fusions.
+    choose are torch's. TensorRT fuses by itself, so engines are of graphs without lltk's fusions,
+    and of one graph for steps and commits, because each engine holds the weights.
 
     Args:
         recipe: of a stream.
@@ -124,7 +125,8 @@ def plan_export(
             "the recipe without the pass that does it, such as ulysses_stream"
         )
     attending = {"pages": "stored" if engines and engines.plugin else "decoded"}
-    after = plain[place:], [{"externalise": attending}, *plain[place:]]
+    external = [{"externalise": attending}, *(["join_commit"] if engines else [])]
+    after = plain[place:], [*external, *plain[place:]]
     reference, transformer = (
         run_passes(plan.transformer, configured_passes(recipe.model_copy(update={"passes": each})))
         for each in after

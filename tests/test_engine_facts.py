@@ -258,10 +258,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         notes: list[str] = []
         plan = plan_export(recipe, engines=EngineOrder(120, ("blocks.0.attn1",)))
         found = export(plan, folder / "bundle", note=notes.append)
-    assert found.engines and len(found.engines.built) == 5 and found.engines.sm == 120
+    assert found.engines and len(found.engines.built) == 4 and found.engines.sm == 120
     assert [each.graph for each in found.golden] == ["text/encode"]
     assert any(
-        "engine 2 of 5, transformer/step, with weights of 0.00 GiB, in about 0.5" in n
+        "engine 2 of 4, transformer/step, with weights of 0.00 GiB, in about 0.5" in n
         for n in notes
     )
     return folder
@@ -319,7 +319,8 @@ def test_fusions_are_left_to_tensorrt(made: Path) -> None:
     recipe = parse_recipe({**recipe.resolved(), "passes": steps}, "test")
     plan = plan_export(recipe, text="reference", engines=EngineOrder(89))
     names = [entry.name for entry in plan.transformer.log]
-    assert names[-4:] == ["merge_qkv", "fp8_infer", "externalise", "regionalise"]
+    assert names[-5:] == ["merge_qkv", "fp8_infer", "externalise", "join_commit", "regionalise"]
+    assert set(plan.transformer.graphs) == {"prologue", "step"}
     assert set(emitted(plan)) >= {"transformer/step", "decoder/first"}
 
 
@@ -427,7 +428,7 @@ def test_golden_values_of_engines(made: Path, bundle: Path) -> None:
 
 @pytest.mark.usefixtures("played")
 def test_a_stream_over_engines(made: Path) -> None:
-    """Session, cache and decoder are those of every runtime."""
+    """Session, cache and decoder are those of every runtime; the step makes the commits."""
     plan = plan_bundle(made / "bundle")
     assert plan.facts.engines
     built = plan.facts.engines.built

@@ -82,20 +82,26 @@ def test_a_bundle(
     bundle = tmp_path / "bundle"
     facts = read_bundle(bundle)
     assert facts.engines and facts.engines.version == library_version()
-    for graph in ("step", "commit"):
-        found = layers(bundle, graph)
-        path = bundle / "transformer" / f"{graph}.onnx"
-        wanted = meant(onnx.load(path, load_external_data=False))
-        assert not list(lint(wanted, found))
-        if graph == "step":
-            counts = [list(wanted.values()).count(each) for each in Fast]
-            assert counts[-1] == 16 and sum(counts) == 16 + products
-            assert not products or list(wanted.values()).count(fast) == products  # type: ignore[arg-type]
-        tensors = parsed(path)
-        specs = facts.stages["transformer"].graphs[graph].contract
-        for name, spec in {**specs.inputs, **specs.outputs}.items():
-            assert tensors[name] == (DTYPES[spec.dtype], tensor_shape(spec)), name
-        assert set(tensors) == {*specs.inputs, *specs.outputs}
+    assert {each.graph for each in facts.engines.built} == {"prologue", "step", "first"}
+    path = bundle / "transformer" / "step.onnx"
+    wanted = meant(onnx.load(path, load_external_data=False))
+    assert not list(lint(wanted, layers(bundle, "step")))
+    counts = [list(wanted.values()).count(each) for each in Fast]
+    assert counts[-1] == 16 and sum(counts) == 16 + products
+    assert not products or list(wanted.values()).count(fast) == products  # type: ignore[arg-type]
+    tensors = parsed(path)
+    specs = facts.stages["transformer"].graphs["step"].contract
+    assert specs.gives_pages and "sample" in specs.outputs
+    for name, spec in {**specs.inputs, **specs.outputs}.items():
+        assert tensors[name] == (DTYPES[spec.dtype], tensor_shape(spec)), name
+    assert set(tensors) == {*specs.inputs, *specs.outputs}
+    files = (
+        "engines/decoder.first.engine",
+        "engines/decoder.step.engine",
+        "decoder/weights.safetensors",
+    )
+    first, step, weights = ((bundle / name).stat().st_size for name in files)
+    assert first + 0.5 * weights < step, "it holds the frames of kernels that meet the latent"
 
 
 def step_layers(path: Path, folder: Path, plugin: bool) -> list[Layer]:

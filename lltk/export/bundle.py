@@ -3,7 +3,7 @@
 ::
 
     manifest.json               what the bundle is, and the SHA-256 of every file
-    transformer/*.onnx          prologue, step, commit
+    transformer/*.onnx          prologue, step, commit; for engines, step is the commit too
     transformer/weights.safetensors
     decoder/*.onnx              first, step
     decoder/weights.safetensors

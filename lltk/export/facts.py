@@ -78,8 +78,9 @@ class GoldenFacts(BaseModel):
     Attributes:
         stage, graph: which graph it is of.
         inputs: of each input the first elements, which are repeated to fill it.
-        outputs: of each output every n-th element.
-        bounds: how far each output may be from its golden value; see `distance`.
+        outputs: of outputs every n-th element. A graph that is step and commit has cases of either
+            use, with the outputs of that use.
+        bounds: how far each of them may be from its golden value; see `distance`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

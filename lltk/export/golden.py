@@ -42,7 +42,7 @@ class Case:
         stage: ``transformer``, ``decoder`` or ``text``.
         graph: which.
         inputs: what fills its inputs; see `whole`. Cases share those that they have in common.
-        outputs: samples of its outputs; see `sample`.
+        outputs: samples of its outputs, or of some of them; see `sample`.
         spread: how far torch's own outputs of each dtype differ at most where its latents are not
             quite the same, as `distance` has it. It is there if the graph rounds activations to few
             bits, where what one rounding does spreads, or computes in bfloat16.
@@ -118,29 +118,33 @@ def _bits(value: Tensor) -> Tensor:
 def transformer_cases(program: Program, external: Program) -> Iterator[Case]:
     """Cases of a transformer: no page listed, one, some in another order, and all but one.
 
-    The last is at the positions of a late chunk.
+    The last is at the positions of a late chunk. Where a step makes the commit too, it has the
+    cases of both.
 
     Args:
         program: a stream Program, with weights.
-        external: the same after the pass externalise.
+        external: the same after the pass externalise, and maybe join_commit.
     """
     module, draw = instantiate(program), _Draw(program)
     last = program.geometry.pages - 1
     moments = (((), 0), ((0,), 1), (tuple(reversed(range(1, last))), 2), (tuple(range(last)), LATE))
     for graph in program.graphs:
-        own, contract = program.contract(graph), external.contract(graph)
+        runs = graph if graph in external.graphs else external.commit_graph
+        own, contract = program.contract(graph), external.contract(runs)
         run = partial(run_external, partial(module, graph), own)
         cases = []
         spread: Mapping[torch.dtype, float] = {}
         for table, chunk in moments if own.having(Role.TABLE) else moments[:1]:
             here = places(program, table, last, chunk)
+            if graph == "commit":
+                here = {**here, Role.TIME: torch.zeros(1, program.geometry.chunk)}
             held = draw.inputs(contract, here)
             made = run(given(held, contract), here)
+            outputs = {name: sample(made[name]) for name in contract.outputs if name in made}
             if _is_rough(program):
-                found = _spread(partial(run, here=here), held, made, contract, draw)
+                found = _spread(partial(run, here=here), held, outputs, contract, draw)
                 spread = {dtype: max(far, spread.get(dtype, 0)) for dtype, far in found.items()}
-            outputs = {name: sample(made[name]) for name in contract.outputs}
-            cases.append(Case("transformer", graph, held, outputs))
+            cases.append(Case("transformer", runs, held, outputs))
         yield from (replace(case, spread=spread) for case in cases)
 
 
@@ -155,7 +159,7 @@ def plain_cases(stage: str, program: Program) -> Iterator[Case]:
         made = run(given(held, contract))
         outputs = {name: sample(value) for name, value in made.items()}
         rough = _is_rough(program)
-        spread = _spread(run, held, made, contract, draw) if rough else {}
+        spread = _spread(run, held, outputs, contract, draw) if rough else {}
         yield Case(stage, graph, held, outputs, spread)
 
 
@@ -174,12 +178,14 @@ class _Draw:
         """What golden values hold of a graph's inputs; of some roles they are given."""
         made = contract.named(places)
         for name, spec in contract.inputs.items():
+            if name in made:
+                continue
             if spec.role in (Role.LATENTS, Role.TIME):
                 made[name] = self._new(spec)
-            elif name not in made:
-                if name not in self._known:
-                    self._known[name] = self._new(spec)
-                made[name] = self._known[name]
+                continue
+            if name not in self._known:
+                self._known[name] = self._new(spec)
+            made[name] = self._known[name]
         return made
 
     def noisy(self, value: Tensor) -> Tensor:
@@ -272,17 +278,17 @@ def _is_rough(program: Program) -> bool:
 def _spread(
     run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
     held: Mapping[str, Tensor],
-    made: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
     contract: Contract,
     draw: _Draw,
 ) -> dict[torch.dtype, float]:
     """How far outputs of each dtype differ at most where latents, or text, have a little noise."""
     changed = {**contract.having(Role.LATENTS), **contract.having(Role.TEXT)}
-    spread = dict.fromkeys((spec.dtype for spec in contract.outputs.values()), 0.0)
+    spread = dict.fromkeys((value.dtype for value in outputs.values()), 0.0)
     for _ in range(_DRAWS):
         noisy = {**held, **{name: draw.noisy(held[name]) for name in changed}}
         other = run(given(noisy, contract))
-        for name, spec in contract.outputs.items():
-            far = distance(other[name], sample(made[name]), draw.norms)
-            spread[spec.dtype] = max(far, spread[spec.dtype])
+        for name, value in outputs.items():
+            far = distance(other[name], value, draw.norms)
+            spread[value.dtype] = max(far, spread[value.dtype])
     return spread

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 
 from lltk.export.facts import DECODER, ORT, TEXT, TRANSFORMER, Facts
-from lltk.graph.contract import Contract, Role, TensorSpec, page_output
+from lltk.graph.contract import Contract, Role, TensorSpec, commit_graph, page_output
 from lltk.graph.geometry import Geometry
 from lltk.graph.recipe import parse_recipe
 from lltk.graph.spec import DecoderSpec, ModelSpec, TextSpec
@@ -75,7 +75,9 @@ def _graphs(facts: Facts) -> Iterator[str]:
     """Graphs of a stream that are not there, and others that are."""
     stages = facts.stages
     found = {f"{stage}/{graph}" for stage, each in stages.items() for graph in each.graphs}
-    needed = [f"{TRANSFORMER}/{graph}" for graph in ("prologue", "step", "commit")]
+    held = stages[TRANSFORMER].graphs if TRANSFORMER in stages else {}
+    commit = commit_graph({name: each.contract for name, each in held.items()})
+    needed = [f"{TRANSFORMER}/{graph}" for graph in dict.fromkeys(("prologue", "step", commit))]
     needed += [f"{DECODER}/{graph}" for graph in ("first", "step")]
     needed += [f"{TEXT}/encode"] if facts.text is None else []
     if TRANSFORMER in stages and stages[TRANSFORMER].high_steps:
@@ -101,8 +103,12 @@ def _transformer(
     contracts: Mapping[str, Contract], geometry: Geometry, model: ModelSpec, dtype: torch.dtype
 ) -> Iterator[tuple[str, Contract]]:
     """What the transformer's graphs take and give, from what ``step`` says of prompts and pages."""
-    step = contracts[f"{TRANSFORMER}/step"]
-    prologue, commit = (contracts[f"{TRANSFORMER}/{each}"] for each in ("prologue", "commit"))
+    own = {
+        name.rpartition("/")[2]: each
+        for name, each in contracts.items()
+        if name.startswith(f"{TRANSFORMER}/")
+    }
+    step, prologue, commit = own["step"], own["prologue"], commit_graph(own)
     tokens = geometry.chunk * geometry.frame_tokens(model)
     size = 1, model.channels, geometry.chunk, *geometry.latent(model)
     table = 1, tokens, 1, sum(model.rope_split)
@@ -122,15 +128,15 @@ def _transformer(
     inputs = {**_having(step, moving), **prompt, **pages}
     latents = {model.output: moving[Role.LATENTS]}
     text = {Role.TEXT: TensorSpec((1, geometry.text_tokens, model.text_dim), dtype)}
-    yield f"{TRANSFORMER}/step", Contract(inputs, latents)
     yield f"{TRANSFORMER}/prologue", Contract(_having(prologue, text), given)
     made = {
         page_output(name): TensorSpec((1, *spec.shape[2:]), spec.dtype)
         for name, spec in pages.items()
     }
-    yield f"{TRANSFORMER}/commit", Contract(_read(commit, inputs), made)
-    if (high := f"{TRANSFORMER}/{STEP_HIGH}") in contracts:
-        yield high, Contract(_read(contracts[high], inputs), latents)
+    for name in [each for each in ("step", "commit", STEP_HIGH) if each in own]:
+        read = inputs if name == "step" else _read(own[name], inputs)
+        gives = {} if name == "commit" else latents
+        yield f"{TRANSFORMER}/{name}", Contract(read, gives | (made if name == commit else {}))
 
 
 def _decoder(

@@ -128,6 +128,11 @@ class Contract:
         return {name: spec for name, spec in self.inputs.items() if spec.role is role}
 
     @property
+    def gives_pages(self) -> bool:
+        """Whether it has new pages among its outputs."""
+        return any(page_output(name) in self.outputs for name in self.pages)
+
+    @property
     def pages(self) -> dict[str, TensorSpec]:
         """The inputs that are parts of the cache; their second axis is the pages."""
         return {n: spec for n, spec in self.inputs.items() if spec.role and spec.role.is_page}
@@ -148,3 +153,13 @@ class Contract:
             for name, spec in self.inputs.items()
             if spec.role is not None and spec.role in values
         }
+
+
+def commit_graph(contracts: Mapping[str, Contract]) -> str:
+    """Which of a stream's graphs makes a commit: ``commit``, or a step that gives pages too.
+
+    Args:
+        contracts: of the graphs, by name.
+    """
+    steps = (name for name, each in contracts.items() if each.gives_pages)
+    return "commit" if "commit" in contracts else next(steps, "commit")

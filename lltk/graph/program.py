@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, fx
 
-from lltk.graph.contract import Contract, Role, TensorSpec
+from lltk.graph.contract import Contract, Role, TensorSpec, commit_graph
 from lltk.graph.facts import ChannelsLastWeights
 from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.packed import DECODE_SCALE, INPUT_SCALE, ROW_SCALES
@@ -188,6 +188,11 @@ class Program:
     def pages(self) -> dict[str, TensorSpec]:
         """A stream's cache: the step's inputs that are parts of it, with axes [B, P, …]."""
         return self.contract("step").pages if "step" in self.graphs else {}
+
+    @property
+    def commit_graph(self) -> str:
+        """Which of a stream's graphs makes a commit."""
+        return commit_graph({name: self.contract(name) for name in self.graphs})
 
     @property
     def turns_pages(self) -> bool:

@@ -100,6 +100,8 @@ def _same_dtype(node: fx.Node) -> bool:
 
 def _causal(program: Program) -> None:
     wanted = CAUSAL_GRAPHS[program.kind]
+    if program.commit_graph != "commit":
+        wanted = wanted - {"commit"}
     if program.graphs.keys() - {WEIGHTS, STEP_HIGH} != wanted:
         raise ValueError(
             f"a causal {program.kind} program has the graphs {sorted(wanted)}, "
@@ -121,7 +123,7 @@ def _causal(program: Program) -> None:
 
 
 def _same_pages(program: Program) -> None:
-    read, commit = program.pages, program.contract("commit")
+    read, commit = program.pages, program.contract(program.commit_graph)
     given = {name: spec for name, spec in read.items() if page_output(name) in commit.outputs}
     if differing := dict(read.items() ^ (commit.pages | given).items()):
         raise ValueError(f"step and commit differ in their pages: {', '.join(sorted(differing))}")

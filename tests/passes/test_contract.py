@@ -103,6 +103,7 @@ CASES = [
     Case("naive_sp", "train", "changing", Stage.PARTITIONED, TRAIN[:4], frames=8),
     Case("ulysses_stream", "stream", "changing", Stage.PARTITIONED, STREAM[:6]),
     Case("externalise", "stream", "rounding", CAUSAL, STREAM[:6]),
+    Case("join_commit", "stream", "bitwise", CAUSAL, (*STREAM[:6], "externalise")),
     Case("regionalise", "stream", "bitwise", Stage.REGIONAL, STREAM[:6]),
     Case("lower", "stream", "rounding", Stage.LOWERED, STREAM[:7]),
 ]

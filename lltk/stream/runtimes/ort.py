@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lltk.graph.contract import Contract, Role, page_output
+from lltk.graph.contract import Contract, Role, commit_graph, page_output
 from lltk.graph.geometry import Geometry
 from lltk.graph.spec import DecoderSpec, ModelSpec
 from lltk.graph.verify import STEP_HIGH
@@ -38,7 +38,8 @@ class OrtRuntime(PagedRuntime):
     every call waits for the device.
 
     Args:
-        graphs: ``prologue``, ``step``, ``commit`` and maybe ``step_high``; runtimes may share them.
+        graphs: ``prologue``, ``step`` and maybe ``step_high``, and ``commit`` unless one of them
+            gives pages too; runtimes may share them.
         geometry: what they are made for.
         spec: the transformer's.
         lane: where the calls take turns.
@@ -57,6 +58,8 @@ class OrtRuntime(PagedRuntime):
         step, prologue = graphs["step"].contract, graphs["prologue"].contract
         super().__init__(geometry, spec, step.input(Role.LATENTS).dtype, lane, step.pages)
         self._graphs, self._high_steps = graphs, high_steps
+        self._commit = commit_graph({name: each.contract for name, each in graphs.items()})
+        self._clean = torch.zeros(step.input(Role.TIME).shape, device=lane.device)
         self._text = zeros(prologue.outputs, lane.device)
         self._rotary: tuple[tuple[float, ...], tuple[Tensor, Tensor]] | None = None
 
@@ -94,8 +97,9 @@ class OrtRuntime(PagedRuntime):
 
     def commit(self, latents: Tensor, positions: Tensor, table: Sequence[int], slot: int) -> None:
         check_indices((*table, slot), self._geometry.pages)
-        graph = self._graphs["commit"]
-        given = self._given(graph, {Role.LATENTS: latents}, positions, table)
+        graph = self._graphs[self._commit]
+        common = {Role.LATENTS: latents, Role.TIME: self._clean}
+        given = self._given(graph, common, positions, table)
         graph(given, {page_output(name): page[:, slot] for name, page in self._pages.items()})
 
     def first_bad_commit(
@@ -106,9 +110,9 @@ class OrtRuntime(PagedRuntime):
         slot: int,
         magnitudes: Tensor,
     ) -> str:
-        """As the protocol says; it names the output of ``commit``, and makes nothing again."""
+        """As the protocol says; it names the output of the graph, and makes nothing again."""
         first = int(magnitudes.isfinite().logical_not().nonzero()[0])
-        return f"output {page_output(list(self._telling)[first])} of commit"
+        return f"output {page_output(list(self._telling)[first])} of {self._commit}"
 
     def _given(
         self,
