@@ -12,7 +12,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import PASSES, after, difference, inputs, make_program, make_recipe, reached, refused
+from helpers import (
+    PASSES,
+    after,
+    difference,
+    inputs,
+    make_program,
+    make_recipe,
+    reached,
+    refused,
+    same,
+)
 from helpers import run as run_torch
 from torch import Tensor
 
@@ -127,6 +137,19 @@ def test_decoder(decoding: Path, graph: str) -> None:
     for name, value in made.items():  # some caches after the first latent are zeros
         assert (value - wanted[name]).abs().max() <= BOUND * wanted[name].abs().max(), name
     assert made["video"].shape == (1, 3, 1 if graph == "first" else 4, 32, 64)
+
+
+def test_a_first_latent_meets_one_frame_of_a_kernel(decoding: Path, tmp_path: Path) -> None:
+    """Before it there are zeros; what they would be multiplied with is not read."""
+    weights = {name: weight.clone() for name, weight in decoder().weights.items()}
+    kernels = [each for each in weights.values() if each.dim() == 5 and each.shape[2] == 3]
+    for kernel in kernels:
+        kernel[:, :, :2] = torch.nan
+    spoilt = written(replace(decoder(), weights=weights), tmp_path / "made")
+    for graph in ("first", "step"):
+        latents = inputs(decoder(), graph)
+        found, wanted = (run(folder, graph, latents) for folder in (spoilt, decoding))
+        assert same(found, wanted) is (graph == "first")
 
 
 def test_nothing_of_an_unlisted_page_is_seen(models: Path) -> None:

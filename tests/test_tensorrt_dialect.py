@@ -248,6 +248,26 @@ def value(*shape: int) -> Tensor:
     return drawn.bfloat16()
 
 
+@pytest.mark.parametrize(("frames", "spared"), [(1, 2), (2, 1), (3, 0)])
+def test_what_a_kernel_multiplies_with_zeros(tmp_path: Path, frames: int, spared: int) -> None:
+    """Those of its frames that meet none but zeros before a video are not read."""
+    aten, drawn = torch.ops.aten, torch.Generator().manual_seed(6)
+    x, kernel = (torch.randn(n, 2, f, 3, 3, generator=drawn) for n, f in ((1, frames), (3, 3)))
+
+    def build(call: Callable[..., fx.Node], x: fx.Node, kernel: fx.Node) -> dict[str, fx.Node]:
+        video = call(aten.pad.default, x, [1, 1, 1, 1, 2, 0])
+        return {"y": call(aten.conv3d.default, video, kernel)}
+
+    video = torch.nn.functional.pad(x, [1, 1, 1, 1, 2, 0])
+    wanted = torch.nn.functional.conv3d(video, kernel)
+    kernel[:, :, :spared] = torch.nan
+    found = of_op(tmp_path, {"x": x, "kernel": kernel}, build)["y"]
+    assert torch.allclose(found, wanted, atol=1e-5)
+    kernel[:, :, spared] = torch.nan
+    (tmp_path / "more").mkdir()
+    assert of_op(tmp_path / "more", {"x": x, "kernel": kernel}, build)["y"].isnan().all()
+
+
 @pytest.mark.parametrize("smoothing", [True, False])
 def test_a_new_page(tmp_path: Path, smoothing: bool) -> None:
     names = ["codes", "scales", "decode_scales", *(["means"] if smoothing else [])]
