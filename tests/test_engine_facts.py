@@ -324,6 +324,18 @@ def test_fusions_are_left_to_tensorrt(made: Path) -> None:
     assert set(emitted(plan)) >= {"transformer/step", "decoder/first"}
 
 
+def test_a_waived_module_must_have_what_is_waived(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "build_engine", fake_build)
+    recipe = open_recipe(str(made / "small.yaml"))
+    plan = plan_export(recipe, text="reference", engines=EngineOrder(120, ("blocks.9",)))
+    said = refused(export, plan, tmp_path / "new")
+    assert "--waive: blocks.9 has no product in FP4 or FP8 and no attention" in said
+    assert "modules that have one are blocks.0.attn1, " in said
+    assert not (tmp_path / "new").exists()
+
+
 def test_bounds_of_engines() -> None:
     """Norms may be apart by more than the whole; of codes never all may differ."""
     half = torch.ones(4).bfloat16()

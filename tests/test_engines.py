@@ -65,9 +65,7 @@ def layers(bundle: Path, graph: str) -> list[Layer]:
     ("kind", "sm", "fast", "products"),
     [
         ("bfloat16", 120, None, 0),
-        ("w4a4", 120, Fast.FP4, 64),
         ("cache", 120, Fast.FP4, 64),
-        ("bfloat16", 89, None, 0),
         ("fp8", 89, Fast.FP8, 64),
     ],
 )
@@ -104,27 +102,36 @@ def test_a_bundle(
     assert first + 0.5 * weights < step, "it holds the frames of kernels that meet the latent"
 
 
-def step_layers(path: Path, folder: Path, plugin: bool) -> list[Layer]:
+def step_layers(path: Path, folder: Path, sm: int = 120, plugin: bool = False) -> list[Layer]:
     """The layers of the step's engine alone, each of which is as it was meant."""
-    plan = plan_export(
-        open_recipe(str(path)), text="reference", engines=EngineOrder(120, plugin=plugin)
-    )
+    order = EngineOrder(sm, plugin=plugin)
+    plan = plan_export(open_recipe(str(path)), text="reference", engines=order)
     pool, models = emit(plan.transformer, Dialect.TENSORRT)
     with whole_folder(folder) as new:
         pool.write(new, "transformer", models)
         if sizes := kernel_sizes(plan.transformer):
-            write_kernels(new, sizes, 120, under="kernels")
+            write_kernels(new, sizes, sm, under="kernels")
     model = folder / "transformer" / "step.onnx"
     kernels = folder / "kernels" if plugin else None
-    made = build_engine(model, folder / "engine", 120, kernels)
+    made = build_engine(model, folder / "engine", sm, kernels)
     wanted = meant(onnx.load(model, load_external_data=False))
     assert not list(lint(wanted, made.layers))
     return made.layers
 
 
+@pytest.mark.parametrize(
+    ("kind", "sm", "fast", "count"),
+    [("w4a4", 120, Fast.FP4, 60), ("bfloat16", 89, Fast.ATTENTION, 16)],
+)
+def test_a_step(tmp_path: Path, kind: str, sm: int, fast: Fast, count: int) -> None:
+    """Of other kinds than the bundles; some products are merged."""
+    found = step_layers(recipe(kind, tmp_path), tmp_path / "made", sm)
+    assert sum(each.is_fast(fast) for each in found) >= count
+
+
 def test_a_plugin(tmp_path: Path) -> None:
     """It attends in every block's self-attention, and nothing else decodes pages."""
-    found = step_layers(recipe("cache", tmp_path), tmp_path / "made", True)
+    found = step_layers(recipe("cache", tmp_path), tmp_path / "made", plugin=True)
     attending = [each for each in found if each.kind == "custom_layer"]
     assert len(attending) == 8 and {each.does for each in attending} == {Fast.ATTENTION}
     assert all(each.inputs.count("FP4E2M1") == 2 for each in attending)
@@ -135,12 +142,11 @@ def test_calibrated_scales(tmp_path: Path) -> None:
     """Products are of FP4 operands, with fewer layers around them."""
     path = recipe("w4a4", tmp_path)
     base = yaml.safe_load(path.read_text())
-    program = plan_export(open_recipe(str(path)), text="reference", engines=EngineOrder(120))
-    weights = program.transformer.weights
-    names = [n.removesuffix("_codes") for n in weights if n.endswith(".weight_codes")]
-    scales = {name.removesuffix(".weight"): 0.002 for name in names}
+    parts = [f"attn{n}.to_{each}" for n in (1, 2) for each in ("q", "k", "v", "out.0")]
+    parts += ["ffn.net.0.proj", "ffn.net.2"]
+    scales = {f"blocks.{layer}.{part}": 0.002 for layer in range(8) for part in parts}
     path.write_text(yaml.safe_dump(calibrated(base, scales)))
-    found = step_layers(path, tmp_path / "made", False)
+    found = step_layers(path, tmp_path / "made")
     assert sum(each.is_fast(Fast.FP4) for each in found) > 60
     assert not any("/Div" in node for each in found for node in each.nodes)
 
@@ -291,10 +297,3 @@ def test_fp4_for_another_gpu_ends_in_an_error(tmp_path: Path) -> None:
 def test_a_model_that_is_none_ends_in_an_error(tmp_path: Path) -> None:
     path = saved(tmp_path, [node("Reshape", "x", "y")], [])
     assert "builds no engine of it: " in refused(build_engine, path, tmp_path / "engine", 120)
-
-
-def test_waived_modules(run: Run, tmp_path: Path) -> None:
-    line = ["export", recipe("bfloat16", tmp_path), "--target", "tensorrt-rtx", "--sm", 120]
-    code, _, err = run(*line, "-o", tmp_path / "new", "--text", "reference", "--waive", "blocks.9")
-    assert code == 2 and "--waive: blocks.9 has no product in FP4 or FP8 and no attention" in err
-    assert not (tmp_path / "new").exists()
