@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lltk.graph.contract import Role
@@ -21,7 +21,7 @@ from lltk.graph.program import Program
 from lltk.train.data import Batch
 from lltk.train.error_recycling import ErrorRecycling, Given, without_errors
 from lltk.train.excerpt import excerpt, leaps
-from lltk.train.graphs import Graphed
+from lltk.train.graphs import Graphed, OneOutput
 from lltk.train.noise_levels import LEVELS, level_weights, noise_grid
 from lltk.train.objective import Work
 from lltk.train.recipe import ErrorRecyclingSection
@@ -124,7 +124,7 @@ class FlowMatching:
                 f"train.graphs: the {self._share.ranks} ranks that share a clip exchange tensors, "
                 "which such graphs cannot hold; set it to false"
             )
-        flow = _Flow(module, program)
+        flow = OneOutput(module, program)
         self._flow = Graphed(flow) if graphs else flow
         self._grid = noise_grid()
         self._weights = level_weights(self._grid)
@@ -271,21 +271,3 @@ class FlowMatching:
         """Values for chunks, [B, N], as values for their frames, [B, 1, F, 1, 1] on the device."""
         frames = values.repeat_interleave(self._program.geometry.chunk, dim=1)
         return frames.to(self._device)[:, None, :, None, None]
-
-
-class _Flow(nn.Module):
-    """The one output of a Program that trains, from its inputs in their order.
-
-    CUDA graphs take tensors only, so this is where a call's inputs get their names again.
-    """
-
-    def __init__(self, module: ProgramModule, program: Program) -> None:
-        super().__init__()
-        self._module = module
-        self._kind = program.kind
-        self._names = tuple(program.contract(program.kind).inputs)
-        self._output = program.spec.output
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        named = dict(zip(self._names, inputs, strict=True))
-        return self._module(self._kind, named)[self._output]
