@@ -38,9 +38,10 @@ class FlowMatching:
     """Flow matching through a train, a reference or a score Program.
 
     A train program sees a clip twice, clean and noisy, and each chunk has a noise level of its own.
-    A reference and a score program see the noisy clip, which has one noise level. Levels are drawn
-    uniformly from `noise_grid`. The squared error is averaged over each latent frame, weighted by
-    `level_weights`, and summed over the frames that count.
+    A reference and a score program see the noisy clip, which has one noise level; but where the
+    first frame is given to a score program, each chunk has its own. Levels are drawn uniformly from
+    `noise_grid`. The squared error is averaged over each latent frame, weighted by `level_weights`,
+    and summed over the frames that count.
 
     While it streams, a causal model sees chunks that it made itself. So that it learns this, the
     clean chunks of a train program may carry errors and noise. The model is told of neither.
@@ -205,8 +206,10 @@ class FlowMatching:
         program, device = self._program, self._device
         clean = batch.tensors["latents"].to(device, torch.float32)
         _, channels, frames, height, width = clean.shape
-        span = program.geometry.chunk if program.kind == "train" else frames
+        span = frames if program.kind == "reference" else program.geometry.chunk
         levels = batch.integers("level", LEVELS, frames // span)
+        if program.kind == "score":
+            levels = torch.where(self._given(batch)[:, None], levels, levels[:, :1])
         level, counted = levels.repeat_interleave(span, dim=1), self._counted(batch)
         weight = (self._weights[level] * counted).to(device)
         timestep = self._grid[level]
