@@ -273,7 +273,7 @@ def test_replayed_distillation_is_eager(tmp_path: Path) -> None:
             found.append((torch.tensor(losses), steps[0].grad_norm, run.trainer.weights))
     eager, graphs, narrow = found
     assert float(eager[0][0]) > 0 and eager[1] > 0
-    assert torch.allclose(graphs[0], eager[0], rtol=1e-2)
+    assert torch.allclose(graphs[0], eager[0], rtol=5e-2)
     assert abs(graphs[1] / eager[1] - 1) < 1e-2
     assert torch.allclose(
         narrow[0][1::2], eager[0][1::2], rtol=0.1
