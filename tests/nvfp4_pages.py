@@ -142,9 +142,14 @@ def compare_kept(device: str, dtype: torch.dtype) -> None:
     from lltk.ops.fp8_decode_page import triton as decoding
     from lltk.ops.fp8_write_own import triton
 
-    for tokens, width, listed in ((20, 16, [2, 0, 3]), (40, 64, [0, 1, 2]), (3, 32, [3, 2, 1])):
+    for tokens, width, listed, size in (
+        (20, 16, [2, 0, 3], 0.5),  # the largest is a page's
+        (40, 64, [0, 1, 2], 3.0),  # … is the chunk's own
+        (3, 32, [3, 2, 1], 0.5),
+    ):
         own, arenas = operands(dtype, tokens, width)
-        own[2][:, 0] *= 3  # the largest is the chunk's own, in some cases
+        mean = arenas[1][:, 0].mean(1, keepdim=True)
+        own[2] = mean + size * (arenas[1][:, 0] - mean)
         k_pages, v_pages = (written(arena, True) for arena in arenas)
         keys, (values, largest) = kept(k_pages)[0], kept(v_pages)
         merged = torch.cat([own[1], own[2] + 1, own[2]], 2)  # as one product's parts lie
