@@ -92,6 +92,11 @@ class Externalise(Pass[Config]):
                 "exported graphs are given the positions of the chunk in flight alone, not those "
                 "of pages; remove bounded_positions from the recipe's passes"
             )
+        if any(spec.role is Role.PAGE_DECODED for spec in program.pages.values()):
+            raise ValueError(
+                "pages of exported graphs are not kept decoded; remove keep_decoded of "
+                "fuse_attention_quantise from the recipe's passes"
+            )
         if (ranks := program.fact(Ranks).count) > 1:
             raise ValueError(f"is for one process, the program is for {ranks}; remove what cuts it")
 

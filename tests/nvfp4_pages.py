@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from lltk.ops.fp8_decode_page.op import fp8_decode_page
+from lltk.ops.fp8_write_own.op import fp8_write_own
 from lltk.ops.nvfp4_dequantise.reference import nvfp4_dequantise
 from lltk.ops.nvfp4_gather_fp8.reference import nvfp4_gather_fp8
 from lltk.ops.nvfp4_paged_attention.fp8 import centre
@@ -123,6 +125,57 @@ def compare_fp8(device: str, dtype: torch.dtype) -> None:
         assert float((other.cpu().float() != wanted.float()).float().mean()) > 0.5
 
 
+def kept(pages: Pages, op: Callable[..., None] = fp8_decode_page) -> tuple[Tensor, Tensor]:
+    """An arena's pages, all kept decoded, with their largest magnitudes."""
+    batch, count, tokens, heads, half = pages.codes.shape
+    decoded = torch.zeros(
+        batch, count, tokens, heads, 2 * half, dtype=torch.float8_e4m3fn, device=pages.codes.device
+    )
+    largest = torch.zeros(batch, count, device=decoded.device)
+    for slot in range(count):
+        op(decoded, largest, *pages, torch.tensor([slot], device=decoded.device))
+    return decoded, largest
+
+
+def compare_kept(device: str, dtype: torch.dtype) -> None:
+    """Own keys and values in the free page, and the scale, to the bit; and pages kept decoded."""
+    from lltk.ops.fp8_decode_page import triton as decoding
+    from lltk.ops.fp8_write_own import triton
+
+    for tokens, width, listed, size in (
+        (20, 16, [2, 0, 3], 0.5),  # the largest is a page's
+        (40, 64, [0, 1, 2], 3.0),  # … is the chunk's own
+        (3, 32, [3, 2, 1], 0.5),
+    ):
+        own, arenas = operands(dtype, tokens, width)
+        mean = arenas[1][:, 0].mean(1, keepdim=True)
+        own[2] = mean + size * (arenas[1][:, 0] - mean)
+        k_pages, v_pages = (written(arena, True) for arena in arenas)
+        keys, (values, largest) = kept(k_pages)[0], kept(v_pages)
+        merged = torch.cat([own[1], own[2] + 1, own[2]], 2)  # as one product's parts lie
+        v = merged[:, :, 2 * own[2].shape[2] :]
+        given = [keys, values, largest, own[1], v, k_pages.means, v_pages.means]
+        placed = [t.to(device, copy=True) for t in given if t is not None]
+        placed[4] = merged.to(device)[:, :, 2 * own[2].shape[2] :]
+        table = torch.tensor(listed)
+        scale = fp8_write_own(*given, table)
+        ours = triton.fp8_write_own(*placed, table.to(device))
+        assert torch.equal(ours.cpu(), scale)
+        (free,) = set(range(PAGES)) - set(listed)
+        for found, wanted in zip(placed[:2], given[:2], strict=True):
+            assert wanted is not None
+            assert torch.equal(found.cpu().view(torch.uint8), wanted.view(torch.uint8))
+            others = found.cpu().float()[:, listed[0]]
+            assert not torch.equal(others, wanted.float()[:, free])
+        arena = Pages(*(None if part is None else part.to(device) for part in v_pages))
+        found, most = kept(arena, decoding.fp8_decode_page)
+        others, wanted = kept(v_pages)
+        compared = others.float().frexp().mantissa.abs() != 0.5 if device == "cpu" else ...
+        off = (found.cpu().float() - others.float()).abs()[compared]
+        assert float((off > 0).float().mean()) < 0.02
+        assert float((most.cpu() / wanted - 1).abs().max()) < 1e-5
+
+
 def compare_writing(device: str) -> None:
     """Pages that the kernels write, to the byte."""
     from lltk.ops.nvfp4_write_page import triton
@@ -150,3 +203,4 @@ if __name__ == "__main__":
     compare_kernels("cpu", torch.float32)
     compare_fp8("cpu", torch.float32)
     compare_writing("cpu")
+    compare_kept("cpu", torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -33,7 +33,7 @@ from lltk.models.checkpoint import save_checkpoint
 from lltk.models.configs import named_config
 from lltk.models.tiny.text import save_text_encoder
 from lltk.passes.lora import is_adapter
-from lltk.stream.rollout import Rollout, RuntimeRollout
+from lltk.stream.rollout import GraphedRollout, Rollout, RuntimeRollout
 from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.sampler import Schedule
 from lltk.tasks.clips import encoded_clips
@@ -440,8 +440,50 @@ def test_gradients_past_the_window(recompute: bool, pipeline: Path) -> None:
         assert torch.allclose(ours, gradients[1][name], rtol=1e-3, atol=1e-5 * float(ours.max()))
 
 
-def test_a_run_goes_on_bit_for_bit(pipeline: Path, tmp_path: Path) -> None:
-    plan, prompts = planned(pipeline, "train.image=0.5"), Prompts()
+def test_the_student_always_makes_all_passes(pipeline: Path) -> None:
+    """Where it is to stop at the last."""
+    objective = objective_of(planned(pipeline, "distil.steps=[4,2]", "distil.exit=last"))
+    drawn = [objective.simulation.passes(Batch(1, range(4 * n, 4 * n + 1), {}), "student")
+             for n in range(20)]  # fmt: skip
+    assert {(schedule.steps, passes) for schedule, passes in drawn} == {(4, 4), (2, 2)}
+
+
+def test_passes_of_two_runtimes(pipeline: Path) -> None:
+    """Those with gradients are made by one, all else by the other, over one cache."""
+    objective = objective_of(planned(pipeline))
+    program, module = objective._program, objective.module
+    graphed, eager = TorchRuntime(program, module), TorchRuntime(program, module)
+    given, schedule = scene(program, 3), Schedule.make(2)
+    made = []
+    alone, both = partial(Rollout, program, module), partial(GraphedRollout, graphed, eager)
+    for rollout in (alone, both, both):
+        module.zero_grad()
+        clip = simulate(rollout(), schedule, given, 2)
+        clip.square().sum().backward()
+        gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+        made.append({"clip": clip.detach(), **gradients})
+    assert len(made[0]) > 1 and same(made[0], made[1]) and same(made[0], made[2])
+
+
+def test_the_critic_leads(pipeline: Path, tmp_path: Path) -> None:
+    """By the first of the student's updates it knows what the student makes."""
+    losses = []
+    for lead in (0, 2):
+        changes = (f"distil.fake.lead={lead}", "train.warmup=2", "train.steps=1")
+        folder = tmp_path / str(lead)
+        with open_training(planned(pipeline, *changes), folder, dataset=Prompts()) as run:
+            (first,) = run
+        losses.append(first.loss)
+        state = load_training_state(folder / "checkpoints" / "step_00000001")
+        moments = state.critic.optimiser.items()
+        assert {float(t) for name, t in moments if name.startswith("step.")} == {2 + lead}
+    assert losses[0] == 0 < losses[1]  # both scores begin with the same weights
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+def test_a_run_goes_on_bit_for_bit(lead: int, pipeline: Path, tmp_path: Path) -> None:
+    plan = planned(pipeline, "train.image=0.5", f"distil.fake.lead={lead}")
+    prompts = Prompts()
     with open_training(plan, tmp_path / "whole", dataset=prompts) as run:
         whole = list(run)
     with open_training(plan, tmp_path / "parts", dataset=prompts) as left:
@@ -460,7 +502,7 @@ def test_a_run_goes_on_bit_for_bit(pipeline: Path, tmp_path: Path) -> None:
     assert same(dict(ours.critic.optimiser), dict(theirs.critic.optimiser))
     assert same(dict(ours.optimiser), dict(theirs.optimiser))
     counters = [t for name, t in ours.critic.optimiser.items() if name.startswith("step.")]
-    assert counters and all(counter == 6 for counter in counters)
+    assert counters and all(counter == 6 + lead for counter in counters)
 
     path = other.export()
     assert path == tmp_path / "parts" / "lora.safetensors"

@@ -249,6 +249,45 @@ def test_cuda_graphs_make_the_same_clips(tmp_path: Path) -> None:
     assert all(map(torch.equal, clips(), clips("train.graphs=true")))
 
 
+def test_replayed_distillation_is_eager(tmp_path: Path) -> None:
+    """Two steps of the tiny recipe: the first records what the second replays."""
+    from lltk.graph.recipe import read_recipe
+    from lltk.graph.recipe_files import shipped
+    from lltk.training import open_training, plan_training
+
+    changes = (
+        "geometry.batch=2", "train.batch=2", "train.data.clips=2", "train.steps=2",
+        "train.warmup=0", "train.ema_start=1", "train.sample_every=null", "distil.fake.lead=2",
+        "distil.fake.updates=1", "distil.steps=[2,1]", "passes.lora.rank=4",
+    )  # fmt: skip
+    found = []
+    for name, dtype, graphs in (
+        ("eager", "float32", "false"), ("graphs", "float32", "true"),
+        ("bfloat16", "bfloat16", "true"),
+    ):  # fmt: skip
+        own = (*changes, f"model.dtype={dtype}", f"train.graphs={graphs}")
+        plan = plan_training(read_recipe(shipped()["tiny_distil"], own), "cuda")
+        with open_training(plan, tmp_path / name) as run:
+            steps = list(run)
+            losses = [value for step in steps for value in (step.loss, step.losses["critic"])]
+            found.append((torch.tensor(losses), steps[0].grad_norm, run.trainer.weights))
+    eager, graphs, narrow = found
+    assert float(eager[0][0]) > 0 and eager[1] > 0
+    assert torch.allclose(graphs[0], eager[0], rtol=5e-2)
+    assert abs(graphs[1] / eager[1] - 1) < 1e-2
+    assert torch.allclose(
+        narrow[0][1::2], eager[0][1::2], rtol=0.1
+    )  # the critic's alone: g is small
+    changed = [name for name, value in eager[2].items() if "lora_B" in name and value.any()]
+    assert changed
+    assert all(_alike(graphs[2][name], eager[2][name]) > 0.9 for name in changed)
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> float:
+    """The cosine of the angle between two tensors."""
+    return float(torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0))
+
+
 def test_a_second_session_records_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the slot of the first with its CUDA graphs, and is as if it were alone."""
     import streams

@@ -17,8 +17,10 @@ from nvfp4_pages import (
     PAGES,
     by_hand,
     compare_fp8,
+    compare_kept,
     compare_kernels,
     compare_writing,
+    kept,
     operands,
     written,
 )
@@ -38,11 +40,13 @@ from torch.library import opcheck
 
 from lltk.ops.floats import round_e4m3
 from lltk.ops.fp8_attention.op import fp8_attention
+from lltk.ops.fp8_decode_page.op import fp8_decode_page
 from lltk.ops.fp8_quantise_attention.fp8_decode_torch import (
     fp8_quantise_attention as quantised_fp8_decode,
 )
 from lltk.ops.fp8_quantise_attention.op import fp8_quantise_attention
 from lltk.ops.fp8_rows import fp8_quantise
+from lltk.ops.fp8_write_own.op import fp8_write_own
 from lltk.ops.implementations import find_implementation
 from lltk.ops.nvfp4_decode_pages.op import nvfp4_decode_pages
 from lltk.ops.nvfp4_gather_fp8.op import nvfp4_gather_fp8
@@ -379,6 +383,62 @@ def test_its_result_may_be_quantised_at_once(smooth: bool) -> None:
 
 
 @cpu
+@pytest.mark.parametrize("table", [[0, 1, 2], [0, 3, 1], [0, 2], []])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_pages_that_are_kept_decoded_change_no_bit(table: list[int], rounded: bool) -> None:
+    """All pages but one are read where they lie; fewer are decoded. Only the free page changes."""
+    own, arenas = operands(torch.bfloat16, 64, 16)
+    k_pages, v_pages = (written(arena, True) for arena in arenas)
+    held = [*kept(k_pages), *kept(v_pages)]
+    before = [part.view(torch.uint8).clone() for part in held]
+    q = round_e4m3(own[0]) if rounded else own[0]
+    rest = (q, *own[1:3], *k_pages, *v_pages, torch.tensor(table, dtype=torch.int64))
+    wanted, found = quantised_fp8_decode(*rest), quantised_fp8_decode(*rest, *held)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    other = quantised_fp8_decode(*rest, *(part.roll(1, 1) for part in held))
+    assert torch.equal(found[0].float(), other[0].float()) == (len(table) < PAGES - 1)
+    changed = {
+        page
+        for part, was in zip(held, before, strict=True)
+        for page in range(PAGES)
+        if not torch.equal(part.view(torch.uint8)[:, page], was[:, page])
+    }
+    assert changed == (set(range(PAGES)) - set(table) if len(table) == PAGES - 1 else set())
+
+
+@cpu
+def test_own_values_that_are_not_finite_show() -> None:
+    own, arenas = operands(torch.float32)
+    k_pages, v_pages = (written(arena, True) for arena in arenas)
+    own[2][0, 0, 0, 0] = torch.nan
+    held = [*kept(k_pages), *kept(v_pages)]
+    table = torch.tensor([0, 1, 2])
+    assert fp8_write_own(
+        held[0], held[2], held[3], *own[1:3], k_pages[3], v_pages[3], table
+    ).isnan()
+    values, scales = quantised_fp8_decode(*own[:3], *k_pages, *v_pages, table, *held)
+    assert (values.float() * scales).isnan().all()
+
+
+@cpu
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_of_pages_that_are_kept_decoded() -> None:
+    own, arenas = operands(torch.bfloat16)
+    pages, table = written(arenas[0], True), torch.tensor([0, 1, 2])
+    decoded, largest = kept(pages)
+    checks = ("test_autograd_registration", "test_faketensor")
+    opcheck(fp8_decode_page, (decoded, largest, *pages, table[:1]), test_utils=checks)
+    given = (decoded, decoded.clone(), largest, *own[1:3], pages.means, pages.means)
+    opcheck(fp8_write_own, (*given, table), test_utils=checks)
+    with pytest.raises(RuntimeError):
+        fp8_write_own(*(t.to("meta") for t in given if t is not None), table[:2].to("meta"))
+    with pytest.raises(RuntimeError):
+        meta = [t.to("meta") for t in (decoded, largest, *pages) if t is not None]
+        fp8_decode_page(meta[0][..., 1:], *meta[1:], table[:1].to("meta"))
+
+
+@cpu
 def test_opcheck_of_fp8_attention() -> None:
     q, k = round_e4m3(torch.randn(1, 5, 2, 16)), round_e4m3(torch.randn(1, 9, 2, 16))
     checks = ("test_faketensor", "test_aot_dispatch_dynamic")  # others compare with allclose
@@ -481,6 +541,7 @@ def test_kernels_in_the_interpreter() -> None:
 def test_kernels(dtype: torch.dtype) -> None:
     compare_kernels("cuda", dtype)
     compare_fp8("cuda", dtype)
+    compare_kept("cuda", dtype)
 
 
 @gpu
@@ -523,6 +584,30 @@ def test_attention_in_fp8_on_cuda(listed: list[int]) -> None:
             values, scales = attend(*given)
             assert float((values.float() * scales - plain).norm() / plain.norm()) < 0.05
             assert float((values.float() * scales - plain.roll(1, 2)).norm() / plain.norm()) > 0.05
+
+
+@gpu
+def test_pages_that_are_kept_decoded_change_no_bit_on_cuda() -> None:
+    """Pages are kept by the kernel, one after another, and the scale is torch's to the bit."""
+    own, arenas = operands(torch.bfloat16, 1000, 128)
+    k_pages, v_pages = (
+        Pages(*(None if part is None else part.cuda() for part in written(arena, True)))
+        for arena in arenas
+    )
+    decode = find_implementation("fp8_decode_page", "triton").load()
+    held = [*kept(k_pages, decode), *kept(v_pages, decode)]
+    q, k, v = (t.cuda() for t in own[:3])
+    run = find_implementation("fp8_quantise_attention", "fp8_decode").load()
+    rest = (k, v, *k_pages, *v_pages, torch.tensor([0, 3, 2], device="cuda"))
+    with torch.no_grad():
+        wanted = run(q, *rest)
+        for queries in (q, round_e4m3(q)):
+            for ours, theirs in zip(run(queries, *rest, *held), wanted, strict=True):
+                assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+        other = run(
+            q, *rest, *(part.view(torch.uint8).roll(1, 1).view(part.dtype) for part in held)
+        )
+        assert not torch.equal(other[0].view(torch.uint8), wanted[0].view(torch.uint8))
 
 
 @cpu

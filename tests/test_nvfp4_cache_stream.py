@@ -89,6 +89,49 @@ def test_a_state_with_broken_scales_is_refused(
     assert not other.session.pages[name].float().any(), "nothing was taken over"
 
 
+DECODED = (
+    *("canonicalise", "per_frame_timesteps", "frame_positions", "hoist_text", "cached_step"),
+    *("commit", "fuse_norm_rope", "nvfp4_cache", "fp8_infer", "{}", "regionalise"),
+    "lower: {{fp8_quantise_attention: fp8_decode_torch}}",
+)
+
+
+def decoded(pipeline: Path, keep: bool) -> StreamPlan:
+    """A stream whose attention decodes pages to E4M3, kept from commit to commit or not."""
+    fused = f"fuse_attention_quantise: {{keep_decoded: {str(keep).lower()}}}"
+    return planned(pipeline, f"passes=[{', '.join(DECODED).format(fused)}]")
+
+
+def test_pages_that_are_kept_decoded_change_no_bit(pipeline: Path, tmp_path: Path) -> None:
+    """The window wraps, a shot begins, a prompt is switched and chunks are committed again."""
+    made = []
+    for keep in (False, True):
+        stream, video = opened(decoded(pipeline, keep))
+        with stream:
+            for index in range(6):
+                if index == 4:
+                    stream.switch("a green star falling", recache=True)
+                    stream.save(tmp_path / f"{keep}")
+                next(stream)
+        resumed, rest = opened(decoded(pipeline, keep), (), resume=tmp_path / f"{keep}")
+        with resumed:
+            next(resumed)
+        made.append((torch.cat(video, 2), torch.cat(rest, 2)))
+    for ours, theirs in zip(*made, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_state_whose_decoded_pages_are_broken_is_refused(pipeline: Path) -> None:
+    stream, _ = opened(decoded(pipeline, True))
+    other, _ = opened(decoded(pipeline, True))
+    with stream:
+        next(stream.session)
+        state = stream.session.state()
+        state.pages[0]["v_pages_decoded_1"].view(torch.uint8)[0, 0, 0, 0, 0] = 0xFF
+        message = refused(other.session.restore, state)
+        assert message.startswith("state: v_pages_decoded_1 has values that are NaN; ")
+
+
 def breaking(stream: Stream, weight: str, recached: bool = False) -> None:
     """Let the next commit or recache meet a weight that makes its values overflow."""
     runtime: Any = stream.session._runtime

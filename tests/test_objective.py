@@ -106,6 +106,14 @@ def test_levels_are_one_a_chunk_or_one_a_clip() -> None:
         assert not torch.equal(timestep[0], timestep[1])
 
 
+def test_a_score_has_levels_as_in_distillation() -> None:
+    """One a chunk where the first frame is given; the first chunk's is that without it."""
+    timestep = recorded("score", image=1.0)[0].given["timestep"]
+    plain = recorded("score")[0].given["timestep"]
+    assert not timestep[:, 0].any() and torch.equal(timestep[:, 1], plain[:, 1])
+    assert [len(row[1:].unique_consecutive()) for row in timestep] == [3, 3]
+
+
 def test_noised_latents_and_loss_by_hand() -> None:
     """From the module's inputs alone: ε follows from x_s, so loss = Σ w(t)·mean (ε − x₀)²."""
     module, batch, loss = recorded("train")

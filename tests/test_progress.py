@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,18 @@ def test_sampling() -> None:
     text = randn(1, program.geometry.chunks, 5, 16)
     sample(program, module, text, steps=1, seed=0, note=notes)
     assert notes == [("sampling", done, 3) for done in range(4)]
+
+
+def test_lines_where_no_bar_is_seen() -> None:
+    """One for every tenth, at most."""
+    for terminal, wanted in ((False, ["0 of 40", "4 of 40", "20 of 40", "40 of 40"]), (True, [])):
+        written = StringIO()
+        with Progress(console=Console(file=written, force_terminal=terminal)) as progress:
+            bars = Bars(progress)
+            for done in (0, 2, 4, 6, 20, 40):
+                bars("encoding clips", done, 40)
+        lines = [line for line in written.getvalue().splitlines() if " of " in line]
+        assert lines == [f"encoding clips: {each}" for each in wanted]
 
 
 def test_a_bar_for_each_work() -> None:

@@ -112,6 +112,7 @@ def cases(dtype: torch.dtype, sizes: Sizes = SMALL) -> Iterator[Case]:
         rotated = {"weight": weight, "cos": cos, "sin": sin, "eps": EPS}
         yield "rms_norm_rope", {"x": torch.cat([x, y]), **rotated}
         yield "rms_norm_rope", {"x": strided(x), **rotated}
+        yield "rms_norm_rope", {"x": strided(x), **rotated, "to": "e4m3"}
 
 
 def new_combinations(x: Tensor, y: Tensor, gate: Tensor, norm: Arguments) -> Iterator[Case]:
@@ -520,9 +521,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str, Arguments],
 
     def compile_for(architecture: int, op: str, arguments: Arguments) -> str:
         with monkeypatch.context() as patched, compiling_for(architecture) as found:
-            if op in ("row_pipeline", CENTRED):
-                where = f"lltk.ops.{op}.triton.converts_e4m3"
-                patched.setattr(where, lambda device: True)
+            where = f"lltk.ops.{op}.triton.converts_e4m3"
+            patched.setattr(where, lambda device: True)
             ran(op, "triton", arguments)
         ((kernel,),) = found.values()
         ptx: str = kernel.asm["ptx"]
@@ -535,7 +535,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str, Arguments],
 @needs_triton
 @pytest.mark.parametrize("architecture", [90, 120])
 def test_kernels_compile(architecture: int, compiled: Any) -> None:
-    """They read each operand's row by one wide read, and convert by the instruction."""
+    """They read rows by wide reads, and convert and round by the instructions for two numbers."""
     x, y = (normal(1, 16, 3072, seed=s, dtype=torch.bfloat16) for s in (1, 2))
     scale, shift, gate = modulation(2, 3072)
     wide = normal(1, 2, 14336, dtype=torch.bfloat16)
@@ -546,10 +546,13 @@ def test_kernels_compile(architecture: int, compiled: Any) -> None:
     for op, given in (
         *(("row_pipeline", each) for each in used(x, y, wide, scale, shift, gate)),
         ("rms_norm_rope", {"x": strided(x), **rotated}),
+        ("rms_norm_rope", {"x": strided(x), **rotated, "to": "e4m3"}),
         (CENTRED, after_attention),
     ):
         ptx = compiled(architecture, op, given)
-        in_fp8 = op == CENTRED or given.get("to") == "fp8"
+        in_fp8 = op == CENTRED or given.get("to", "plain") != "plain"
+        rounds = op != "row_pipeline" or len(given) > 2
+        assert ("cvt.rn.bf16x2.f32 both" in ptx) == rounds, list(given)
         assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == in_fp8, list(given)
         assert "ld.global.v4.b32" in ptx and "ld.global.b16" not in ptx, list(given)
         assert "ld.local" not in ptx and "st.local" not in ptx, list(given)

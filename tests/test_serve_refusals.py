@@ -79,6 +79,8 @@ def test_the_token_may_come_as_a_header(server: Server) -> None:
     with server.connect(PROTOCOL, additional_headers=server.headers) as socket:
         socket.send(json.dumps({"type": "session.ping"}))
         assert json.loads(socket.recv(timeout=5))["code"] == "invalid_message"
+        assert socket.response is not None
+        assert "sec-websocket-extensions" not in socket.response.headers  # nothing compresses video
 
 
 def test_another_version_is_told_so(server: Server) -> None:

@@ -129,6 +129,14 @@ def test_clips_of_a_batch_are_apart_in_any_calls() -> None:
 
 
 @cpu
+def test_levels_are_encoded_as_their_signal() -> None:
+    run, levels = encoder(exact()), ((video() + 1) * 127.5).round().byte()
+    latents = run.encode(levels)
+    assert torch.equal(latents, run.encode(levels.float() / 127.5 - 1))
+    assert not torch.equal(latents, run.encode(video()))
+
+
+@cpu
 def test_float32_and_bfloat16_are_near() -> None:
     weights = encoder_weights(vae(0).state_dict())
     for dtype, least, most in ((torch.float32, 0, 1e-5), (torch.bfloat16, 1e-3, 0.1)):

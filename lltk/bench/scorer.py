@@ -301,10 +301,9 @@ def _posed(images: Tensor, x: Tensor, y: Tensor, size: Tensor) -> Tensor:
         torch.broadcast_tensors(x[:, None, None] + right * scale, y[:, None, None] + down * scale),
         -1,
     )
-    margin = RESOLUTION // 2
-    place = torch.remainder(place, RESOLUTION) + margin
-    wide = F.pad(images, (margin,) * 4, "circular")
-    return F.grid_sample(wide, place / RESOLUTION - 1, align_corners=False)
+    wide = F.pad(images, (1, 1, 1, 1), "circular")
+    place = torch.remainder(place, RESOLUTION) + 1
+    return F.grid_sample(wide, 2 * place / (RESOLUTION + 2) - 1, align_corners=False)
 
 
 def _shape(cover: Tensor) -> tuple[Read, str, float]:
@@ -394,9 +393,8 @@ def _ground(image: Tensor, x: Tensor, y: Tensor, size: Tensor) -> tuple[Read, fl
     right = wrapped(pixels - x[:, None])[:, None]
     down = wrapped(pixels - y[:, None])[:, :, None]
     outside = torch.hypot(right, down) > (1.8 * size).clamp(max=_FARTHEST)[:, None, None]
-    colours = image.movedim(1, 3)
     stripe = stripes(image.device).expand(len(image), -1, -1)
-    bands = [colours[outside & half].mean(0) for half in (stripe < 0.5, stripe > 0.5)]
+    bands = [_mean_where(image, outside & half) for half in (stripe < 0.5, stripe > 0.5)]
     tint = float(_hue(_chroma((bands[0] + bands[1])[:, None, None]).flatten())) % 1
     low, high = (float(band.mean()) for band in bands)
     # Contrast counts more than brightness, so that a flat grey is not taken for stripes.
@@ -405,6 +403,12 @@ def _ground(image: Tensor, x: Tensor, y: Tensor, size: Tensor) -> tuple[Read, fl
         for name, (a, b) in BACKGROUNDS.items()
     }
     return _nearest(kinds), tint
+
+
+def _mean_where(image: Tensor, marked: Tensor) -> Tensor:
+    """The mean colour, [3], of the points of images [F, 3, H, W] that are marked, [F, H, W]."""
+    weights = marked.to(image.dtype).flatten(1)[:, :, None]
+    return (image.flatten(2) @ weights).sum((0, 2)) / weights.sum()
 
 
 def _motion(x: Tensor, y: Tensor, size: Tensor) -> Read:

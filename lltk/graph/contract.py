@@ -49,6 +49,10 @@ class Role(StrEnum):
     """The scales of their blocks of 16, float8_e4m3fn [B, P, T, H, D/16]."""
     PAGE_DECODE_SCALES = "page_decode_scales"
     """The scale of each head of such a page, float32 [B, P, H]."""
+    PAGE_DECODED = "page_decoded"
+    """Such pages decoded to E4M3, less the means of page 0, float8_e4m3fn [B, P, T, H, D]."""
+    PAGE_LARGEST = "page_largest"
+    """The largest magnitude that each of these had before it was rounded, float32 [B, P]."""
     PAGE_MEANS = "page_means"
     """The mean of each channel of such a page, which its codes leave out, bfloat16 [B, P, H, D]."""
     TABLE = "table"
@@ -83,6 +87,8 @@ _OF_PAGES = frozenset(
         Role.PAGE_SCALES,
         Role.PAGE_DECODE_SCALES,
         Role.PAGE_MEANS,
+        Role.PAGE_DECODED,
+        Role.PAGE_LARGEST,
     }
 )
 

@@ -1,4 +1,8 @@
-"""Helpers of kernels in which each program works on one row."""
+"""Helpers of kernels in which each program works on one row.
+
+A program holds its row as a tuple of pieces, whose widths are powers of two, as Triton has it. So
+no lane of a row of 3072 idles, as would in one of 4096.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,10 @@ from torch import Tensor
 
 from lltk.ops.triton_floats import magnitude_bits, reciprocal, round_e4m3
 
+_MOST_PIECES = 8
+_A_WARP = 1024
+"""Elements that a warp holds."""
+
 
 def rows_of(x: Tensor, width: int) -> Tensor:
     """A tensor as rows [R, width] of adjacent elements; a view where its strides allow one."""
@@ -19,9 +27,17 @@ def rows_of(x: Tensor, width: int) -> Tensor:
 
 
 def row_options(width: int) -> dict[str, Any]:
-    """Launch options of a kernel that holds a row of ``width`` elements in registers."""
-    row = triton.next_power_of_2(width)
-    return {"ROW": row, "num_warps": min(max(row // 512, 1), 16)}
+    """Launch options of a kernel that holds a row of ``width`` elements in registers.
+
+    Returns:
+        PIECE, a power of two; PIECES, of which there are so many; and num_warps. Pieces are as wide
+        as a row together, or a single one is wider.
+    """
+    piece = width & -width
+    if width > _MOST_PIECES * piece:
+        piece = triton.next_power_of_2(width)
+    warps = triton.next_power_of_2(width) // _A_WARP
+    return {"PIECE": piece, "PIECES": -(-width // piece), "num_warps": min(max(warps, 1), 8)}
 
 
 def converts_e4m3(device: torch.device) -> bool:
@@ -30,32 +46,79 @@ def converts_e4m3(device: torch.device) -> bool:
 
 
 @triton.jit
-def load_row(x, start, width, ROW: tl.constexpr):
-    """``width`` elements from ``start`` on, as float32 [ROW]; 0 beyond ``width``."""
-    column = tl.arange(0, ROW)
-    return tl.load(x + start + column, mask=column < width, other=0.0).to(tl.float32)
+def load_row(x, start, width, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """``width`` elements from ``start`` on, as pieces of float32; 0 beyond ``width``."""
+    pieces = ()
+    for index in tl.static_range(PIECES):
+        column = index * PIECE + tl.arange(0, PIECE)
+        if PIECES > 1:
+            values = tl.load(x + start + column)
+        else:
+            values = tl.load(x + start + column, mask=column < width, other=0.0)
+        pieces += (values.to(tl.float32),)
+    return pieces
 
 
 @triton.jit
-def store_row(out, row, values, width, ROW: tl.constexpr):
-    """Store [ROW] as row ``row`` of ``width`` elements."""
-    column = tl.arange(0, ROW)
-    start = row.to(tl.int64) * width
-    tl.store(out + start + column, values.to(out.dtype.element_ty), mask=column < width)
+def store_piece(
+    out, row, index: tl.constexpr, values, width, PIECE: tl.constexpr, PIECES: tl.constexpr
+):
+    """Store a piece of row ``row`` of ``width`` elements."""
+    column = index * PIECE + tl.arange(0, PIECE)
+    places = out + row.to(tl.int64) * width + column
+    values = values.to(out.dtype.element_ty)
+    if PIECES > 1:
+        tl.store(places, values)
+    else:
+        tl.store(places, values, mask=column < width)
 
 
 @triton.jit
-def store_fp8_row(out, scales, row, values, width, ROW: tl.constexpr, NATIVE: tl.constexpr):
-    """Store float32 [ROW], 0 beyond ``width``, as bytes of E4M3 and the row's scale.
+def store_fp8_row(
+    out, scales, row, pieces, width, PIECE: tl.constexpr, PIECES: tl.constexpr, NATIVE: tl.constexpr
+):
+    """Store a row, 0 beyond ``width``, as bytes of E4M3 and the row's scale.
 
     The formula is `lltk.ops.fp8_rows.fp8_quantise`. NaN counts as the largest of a row.
     """
-    largest = tl.max(magnitude_bits(values), 0)
-    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), 448.0)
+    bits = magnitude_bits(pieces[0])
+    for index in tl.static_range(1, PIECES):
+        bits = tl.maximum(bits, magnitude_bits(pieces[index]))
+    scale = tl.div_rn(tl.max(bits, 0).to(tl.float32, bitcast=True), 448.0)
     scale = tl.where(scale == 0.0, 1.0, scale)
     tl.store(scales + row, scale)
-    codes = e4m3_codes(values * reciprocal(scale), NATIVE)
-    store_row(out, row, codes, width, ROW)
+    factor = reciprocal(scale)
+    for index in tl.static_range(PIECES):
+        codes = e4m3_codes(pieces[index] * factor, NATIVE)
+        store_piece(out, row, index, codes, width, PIECE, PIECES)
+
+
+@triton.jit
+def rounded(values, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """float32 rounded to a dtype and back.
+
+    Args:
+        NATIVE: whether the device has the instruction that rounds two numbers to bfloat16 at once.
+            Left to the compiler, each would be rounded by itself, at a sixteenth of the rate.
+    """
+    if NATIVE and tl.bfloat16 == KIND:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 both;
+            cvt.rn.bf16x2.f32 both, $3, $2;
+            shl.b32 $0, both, 16;
+            and.b32 $1, both, 0xffff0000;
+            }
+            """,
+            "=r,=r,r,r",
+            [values],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return values.to(KIND).to(tl.float32)
 
 
 @triton.jit

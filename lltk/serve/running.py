@@ -31,6 +31,7 @@ def make_server(
             create_app(service, tokens, hosts),
             ws="websockets-sansio",
             ws_max_size=LONGEST_TEXT,
+            ws_per_message_deflate=False,  # video is compressed as it is
             ws_ping_interval=_PING,
             ws_ping_timeout=_PING,
             timeout_graceful_shutdown=_GRACE,

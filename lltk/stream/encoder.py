@@ -12,6 +12,7 @@ from lltk.graph.spec import EncoderSpec
 from lltk.stream.handed_on import HandedOn, HandingOn, promptly
 from lltk.stream.lanes import Lane
 from lltk.stream.runtimes.cuda_graph import CudaGraphs
+from lltk.stream.video import signal
 
 if TYPE_CHECKING:
     from lltk.graph.module import ProgramModule
@@ -53,7 +54,8 @@ class Encoder:
         """The latents of a video.
 
         Args:
-            video: [B, 3, 1 + k·stride, H, W] in [-1, 1], on any device: it is moved part by part.
+            video: [B, 3, 1 + k·stride, H, W], in [-1, 1] or as uint8, on any device: it is moved
+                and made a `signal` part by part.
 
         Returns:
             Normalised latents [B, z, 1 + k, h, w] on the encoder's device, float32, or float64
@@ -103,7 +105,7 @@ class Encoder:
             found = self._module.program.graphs[graph]
             self._prompt[graph] = promptly(found, self._spec.cache_outputs)
         contract = self._contracts[graph]
-        given = caches | contract.named({Role.VIDEO: last.to(self._device).contiguous()})
+        given = caches | contract.named({Role.VIDEO: self._given(last)})
         run = HandingOn(self._module, self._prompt[graph], given, contract.inputs, handed)
         latents.append(run.run()[self._spec.output])
         return torch.cat(latents, dim=2)
@@ -135,12 +137,14 @@ class Encoder:
                 is read: there is memory for one set of caches.
         """
         spec = self._spec
-        # Compilers tell strides apart.
-        part = video.to(self._device).contiguous()
-        caches |= self._contracts[graph].named({Role.VIDEO: part})
+        caches |= self._contracts[graph].named({Role.VIDEO: self._given(video)})
         result = self._run(graph, caches)
         names = zip(spec.cache_inputs, spec.cache_outputs, strict=True)
         return result[spec.output], {read: result[given] for read, given in names}
+
+    def _given(self, video: Tensor) -> Tensor:
+        """Some frames as graphs take them; compilers tell strides apart."""
+        return signal(video.to(self._device)).contiguous()
 
     def _run(self, graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
         if graph == "first" or self._graphs is None:

@@ -108,3 +108,36 @@ class Rollout(RuntimeRollout):
                 self.pages[name] = page.clone() if slot in self._used else page.data
         self._used.add(slot)
         super().commit(latents, positions, opens_shot)
+
+
+class GraphedRollout(RuntimeRollout):
+    """A rollout whose passes without gradients are CUDA graphs; so are its commits.
+
+    Pages are constants. No page is written that a pass with gradients has read, so clips are no
+    longer than the cache.
+
+    Args:
+        graphed: makes the passes without gradients. The cache is its own.
+        eager: makes the others, over the same Program.
+    """
+
+    def __init__(self, graphed: TorchRuntime, eager: TorchRuntime) -> None:
+        super().__init__(graphed)
+        self._eager = eager
+        for name, page in graphed.pages.items():
+            eager.pages[name] = page.data
+
+    def set_text(self, text: Tensor) -> None:
+        with torch.no_grad():
+            super().set_text(text)
+        if torch.is_grad_enabled():
+            self._eager.set_prompt(text)
+
+    def step(self, latents: Tensor, timestep: Tensor, positions: Tensor, index: int = 0) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().step(latents, timestep, positions, index)
+        return self._eager.step(latents, timestep, positions, self.table.next_pages().table, index)
+
+    @torch.no_grad()
+    def commit(self, latents: Tensor, positions: Tensor, opens_shot: bool = False) -> None:
+        super().commit(latents, positions, opens_shot)

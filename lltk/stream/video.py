@@ -63,6 +63,11 @@ def levels(video: Tensor) -> Tensor:
     return (video.float() * 127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
+def signal(video: Tensor) -> Tensor:
+    """Levels of colour, uint8, as float32 in [-1, 1]; what is no uint8 is given back as it is."""
+    return video.float() / 127.5 - 1 if video.dtype == torch.uint8 else video
+
+
 def check_sides(height: int, width: int) -> None:
     """Raise ValueError where a side, in pixels, is odd or too small for 4:2:0."""
     for name, size in (("height", height), ("width", width)):

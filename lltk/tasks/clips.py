@@ -176,8 +176,7 @@ class FolderLatents:
         prompts, latents, text, opens, valid = [], [], [], [], []
         for index in indices:
             sample = self._clips.sample(seed, index)
-            video = sample.video.to(self._encoder.device).permute(3, 0, 1, 2)[None]
-            video = (video[:, :, :1] if self._first else video).float() / 127.5 - 1
+            video = sample.video.permute(3, 0, 1, 2)[None, :, : 1 if self._first else None]
             latents.append(self._encoder.latents(video, self._ranks))
             prompts.append(sample.prompts)
             text.append(self._encoder.text(sample.prompts))

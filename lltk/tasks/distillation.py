@@ -137,10 +137,10 @@ class DistillationPlan(TransformerPlan):
         for module in (real, fake, student) if self.section.compile else ():
             module.compile_blocks()
         offset, image = self.stream.shot_offset, self.section.image
-        batch, steps = self.section.batch, self.distil.steps
+        batch, steps, graphs = self.section.batch, self.distil.steps, self.section.graphs
         simulation = Simulation(
             self.program, student, steps, self.stream.shift, offset, image, batch,
-            self.section.graphs,
+            self.distil.exit, graphs,
         )  # fmt: skip
         section = self.section.model_copy(update={"lr": self.distil.fake.lr})
         negative = self._encoder().text([self.stream.negative_prompt])[0]
@@ -149,10 +149,11 @@ class DistillationPlan(TransformerPlan):
             self.program,
             student,
             simulation,
-            Score(self.real, real),
-            FakeScore(self.fake, Score(self.fake, fake), simulation),
+            Score(self.real, real, graphs),
+            FakeScore(self.fake, Score(self.fake, fake, graphs), simulation),
             section,
             self.distil.fake.updates,
+            self.distil.fake.lead,
             negative,
             self.distil.guidance,
         )

@@ -93,7 +93,7 @@ class PipelineEncoder:
         """The latents of a video.
 
         Args:
-            video: [B, 3, 1 + k·stride, H, W] in [-1, 1].
+            video: [B, 3, 1 + k·stride, H, W], as `Encoder.encode` takes it.
             ranks: how many ranks of the group ``sequence`` encode it together, which all call this.
 
         Returns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -34,6 +34,12 @@ class CriticSection(ScoreSection):
         gt=0, description="its learning rate, after the warm-up; the schedule is the student's"
     )
     updates: int = Field(5, ge=1, description="its updates for each of the student's")
+    lead: int = Field(
+        0,
+        ge=0,
+        description="its updates before the student's first, without a warm-up; so g tells of the "
+        "student from the beginning on",
+    )
 
 
 class DistilSection(BaseModel):
@@ -45,6 +51,11 @@ class DistilSection(BaseModel):
         (2,),
         description="numbers of denoising passes a chunk that the student learns; each clip that "
         "it trains on is made with one of them",
+    )
+    exit: Literal["any", "last"] = Field(
+        "any",
+        description="the pass at which chunks stop while the student trains: any, all equally "
+        "likely, as LongLive-2.0 has it; or always the last, as where the student is used",
     )
     guidance: float = Field(
         4.0,

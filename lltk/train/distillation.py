@@ -102,6 +102,7 @@ class Distillation:
         fake: the fake score.
         section: of the run, with the fake score's learning rate.
         updates: of the fake score, for each of the student's.
+        lead: its updates before the student's first. They are a warm-up in themselves.
         negative: the real score's negative prompt, [S, E].
         guidance: of the real score.
     """
@@ -118,6 +119,7 @@ class Distillation:
         fake: FakeScore,
         section: TrainSection,
         updates: int,
+        lead: int,
         negative: Tensor,
         guidance: float,
     ) -> None:
@@ -126,8 +128,9 @@ class Distillation:
         self.simulation = simulation
         self._real = real
         self._fake = fake
-        own = section.model_copy(update={"ema_decay": None})
-        self.critic = Critic(fake, own, updates, (real.module,))
+        warmup = 0 if lead else section.warmup
+        own = section.model_copy(update={"ema_decay": None, "warmup": warmup})
+        self.critic = Critic(fake, own, updates, lead, (real.module,))
         self._share = Share(program)
         self._negative = negative
         self._guidance = guidance

@@ -21,6 +21,7 @@ from lltk.graph.contract import Role
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.stream.sampler import guided
+from lltk.train.graphs import Graphed, OneOutput
 from lltk.train.share import Share
 from lltk.train.simulation import Scene
 
@@ -72,13 +73,15 @@ class Score:
     Args:
         program: a score Program, causal or later.
         module: the same Program, runnable.
+        graphs: whether to replay CUDA graphs. A velocity then lasts until the next call.
     """
 
-    def __init__(self, program: Program, module: ProgramModule) -> None:
+    def __init__(self, program: Program, module: ProgramModule, graphs: bool = False) -> None:
         self._contract = program.contract(program.kind)
-        self._kind, self._output = program.kind, program.spec.output
         self._share = Share(program)
         self.module = module
+        velocity = OneOutput(module, program)
+        self._velocity = Graphed(velocity) if graphs else velocity
 
     def __call__(self, noised: Noised, text: Tensor, positions: Tensor) -> Tensor:
         """Its velocity, float32 [B, C, F, h, w], of prompts [B, N, S, E]."""
@@ -88,11 +91,12 @@ class Score:
             Role.TEXT: text,
             Role.POSITIONS: positions,
         }
-        inputs = {}
-        for name, value in self._contract.named(values).items():
-            like = self._contract.inputs[name]
-            inputs[name] = self._share.own(value, like.shape).to(like.dtype)
-        velocity = self._share.whole(self.module(self._kind, inputs)[self._output], axis=2)
+        named = self._contract.named(values)
+        inputs = [
+            self._share.own(named[name], like.shape).to(like.dtype)
+            for name, like in self._contract.inputs.items()
+        ]
+        velocity = self._share.whole(self._velocity(*inputs), axis=2)
         return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
 

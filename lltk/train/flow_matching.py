@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lltk.graph.contract import Role
@@ -21,7 +21,7 @@ from lltk.graph.program import Program
 from lltk.train.data import Batch
 from lltk.train.error_recycling import ErrorRecycling, Given, without_errors
 from lltk.train.excerpt import excerpt, leaps
-from lltk.train.graphs import Graphed
+from lltk.train.graphs import Graphed, OneOutput
 from lltk.train.noise_levels import LEVELS, level_weights, noise_grid
 from lltk.train.objective import Work
 from lltk.train.recipe import ErrorRecyclingSection
@@ -38,9 +38,10 @@ class FlowMatching:
     """Flow matching through a train, a reference or a score Program.
 
     A train program sees a clip twice, clean and noisy, and each chunk has a noise level of its own.
-    A reference and a score program see the noisy clip, which has one noise level. Levels are drawn
-    uniformly from `noise_grid`. The squared error is averaged over each latent frame, weighted by
-    `level_weights`, and summed over the frames that count.
+    A reference and a score program see the noisy clip, which has one noise level; but where the
+    first frame is given to a score program, each chunk has its own. Levels are drawn uniformly from
+    `noise_grid`. The squared error is averaged over each latent frame, weighted by `level_weights`,
+    and summed over the frames that count.
 
     While it streams, a causal model sees chunks that it made itself. So that it learns this, the
     clean chunks of a train program may carry errors and noise. The model is told of neither.
@@ -124,7 +125,7 @@ class FlowMatching:
                 f"train.graphs: the {self._share.ranks} ranks that share a clip exchange tensors, "
                 "which such graphs cannot hold; set it to false"
             )
-        flow = _Flow(module, program)
+        flow = OneOutput(module, program)
         self._flow = Graphed(flow) if graphs else flow
         self._grid = noise_grid()
         self._weights = level_weights(self._grid)
@@ -205,8 +206,10 @@ class FlowMatching:
         program, device = self._program, self._device
         clean = batch.tensors["latents"].to(device, torch.float32)
         _, channels, frames, height, width = clean.shape
-        span = program.geometry.chunk if program.kind == "train" else frames
+        span = frames if program.kind == "reference" else program.geometry.chunk
         levels = batch.integers("level", LEVELS, frames // span)
+        if program.kind == "score":
+            levels = torch.where(self._given(batch)[:, None], levels, levels[:, :1])
         level, counted = levels.repeat_interleave(span, dim=1), self._counted(batch)
         weight = (self._weights[level] * counted).to(device)
         timestep = self._grid[level]
@@ -271,21 +274,3 @@ class FlowMatching:
         """Values for chunks, [B, N], as values for their frames, [B, 1, F, 1, 1] on the device."""
         frames = values.repeat_interleave(self._program.geometry.chunk, dim=1)
         return frames.to(self._device)[:, None, :, None, None]
-
-
-class _Flow(nn.Module):
-    """The one output of a Program that trains, from its inputs in their order.
-
-    CUDA graphs take tensors only, so this is where a call's inputs get their names again.
-    """
-
-    def __init__(self, module: ProgramModule, program: Program) -> None:
-        super().__init__()
-        self._module = module
-        self._kind = program.kind
-        self._names = tuple(program.contract(program.kind).inputs)
-        self._output = program.spec.output
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        named = dict(zip(self._names, inputs, strict=True))
-        return self._module(self._kind, named)[self._output]

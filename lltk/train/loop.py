@@ -190,6 +190,8 @@ class Trainer:
         self.settle(wait=False)
         start = time.perf_counter()
         rate = section.rate(self.step)
+        if self.step == 0:
+            self._lead()
         loss, norm = self._take(self._updates, rate, "train.lr", f"step {self.step + 1}")
         memory = self._objective.memory
         if memory is not None:
@@ -282,17 +284,31 @@ class Trainer:
             self.settle()
             raise Diverged(f"{when}: {error}; {self.left()}; lower {key} or train.clip") from error
 
+    def _lead(self) -> None:
+        """Update the critic, if there is one, before the first step."""
+        critic = self._objective.critic
+        if critic is None or not critic.lead:
+            return
+        losses = self._criticise(critic.lead, 0)
+        some = max(1, critic.lead // 10)
+        first, last = (sum(part) / some for part in (losses[:some], losses[-some:]))
+        _log.info("the critic's loss fell from %.4g to %.4g before the first step", first, last)
+
     def _follow(self) -> dict[str, float]:
         """Update the critic, if there is one, as often as it is to be; its mean loss by name."""
-        critic, updates = self._objective.critic, self._critic
-        if critic is None or updates is None:
+        critic = self._objective.critic
+        if critic is None:
             return {}
-        rate = critic.section.rate(self.step - 1)
-        losses = [
-            self._take(updates, rate, "distil.fake.lr", f"step {self.step}, the critic")[0]
-            for _ in range(critic.updates)
-        ]
+        losses = self._criticise(critic.updates, self.step - 1)
         return {"critic": sum(losses) / len(losses)}
+
+    def _criticise(self, count: int, step: int) -> list[float]:
+        """Update the critic with the learning rate of a step, counted from 0; the losses."""
+        critic, updates = self._objective.critic, self._critic
+        assert critic is not None and updates is not None
+        rate = critic.section.rate(step)
+        when = f"step {max(1, self.step)}, the critic"
+        return [self._take(updates, rate, "distil.fake.lr", when)[0] for _ in range(count)]
 
     def _speed(self, seconds: float) -> tuple[float | None, float | None]:
         """Tokens a second and MFU of a step that took so long."""
@@ -368,10 +384,11 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         mesh, own, critic = self._mesh, self._updates, self._critic
         beside = {} if critic is None else critic.masters.parameters
-        follow = 0 if self._objective.critic is None else self._objective.critic.updates
         state = load_training_state(path, own.masters.parameters, mesh, beside)
         shapes = {} if critic is None else critic.shapes
-        check_training_state(state, path, own.shapes, mesh, shapes, follow)
+        of_critic = self._objective.critic
+        made = 0 if of_critic is None else of_critic.made(state.step)
+        check_training_state(state, path, own.shapes, mesh, shapes, made)
         changed = changed_keys(state.about.get("recipe", {}), self._about.get("recipe", {}))
         if changed:
             raise ValueError(
@@ -392,7 +409,7 @@ class Trainer:
                 ) from error
         own.load(state, state.step)
         if critic is not None:
-            critic.load(state.critic, state.step * follow)
+            critic.load(state.critic, made)
         restore_random_state(state.optimiser)
         _log.info("resumed from %s", path)
 

@@ -52,13 +52,19 @@ class Critic:
         objective: what its updates minimise.
         section: as the run's, with the critic's own learning rate, and without averaging.
         updates: how many follow each update of the objective's network.
+        lead: how many precede the first of these.
         frozen: further modules that both ask and that do not train.
     """
 
     objective: Objective
     section: TrainSection
     updates: int
+    lead: int = 0
     frozen: Sequence[nn.Module] = ()
+
+    def made(self, step: int) -> int:
+        """How many updates were made when a run has taken so many steps."""
+        return self.lead + step * self.updates if step else 0
 
 
 class Objective(Protocol):

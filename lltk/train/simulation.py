@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.stream.denoise import Velocity, denoise
 from lltk.stream.positions import frame_positions
-from lltk.stream.rollout import Rollout, RuntimeRollout
+from lltk.stream.rollout import GraphedRollout, Rollout, RuntimeRollout
 from lltk.stream.runtimes.torch import TorchRuntime
 from lltk.stream.sampler import Schedule
 from lltk.train.data import Batch
@@ -93,8 +94,11 @@ class Simulation:
         offset: φ, by which positions shift at a cut.
         image: share of the calls whose clips' first frames are given.
         batch: clips of an update.
-        graphs: whether clips without gradients, such as the critic's, are made by CUDA graphs. One
-            cache is kept for them all.
+        exit: the pass at which chunks stop: ``any`` or ``last``.
+        graphs: whether passes without gradients are made by CUDA graphs: all of the critic's clips,
+            and of the student's, where no chunk is evicted, the commits and the passes before a
+            chunk's last one. One cache is kept for all clips, so the gradients of one are computed
+            before the next is made.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class Simulation:
         offset: float,
         image: float,
         batch: int,
+        exit: Literal["any", "last"] = "any",
         graphs: bool = False,
     ) -> None:
         self._program = program
@@ -115,7 +120,9 @@ class Simulation:
         self._offset = offset
         self._image = image
         self._batch = batch
+        self._exit = exit
         self._graphed = TorchRuntime(program, module, cuda_graphs=True) if graphs else None
+        self._eager = TorchRuntime(program, module) if graphs else None
 
     @property
     def frames(self) -> int:
@@ -150,9 +157,15 @@ class Simulation:
     def clips(self, batch: Batch, purpose: str, scene: Scene) -> Tensor:
         """The clips of a scene, float32 [B, C, F, h, w], by the `passes` of their update."""
         schedule, passes = self.passes(batch, purpose)
-        if self._graphed is None or torch.is_grad_enabled():
-            return simulate(Rollout(self._program, self._module), schedule, scene, passes)
-        return simulate(RuntimeRollout(self._graphed), schedule, scene, passes)
+        return simulate(self._rollout(), schedule, scene, passes)
+
+    def _rollout(self) -> RuntimeRollout:
+        """What makes a clip, over an empty cache."""
+        geometry = self._program.geometry
+        evicts = geometry.chunks > geometry.pages
+        if self._graphed is None or self._eager is None or (evicts and torch.is_grad_enabled()):
+            return Rollout(self._program, self._module)
+        return GraphedRollout(self._graphed, self._eager)
 
     def passes(self, batch: Batch, purpose: str) -> tuple[Schedule, int]:
         """The schedule of a batch's chunks, and how many of its passes they get; both drawn.
@@ -162,4 +175,6 @@ class Simulation:
         update = batch.indices.start // self._batch
         drawn = Batch(batch.seed, range(update, update + 1), {})
         schedule = self._schedules[int(drawn.integers(f"{purpose} steps", len(self._schedules)))]
+        if self._exit == "last":
+            return schedule, schedule.steps
         return schedule, 1 + int(drawn.integers(f"{purpose} exit", schedule.steps))

@@ -232,14 +232,14 @@ def check_training_state(
         shapes: of the weights that train, by parameter name.
         mesh: the ranks, each of which checks the values that it has.
         critic: the shapes of the critic's weights that train.
-        critic_updates: how often it is updated in a step.
+        critic_updates: how often it was updated.
 
     Raises:
         ValueError: a tensor is missing, is one too many, or has another shape, dtype or value than
             a run of these weights can have.
     """
-    own, updates = _problem(state, "", path, shapes, state.step), state.step * critic_updates
-    others = _problem(state.critic, _CRITICS, path, critic, updates)
+    own = _problem(state, "", path, shapes, state.step)
+    others = _problem(state.critic, _CRITICS, path, critic, critic_updates)
     _agree(mesh, own or others or _bad_generator(state, path))
 
 

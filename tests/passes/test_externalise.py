@@ -152,6 +152,12 @@ def test_attention_to_fp8() -> None:
     assert names.count("lltk.listed_attention.default") == 3
 
 
+def test_pages_that_are_kept_decoded_are_refused() -> None:
+    steps = ("nvfp4_cache", "fp8_infer", {"fuse_attention_quantise": {"keep_decoded": True}})
+    old = after(reached("stream", *BEFORE, head_dim=16, **SIZES), *steps)
+    assert "remove keep_decoded of fuse_attention_quantise" in refused(after, old, "externalise")
+
+
 def _results(program: Program, graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a graph gives; `run` takes a NaN in an input for something written."""
     made = run(program, graph, given)

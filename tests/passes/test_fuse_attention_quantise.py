@@ -7,12 +7,13 @@ import torch
 from helpers import after, inputs, reached, refused, run, same, text
 
 from lltk.graph.edit import calls, output
-from lltk.graph.memory import activations
+from lltk.graph.memory import activations, estimate
 from lltk.graph.program import Program
 from lltk.ops.implementations import overload
 
 QUANTISE_ATTENTION = overload("fp8_quantise_attention")
 ATTENTION = overload("nvfp4_paged_attention")
+DECODE_PAGE = overload("fp8_decode_page")
 ROW_PIPELINE = overload("row_pipeline")
 
 pytestmark = pytest.mark.cpu
@@ -51,6 +52,43 @@ def test_results_stay(dtype: str) -> None:
     assert same(run(program, "step", given), wanted)
     given["hidden_states"] = 1.1 * given["hidden_states"]
     assert not same(run(program, "step", given), wanted)
+
+
+KEPT = {"fuse_attention_quantise": {"keep_decoded": True}}
+
+
+def rotated(dtype: str = "float32") -> Program:
+    steps = (*CAUSAL, "fuse_norm_rope", "nvfp4_cache", "fp8_infer")
+    return reached("stream", *steps, dtype=dtype, head_dim=16)
+
+
+def test_pages_that_are_kept_decoded() -> None:
+    """A commit decodes what it writes, attention is given it, and queries come in E4M3."""
+    program = after(rotated(), KEPT)
+    layers = program.spec.layers
+    assert program.log[-1].matches["pages that are kept decoded"] == 2 * layers
+    written = calls(program.graphs["commit"], DECODE_PAGE)
+    assert [str(node.args[0]) for node in written[:2]] == ["k_pages_decoded_0", "v_pages_decoded_0"]
+    (first, *_) = calls(program.graphs["step"], QUANTISE_ATTENTION)
+    assert [str(node) for node in first.args[-4:]] == [
+        "k_pages_decoded_0", "k_pages_largest_0", "v_pages_decoded_0", "v_pages_largest_0",
+    ]  # fmt: skip
+    assert first.args[0].meta["val"].dtype == torch.float8_e4m3fn
+    assert first.args[1].meta["val"].dtype == torch.float32
+    plain = after(rotated(), "fuse_attention_quantise")
+    spec, geometry = program.spec, program.geometry
+    tokens = geometry.chunk * geometry.frame_tokens(spec)
+    page = tokens * spec.heads * spec.head_dim + 4
+    apart = estimate(program)["cache pages"] - estimate(plain)["cache pages"]
+    assert apart == 2 * layers * geometry.batch * geometry.pages * page
+
+
+def test_what_keeping_them_needs_is_said() -> None:
+    causal = reached("stream", *CAUSAL, head_dim=16)
+    program = after(causal, {"nvfp4_cache": {"smoothing": False}}, "fp8_infer")
+    assert "remove it, or smoothing: false of nvfp4_cache" in refused(after, program, KEPT)
+    program = reached("stream", *CAUSAL, "nvfp4_cache", "fp8_infer", head_dim=16, sink=0)
+    assert "set geometry.sink, or remove keep_decoded" in refused(after, program, KEPT)
 
 
 @pytest.mark.parametrize("what", ["read twice", "heads apart", "in high precision"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lltk.ops.declaration import E4M3, Declaration, Exactness
 
@@ -34,13 +34,15 @@ def fp8_matmul(
     columns, width = b.shape
     missing = -columns % _MULTIPLE
     a, b = _padded(a.flatten(0, -2), 0, -width % _MULTIPLE), _padded(b, missing, -width % _MULTIPLE)
+    if bias is not None:
+        bias = _pad(bias.bfloat16(), (0, missing))
     # The public scaled_mm breaks graphs under torch.compile before torch 2.12.
     product = torch._scaled_mm(
         a,
         b.t(),
         scale_a=a_scales.flatten(0, -2),
-        scale_b=pad(b_scales, (0, 0, 0, missing)).t(),
-        bias=None if bias is None else pad(bias.bfloat16(), (0, missing)),
+        scale_b=_pad(b_scales, (0, 0, 0, missing)).t(),
+        bias=bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
@@ -48,6 +50,9 @@ def fp8_matmul(
 
 
 def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
-    if not rows and not columns:
-        return values.contiguous()
-    return pad(values.view(torch.uint8), (0, columns, 0, rows)).view(values.dtype)
+    return _pad(values.view(torch.uint8), (0, columns, 0, rows)).view(values.dtype).contiguous()
+
+
+def _pad(values: Tensor, amounts: tuple[int, ...]) -> Tensor:
+    """Padded with zeros; torch would copy what needs none."""
+    return F.pad(values, amounts) if any(amounts) else values

@@ -1,8 +1,8 @@
 """Attention in FP8 on a GPU, its result quantised by a kernel."""
 
 from lltk.ops.declaration import Declaration, Exactness
+from lltk.ops.fp8_quantise_attention.fp8 import compose
 from lltk.ops.implementations import load_parts
-from lltk.ops.nvfp4_paged_attention.fp8 import compose
 
 DECLARATION = Declaration(
     Exactness.NARROWER,
@@ -12,8 +12,8 @@ DECLARATION = Declaration(
         "fp8_attention": "cudnn",
         "row_pipeline": "triton",
         "fp8_quantise_centred": "triton",
+        "fp8_write_own": "triton",
     },
 )
 
-*parts, quantise = load_parts(DECLARATION)
-fp8_quantise_attention = compose("fp8_quantise_attention", __name__, quantise, *parts)
+fp8_quantise_attention = compose(__name__, *load_parts(DECLARATION))

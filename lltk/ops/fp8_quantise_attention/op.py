@@ -22,5 +22,6 @@ fp8_quantise_attention = torch.library.custom_op(
 
 
 @fp8_quantise_attention.register_fake
-def _(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-    return new_fp8(overload("nvfp4_paged_attention")(q, *rest).flatten(2))
+def _(q: Tensor, k: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    attend = overload("nvfp4_paged_attention")
+    return new_fp8(attend(q, k, *rest[: len(attend._schema.arguments) - 2]).flatten(2))

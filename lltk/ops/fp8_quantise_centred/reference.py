@@ -15,7 +15,7 @@ def fp8_quantise_centred(
 
     Args:
         x: float8_e4m3fn [B, L, H, D], with its scale, float32 [].
-        centre: float32 [B, 1, H, D].
+        centre: float32 or bfloat16 [B, 1, H, D].
         dtype: of the sum.
 
     Returns:

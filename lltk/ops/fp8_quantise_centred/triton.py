@@ -10,7 +10,13 @@ from torch import Tensor
 from lltk.ops.declaration import Declaration, Exactness
 from lltk.ops.fp8_rows import new_fp8
 from lltk.ops.triton_floats import decode_e4m3, reciprocal
-from lltk.ops.triton_rows import converts_e4m3, load_row, row_options, store_fp8_row
+from lltk.ops.triton_rows import (
+    converts_e4m3,
+    load_row,
+    rounded,
+    row_options,
+    store_fp8_row,
+)
 
 DECLARATION = Declaration(
     Exactness.ROUNDING,
@@ -56,17 +62,21 @@ def _quantise_centred(
     out,
     scales,
     KIND: tl.constexpr,
-    ROW: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     row = tl.program_id(0)
-    column = tl.arange(0, ROW)
-    codes = tl.load(x + row.to(tl.int64) * width + column, mask=column < width, other=0)
-    if NATIVE:
-        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    else:
-        values = decode_e4m3(codes.to(tl.int32))
-    values *= reciprocal(tl.load(scale))
-    values += load_row(centre, (row // tokens).to(tl.int64) * width, width, ROW)
-    values = values.to(KIND).to(tl.float32)
-    store_fp8_row(out, scales, row, values, width, ROW, NATIVE)
+    centres = load_row(centre, (row // tokens).to(tl.int64) * width, width, PIECE, PIECES)
+    factor = reciprocal(tl.load(scale))
+    pieces = ()
+    for index in tl.static_range(PIECES):
+        column = index * PIECE + tl.arange(0, PIECE)
+        places = x + row.to(tl.int64) * width + column
+        codes = tl.load(places, mask=column < width, other=0)
+        if NATIVE:
+            values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            values = decode_e4m3(codes.to(tl.int32))
+        pieces += (rounded(values * factor + centres[index], KIND, NATIVE),)
+    store_fp8_row(out, scales, row, pieces, width, PIECE, PIECES, NATIVE)

@@ -39,7 +39,7 @@ def compose(
     Args:
         op, module: the implementation's name and the Python module that it belongs to.
         finish: makes the op's result of four arguments: out, float8_e4m3fn [B, L, H, D]; its scale,
-            float32 []; the values' centre, float32 [B, 1, H, D]; the dtype of the queries.
+            float32 []; the values' centre, float32 [B, 1, H, D]; the dtype of the keys.
             Attention's result is out / scale + centre.
         gather_fp8, fp8_attention, row_pipeline: implementations of `nvfp4_gather_fp8` and of the
             ops of the other names.
@@ -66,12 +66,20 @@ def compose(
         values, largest = gather_fp8(v, v_centre, *v_pages, table)
         most = round_e4m3(largest).float()
         scale = E4M3_MAX / most.masked_fill(most == 0, 1.0)
-        (queries,) = row_pipeline(q.flatten(2), to="e4m3")
-        out = fp8_attention(queries.view(q.shape), keys, values, scale)
-        return finish(out, scale, v_centre, q.dtype)
+        out = fp8_attention(in_e4m3(q, row_pipeline), keys, values, scale)
+        return finish(out, scale, v_centre, k.dtype)
 
     attend.__name__, attend.__module__ = op, module
     return attend
+
+
+def in_e4m3(q: Tensor, row_pipeline: Kernel) -> Tensor:
+    """Queries in E4M3, as they are or rounded."""
+    if q.dtype is torch.float8_e4m3fn:
+        return q
+    (rounded,) = row_pipeline(q.flatten(2), to="e4m3")
+    made: Tensor = rounded.view(q.shape)
+    return made
 
 
 def add_centre(fp8_dequantise: Kernel) -> Kernel:

@@ -18,9 +18,13 @@ rms_norm_rope = torch.library.custom_op(
 
 
 @rms_norm_rope.register_fake
-def new_heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def new_heads(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, to: str = "plain"
+) -> Tensor:
     """An empty tensor for the result."""
     batch, length, width = x.shape
     torch._check(weight.shape == (width,) and cos.shape == sin.shape)
     torch._check(cos.shape[:3] == (1, length, 1) and width % cos.shape[3] == 0)
-    return x.new_empty((batch, length, width // cos.shape[3], cos.shape[3]))
+    torch._check(to in ("plain", "e4m3"))
+    dtype = torch.float8_e4m3fn if to == "e4m3" else x.dtype
+    return x.new_empty((batch, length, width // cos.shape[3], cos.shape[3]), dtype=dtype)

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from lltk.ops.declaration import ARITHMETIC, E2M1, Declaration, Exactness
 from lltk.ops.rms_norm_rope.op import new_heads
-from lltk.ops.triton_rows import row_options, rows_of
+from lltk.ops.triton_rows import (
+    converts_e4m3,
+    e4m3_codes,
+    load_row,
+    rounded,
+    row_options,
+    rows_of,
+    store_piece,
+)
 
 DECLARATION = Declaration(
     Exactness.ROUNDING,
@@ -21,13 +29,15 @@ DECLARATION = Declaration(
 )
 
 
-def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def rms_norm_rope(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, to: str = "plain"
+) -> Tensor:
     """`reference.rms_norm_rope`, with sums taken in another order.
 
     Raises:
         ValueError: a head's width is no power of two.
     """
-    out = new_heads(x, weight, cos, sin, eps)
+    out = new_heads(x, weight, cos, sin, eps, to)
     batch, length, heads, width = out.shape
     if width & (width - 1):
         raise ValueError(
@@ -35,7 +45,7 @@ def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
             "rms_norm_rope of the recipe's lower pass to torch"
         )
     rows, cos, sin = rows_of(x, heads * width), rows_of(cos, width), rows_of(sin, width)
-    padded = triton.next_power_of_2(heads)
+    options = row_options(heads * width)
     with torch.cuda.device_of(x):
         _norm_rope[(batch * length,)](
             rows,
@@ -46,12 +56,12 @@ def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
             sin,
             sin.stride(0),
             length,
-            heads,
+            heads * width,
             eps,
-            out,
-            HEADS=padded,
+            out.view(torch.uint8) if to == "e4m3" else out,
             WIDTH=width,
-            num_warps=row_options(padded * width)["num_warps"],
+            NATIVE=converts_e4m3(x.device),
+            **options,
         )
     return out
 
@@ -66,28 +76,32 @@ def _norm_rope(
     sin,
     sin_stride,
     length,
-    heads,
+    width,
     eps,
     out,
-    HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
+    heads: tl.constexpr = PIECE // WIDTH
     row = tl.program_id(0)
     token = (row % length).to(tl.int64)
-    head = tl.arange(0, HEADS)[:, None]
-    inside = head < heads
-    place = head * WIDTH + tl.arange(0, WIDTH)[None, :]
-    values = tl.load(x + row.to(tl.int64) * x_stride + place, mask=inside, other=0.0)
+    pieces = load_row(x, row.to(tl.int64) * x_stride, width, PIECE, PIECES)
     # Read first, so that the sum does not wait for them.
-    weights = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    weights = load_row(weight, 0, width, PIECE, PIECES)
     pair = 2 * tl.arange(0, WIDTH // 2)[None, :]
     cosine = tl.load(cos + token * cos_stride + pair)
     sine = tl.load(sin + token * sin_stride + pair + 1)
-    values = values.to(tl.float32)
-    mean = tl.sum(values * values) / (heads * WIDTH)
-    values = values * tl.rsqrt(mean + eps) * weights
-    values = values.to(x.dtype.element_ty).to(tl.float32)
-    even, odd = tl.split(tl.reshape(values, (HEADS, WIDTH // 2, 2)))
-    turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
-    turned = tl.reshape(turned, (HEADS, WIDTH)).to(out.dtype.element_ty)
-    tl.store(out + row.to(tl.int64) * heads * WIDTH + place, turned, mask=inside)
+    squares = pieces[0] * pieces[0]
+    for index in tl.static_range(1, PIECES):
+        squares += pieces[index] * pieces[index]
+    factor = tl.rsqrt(tl.sum(squares, 0) / width + eps)
+    for index in tl.static_range(PIECES):
+        values = rounded(pieces[index] * factor * weights[index], x.dtype.element_ty, NATIVE)
+        even, odd = tl.split(tl.reshape(values, (heads, WIDTH // 2, 2)))
+        turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+        turned = tl.reshape(turned, (PIECE,))
+        if out.dtype.element_ty == tl.uint8:
+            turned = e4m3_codes(rounded(turned, x.dtype.element_ty, NATIVE), NATIVE)
+        store_piece(out, row, index, turned, width, PIECE, PIECES)

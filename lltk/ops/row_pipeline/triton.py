@@ -30,10 +30,11 @@ from lltk.ops.triton_rows import (
     converts_e4m3,
     e4m3_codes,
     load_row,
+    rounded,
     row_options,
     rows_of,
     store_fp8_row,
-    store_row,
+    store_piece,
 )
 
 DECLARATION = Declaration(
@@ -126,7 +127,9 @@ def _quantise_nvfp4(
     codes, scales, decode_scale = results[:3]
     rows = codes.shape[:-1].numel()
     largest = torch.zeros_like(decode_scale)
-    options = {**options, "enable_fp_fusion": False}
+    piece = triton.next_power_of_2(codes.shape[-1] * 2)
+    whole = {"PIECE": piece, "PIECES": 1, "num_warps": min(max(piece // 512, 1), 16)}
+    options = {**options, **whole, "enable_fp_fusion": False}
     _find_largest[(rows,)](operands, width, eps, total, largest.view(torch.int32), **options)
     if total is not None:
         operands = (_operand(total, rows, width), None, None, *operands[3:])
@@ -154,24 +157,37 @@ def _write(
     out,
     scales,
     GELU: tl.constexpr,
-    ROW: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """Write rows as FP8 with their scales; without scales, as bytes of E4M3 or plainly."""
     row = tl.program_id(0)
-    values = _steps(operands, row, width, eps, total, GELU, False, ROW)
-    if scales is None:
-        if out.dtype.element_ty == tl.uint8:
-            values = e4m3_codes(values, NATIVE)
-        store_row(out, row, values, width, ROW)
+    pieces = _steps(operands, row, width, eps, total, GELU, False, PIECE, PIECES, NATIVE)
+    if scales is not None:
+        store_fp8_row(out, scales, row, pieces, width, PIECE, PIECES, NATIVE)
     else:
-        store_fp8_row(out, scales, row, values, width, ROW, NATIVE)
+        for index in tl.static_range(PIECES):
+            values = pieces[index]
+            if out.dtype.element_ty == tl.uint8:
+                values = e4m3_codes(values, NATIVE)
+            store_piece(out, row, index, values, width, PIECE, PIECES)
 
 
 @triton.jit
-def _find_largest(operands, width, eps, total, largest, GELU: tl.constexpr, ROW: tl.constexpr):
+def _find_largest(
+    operands,
+    width,
+    eps,
+    total,
+    largest,
+    GELU: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+):
     """Raise ``largest`` to the bits of the magnitudes in a row."""
-    values = _steps(operands, tl.program_id(0), width, eps, total, GELU, True, ROW)
+    row = tl.program_id(0)
+    (values,) = _steps(operands, row, width, eps, total, GELU, True, PIECE, PIECES, False)
     tl.atomic_max(largest, tl.max(magnitude_bits(values), 0))
 
 
@@ -185,16 +201,17 @@ def _write_nvfp4(
     largest,
     decode_scale,
     GELU: tl.constexpr,
-    ROW: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     TOP: tl.constexpr,
     RULE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    blocks: tl.constexpr = ROW // 16
+    blocks: tl.constexpr = PIECE // 16
     # Backwards: the rows that the first kernel read last are still in the cache.
     row = tl.num_programs(0) - 1 - tl.program_id(0)
     tensor = tensor_scales(largest, decode_scale, tl.program_id(0) == 0, TOP)
-    values = _steps(operands, row, width, eps, None, GELU, True, ROW)
+    (values,) = _steps(operands, row, width, eps, None, GELU, True, PIECE, PIECES, False)
     values = tl.reshape(values, (1, blocks, 16))
     local = tl.arange(0, blocks)
     block = row.to(tl.int64) * (width // 16) + local
@@ -211,7 +228,9 @@ def _steps(
     total,
     GELU: tl.constexpr,
     EXACT: tl.constexpr,
-    ROW: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """What the steps make of a row, rounded to x's dtype after each; stores the sum.
 
@@ -219,57 +238,126 @@ def _steps(
         operands: x, y, gate, scale and shift, each an `Operand` or None.
         total: where the sum goes, or None.
         EXACT: whether divisions and roots of the norm are rounded to nearest.
+        NATIVE: as `rounded` has it.
 
     Returns:
-        float32 [ROW], 0 beyond ``width``.
+        Pieces of float32, 0 beyond ``width``.
     """
     x, y, gate, scale, shift = operands
-    dtype: tl.constexpr = x[0].dtype.element_ty
-    values = _load(x, row, width, ROW)
+    kind: tl.constexpr = x[0].dtype.element_ty
+    pieces = _load(x, row, width, PIECE, PIECES)
     if y is not None:
-        added = _load(y, row, width, ROW)
-        if gate is not None:
-            added *= _load(gate, row, width, ROW)
-        values = (values + added).to(dtype).to(tl.float32)
+        pieces = _add(pieces, y, gate, row, width, kind, PIECE, PIECES, NATIVE)
         if total is not None:
-            store_row(total, row, values, width, ROW)
+            for index in tl.static_range(PIECES):
+                store_piece(total, row, index, pieces[index], width, PIECE, PIECES)
     if scale is not None:
         if EXACT:
             # Read late, as exact divisions and NVFP4 need the registers.
-            values = _norm(values, width, eps, EXACT, ROW) * _load(scale, row, width, ROW)
-            values += _load(shift, row, width, ROW)
-        else:
+            pieces = _norm(pieces, width, eps, EXACT, PIECE, PIECES)
+        scales = _load(scale, row, width, PIECE, PIECES)
+        shifts = _load(shift, row, width, PIECE, PIECES)
+        if not EXACT:
             # Read first, so that the sums do not wait for it.
-            scale_row, shift_row = _load(scale, row, width, ROW), _load(shift, row, width, ROW)
-            values = _norm(values, width, eps, EXACT, ROW) * scale_row + shift_row
-        values = values.to(dtype).to(tl.float32)
+            pieces = _norm(pieces, width, eps, EXACT, PIECE, PIECES)
+        normed = ()
+        for index in tl.static_range(PIECES):
+            values = pieces[index] * scales[index] + shifts[index]
+            normed += (rounded(values, kind, NATIVE),)
+        pieces = normed
     if GELU:
-        # (1 + tanh(u)) / 2 = 1 / (1 + exp(−2u)), here as a power of 2; 2 √(2/π) log₂ e = 2.3022…
-        power = values * (-2.302208198144325 - 0.10294324008002367 * values * values)
-        values = (values / (1.0 + tl.exp2(power))).to(dtype).to(tl.float32)
-    return values
+        activated = ()
+        for index in tl.static_range(PIECES):
+            activated += (rounded(_gelu(pieces[index], NATIVE), kind, NATIVE),)
+        pieces = activated
+    return pieces
 
 
 @triton.jit
-def _load(operand, row, width, ROW: tl.constexpr):
-    """The row of an operand that belongs to a row of x; float32 [ROW], 0 beyond ``width``."""
+def _load(operand, row, width, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """The row of an operand that belongs to a row of x, in pieces; 0 beyond ``width``."""
     pointer, stride, together = operand
-    return load_row(pointer, (row // together).to(tl.int64) * stride, width, ROW)
+    return load_row(pointer, (row // together).to(tl.int64) * stride, width, PIECE, PIECES)
 
 
 @triton.jit
-def _norm(values, width, eps, EXACT: tl.constexpr, ROW: tl.constexpr):
-    """(x − mean) / √(variance + eps) of float32 [ROW]; 0 beyond ``width``."""
-    inside = tl.arange(0, ROW) < width
-    values = tl.where(inside, values - _mean(values, width, EXACT), 0.0)
-    variance = _mean(values * values, width, EXACT)
-    if EXACT:
-        return tl.div_rn(values, tl.sqrt_rn(variance + eps))
-    else:
-        return values * tl.rsqrt(variance + eps)
+def _add(
+    pieces,
+    y,
+    gate,
+    row,
+    width,
+    KIND: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """x + gate · y, or x + y."""
+    added = _load(y, row, width, PIECE, PIECES)
+    if gate is not None:
+        gates = _load(gate, row, width, PIECE, PIECES)
+    sums = ()
+    for index in tl.static_range(PIECES):
+        values = added[index]
+        if gate is not None:
+            values *= gates[index]
+        sums += (rounded(pieces[index] + values, KIND, NATIVE),)
+    return sums
+
+
+@triton.jit
+def _norm(pieces, width, eps, EXACT: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """(x − mean) / √(variance + eps) of a row in pieces; anything beyond ``width``."""
+    total = pieces[0]
+    for index in tl.static_range(1, PIECES):
+        total += pieces[index]
+    mean = _mean(total, width, EXACT)
+    squares = tl.zeros_like(total)
+    centred = ()
+    for index in tl.static_range(PIECES):
+        values = pieces[index] - mean
+        if PIECES == 1:
+            values = tl.where(tl.arange(0, PIECE) < width, values, 0.0)
+        squares += values * values
+        centred += (values,)
+    variance = _mean(squares, width, EXACT)
+    normed = ()
+    for index in tl.static_range(PIECES):
+        if EXACT:
+            normed += (tl.div_rn(centred[index], tl.sqrt_rn(variance + eps)),)
+        else:
+            normed += (centred[index] * tl.rsqrt(variance + eps),)
+    return normed
 
 
 @triton.jit
 def _mean(values, width, EXACT: tl.constexpr):
     total = tl.sum(values, 0)
     return tl.div_rn(total, width.to(tl.float32)) if EXACT else total / width
+
+
+@triton.jit
+def _gelu(values, NATIVE: tl.constexpr):
+    # (1 + tanh(u)) / 2 = 1 / (1 + exp(−2u)), here as a power of 2; 2 √(2/π) log₂ e = 2.3022…
+    power = values * (-2.302208198144325 - 0.10294324008002367 * values * values)
+    return values * _logistic(power, NATIVE)
+
+
+@triton.jit
+def _logistic(power, NATIVE: tl.constexpr):
+    """1 / (1 + 2 ** power)."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            """
+            ex2.approx.ftz.f32 $0, $1;
+            add.ftz.f32 $0, $0, 0f3F800000;
+            rcp.approx.ftz.f32 $0, $0;
+            """,
+            "=f,f",
+            [power],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return 1.0 / (1.0 + tl.exp2(power))

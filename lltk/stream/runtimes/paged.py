@@ -127,6 +127,9 @@ def _check_pages(pages: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -
 
 
 def _wrong(page: Tensor, role: Role | None) -> str | None:
+    if role is Role.PAGE_DECODED:
+        not_numbers = page.view(torch.uint8) & 0x7F == 0x7F
+        return "values that are NaN" if bool(not_numbers.any()) else None
     if page.dtype is torch.float8_e4m3fn:
         return "block scales that are NaN or negative" if broken_scales(page) else None
     if not page.is_floating_point():
