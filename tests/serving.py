@@ -23,7 +23,7 @@ from torch import Tensor
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from lltk.serve import jobs, live
+from lltk.serve import jobs, live, scheduling
 from lltk.serve.messages import PROTOCOL, TOKEN
 from lltk.serve.running import listening, make_server
 from lltk.serve.scheduling import Capacity
@@ -213,6 +213,15 @@ def time_enough() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Capacity, "measure", lambda self, stages, frames: None)
         patch.setattr(Capacity, "share", lambda self, fps: 1e-3)
+        yield
+
+
+@contextmanager
+def as_reported() -> Iterator[None]:
+    """Let chunks depend on what players report alone, not on the time that anything takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduling, "REPORT", 0.0)
+        patch.setattr(scheduling, "_SPARE", 0.0)
         yield
 
 

@@ -20,6 +20,7 @@ from serving import (
     PROMPT,
     WAIT,
     Server,
+    as_reported,
     completed,
     encoded,
     pipeline,
@@ -80,7 +81,7 @@ def test_a_stream_goes_on_until_its_limit(
 def server(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for tests that look at none of its files and frames."""
     folder, limits = tmp_path_factory.mktemp("server"), {"sessions": 9, "per_token": 9}
-    with time_enough(), serving(planned(pipeline), folder, **limits) as made:
+    with time_enough(), as_reported(), serving(planned(pipeline), folder, **limits) as made:
         yield made
 
 
@@ -112,6 +113,7 @@ def test_events_act_from_the_chunk_that_their_receipts_name(
     """A switch, a cut and appended shots give what the same calls give to a plain stream."""
     received: dict[str, int] = {}
     with (
+        as_reported(),
         serving(planned(pipeline), tmp_path) as server,
         server.watching(max_seconds=8) as viewer,
     ):

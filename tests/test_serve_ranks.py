@@ -23,7 +23,7 @@ from av.error import ExternalError
 from helpers import Run
 from ranks import LIMIT, alike, free_port
 from safetensors.torch import load_file, save_file
-from serving import OTHER, PROMPT, WAIT, Server, pipeline, time_enough, until
+from serving import OTHER, PROMPT, WAIT, Server, as_reported, pipeline, time_enough, until
 from streams import SHOTS, SIZES, planned, streamed
 from torch import OutOfMemoryError, Tensor
 from websockets.exceptions import ConnectionClosed
@@ -92,6 +92,7 @@ def run_rank(rank: int, port: int, plan: StreamPlan, folder: Path, run: str) -> 
     given = ["serve", "tiny_stream", "--port", "0", "--folder", str(folder / "state")]
     with (
         time_enough(),
+        as_reported(),
         patch.object(live, "FragmentWriter", Recorder),
         patch.object(streaming, "plan_stream", lambda *given, **options: plan),
         patch.object(sys, "argv", ["lltk", *given, "--device", "cpu"]),
