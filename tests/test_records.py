@@ -16,6 +16,7 @@ import pytest
 
 from lltk.bench import comparison, stream
 from lltk.bench.record import Record
+from lltk.bench.script import script_record
 from lltk.cli.bench import stream as stream_command
 from lltk.cli.compare import command as compare_command
 
@@ -53,7 +54,8 @@ def script(name: str) -> dict[str, Any]:
 def arguments(record: Record) -> list[str]:
     """A command's arguments, without the program that takes them."""
     programs = {"compare": "lltk compare", "stream": "lltk bench stream"}
-    script = rf"(?:python|torchrun --nproc-per-node \d+) benchmarks/{record.benchmark}\.py"
+    start = r"(?:PYTORCH_CUDA_ALLOC_CONF=\S+ )?(?:python|torchrun --nproc-per-node \d+)"
+    script = rf"{start} benchmarks/{record.benchmark}\.py"
     found = re.fullmatch(f"{programs.get(record.benchmark, script)}(.*)", record.command)
     assert found, f"{record.command}: not one command of {record.benchmark}"
     return shlex.split(found[1])
@@ -233,3 +235,12 @@ def test_a_script_replaces_nothing_that_is_no_record(
         assert end.value.code == 2 and target.read_text() == "mine"
         assert f"{target}: exists, and lltk did not write it" in capsys.readouterr().err
         target.unlink()
+
+
+def test_a_command_has_the_settings_that_it_ran_under(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["x.py", "--runs", "3", "-o", "elsewhere"])
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    assert script_record("x", "", []).command == "python benchmarks/x.py --runs 3"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    wanted = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True torchrun --nproc-per-node 2"
+    assert script_record("x", "", [], 2).command == f"{wanted} benchmarks/x.py --runs 3"

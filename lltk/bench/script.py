@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,9 @@ from typing import Any
 from lltk.bench.record import Record, make_record, record_outputs
 from lltk.files.outputs import Output, check_outputs
 from lltk.train.plot import SVG
+
+_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF",)
+"""Variables of torch's that change what is measured; a record's command has those that are set."""
 
 
 def script_parser(
@@ -81,7 +85,9 @@ def script_record(
         ranks: how many processes torchrun started.
     """
     start = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
-    command = shlex.join([*start, f"benchmarks/{benchmark}.py", *_without_output(sys.argv[1:])])
+    chosen = [f"{name}={os.environ[name]}" for name in _SETTINGS if name in os.environ]
+    script = f"benchmarks/{benchmark}.py"
+    command = shlex.join([*chosen, *start, script, *_without_output(sys.argv[1:])])
     return make_record(benchmark, command, " ".join(method.split()), results)
 
 
