@@ -121,15 +121,30 @@ def test_pages_that_are_kept_decoded_change_no_bit(pipeline: Path, tmp_path: Pat
         assert torch.equal(ours, theirs)
 
 
-def test_a_state_whose_decoded_pages_are_broken_is_refused(pipeline: Path) -> None:
+def test_a_state_leaves_out_decoded_pages_and_they_are_made_again(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    """Those of every chunk that is held, to the bit; `lltk stream --resume` reads it too."""
     stream, _ = opened(decoded(pipeline, True))
-    other, _ = opened(decoded(pipeline, True))
     with stream:
-        next(stream.session)
-        state = stream.session.state()
-        state.pages[0]["v_pages_decoded_1"].view(torch.uint8)[0, 0, 0, 0, 0] = 0xFF
-        message = refused(other.session.restore, state)
-        assert message.startswith("state: v_pages_decoded_1 has values that are NaN; ")
+        for _ in range(5):
+            next(stream)
+        stream.save(tmp_path / "state")
+        state, held = stream.session.state(), list(stream.session.table.slots.values())
+        wanted = cached(stream)
+    made = sorted(wanted.keys() - state.pages[0].keys())
+    assert made == sorted(
+        f"{kind}_pages_{part}_{layer}"
+        for kind in "kv" for part in ("decoded", "largest") for layer in (0, 1)
+    )  # fmt: skip
+    plain, _ = opened(decoded(pipeline, False))
+    assert plain.session.pages.keys() == state.pages[0].keys()
+    resumed, _ = opened(decoded(pipeline, True), (), resume=tmp_path / "state")
+    found = cached(resumed)
+    for name in made:
+        assert torch.equal(found[name][:, held], wanted[name][:, held])
+        first, *others = held
+        assert not any(torch.equal(wanted[name][:, first], wanted[name][:, o]) for o in others)
 
 
 def breaking(stream: Stream, weight: str, recached: bool = False) -> None:

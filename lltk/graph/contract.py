@@ -93,6 +93,15 @@ _OF_PAGES = frozenset(
 )
 
 
+_FOLLOWING = frozenset({Role.PAGE_DECODED, Role.PAGE_LARGEST})
+"""Those that follow from the others."""
+
+
+def saved_pages(pages: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The parts of a cache that a saved state holds: all that do not follow from others."""
+    return {name: spec for name, spec in pages.items() if spec.role not in _FOLLOWING}
+
+
 def page_output(arena: str) -> str:
     """The output of a commit that is the new page of an arena, [B, T, …], where it writes none."""
     return f"new_{arena}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lltk.graph.contract import TensorSpec
+from lltk.graph.contract import TensorSpec, saved_pages
 from lltk.stream.state import SessionState
 from lltk.streaming.plan import Plan
 
@@ -50,7 +50,7 @@ def _wrong(state: SessionState, plan: Plan) -> Iterator[str]:
     if len(state.pages) != (2 if plan.guided else 1):
         yield f"it has {len(state.pages)} caches"
     for pages in state.pages:
-        yield from _other(pages, plan.pages, "cache")
+        yield from _other(pages, saved_pages(plan.pages), "cache")
     latent = geometry.latent(spec)
 
     def frames(count: int | None) -> tuple[int | None, ...]:

@@ -117,14 +117,14 @@ class Runtime(Protocol):
         """
 
     def state(self) -> dict[str, Tensor]:
-        """The pages, by name; not copies.
+        """The pages, by name, without what follows from others; not copies.
 
         Raises:
             ValueError: a page is not finite, or has scales that are NaN or negative.
         """
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over pages that `state` gave.
+        """Take over pages that `state` gave, and make what follows from them, bit for bit.
 
         Raises:
             ValueError: other names, shapes or dtypes, or what `state` refuses.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lltk.graph.contract import Role, TensorSpec
+from lltk.graph.contract import Role, TensorSpec, saved_pages
 from lltk.graph.geometry import Geometry
 from lltk.graph.packed import broken_scales
 from lltk.graph.spec import ModelSpec
@@ -34,7 +34,7 @@ class PagedRuntime:
         pages: Mapping[str, TensorSpec],
     ) -> None:
         self._geometry, self._spec, self._dtype, self._lane = geometry, spec, dtype, lane
-        self._page_specs = pages
+        self._saved = saved_pages(pages)
         self._pages = zeros(pages, lane.device)
         self._telling = _telling(self._pages, pages)
 
@@ -75,22 +75,23 @@ class PagedRuntime:
         return torch.stack([largest(page[:, slot]) for page in self._telling.values()])
 
     def state(self) -> dict[str, Tensor]:
-        _check_pages(self._pages, self._page_specs)
-        return dict(self._pages)
+        held = {name: self._pages[name] for name in self._saved}
+        _check_pages(held, self._saved)
+        return held
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         wanted, found = (
             {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-            for tensors in (self._pages, state)
+            for tensors in ({name: self._pages[name] for name in self._saved}, state)
         )
         if found != wanted:
             raise ValueError(
                 f"state: its pages {found} are not this program's, {wanted}; restore a state of "
                 "the same model and geometry"
             )
-        _check_pages(state, self._page_specs)
-        for name, page in self._pages.items():
-            page.copy_(state[name])
+        _check_pages(state, self._saved)
+        for name, page in state.items():
+            self._pages[name].copy_(page)
 
 
 def zeros(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
@@ -127,9 +128,6 @@ def _check_pages(pages: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -
 
 
 def _wrong(page: Tensor, role: Role | None) -> str | None:
-    if role is Role.PAGE_DECODED:
-        not_numbers = page.view(torch.uint8) & 0x7F == 0x7F
-        return "values that are NaN" if bool(not_numbers.any()) else None
     if page.dtype is torch.float8_e4m3fn:
         return "block scales that are NaN or negative" if broken_scales(page) else None
     if not page.is_floating_point():

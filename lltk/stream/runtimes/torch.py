@@ -10,16 +10,20 @@ from torch import Tensor
 
 from lltk.graph.contract import Role
 from lltk.graph.diagnose import first_bad_node
+from lltk.graph.edit import op_of
 from lltk.graph.facts import HighSteps, Ranks
 from lltk.graph.module import ProgramModule
 from lltk.graph.program import Program
 from lltk.graph.verify import STEP_HIGH
+from lltk.ops.implementations import overload
 from lltk.parallel.exchange import all_parts
 from lltk.parallel.groups import SEQUENCE
 from lltk.parallel.transfer import upload
 from lltk.stream.lanes import Lane
 from lltk.stream.runtimes.cuda_graph import CudaGraphs
 from lltk.stream.runtimes.paged import PagedRuntime, check_indices
+
+DECODE_PAGE = overload("fp8_decode_page")
 
 
 class TorchRuntime(PagedRuntime):
@@ -90,6 +94,17 @@ class TorchRuntime(PagedRuntime):
         graph, inputs = self._step_inputs(latents, timestep, positions, index)
         given = self._given(graph, self._moving(graph, inputs, table))
         return first_bad_node(self._program, self._module, graph, given)
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        super().restore(state)
+        slot_name = self._contracts["commit"].name(Role.SLOT)
+        decodings = [n for n in self._program.graphs["commit"].nodes if op_of(n) is DECODE_PAGE]
+        for slot in self._slots.split(1):
+            given = {**self._pages, slot_name: slot}
+            for node in decodings:
+                assert callable(node.target)
+                node.target(*(given[str(each.target)] for each in node.all_input_nodes))
 
     def _step_inputs(
         self, latents: Tensor, timestep: Tensor, positions: Tensor, index: int
