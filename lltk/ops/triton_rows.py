@@ -17,7 +17,7 @@ from lltk.ops.triton_floats import magnitude_bits, reciprocal, round_e4m3
 
 _MOST_PIECES = 8
 _A_WARP = 1024
-"""Elements that a warp holds."""
+"""Elements that a warp holds, unless a kernel wants fewer."""
 
 
 def rows_of(x: Tensor, width: int) -> Tensor:
@@ -26,8 +26,12 @@ def rows_of(x: Tensor, width: int) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def row_options(width: int) -> dict[str, Any]:
+def row_options(width: int, a_warp: int = _A_WARP) -> dict[str, Any]:
     """Launch options of a kernel that holds a row of ``width`` elements in registers.
+
+    Args:
+        width: of a row.
+        a_warp: how many elements a warp holds, as far as there are warps.
 
     Returns:
         PIECE, a power of two; PIECES, of which there are so many; and num_warps. Pieces are as wide
@@ -36,8 +40,8 @@ def row_options(width: int) -> dict[str, Any]:
     piece = width & -width
     if width > _MOST_PIECES * piece:
         piece = triton.next_power_of_2(width)
-    warps = triton.next_power_of_2(width) // _A_WARP
-    return {"PIECE": piece, "PIECES": -(-width // piece), "num_warps": min(max(warps, 1), 8)}
+    warps = triton.next_power_of_2(width) // a_warp
+    return {"PIECE": piece, "PIECES": -(-width // piece), "num_warps": min(max(warps, 1), 16)}
 
 
 def converts_e4m3(device: torch.device) -> bool:

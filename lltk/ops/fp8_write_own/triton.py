@@ -20,7 +20,7 @@ DECLARATION = Declaration(
     opaque=True,
 )
 
-_TOKENS, _CHANNELS = 16, 512
+_TOKENS, _CHANNELS = 8, 1024
 """A program rounds so many channels of so many tokens."""
 
 

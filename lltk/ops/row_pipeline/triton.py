@@ -46,6 +46,8 @@ DECLARATION = Declaration(
     architectures=(*ARITHMETIC, *E2M1),
     opaque=True,
 )
+_A_WARP_OF_SUMS = 512
+"""Elements that a warp holds of a sum whose norm is wanted."""
 Operand = tuple[Tensor, int, int]
 """A tensor [G, D], its stride from row to row, and how many rows of x share one of its rows."""
 
@@ -86,7 +88,9 @@ def row_pipeline(
     rows = x.numel() // width
     operands = tuple(_operand(given, rows, width) for given in (x, y, gate, scale, shift))
     total = results[-1] if keep_sum else None
-    options = {**row_options(width), "GELU": activation == "gelu"}
+    normed_sum = y is not None and scale is not None
+    sizes = row_options(width, _A_WARP_OF_SUMS) if normed_sum else row_options(width)
+    options = {**sizes, "GELU": activation == "gelu"}
     with torch.cuda.device_of(x):
         if to == "nvfp4":
             check_dtype(x)
