@@ -186,8 +186,11 @@ def _rows(
         yield {**row, "dit_fps": fps, "ran": ran}, outputs
 
 
-class _Passes:
-    """A denoising pass and a commit; their inputs are the same for every recipe."""
+class Passes:
+    """A denoising pass and a commit; their inputs are the same for every recipe.
+
+    `benchmarks/step/side.py` makes them over older checkouts too.
+    """
 
     def __init__(
         self, program: Program, module: ProgramModule, device: torch.device, graphs: bool
@@ -224,7 +227,7 @@ def _measured(
 ) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    passes = _Passes(program, module, device, graphs)
+    passes = Passes(program, module, device, graphs)
     begun = time.perf_counter()
     passes.step()
     passes.commit()
@@ -242,7 +245,7 @@ def _measured(
 
 def _outputs(program: Program, module: ProgramModule, device: torch.device) -> dict[str, Tensor]:
     """What every block and the model give: float32, on the CPU."""
-    passes = _Passes(program, module, device, graphs=False)
+    passes = Passes(program, module, device, graphs=False)
     passes.fill()
     with watched(module) as seen:
         output = passes.step()

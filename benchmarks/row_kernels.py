@@ -10,17 +10,14 @@ runs in a process of its own, and one waits while the other measures.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lltk.bench.record import Record, markdown, write_record
 from lltk.bench.script import column, script_options, script_parser, script_record
+from lltk.bench.sides import Ask, in_turns, side
 
 _METHOD = """\
 Milliseconds of {runs} runs after one warm-up: CUDA events around a graph's replay, caches cold.
@@ -29,49 +26,13 @@ round whose median is the middle one, and its range is that of its rounds' media
 microseconds that Python and the driver take to launch a call. Same says whether all results have
 the same bits. Rows are {tokens} tokens in bfloat16, with modulations of {frames} frames. Old is
 commit 9d6ff22."""
-Ask = Callable[[str], dict[str, Any]]
-"""Measures the case with a label in one checkout."""
-
-
-@contextmanager
-def side(checkout: Path, options: Mapping[str, Any]) -> Iterator[tuple[list[str], Ask]]:
-    """The labels that a checkout's process can time, and what asks it to."""
-    root = Path(__file__).parent
-    with subprocess.Popen(
-        [sys.executable, str(root / "row_kernels" / "side.py"), json.dumps(options)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.resolve()), *sys.path])},
-    ) as process:
-        asked, answers = process.stdin, process.stdout
-        assert asked is not None and answers is not None
-
-        def answer() -> Any:
-            line = answers.readline()
-            if not line:
-                raise ValueError(f"{checkout}: its process failed; see the error above")
-            return json.loads(line)
-
-        def ask(label: str) -> dict[str, Any]:
-            print(label, file=asked, flush=True)
-            found: dict[str, Any] = answer()
-            return found
-
-        yield answer(), ask
-        asked.close()
 
 
 def compared(label: str, old: Ask, new: Ask, rounds: int) -> dict[str, Any]:
     """A case's row."""
-    timed: dict[str, list[dict[str, Any]]] = {"old": [], "new": []}
-    for index in range(rounds):
-        sides = [("old", old), ("new", new)]
-        for name, ask in sides if index % 2 == 0 else reversed(sides):
-            timed[name].append(ask(label))
+    timed = in_turns({"old": partial(old, label), "new": partial(new, label)}, rounds)
     row: dict[str, Any] = {"steps": label}
     for name, found in timed.items():
-        found.sort(key=lambda each: each["median_ms"])
         middle = found[len(found) // 2]
         row |= {f"{name}_{key}": middle[key] for key in ("median_ms", "p90_ms", "host_us")}
         row[f"{name}_range_ms"] = [found[0]["median_ms"], found[-1]["median_ms"]]
@@ -99,10 +60,13 @@ def main() -> None:
     options = script_options(parser())
     own = ("old", "output", "overwrite", "rounds")
     shared = {k: v for k, v in vars(options).items() if k not in own}
-    here = Path(__file__).parents[1]
-    with ExitStack() as stack:
-        labels, old = stack.enter_context(side(options.old, {**shared, "old": True}))
-        _, new = stack.enter_context(side(here, {**shared, "old": False}))
+    here = Path(__file__).resolve()
+    script = here.parent / "row_kernels" / "side.py"
+    with (
+        side(script, options.old, {**shared, "old": True}) as old,
+        side(script, here.parents[1], {**shared, "old": False}) as new,
+    ):
+        labels = new("labels")
         results = [compared(label, old, new, options.rounds) for label in labels]
     method = f"Implementation {options.implementation}. {_METHOD.format(**vars(options))}"
     record = script_record("row_kernels", method, results)

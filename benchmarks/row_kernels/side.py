@@ -1,7 +1,7 @@
 """The process of `benchmarks/row_kernels.py` that times the kernels of one checkout.
 
-It reads a label a line and writes what it measured a line. It imports only what both checkouts
-have, and takes one argument: its options as JSON.
+It answers a label by what it measured, and ``labels`` by what there is. It imports only what both
+checkouts have, and takes one argument: its options as JSON.
 """
 
 from __future__ import annotations
@@ -117,9 +117,11 @@ def main() -> None:
     clock = Clock(torch.device(options["device"]), options["runs"])
     calls = make(operands(options, options["tokens"]), options["implementation"])
     small = make(operands(options, options["frames"]), options["implementation"])
-    print(json.dumps(list(calls)), flush=True)
     for line in sys.stdin:
         label = line.strip()
+        if label == "labels":
+            print(json.dumps(list(calls)), flush=True)
+            continue
         found = {"digests": digests(calls[label]()), **clock(calls[label])}
         found["host_us"] = host_us(small[label], options["calls"])
         print(json.dumps(found), flush=True)
