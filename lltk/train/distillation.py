@@ -151,7 +151,7 @@ class Distillation:
         made = self.simulation.clips(batch, "student", scene)
         scores = self._scores(made, batch, scene)
         g, _ = direction(made, scores, self._program.geometry.chunks)
-        return self._share.counted(student_loss(made, g, scene), axis=1).sum().to(made.dtype)
+        return self._share.counted(student_loss(made, g, scene), axis=1).sum()
 
     def weights_changed(self) -> None:
         """Nothing follows from the adapters."""
