@@ -19,7 +19,7 @@ import torch
 from lltk.compiler import configured_passes, transform, with_weights
 from lltk.export.bundle import Findings, dialect_of, emit, write_bundle
 from lltk.export.engines import EngineOrder, check_formats, check_gpu
-from lltk.export.facts import ORT, TENSORRT_RTX, TOKENIZER, TextFacts
+from lltk.export.facts import ORT, TENSORRT_RTX, TEXT, TOKENIZER, TextFacts
 from lltk.export.golden import plain_cases, transformer_cases
 from lltk.export.kernels import check_kernels, kernel_sizes
 from lltk.graph.geometry import Geometry
@@ -211,17 +211,36 @@ def export(
     )
 
 
-def emitted(plan: ExportPlan) -> dict[str, int]:
-    """How many nodes each graph of a bundle has; needs no weights.
+@dataclass(frozen=True)
+class EmittedGraph:
+    """A graph of a bundle, before it is written.
+
+    Attributes:
+        nodes: how many it has.
+        weights: bytes of the parameters that it reads.
+        engine: whether an engine is built of it.
+    """
+
+    nodes: int
+    weights: int
+    engine: bool
+
+
+def emitted(plan: ExportPlan) -> dict[str, EmittedGraph]:
+    """The graphs of a bundle by name; needs no weights.
 
     Raises:
         ValueError: an op has no form in ONNX.
     """
-    return {
-        f"{stage}/{name}": len(model.graph.node)
-        for stage, program in plan.stages.items()
-        for name, model in emit(program, dialect_of(stage, plan.target))[1].items()
-    }
+    found = {}
+    for stage, program in plan.stages.items():
+        pool, models = emit(program, dialect_of(stage, plan.target))
+        for name, model in models.items():
+            own = model.graph.initializer
+            weights = sum(pool[each.name].nbytes for each in own if each.name in pool)
+            engine = plan.engines is not None and stage != TEXT
+            found[f"{stage}/{name}"] = EmittedGraph(len(model.graph.node), weights, engine)
+    return found
 
 
 def _check(recipe: Recipe, dtype: str) -> None:

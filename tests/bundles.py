@@ -161,3 +161,21 @@ def resealed(folder: Path, change: Callable[[Any], object] = lambda content: Non
     change(content)
     content["digest"] = _digest(content)
     path.write_text(json.dumps(content))
+
+
+Change = Callable[[Any], object]
+
+
+def at(*keys: Any, to: Any) -> Change:
+    """Set what is at some keys; ``...`` stands for every one."""
+
+    def change(content: Any) -> None:
+        key, *rest = keys
+        own = list(content) if isinstance(content, dict) else range(len(content))
+        for each in own if key is ... else [key]:
+            if rest:
+                at(*rest, to=to)(content[each])
+            else:
+                content[each] = to
+
+    return change

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
-from bundles import Exported, resealed
+from bundles import Change, Exported, at, resealed
 from helpers import Run, refused
 from onnx import ModelProto, TensorProto, helper
 from safetensors.torch import load_file
@@ -46,24 +46,6 @@ def check_said(said: str, folder: Path, message: str) -> None:
     assert message in said and said.startswith(str(folder)), said
     assert "\n" not in said and len(said) < 700
     assert any(remedy in said for remedy in REMEDIES), said
-
-
-Change = Callable[[Any], object]
-
-
-def at(*keys: Any, to: Any) -> Change:
-    """Set what is at some keys; ``...`` stands for every one."""
-
-    def change(content: Any) -> None:
-        key, *rest = keys
-        own = list(content) if isinstance(content, dict) else range(len(content))
-        for each in own if key is ... else [key]:
-            if rest:
-                at(*rest, to=to)(content[each])
-            else:
-                content[each] = to
-
-    return change
 
 
 def without(*keys: Any) -> Change:

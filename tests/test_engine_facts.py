@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from bundles import resealed
+from bundles import at, resealed
 from dialect import Reference
 from helpers import PASSES, Run, after, reached, refused
 from streams import SHOTS, SIZES, save_pipeline, streamed
@@ -126,7 +127,7 @@ def test_a_gpu_that_nothing_is_built_for(sm: int) -> None:
 def test_formats_that_a_gpu_does_not_know(steps: list[Any], least: int, message: str) -> None:
     base = reached("stream", *PASSES["stream"][:6], head_dim=16)
     program = after(base, *steps, "externalise", "regionalise")
-    for sm in building.GPUS:
+    for sm in tensorrt.GPUS:
         if sm >= least:
             check_formats([program], sm)
         else:
@@ -159,6 +160,23 @@ def test_the_command_refuses(run: Run, tmp_path: Path) -> None:
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
     assert "pip install 'lltk[tensorrt-rtx]'" in refused(tensorrt.check_installed)
+
+
+# What a build takes
+
+
+def test_what_a_build_takes() -> None:
+    """By the record: the step as it took, all others no longer than is said."""
+    path = Path(__file__).parents[1] / "benchmarks" / "records" / "engines.json"
+    for row in json.loads(path.read_text())["results"]:
+        said = building.build_seconds(row["engine_bytes"])
+        if row["name"] == "transformer/step":
+            assert said == pytest.approx(row["seconds"], rel=0.1)
+            assert row["peak_bytes"] <= building.build_memory(row["engine_bytes"])
+        else:
+            assert row["seconds"] < said < 4 * row["seconds"]
+    assert building.build_costs(1 << 28).startswith("a minute or less on two cores, about 1.8 GiB")
+    assert building.build_costs(5 << 29).startswith("about 6 min on two cores, about 13.0 GiB")
 
 
 # The builder's process
@@ -207,6 +225,23 @@ echo '{MHA}' > "$6"; echo "$7" > "$5"; echo '{{"errors": [], "peak_bytes": 12}}'
     made = build_engine(tmp_path / "step.onnx", tmp_path / "engine", 89)
     assert (tmp_path / "engine").read_text() == "89\n"
     assert [each.does for each in made.layers] == ["fused attention"] and made.peak_bytes == 12
+
+
+def test_a_builder_ends_with_its_parent(tmp_path: Path) -> None:
+    """Whatever ends the parent, nothing goes on taking its time and memory."""
+    (tmp_path / f"{tensorrt.BINDINGS}.py").write_text(
+        "import sys, time\nclass ILogger:\n    def __init__(self): pass\n"
+        "class Builder:\n    def __init__(self, log): print(1, flush=True); time.sleep(60)\n"
+    )
+    line = [sys.executable, "-P", "-m", "lltk.export.engine_builder", "a", "b", str(tmp_path / "c")]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run({[*line, '120']})"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert parent.stdout and parent.stdout.readline() == b"1\n", "the build has begun"
+    parent.kill()
+    assert parent.communicate(timeout=20)[0] == b"", "whoever could write more has ended"
 
 
 def test_the_library_has_its_plain_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +296,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert found.engines and len(found.engines.built) == 4 and found.engines.sm == 120
     assert [each.graph for each in found.golden] == ["text/encode"]
     assert any(
-        "engine 2 of 4, transformer/step, with weights of 0.00 GiB, in about 0.5" in n
+        "engine 2 of 4, transformer/step, with weights of 0.00 GiB: a minute or less on two cores, "
+        "about 0.5 GiB of memory" in n
         for n in notes
     )
     return folder
@@ -287,6 +323,28 @@ def test_a_plugins_kernels_are_in_the_bundle(
     (place / "kernels" / "other.cubin").write_bytes(b"")
     assert "kernels/other.cubin is no file of a bundle" in refused(read_bundle, place)
     (place / "kernels" / "other.cubin").unlink()
+
+    def told(change: Callable[[Any], object]) -> str:
+        """What is said of a copy whose kernels' facts are changed, and sealed."""
+        own = Path(copytree(place, tmp_path / "copy", dirs_exist_ok=True))
+        content = json.loads((own / "kernels" / "kernels.json").read_text())
+        change(content)
+        (own / "kernels" / "kernels.json").write_text(json.dumps(content))
+        resealed(own)
+        return refused(verify_bundle, own)
+
+    assert "another compute capability than the engines" in told(lambda c: c.update(sm=90))
+    codes = "tensors", "inputs", "k_codes", "shape"
+    assert "other pages than those of transformer/step" in told(at(*codes, 1, to=99))
+    assert "attend.cubin: is not the file" in told(at("launches", 2, "sha256", to="0"))
+    files = found.engines.kernels
+    for kernels in files[1:], (*files, "golden.safetensors"):
+        own = Path(copytree(place, tmp_path / "copy", dirs_exist_ok=True))
+        resealed(own, at("engines", "kernels", to=kernels))
+        said = refused(verify_bundle, own)
+        assert "kernels are not kernels/kernels.json and what it" in said or (
+            "kernels/kernels.json is no file of a bundle" in said
+        )
     with (place / "kernels" / "attend.cubin").open("r+b") as file:
         file.write(b"\0")
     assert "kernels/attend.cubin" in refused(read_bundle, place)
@@ -312,6 +370,32 @@ def played(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "check_installed", lambda: None)
 
 
+def test_the_command_says_what_builds_take(
+    run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beforehand, and line by line where nobody watches."""
+    monkeypatch.setattr(building, "build_engine", fake_build)
+    monkeypatch.setattr(building, "library_version", lambda: "1.2.3")
+    monkeypatch.setattr(tensorrt, "check_installed", lambda: None)
+    line = ["export", made / "small.yaml", "--target", "tensorrt-rtx", "--sm", 120]
+    line += ["--text", "reference", "-o", tmp_path / "new"]
+    order = EngineOrder(120)
+    plan = plan_export(open_recipe(str(made / "small.yaml")), text="reference", engines=order)
+    monkeypatch.setattr("lltk.exporting.plan_export", lambda recipe, **options: plan)
+    takes = "a minute or less on two cores, about 0.5 GiB of memory"
+    code, out, err = run(*line, "--dry-run")
+    assert code == 0, err
+    assert out.count(takes) == 4 and not (tmp_path / "new").exists()
+    told = json.loads(run(*line, "--dry-run", "--json")[1])
+    assert told["engines"].keys() == told["nodes"].keys() and len(told["nodes"]) == 4
+    step = told["engines"]["transformer/step"]
+    assert step["peak_bytes"] > 1 << 29 and 0 < step["seconds"] < 1
+    code, out, err = run(*line)
+    assert code == 0, err
+    said = [text for text in out.splitlines() if "building engine" in text]
+    assert len(said) == 4 and all(text.endswith(takes) for text in said)
+
+
 def test_fusions_are_left_to_tensorrt(made: Path) -> None:
     recipe = open_recipe(str(made / "small.yaml"))
     fused = ["merge_qkv", "fuse_norm_rope", "fp8_infer", "fuse_rows"]
@@ -321,7 +405,9 @@ def test_fusions_are_left_to_tensorrt(made: Path) -> None:
     names = [entry.name for entry in plan.transformer.log]
     assert names[-5:] == ["merge_qkv", "fp8_infer", "externalise", "join_commit", "regionalise"]
     assert set(plan.transformer.graphs) == {"prologue", "step"}
-    assert set(emitted(plan)) >= {"transformer/step", "decoder/first"}
+    graphs = emitted(plan)
+    assert set(graphs) >= {"transformer/step", "decoder/first"}
+    assert all(each.engine for each in graphs.values())
 
 
 def test_a_waived_module_must_have_what_is_waived(
@@ -373,6 +459,68 @@ def test_a_bundle_of_engines(made: Path, run: Run) -> None:
     assert json.loads(run("bundle", "verify", made / "bundle", "--json")[1])["engines_run"] is False
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (at("engines", "version", to="1; rm -rf /"), "engines.version: String should match"),
+        (at("engines", "version", to="1\n2"), "engines.version: String should match"),
+        (at("target", to="ort"), "engines: a bundle for ort has some"),
+        (
+            lambda content: content["engines"]["built"].append(content["engines"]["built"][0]),
+            "engines: are not one of each graph of transformer and decoder",
+        ),
+        (at("engines", "built", 0, "stage", to="../x"), "has no engines/../x.prologue.engine"),
+        (
+            lambda content: [
+                content["stages"]["transformer"]["graphs"]["step"]["outputs"].pop(f"new_{page}_0")
+                for page in ("k_pages_codes", "v_pages_codes")
+            ],
+            "new_k_pages_codes_0 is nothing there",
+        ),
+    ],
+    ids=["command", "lines", "target", "twice", "elsewhere", "no pages"],
+)
+def test_another_manifest_is_refused(
+    bundle: Path, change: Callable[[Any], object], message: str
+) -> None:
+    resealed(bundle, change)
+    said = refused(verify_bundle, bundle)
+    assert message in said and refused(plan_bundle, bundle) == said
+
+
+def test_a_graph_without_an_engine_is_refused(bundle: Path) -> None:
+    """The files fit, and nothing would run the step."""
+    names = [f"engines/transformer.step.{end}" for end in ("engine", "layers.json")]
+    for name in names:
+        (bundle / name).unlink()
+    without(bundle, *names)
+    resealed(bundle, lambda content: content["engines"]["built"].pop(1))
+    assert "engines: are not one of each graph" in refused(verify_bundle, bundle)
+
+
+def test_a_bundle_for_engines_has_some(bundle: Path) -> None:
+    without(bundle, *(f"engines/{each.name}" for each in (bundle / "engines").iterdir()))
+    rmtree(bundle / "engines")
+    resealed(bundle, at("engines", to=None))
+    said = refused(verify_bundle, bundle)
+    assert "engines: a bundle for tensorrt-rtx has none" in said
+
+
+def test_a_link_that_leaves_the_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
+    """A folder's too, of which nothing is read."""
+    (bundle / "more").symlink_to(tmp_path)
+    assert f"{bundle}/more: is a link that leaves the bundle" in refused(verify_bundle, bundle)
+
+
+def test_what_a_bundle_says_is_shown_as_it_is(run: Run, bundle: Path) -> None:
+    """Whatever stands in it."""
+    resealed(
+        bundle, lambda c: (at("engines", "waived", to=["[/a]"])(c), c["versions"].update(b="[/c]"))
+    )
+    code, out, _ = run("bundle", "show", bundle)
+    assert code == 0 and "Not held to be fast: [/a]" in out and ", b [/c]" in " ".join(out.split())
+
+
 @pytest.mark.parametrize("name", ["transformer.step.engine", "decoder.first.layers.json"])
 def test_another_engine_is_refused(bundle: Path, name: str) -> None:
     path = bundle / "engines" / name
@@ -405,7 +553,10 @@ def test_engines_run_on_their_gpu_alone(made: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-    assert "H100 has 9.0; export the recipe again with --sm 90" in refused(*load)
+    said = refused(*load)
+    assert "H100 has 9.0; TensorRT for RTX has none for it: stream the recipe itself" in said
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    assert "has 8.9; export the recipe again with --sm 89" in refused(*load)
 
 
 def test_a_plain_bundle_has_no_engines_to_run(made: Path, bundle: Path) -> None:

@@ -164,7 +164,7 @@ def test_what_layers_are_meant_to_be() -> None:
 
 def test_activations_are_quantised_at_a_constant_scale() -> None:
     """With a scale that is computed, TensorRT decodes both operands and multiplies bfloat16."""
-    for kind in ("w4a4", "cache", "fp8"):
+    for kind in ("w4a4", "calibrated", "cache", "fp8"):
         for graph in external(kind).graphs:
             made = model(kind, graph).graph
             constants = {each.name for each in made.initializer}
@@ -178,6 +178,30 @@ def test_attention_has_a_mask_and_nothing_that_a_parser_ignores() -> None:
     for kind in KINDS:
         nodes = [n for n in model(kind, "step").graph.node if n.op_type == "Attention"]
         assert sorted(len(node.input) for node in nodes) == [3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_float32_is_written_out(tmp_path: Path, dtype: torch.dtype) -> None:
+    """There is no fused kernel for it, and TensorRT refuses the op."""
+    drawn = torch.Generator().manual_seed(7)
+    example = {name: torch.randn(1, 2, 24, 16, generator=drawn).to(dtype) for name in "qkv"}
+
+    def build(call: Callable[..., fx.Node], **qkv: fx.Node) -> dict[str, fx.Node]:
+        return {"y": call(torch.ops.aten.scaled_dot_product_attention.default, *qkv.values())}
+
+    found = of_op(tmp_path, example, build)["y"]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*example.values())
+    assert distance(found, wanted, norms=True) < (1e-5 if dtype is torch.float32 else 0.01)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "g.onnx").graph.node}
+    assert ("Attention" in kinds) is (dtype is torch.bfloat16)
+
+
+def test_nodes_have_names_of_their_own() -> None:
+    """By which layers are known: TensorRT joins them for what it merges."""
+    for kind in KINDS:
+        for graph in external(kind).graphs:
+            names = [node.name for node in model(kind, graph).graph.node]
+            assert len(set(names)) == len(names)
 
 
 def test_packed_bytes_are_e2m1_numbers() -> None:

@@ -37,13 +37,17 @@ def show(bundle: Path, as_json: bool) -> None:
         return
     console = Console()
     made = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-    console.print(f"For {facts.target}, opset {facts.opset}; made with {made}", highlight=False)
+    console.print(
+        f"For {facts.target}, opset {facts.opset}; made with {made}", highlight=False, markup=False
+    )
     if facts.text is not None:
         outside = f"{facts.text.folder}, digest {facts.text.digest[:16]}"
-        console.print(f"The text encoder is outside: that of {outside}", highlight=False)
+        console.print(
+            f"The text encoder is outside: that of {outside}", highlight=False, markup=False
+        )
     for name, stage in facts.stages.items():
         passes = ", ".join(entry.name for entry in stage.log)
-        console.print(f"{name}: passes {passes}", highlight=False)
+        console.print(f"{name}: passes {passes}", highlight=False, markup=False)
         for graph, each in stage.graphs.items():
             console.print(contract_table(f"{name}/{graph}", each.contract))
     if facts.engines:

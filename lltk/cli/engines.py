@@ -30,4 +30,5 @@ def print_engines(console: Console, engines: EnginesFacts) -> None:
     title = f"Engines for compute capability {gpu}, by TensorRT for RTX {engines.version}"
     console.print(row_table(title, rows))
     if engines.waived:
-        console.print(f"Not held to be fast: {', '.join(engines.waived)}", highlight=False)
+        waived = ", ".join(engines.waived)
+        console.print(f"Not held to be fast: {waived}", highlight=False, markup=False)

@@ -51,7 +51,10 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @download_option
 @overwrite_option
-@click.option("--dry-run", is_flag=True, help="Emit the graphs without weights; write nothing.")
+@click.option(
+    "--dry-run", is_flag=True,
+    help="Emit the graphs without weights, and say what engines take to build; write nothing.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     source: str,
@@ -91,7 +94,7 @@ def command(
     console = Console(quiet=as_json)
     from lltk.artefact import PROGRAM, load_program
     from lltk.cli.inputs import inputs_of, located
-    from lltk.export.engines import EngineOrder
+    from lltk.export.engines import EngineOrder, build_costs, build_memory, build_seconds
     from lltk.export.facts import BUNDLE, TENSORRT_RTX
     from lltk.exporting import emitted, export, plan_export
     from lltk.files.outputs import Output, check_outputs
@@ -128,17 +131,36 @@ def command(
     check_outputs([Output(output, BUNDLE)], inputs_of(path, resolved.resolved()), overwrite)
     start = time.perf_counter()
     with console.status("making the Programs") as status:
+
+        def note(what: str) -> None:
+            """Say what is being done; where the console is no terminal, as a line."""
+            status.update(what)
+            if not console.is_terminal:
+                console.print(what, highlight=False, soft_wrap=True)
+
         plan = plan_export(resolved, weights=not dry_run, text=text, program=program, engines=order)
         if dry_run:
             graphs = emitted(plan)
         else:
-            found = export(plan, output, overwrite, status.update)
+            found = export(plan, output, overwrite, note)
     if dry_run:
         memory = {name: estimate(program) for name, program in plan.stages.items()}
         if as_json:
-            facts = {"target": target, "nodes": graphs, "memory": memory, "outputs": [str(output)]}
+            nodes = {name: each.nodes for name, each in graphs.items()}
+            facts = {"target": target, "nodes": nodes, "memory": memory, "outputs": [str(output)]}
+            facts["engines"] = {
+                name: {
+                    "seconds": build_seconds(each.weights),
+                    "peak_bytes": build_memory(each.weights),
+                }
+                for name, each in graphs.items()
+                if each.engine
+            }
             click.echo(json.dumps(facts, indent=2))
-        rows = [{"graph": name, "nodes": str(count)} for name, count in graphs.items()]
+        rows = [{"graph": name, "nodes": str(each.nodes)} for name, each in graphs.items()]
+        if order:
+            for row, each in zip(rows, graphs.values(), strict=True):
+                row["to build its engine"] = build_costs(each.weights) if each.engine else ""
         console.print(row_table(f"It would write {output}", rows))
         for name, owners in memory.items():
             console.print(f"{name}:", memory_table(owners), sep="\n")

@@ -17,17 +17,20 @@ from torch import Tensor
 
 from lltk.export.facts import (
     GOLDEN,
+    KERNELS,
     MANIFEST,
     TARGETS,
     TENSORRT_RTX,
     TEXT,
     TOKENIZER,
+    TRANSFORMER,
     WEIGHTS,
     Facts,
 )
 from lltk.export.streams import contradictions, spec_text
 from lltk.files.tensors import Place, tensor_places
 from lltk.graph.contract import Contract, TensorSpec
+from lltk.stream.runtimes.cubin import FACTS, read_kernels
 from lltk.stream.runtimes.tensorrt_plugin import NAME
 
 if TYPE_CHECKING:
@@ -56,7 +59,8 @@ def check_files(folder: Path, facts: Facts) -> None:
     if extra := sorted((facts.files.keys() | here) - wanted - {MANIFEST.name}):
         raise ValueError(f"{folder}: {extra[0]} is no file of a bundle; move it elsewhere")
     whole = folder.resolve()
-    for name in sorted(wanted):
+    links = {str(each.relative_to(folder)) for each in folder.rglob("*") if each.is_symlink()}
+    for name in sorted(wanted | links):
         if whole not in (folder / name).resolve().parents:
             raise ValueError(
                 f"{folder / name}: is a link that leaves the bundle; copy the bundle with the "
@@ -86,6 +90,8 @@ def check_bundle(folder: Path, facts: Facts) -> None:
         )
     if wrong := next(contradictions(facts), None):
         _refuse(where, wrong)
+    if facts.engines and facts.engines.kernels:
+        _check_kernels(folder, facts)
     for stage, each in facts.stages.items():
         places = tensor_places(folder / stage / WEIGHTS)
         compiled = facts.target == TENSORRT_RTX and stage != TEXT
@@ -97,6 +103,18 @@ def check_bundle(folder: Path, facts: Facts) -> None:
                 _wrong(_model(path), described.contract, places, dialect, plugin), None
             ):
                 _refuse(path, wrong)
+
+
+def _check_kernels(folder: Path, facts: Facts) -> None:
+    """Check that a plugin's kernels are whole, for the engines' GPU, and for the step's pages."""
+    assert facts.engines is not None, "kernels are those of engines"
+    held = read_kernels(folder / KERNELS)
+    pages = facts.stages[TRANSFORMER].graphs["step"].contract.pages.values()
+    codes = held.tensors.contract.inputs.get("k_codes")
+    if held.sm != facts.engines.sm:
+        _refuse(folder / KERNELS / FACTS, "is for another compute capability than the engines")
+    if codes is None or codes.shape not in {each.shape for each in pages}:
+        _refuse(folder / KERNELS / FACTS, "is for other pages than those of transformer/step")
 
 
 def check_golden(folder: Path, facts: Facts, tensors: Mapping[str, Tensor]) -> None:

@@ -10,8 +10,10 @@ happened as JSON. The runtime's inspector could tell the layers too, but needs a
 
 from __future__ import annotations
 
+import ctypes
 import json
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +22,9 @@ import tensorrt_rtx_bindings as trt
 
 from lltk.stream.runtimes.cubin import read_kernels
 from lltk.stream.runtimes.tensorrt_plugin import offer
+
+_DIE_WITH_PARENT = 1
+"""Linux's number for the signal that a process gets when its parent ends."""
 
 
 class _Log(trt.ILogger):
@@ -67,7 +72,8 @@ def build(model: Path, engine: Path, plan: IO[str], sm: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Build what the command line names."""
+    """Build what the command line names, as long as there is a parent to wait for it."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     model, engine, log, sm, *kernels = sys.argv[1:]
     for folder in kernels:
         offer(trt.__name__, read_kernels(Path(folder)))

@@ -27,19 +27,11 @@ from lltk.graph.edit import op_of
 from lltk.graph.program import Program
 from lltk.ops.implementations import overload
 from lltk.stream.runtimes.cubin import FACTS
-from lltk.stream.runtimes.tensorrt import library_version
+from lltk.stream.runtimes.tensorrt import GPUS, library_version
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-GPUS = {
-    80: "A100",
-    86: "GeForce RTX 30",
-    89: "GeForce RTX 40, L4, L40",
-    120: "GeForce RTX 50, RTX PRO Blackwell",
-    121: "DGX Spark",
-}
-"""What TensorRT for RTX builds for, of what computes in bfloat16, by compute capability."""
 _FP8, _FP4 = 89, 120
 """The least compute capabilities whose tensor cores know these."""
 _FORMATS = {
@@ -52,6 +44,8 @@ _FORMATS = {
 """What an op's form is, the least compute capability that knows it, and the pass that makes it."""
 _MEMORY, _BASE = 5, 1 << 29
 """A builder's memory: so many times the model's weights, and so much beside."""
+_SECONDS = 150
+"""A builder's time on two cores: so many seconds a GiB of weights, as the 5B's step takes it."""
 _LIBRARY = "libtensorrt_rtx.so"
 
 
@@ -136,6 +130,26 @@ def build_memory(weights: int) -> int:
     return _BASE + _MEMORY * weights
 
 
+def build_seconds(weights: int) -> float:
+    """About how long a build takes on two cores; an engine of convolutions takes less.
+
+    Args:
+        weights: bytes of the parameters that the graph reads.
+    """
+    return _SECONDS * weights / 2**30
+
+
+def build_costs(weights: int) -> str:
+    """What a build takes, in words.
+
+    Args:
+        weights: bytes of the parameters that the graph reads.
+    """
+    minutes = round(build_seconds(weights) / 60)
+    time = "a minute or less" if minutes < 2 else f"about {minutes} min"
+    return f"{time} on two cores, about {build_memory(weights) / 2**30:.1f} GiB of memory"
+
+
 def write_engines(
     folder: NewFolder,
     graphs: Sequence[tuple[str, str]],
@@ -181,7 +195,7 @@ def write_engines(
         weights = _weights(models[stage, graph])
         note(
             f"building engine {number} of {len(graphs)}, {stage}/{graph}, with weights of "
-            f"{weights / 2**30:.2f} GiB, in about {build_memory(weights) / 2**30:.1f} GiB of memory"
+            f"{weights / 2**30:.2f} GiB: {build_costs(weights)}"
         )
         engine = EngineFacts(stage=stage, graph=graph, seconds=1, peak_bytes=0, layers={})
         made = build_engine(

@@ -11,6 +11,7 @@ from pydantic import (
     NonNegativeInt,
     PlainSerializer,
     PositiveFloat,
+    StringConstraints,
 )
 
 from lltk.files.manifest import Manifest
@@ -134,7 +135,7 @@ class EnginesFacts(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: str
+    version: Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)*$")]
     sm: NonNegativeInt
     waived: tuple[str, ...]
     built: tuple[EngineFacts, ...]

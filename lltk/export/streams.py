@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 
-from lltk.export.facts import DECODER, ORT, TEXT, TRANSFORMER, Facts
+from lltk.export.facts import DECODER, KERNELS, ORT, TEXT, TRANSFORMER, Facts
 from lltk.graph.contract import Contract, Role, TensorSpec, commit_graph, page_output
 from lltk.graph.geometry import Geometry
 from lltk.graph.recipe import parse_recipe
@@ -15,6 +15,7 @@ from lltk.graph.spec import DecoderSpec, ModelSpec, TextSpec
 from lltk.graph.text import dtype_name
 from lltk.graph.verify import STEP_HIGH
 from lltk.stream.recipe import StreamSection, stream_section
+from lltk.stream.runtimes.cubin import FACTS
 from lltk.stream.sampler import Schedule
 
 _FLOAT = torch.float32
@@ -37,6 +38,7 @@ def contradictions(facts: Facts) -> Iterator[str]:
     if not isinstance(recipe.model.config, dict):
         yield "recipe: has no configuration of its model"
     yield from _graphs(facts)
+    yield from _engines(facts)
     model, decoder = stages[TRANSFORMER].model, stages[DECODER].model
     fits = isinstance(model, ModelSpec) and isinstance(decoder, DecoderSpec)
     if not fits or (TEXT in stages and not isinstance(stages[TEXT].model, TextSpec)):
@@ -87,6 +89,25 @@ def _graphs(facts: Facts) -> Iterator[str]:
             yield f"has no graph {graph}, so it plays no stream"
     for graph in sorted(found - {*needed, f"{DECODER}/steps"}):
         yield f"has a graph {graph}, which its stream does not run"
+
+
+def _engines(facts: Facts) -> Iterator[str]:
+    """Engines of graphs that are not there, or of other graphs than there are."""
+    if (facts.engines is None) != (facts.target == ORT):
+        yield f"engines: a bundle for {facts.target} has {'some' if facts.engines else 'none'}"
+    if facts.engines is None:
+        return
+    wanted = [
+        (stage, graph)
+        for stage, each in facts.stages.items()
+        if stage != TEXT
+        for graph in each.graphs
+    ]
+    if sorted((each.stage, each.graph) for each in facts.engines.built) != sorted(wanted):
+        yield "engines: are not one of each graph of transformer and decoder"
+    kernels, whole = facts.engines.kernels, f"{KERNELS}/{FACTS}"
+    if kernels and (whole not in kernels or any(not k.startswith(f"{KERNELS}/") for k in kernels)):
+        yield f"engines: their kernels are not {whole} and what it launches"
 
 
 def _sampler(facts: Facts, section: StreamSection) -> Iterator[str]:

@@ -24,6 +24,14 @@ BINDINGS = "tensorrt_rtx_bindings"
 """The Python module of TensorRT for RTX."""
 PACKAGES = ("tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu13_bindings")
 """What to install for it."""
+GPUS = {
+    80: "A100",
+    86: "GeForce RTX 30",
+    89: "GeForce RTX 40, L4, L40",
+    120: "GeForce RTX 50, RTX PRO Blackwell",
+    121: "DGX Spark",
+}
+"""What TensorRT for RTX builds for, of what computes in bfloat16, by compute capability."""
 
 
 def check_installed() -> None:
@@ -58,11 +66,13 @@ def check_device(sm: int) -> torch.device:
             "the recipe with --target ort for a CPU"
         )
     major, minor = torch.cuda.get_device_capability()
-    if 10 * major + minor != sm:
+    if (here := 10 * major + minor) != sm:
+        instead = f"export the recipe again with --sm {here}"
+        if here not in GPUS:
+            instead = "TensorRT for RTX has none for it: stream the recipe itself"
         raise ValueError(
             f"the engines are for compute capability {wanted}, and "
-            f"{torch.cuda.get_device_name()} has {major}.{minor}; export the recipe again with "
-            f"--sm {10 * major + minor}"
+            f"{torch.cuda.get_device_name()} has {major}.{minor}; {instead}"
         )
     return torch.device("cuda", torch.cuda.current_device())
 
