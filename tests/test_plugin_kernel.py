@@ -197,9 +197,11 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sm: int, prod
 
 @cpu
 def test_what_is_refused(tmp_path: Path) -> None:
-    assert "are for 90, 100, 120, not for 89" in refused(made, tmp_path / "a", SMALL, 89)
+    assert "are for 90, 100, 120, not for 89; use --attention native" in refused(
+        made, tmp_path / "a", SMALL, 89
+    )
     said = refused(made, tmp_path / "a", Sizes(1, 8, 2, 3, 48), 90)
-    assert "heads of 16, 32, 64, …, not of 48" in said
+    assert "heads of 16, 32, 64, …, not of 48; use --attention native" in said
     assert not (tmp_path / "a").exists()
 
 

@@ -107,10 +107,13 @@ def check_kernels(sizes: Sizes, sm: int) -> None:
     """
     if sm not in TILES:
         known = ", ".join(map(str, TILES))
-        raise ValueError(f"--sm: the attention kernels are for {known}, not for {sm}")
+        raise ValueError(
+            f"--sm: the attention kernels are for {known}, not for {sm}; use --attention native"
+        )
     if sizes.width % BLOCK or sizes.width & (sizes.width - 1):
         raise ValueError(
-            f"the attention kernels are for heads of 16, 32, 64, …, not of {sizes.width}"
+            f"the attention kernels are for heads of 16, 32, 64, …, not of {sizes.width}; use "
+            "--attention native"
         )
 
 
