@@ -21,7 +21,7 @@ from lltk.artefact import save_program
 from lltk.compiler import transform
 from lltk.export.bundle import Difference, Findings
 from lltk.export.facts import Facts
-from lltk.exporting import ExportPlan
+from lltk.exporting import EmittedGraph, ExportPlan
 from lltk.graph.program import Program
 from lltk.graph.recipe import open_recipe
 from lltk.train.prepared import Facts as SetFacts
@@ -243,7 +243,10 @@ def place(
     )
     monkeypatch.setattr("lltk.calibrating.record_scales", lambda *given: tell(given[:3]) and {})
     monkeypatch.setattr("lltk.exporting.plan_export", plan_export)
-    monkeypatch.setattr("lltk.exporting.emitted", lambda plan: {str(plan.recipe.geometry): 1})
+    monkeypatch.setattr(
+        "lltk.exporting.emitted",
+        lambda plan: {str(plan.recipe.geometry): EmittedGraph(1, 1, plan.engines is not None)},
+    )
     monkeypatch.setattr("lltk.exporting.export", lambda plan, *given: tell(plan.recipe) and near)
     monkeypatch.setattr("lltk.cli.outputs.summary", lambda result: {"done": str(result)})
     monkeypatch.setattr(

@@ -274,6 +274,7 @@ def faked(monkeypatch: pytest.MonkeyPatch, driver: Driver, capability: tuple[int
         patch.setattr(cubin.ctypes, "CDLL", lambda name: driver)
         patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         patch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
         patch.setattr(torch.cuda, "device", lambda device: contextmanager(_nothing)())
         yield
 

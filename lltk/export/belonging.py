@@ -60,7 +60,7 @@ def check_files(folder: Path, facts: Facts) -> None:
         raise ValueError(f"{folder}: {extra[0]} is no file of a bundle; move it elsewhere")
     whole = folder.resolve()
     links = {str(each.relative_to(folder)) for each in folder.rglob("*") if each.is_symlink()}
-    for name in sorted(wanted | links):
+    for name in (*sorted(wanted), *sorted(links)):
         if whole not in (folder / name).resolve().parents:
             raise ValueError(
                 f"{folder / name}: is a link that leaves the bundle; copy the bundle with the "
