@@ -74,15 +74,19 @@ class PagedRuntime:
         check_indices((slot,), self._geometry.pages)
         return torch.stack([largest(page[:, slot]) for page in self._telling.values()])
 
+    @property
+    def _held(self) -> dict[str, Tensor]:
+        """The pages that a state holds; not copies."""
+        return {name: self._pages[name] for name in self._saved}
+
     def state(self) -> dict[str, Tensor]:
-        held = {name: self._pages[name] for name in self._saved}
-        _check_pages(held, self._saved)
-        return held
+        _check_pages(self._held, self._saved)
+        return self._held
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         wanted, found = (
             {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-            for tensors in ({name: self._pages[name] for name in self._saved}, state)
+            for tensors in (self._held, state)
         )
         if found != wanted:
             raise ValueError(
@@ -90,8 +94,8 @@ class PagedRuntime:
                 "the same model and geometry"
             )
         _check_pages(state, self._saved)
-        for name, page in state.items():
-            self._pages[name].copy_(page)
+        for name, page in self._held.items():
+            page.copy_(state[name])
 
 
 def zeros(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
