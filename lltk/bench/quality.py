@@ -14,6 +14,7 @@ from lltk.stream.denoise import denoise
 from lltk.stream.rollout import RuntimeRollout
 from lltk.stream.runtimes import Runtime
 from lltk.stream.sampler import Schedule
+from lltk.stream.video import signal
 
 PARTS = ("shape", "colour", "motion", "background")
 """The parts of a caption."""
@@ -115,7 +116,7 @@ def score_video(video: Tensor, story: Story) -> list[ShotScore]:
     """
     scores = []
     for index, (shot, span) in enumerate(zip(story.shots, story.spans, strict=True)):
-        frames = video[span].float() / 127.5 - 1
+        frames = signal(video[span])
         shown = read(frames)
         right = agreement(shown, shot.caption)
         off = distances(frames, shown)
@@ -140,7 +141,7 @@ def identity_over_time(video: Tensor, every: int = STRETCH) -> list[float]:
     """
 
     def reading(start: int) -> Reading:
-        return read(video[start : start + STRETCH].float() / 127.5 - 1)
+        return read(signal(video[start : start + STRETCH]))
 
     first = reading(0)
     starts = range(every, len(video) - STRETCH + 1, every)

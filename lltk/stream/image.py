@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lltk.files.reading import opened
+from lltk.stream.video import signal
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -89,7 +90,7 @@ def decode_image(
     box = (left, top, left + wide, top + high)
     scaled = picture.resize((width, height), Image.Resampling.LANCZOS, box)
     levels = torch.frombuffer(bytearray(scaled.tobytes()), dtype=torch.uint8)
-    pixels = levels.view(height, width, 3).permute(2, 0, 1).float() / 127.5 - 1
+    pixels = signal(levels.view(height, width, 3).permute(2, 0, 1))
     note = None
     if round(across - wide) or round(down - high):
         note = (
