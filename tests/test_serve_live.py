@@ -53,6 +53,17 @@ def alone(pipeline: Path, script: Sequence[Shot] = LONG, seed: int = 0) -> Tenso
     return pixels(streamed(planned(pipeline, f"stream.seed={seed}"), script)[1])
 
 
+def test_before_it_is_ready_a_server_fills_the_window_and_evicts(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So no session waits for what is compiled or recorded for a number of pages."""
+    made = list[int]()
+    monkeypatch.setattr(Service, "_measure", lambda self, report: made.append(report.chunk.index))
+    plan = planned(pipeline)
+    with serving(plan, tmp_path):
+        assert made == list(range(plan.geometry.window // plan.geometry.chunk + 1))
+
+
 def test_a_stream_goes_on_until_its_limit(
     pipeline: Path, tmp_path: Path, encoded: list[list[Tensor]]
 ) -> None:

@@ -27,7 +27,6 @@ from lltk.streaming import LeadingModels, Models, Orders, Plan, load_models
 
 _WARM_UP = "a red circle moving right"
 """Any prompt does."""
-_WARM_CHUNKS = 3
 
 
 class Service:
@@ -178,7 +177,11 @@ class Service:
         self._begin_task(sessions.look_after())
 
     def _warm(self) -> Models:
-        """Load the models, and make a few chunks, by which the capacity is first measured."""
+        """Load the models, and make chunks until one evicts another.
+
+        By then CUDA graphs are recorded for every number of pages, so no session waits for that.
+        The capacity is first measured by these chunks.
+        """
         sessions = self.limits.sessions + 1  # jobs have one too
         if self._orders is None:
             models = load_models(self.plan, sessions=sessions)
@@ -186,7 +189,7 @@ class Service:
             models = LeadingModels(self.plan, self._orders, sessions)
             models.load()
         chunk = len(self.plan.chunking.frames(1)) / self.plan.section.fps
-        shots = single_shot(_WARM_UP, _WARM_CHUNKS * chunk)
+        shots = single_shot(_WARM_UP, (self.plan.geometry.pages + 1) * chunk)
         with models.open(lambda video: None, shots) as stream:
             while report := stream.make():
                 self._measure(report)
