@@ -280,7 +280,7 @@ def test_the_5b_is_planned_without_weights(name: str) -> None:
 
     alone, long = plan(), plan("geometry.frames=48")
     owners = {
-        "weights", "gradients", "AdamW moments", "average", "float32 weights", "cache pages",
+        "weights", "AdamW moments", "average", "float32 weights", "cache pages",
         "cross-attention K/V", "block inputs", "inside a block",
     }  # fmt: skip
     assert alone.memory.keys() == owners
@@ -288,9 +288,9 @@ def test_the_5b_is_planned_without_weights(name: str) -> None:
     assert long.memory["cache pages"] == 3 * alone.memory["cache pages"]
     section = alone.section.model_copy(update={"shards": 4})
     divided = replace(alone, section=section).memory
-    for owner in ("weights", "gradients", "AdamW moments", "average", "float32 weights"):
+    for owner in ("weights", "AdamW moments", "average", "float32 weights"):
         assert divided[owner] == alone.memory[owner] // 4
-    assert alone.memory["AdamW moments"] == 2 * alone.memory["gradients"]
+    assert alone.memory["AdamW moments"] == 2 * alone.memory["float32 weights"]
     (less,) = alone.ways_to_fit(total(divided) + 1)
     assert less.startswith("4 ranks, --set train.shards=4: ")
     assert alone.ways_to_fit(1) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from lltk.artefact import versions
 from lltk.compiler import transform, with_weights
 from lltk.graph.facts import Ranks, Trainable
-from lltk.graph.memory import estimate
+from lltk.graph.memory import estimate, total
 from lltk.graph.module import instantiate
 from lltk.graph.program import LogEntry, Program
 from lltk.graph.recipe import Recipe, parse_recipe
@@ -40,14 +40,22 @@ from lltk.train.sampling import sample
 
 _WHOLE = "quantised weights"
 """The owner of memory that shards do not divide."""
-_INSIDE = {True: (4, 17), False: (4, 36)}
-"""By whether blocks are compiled: tensors as wide as a feed-forward layer, and as a block, that the
-backward pass of a recomputed block holds at once. They were fitted to what calls and steps of the
-5B take on an H200 at 96 latent frames, as ``benchmarks/training.py`` and ``training_iteration.py``
-measure it."""
+_INSIDE = {
+    (True, False): (4, 15),
+    (True, True): (4, 5),
+    (False, False): (4, 34),
+    (False, True): (4, 24),
+}
+"""By whether blocks are compiled, and whether they keep what attention gives: tensors as wide as a
+feed-forward layer, and as a block, that the backward pass of a recomputed block holds at once. They
+were fitted to calls and steps of the 5B on an H200, as ``benchmarks/training.py`` and
+``training_iteration.py`` measure them; what eager blocks save by keeping was not measured, and is
+taken to be what compiled ones do."""
 _SAVED = {2: (2, 40), 4: (2, 27)}
 """By the compute dtype's bytes: such tensors that a block keeps if it is not recomputed, as counted
 by ``torch.autograd.graph.saved_tensors_hooks``. Compiled blocks keep fewer."""
+_ATTENTIONS = 2
+"""Attentions of a block whose results are kept: to the clip, and to the text."""
 ADAPTERS = {"diffusers": "lora.safetensors", "peft": "lora", "longlive": "lora.pt"}
 """What adapters are written to, by layout."""
 _SAMPLE_CLIPS = 4
@@ -95,7 +103,7 @@ class TransformerPlan:
     @property
     def memory(self) -> Mapping[str, int]:
         memory = estimate(self.program)
-        del memory["block inputs"]  # `_passes` knows whether they are kept
+        del memory["block inputs"]  # `_moments` knows whether they are kept
         float32 = memory.get("gradients", 0)
         if self.section.optimiser == "adamw_8bit":
             memory["AdamW moments"] //= 4
@@ -109,31 +117,53 @@ class TransformerPlan:
             memory["average"] = float32
         for owner in memory.keys() - {_WHOLE}:
             memory[owner] //= self.section.shards
-        return {owner: size for owner, size in (memory | self._passes()).items() if size}
+        most = max(self._moments(memory.get("gradients", 0)), key=total)
+        return {owner: size for owner, size in (memory | most | self._encoders()).items() if size}
 
     def ways_to_fit(self, room: int) -> Sequence[str]:
         return ways_to_fit(self, room)
 
-    def _passes(self) -> dict[str, int]:
-        """What a forward and a backward pass keep, and what encodes clips and captions."""
-        spec, memory = self.program.spec, dict[str, int]()
-        if self.section.recompute:
-            memory["block inputs"] = spec.layers * self._wide(0, 1)
-            memory["inside a block"] = self._wide(*_INSIDE[self.section.compile])
-            memory["attention's results"] = self._kept_attention()
-        else:
+    def _moments(self, gradients: int) -> Iterator[dict[str, int]]:
+        """What passes hold when a backward pass begins, when it leaves the blocks that keep what
+        attention gives, and when it ends.
+
+        It frees what a block has kept as it makes the block's gradients. A step of several calls
+        begins the second with gradients, and CUDA graphs never free them.
+        """
+        section, layers = self.section, self.program.spec.layers
+        early = gradients if section.graphs or self._calls > 1 else 0
+        if not section.recompute:
             kept = self._wide(*_SAVED[self.program.dtype.itemsize])
-            memory["activations"] = spec.layers * kept
-        if self.section.data.prepared is None or self.section.sample_every is not None:
-            for part in ("vae", "text_encoder"):
-                memory[part.replace("_", " ")] = self._encoder_bytes(part)
-        return memory
+            yield {"activations": layers * kept, "gradients": early}
+            yield {"activations": kept, "gradients": gradients}
+            return
+        keeping = min(section.keep_attention, layers)
+        for done in {0, min(keeping, layers - 1), layers - 1}:
+            yield {
+                "block inputs": (layers - done) * self._wide(0, 1),
+                "inside a block": self._wide(*_INSIDE[section.compile, done < keeping]),
+                "attention's results": max(keeping - done, 0) * self._kept_attention(),
+                "gradients": max(early, gradients * done // layers),
+            }
+        yield {"gradients": gradients}
+
+    @property
+    def _calls(self) -> int:
+        return self.section.calls(self.recipe.geometry.batch)
 
     def _kept_attention(self) -> int:
-        """Bytes of what blocks keep of self-attention: a result and a float32 for each head."""
+        """Bytes that a block keeps of its attentions: results, and a float32 for each head."""
         spec = self.program.spec
         size = spec.head_dim * self.program.dtype.itemsize + torch.float32.itemsize
-        return min(self.section.keep_attention, spec.layers) * self._tokens * spec.heads * size
+        return _ATTENTIONS * self._tokens * spec.heads * size
+
+    def _encoders(self) -> dict[str, int]:
+        """What encodes clips and captions."""
+        if self.section.data.prepared is not None and self.section.sample_every is None:
+            return {}
+        return {
+            part.replace("_", " "): self._encoder_bytes(part) for part in ("vae", "text_encoder")
+        }
 
     def _wide(self, wide: int, narrow: int) -> int:
         """Bytes of so many tensors as wide as a feed-forward layer, and as a block."""
