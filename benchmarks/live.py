@@ -289,7 +289,7 @@ def summary(logs: Sequence[Log]) -> dict[str, Any]:
             "decoder_seconds": median(each["decode"] for each in seconds),
             "bytes": median(part["byte_length"] for part in parts),
         },
-        "round_trip_seconds": median(trips),
+        "round_trip_seconds": median(trips) if trips else None,
         "shown_fps": median(frames / span for frames, span in spans),
         "late_seconds": max(span - frames / config["fps"] for frames, span in spans),
     }
@@ -346,6 +346,10 @@ def text(record: Record) -> str:
     def switch(name: str, share: str) -> Callable[[Mapping[str, Any]], str]:
         return lambda row: f"{row['switch_seconds'][name][share]:.2f}"
 
+    def trip(row: Mapping[str, Any]) -> str:
+        seconds = row["round_trip_seconds"]
+        return "–" if seconds is None else f"{seconds * 1000:.1f}"
+
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "viewer": lambda row: row["name"],
         "recipe": lambda row: row["recipe"],
@@ -359,7 +363,7 @@ def text(record: Record) -> str:
         "transformer s": lambda row: f"{row['chunk']['transformer_seconds']:.2f}",
         "decoder s": lambda row: f"{row['chunk']['decoder_seconds']:.2f}",
         "kB": lambda row: f"{row['chunk']['bytes'] / 1000:.0f}",
-        "round trip ms": lambda row: f"{row['round_trip_seconds'] * 1000:.1f}",
+        "round trip ms": trip,
         "FPS": lambda row: f"{row['shown_fps']:.2f}",
         "late s": lambda row: f"{row['late_seconds']:.2f}",
     }
