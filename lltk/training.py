@@ -271,7 +271,7 @@ def open_training(
         first = mesh.rank == 0
         if first:
             check_outputs(training_outputs(folder), [], overwrite)
-            newest_state(folder, resume)  # refuses a run not to be resumed before clips are made
+            newest_state(folder, resume, plan.about)  # refuses before clips are made
         there = folder.exists()
         if first and there:
             opened.enter_context(held(folder))

@@ -14,7 +14,7 @@ from test_video import numbered
 from torch import randn
 from toy import Regression, Samples, settings
 
-from lltk.cli.bars import Bars
+from lltk.cli.bars import Bars, Steps
 from lltk.train.data import first_samples
 from lltk.train.folder import FolderClips
 from lltk.train.loop import Trainer
@@ -83,3 +83,17 @@ def test_a_bar_for_each_work() -> None:
         assert shown == [("encoding clips", 2, 5), ("validating", 0, 2)]
         bars("encoding clips", 5, 5)
         assert [task.description for task in progress.tasks] == ["validating"]
+
+
+def test_steps_are_told_where_no_bar_is_seen() -> None:
+    """The first and the last, and one in half a minute."""
+    for terminal, wanted in ((False, [3, 5, 6]), (True, [])):
+        written = StringIO()
+        with Progress(console=Console(file=written, force_terminal=terminal)) as progress:
+            clock = iter((0.0, 20.0, 49.0, 51.0, 52.0)).__next__
+            steps = Steps(progress, 2, 6, clock)
+            for done in range(3, 7):
+                steps(done, f"loss {done}.5")
+            assert [(task.completed, task.total) for task in progress.tasks] == [(6, 6)]
+        lines = [line for line in written.getvalue().splitlines() if line.startswith("step ")]
+        assert lines == [f"step {done} of 6: loss {done}.5" for done in wanted]

@@ -26,6 +26,7 @@ from toy import SETTINGS, Regression, finish, train_until_killed, trainer
 from lltk.files.writing import NewFile
 from lltk.train import pieces
 from lltk.train.metrics import Metrics, append_metrics, forget_after, read_metrics
+from lltk.train.recipe import changes, in_words
 from lltk.train.saving import save_training_state
 from lltk.train.state import load_training_state, training_states
 
@@ -241,13 +242,29 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 @cpu
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
     finish(trainer(tmp_path, steps=3))
-    message = refused(trainer, tmp_path, steps=3, lr=0.02, seed=4, resume=True)
-    assert "train.lr, train.seed differ; resume with that recipe" in message
+    whole = refused(trainer, tmp_path, steps=3, lr=0.02, seed=4, resume=True)
+    newest = training_states(tmp_path / "checkpoints")[-1]
+    said = "train.lr was 0.01 and is 0.02; train.seed was 3 and is 4"
+    assert whole.startswith(f"{newest}: was made by another recipe: {said}; resume with that")
+    for file in newest.glob("*.safetensors"):
+        file.rename(file.with_suffix(".away"))
+    assert refused(trainer, tmp_path, steps=3, lr=0.02, seed=4, resume=True) == whole
+    for file in newest.glob("*.away"):
+        file.rename(file.with_suffix(".safetensors"))
     assert refused(trainer, tmp_path, steps=3).endswith(
         "holds a run; resume it, or name another folder"
     )
     finish(trainer(tmp_path, steps=5, keep=1, resume=True))
     assert [step for step, _, _ in losses(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+@cpu
+def test_of_long_values_the_place_is_shown_where_they_differ() -> None:
+    old = {"passes": ["canonicalise", {"lower": {"attention": "sdpa", "linear": "reference"}}] * 3}
+    new = {"passes": [*old["passes"][:-1], {"lower": {"attention": "cudnn"}}]}
+    said = in_words(changes(old, new))
+    assert said.startswith("passes was …") and "'sdpa', 'linear': 're" in said
+    assert " and is …" in said and said.endswith("'cudnn'}}]") and len(said) < 160
 
 
 @cpu

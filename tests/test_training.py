@@ -63,6 +63,9 @@ def test_a_run_may_be_left_and_opened_again(
     monkeypatch.setattr(type(often), "dataset", None)  # it is refused before clips are prepared
     message = refused(open_training(often, tmp_path / "parts").__enter__)
     assert message.endswith("holds a run; resume it, or name another folder")
+    other = plan("train.lr=0.1")
+    message = refused(open_training(other, tmp_path / "parts", resume=True).__enter__)
+    assert "was made by another recipe: train.lr was" in message
 
 
 def test_clips_of_ones_own(tmp_path: Path) -> None:

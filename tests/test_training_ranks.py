@@ -248,7 +248,7 @@ def test_a_run_of_another_recipe_is_refused(folder: Path, tmp_path: Path) -> Non
         {"recipe": made.recipe | {"geometry": {}}, "log": [], "versions": {}},
         resume=True,
     )
-    assert "was made by another recipe: geometry.batch, geometry.chunk" in message
+    assert "was made by another recipe: geometry.batch was 1 and is None; geometry.chunk" in message
 
 
 def test_recorded_ranks_replay(folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -11,6 +14,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+_BETWEEN = 30.0
+"""Seconds between lines of steps, at least."""
 
 
 def shown_progress(console: Console) -> Progress:
@@ -46,3 +52,37 @@ class Bars:
         if done == total:
             self._tenths.pop(work, None)
             self._progress.remove_task(self._tasks.pop(work))
+
+
+class Steps:
+    """The bar of a run's steps.
+
+    Where bars are not seen, lines tell of the first step and the last, and now and then of others.
+
+    Args:
+        progress: shows the bar.
+        done: steps that are done already.
+        total: how many there are.
+        clock: gives seconds.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        done: int,
+        total: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._progress = progress
+        self._total = total
+        self._clock = clock
+        self._bar = progress.add_task("", total=total, completed=done)
+        self._due = clock()
+
+    def __call__(self, done: int, text: str) -> None:
+        """Show that so many steps are done, and what there is to say of the last."""
+        self._progress.update(self._bar, completed=done, description=text)
+        now, console = self._clock(), self._progress.console
+        if not console.is_terminal and (now >= self._due or done == self._total):
+            console.print(f"step {done} of {self._total}: {text}", highlight=False)
+            self._due = now + _BETWEEN

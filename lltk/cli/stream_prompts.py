@@ -25,7 +25,7 @@ from lltk.stream.prompts import Embed
 from lltk.stream.script import single_shot
 from lltk.streaming import Plan, check_plan, load_models
 from lltk.streaming.to_video import stream_to
-from lltk.train.recipe import changed_keys
+from lltk.train.recipe import changes, in_words
 
 LONGEST_NAME = 240
 """Bytes; file systems take 255."""
@@ -185,11 +185,11 @@ def _note_origin(plan: Plan, seconds: float, folder: Path, writes: bool) -> None
     note = _note(folder)
     if note.exists() and _NOTE.recognises(note):
         kept = read_json(note)
-        changed = changed_keys(kept, own) if isinstance(kept, dict) else ["all"]
+        changed = in_words(changes(kept, own)) if isinstance(kept, dict) else "all differs"
         if changed:
             raise ValueError(
-                f"{folder}: its videos were made otherwise: {', '.join(changed)} differ (see "
-                f"{note}); name another folder"
+                f"{folder}: its videos were made otherwise: {changed} (see {note}); name another "
+                "folder"
             )
     if writes:
         folder.mkdir(parents=True, exist_ok=True)

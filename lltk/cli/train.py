@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from lltk.cli.bars import Bars, shown_progress
+from lltk.cli.bars import Bars, Steps, shown_progress
 from lltk.cli.logs import LOG, logged
 from lltk.cli.options import FiniteRange, download_option, overwrite_option
 from lltk.cli.stopping import stopping
@@ -152,6 +152,8 @@ def run(
             return
         if ranks.rank == 0:
             plan.check_clips()
+            if output is not None:
+                newest_state(output, resume, plan.about)
         room = available(ranks.device) if device_memory is None else round(device_memory * 2**30)
         fits = total(plan.memory) <= room
         ways = [] if fits else list(plan.ways_to_fit(room))
@@ -208,12 +210,12 @@ def _train(
         note("preparing", 1, 1)
         if ranks.rank == 0:
             keep_log(output / _LOG)
-        bar = bars.add_task("", total=plan.section.steps, completed=run.trainer.step)
+        steps = Steps(bars, run.trainer.step, plan.section.steps)
         stop = opened.enter_context(stopping())
         try:
             for metrics in run:
                 text = f"loss {metrics.loss:.4g}, {metrics.samples_per_second:.3g} clips/s"
-                bars.update(bar, completed=metrics.step, description=text)
+                steps(metrics.step, text)
                 if metrics.step < plan.section.steps and ranks.any(stop.asked):
                     with stop.keeping():
                         run.trainer.save()

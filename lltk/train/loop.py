@@ -32,11 +32,12 @@ from lltk.train.metrics import (
 from lltk.train.objective import Objective, mean_loss
 from lltk.train.plot import SVG
 from lltk.train.progress import Note, noted, silent
-from lltk.train.recipe import TrainSection, changed_keys
+from lltk.train.recipe import TrainSection
 from lltk.train.saving import Parts, StateWriter
 from lltk.train.shards import Divided, divided
 from lltk.train.state import (
     STATES,
+    check_recipe,
     check_training_state,
     load_training_state,
     random_state,
@@ -66,16 +67,26 @@ def run_outputs(folder: Path) -> list[Output]:
     ]
 
 
-def newest_state(folder: Path, resume: bool) -> Path | None:
+def newest_state(folder: Path, resume: bool, about: Mapping[str, Any] | None = None) -> Path | None:
     """The training state that a run in a folder goes on from; None where it begins.
 
+    Args:
+        folder: the run's.
+        resume: whether a run that is there is to go on.
+        about: what the run's training states say of it, which has its ``recipe``; None to leave
+            that unchecked.
+
     Raises:
-        ValueError: there is one, and it should not be resumed.
+        ValueError: there is one, and it should not be resumed, or is of another recipe.
     """
     found = training_states(folder / _STATES)
-    if found and not resume:
+    if not found:
+        return None
+    if not resume:
         raise ValueError(f"{folder}: holds a run; resume it, or name another folder")
-    return found[-1] if found else None
+    if about is not None:
+        check_recipe(found[-1], json.loads(json.dumps(about.get("recipe", {}))))
+    return found[-1]
 
 
 class Diverged(ArithmeticError):
@@ -147,7 +158,7 @@ class Trainer:
                 divided(module, mesh, wide=False, found=shared)
         self._memory_is_new = True
         self._writer = StateWriter(self._states, section.keep, mesh)
-        found = newest_state(folder, resume)
+        found = newest_state(folder, resume, about)
         if not mesh.same(found):
             raise ValueError(f"{folder}: ranks see other training states there; share the folder")
         torch.manual_seed(section.seed)
@@ -389,12 +400,6 @@ class Trainer:
         of_critic = self._objective.critic
         made = 0 if of_critic is None else of_critic.made(state.step)
         check_training_state(state, path, own.shapes, mesh, shapes, made)
-        changed = changed_keys(state.about.get("recipe", {}), self._about.get("recipe", {}))
-        if changed:
-            raise ValueError(
-                f"{path}: was made by another recipe: {', '.join(changed)} differ; resume with "
-                "that recipe, or train in another folder"
-            )
         if state.position != state.step * self._section.batch:
             raise ValueError(
                 f"{path}: after {state.step} steps of {self._section.batch} clips a run has not "

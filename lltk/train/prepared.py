@@ -28,13 +28,11 @@ from lltk.graph.recipe import validated
 from lltk.train.clip_shards import REMEDY, Shard, unpacked
 from lltk.train.data import in_epochs
 from lltk.train.read_ahead import ReadAhead
-from lltk.train.recipe import differences
+from lltk.train.recipe import differences, in_words
 
 MANIFEST = Manifest(
     "prepared.json", "a prepared set", format=1, remedy="make it again by lltk prepare"
 )
-_SHOWN = 64
-"""Characters of a value in an error."""
 _NAME = re.compile(r"(shard|held-out)-\d{6,}\.tar|prepared\.json|run\.lock|\..*\.lltk-new")
 SET = Kind(
     "a prepared set",
@@ -172,12 +170,8 @@ def check_origin(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any
     Raises:
         ValueError: something differs; names it.
     """
-    found = [
-        f"{key} was {str(before)[:_SHOWN]} and is {str(now)[:_SHOWN]}"
-        for key, before, now in differences(theirs, ours)
-    ]
-    if found:
+    if found := in_words(differences(theirs, ours)):
         raise ValueError(
-            f"{folder}: was prepared from something else: {'; '.join(found)}; change the recipe, "
-            "or prepare its clips in another folder"
+            f"{folder}: was prepared from something else: {found}; change the recipe, or prepare "
+            "its clips in another folder"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -354,18 +354,17 @@ MAY_CHANGE = (
     "tensorboard", "adapter",
 )  # fmt: skip
 """Keys of the train section that a resumed run may change."""
+_SHOWN = 64
+"""Characters of a value in an error."""
 _OF_RANKS = ("balanced_sp", "ulysses_stream")
 """Passes that a resumed run may have or not: they say how many ranks share a clip."""
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The keys in which two recipes differ, such as ``train.lr``, if a resumed run may not."""
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The `differences` of two recipes that a resumed run may not have."""
     allowed = {f"train.{key}" for key in MAY_CHANGE}
-    return [
-        path
-        for path, *_ in differences(_for_any_ranks(old), _for_any_ranks(new))
-        if path not in allowed
-    ]
+    found = differences(_for_any_ranks(old), _for_any_ranks(new))
+    return [each for each in found if each[0] not in allowed]
 
 
 def _for_any_ranks(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -389,6 +388,30 @@ def differences(
             yield from differences(ours, theirs, f"{path}.")
         elif ours != theirs:
             yield path, ours, theirs
+
+
+def in_words(found: Iterable[tuple[str, Any, Any]]) -> str:
+    """What `differences` gave, such as ``train.lr was 0.1 and is 0.2``.
+
+    Of long values only the place is shown where they begin to differ.
+    """
+    said = []
+    for key, *values in found:
+        texts = [str(value) for value in values]
+        start = 0
+        if max(map(len, texts)) > _SHOWN:
+            pairs = enumerate(zip(*texts, strict=False))
+            differing = next((n for n, (old, new) in pairs if old != new), min(map(len, texts)))
+            start = max(0, differing - _SHOWN // 2)
+        old, new = (_cut(text, start) for text in texts)
+        said.append(f"{key} was {old} and is {new}")
+    return "; ".join(said)
+
+
+def _cut(text: str, start: int) -> str:
+    """A part of a text, with marks where some is left out."""
+    end = start + _SHOWN
+    return f"{'…' if start else ''}{text[start:end]}{'…' if text[end:] else ''}"
 
 
 class VaeSection(BaseModel):

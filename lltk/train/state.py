@@ -35,6 +35,7 @@ from lltk.files.writing import NewFolder, remove_whole
 from lltk.graph.recipe import validated
 from lltk.parallel.mesh import ALONE, Mesh, local_part
 from lltk.train.pieces import opened_pieces
+from lltk.train.recipe import changes, in_words
 
 _MANIFEST = Manifest(
     "checkpoint.json",
@@ -149,6 +150,24 @@ def training_states(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
+def check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
+    """Refuse to go on from a state with another recipe. Reads the manifest alone.
+
+    Args:
+        path: the state's folder.
+        recipe: the run's, resolved, as plain data.
+
+    Raises:
+        ValueError: the recipes differ in what a resumed run may not change, or the manifest is
+            damaged.
+    """
+    if changed := changes(_facts(path).recipe, recipe):
+        raise ValueError(
+            f"{path}: was made by another recipe: {in_words(changed)}; resume with that recipe, or "
+            "train in another folder"
+        )
+
+
 def load_training_state(
     path: Path,
     like: Mapping[str, Tensor] | None = None,
@@ -168,7 +187,7 @@ def load_training_state(
     Raises:
         ValueError: a file is missing or was changed, or has a format that this lltk does not read.
     """
-    facts = validated(_Facts, _MANIFEST.read(path, check_files=False), str(path / _MANIFEST.name))
+    facts = _facts(path)
     if path.name != state_path(path, facts.step).name:
         raise ValueError(f"{path}: holds step {facts.step}; give it its name back")
     names = sorted(facts.files)
@@ -192,6 +211,11 @@ def load_training_state(
     weights, ema, optimiser, memory = (tensors[part] for part in (*_OF_NETWORK, "memory"))
     rival = NetworkState(**{part: tensors[f"{_CRITICS}{part}"] for part in _OF_NETWORK})
     return TrainingState(weights, ema, optimiser, facts.step, facts.position, about, memory, rival)
+
+
+def _facts(path: Path) -> _Facts:
+    """What the manifest of a state says; the files that it lists are not checked."""
+    return validated(_Facts, _MANIFEST.read(path, check_files=False), str(path / _MANIFEST.name))
 
 
 def _damage(path: Path, files: Mapping[str, str]) -> str | None:
