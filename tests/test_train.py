@@ -107,6 +107,17 @@ def test_accumulation_is_a_big_batch(tmp_path: Path, dtype: torch.dtype) -> None
     assert [m.loss for m in history(tmp_path / "smaller")] != pytest.approx(losses[2], rel=bound)
 
 
+def test_a_step_of_padding_alone_changes_nothing(tmp_path: Path) -> None:
+    """The first sample does not count."""
+    run = trainer(tmp_path, Regression(1), steps=2, batch=1, warmup=0, lr=0.1)
+    before = run.weights
+    first = next(run)
+    assert (first.loss, first.grad_norm) == (0.0, 0.0)
+    assert all(torch.equal(run.weights[name], weight) for name, weight in before.items())
+    assert next(run).loss > 0
+    assert not torch.equal(run.weights["1.weight"], before["1.weight"])
+
+
 def test_a_batch_is_whole_calls(tmp_path: Path) -> None:
     message = refused(trainer, tmp_path, Regression(4), batch=6)
     assert message.endswith("of the 4 of a call; the nearest that fit: 4 and 8")

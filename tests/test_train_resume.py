@@ -275,7 +275,10 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-8])
     message = refused(trainer, tmp_path, steps=4, resume=True)
     assert message.startswith(f"{weights}: was changed after it was written, or is damaged")
-    assert message.endswith("remove it to resume from the one before")
+    remedy = "remove this state's folder to resume from the one before"
+    assert message.endswith(f"damaged; {remedy}")
+    weights.unlink()
+    assert refused(trainer, tmp_path, steps=4, resume=True) == f"{weights}: is missing; {remedy}"
     shutil.rmtree(newest)
     finish(trainer(tmp_path, steps=4, resume=True))
     assert [step for step, _, _ in losses(tmp_path)] == [1, 2, 3, 4]

@@ -211,7 +211,7 @@ def test_a_damaged_piece_is_refused_on_all_ranks(folder: Path, tmp_path: Path) -
     shutil.copytree(folder / "half", tmp_path / "half")
     file = damage(tmp_path / "half")
     message = refused(goes_on, Ranks(0, 1, CPU), tmp_path / "half", 3)
-    assert message.startswith(f"{file}: was changed after it was written, or is damaged; remove it")
+    assert message.startswith(f"{file}: was changed after it was written, or is damaged; remove")
     wanted = message.replace(str(tmp_path / "half"), str(folder / "damaged"))
     for rank in range(2):
         assert (folder / f"damaged, {rank}").read_text() == f"ValueError: {wanted}"

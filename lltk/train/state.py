@@ -41,7 +41,7 @@ _MANIFEST = Manifest(
     "checkpoint.json",
     "a training state",
     format=2,
-    remedy="remove it to resume from the one before",
+    remedy="remove this state's folder to resume from the one before",
 )
 _NAME = re.compile(r"step_\d{8,}")
 _OF_NETWORK = ("weights", "ema", "optimiser")
