@@ -87,7 +87,7 @@ CASES = {
         padded=True,
         naive=True,
     ),
-    "nvfp4": Case(nvfp4=True),
+    "nvfp4": Case(4, nvfp4=True),
     "sent in fp8": Case(exchange="fp8"),
     "sent in nvfp4": Case(exchange="nvfp4"),
 }
@@ -233,7 +233,7 @@ HIGH = [
 """Cases for every mesh of two ranks."""
 RUNS: list[Run] = [
     *product([2], [(2, 1), (1, 2), (2, 2)], HIGH),
-    *product([4], [(4, 1), (2, 4), (2, 2)], ["images and padding"]),
+    *product([4], [(4, 1), (4, 4), (2, 4), (2, 2)], ["images and padding"]),
     (4, (2, 1), "recycled errors"),
     (4, (4, 1), "errors and noise"),
     (2, (2, 2), "naive"),
@@ -485,7 +485,7 @@ def recorded_program() -> tuple[Program, dict[str, Any]]:
 def save_all(folder: Path) -> None:
     """Run every case on every mesh; for a new process, of which the ranks are forks."""
     torch.set_num_threads(1)
-    for _, (sequence, _), case in [*RUNS, *ROUNDED]:
+    for _, (sequence, _), case in [*RUNS, *ROUNDED, *(run for run, _ in FAULTS.values())]:
         program(case, sequence)
     program("text", 4)
     program("text", 2, "bfloat16")
