@@ -65,12 +65,18 @@ def vae(number: int) -> Any:
 
 
 @cache
+def as_captured(number: int, latents: int, batch: int) -> Program:
+    """The encoder captured in float64."""
+    geometry = Geometry.model_validate({"batch": batch, "height": HEIGHT, "width": WIDTH})
+    return captured(CONFIGS[number], geometry, torch.float64, latents)
+
+
+@cache
 def exact(
     number: int = 0, passes: tuple[str, ...] = FUSED, latents: int = 2, batch: int = 1
 ) -> Program:
     """The encoder captured in float64 and rewritten, with the very weights of `vae`."""
-    geometry = Geometry.model_validate({"batch": batch, "height": HEIGHT, "width": WIDTH})
-    program = after(captured(CONFIGS[number], geometry, torch.float64, latents), *passes)
+    program = after(as_captured(number, latents, batch), *passes)
     return with_weights(program, encoder_weights(vae(number).state_dict()))
 
 
