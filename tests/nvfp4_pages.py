@@ -191,9 +191,11 @@ def compare_writing(device: str) -> None:
             values[1, 1, 3, 0, 7] = bad
         wanted = written(values, smooth, rule)
         ours = empty_pages(values.shape, smooth, device)
+        merged = torch.cat([values + 1, values], 3).to(device)  # as one product's parts lie
         for slot in (1, 0):
             where = torch.tensor([slot], device=device)
-            triton.nvfp4_write_page(*ours, values[:, slot].to(device), where, rule)
+            part = merged[:, slot, :, values.shape[3] :]
+            triton.nvfp4_write_page(*ours, part, where, rule)
         for found, page in zip(ours, wanted, strict=True):
             if found is not None and page is not None:
                 assert torch.equal(found.cpu().view(torch.uint8), page.view(torch.uint8)), rule

@@ -47,23 +47,27 @@ def nvfp4_write_page(
         ValueError: value is none of the dtypes that the kernels read.
     """
     check_dtype(value)
-    value = value.contiguous()
     batch, tokens, heads, width = value.shape
+    rows = value.flatten(2)
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
     mean = None
     if means is not None:
-        mean = _mean(value).to(means.dtype)
+        mean = _mean(rows).view(batch, heads, width).to(means.dtype)
         means.index_copy_(1, slot, mean.unsqueeze(1))
     largest = value.new_zeros((batch, heads), dtype=torch.float32)
     blocks = width // BLOCK
     amount = 256 if rule == "none" else 128
     grid = (triton.cdiv(tokens * blocks, amount), heads, batch)
     with torch.cuda.device_of(value):
-        _largest[grid](value, mean, largest.view(torch.int32), tokens, blocks, AMOUNT=amount)
+        _largest[grid](
+            rows, *rows.stride()[:2], mean, largest.view(torch.int32), tokens, blocks, AMOUNT=amount
+        )
         _write[grid](
             codes,
             scales.view(torch.uint8),
             decode_scales,
-            value,
+            rows,
+            *rows.stride()[:2],
             mean,
             largest,
             slot,
@@ -78,33 +82,42 @@ def nvfp4_write_page(
         )
 
 
-def _mean(value: Tensor) -> Tensor:
-    """The mean over the tokens, float64 [B, H, D]."""
-    batch, tokens, heads, width = value.shape
-    parts, channels = triton.cdiv(tokens, _TOKENS), heads * width
-    sums = value.new_empty((batch, parts, heads, width), dtype=torch.float64)
-    with torch.cuda.device_of(value):
+def _mean(rows: Tensor) -> Tensor:
+    """The mean over the tokens of [B, T, C], float64 [B, C]."""
+    batch, tokens, channels = rows.shape
+    parts = triton.cdiv(tokens, _TOKENS)
+    sums = rows.new_empty((batch, parts, channels), dtype=torch.float64)
+    with torch.cuda.device_of(rows):
         _sums[(triton.cdiv(channels, _CHANNELS), parts, batch)](
-            value, sums, tokens, channels, TOKENS=_TOKENS, CHANNELS=_CHANNELS
+            rows, *rows.stride()[:2], sums, tokens, channels, TOKENS=_TOKENS, CHANNELS=_CHANNELS
         )
     return sums.sum(1) / tokens
 
 
 @triton.jit
-def _sums(value, sums, tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+def _sums(
+    value,
+    batch_stride,
+    token_stride,
+    sums,
+    tokens,
+    channels,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Sum some channels over some tokens, in float64."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
     batch = tl.program_id(2).to(tl.int64)
     inside = (token < tokens) & (channel < channels)[None, :]
-    places = (batch * tokens + token) * channels + channel[None, :]
+    places = batch * batch_stride + token.to(tl.int64) * token_stride + channel[None, :]
     values = tl.load(value + places, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
     place = (batch * tl.num_programs(1) + tl.program_id(1)) * channels + channel
     tl.store(sums + place, tl.sum(values, 0), mask=channel < channels)
 
 
 @triton.jit
-def _load(value, mean, tokens, blocks, AMOUNT: tl.constexpr):
+def _load(value, batch_stride, token_stride, mean, tokens, blocks, AMOUNT: tl.constexpr):
     """This program's blocks less their mean, float32 [AMOUNT, 16].
 
     Returns:
@@ -113,22 +126,23 @@ def _load(value, mean, tokens, blocks, AMOUNT: tl.constexpr):
     index = tl.program_id(0) * AMOUNT + tl.arange(0, AMOUNT)
     inside = index < tokens * blocks
     head, heads, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    place = (index // blocks * heads + head) * blocks + index % blocks
+    token, block = index // blocks, head * blocks + index % blocks
     element = tl.arange(0, 16)[None, :]
-    first = batch * tokens * heads * blocks * 16
-    values = tl.load(
-        value + first + place[:, None] * 16 + element, mask=inside[:, None], other=0.0
-    ).to(tl.float32)
+    own = batch * batch_stride + token.to(tl.int64) * token_stride + block * 16
+    values = tl.load(value + own[:, None] + element, mask=inside[:, None], other=0.0)
+    values = values.to(tl.float32)
     if mean is not None:
-        at = ((batch * heads + head) * blocks + index % blocks)[:, None] * 16 + element
+        at = (batch * heads * blocks + block)[:, None] * 16 + element
         values -= tl.load(mean + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    return values, place, inside
+    return values, token * heads * blocks + block, inside
 
 
 @triton.jit
-def _largest(value, mean, largest, tokens, blocks, AMOUNT: tl.constexpr):
+def _largest(
+    value, batch_stride, token_stride, mean, largest, tokens, blocks, AMOUNT: tl.constexpr
+):
     """Raise each head's ``largest`` to the bits of its magnitudes."""
-    values, _, _ = _load(value, mean, tokens, blocks, AMOUNT)
+    values, _, _ = _load(value, batch_stride, token_stride, mean, tokens, blocks, AMOUNT)
     head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     tl.atomic_max(largest + head, tl.max(tl.max(magnitude_bits(values), 1), 0))
 
@@ -139,6 +153,8 @@ def _write(
     scales,
     decode_scales,
     value,
+    batch_stride,
+    token_stride,
     mean,
     largest,
     slot,
@@ -155,7 +171,9 @@ def _write(
     own = largest + batch * heads + head
     stores = tl.program_id(0) == 0
     tensor = tensor_scales(own, decode_scales + page * heads + head, stores, TOP)
-    values, place, inside = _load(value, mean, tokens, blocks, AMOUNT)
+    values, place, inside = _load(
+        value, batch_stride, token_stride, mean, tokens, blocks, AMOUNT
+    )
     scale, packed = quantise_blocks(values[None, :, :], place, tensor, None, 0, TOP, RULE, NATIVE)
     block = page * tokens * heads * blocks + place
     store_blocks(codes, scales, block, scale, packed, inside)
