@@ -95,6 +95,7 @@ CASES = [
     Case("fuse_rows", "stream", "rounding", Stage.QUANTISED, W8A8, 16, lossy=True),
     Case("fuse_attention_quantise", "stream", "rounding", Stage.QUANTISED, PAGES, 16, lossy=True),
     Case("fuse_norm_rope", "stream", "rounding", CAUSAL, STREAM[:6]),
+    Case("hoist_modulation", "stream", "bitwise", CAUSAL, STREAM[:6]),
     Case("merge_qkv", "stream", "rounding", CAUSAL, STREAM[:6]),
     Case("nvfp4_train", "train", "changing", Stage.QUANTISED, TRAIN[:5], head_dim=16),
     Case("lora", "stream", "bitwise", CAUSAL, STREAM[:6]),
