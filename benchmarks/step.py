@@ -1,7 +1,7 @@
 """Time a denoising pass and a commit of an older checkout and of this one, in turns in one run.
 
     git worktree add .old 32daab1
-    python benchmarks/step.py --old .old wan22_5b_stream_fp8 benchmarks/dit/keep_decoded.yaml
+    python benchmarks/step.py --old .old wan22_5b_stream_fp8 benchmarks/dit/decode_each_pass.yaml
 
 A row is a recipe of this checkout; the first recipe also runs as the older checkout has it. Files
 are relative to their checkout. Each row has a process of its own, and the others wait while one

@@ -158,7 +158,7 @@ def test_all_fusions_together() -> None:
 
     Only products may be summed in another order.
     """
-    steps = [*CAUSAL, "merge_qkv", "fuse_norm_rope", "fp8_infer", "fuse_rows",
+    steps = [*CAUSAL, "hoist_modulation", "merge_qkv", "fuse_norm_rope", "fp8_infer", "fuse_rows",
              "regionalise", "lower"]  # fmt: skip
     recipe = make_recipe("stream", steps, config=tiny_config(2, attention_head_dim=16))
     plain = reached("stream", *CAUSAL, head_dim=16)
