@@ -30,6 +30,7 @@ from lltk.ops.nvfp4_quantise.reference import BLOCK
 aten = torch.ops.aten
 NVFP4_QUANTISE = overload("nvfp4_quantise")
 ROW_PIPELINE = overload("row_pipeline")
+_ENDS_OF_NORMS = (aten.to.dtype, aten.flatten.using_ints, aten.layer_norm.default)
 
 
 StepName = Literal["residual", "norm", "activation"]
@@ -53,6 +54,8 @@ class FuseRows(Pass[Config]):
                                                 eps=1e-06, to='fp8', keep_sum=True)
         nvfp4_quantise(gelu(x), 1, 'mse')
             →  row_pipeline(x, activation='gelu', to='nvfp4', rule='mse')
+        layer_norm(x) · scale + shift
+            →  row_pipeline(x, scale=scale, shift=shift, eps=1e-06)
         x + gate · y
             →  row_pipeline(x, y=y, gate=gate)
 
@@ -60,7 +63,8 @@ class FuseRows(Pass[Config]):
     be absent. An activation or a norm is taken in if nothing else reads its result. A residual's
     sum is taken in if it is of the quantiser's block, because blocks are compiled apart, and if the
     norm's scale and shift are not computed from it. What else reads the sum then reads it from the
-    op. A gated sum that no quantiser takes in becomes an op of its own.
+    op. A norm that no quantiser takes in becomes an op too, with the residual before it. So does a
+    gated sum that neither takes in.
 
     Scale and shift are the norm's weight and bias, or like the gate those of the frame that a token
     belongs to. The pass runs after `fp8_infer` or `nvfp4_infer`, if one of them is in the recipe.
@@ -79,8 +83,15 @@ class FuseRows(Pass[Config]):
                     report.miss(node, "quantises no activation, norm or sum that it may take in")
                     continue
                 _fuse(node, steps, form)
-                labels = [step.label for step in reversed(steps)]
-                report.match(" → ".join([*labels, form["to"]]))
+                report.match(f"{_label(steps)} → {form['to']}")
+            sort_topologically(graph)
+            prune(graph)
+            for node in reversed(graph.nodes):
+                step = self._find("norm", node) if node.target in _ENDS_OF_NORMS else None
+                if step is not None:
+                    steps = self._with_residual(program, node, [step])
+                    _fuse(node, steps, {})
+                    report.match(_label(steps))
             sort_topologically(graph)
             prune(graph)
             for node in calls(graph, aten.add.Tensor):
@@ -102,10 +113,14 @@ class FuseRows(Pass[Config]):
             if (step := self._find(name, value)) is not None:
                 steps.append(step)
                 value = step.x
-        total = self._find("residual", value)
+        return self._with_residual(program, quantiser, steps)
+
+    def _with_residual(self, program: Program, last: fx.Node, steps: list[_Step]) -> list[_Step]:
+        """The steps that end at a node, with the residual before them if it is taken in."""
+        total = self._find("residual", steps[-1].x if steps else last.args[0])
         if total is None or any(step.needs(total.node) for step in steps):
             return steps
-        layers = {program.spec.layer_of(module_of(each)) for each in (total.node, quantiser)}
+        layers = {program.spec.layer_of(module_of(each)) for each in (total.node, last)}
         return [*steps, total] if len(layers) == 1 else steps
 
     def _find(self, name: StepName, value: Any) -> _Step | None:
@@ -146,20 +161,29 @@ def _form(quantiser: fx.Node) -> dict[str, Any] | None:
     return {"to": "nvfp4", "rule": rule}
 
 
-def _fuse(quantiser: fx.Node, steps: list[_Step], form: dict[str, Any]) -> None:
-    """Put the op in a quantiser's place; steps are in the order of `_steps_before`."""
+def _label(steps: list[_Step]) -> str:
+    return " → ".join(step.label for step in reversed(steps))
+
+
+def _fuse(last: fx.Node, steps: list[_Step], form: dict[str, Any]) -> None:
+    """Put the op in the place of a quantiser, or of a norm's result if there is no form.
+
+    Steps are in the order of `_steps_before`.
+    """
     arguments: dict[str, Any] = {}
     for step in reversed(steps):
         arguments |= step.arguments
     arguments |= form
     first = steps[-1]
-    keeps = "y" in arguments and not _leads_only_to(first.node, quantiser)
+    keeps = "y" in arguments and not _leads_only_to(first.node, last)
     if keeps:
         arguments["keep_sum"] = True
-    with building(quantiser, module_of(first.node)) as build:
+    with building(last, module_of(first.node)) as build:
         made = build(ROW_PIPELINE, first.x, **arguments)
-        total = build(operator.getitem, made, len(quantiser.meta["val"])) if keeps else None
-    replace(quantiser, made)
+        number = len(last.meta["val"]) if form else 1
+        total = build(operator.getitem, made, number) if keeps else None
+        result = made if form else build(operator.getitem, made, 0)
+    replace(last, result)
     if total is not None:
         replace(first.node, total)
 

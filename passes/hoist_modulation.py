@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from lltk.graph.edit import building, calls, module_of, prune, replace, shape, sort_topologically
-from lltk.graph.match import before_cast, is_call, operands, read_once, sole_reader
+from lltk.graph.match import before_cast, is_call, operands, sole_reader
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
 from lltk.graph.stages import Stage

@@ -288,7 +288,6 @@ def test_two_norms_of_one_sum_share_it() -> None:
         ("shift: f32[1, 2, 1, 16]", "shift: f32[1, 2, 2, 16]"),
         ("default(to, [16], None, None", "default(to, [4, 16], None, None"),
         ("default(to, [16], None, None", "default(to, [16], None, 0"),
-        ("aten.to.dtype(x, torch.float32)", "aten.mul.Tensor(x, weight)"),
     ],
 )
 def test_other_norms_stay(old: str, new: str, quantiser: str) -> None:
@@ -352,11 +351,44 @@ def test_a_quantiser_takes_in_no_other_sums(sum_: str, old: str, new: str) -> No
 
 @pytest.mark.parametrize("call", ["default(to_1, 16, 'mse')", "default(to_1, 1, 'mse', seed)"])
 def test_other_quantisers_stay(call: str) -> None:
-    """A pipeline has neither tiles nor stochastic rounding."""
+    """A pipeline has neither tiles nor stochastic rounding; it is of the norm alone then."""
     head = HEAD.replace("weight: f32[16]", "weight: f32[16], seed: i64[2]")
-    whole = head + NORM + NVFP4.replace("default(to_1, 1, 'mse')", call) + QUANTISED
+    call = f"lltk.nvfp4_quantise.{call}"
+    whole = head + NORM + re.sub(r"lltk\.nvfp4_quantise\.\S+.*\)", call, NVFP4) + QUANTISED
+    changed, matches = rewritten(whole)
+    assert matches == {"modulated norm": 1}
+    assert call.replace("to_1", "getitem") in changed
+    whole = head + GELU + re.sub(r"lltk\.nvfp4_quantise\.\S+.*\)", call, NVFP4) + QUANTISED
     message = refused(after, made(whole), "fuse_rows")
     assert "quantises no activation, norm or sum that it may take in" in message
+
+
+@pytest.mark.parametrize("sum_", ["", SUM, PLAIN])
+def test_a_norm_that_is_not_quantised_is_an_op(sum_: str) -> None:
+    """With the sum before it, which is kept if others read it, and with no rounding left out."""
+    norm = NORM.replace("dtype(x,", "dtype(total,") if sum_ else NORM
+    for others in (True, False):
+        more = ", 'total': total" if others and sum_ else ""
+        end = f"        return {{'sample': abs_1{more}}}\n"
+        read = "        abs_1: bf16[1, 4, 16] = aten.abs.default(to_1)\n"
+        plain = made(HEAD + sum_ + norm + read + end)
+        program = after(plain, "fuse_rows")
+        label = {"": "", SUM: "gated sum → ", PLAIN: "sum → "}[sum_] + "modulated norm"
+        assert program.log[-1].matches == {label: 1}
+        (call,) = op_calls(text(program, "score"))
+        assert ("keep_sum=True" in call) == bool(others and sum_)
+        given = inputs(plain, "score")
+        wanted = run(plain, "score", given)
+        assert same(run(program, "score", given), wanted)
+        given["x"] = 1.1 * given["x"]
+        assert not same(run(program, "score", given), wanted)
+
+
+def test_a_norm_in_float32_is_one_too() -> None:
+    whole = HEAD + NORM.replace("to.dtype(x, torch.float32)", "mul.Tensor(x, weight)")
+    changed, matches = rewritten(whole + FP8 + QUANTISED)
+    assert matches == {"modulated norm": 1}
+    assert op_calls(changed)[0].startswith("lltk.row_pipeline.default(to, scale=")
 
 
 def test_widths_that_are_no_blocks_are_for_fp8_alone() -> None:
@@ -365,8 +397,8 @@ def test_widths_that_are_no_blocks_are_for_fp8_alone() -> None:
 
     whole, _ = rewritten(narrow(HEAD + NORM + FP8 + QUANTISED))
     assert op_calls(whole) == [called("x, scale=scale, shift=shift, eps=1e-06, to='fp8'")]
-    message = refused(after, made(narrow(HEAD + NORM + NVFP4 + QUANTISED)), "fuse_rows")
-    assert "quantises no activation, norm or sum that it may take in" in message
+    whole, _ = rewritten(narrow(HEAD + NORM + NVFP4 + QUANTISED))
+    assert op_calls(whole) == [called("x, scale=scale, shift=shift, eps=1e-06")]
 
 
 def test_a_recipe_may_fuse_some_steps_alone() -> None:
@@ -390,7 +422,7 @@ def test_passes_of_older_recipes_are_named(name: str) -> None:
 
 
 PIPELINES = {"gated sum → norm": 3, "sum → modulated norm": 3, "modulated norm": 4, "gelu": 3}
-"""Those before quantisers, of both graphs: three blocks, and what makes the output."""
+"""Those before quantisers, of both graphs: three blocks, and the commit's last keys and values."""
 
 
 @pytest.mark.parametrize(
@@ -403,8 +435,9 @@ def test_results_stay(dtype: str, precision: str | None) -> None:
     plain = after(reached("stream", *CAUSAL, dtype=dtype, head_dim=16), *steps)
     program = after(plain, "fuse_rows")
     fused = {f"{label} → {precision}": count for label, count in PIPELINES.items()}
-    wanted_matches = {"gated sum": 6} if precision is None else {**fused, "gated sum": 3}
-    assert program.log[-1].matches == wanted_matches
+    unquantised = {"gated sum → norm": 3, "sum → modulated norm": 3, "modulated norm": 5}
+    alone = {"modulated norm": 1, **fused} if precision else unquantised
+    assert program.log[-1].matches == {**alone, "gated sum": 3}
     if dtype == "float32":
         plain = after(plain, {"fuse_rows": {"steps": ["norm"]}})
     finished = after(program, "regionalise", {"lower": {"paged_attention": "reference"}})
@@ -430,7 +463,7 @@ def test_results_in_nvfp4_stay(dtype: str) -> None:
     plain = with_weights(built("nvfp4_infer"), weights)
     fused = with_weights(built("nvfp4_infer", "fuse_rows"), weights)
     matches = {f"{label} → nvfp4": count for label, count in PIPELINES.items()}
-    assert fused.log[-3].matches == {**matches, "gated sum": 3}
+    assert fused.log[-3].matches == {**matches, "modulated norm": 1, "gated sum": 3}
     for graph in ("step", "commit"):
         given = inputs(plain, graph)
         wanted = run(plain, graph, given)

@@ -171,9 +171,7 @@ def _write(
     own = largest + batch * heads + head
     stores = tl.program_id(0) == 0
     tensor = tensor_scales(own, decode_scales + page * heads + head, stores, TOP)
-    values, place, inside = _load(
-        value, batch_stride, token_stride, mean, tokens, blocks, AMOUNT
-    )
+    values, place, inside = _load(value, batch_stride, token_stride, mean, tokens, blocks, AMOUNT)
     scale, packed = quantise_blocks(values[None, :, :], place, tensor, None, 0, TOP, RULE, NATIVE)
     block = page * tokens * heads * blocks + place
     store_blocks(codes, scales, block, scale, packed, inside)
