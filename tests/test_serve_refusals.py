@@ -91,8 +91,10 @@ def test_another_version_is_told_so(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}]
-)
+    "headers",
+    [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://[::1"},
+     {"Host": "evil.example"}],
+)  # fmt: skip
 def test_another_page_is_refused(server: Server, headers: dict[str, str]) -> None:
     own = server.headers | headers
     answer = server.http().post("/v1/videos", json={"prompt": "x"}, headers=own)

@@ -138,11 +138,11 @@ class Guard:
 
     def _refusal(self, headers: Headers) -> tuple[int, str]:
         host = headers.get("host", "").lower()
-        name = urlsplit(f"//{host}").hostname if _is_host(host) else None
+        name = urlsplit(f"//{host}").hostname if host and _place(f"//{host}") == host else None
         if name is None or (self._hosts and name not in self._hosts):
             return 421, "host: this server is not reached by that name; see --public-host"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host:
+        if origin is not None and _place(origin) != host:
             return 403, "origin: another page's requests are refused"
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._largest:
@@ -165,12 +165,12 @@ class Guard:
         return bounded
 
 
-def _is_host(host: str) -> bool:
-    """Whether a Host header is one."""
+def _place(url: str) -> str | None:
+    """Host and port of a URL; None if it is none."""
     try:
-        return bool(host) and urlsplit(f"//{host}").netloc == host
+        return urlsplit(url).netloc.lower()
     except ValueError:
-        return False
+        return None
 
 
 def _adding(send: Send) -> Send:
