@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
@@ -104,6 +105,8 @@ class Sessions:
         self._capacity = capacity
         self._saved = saved
         self._metrics = metrics
+        self._resuming: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Held for each session that somebody resumes."""
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self.admission = Admission(limits, self._room, self._remaining)
@@ -140,6 +143,10 @@ class Sessions:
         Raises:
             Full: it has left its memory, and there is no room.
         """
+        async with self._resuming.setdefault(id, asyncio.Lock()):  # or two would open it from disk
+            return await self._resume(id, token, tell)
+
+    async def _resume(self, id: str, token: str, tell: Tell) -> Entry | None:
         if (entry := self.entries.get(id)) is not None:
             if not same(token, entry.live.terms.secret):
                 return None
