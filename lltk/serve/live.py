@@ -296,7 +296,8 @@ class Live:
         position = min(position, made)
         now = time.monotonic()
         with self._lock:
-            self._playhead = Playhead(position, min(buffered, made - position), now)
+            buffered = min(buffered, made - position)
+            self._playhead = Playhead(position, buffered, now)
         self._metrics.client_buffer_seconds.observe(buffered)
         while self._shown and self._shown[0][0] / self._plan.section.fps <= position:
             frame, asked = self._shown.popleft()
