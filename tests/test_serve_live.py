@@ -20,6 +20,7 @@ from serving import (
     PROMPT,
     WAIT,
     Server,
+    Viewer,
     as_reported,
     completed,
     encoded,
@@ -112,10 +113,11 @@ def test_nothing_is_made_beyond_a_chunk_ahead_of_the_viewer(server: Server) -> N
         with pytest.raises(TimeoutError):
             viewer.receive(wait=0.2)
         assert live.chunks == 3
-        viewer.send(type="client.playback", position=1e6, buffered=1e6)  # a lie gains nothing
+        viewer.send(type="client.playback", position=1e308, buffered=1e308)  # a lie gains nothing
         viewer.until("video.chunk_metadata", 2, play=False)
         with pytest.raises(TimeoutError):
             viewer.receive(wait=0.2)
+        assert "lltk_client_buffer_seconds_sum 0.0\n" in server.http().get("/metrics").text
 
 
 def test_events_act_from_the_chunk_that_their_receipts_name(
@@ -332,6 +334,25 @@ def test_a_second_connection_takes_a_session_over(server: Server) -> None:
             assert (code, last["code"]) == (1008, "taken_over")
             second.play()
             second.until("video.chunk_metadata")
+
+
+def test_connections_that_resume_a_session_at_once_share_it(
+    pipeline: Path, tmp_path: Path, encoded: list[list[Tensor]]
+) -> None:
+    """It is opened from disk once, and takes one place."""
+    with serving(planned(pipeline), tmp_path, expires=0.05) as server:
+        sessions = server.service.sessions
+        with server.watching(max_seconds=CHUNKS) as first:
+            first.until("video.chunk_metadata", 2)
+        until(lambda: not sessions.entries)
+        with server.connect() as one, server.connect() as another:
+            viewers = Viewer(one), Viewer(another)
+            for viewer in viewers:
+                viewer.send(**first.resuming())
+            for viewer in viewers:
+                viewer.until("session.created", play=False)
+            assert sessions.admission._owners.total() == 1
+            assert len(encoded) == 2
 
 
 @pytest.mark.parametrize("wrong", ["session_id", "resume_token", "after_sequence"])

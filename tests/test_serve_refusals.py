@@ -332,6 +332,11 @@ def test_who_does_not_fit_waits_and_then_is_told_when_to_come_back(
         with server.watching() as second:
             queued = second.until("session.queued")
             assert (queued["position"], queued["length"]) == (1, 1)
+            second.send(type="client.playback", position=0, buffered=0)  # of a hasty player
+            second.event("early", prompt=OTHER)
+            answer = second.receive()
+            assert isinstance(answer, dict) and answer["event_id"] == "early"
+            assert "has not begun" in answer["message"]
             assert 0 < queued["estimate_s"] <= 50
             with server.watching() as third:
                 code, last = third.closed()

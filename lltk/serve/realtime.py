@@ -153,6 +153,9 @@ class Connection:
                 await self._act(self._entry, message)
             elif isinstance(message, SessionStop):
                 return
+            elif not isinstance(message, ClientPlayback):
+                said = f"{message.type}: the session has not begun; send it after session.created"
+                await self._refuse(message, said)
 
     async def _act(self, entry: Entry, message: FromClient) -> None:
         """Do what a message says to a session."""
@@ -173,13 +176,17 @@ class Connection:
             else:
                 raise ValueError(f"{message.type}: the session has begun; send it first of all")
         except ValueError as error:
-            name = None
-            if isinstance(message, SessionInteraction):
-                name = message.interaction.event_id
-            elif isinstance(message, SessionPause | SessionPlay):
-                name = message.event_id
-            await self._send(Error(code="refused", message=str(error), event_id=name))
+            await self._refuse(message, str(error))
         service.engine.poke()
+
+    async def _refuse(self, message: FromClient, reason: str) -> None:
+        """Say why a message is not done, of an event by its name."""
+        name = None
+        if isinstance(message, SessionInteraction):
+            name = message.interaction.event_id
+        elif isinstance(message, SessionPause | SessionPlay):
+            name = message.event_id
+        await self._send(Error(code="refused", message=reason, event_id=name))
 
     # What goes
 
