@@ -300,6 +300,30 @@ def test_prompts_are_forgotten_and_failures_are_not_kept() -> None:
     assert float(prompts("broken").mean()) == 6
 
 
+def test_prompts_that_nobody_wants_any_more_are_not_encoded() -> None:
+    """Those of a session that changes its mind keep no other session's waiting."""
+    asked: list[str] = []
+    begun, may_end, rested = threading.Event(), threading.Event(), threading.Event()
+
+    def embed(prompt: str) -> Tensor:
+        asked.append(prompt)
+        begun.set()
+        assert may_end.wait(LIMIT)
+        return torch.zeros(1, 2, 3)
+
+    worker = PromptWorker(embed, rested.set)
+    hasty, patient = Prompts(worker), Prompts(worker)
+    hasty.expect(["a"])
+    assert begun.wait(LIMIT)
+    for prompts in (["b", "c"], ["c", "d"], ["d"]):
+        hasty.expect(prompts)
+    patient.expect(["e"])
+    hasty.expect([])
+    may_end.set()
+    patient.wait()
+    assert asked == ["a", "e"] and rested.wait(LIMIT)
+
+
 # Loading
 
 

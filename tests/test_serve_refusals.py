@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection
@@ -34,6 +35,7 @@ from torch import Tensor
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from lltk.serve import realtime
 from lltk.serve.messages import FROM_SERVER, LONGEST_PROMPT, LONGEST_TEXT, PROTOCOL, TOKEN
 from lltk.serve.service import Service
 from lltk.streaming import check_sessions
@@ -307,6 +309,52 @@ def test_an_event_that_comes_again_is_applied_once(server: Server) -> None:
         again.send(type="client.playback", position=100, buffered=0)
         again.until("session.done")
     assert [each for part in again.parts for each in part["started_event_ids"]] == ["once"]
+
+
+def test_a_session_has_so_many_events_ahead(server: Server) -> None:
+    """Or one client's events and shots would grow for ever, and keep the others waiting."""
+
+    def asked(name: str, **event: Any) -> dict[str, Any]:
+        viewer.event(name, **event)
+        message = viewer.receive()
+        assert isinstance(message, dict)
+        return message
+
+    shots = [{"caption": f"{PROMPT} {k}", "seconds": 1} for k in range(64)]
+    with server.watching(prompt=None, shots=shots, max_seconds=300) as viewer:
+        viewer.until("video.chunk_metadata", 2, play=False)
+        assert "received" in asked("fits", append=shots)
+        assert "128 shots are ahead" in asked("many", append=shots[:4])["message"]
+        for k in range(63):
+            assert "received" in asked(f"{k}", prompt=OTHER, cut=True)
+        assert "64 wait already" in asked("one-more", prompt=OTHER, cut=True)["message"]
+        viewer.play()
+        viewer.until("video.chunk_metadata")
+        assert "received" in asked("now", prompt=OTHER, cut=True)
+
+
+def test_shots_that_could_not_be_seen_are_refused(server: Server) -> None:
+    shots = [{"caption": PROMPT, "seconds": 9}]
+    with server.watching(prompt=None, shots=shots, max_seconds=4) as viewer:
+        viewer.until("video.chunk_metadata", 2, play=False)
+        viewer.event("late", append=shots)
+        message = viewer.receive()
+        assert isinstance(message, dict)
+        assert "last until the stream's end" in message["message"]
+
+
+def test_a_client_that_sends_too_much_waits(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(realtime, "_RATE", 10.0)
+    with server.watching() as viewer:
+        viewer.until("session.created")
+        begun = time.monotonic()
+        for _ in range(14):
+            viewer.send(type="session.ping")
+        while [m["type"] for m in viewer.messages].count("session.pong") < 14:
+            viewer.receive()
+    assert time.monotonic() - begun > 0.4  # ten at once, and one each 0.1 s
 
 
 def test_many_wrong_messages_end_a_connection(server: Server) -> None:

@@ -13,6 +13,7 @@ from threading import Lock
 from torch import Tensor
 
 from lltk.serve.messages import (
+    MOST_SHOTS,
     SHOT_SECONDS,
     ChunkMetadata,
     Event,
@@ -33,6 +34,8 @@ from lltk.streaming import Plan, Stream
 
 _REMEMBERED = 1000
 """Events of a session that are known again."""
+_WAITING = 64
+"""Events of a session that may wait to be visible."""
 
 
 @dataclass(frozen=True)
@@ -316,8 +319,11 @@ class Live:
         stream, terms = self.stream, self.terms
         if self.over:
             raise ValueError("event: the stream is as long as it may be; start another")
+        if len(self.progress.events) >= _WAITING:
+            raise ValueError(f"event: {_WAITING} wait already; send it once one of them is visible")
         with self._lock:
             if event.append is not None:
+                self._check_room(len(event.append))
                 receipt = stream.append(event.append)
             elif event.cut:
                 receipt = stream.cut(event.prompt or "", event.seconds or SHOT_SECONDS)
@@ -327,6 +333,17 @@ class Live:
             self.progress.events[receipt.number] = name
             self._asked[name] = time.monotonic()
         return _queued(name, receipt)
+
+    def _check_room(self, shots: int) -> None:
+        """Check that shots can follow all others."""
+        assert self._timeline is not None
+        ahead = self._timeline.chunks
+        if ahead and ahead[-1].frames.stop >= self._limit:
+            raise ValueError("append: the shots before it last until the stream's end; cut instead")
+        if len({chunk.shot for chunk in ahead}) + shots > 2 * MOST_SHOTS:
+            raise ValueError(
+                f"append: more than {2 * MOST_SHOTS} shots are ahead; send it once some are over"
+            )
 
     def hold(self, paused: bool, name: str | None) -> InteractionQueued | None:
         """Pause, or play on; answered if it has a name, as `interact`."""

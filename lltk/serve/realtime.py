@@ -42,6 +42,8 @@ _COME_BACK = 5.0
 """Seconds after which a client whose session was put away may wait for room again."""
 _MOST_WRONG = 16
 """Messages of one connection that may be wrong."""
+_RATE = 100.0
+"""Messages of one connection a second, and at once; more wait."""
 _LONGEST_REASON = 400
 """Characters of what is wrong with a message."""
 
@@ -71,6 +73,8 @@ class Connection:
         self._sending = asyncio.Lock()
         self._entry: Entry | None = None
         self._wrong = 0
+        self._paced = 0.0
+        """When its messages so far would have come, at that rate."""
 
     async def serve(self) -> None:
         """Serve it; the session of a connection that is lost can be resumed."""
@@ -123,6 +127,7 @@ class Connection:
         """The next message that is right."""
         while True:
             event = await self._socket.receive()
+            await self._pace()
             if event["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(event.get("code", 1006))
             text = event.get("text")
@@ -142,6 +147,12 @@ class Connection:
                 if self._entry is None or self._wrong > _MOST_WRONG:
                     raise Refused(Close.POLICY, "invalid_message", reason) from error
                 await self._send(Error(code="invalid_message", message=reason))
+
+    async def _pace(self) -> None:
+        """Let a client that sends too much wait, rather than all others."""
+        now = time.monotonic()
+        self._paced = max(self._paced, now - 1) + 1 / _RATE
+        await asyncio.sleep(max(self._paced - now, 0))
 
     async def _read(self) -> None:
         """Do what messages say, until the client is gone, or stops while it waits."""

@@ -46,11 +46,19 @@ class PromptWorker:
                 torch.cuda.current_stream(made.device).synchronize()
             return made
         finally:
-            with self._lock:
-                self._waiting -= 1
-                idle = not self._waiting
-            if idle:
-                self._rest()
+            self._over()
+
+    def forget(self, made: Future[Tensor]) -> None:
+        """Leave a prompt that nobody wants any more, if its turn has not come."""
+        if made.cancel():
+            self._thread.submit(self._over)
+
+    def _over(self) -> None:
+        with self._lock:
+            self._waiting -= 1
+            idle = not self._waiting
+        if idle:
+            self._rest()
 
 
 def pipeline_worker(
@@ -99,6 +107,8 @@ class Prompts:
             known = self._begun
             wanted = [*prompts, *self._always]
             self._begun = {p: known.get(p) or self._worker.begin(p) for p in wanted}
+            for prompt in known.keys() - self._begun.keys():
+                self._worker.forget(known[prompt])
 
     def wait(self) -> None:
         """Wait until all expected prompts are encoded.

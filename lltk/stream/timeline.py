@@ -70,7 +70,8 @@ class Timeline:
     @property
     def index(self) -> int:
         """Index of the chunk in flight, or else of the next one: how many chunks are made."""
-        return self.state.index
+        with self._changed:
+            return self._index
 
     @property
     def prompts(self) -> list[str]:
@@ -214,6 +215,10 @@ class Timeline:
 
     # With the lock held
 
+    @property
+    def _index(self) -> int:
+        return 0 if self._last is None else self._last.index + 1
+
     def _going_on(self) -> list[Chunk]:
         """The chunk that an endless script has behind all others; none before the first."""
         before = self._chunks[-1] if self._chunks else self._last
@@ -238,8 +243,7 @@ class Timeline:
         self._changed.notify_all()
 
     def _receipt(self, event: str, applied: bool = False) -> Receipt:
-        begun = 0 if self._last is None else self._last.index + 1
-        begun += self._in_flight
+        begun = self._index + self._in_flight
         self._events += 1
         return Receipt(self._events - 1, event, begun, begun if applied else None)
 

@@ -120,6 +120,7 @@ class Stream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._prompts.expect(())
         try:
             self.session.__exit__(kind, error, trace)
         finally:
