@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import os
 import socket
 import sys
@@ -142,6 +143,32 @@ def test_every_route_wants_the_token(server: Server) -> None:
             method, path.replace("{id}", "x"), headers={"authorization": "Bearer no"}
         )
         assert (answer.status_code == 401) == (path not in free), path
+
+
+def begin_a_body(server: Server, path: str, token: str) -> socket.socket:
+    """A request whose body does not come."""
+    host, port = address(server)
+    begun = socket.create_connection((host, port), timeout=5)
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer {token}\r\n"
+    begun.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 9\r\n\r\n[".encode())
+    return begun
+
+
+@pytest.mark.parametrize("path", ["/v1/sessions", "/v1/files", "/v1/videos"])
+def test_a_stranger_s_body_is_not_waited_for(server: Server, path: str) -> None:
+    with begin_a_body(server, path, "no") as begun:
+        assert begun.recv(12) == b"HTTP/1.1 401"
+
+
+def test_a_client_that_goes_within_a_body_is_no_error(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
+    for path in ("/v1/sessions", "/v1/videos"):
+        begin_a_body(server, path, "sesame").close()
+    for _ in range(5):
+        assert server.http().get("/health").status_code == 200
+    assert not caplog.records
 
 
 def test_answers_tell_a_browser_what_it_may_do(server: Server) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import HTTPException, Request
+from fastapi import HTTPException, Request, Response
+from fastapi.routing import APIRoute
 
 from lltk.serve.messages import Message
 from lltk.serve.security import Tokens, bearer
@@ -58,6 +59,23 @@ def asking(tokens: Tokens) -> Callable[[Request], str]:
         return digest(token or "")
 
     return owner
+
+
+def routes(tokens: Tokens) -> type[APIRoute]:
+    """Routes that want the token before they read a body, which dependencies come after."""
+    owner = asking(tokens)
+
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def handled(request: Request) -> Response:
+                owner(request)
+                return await handle(request)
+
+            return handled
+
+    return Route
 
 
 def when_ready(service: Service) -> Callable[[], None]:

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
 from lltk import __version__
 from lltk.serve.admission import Full
@@ -78,6 +79,10 @@ def create_app(service: Service, tokens: Sequence[str] = (), hosts: Sequence[str
     @app.exception_handler(ValueError)
     async def wrong(request: Request, error: ValueError) -> JSONResponse:
         return await refused(request, refusal(400, "refused", str(error)))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # for nobody
 
     @app.get("/health")
     async def health() -> dict[str, str]:

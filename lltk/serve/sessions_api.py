@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, UploadFile
 from fastapi.responses import Response
 
 from lltk.serve.admission import Full
-from lltk.serve.answers import REFUSALS, asking, refusal, when_ready
+from lltk.serve.answers import REFUSALS, asking, refusal, routes, when_ready
 from lltk.serve.messages import Message, SessionQueued, SessionStart
 from lltk.serve.security import Tokens
 from lltk.serve.service import Service
@@ -87,7 +87,9 @@ def sessions_api(service: Service, tokens: Tokens) -> APIRouter:
         tokens: that clients need.
     """
     ready = [Depends(when_ready(service))]
-    api = APIRouter(prefix="/v1", responses=REFUSALS, dependencies=ready)
+    api = APIRouter(
+        prefix="/v1", responses=REFUSALS, dependencies=ready, route_class=routes(tokens)
+    )
     Owner = Annotated[str, Depends(asking(tokens))]
 
     def entry_of(owner: str, id: str) -> Entry:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from torch import Tensor
 
-from lltk.serve.answers import REFUSALS, asking, refusal, when_ready
+from lltk.serve.answers import REFUSALS, asking, refusal, routes, when_ready
 from lltk.serve.realtime import explained
 from lltk.serve.security import Tokens
 from lltk.serve.service import Service
@@ -30,7 +30,9 @@ def videos_api(service: Service, tokens: Tokens) -> APIRouter:
         tokens: that clients need.
     """
     ready = [Depends(when_ready(service))]
-    api = APIRouter(prefix="/v1/videos", responses=REFUSALS, dependencies=ready)
+    api = APIRouter(
+        prefix="/v1/videos", responses=REFUSALS, dependencies=ready, route_class=routes(tokens)
+    )
     Owner = Annotated[str, Depends(asking(tokens))]
 
     def video_of(owner: str, id: str) -> Video:
