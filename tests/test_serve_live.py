@@ -145,6 +145,9 @@ def test_events_act_from_the_chunk_that_their_receipts_name(
         assert [m["event"] for m in viewer.messages if "event" in m] == ["switch", "cut", "append"]
         viewer.play()
         viewer.until("session.done")
+        told = server.http().get("/metrics").text
+    assert "lltk_first_frame_seconds_count 1.0\n" in told
+    assert "lltk_switch_visible_seconds_count 3.0\n" in told
     assert received == {"one": 2, "two": 3, "three": 4}
     started = {part["generation_chunk_index"]: part["started_event_ids"] for part in viewer.parts}
     assert {k: ids for k, ids in started.items() if ids} == {2: ["one"], 3: ["two"], 4: ["three"]}

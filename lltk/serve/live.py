@@ -114,7 +114,8 @@ class Live:
         self.terms = terms
         self.ring = ring
         self.progress = progress
-        self.paused_at = time.monotonic()
+        self._began = time.monotonic()
+        self.paused_at = self._began
         """When it was paused, if it is."""
         self.failure: Exception | None = None
         self._plan = plan
@@ -287,6 +288,8 @@ class Live:
             started_event_ids=tuple(names),
             seconds=self._seconds,
         )
+        if chunk.index == 0:
+            self._metrics.first_frame_seconds.observe(time.monotonic() - self._began)
         self.progress.sequence += 1
         self.ring.add(Part(self.beginning, message, data))
         self._changed()

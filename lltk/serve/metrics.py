@@ -43,7 +43,7 @@ class Metrics:
         )
         self.first_frame_seconds = Histogram(
             "lltk_first_frame_seconds",
-            "Seconds from a session's start to its first frames' being sent.",
+            "Seconds from when a session has room until its first frames are encoded.",
             buckets=_WAIT,
             registry=registry,
         )
