@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -159,6 +160,22 @@ def test_a_cut_before_the_first_chunk_begins_the_video() -> None:
     running = timeline(shot("a", 3), shot("b", 1))
     running.cut("x", 1)
     assert told(make(running)) == [(0, 0, 0, "x", True), (1, 1, 1, "CUT b", True)]
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_events_after_a_cut_act_on_its_shot(in_flight: bool) -> None:
+    """Also before it begins: another cut is shown in its place, and a switch changes it."""
+    running = timeline(shot("a", 4), shot("b", 1))
+    make(running, 1)
+    with running.next() if in_flight else nullcontext():
+        running.cut("x", 3)
+        running.cut("y", 2)
+        running.switch("z")
+    begun = 1 + in_flight
+    chunks = make(running)
+    assert [chunk.prompt for chunk in chunks] == ["CUT z", "z", "CUT b"]
+    assert [chunk.opens_shot for chunk in chunks] == [True, False, True]
+    assert events(chunks[0]) == [("cut", begun, begun)] * 2 + [("switch", begun, begun)]
 
 
 def test_a_cut_acknowledges_the_switch_that_it_overtakes() -> None:

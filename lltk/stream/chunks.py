@@ -170,6 +170,12 @@ class Chunking:
             self.recache and first and not cut,
         )
 
+    def switched(self, chunk: Chunk, prompt: str) -> Chunk:
+        """The chunk with another prompt, which the scene-cut prefix precedes if it comes after a
+        cut."""
+        cut = chunk.opens_shot and chunk.index > 0
+        return replace(chunk, prompt=(self.scene_cut if cut else "") + prompt)
+
     def going_on(self, after: Chunk) -> Chunk:
         """One more chunk of the same shot."""
         index = after.index + 1

@@ -37,7 +37,8 @@ class Timeline:
     An event acts from the first chunk that has not begun when it comes. Its receipt says which
     that is, and the chunk from which it acts carries the receipt. The shot of the chunk in flight,
     or between chunks of the one made last, is the running shot; before the first chunk it is the
-    first shot. When the script is over, `append` and `cut` make it go on.
+    first shot. After a cut it is the cut's shot, although that has not begun. When the script is
+    over, `append` and `cut` make it go on.
 
     Args:
         chunking: how shots become chunks.
@@ -99,7 +100,8 @@ class Timeline:
         """Show something else for the rest of the running shot.
 
         Args:
-            prompt: the text to encode, as it stands.
+            prompt: the text to encode, as it stands; only the scene-cut prefix precedes it where a
+                cut has not begun.
             recache: whether to commit held chunks again under the prompt, from their clean latents,
                 oldest first, except sinks; None as the chunking says.
 
@@ -119,7 +121,7 @@ class Timeline:
                     "new shot, or append one"
                 )
             receipt = self._receipt("switch")
-            rest = [replace(chunk, prompt=prompt) for chunk in rest]
+            rest = [self._chunking.switched(chunk, prompt) for chunk in rest]
             recache &= not rest[0].opens_shot
             rest[0] = replace(rest[0], recache=recache, receipts=(*rest[0].receipts, receipt))
             self._follow([*rest, *later])
@@ -232,7 +234,7 @@ class Timeline:
         """The chunks that have not begun: the running shot's, and those of later shots."""
         running = self._chunks[0] if self._in_flight else self._last
         ahead = self._chunks[self._in_flight :]
-        if running is None and ahead:
+        if ahead and (running is None or any(each.event == "cut" for each in ahead[0].receipts)):
             running = ahead[0]
         own = [chunk for chunk in ahead if running and chunk.shot == running.shot]
         return own, ahead[len(own) :]
