@@ -52,7 +52,8 @@ class FuseAttentionQuantise(Pass[Config]):
             →  fp8_quantise_attention(…)
 
     With ``keep_decoded`` it also does this, and lets the op read k_pages_decoded_i,
-    k_pages_largest_i, v_pages_decoded_i and v_pages_largest_i. Results stay the same, bit for bit::
+    k_pages_largest_i, v_pages_decoded_i and v_pages_largest_i. Attention reads the same bits, in
+    another order::
 
         nvfp4_write_page(k_pages_codes_i, …, k, slot, rule)
             →  the same, and fp8_decode_page(k_pages_decoded_i, k_pages_largest_i,

@@ -20,7 +20,8 @@ def compose(
 
     Where pages are kept decoded and all but one are listed, attention reads them where they lie.
     The chunk's own keys and values go to the page that is left, which its commit will write again.
-    Otherwise the listed pages are decoded first. Both ways give the same bits.
+    Otherwise the listed pages are decoded first. Both ways attend to the same keys and values, bit
+    for bit, in another order.
 
     Args:
         module: the Python module that the implementation belongs to.
