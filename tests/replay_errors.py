@@ -76,7 +76,7 @@ def replay_errors(meta: Mapping[str, Any], data: Mapping[str, Tensor]) -> float:
     section = section_of(meta["error_recycling"])
     chunk, grid = meta["frames_per_chunk"], noise_grid()
     shape = (meta["channels"], chunk, *meta["latent"])
-    recycling = ErrorRecycling(section, shape, torch.float32)
+    recycling = ErrorRecycling(section, shape, torch.float32, meta["frames"] // chunk)
     differences = []
     for number, info in enumerate(meta["step_info"]):
         step = {

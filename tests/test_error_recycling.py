@@ -25,7 +25,7 @@ CHUNKS = 3
 
 
 def recycling(**settings: Any) -> ErrorRecycling:
-    return ErrorRecycling(ErrorRecyclingSection(**settings), SHAPE, torch.float32)
+    return ErrorRecycling(ErrorRecyclingSection(**settings), SHAPE, torch.float32, CHUNKS)
 
 
 def values(batch: Batch, name: str) -> Tensor:
@@ -280,3 +280,92 @@ def test_another_state_is_refused(
     before = {f"noise.3.{place}": torch.zeros(SHAPE) for place in range(3)}
     state = before | {name: torch.zeros(shape, dtype=dtype)}
     assert said in refused(recycling(entries=3).load, state)
+
+
+# Owners
+
+
+def test_owners_have_every_nth_bucket() -> None:
+    """Of levels in another's bucket, an owner has the nearest bucket, and the later of two."""
+    buffer = ErrorBuffer(10, 2, (1,), torch.float32, owners=4)
+    for bucket in range(10):
+        buffer.add(torch.tensor([float(bucket)]), 100 * bucket, 0.0)
+
+    def near(owner: int) -> list[float]:
+        found = [buffer.near(100 * bucket + 99, 0.0, owner) for bucket in range(10)]
+        return [float(error) for error in found if error is not None]
+
+    assert near(0) == [0, 0, 4, 4, 4, 4, 8, 8, 8, 8]
+    assert near(3) == [3, 3, 3, 3, 3, 7, 7, 7, 7, 7]
+    assert [buffer.owner(level) for level in (0, 199, 399, 400, 950)] == [0, 1, 3, 0, 1]
+    assert [buffer.count(owner) for owner in range(4)] == [3, 3, 2, 2]
+    found = [buffer.any(draw, 1) for draw in (0.0, 0.34, 0.99)]
+    assert [float(error) for error in found if error is not None] == [1, 5, 9]
+
+
+EVERYWHERE = {"clean": 0.0, "latent": 1.0, "noise": 0.0, "context": 1.0, "owners": 3}
+
+
+def test_chunks_carry_errors_of_their_owners() -> None:
+    kept = filled(**EVERYWHERE)
+    kinds = rows(kept, "latent")
+    batch, given = turn(kept, range(300, 306))
+    clean = values(batch, "clean")
+    for part, name in ((given.latents, "latents"), (given.context, "context")):
+        added = (part - clean).unflatten(2, (CHUNKS, -1)).movedim(2, 1)
+        for sample, row in enumerate(given.level.tolist()):
+            for chunk, level in enumerate(row):
+                own = {bucket: kinds[bucket] for bucket in kinds if bucket % 3 == chunk}
+                found = [bucket for bucket in own if multiples(added[sample, chunk], own[bucket])]
+                if name == "context":
+                    assert len(found) == 1
+                elif added[sample, chunk].any():
+                    assert abs(found[0] - level // 20) <= 2
+
+
+def test_later_errors_are_kept_by_the_owner_of_their_chunk() -> None:
+    """Of the first fifty steps all are; then a third, as three owners have equally many buckets."""
+    kept = recycling(**EVERYWHERE)
+    grown = []
+    for step in range(90):
+        _, given = turn(kept, range(step, step + 1))
+        before = len(kept.state())
+        kept.end_step()
+        own = sum(level // 20 % 3 == chunk for chunk, level in enumerate(given.level[0].tolist()))
+        grown.append((len(kept.state()) - before, 2 * (CHUNKS if step < 50 else own)))
+    assert all(found == wanted for found, wanted in grown)
+    assert {wanted for _, wanted in grown[50:]} > {0, 2}
+
+
+def test_owners_decide_for_themselves() -> None:
+    kept = filled(**EVERYWHERE | {"latent": 0.5, "clean": 0.3, "update": 0.0})
+    free = plain(batch := Batch(3, range(400, 440), {}))
+    given = kept.inject(batch, free)
+    carried = (given.context != free.context).unflatten(2, (CHUNKS, -1)).movedim(2, 1)
+    assert torch.equal(carried.flatten(2).any(2), given.kept)
+    assert {tuple(row) for row in given.kept.tolist()} >= {(True, False, True), (False, True, True)}
+
+
+def test_owners_go_on_from_a_state() -> None:
+    """They know by it whether the first steps are over."""
+    state = filled(4 * 51, **EVERYWHERE).state()
+    again, new = recycling(**EVERYWHERE), recycling(**EVERYWHERE)
+    again.load(state)
+    assert again.state().keys() == state.keys()
+    for kept in (again, new):
+        turn(kept, range(500, 508))
+        kept.end_step()
+    assert len(new.state()) - 1 == 2 * 8 * CHUNKS > len(again.state()) - len(state)
+    del state["steps"]
+    assert refused(recycling(**EVERYWHERE).load, state).startswith("steps: is missing")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"owners": 2}, "owners: 2 do not divide the 3 chunks of a clip; set one of [1, 3]"),
+        ({"owners": 3, "buckets": 2}, "owners: 3 are more than the 2 buckets; set at most so many"),
+    ],
+)
+def test_misfit_owners(settings: dict[str, Any], message: str) -> None:
+    assert refused(recycling, **settings) == f"train.error_recycling.{message}"

@@ -82,7 +82,7 @@ CASES = {
     "naive": Case(
         options={
             "image": 0.6,
-            "error_recycling": ErrorRecyclingSection(clean=0.3, buckets=2, entries=3),
+            "error_recycling": ErrorRecyclingSection(clean=0.3, buckets=2, entries=3, owners=2),
         },
         padded=True,
         naive=True,

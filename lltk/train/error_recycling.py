@@ -10,6 +10,10 @@ added to what it is given:
 With x_s = (1 − s)·x₀ + s·ε and the prediction v, the latents' error is x_s − s·v − x₀, and the
 noise's (1 − s)·(v − (ε − x₀)). The model predicts ε − x₀ from the x₀ without error and the ε with
 it. From Stable Video Infinity, as LongLive-2.0 has it.
+
+There, each of the ranks that share a clip owns every N-th bucket, and its chunks carry errors of
+those alone. So what is learned depends on the number of ranks. Here it does so only where
+``owners`` asks for it, and then on any ranks as on so many.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from lltk.train.recipe import ErrorRecyclingSection
 _KINDS = ("latent", "noise")
 GATES = ("clean", "noise", "latent", "context", "update")
 """What is decided for a sample, in the order of its numbers of the purpose ``recycling``."""
+_SHARED = 50
+"""Steps of which all errors are kept, whichever owner's chunks they come from; LongLive-2.0's."""
+_STEPS = "steps"
 
 
 class Draws(Protocol):
@@ -41,22 +48,29 @@ class ErrorBuffer:
     """Errors of whole chunks on the CPU, by noise level.
 
     Levels that follow each other share a bucket. Once a bucket is full, a new error replaces any of
-    its errors.
+    its errors. Owner r of N has the buckets r, r + N, …
 
     Args:
         buckets: into which the levels are divided.
         capacity: most errors in a bucket.
         shape: of an error.
         dtype: in which errors are kept.
+        owners: how many owners there are.
     """
 
     def __init__(
-        self, buckets: int, capacity: int, shape: Sequence[int], dtype: torch.dtype
+        self,
+        buckets: int,
+        capacity: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        owners: int = 1,
     ) -> None:
         self._buckets: list[list[Tensor]] = [[] for _ in range(buckets)]
         self._capacity = capacity
         self.shape = tuple(shape)
         self._dtype = dtype
+        self._owners = owners
 
     def __len__(self) -> int:
         return sum(map(len, self._buckets))
@@ -77,15 +91,26 @@ class ErrorBuffer:
         else:
             bucket[int(draw * len(bucket))] = entry
 
-    def near(self, level: int, draw: float) -> Tensor | None:
-        """An error of a level's bucket; None if that is empty. The draw is uniform in [0, 1)."""
-        bucket = self._buckets[self._bucket(level)]
+    def owner(self, level: int) -> int:
+        """Who has a level's bucket."""
+        return self._bucket(level) % self._owners
+
+    def count(self, owner: int = 0) -> int:
+        """How many errors an owner has."""
+        return sum(map(len, self._buckets[owner :: self._owners]))
+
+    def near(self, level: int, draw: float, owner: int = 0) -> Tensor | None:
+        """An error of an owner's bucket that is nearest to a level's, the later of two; None if
+        that is empty. The draw is uniform in [0, 1)."""
+        own = range(owner, len(self._buckets), self._owners)
+        nearest = min(own, key=lambda place: (abs(place - self._bucket(level)), -place))
+        bucket = self._buckets[nearest]
         return bucket[int(draw * len(bucket))] if bucket else None
 
-    def any(self, draw: float) -> Tensor | None:
-        """Any of the errors, all equally likely; None if there is none."""
-        place = int(draw * len(self))
-        for bucket in self._buckets:
+    def any(self, draw: float, owner: int = 0) -> Tensor | None:
+        """Any of an owner's errors, all equally likely; None if there is none."""
+        place = int(draw * self.count(owner))
+        for bucket in self._buckets[owner :: self._owners]:
             if place < len(bucket):
                 return bucket[place]
             place -= len(bucket)
@@ -138,7 +163,7 @@ class Given:
         level: the index of each chunk's noise level, int64 [B, N], on the CPU.
         sigma: each frame's s, [B, F].
         counted: the frames that count in the loss, bool [B, F].
-        kept: the clips of which errors are to be kept, bool [B].
+        kept: the chunks of which errors are to be kept, bool [B, N].
     """
 
     clean: Tensor
@@ -166,7 +191,7 @@ def without_errors(
     clean: Tensor, noise: Tensor, level: Tensor, sigma: Tensor, counted: Tensor
 ) -> Given:
     """What a model is given where no errors are added, nor kept; see `Given`."""
-    none = torch.zeros(len(clean), dtype=torch.bool)
+    none = torch.zeros(level.shape, dtype=torch.bool)
     return Given(clean, clean, noise, clean, level, sigma, counted, none)
 
 
@@ -177,18 +202,38 @@ class ErrorRecycling:
     depends neither on how the step is split into calls nor on which rank has which clip. Every rank
     keeps the same errors.
 
+    With several owners, consecutive chunks of a clip are each owner's share. What is decided for a
+    clip is decided for each share. After the first steps, an error is only kept if the owner of
+    its chunk has its bucket.
+
     Args:
         section: how often, and how much is kept.
         shape: of a chunk's latents, [C, f, h, w].
         dtype: in which errors are kept.
+        chunks: of a clip.
 
     Raises:
-        ValueError: the memory that the section allows does not hold an error a bucket.
+        ValueError: the memory that the section allows does not hold an error a bucket, or owners do
+            not divide the chunks, or are more than the buckets.
     """
 
     def __init__(
-        self, section: ErrorRecyclingSection, shape: Sequence[int], dtype: torch.dtype
+        self,
+        section: ErrorRecyclingSection,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        chunks: int,
     ) -> None:
+        if section.owners > section.buckets:
+            raise ValueError(
+                f"train.error_recycling.owners: {section.owners} are more than the "
+                f"{section.buckets} buckets; set at most so many"
+            )
+        if chunks % section.owners:
+            raise ValueError(
+                f"train.error_recycling.owners: {section.owners} do not divide the {chunks} chunks "
+                f"of a clip; set one of {_divisors(chunks)}"
+            )
         size = torch.Size(shape).numel() * dtype.itemsize
         fits = int(section.gigabytes * 1e9) // (2 * section.buckets * size)
         if not fits:
@@ -202,9 +247,12 @@ class ErrorRecycling:
         self._length = shape[1]
         capacity = min(section.entries, fits)
         self._buffers = {
-            name: ErrorBuffer(section.buckets, capacity, shape, dtype) for name in _KINDS
+            name: ErrorBuffer(section.buckets, capacity, shape, dtype, section.owners)
+            for name in _KINDS
         }
         self._dtype = dtype
+        self._share = chunks // section.owners
+        self._steps = 0
         self._found: list[tuple[Tensor, Tensor]] = []
 
     def inject(self, draws: Draws, given: Given) -> Given:
@@ -214,7 +262,7 @@ class ErrorRecycling:
             draws: random numbers for the clips.
             given: without errors.
         """
-        section, gates = self._section, _gates(draws)
+        section, gates = self._section, self._gates(draws)
         free = gates["clean"] < section.clean
         shares = {"latent": section.latent, "noise": section.noise, "context": section.context}
         chosen = {name: (gates[name] < share) & ~free for name, share in shares.items()}
@@ -248,7 +296,7 @@ class ErrorRecycling:
         noise = (1 - sigma) * (flow - given.target)
         errors = torch.stack([latent * counted, noise * counted], 1).to(self._dtype)
         chunks = errors.unflatten(3, (-1, self._length)).movedim(3, 1)
-        kept = given.kept[:, None] & given.counted.unflatten(1, (-1, self._length)).any(2)
+        kept = given.kept & given.counted.unflatten(1, (-1, self._length)).any(2)
         replaced = [draws.uniform(f"replaced {kind}", given.level.shape[1]) for kind in _KINDS]
         about = torch.stack([kept, given.level, *replaced], 2).double()
         self._found.append((chunks.contiguous(), about.to(flow.device)))
@@ -258,20 +306,28 @@ class ErrorRecycling:
         for own, about in self._found:
             of_groups = zip(mesh.of_groups(own), mesh.of_groups(about), strict=True)
             for chunks, numbers in of_groups:
-                rows = zip(chunks.flatten(0, 1), numbers.flatten(0, 1).tolist(), strict=True)
-                for errors, (kept, level, *draws) in rows:
-                    for kind, error, draw in zip(_KINDS, errors, draws, strict=True):
+                for clip, row in zip(chunks, numbers.tolist(), strict=True):
+                    for chunk, (kept, level, *draws) in enumerate(row):
                         if kept:
-                            self._buffers[kind].add(error, int(level), draw)
+                            self._keep(chunk, clip[chunk], int(level), draws)
         self._found.clear()
+        self._steps += 1
+
+    def _keep(self, chunk: int, errors: Tensor, level: int, draws: Sequence[float]) -> None:
+        for kind, error, draw in zip(_KINDS, errors, draws, strict=True):
+            buffer = self._buffers[kind]
+            if self._steps < _SHARED or buffer.owner(level) == chunk // self._share:
+                buffer.add(error, level, draw)
 
     def state(self) -> dict[str, Tensor]:
-        """All errors, [C, f, h, w] each, under names such as ``latent.49.0``."""
-        return {
+        """All errors, [C, f, h, w] each, under names such as ``latent.49.0``; ``steps``, an int64
+        [], if there are owners."""
+        errors = {
             f"{kind}.{name}": error
             for kind, buffer in self._buffers.items()
             for name, error in buffer.state().items()
         }
+        return errors if self._section.owners == 1 else errors | {_STEPS: torch.tensor(self._steps)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state`.
@@ -280,7 +336,12 @@ class ErrorRecycling:
             ValueError: there is an error in it that these settings do not give.
         """
         parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
-        for name, error in state.items():
+        errors = dict(state)
+        if self._section.owners > 1:
+            if (steps := errors.pop(_STEPS, None)) is None:
+                raise ValueError(f"{_STEPS}: is missing, by which owners know what to keep")
+            self._steps = int(steps)
+        for name, error in errors.items():
             kind, _, own = name.partition(".")
             if kind not in parts:
                 raise ValueError(f"error {name}: is neither of latents nor of noise")
@@ -297,7 +358,7 @@ class ErrorRecycling:
         Args:
             draws: random numbers for the samples.
             name: to what the errors are added.
-            chosen: the samples that get errors, bool [B].
+            chosen: the chunks that get errors, bool [B, N].
             level: the index of each chunk's noise level, int64 [B, N].
         """
         buffer = self._buffers["noise" if name == "noise" else "latent"]
@@ -306,18 +367,25 @@ class ErrorRecycling:
         choice, scale = draws.uniform(f"recycled {name}", 2, level.shape[1]).unbind(1)
         scale = 1 + self._section.scale * (2 * scale - 1)
         found = torch.zeros(*level.shape, *buffer.shape)
-        for sample in chosen.nonzero().flatten().tolist():
-            for chunk, draw in enumerate(choice[sample].tolist()):
-                near = int(level[sample, chunk])
-                error = buffer.any(draw) if name == "context" else buffer.near(near, draw)
-                if error is not None:
-                    found[sample, chunk] = scale[sample, chunk] * error
+        for sample, chunk in chosen.nonzero().tolist():
+            draw, owner = float(choice[sample, chunk]), chunk // self._share
+            if name == "context":
+                error = buffer.any(draw, owner)
+            else:
+                error = buffer.near(int(level[sample, chunk]), draw, owner)
+            if error is not None:
+                found[sample, chunk] = scale[sample, chunk] * error
         return found.movedim(1, 2).flatten(2, 3)
 
+    def _gates(self, draws: Draws) -> dict[str, Tensor]:
+        """What is decided for each chunk, by name, [B, N]; it happens below a share."""
+        drawn = draws.uniform("recycling", self._section.owners * len(GATES))
+        every = drawn.unflatten(1, (-1, len(GATES))).repeat_interleave(self._share, 1)
+        return dict(zip(GATES, every.unbind(2), strict=True))
 
-def _gates(draws: Draws) -> dict[str, Tensor]:
-    """What is decided for each sample, by name, [B]; it happens below a share."""
-    return dict(zip(GATES, draws.uniform("recycling", len(GATES)).unbind(1), strict=True))
+
+def _divisors(number: int) -> list[int]:
+    return [part for part in range(1, number + 1) if number % part == 0]
 
 
 def _spread(values: Tensor, like: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ class FlowMatching:
         if error_recycling is not None:
             _, channels, _, *size = (latents := self._contract.input(Role.LATENTS)).shape
             chunk = (channels, program.geometry.chunk, *size)
-            self.memory = ErrorRecycling(error_recycling, chunk, latents.dtype)
+            count = program.geometry.chunks
+            self.memory = ErrorRecycling(error_recycling, chunk, latents.dtype, count)
         self.weights_changed()
 
     @property

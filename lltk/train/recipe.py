@@ -168,6 +168,12 @@ class ErrorRecyclingSection(BaseModel):
         description="most memory of the host for all errors, on each rank; fewer are kept where "
         "that is less",
     )
+    owners: int = Field(
+        1,
+        ge=1,
+        description="into how many shares a clip's chunks are divided, each with errors of its own "
+        "noise levels; what LongLive-2.0 does on so many ranks for a clip",
+    )
 
 
 class TrainSection(BaseModel):
