@@ -164,7 +164,7 @@ class Chunking:
             index,
             before.shot + first,
             before.cuts + cut,
-            (self.scene_cut if cut else "") + shot.caption,
+            self._marked(shot.caption, cut),
             cut,
             self.frames(index),
             self.recache and first and not cut,
@@ -173,8 +173,10 @@ class Chunking:
     def switched(self, chunk: Chunk, prompt: str) -> Chunk:
         """The chunk with another prompt, which the scene-cut prefix precedes if it comes after a
         cut."""
-        cut = chunk.opens_shot and chunk.index > 0
-        return replace(chunk, prompt=(self.scene_cut if cut else "") + prompt)
+        return replace(chunk, prompt=self._marked(prompt, chunk.opens_shot and chunk.index > 0))
+
+    def _marked(self, prompt: str, cut: bool) -> str:
+        return self.scene_cut + prompt if cut else prompt
 
     def going_on(self, after: Chunk) -> Chunk:
         """One more chunk of the same shot."""

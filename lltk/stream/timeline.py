@@ -28,7 +28,7 @@ class TimelineState:
     @property
     def index(self) -> int:
         """Index of the next chunk."""
-        return 0 if self.last is None else self.last.index + 1
+        return _following(self.last)
 
 
 class Timeline:
@@ -72,7 +72,7 @@ class Timeline:
     def index(self) -> int:
         """Index of the chunk in flight, or else of the next one: how many chunks are made."""
         with self._changed:
-            return self._index
+            return _following(self._last)
 
     @property
     def prompts(self) -> list[str]:
@@ -217,10 +217,6 @@ class Timeline:
 
     # With the lock held
 
-    @property
-    def _index(self) -> int:
-        return 0 if self._last is None else self._last.index + 1
-
     def _going_on(self) -> list[Chunk]:
         """The chunk that an endless script has behind all others; none before the first."""
         before = self._chunks[-1] if self._chunks else self._last
@@ -245,7 +241,7 @@ class Timeline:
         self._changed.notify_all()
 
     def _receipt(self, event: str, applied: bool = False) -> Receipt:
-        begun = self._index + self._in_flight
+        begun = _following(self._last) + self._in_flight
         self._events += 1
         return Receipt(self._events - 1, event, begun, begun if applied else None)
 
@@ -254,6 +250,11 @@ class Timeline:
             self._paused = paused
             self._changed.notify_all()
             return self._receipt(event, applied=True)
+
+
+def _following(last: Chunk | None) -> int:
+    """Index of the chunk after one; 0 if there is none before it."""
+    return 0 if last is None else last.index + 1
 
 
 def _receipted(chunks: Sequence[Chunk], receipts: tuple[Receipt, ...]) -> list[Chunk]:

@@ -88,8 +88,7 @@ class DistillationPlan(TransformerPlan):
         copies = 1 + max(0, geometry.chunks - geometry.pages) + self.section.graphs
         memory["cache pages"] = copies * cache["cache pages"]
         memory["cross-attention K/V"] = geometry.chunks * cache["cross-attention K/V"]
-        most = max(self._moments(memory["gradients"]), key=total)
-        return {owner: size for owner, size in (memory | most | self._encoders()).items() if size}
+        return self._at_most(memory)
 
     def check_clips(self) -> None:
         super().check_clips()

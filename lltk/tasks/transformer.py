@@ -117,8 +117,13 @@ class TransformerPlan:
             memory["average"] = float32
         for owner in memory.keys() - {_WHOLE}:
             memory[owner] //= self.section.shards
-        most = max(self._moments(memory.get("gradients", 0)), key=total)
-        return {owner: size for owner, size in (memory | most | self._encoders()).items() if size}
+        return self._at_most(memory)
+
+    def _at_most(self, held: Mapping[str, int]) -> dict[str, int]:
+        """What is always held, with what passes and encoders add where they need most."""
+        most = max(self._moments(held.get("gradients", 0)), key=total)
+        every = {**held, **most, **self._encoders()}
+        return {owner: size for owner, size in every.items() if size}
 
     def ways_to_fit(self, room: int) -> Sequence[str]:
         return ways_to_fit(self, room)

@@ -102,9 +102,8 @@ class ErrorBuffer:
     def near(self, level: int, draw: float, owner: int = 0) -> Tensor | None:
         """An error of an owner's bucket that is nearest to a level's, the later of two; None if
         that is empty. The draw is uniform in [0, 1)."""
-        own = range(owner, len(self._buckets), self._owners)
-        nearest = min(own, key=lambda place: (abs(place - self._bucket(level)), -place))
-        bucket = self._buckets[nearest]
+        own, wanted = range(owner, len(self._buckets), self._owners), self._bucket(level)
+        bucket = self._buckets[min(own, key=lambda place: (abs(place - wanted), -place))]
         return bucket[int(draw * len(bucket))] if bucket else None
 
     def any(self, draw: float, owner: int = 0) -> Tensor | None:
@@ -230,9 +229,10 @@ class ErrorRecycling:
                 f"{section.buckets} buckets; set at most so many"
             )
         if chunks % section.owners:
+            fit = [number for number in range(1, chunks + 1) if chunks % number == 0]
             raise ValueError(
                 f"train.error_recycling.owners: {section.owners} do not divide the {chunks} chunks "
-                f"of a clip; set one of {_divisors(chunks)}"
+                f"of a clip; set one of {fit}"
             )
         size = torch.Size(shape).numel() * dtype.itemsize
         fits = int(section.gigabytes * 1e9) // (2 * section.buckets * size)
@@ -382,10 +382,6 @@ class ErrorRecycling:
         drawn = draws.uniform("recycling", self._section.owners * len(GATES))
         every = drawn.unflatten(1, (-1, len(GATES))).repeat_interleave(self._share, 1)
         return dict(zip(GATES, every.unbind(2), strict=True))
-
-
-def _divisors(number: int) -> list[int]:
-    return [part for part in range(1, number + 1) if number % part == 0]
 
 
 def _spread(values: Tensor, like: Tensor) -> Tensor:
