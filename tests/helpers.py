@@ -264,6 +264,17 @@ def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(_equal(ours[n], theirs[n]) for n in ours)
 
 
+def compare_results(
+    plain: Program, program: Program, graph: str, name: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    """Both give equal bits, and other bits once the input of this name is changed."""
+    given = inputs(plain, graph)
+    wanted = run(plain, graph, given)
+    assert same(run(program, graph, given), wanted)
+    given[name] = change(given[name])
+    assert not same(run(program, graph, given), wanted)
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     if a.dtype == b.dtype == torch.float8_e4m3fn:  # torch cannot compare them
         a, b = a.view(torch.uint8), b.view(torch.uint8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import PASSES, after, inputs, reached, refused, run, same
+from helpers import PASSES, after, compare_results, reached, refused
 
 from lltk.graph.edit import calls, module_of, output, results_of
 from lltk.graph.program import Program
@@ -32,11 +32,7 @@ def small_calls(program: Program, name: str) -> list[str]:
 def test_results_stay(dtype: str) -> None:
     plain = made(dtype)
     program = after(plain, "hoist_modulation")
-    given = inputs(plain, "step")
-    wanted = run(plain, "step", given)
-    assert same(run(program, "step", given), wanted)
-    given["timestep"] = given["timestep"].flip(1)
-    assert not same(run(program, "step", given), wanted)
+    compare_results(plain, program, "step", "timestep", lambda levels: levels.flip(1))
 
 
 def test_what_is_rewritten() -> None:
