@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from lltk.parallel.mesh import divided_like
+from lltk.parallel.mesh import divided_like, local_part
 from lltk.parallel.transfer import download, upload
 
 
@@ -85,12 +85,16 @@ class Masters:
     @torch.no_grad()
     def publish(self) -> None:
         """Give the module the masters' values."""
+        given, values = [], []
         for name, parameter in self._running.items():
             master: Tensor = self.parameters[name]
             if master.device != parameter.device:
-                master = upload(master.to(parameter.dtype), parameter.device)
-            if master is not parameter:
-                parameter.copy_(master)
+                parameter.copy_(upload(master.to(parameter.dtype), parameter.device))
+            elif master is not parameter:
+                given.append(local_part(parameter))
+                values.append(local_part(master))
+        if given:
+            torch._foreach_copy_(given, values)
         self._changed()
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lltk.parallel.mesh import Mesh, divided_like, whole
+from lltk.parallel.mesh import Mesh, divided_like, local_part, whole
 from lltk.stream.timing import Stopwatch
 from lltk.train.data import Batch, Batches, Dataset
 from lltk.train.gradients import by_place, clip, total_norm
@@ -153,8 +153,9 @@ class Updates:
         if not self.averaged:
             self.averaged = self.masters.copy()
             return
-        for name, master in self.masters.parameters.items():
-            self.averaged[name].lerp_(master, 1 - decay)
+        masters = self.masters.parameters
+        averages = [local_part(self.averaged[name]) for name in masters]
+        torch._foreach_lerp_(averages, [local_part(m) for m in masters.values()], 1 - decay)
 
     def _first_bad(self, loss: float, norm: float, batches: list[Batch]) -> str:
         where: str | None = None
