@@ -306,7 +306,7 @@ class ErrorRecycling:
         for own, about in self._found:
             of_groups = zip(mesh.of_groups(own), mesh.of_groups(about), strict=True)
             for chunks, numbers in of_groups:
-                for clip, row in zip(chunks, numbers.tolist(), strict=True):
+                for clip, row in zip(chunks.cpu(), numbers.tolist(), strict=True):
                     for chunk, (kept, level, *draws) in enumerate(row):
                         if kept:
                             self._keep(chunk, clip[chunk], int(level), draws)
