@@ -2,8 +2,10 @@
 
     python benchmarks/quality.py --reference runs/reference/transformer --steps 4
     python benchmarks/quality.py --device cpu --videos 48 --minutes 0 --steps 4
+    python benchmarks/quality.py runs/one runs/two --steps 4
 
-Where shots of 60 s are measured, their identity over time is plotted beside the record.
+Measures the shipped model, or those of finished runs of lltk train, which are named by their
+folders. Where shots of 60 s are measured, their identity over time is plotted beside the record.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,15 +62,31 @@ REFERENCE_CHUNKS = 5
 MINUTE = 80
 """Chunks of a shot of 60 s."""
 SINKS = {"window with both sinks": {}, "window without sinks": {"sink": 0}}
+COLOURS = ("#036", "#c40", "#06c", "#294")
 FULL = {"full window": {"window": 3 * SHOTS * CHUNKS}}
 Row = Callable[[], dict[str, Any]]
 """A call that waits for a row's scores and returns the row."""
 
 
+@dataclass(frozen=True)
+class Model:
+    """A stream to measure.
+
+    Attributes:
+        name: what rows call it.
+        pipeline: a folder, or a shipped pipeline's name.
+        changes: of the recipe's geometry.
+    """
+
+    name: str
+    pipeline: str
+    changes: Mapping[str, int]
+
+
 def parser() -> argparse.ArgumentParser:
     """The script's options."""
     made = script_parser(__file__, __doc__)
-    made.add_argument("--pipeline", default="tiny", help="a folder, or a shipped pipeline's name")
+    made.add_argument("runs", nargs="*", type=Path, help="folders of finished runs of lltk train")
     made.add_argument("--reference", help="the bidirectional model's folder")
     made.add_argument("--videos", type=int, default=336, help=f"of {SHOTS} shots, for a row")
     made.add_argument("--minutes", type=int, default=64, help="single shots of 60 s, for a row")
@@ -79,9 +98,9 @@ def parser() -> argparse.ArgumentParser:
 
 def rows(options: argparse.Namespace) -> list[tuple[str, int]]:
     """The model and the number of steps of each row that a command makes."""
-    models = [f"AR, {name}" for name in FULL | SINKS if name in options.models]
+    models = [model.name for model in _models(options)]
     reference = ["bidirectional reference"] if options.reference else []
-    minutes = [f"AR, {name}" for name in SINKS if name in options.models and options.minutes]
+    minutes = [model.name for model in _models(options, SINKS)] if options.minutes else []
     cells = [(name, steps) for steps in options.steps for name in (*models, *reference)]
     return [*cells, *((name, 4) for name in minutes)]
 
@@ -148,12 +167,23 @@ def _results(options: argparse.Namespace, pool: Executor) -> Iterator[dict[str, 
         yield found
 
 
+def _models(
+    options: argparse.Namespace, among: Mapping[str, dict[str, int]] = FULL | SINKS
+) -> list[Model]:
+    """The models to measure, with those windows that are to be measured."""
+    pipelines = {run.name: str(run / "pipeline") for run in options.runs} or {"AR": "tiny"}
+    return [
+        Model(f"{label}, {window}", pipeline, changes)
+        for label, pipeline in pipelines.items()
+        for window, changes in among.items()
+        if window in options.models
+    ]
+
+
 def _cells(options: argparse.Namespace, device: torch.device, pool: Executor) -> Iterator[Row]:
     for steps in options.steps:
-        for name, changes in (FULL | SINKS).items():
-            if name not in options.models:
-                continue
-            yield _streamed_cell(options, device, pool, name, changes, steps)
+        for model in _models(options):
+            yield _streamed_cell(options, device, pool, model, steps)
         if options.reference:
             yield _reference_cell(options, device, pool, steps)
 
@@ -162,14 +192,12 @@ def _streamed_cell(
     options: argparse.Namespace,
     device: torch.device,
     pool: Executor,
-    name: str,
-    changes: dict[str, int],
+    model: Model,
     steps: int,
 ) -> Row:
     stories = draw_stories(SEED, options.videos, SHOTS, CHUNKS, 3)
-    plan = _plan(options, device, len(stories), changes)
-    films = videos(plan, stories, steps, SEED)
-    return partial(_row, f"AR, {name}", steps, scored(pool, films, stories))
+    films = videos(_plan(model, device, len(stories)), stories, steps, SEED)
+    return partial(_row, model.name, steps, scored(pool, films, stories))
 
 
 def _reference_cell(
@@ -183,7 +211,7 @@ def _reference_cell(
         f"geometry.batch={len(stories)}",
     )
     program = transform(open_recipe("tiny_reference", overrides))
-    plan = _plan(options, device, len(stories), {})
+    plan = _plan(Model("", "tiny", {}), device, len(stories))
     text = encoded(plan, stories)
     latents = sample(program, instantiate(program, device), text, steps, SEED)
     films = decoded(plan, iter(latents.split(3, dim=2)))
@@ -191,27 +219,25 @@ def _reference_cell(
 
 
 def _minutes(options: argparse.Namespace, device: torch.device, pool: Executor) -> Iterator[Row]:
-    """Rows of single shots of 60 s: one with sinks, one without."""
-    for name, changes in SINKS.items():
-        if name in options.models and options.minutes:
-            yield _minutes_row(options, device, pool, name, changes)
+    """Rows of single shots of 60 s: with sinks, and without."""
+    for model in _models(options, SINKS) if options.minutes else ():
+        yield _minutes_row(options, device, pool, model)
 
 
 def _minutes_row(
     options: argparse.Namespace,
     device: torch.device,
     pool: Executor,
-    name: str,
-    changes: dict[str, int],
+    model: Model,
 ) -> Row:
     stories = draw_stories(SEED + 1, options.minutes, 1, MINUTE, 3)
-    films = videos(_plan(options, device, len(stories), changes), stories, 4, SEED)
+    films = videos(_plan(model, device, len(stories)), stories, 4, SEED)
     kept = lasting(pool, films)
     scores = scored(pool, films, stories)
 
     def row() -> dict[str, Any]:
         found = kept()
-        return _row(f"AR, {name}", 4, scores) | {
+        return _row(model.name, 4, scores) | {
             "identity": found.late,
             "identity_early": found.early,
             "change": found.change,
@@ -221,13 +247,11 @@ def _minutes_row(
     return row
 
 
-def _plan(
-    options: argparse.Namespace, device: torch.device, batch: int, changes: dict[str, int]
-) -> StreamPlan:
+def _plan(model: Model, device: torch.device, batch: int) -> StreamPlan:
     overrides = (
-        f"stream.pipeline={options.pipeline}",
+        f"stream.pipeline={model.pipeline}",
         f"geometry.batch={batch}",
-        *(f"geometry.{key}={value}" for key, value in changes.items()),
+        *(f"geometry.{key}={value}" for key, value in model.changes.items()),
     )
     return plan_stream(open_recipe("tiny_stream", overrides), device)
 
@@ -241,7 +265,7 @@ def _plot(curves: dict[str, list[float]]) -> str:
     seconds = STRETCH / FPS
     lines = [
         Curve(name, [(seconds * (i + 1), value) for i, value in enumerate(values)], colour)
-        for (name, values), colour in zip(curves.items(), ("#036", "#c40"), strict=False)
+        for (name, values), colour in zip(curves.items(), COLOURS, strict=False)
     ]
     caption = "identity with the first two seconds, %, over the seconds of one shot"
     return line_plot(lines, caption, (0, 100))
