@@ -37,7 +37,7 @@ CHUNKS, STEPS = 4, 2
 SETTINGS = (
     f"geometry.frames={2 * CHUNKS}", "distil.steps=[2]", "distil.guidance=3.0",
     "train.image=0.5", "train.seed=5", "train.recompute=true", "train.clip=0.02",
-    "distil.fake.updates=1",
+    "distil.fake.updates=1", "distil.fake.lead=0",
 )  # fmt: skip
 """Gradients are clipped, and both with first frames that are given and without."""
 Run = tuple[int, int]

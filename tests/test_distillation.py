@@ -54,7 +54,8 @@ RECORDED = Path(__file__).parent / "data" / "longlive"
 SMALL = [
     *SIZES, "geometry.frames=6", "geometry.batch=2", "train.batch=4", "train.steps=3",
     "train.checkpoint_every=1", "train.sample_every=null", "train.ema_start=1", "train.warmup=0",
-    "train.lr=0.01", "distil.fake.updates=2", "passes.lora.rank=4", "passes.lora.alpha=4",
+    "train.lr=0.01", "distil.fake.updates=2", "distil.fake.lead=0",
+    "passes.lora.rank=4", "passes.lora.alpha=4",
 ]  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 WORLD = [
     "geometry.frames=6", "geometry.batch=2", "train.batch=2", "train.steps=2",
     "train.data.clips=2", "train.data.shots=2", "train.sample_every=2", "model.config=null",
-    "distil.fake.updates=1",
+    "distil.fake.updates=1", "distil.fake.lead=0",
 ]  # fmt: skip
 """Over clips of the tiny world."""
 
