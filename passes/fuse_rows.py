@@ -61,10 +61,14 @@ class FuseRows(Pass[Config]):
 
     From each quantiser the pass goes backwards: activation, norm, residual. Each of the three may
     be absent. An activation or a norm is taken in if nothing else reads its result. A residual's
-    sum is taken in if it is of the quantiser's block, because blocks are compiled apart, and if the
-    norm's scale and shift are not computed from it. What else reads the sum then reads it from the
-    op. A norm that no quantiser takes in becomes an op too, with the residual before it. So does a
-    gated sum that neither takes in.
+    sum is taken in if the norm's scale and shift are not computed from it. What else reads the sum
+    then reads it from the op. A norm that no quantiser takes in becomes an op too, with the
+    residual before it. So does a gated sum that neither takes in.
+
+    An op that reads nothing of its block stands before it, outside of all blocks. So the norm that
+    a block begins with takes in the sum that the block before ends with, and blocks stay equal. For
+    that its scale and shift must be made before the blocks, as `hoist_modulation` does; otherwise
+    each is an op of its own block.
 
     Scale and shift are the norm's weight and bias, or like the gate those of the frame that a token
     belongs to. The pass runs after `fp8_infer` or `nvfp4_infer`, if one of them is in the recipe.
@@ -82,7 +86,7 @@ class FuseRows(Pass[Config]):
                 if form is None or not steps:
                     report.miss(node, "quantises no activation, norm or sum that it may take in")
                     continue
-                _fuse(node, steps, form)
+                _fuse(program, node, steps, form)
                 report.match(f"{_label(steps)} → {form['to']}")
             sort_topologically(graph)
             prune(graph)
@@ -90,7 +94,7 @@ class FuseRows(Pass[Config]):
                 step = self._find("norm", node) if node.target in _ENDS_OF_NORMS else None
                 if step is not None:
                     steps = self._with_residual(program, node, [step])
-                    _fuse(node, steps, {})
+                    _fuse(program, node, steps, {})
                     report.match(_label(steps))
             sort_topologically(graph)
             prune(graph)
@@ -120,8 +124,12 @@ class FuseRows(Pass[Config]):
         total = self._find("residual", steps[-1].x if steps else last.args[0])
         if total is None or any(step.needs(total.node) for step in steps):
             return steps
-        layers = {program.spec.layer_of(module_of(each)) for each in (total.node, last)}
-        return [*steps, total] if len(layers) == 1 else steps
+        own = _layer(program, total.node)
+        taken = [*steps, total]
+        if own == _layer(program, last):
+            return taken
+        read_again = any(_layer(program, reader) == own for reader in total.node.users)
+        return taken if _stands_before(program, last, taken) and not read_again else steps
 
     def _find(self, name: StepName, value: Any) -> _Step | None:
         """The step that makes a value, if it is one that is fused."""
@@ -165,7 +173,30 @@ def _label(steps: list[_Step]) -> str:
     return " → ".join(step.label for step in reversed(steps))
 
 
-def _fuse(last: fx.Node, steps: list[_Step], form: dict[str, Any]) -> None:
+def _layer(program: Program, node: fx.Node) -> int | None:
+    """The block that a node is of."""
+    return program.spec.layer_of(module_of(node))
+
+
+def _stands_before(program: Program, last: fx.Node, steps: list[_Step]) -> bool:
+    """Whether an op reads nothing of its block, and all its rows are made before the blocks."""
+    rows: list[fx.Node] = [steps[-1].x]
+    for step in steps:
+        for name, value in step.arguments.items():
+            if name == "y":
+                rows.append(value)
+            elif isinstance(value, fx.Node) and not _is_before_blocks(program, value):
+                return False
+    return all(_layer(program, each) != _layer(program, last) for each in rows)
+
+
+def _is_before_blocks(program: Program, value: fx.Node) -> bool:
+    """Whether no block has a part in a value. A block's parameter is its part; a table is not."""
+    made = [each for each in ancestors(value) if each.op == "call_function"]
+    return all(_layer(program, each) is None for each in (value, *made))
+
+
+def _fuse(program: Program, last: fx.Node, steps: list[_Step], form: dict[str, Any]) -> None:
     """Put the op in the place of a quantiser, or of a norm's result if there is no form.
 
     Steps are in the order of `_steps_before`.
@@ -178,12 +209,16 @@ def _fuse(last: fx.Node, steps: list[_Step], form: dict[str, Any]) -> None:
     keeps = "y" in arguments and not _leads_only_to(first.node, last)
     if keeps:
         arguments["keep_sum"] = True
-    with building(last, module_of(first.node)) as build:
+    module = "" if _stands_before(program, last, steps) else module_of(first.node)
+    with building(last, module) as build:
         made = build(ROW_PIPELINE, first.x, **arguments)
         number = len(last.meta["val"]) if form else 1
         total = build(operator.getitem, made, number) if keeps else None
         result = made if form else build(operator.getitem, made, 0)
     replace(last, result)
+    if form and not module:
+        for part in result.users:
+            part.meta["module"] = ""
     if total is not None:
         replace(first.node, total)
 

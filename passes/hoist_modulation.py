@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from lltk.graph.edit import building, calls, module_of, prune, replace, shape, sort_topologically
+from lltk.graph.edit import (
+    Builder,
+    building,
+    calls,
+    module_of,
+    prune,
+    replace,
+    shape,
+    sort_topologically,
+)
 from lltk.graph.match import before_cast, is_call, operands, sole_reader
 from lltk.graph.passes import Numerics, Pass, PassConfig, Report
 from lltk.graph.program import Program
@@ -28,10 +37,10 @@ class HoistModulation(Pass[Config]):
     ::
 
         in block i:  a, b, … = chunk(unsqueeze(table_i, 0) + to(modulation, f32), 6, 2)
-                     squeeze(a, 2), squeeze(b, 2) + 1, …
+                     unsqueeze(squeeze(a, 2), 2), unsqueeze(squeeze(b, 2) + 1, 2), …
             →  before all:  total = unsqueeze(stack([table_0, …]), 1) + to(modulation, f32)
-                            a, b, … = select(total, 3, 0), select(total, 3, 1), …
-               in block i:  select(a, 0, i), select(b + 1, 0, i), …
+                            a, b, … = slice(total, 3, 0, 1), slice(total, 3, 1, 2), …
+                            select(a, 0, i), select(b + 1, 0, i), … for each block i
 
     So a pass launches these small kernels once, and not once a block. A table then belongs to no
     region, but keeps its name.
@@ -112,7 +121,7 @@ def _hoist(program: Program, group: list[_Modulation]) -> None:
             rows = build(aten.to.dtype, rows, first.rows.meta["val"].dtype)
         total = build(aten.add.Tensor, build(aten.unsqueeze.default, tables, 1), rows)
         found = {
-            place: build(aten.select.int, total, 3, place)
+            place: build(aten.slice.Tensor, total, 3, place, place + 1)
             for place in sorted({place for each in group for place in each.parts})
         }
         raised = {place: build(aten.add.Tensor, part, 1) for place, part in found.items()}
@@ -123,8 +132,17 @@ def _hoist(program: Program, group: list[_Modulation]) -> None:
                 for reader in list(part.users):
                     if is_call(reader, aten.add.Tensor) and reader.args[1:] == (1,):
                         own = (raised[place], 0, index)
-                        new = build(aten.select.int, *own, name=f"{name}_plus_1_{layer}")
-                        replace(reader, new)
+                        row = build(aten.select.int, *own, name=f"{name}_plus_1_{layer}")
+                        _give(build, row, reader)
                 if part.users:
                     own = (found[place], 0, index)
-                    replace(part, build(aten.select.int, *own, name=f"{name}_{layer}"))
+                    _give(build, build(aten.select.int, *own, name=f"{name}_{layer}"), part)
+
+
+def _give(build: Builder, row: fx.Node, part: fx.Node) -> None:
+    """Let readers of a part, [B, F, D], read it as [B, F, 1, D], as most do."""
+    for reader in list(part.users):
+        if is_call(reader, aten.unsqueeze.default) and reader.args[1] == 2:
+            replace(reader, row)
+    if part.users:
+        replace(part, build(aten.squeeze.dim, row, 2))

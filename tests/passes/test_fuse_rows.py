@@ -115,10 +115,9 @@ def test_a_norm_before_a_quantiser_is_fused() -> None:
         == (
             HEAD
             + """\
-    # blocks.0.norm1
+    # root
     row_pipeline: (u8[1, 4, 8], f8e4m3[1, 4, 1], f32[()],) = lltk.row_pipeline.default(x, \
 scale=scale, shift=shift, eps=1e-06, to='nvfp4', rule='mse')
-    # blocks.0.attn1.to_q
     values: u8[1, 4, 8] = getitem(row_pipeline, 0)
     scales: f8e4m3[1, 4, 1] = getitem(row_pipeline, 1)
     return {'values': values, 'scales': scales}"""
@@ -137,10 +136,9 @@ def test_a_gelu_before_a_quantiser_is_fused() -> None:
         == (
             HEAD
             + """\
-    # blocks.0.ffn.net.0
+    # root
     row_pipeline: (f8e4m3[1, 4, 16], f32[1, 4, 1],) = \
 lltk.row_pipeline.default(x, activation='gelu', to='fp8')
-    # blocks.0.attn1.to_q
     values: f8e4m3[1, 4, 16] = getitem(row_pipeline, 0)
     scales: f32[1, 4, 1] = getitem(row_pipeline, 1)
     return {'values': values, 'scales': scales}"""
@@ -246,6 +244,60 @@ def test_the_next_blocks_norm_is_left_to_it() -> None:
     whole, matches = rewritten(HEAD + PLAIN + later + KEPT)
     assert matches == {"norm → fp8": 1}
     assert "aten.add.Tensor(x, y)" in whole
+
+
+def between(sum_: str = SUM, more: str = "") -> str:
+    """A sum of block 0, and the norm of it that block 1 begins with."""
+    norm = (NORM + FP8).replace("blocks.0", "blocks.1").replace("dtype(x,", "dtype(total,")
+    return HEAD + sum_ + more + norm
+
+
+@pytest.mark.parametrize("sum_", [SUM, PLAIN], ids=["gated", "plain"])
+def test_the_next_blocks_norm_takes_a_sum_in_where_its_rows_are_made_before(sum_: str) -> None:
+    """The op and its results are then of no block."""
+    whole, matches = rewritten(between(sum_) + KEPT)
+    label, gate = ("gated sum", ", gate=gate") if sum_ is SUM else ("sum", "")
+    assert matches == {f"{label} → modulated norm → fp8": 1}
+    assert (
+        whole
+        == (
+            HEAD
+            + f"""\
+    # root
+    row_pipeline: (f8e4m3[1, 4, 16], f32[1, 4, 1], bf16[1, 4, 16],) = \
+lltk.row_pipeline.default(x, y=y{gate}, scale=scale, shift=shift, eps=1e-06, to='fp8', \
+keep_sum=True)
+    getitem: bf16[1, 4, 16] = getitem(row_pipeline, 2)
+    values: f8e4m3[1, 4, 16] = getitem(row_pipeline, 0)
+    scales: f32[1, 4, 1] = getitem(row_pipeline, 1)
+    return {{'values': values, 'scales': scales, 'sample': getitem}}"""
+        ).strip()
+    )
+
+
+READ_AGAIN = """\
+        # blocks.0
+        abs_1: bf16[1, 4, 16] = aten.abs.default(total)
+"""
+"""The sum's block reads it: cut out, the block would be computed from what follows it."""
+OF_A_BLOCK = """\
+        # blocks.0
+        sin: f32[1, 2, 1, 16] = aten.sin.default(shift)
+        # root
+        cos: f32[1, 2, 1, 16] = aten.cos.default(sin)
+"""
+"""The shift comes from a block."""
+
+
+@pytest.mark.parametrize("more", [READ_AGAIN, OF_A_BLOCK], ids=["read again", "of a block"])
+def test_other_norms_of_the_next_block_are_left_to_it(more: str) -> None:
+    made, name = ("abs_1", "") if more is READ_AGAIN else ("cos", "cos")
+    whole = between(more=more) + KEPT.replace("}", f", 'more': {made}}}")
+    if name:
+        whole = whole.replace("Tensor(mul, shift)", f"Tensor(mul, {name})")
+    changed, matches = rewritten(whole)
+    assert matches == {"gated sum": 1, "modulated norm → fp8": 1}
+    assert op_calls(changed)[0] == called("x, y=y, gate=gate")
 
 
 @pytest.mark.parametrize("operand", ["scale", "shift"])
@@ -441,6 +493,29 @@ def test_results_stay(dtype: str, precision: str | None) -> None:
         assert same(run(finished, graph, given), wanted)
         given["hidden_states"] = 1.1 * given["hidden_states"]
         assert not same(run(program, graph, given), wanted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "steps"),
+    [("float32", ["fp8_infer"]), ("bfloat16", ["fp8_infer"]), ("bfloat16", ["merge_qkv"])],
+)
+def test_results_across_blocks_stay(dtype: str, steps: list[str]) -> None:
+    """The blocks of a step and a commit are one region, but for the commit's last."""
+    program = reached("stream", *CAUSAL, "hoist_modulation", dtype=dtype, head_dim=16, layers=3)
+    plain = after(program, *steps)
+    fused = after(plain, "fuse_rows")
+    matches = fused.log[-1].matches
+    label = "gated sum → modulated norm"
+    assert matches[label] + matches.get(f"{label} → fp8", 0) == 2 + 2 + 1
+    assert "gated sum" not in matches
+    if dtype == "float32":
+        plain = after(plain, {"fuse_rows": {"steps": ["norm"]}})
+    finished = after(fused, "regionalise", {"lower": {"paged_attention": "reference"}})
+    assert set(finished.regions) == {"prologue_block", "step_block", "commit_block_2"}
+    for graph in ("step", "commit"):
+        compare_results(plain, fused, graph, "hidden_states", lambda x: 1.1 * x)
+        compare_results(plain, finished, graph, "timestep" if graph == "step" else "positions",
+                        lambda x: x.flip(-1))  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -54,10 +54,16 @@ def test_what_is_rewritten() -> None:
     assert "scale_shift_table" not in region.parameters
 
 
-def test_rows_are_fused_as_before() -> None:
+def test_sums_meet_the_norms_of_next_blocks() -> None:
+    """Each block but the first begins with the sum that the one before ends with."""
     steps = ("fp8_infer", "fuse_rows")
-    wanted = after(made(), *steps).log[-1].matches
-    assert after(made(), "hoist_modulation", *steps).log[-1].matches == wanted
+    apart = after(made(), *steps).log[-1].matches
+    together = after(made(), "hoist_modulation", *steps).log[-1].matches
+    assert apart["gated sum"] == 2 + 3 and apart["modulated norm → fp8"] == 2 * 3
+    assert together.pop("gated sum → modulated norm → fp8") == 2 * 2
+    assert together.pop("gated sum → modulated norm") == 1
+    assert together.pop("modulated norm → fp8") == 2
+    assert together.items() <= apart.items()
 
 
 @pytest.mark.parametrize("what", ["read whole", "of a block", "split otherwise"])
