@@ -27,11 +27,10 @@ and keys are slices of rows of three times their width, as one linear writes the
 multiply FP8 operands: queries, keys and values by one product or by three."""
 _A_BLOCK = {
     "quantise": 2,
-    "norm, quantise": 1,
-    "gated sum, norm, quantise": 1,
+    "gated sum, norm, quantise": 2,
     "sum, norm, quantise": 1,
     "GELU, quantise": 1,
-    "gated sum": 1,
+    "RMS norm": 1,
     "norm of heads, rotation": 2,
 }
 """How often a block of the step calls each op."""
@@ -53,11 +52,10 @@ def operands(
     norm = {"scale": scale, "shift": shift, "eps": 1e-6, "to": "fp8"}
     for label, given in (
         ("quantise", {"x": x, "to": "fp8"}),
-        ("norm, quantise", {"x": x, **norm}),
         ("gated sum, norm, quantise", {"x": x, "y": y, "gate": gate, **norm, "keep_sum": True}),
         ("sum, norm, quantise", {"x": x, "y": y, **norm, "keep_sum": True}),
         ("GELU, quantise", {"x": normal(1, tokens, ffn), "activation": "gelu", "to": "fp8"}),
-        ("gated sum", {"x": x, "y": y, "gate": gate}),
+        ("RMS norm", {"x": x, "scale": normal(width), "eps": 1e-6}),
     ):
         yield label, "row_pipeline", given
     rotated = {"weight": normal(width), "cos": cos, "sin": sin, "eps": 1e-6}

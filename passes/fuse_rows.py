@@ -30,8 +30,12 @@ from lltk.ops.nvfp4_quantise.reference import BLOCK
 aten = torch.ops.aten
 NVFP4_QUANTISE = overload("nvfp4_quantise")
 ROW_PIPELINE = overload("row_pipeline")
-_ENDS_OF_NORMS = (aten.to.dtype, aten.flatten.using_ints, aten.layer_norm.default)
-
+_ENDS_OF_NORMS = (
+    aten.to.dtype,
+    aten.flatten.using_ints,
+    aten.layer_norm.default,
+    aten.rms_norm.default,
+)
 
 StepName = Literal["residual", "norm", "activation"]
 
@@ -56,6 +60,8 @@ class FuseRows(Pass[Config]):
             →  row_pipeline(x, activation='gelu', to='nvfp4', rule='mse')
         layer_norm(x) · scale + shift
             →  row_pipeline(x, scale=scale, shift=shift, eps=1e-06)
+        rms_norm(x, weight)
+            →  row_pipeline(x, scale=weight, eps=1e-06)
         x + gate · y
             →  row_pipeline(x, y=y, gate=gate)
 
@@ -71,7 +77,8 @@ class FuseRows(Pass[Config]):
     each is an op of its own block.
 
     Scale and shift are the norm's weight and bias, or like the gate those of the frame that a token
-    belongs to. The pass runs after `fp8_infer` or `nvfp4_infer`, if one of them is in the recipe.
+    belongs to. The pass runs after `fuse_norm_rope` and `fp8_infer` or `nvfp4_infer`, if these are
+    in the recipe.
     """
 
     Config = Config
@@ -240,7 +247,12 @@ def _gelu(value: Any) -> _Step | None:
 
 
 def _norm(value: Any) -> _Step | None:
-    """A norm with scale and shift, computed in float32; everything in it is read once."""
+    """A norm with scale and shift, or an RMS norm, that is computed in float32.
+
+    Everything in it is read once.
+    """
+    if read_once(value, aten.rms_norm.default):
+        return _rms_norm(value)
     dtype = value.meta["val"].dtype
     if dtype != torch.float32:
         value = operands(value, aten.to.dtype)[0]
@@ -265,6 +277,17 @@ def _norm(value: Any) -> _Step | None:
         return None
     label = "modulated norm" if modulated else "norm"
     return _Step(label, norm, x, {"scale": scale, "shift": shift, "eps": eps})
+
+
+def _rms_norm(norm: fx.Node) -> _Step | None:
+    """An RMS norm of rows with a weight; torch computes it in float32 whatever the dtype."""
+    given: tuple[Any, ...] = norm.args
+    x, size, *rest = given
+    whole = size == [shape(x)[-1]] and x.meta["val"].dtype == norm.meta["val"].dtype
+    if not whole or len(rest) != 2 or None in rest:
+        return None
+    weight, eps = rest
+    return _Step("RMS norm", norm, x, {"scale": weight, "eps": eps})
 
 
 def _sum(total: Any) -> _Step | None:

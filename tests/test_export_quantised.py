@@ -291,6 +291,7 @@ ROWS = {
         {"names": "y gate", "activation": "gelu", "keep_sum": True},
         {"names": "scale shift", "eps": 1e-5, "to": "nvfp4", "rule": "mse"},
         {"names": "y gate scale shift", "eps": 1e-5, "to": "fp8", "keep_sum": True},
+        {"names": "scale", "eps": 1e-5},
         {"names": "", "activation": "gelu", "to": "e4m3"},
     ],
 )

@@ -100,8 +100,10 @@ def cases(dtype: torch.dtype, sizes: Sizes = SMALL) -> Iterator[Case]:
             {"x": x, "y": strided(y), "gate": gate, **modulated, "keep_sum": True},
             {"x": x, "y": y, "gate": gate, **affine, "keep_sum": True},
             {"x": turned(x), "y": y, **modulated, "keep_sum": True},
+            {"x": strided(x), "scale": scale, "eps": EPS},
         ):
             yield "row_pipeline", {**given, "to": "fp8"}
+        yield "row_pipeline", {"x": x, "scale": gate[0, 0, 0].to(dtype), "eps": EPS}
         yield "row_pipeline", {"x": strided(x), "to": "e4m3"}
         yield "row_pipeline", {"x": 60 * x, "y": 60 * y, "to": "e4m3"}
         yield "row_pipeline", {"x": x, "y": y, "gate": gate}
@@ -125,6 +127,7 @@ def new_combinations(x: Tensor, y: Tensor, gate: Tensor, norm: Arguments) -> Ite
         {"x": x, "y": y, "gate": gate, **norm, **gelu, "to": "fp8"},
         {"x": x, "y": y, **gelu, "keep_sum": True},
         {"x": strided(x), **norm},
+        {"x": strided(x), "y": y, "scale": gate, "eps": EPS, "to": "nvfp4"},
     ):
         yield "row_pipeline", given
 
@@ -330,6 +333,11 @@ def test_references_are_the_formulas(dtype: torch.dtype) -> None:
     near(moved.flatten(2), torch.ones(()), (values.double() / 7 + centre.double()).flatten(2))
     weight, (cos, sin) = normal(48, seed=3).to(dtype), tables(6, 16)
     unit = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+    (normed,) = row_pipeline(x, scale=weight, eps=EPS)
+    assert torch.equal(normed, F.rms_norm(x, (48,), weight, EPS))
+    assert torch.allclose(normed.double(), unit, rtol=step, atol=4 * step)
+    in_groups = (unit / weight.double()).view(each) * scale.double()
+    near(*row_pipeline(x, scale=scale, eps=EPS, to="fp8"), in_groups.view(x.shape))
     pairs = torch.view_as_complex(unit.view(1, 6, 3, 8, 2).contiguous())
     turned = pairs * torch.complex(cos[..., ::2], sin[..., ::2])
     wanted = torch.view_as_real(turned).flatten(-2)
@@ -396,6 +404,8 @@ def test_what_does_not_fit_is_refused() -> None:
         {"x": x, **norm, "shift": shift[:, :1], "to": "fp8"},
         {"x": x, "scale": scale, "shift": shift, "to": "fp8"},
         {"x": x, "eps": EPS, "to": "fp8"},
+        {"x": x, "scale": scale, "to": "fp8"},
+        {"x": x, "shift": shift, "to": "fp8"},
         {"x": x, "y": y},
         {"x": y, "y": y, "gate": gate},
         {"x": x[:, :5], "y": x[:, :5], "gate": gate},
@@ -479,8 +489,11 @@ def used(x: Tensor, y: Tensor, wide: Tensor, *parts: Tensor) -> list[Arguments]:
         {"x": x, "to": "fp8"},
         {"x": x, **norm, "to": "fp8"},
         {"x": x, "y": y, "gate": gate, **norm, "to": "fp8", "keep_sum": True},
-        {"x": wide, "activation": "gelu", "to": "fp8"},
+        {"x": x, "y": y, **norm, "to": "fp8", "keep_sum": True},
         {"x": x, "y": y, "gate": gate},
+        {"x": wide, "activation": "gelu", "to": "fp8"},
+        {"x": x, "y": y, "gate": gate, **norm},
+        {"x": x, "scale": scale[0, 0, 0].bfloat16(), "eps": EPS},
     ]
 
 
@@ -596,9 +609,9 @@ def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     record = Record.model_validate_json((tmp_path / "fusions.json").read_text())
     rows = {row["op"]: row for row in record.results}
     assert rows["quantise"]["bytes"] == 8 * 128 * 3 + 8 * 4
-    assert rows["gated sum"]["bytes"] == 8 * 128 * 6 + 2 * 128 * 4
+    assert rows["RMS norm"]["bytes"] == 8 * 128 * 4 + 128 * 2
     kernels = [row for row in rows.values() if "compiled_ms" in row]
-    assert len(kernels) == 7
+    assert len(kernels) == 6
     assert rows["all"]["pass_ms"] == pytest.approx(sum(row["pass_ms"] for row in kernels))
     norms = rows["norm of heads, rotation"]
     assert norms["pass_ms"] == pytest.approx(3 * 2 * norms["median_ms"])

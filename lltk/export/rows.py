@@ -43,10 +43,11 @@ def _row_pipeline(
     if y is not None:
         x = emitter.op("Add", x, y if gate is None else changed("Mul", y, gate, "gate"))
     total = x
-    if scale is not None and shift is not None:
+    if scale is not None:
         ones = emitter.constant([1.0] * shape[-1], _FLOAT)
-        x = emitter.op("LayerNormalization", x, ones, axis=-1, epsilon=eps)
-        x = changed("Add", changed("Mul", x, scale, "scale"), shift, "shift")
+        norm = "RMSNormalization" if shift is None else "LayerNormalization"
+        x = changed("Mul", emitter.op(norm, x, ones, axis=-1, epsilon=eps), scale, "scale")
+        x = x if shift is None else changed("Add", x, shift, "shift")
     if activation == "gelu":
         x = emitter.op("Gelu", x, approximate="tanh")
     written = [x]

@@ -45,6 +45,10 @@ NORM = """\
         flatten: f32[1, 4, 16] = aten.flatten.using_ints(add, 1, 2)
         to_1: bf16[1, 4, 16] = aten.to.dtype(flatten, torch.bfloat16)
 """
+RMS = """\
+        # blocks.0.norm3
+        to_1: bf16[1, 4, 16] = aten.rms_norm.default(x, [16], weight, 1e-06)
+"""
 GELU = """\
         # blocks.0.ffn.net.0
         to_1: bf16[1, 4, 16] = aten.gelu.default(x, approximate='tanh')
@@ -346,6 +350,34 @@ def test_other_norms_stay(old: str, new: str, quantiser: str) -> None:
     assert "quantises no activation, norm or sum that it may take in" in message
 
 
+def test_an_rms_norm_is_fused() -> None:
+    for end, form in ((FP8 + QUANTISED, ", to='fp8'"), ("        return {'sample': to_1}\n", "")):
+        plain = made(HEAD.replace("weight: f32", "weight: bf16") + RMS + end)
+        program = after(plain, "fuse_rows")
+        assert program.log[-1].matches == {"RMS norm" + (" → fp8" if form else ""): 1}
+        arguments = f"x, scale=weight, eps=1e-06{form}"
+        assert op_calls(text(program, "score")) == [called(arguments)]
+        compare_results(plain, program, "score", "weight", lambda weight: weight.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("weight, 1e-06", "None, 1e-06"),
+        ("weight, 1e-06", "weight"),
+        ("[16], weight", "[4, 16], gate"),
+        ("'scales': scales}", "'scales': scales, 'more': to_1}"),
+    ],
+)
+def test_other_rms_norms_stay(old: str, new: str) -> None:
+    head = HEAD.replace("gate: f32[1, 2, 1, 16]", "gate: bf16[4, 16]")
+    head = head.replace("weight: f32", "weight: bf16")
+    whole = head + RMS + FP8 + QUANTISED
+    assert old in whole
+    message = refused(after, made(whole.replace(old, new)), "fuse_rows")
+    assert "quantises no activation, norm or sum that it may take in" in message
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -468,6 +500,8 @@ def test_passes_of_older_recipes_are_named(name: str) -> None:
 
 PIPELINES = {"gated sum → norm": 3, "sum → modulated norm": 3, "modulated norm": 4, "gelu": 3}
 """Those before quantisers, of both graphs: three blocks, and the commit's last keys and values."""
+RMS_NORMS = 3 * 3 + 1 + 2
+"""Those of three blocks, of the commit's last keys, and of the text's keys."""
 
 
 @pytest.mark.parametrize(
@@ -482,7 +516,7 @@ def test_results_stay(dtype: str, precision: str | None) -> None:
     fused = {f"{label} → {precision}": count for label, count in PIPELINES.items()}
     unquantised = {"gated sum → norm": 3, "sum → modulated norm": 3, "modulated norm": 5}
     alone = {"modulated norm": 1, **fused} if precision else unquantised
-    assert program.log[-1].matches == {**alone, "gated sum": 3}
+    assert program.log[-1].matches == {**alone, "gated sum": 3, "RMS norm": RMS_NORMS}
     if dtype == "float32":
         plain = after(plain, {"fuse_rows": {"steps": ["norm"]}})
     finished = after(program, "regionalise", {"lower": {"paged_attention": "reference"}})
@@ -531,6 +565,7 @@ def test_results_in_nvfp4_stay(dtype: str) -> None:
     plain = with_weights(built("nvfp4_infer"), weights)
     fused = with_weights(built("nvfp4_infer", "fuse_rows"), weights)
     matches = {f"{label} → nvfp4": count for label, count in PIPELINES.items()}
-    assert fused.log[-3].matches == {**matches, "modulated norm": 1, "gated sum": 3}
+    others = {"modulated norm": 1, "gated sum": 3, "RMS norm": RMS_NORMS}
+    assert fused.log[-3].matches == {**matches, **others}
     for graph in ("step", "commit"):
         compare_results(plain, fused, graph, "hidden_states", lambda x: x + torch.randn(()))

@@ -41,7 +41,7 @@ def new_results(
     width = x.shape[-1]
     torch._check(y is None or y.shape == x.shape)
     torch._check(y is not None or (gate is None and not keep_sum))
-    torch._check((scale is None) == (shift is None) == (eps is None))
+    torch._check((scale is None) == (eps is None) and (shift is None or scale is not None))
     for row in (gate, scale, shift):
         torch._check(row is None or (row.shape[-1] == width and x.numel() % row.numel() == 0))
     torch._check(scale is None or shift is None or scale.shape == shift.shape)

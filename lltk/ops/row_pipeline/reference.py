@@ -29,8 +29,9 @@ def row_pipeline(
     The steps, in this order. A step that is not asked for is left out:
 
     1. residual, where ``y`` is given: x + gate · y, or x + y without a gate;
-    2. norm, where ``scale``, ``shift`` and ``eps`` are given: (x − mean) / √(variance + eps) ·
-       scale + shift, with the mean and the biased variance of the row;
+    2. norm, where ``scale`` and ``eps`` are given: (x − mean) / √(variance + eps) · scale + shift,
+       with the mean and the biased variance of the row; without ``shift`` it is an RMS norm,
+       x / √(mean of x² + eps) · scale;
     3. activation, where it is ``"gelu"``: x/2 · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))
        (arXiv 1606.08415, section 2);
     4. quantisation, where ``to`` names a form.
@@ -42,7 +43,8 @@ def row_pipeline(
     Args:
         x, y: [..., D], R rows in all.
         gate, scale, shift: float32 of G rows of D each. G divides R: the first row is for the first
-            R / G rows of x, and so on. One row [D] is for all of x.
+            R / G rows of x, and so on. One row [D] is for all of x. The scale of an RMS norm may
+            have x's dtype.
         eps: what the norm adds to the variance.
         activation: ``"gelu"`` or None.
         to: ``"plain"`` for x's dtype; ``"fp8"`` for what `fp8_quantise` returns; ``"e4m3"`` for
@@ -57,7 +59,7 @@ def row_pipeline(
     if y is not None:
         x = _sum(x, y, gate)
     total = x
-    if scale is not None and shift is not None and eps is not None:
+    if scale is not None and eps is not None:
         x = _norm(x, scale, shift, eps)
     if activation == "gelu":
         x = F.gelu(x, approximate="tanh")
@@ -81,9 +83,11 @@ def _sum(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return (x.float() + added).to(x.dtype).contiguous()
 
 
-def _norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def _norm(x: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:
     width = x.shape[-1]
-    rows = F.layer_norm(x.float(), (width,), eps=eps).reshape(-1, width)
-    groups = rows.unflatten(0, (scale.numel() // width, -1))
-    changed = groups * scale.reshape(-1, 1, width) + shift.reshape(-1, 1, width)
+    norm = F.rms_norm if shift is None else F.layer_norm
+    rows = norm(x.float(), (width,), eps=eps).reshape(-1, width)
+    changed = rows.unflatten(0, (scale.numel() // width, -1)) * scale.reshape(-1, 1, width)
+    if shift is not None:
+        changed = changed + shift.reshape(-1, 1, width)
     return changed.view(x.shape).to(x.dtype)

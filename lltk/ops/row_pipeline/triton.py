@@ -258,15 +258,18 @@ def _steps(
     if scale is not None:
         if EXACT:
             # Read late, as exact divisions and NVFP4 need the registers.
-            pieces = _norm(pieces, width, eps, EXACT, PIECE, PIECES)
+            pieces = _norm(pieces, width, eps, shift is not None, EXACT, PIECE, PIECES)
         scales = _load(scale, row, width, PIECE, PIECES)
-        shifts = _load(shift, row, width, PIECE, PIECES)
+        if shift is not None:
+            shifts = _load(shift, row, width, PIECE, PIECES)
         if not EXACT:
             # Read first, so that the sums do not wait for it.
-            pieces = _norm(pieces, width, eps, EXACT, PIECE, PIECES)
+            pieces = _norm(pieces, width, eps, shift is not None, EXACT, PIECE, PIECES)
         normed = ()
         for index in tl.static_range(PIECES):
-            values = pieces[index] * scales[index] + shifts[index]
+            values = pieces[index] * scales[index]
+            if shift is not None:
+                values += shifts[index]
             normed += (rounded(values, kind, NATIVE),)
         pieces = normed
     if GELU:
@@ -310,18 +313,29 @@ def _add(
 
 
 @triton.jit
-def _norm(pieces, width, eps, EXACT: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """(x − mean) / √(variance + eps) of a row in pieces; anything beyond ``width``."""
-    total = pieces[0]
-    for index in tl.static_range(1, PIECES):
-        total += pieces[index]
-    mean = _mean(total, width, EXACT)
-    squares = tl.zeros_like(total)
+def _norm(
+    pieces,
+    width,
+    eps,
+    CENTRES: tl.constexpr,
+    EXACT: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """x / √(mean of x² + eps) of a row in pieces, of x less its mean if it CENTRES."""
+    if CENTRES:
+        total = pieces[0]
+        for index in tl.static_range(1, PIECES):
+            total += pieces[index]
+        mean = _mean(total, width, EXACT)
+    squares = tl.zeros_like(pieces[0])
     centred = ()
     for index in tl.static_range(PIECES):
-        values = pieces[index] - mean
-        if PIECES == 1:
-            values = tl.where(tl.arange(0, PIECE) < width, values, 0.0)
+        values = pieces[index]
+        if CENTRES:
+            values -= mean
+            if PIECES == 1:
+                values = tl.where(tl.arange(0, PIECE) < width, values, 0.0)
         squares += values * values
         centred += (values,)
     variance = _mean(squares, width, EXACT)
