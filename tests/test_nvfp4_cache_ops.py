@@ -587,8 +587,11 @@ def test_attention_in_fp8_on_cuda(listed: list[int]) -> None:
 
 
 @gpu
-def test_pages_that_are_kept_decoded_change_no_bit_on_cuda() -> None:
-    """Pages are kept by the kernel, one after another, and the scale is torch's to the bit."""
+def test_pages_that_are_kept_decoded_are_what_attention_decodes_on_cuda() -> None:
+    """Keys, values and the scale have the same bits; attention adds keys up in another order.
+
+    The chunk's own keys are small, so that queries attend to pages too.
+    """
     own, arenas = operands(torch.bfloat16, 1000, 128)
     k_pages, v_pages = (
         Pages(*(None if part is None else part.cuda() for part in written(arena, True)))
@@ -596,18 +599,34 @@ def test_pages_that_are_kept_decoded_change_no_bit_on_cuda() -> None:
     )
     decode = find_implementation("fp8_decode_page", "triton").load()
     held = [*kept(k_pages, decode), *kept(v_pages, decode)]
-    q, k, v = (t.cuda() for t in own[:3])
-    run = find_implementation("fp8_quantise_attention", "fp8_decode").load()
-    rest = (k, v, *k_pages, *v_pages, torch.tensor([0, 3, 2], device="cuda"))
+    rolled = held[2].view(torch.uint8).roll(1, 2).view(held[2].dtype)  # another token's values
+    q, k, v = own[0].cuda(), own[1].cuda() / 4, own[2].cuda()
+    table = torch.tensor([0, 3, 2], device="cuda")
+
+    gather = find_implementation("nvfp4_gather_fp8", "triton").load()
+    write = find_implementation("fp8_write_own", "triton").load()
+    means = k_pages.means, v_pages.means
+    scale = write(held[0], held[2], held[3], k, v, *means, table)
+    for decoded, part, pages in ((held[0], k, k_pages), (held[2], v, v_pages)):
+        wanted, largest = gather(part, centre(part, pages.means, table), *pages, table)
+        for order, alike in (([0, 3, 2, 1], True), ([0, 2, 3, 1], False)):
+            ours = decoded.view(torch.uint8)[:, order].flatten(1, 2)
+            assert torch.equal(ours, wanted.view(torch.uint8)) == alike
+    assert torch.equal(scale.cpu(), 448 / round_e4m3(largest).float().cpu())
+
+    attend = find_implementation("fp8_quantise_attention", "fp8_decode").load()
+
+    def attended(q: Tensor, *decoded: Tensor) -> Tensor:
+        values, scales = attend(q, k, v, *k_pages, *v_pages, table, *decoded)
+        return values.float() * scales
+
     with torch.no_grad():
-        wanted = run(q, *rest)
+        exact = attended(q)
+        spread = (exact - exact.mean(1, keepdim=True)).norm()
         for queries in (q, round_e4m3(q)):
-            for ours, theirs in zip(run(queries, *rest, *held), wanted, strict=True):
-                assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
-        other = run(
-            q, *rest, *(part.view(torch.uint8).roll(1, 1).view(part.dtype) for part in held)
-        )
-        assert not torch.equal(other[0].view(torch.uint8), wanted[0].view(torch.uint8))
+            assert float((attended(queries, *held) - exact).norm() / spread) < 0.15
+        others = attended(q, *held[:2], rolled, held[3])
+        assert float((others - exact).norm() / spread) > 0.5
 
 
 @cpu
