@@ -81,10 +81,12 @@ def test_ranks_train_what_one_does(folder: Path, run: tuple[int, tuple[int, int]
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_seen(folder: Path, fault: str) -> None:
+    """In the first step."""
     (size, _, case), _ = FAULTS[fault]
-    wanted = alone(case)
+    first = {name: value for name, value in alone(case).items() if name.startswith("0.")}
     for rank in range(size):
-        assert apart(load_file(folder / f"{fault}, {rank}"), wanted) > FAR
+        found = load_file(folder / f"{fault}, {rank}")
+        assert apart({name: found[name] for name in first}, first) > FAR
 
 
 LOST = {"sent in fp8": (0.005, 0.02), "sent in nvfp4": (0.02, 0.1)}

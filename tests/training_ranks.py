@@ -135,7 +135,9 @@ def _program(name: str, sequence: int, dtype: str) -> Program:
     width, text = (128, 16) if case.nvfp4 else (96, 5)
     head_dim = 16 if case.nvfp4 or case.exchange == "nvfp4" else 12
     ffn = 64 if case.nvfp4 else 32
-    config = tiny_config(2, num_attention_heads=4, attention_head_dim=head_dim, ffn_dim=ffn)
+    config = tiny_config(
+        1 if case.nvfp4 else 2, num_attention_heads=4, attention_head_dim=head_dim, ffn_dim=ffn
+    )
     sizes = {"frames": case.frames, "chunk": case.chunk, "window": 4 * case.chunk, "sink": 0}
     sizes |= {"height": 64, "width": width, "text_tokens": text}
     return make_program(make_recipe("train", steps, config=config, dtype=dtype, **sizes))
@@ -158,7 +160,9 @@ def in_float64() -> Iterator[None]:
         yield
 
 
-def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict[str, Tensor]:
+def trained(
+    name: str, ranks: Ranks, sequence: int = 1, shards: int = 1, steps: int = STEPS
+) -> dict[str, Tensor]:
     """Losses, gradients and weights of a few steps in float64, on the CPU.
 
     Also the 4-bit values of the last weights, if linears are in NVFP4.
@@ -186,7 +190,7 @@ def trained(name: str, ranks: Ranks, sequence: int = 1, shards: int = 1) -> dict
         module.recompute_blocks()
         objective = FlowMatching(made, module, **case.options)
         run = Trainer(objective, Clips(made, case), section, Path(folder), {}, mesh=mesh)
-        for number in range(STEPS):
+        for number in range(steps):
             metrics = next(run)
             found[f"{number}.loss"] = torch.tensor(metrics.loss, dtype=torch.float64)
             found[f"{number}.norm"] = torch.tensor(metrics.grad_norm, dtype=torch.float64)
@@ -441,7 +445,7 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
         if size == 2:
             for name, (run, fault) in FAULTS.items():
                 with fault():
-                    save_file(trained(run[2], ranks, *run[1]), folder / f"{name}, {rank}")
+                    save_file(trained(run[2], ranks, *run[1], 1), folder / f"{name}, {rank}")
             with meshed(ranks, size, 1):
                 made, meta = recorded_program()
                 own = replay_sp.call(made, meta, load_file(RECORDED), rank)
