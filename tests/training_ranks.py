@@ -338,7 +338,7 @@ def goes_on(
         "ema_start": 1,
         "shards": shards or ranks.size,
     }
-    settings |= {"validate_every": 1}  # by averaged weights, which the next step must not see
+    settings |= {"validate_every": 2}  # by averaged weights, which the next step must not see
     section = TrainSection.model_validate(settings | {"checkpoint_every": every})
     case, made = CASES["text"], program("text", ranks.size, dtype)
     with meshed(ranks, ranks.size, section.shards) as mesh:

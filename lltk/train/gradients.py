@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lltk.parallel.mesh import whole
+from lltk.parallel.mesh import local_part, whole
 
 
 def by_place(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -30,6 +31,14 @@ def total_norm(groups: Sequence[Sequence[nn.Parameter]]) -> Tensor:
 
 
 def clip(groups: Sequence[Sequence[nn.Parameter]], limit: float, norm: Tensor) -> None:
-    """Scale all gradients so that their norm, which is given, is at most ``limit``."""
-    for group in groups:
-        clip_grads_with_norm_(group, limit, norm)
+    """Scale all gradients so that their norm, which is given, is at most ``limit``.
+
+    Each rank scales its own parts.
+    """
+    own = []
+    for parameter in chain.from_iterable(groups):
+        if parameter.grad is not None:
+            part = local_part(parameter.detach())
+            part.grad = local_part(parameter.grad)
+            own.append(part)
+    clip_grads_with_norm_(own, limit, norm)
