@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Generator
 from typing import TYPE_CHECKING
@@ -39,6 +40,12 @@ def pytest_pycollect_makeitem() -> Generator[None, object, object]:
                 f"{item.nodeid}: marked {found}; mark it as exactly one of {', '.join(KINDS)}"
             )
     return made
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector all that is imported by now, which stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -48,13 +48,19 @@ _STREAM = ["canonicalise", "per_frame_timesteps", "frame_positions", "hoist_text
            "commit", {"lora": {"rank": 4, "alpha": 4}}]  # fmt: skip
 
 
-@cache
 def planned(pipeline: Path, run: Run, *changes: str) -> DistillationPlan:
     sequence, shards = run
+    plan = _planned(pipeline, sequence, *changes)
+    return replace(plan, section=plan.section.model_copy(update={"shards": shards}))
+
+
+@cache
+def _planned(pipeline: Path, sequence: int, *changes: str) -> DistillationPlan:
+    """A plan for ranks that share the weights in any way."""
     shared = {"ulysses_stream": {"size": sequence, "exchange": "compute"}}
     passes = [*_STREAM, *([shared] if sequence > 1 else []), "regionalise", "lower"]
-    own = [f"passes={json.dumps(passes)}", f"train.shards={shards}"]
-    return plan_distillation(recipe(pipeline, *SETTINGS, *own, *changes), CPU, "test")
+    own = f"passes={json.dumps(passes)}"
+    return plan_distillation(recipe(pipeline, *SETTINGS, own, *changes), CPU, "test")
 
 
 def wide(plan: DistillationPlan) -> DistillationPlan:

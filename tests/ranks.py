@@ -22,6 +22,9 @@ from lltk.parallel.groups import FRAMES, SEQUENCE, registered
 
 LIMIT = 120
 """Seconds until hung ranks are ended."""
+FORKS = multiprocessing.get_context("forkserver")
+"""Makes new processes, forked from one that has imported what most need and run nothing."""
+FORKS.set_forkserver_preload(["torch._dynamo", "lltk.training", "diffusers.models.transformers"])
 Ended = tuple[int, str, str]
 """Exit code, output and errors."""
 
@@ -76,7 +79,7 @@ def ends(run: Callable[..., None], given: Sequence[tuple[Any, ...]]) -> list[int
 
 def saved(save_all: Callable[..., None], *given: object) -> None:
     """Run a function that forks in a new process."""
-    process = multiprocessing.get_context("spawn").Process(target=save_all, args=given)
+    process = FORKS.Process(target=save_all, args=given)
     process.start()
     process.join(3 * LIMIT)
     process.kill()

@@ -10,7 +10,6 @@ import subprocess
 import time
 from dataclasses import replace
 from itertools import islice
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Event, Timer
@@ -19,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import refused, same
+from ranks import FORKS, started
 from ranks import ended as finished
-from ranks import started
 from toy import SETTINGS, Regression, finish, train_until_killed, trainer
 
 from lltk.files.writing import NewFile
@@ -31,9 +30,6 @@ from lltk.train.saving import save_training_state
 from lltk.train.state import load_training_state, training_states
 
 STEPS = SETTINGS["steps"]
-FORKS = get_context("forkserver")
-"""Runs are processes of their own, forked from one that has imported torch and nothing else."""
-FORKS.set_forkserver_preload(["torch._dynamo", "lltk.train.loop"])
 cpu = pytest.mark.cpu
 
 

@@ -35,7 +35,7 @@ from lltk.ops.block_causal_attention import reference, sdpa
 from lltk.ops.nvfp4_quantise import reference as nvfp4
 from lltk.ops.nvfp4_quantise_transposed import reference as nvfp4_transposed
 from lltk.parallel import exchange
-from lltk.parallel.mesh import Mesh, meshed, whole
+from lltk.parallel.mesh import Mesh, local_part, meshed, whole
 from lltk.parallel.ranks import Ranks
 from lltk.train import pieces
 from lltk.train.data import Batch
@@ -188,8 +188,11 @@ def trained(
     ):
         module = instantiate(made, ranks.device, torch.float64)
         module.recompute_blocks()
+        parameters = sum(p.untyped_storage().nbytes() for p in module.parameters())
         objective = FlowMatching(made, module, **case.options)
         run = Trainer(objective, Clips(made, case), section, Path(folder), {}, mesh=mesh)
+        held = sum(local_part(p).untyped_storage().nbytes() for p in module.parameters())
+        assert held < 1.1 * parameters / shards
         for number in range(steps):
             metrics = next(run)
             found[f"{number}.loss"] = torch.tensor(metrics.loss, dtype=torch.float64)
