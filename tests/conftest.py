@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -46,6 +46,15 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector all that is imported by now, which stays."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def captures() -> Iterator[None]:
+    """Capture each model once, as that takes a second or several."""
+    from captures import shared
+
+    with shared():
+        yield
 
 
 @pytest.fixture

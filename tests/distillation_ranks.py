@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import captures
 import torch
 import torch.distributed as dist
 from ranks import forked, free_port, grouped
@@ -188,7 +189,8 @@ def save_distilled(rank: int, size: int, port: int, pipeline: Path, folder: Path
 def save_all(pipeline: Path, folder: Path) -> None:
     """Run every case; for a new process, of which the ranks are forks."""
     torch.set_num_threads(1)
-    for run in RUNS:
-        planned(pipeline, run)
+    with captures.shared():
+        for run in RUNS:
+            planned(pipeline, run)
     port = free_port()
     forked(save_distilled, [(rank, 2, port, pipeline, folder) for rank in range(2)])

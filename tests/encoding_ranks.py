@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from multiprocessing import get_context
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import captures
 import prepared_sets
 import torch
 import torch.distributed as dist
@@ -27,8 +27,7 @@ from lltk.compiler import with_weights
 from lltk.graph.geometry import Geometry
 from lltk.graph.module import instantiate
 from lltk.graph.passes import run_passes
-from lltk.graph.program import Program
-from lltk.models import vae_encoder, vae_ranks
+from lltk.models import vae_ranks
 from lltk.models.tiny.text import save_text_encoder
 from lltk.models.vae_encoder import captured, encoder_weights
 from lltk.models.vae_frames import LONGEST
@@ -130,18 +129,6 @@ def save_clips(folder: Path) -> None:
     write_clip(folder, "a", 0, numbered(0, WHOLE + 8), "a red square")
 
 
-@cache
-def _captured(config: str, geometry: Geometry, dtype: torch.dtype, latents: int) -> Program:
-    return captured(json.loads(config), geometry, dtype, latents)
-
-
-def captured_once(
-    config: Mapping[str, Any], geometry: Geometry, dtype: torch.dtype, latents: int
-) -> Program:
-    """What `captured` gives, which forks inherit."""
-    return _captured(json.dumps(config, sort_keys=True), geometry, dtype, latents)
-
-
 def save_alone(folder: Path) -> None:
     """Write what one process makes of the clips, for a process of its own."""
     for name, dataset in datasets(folder).items():
@@ -224,7 +211,7 @@ def save_all(folder: Path) -> None:
     prepared_sets.save_clips(folder / "clips")
     for number, _ in RUNS:
         encoder(number)
-    with patch.object(vae_encoder, "captured", captured_once):
+    with captures.shared():
         pipeline = PipelineEncoder(folder, 16, torch.device("cpu"), torch.float32)
         for sizes in ((1, GEOMETRY.height, GEOMETRY.width), (2, 128, 128)):
             pipeline._encoder(*sizes)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lltk.compiler import configured_passes, transform, with_weights
+from lltk.compiler import transform, with_weights
 from lltk.graph.contract import Role, TensorSpec
 from lltk.graph.edit import module_of, output
 from lltk.graph.geometry import Geometry, Kind
@@ -121,21 +121,9 @@ def make_recipe(
 
 
 def make_program(recipe: Recipe, seed: int | None = 0) -> Program:
-    """The recipe's Program; with random weights unless ``seed`` is None.
-
-    What is captured is shared by recipes that differ in their passes alone.
-    """
-    steps = configured_passes(recipe)
-    plain = _plain(recipe.model_copy(update={"passes": []}).model_dump_json())
-    passes = [{step.name: step.config.model_dump(mode="json")} for step in steps]
-    program = run_passes(replace(plain, recipe=plain.recipe | {"passes": passes}), steps)
+    """The recipe's Program; with random weights unless ``seed`` is None."""
+    program = transform(recipe, weights=False)
     return program if seed is None else with_weights(program, randomise(program.weights, seed))
-
-
-@cache
-def _plain(recipe: str) -> Program:
-    """A recipe's model as captured; shared, so not to be changed."""
-    return transform(Recipe.model_validate_json(recipe), weights=False)
 
 
 def runnable(recipe: Recipe, seed: int = 0) -> tuple[Program, ProgramModule]:

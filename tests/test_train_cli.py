@@ -34,7 +34,7 @@ TRANSFORMER = {
 }  # fmt: skip
 SMALL = [
     f"model.config={json.dumps(TRANSFORMER)}", "geometry.frames=6", "geometry.batch=2",
-    "train.data.clips=4", "train.data.shots=2",
+    "train.data.clips=2", "train.data.shots=2",
     "train.batch=4", "train.steps=2", "train.checkpoint_every=1", "train.validate_every=2",
 ]  # fmt: skip
 

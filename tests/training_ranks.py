@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import captures
 import replay_longlive
 import replay_sp
 import torch
@@ -492,12 +493,13 @@ def recorded_program() -> tuple[Program, dict[str, Any]]:
 def save_all(folder: Path) -> None:
     """Run every case on every mesh; for a new process, of which the ranks are forks."""
     torch.set_num_threads(1)
-    for _, (sequence, _), case in [*RUNS, *ROUNDED, *(run for run, _ in FAULTS.values())]:
-        program(case, sequence)
-    program("text", 4)
-    program("text", 2, "bfloat16")
-    program("nvfp4", 1, "bfloat16")
-    recorded_program()
+    with captures.shared():
+        for _, (sequence, _), case in [*RUNS, *ROUNDED, *(run for run, _ in FAULTS.values())]:
+            program(case, sequence)
+        program("text", 4)
+        program("text", 2, "bfloat16")
+        program("nvfp4", 1, "bfloat16")
+        recorded_program()
     port = free_port()
     codes = ends(save_until_killed, [(rank, 2, port, folder) for rank in range(2)])
     assert codes[1] == -signal.SIGKILL and codes[0]
