@@ -7,13 +7,10 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
-from encoding_ranks import captured_once
 from helpers import Run, refused
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +18,6 @@ from prepared_sets import CLIPS, changes, contents, prepared, recipe, save_clips
 from safetensors.torch import load
 from test_train_cli import sets
 
-from lltk.models import vae_encoder
 from lltk.tasks.clips import TinyLatents, encoded_clips
 from lltk.tasks.encoder import encoder_for
 from lltk.tasks.preparing import plan_preparing, prepare, prepared_clips
@@ -33,12 +29,6 @@ from lltk.training import open_training, plan_training
 pytestmark = pytest.mark.cpu
 
 NAMES = ["held-out-000000.tar", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_capture_a_size() -> Iterator[None]:
-    with patch.object(vae_encoder, "captured", captured_once):
-        yield
 
 
 @pytest.fixture(scope="module")
