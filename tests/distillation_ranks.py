@@ -148,7 +148,8 @@ def held_once(objective: Objective) -> int:
 def goes_on(pipeline: Path, ranks: Ranks, folder: Path, steps: int, run: Run) -> list[Any]:
     """Each step's losses and norm, of a run from where it was left up to a step."""
     plan, prompts = planned(pipeline, run), Prompts(CHUNKS)
-    plan = replace(plan, section=plan.section.model_copy(update={"steps": steps}))
+    section = plan.section.model_copy(update={"steps": steps, "checkpoint_every": 1})
+    plan = replace(plan, section=section)
     with open_training(plan, folder, dataset=prompts, ranks=ranks, resume=True) as training:
         return [(m.loss, m.losses["critic"], m.grad_norm) for m in training]
 
@@ -178,9 +179,10 @@ def save_distilled(rank: int, size: int, port: int, pipeline: Path, folder: Path
         with own_gradients():
             save_file(distilled(pipeline, ranks, (2, 1), 1), folder / file_of(FAULT, rank))
         whole = goes_on(pipeline, ranks, folder / "whole", 2, (2, 2))
-        goes_on(pipeline, ranks, folder / "half", 1, (2, 2))
         if rank == 0:
-            shutil.copytree(folder / "half", folder / "other")
+            shutil.rmtree(folder / "whole" / "checkpoints" / "step_00000002")
+            for name in ("half", "other"):
+                shutil.copytree(folder / "whole", folder / name)
         dist.barrier()
         rest = goes_on(pipeline, ranks, folder / "half", 2, (2, 2))
         (folder / file_of("losses", rank)).write_text(json.dumps({"whole": whole, "rest": rest}))

@@ -423,9 +423,11 @@ def save_trained(rank: int, size: int, port: int, folder: Path) -> None:
                 save_file(trained(run[2], ranks, *run[1]), folder / file_of(run, rank))
         save_file(quantised(ranks), folder / f"quantised on {size}, {rank}")
         if size == 2:
-            losses = goes_on(ranks, folder / "whole", 3)
+            losses = goes_on(ranks, folder / "whole", 3, every=2)
             (folder / f"whole, {rank}").write_text(json.dumps(losses))
-            goes_on(ranks, folder / "half", 2)
+            if rank == 0:
+                shutil.rmtree(folder / "whole" / "checkpoints" / "step_00000003")
+                shutil.copytree(folder / "whole", folder / "half")
             rounded = goes_on(ranks, folder / "rounded", 2, "bfloat16")
             (folder / f"rounded, {rank}").write_text(json.dumps(rounded))
             after = goes_on(ranks, folder / "killed", 3, every=1)
