@@ -91,7 +91,12 @@ STAGES: Mapping[str, Stage] = {
     ),
 }
 ON_A_GPU = {
-    "train": ("model.dtype=bfloat16", "geometry.batch=64", "train.graphs=true"),
+    "train": (
+        "model.dtype=bfloat16",
+        "geometry.batch=64",
+        "train.graphs=true",
+        "train.compile=true",
+    ),
     "distil": ("train.graphs=true",),
 }
 
