@@ -14,18 +14,17 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from lltk.bench.agreement import interval, one_ahead, scored, summarise, videos
+from lltk.bench.agreement import interval, one_ahead, scored, scorers, summarise, videos
 from lltk.bench.quality import DISTANCES, draw_stories
 from lltk.bench.record import Record, markdown, markdown_table, write_record
 from lltk.bench.script import beside_record, column, script_options, script_parser, script_record
@@ -33,7 +32,7 @@ from lltk.files.writing import write_text
 from lltk.graph.recipe import open_recipe
 from lltk.streaming import StreamPlan, plan_stream
 from lltk.train.loop import METRICS
-from lltk.train.metrics import Metrics, read_metrics
+from lltk.train.metrics import Metrics, last_tenth, read_metrics
 from lltk.train.plot import Curve, line_plot, running_mean
 
 _METHOD = """\
@@ -115,9 +114,7 @@ def main() -> None:
     losses = {run.name: read_metrics(run / METRICS) for run in options.runs}
     if absent := [run for run in options.runs if not (run / "lora.safetensors").is_file()]:
         sys.exit(f"{absent[0]}: has no lora.safetensors; finish the run with lltk distil --resume")
-    with ProcessPoolExecutor(
-        options.workers, get_context("spawn"), torch.set_num_threads, (1,)
-    ) as pool:
+    with scorers(options.workers) as pool:
         found = list(_results(options, pool))
     if len(found) < len(_cells(options)):
         print(f"{len(found)} of {len(_cells(options))} rows are made; the same command goes on")
@@ -185,7 +182,7 @@ def _trained(metrics: list[Metrics]) -> dict[str, Any]:
     """How a run was trained; nothing before any."""
     if not metrics:
         return {}
-    last = metrics[-max(1, len(metrics) // 10) :]
+    last = last_tenth(metrics)
     return {
         "trained": metrics[-1].step,
         "seconds": fmean(each.seconds for each in metrics),

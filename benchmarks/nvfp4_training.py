@@ -25,6 +25,7 @@ from lltk.files.writing import write_text
 from lltk.graph.recipe import read_recipe
 from lltk.graph.recipe_files import find_recipe
 from lltk.train.data import Dataset
+from lltk.train.metrics import last_tenth
 from lltk.train.plot import Curve, line_plot, running_mean
 from lltk.training import TrainingPlan, open_training, plan_training
 
@@ -111,7 +112,7 @@ def _runs(
                 "variant": name,
                 "seed": seed,
                 "steps": options.steps,
-                "last": fmean(losses[-max(1, len(losses) // 10) :]),
+                "last": fmean(last_tenth(losses)),
                 "held_out": held_out,
                 "milliseconds": 1000 * sorted(seconds)[len(seconds) // 2],
                 "seconds": time.perf_counter() - begun,

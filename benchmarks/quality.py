@@ -14,10 +14,9 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from lltk.bench.agreement import (
     lasting,
     one_ahead,
     scored,
+    scorers,
     summarise,
     videos,
 )
@@ -108,9 +108,7 @@ def rows(options: argparse.Namespace) -> list[tuple[str, int]]:
 def main() -> None:
     """Measure every row and write the record."""
     options = script_options(parser(), PLOT)
-    with ProcessPoolExecutor(
-        options.workers, get_context("spawn"), torch.set_num_threads, (1,)
-    ) as pool:
+    with scorers(options.workers) as pool:
         record = script_record("quality", _METHOD, _results(options, pool))
     write_record(options.output, record, text(record))
     curves = {row["model"]: row["over_time"] for row in record.results if "over_time" in row}

@@ -17,17 +17,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from lltk.bench.agreement import interval, scored, summarise, videos
+from lltk.bench.agreement import interval, one_ahead, scored, scorers, summarise, videos
 from lltk.bench.quality import DISTANCES, draw_stories
 from lltk.bench.record import Record, markdown, markdown_table, write_record
 from lltk.bench.script import column, script_options, script_parser, script_record
@@ -36,7 +35,7 @@ from lltk.graph.recipe import open_recipe, read_recipe
 from lltk.graph.recipe_files import find_recipe
 from lltk.streaming import plan_stream
 from lltk.train.loop import METRICS
-from lltk.train.metrics import read_metrics
+from lltk.train.metrics import last_tenth, read_metrics
 
 _METHOD = """\
 Seconds of a stage are those of its commands, from their start to their end, with everything that
@@ -124,11 +123,9 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     for name, stage in STAGES.items():
         _finish(options, name, stage, end)
-    with ProcessPoolExecutor(
-        options.workers, get_context("spawn"), torch.set_num_threads, (1,)
-    ) as pool:
+    with scorers(options.workers) as pool:
         results = [_stage(options, name) for name in STAGES]
-        results += [_result(options, pool, *result) for result in RESULTS]
+        results += [row() for row in one_ahead(_results(options, pool))]
     record = script_record("tiny_pipeline", _METHOD, results)
     write_record(options.output, record, text(record))
     print(text(record))
@@ -181,24 +178,29 @@ def _stage(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """The row of a stage that is at its end."""
     notes = json.loads((options.folder / f"{name}.json").read_text())
     steps = read_metrics(options.folder / name / METRICS)
-    last = steps[-max(1, len(steps) // 10) :]
-    loss = sum(step.loss for step in last) / len(last)
+    loss = fmean(step.loss for step in last_tenth(steps))
     own = {key: notes[key] for key in ("command", "seconds")}
     return {"name": name, "steps": steps[-1].step, "loss": loss, **own}
 
 
+def _results(options: argparse.Namespace, pool: Executor) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Calls that wait for the rows of what models show."""
+    for stage, steps in RESULTS:
+        yield _result(options, pool, stage, steps)
+
+
 def _result(
-    options: argparse.Namespace, pool: ProcessPoolExecutor, stage: str, steps: int
-) -> dict[str, Any]:
-    """The row of what a stage's model shows."""
+    options: argparse.Namespace, pool: Executor, stage: str, steps: int
+) -> Callable[[], dict[str, Any]]:
+    """Make a stage's videos, and start to score them."""
     stories = draw_stories(SEED, options.videos, SHOTS, CHUNKS, CHUNK)
     changes = [f"stream.pipeline={options.folder / CAUSAL / 'pipeline'}"]
     changes.append(f"geometry.batch={options.videos}")
     if stage == DISTILLED:
         changes.append(f"model.lora={options.folder / DISTILLED / 'lora.safetensors'}")
     plan = plan_stream(open_recipe("tiny_stream", changes), torch.device(options.device))
-    scores = scored(pool, videos(plan, stories, steps, SEED), stories)()
-    return {"name": f"{stage}, {steps} steps", **asdict(summarise(scores))}
+    scores = scored(pool, videos(plan, stories, steps, SEED), stories)
+    return lambda: {"name": f"{stage}, {steps} steps", **asdict(summarise(scores()))}
 
 
 def text(record: Record) -> str:
@@ -223,14 +225,10 @@ def _qualities(results: Iterable[Mapping[str, Any]]) -> list[str]:
         "shots": lambda row: str(row["shots"]),
         "agreement %": lambda row: interval(row["agreement"]),
         "identity %": lambda row: interval(row["identity"]),
-        **{heading: partial(_of, key) for key, heading in DISTANCES.items()},
+        **{heading: lambda row, key=key: interval(row[key]) for key, heading in DISTANCES.items()},
     }
     lines = [[make(row) for make in columns.values()] for row in results]
     return markdown_table([*columns], lines)
-
-
-def _of(key: str, row: Mapping[str, Any]) -> str:
-    return interval(row[key])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from test_train_cli import AUTOENCODER as WORLD_AUTOENCODER
 from torch import Tensor
 
 from lltk.compiler import transform
-from lltk.graph.geometry import Geometry, Kind
 from lltk.graph.low_rank import LowRank
 from lltk.graph.memory import total
 from lltk.graph.program import Program
@@ -91,25 +90,6 @@ def distilled(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert own.export(run.objective, Prompts(), trained, folder) == folder / name
     save_file(trained, folder / "own.safetensors")
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _captured_once() -> Iterator[None]:
-    """A plan's time is mostly that of its captures; here a model is captured once at a geometry."""
-    made: dict[tuple[Any, ...], Program] = {}
-    capture = wan22.captured
-
-    def captured(
-        config: Mapping[str, Any], kind: Kind, geometry: Geometry, dtype: torch.dtype
-    ) -> Program:
-        key = (json.dumps(dict(config), sort_keys=True), kind, geometry, dtype)
-        if key not in made:
-            made[key] = capture(config, kind, geometry, dtype)
-        return replace(made[key], weights=dict(made[key].weights), recipe={})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wan22, "captured", captured)
-        yield
 
 
 @pytest.fixture(scope="module")

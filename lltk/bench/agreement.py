@@ -5,8 +5,9 @@ from __future__ import annotations
 import cmath
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from statistics import fmean, stdev
 from typing import TypeVar
 
@@ -156,6 +157,11 @@ def videos(plan: Plan, stories: Sequence[Story], steps: int, seed: int) -> list[
     text = encoded(plan, stories)
     latents = streamed(open_runtime(plan), text, stories[0].opens, steps, seed)
     return decoded(plan, latents)
+
+
+def scorers(workers: int) -> ProcessPoolExecutor:
+    """A pool of so many processes that score, each with one thread."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
 
 
 def scored(

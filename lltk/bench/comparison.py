@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
-from multiprocessing import get_context
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lltk.bench.agreement import (
@@ -19,6 +17,7 @@ from lltk.bench.agreement import (
     one_ahead,
     overlap,
     scored,
+    scorers,
     summarise,
     videos,
 )
@@ -76,8 +75,7 @@ class Comparison:
             of the output. The fields of `Agreement` follow if there are films. ``minute`` holds
             those of `Lasting` if there are single shots.
         """
-        spawn = get_context("spawn")
-        with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+        with scorers(workers) as pool:
 
             def measured() -> Iterator[Callable[[], dict[str, Any]]]:
                 for name, plan in self.plans:

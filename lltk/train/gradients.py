@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +29,13 @@ def total_norm(groups: Sequence[Sequence[nn.Parameter]]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
-def clip(groups: Sequence[Sequence[nn.Parameter]], limit: float, norm: Tensor) -> None:
+def clip(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
     """Scale all gradients so that their norm, which is given, is at most ``limit``.
 
     Each rank scales its own parts.
     """
     own = []
-    for parameter in chain.from_iterable(groups):
+    for parameter in parameters:
         if parameter.grad is not None:
             part = local_part(parameter.detach())
             part.grad = local_part(parameter.grad)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -13,6 +14,8 @@ from lltk.files.outputs import marked
 from lltk.files.reading import read_text
 from lltk.files.writing import append_line, write_text
 from lltk.train.plot import Curve, line_plot, running_mean
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,8 @@ def plot_loss(metrics: Sequence[Metrics]) -> str:
         means = running_mean([m.losses[name] for m in metrics])
         curves.append(Curve(name, list(zip(steps, means, strict=True)), "#a40"))
     return line_plot(curves, "loss over steps")
+
+
+def last_tenth(steps: Sequence[T]) -> Sequence[T]:
+    """The last tenth of a run's steps, at least one."""
+    return steps[-max(1, len(steps) // 10) :]

@@ -110,7 +110,7 @@ class Updates:
         if not math.isfinite(loss + float(norm)):
             raise NotFinite(self._first_bad(loss, float(norm), batches))
         with self._measure("optimiser"):
-            clip(groups, self._section.clip, norm)
+            clip(self.masters.parameters.values(), self._section.clip, norm)
             self.optimiser.step(rate)
             self.masters.publish()
             self.done += 1
